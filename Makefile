@@ -1,0 +1,80 @@
+# `make test` from a fresh clone sets everything up; see `make help`.
+
+VENV ?= .venv
+PYTHON ?= python3
+# Installed before anything else, so that no other package chooses a build of torch. For a build without CUDA where
+# the package index has none: make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# xfuser imports triton even on a CPU; installed only where torch has not brought its own.
+TRITON ?= triton==3.9.0
+EXTRAS ?= xdit,bench,dev
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+CONFORMANCE_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+STAMP := $(VENV)/.installed
+SOURCES := compactdist tests $(wildcard integrations benchmarks examples tools)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv lint format test test-all conformance demo bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+venv: $(STAMP) ## the virtual environment, made once and again when pyproject.toml changes
+
+$(STAMP): pyproject.toml
+	@test -x $(PY) || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing $(TORCH)"
+	@$(PIP) install --quiet $(TORCH)
+	@$(PY) -c "import triton" 2>/dev/null || \
+		{ echo "installing $(TRITON)"; $(PIP) install --quiet --no-deps $(TRITON); }
+	@echo "installing compactdist[$(EXTRAS)]"
+	@$(PIP) install --quiet --editable ".[$(EXTRAS)]"
+	@touch $@
+
+lint: $(STAMP) ## ruff, formatting, types, package list
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(PY) -c "$$CHECK_PACKAGES"
+
+format: $(STAMP) ## let ruff repair and format what it can
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+test: lint ## lint, then every test but the slow ones
+	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: lint ## lint, then every test
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+conformance: $(STAMP) ## run torch's own collectives against the wrapper and rewrite docs/conformance.md
+	@$(PY) -m tests.conformance $(CONFORMANCE_ARGS)
+
+demo: $(STAMP) ## see it work: writes into demo/
+	@mkdir -p demo
+	@$(VENV)/bin/compactdist demo $(DEMO_ARGS)
+
+bench: $(STAMP) ## codecs and collectives, timed on this machine
+	@$(VENV)/bin/compactdist bench $(BENCH_ARGS)
+
+clean: ## remove everything that was made, the virtual environment too
+	@rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pyproject.toml lists the packages by hand; a folder that is missing there would be missing in the wheel.
+define CHECK_PACKAGES
+import setuptools
+from setuptools.config.pyprojecttoml import read_configuration
+listed = set(read_configuration("pyproject.toml", expand=False)["tool"]["setuptools"]["packages"])
+found = set(setuptools.find_packages(include=["compactdist", "compactdist.*"]))
+wrong = found ^ {name for name in listed if name.split(".")[0] == "compactdist"}
+if wrong:
+    raise SystemExit(f"pyproject.toml, tool.setuptools.packages: not as on disk: {sorted(wrong)}")
+endef
+export CHECK_PACKAGES

@@ -1,0 +1,39 @@
+"""compactdist: residual-compressed communication behind torch.distributed.
+
+    dist = compactdist.wrap(codec="int2")
+    for t in timesteps:
+        with dist.step():
+            dist.all_gather_into_tensor(out, kv)
+    print(dist.explain())
+"""
+
+__version__ = "0.1.0"
+
+from compactdist import codecs
+from compactdist.backend import register_backend as _register_backend
+from compactdist.config import Options
+from compactdist.errors import CompactDistError
+from compactdist.group import CompressedProcessGroup
+from compactdist.policy import CallInfo, Rule, Rules
+from compactdist.state import Layout
+from compactdist.stats import Stats
+from compactdist.wrap import unwrap, unwrap_mesh, wrap, wrap_mesh
+
+__all__ = [
+    "CallInfo",
+    "CompactDistError",
+    "CompressedProcessGroup",
+    "Layout",
+    "Options",
+    "Rule",
+    "Rules",
+    "Stats",
+    "__version__",
+    "codecs",
+    "unwrap",
+    "unwrap_mesh",
+    "wrap",
+    "wrap_mesh",
+]
+
+_register_backend()

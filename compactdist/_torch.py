@@ -1,0 +1,203 @@
+"""Every private name of torch that compactdist uses, each with the versions it was checked on.
+
+Checked on 2.13.0. Names of 2.11 are handled where they are known to differ, but were not run. Other versions are untested.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+CHECKED_VERSIONS = ("2.13",)
+KNOWN_VERSIONS = ("2.11", "2.12", "2.13")
+
+Work: Any = c10d.Work
+"""Base of Python works: the pybind class whose trampoline calls ``wait`` and ``get_future`` (2.13)."""
+
+BackendType: Any = dist.ProcessGroup.BackendType
+
+PUBLIC_NAMES: frozenset[str] = frozenset(c10d.__all__) | {"group", "GroupMember", "ReduceOp", "Work", "P2POp"}
+"""Names of the public torch.distributed API (``torch.distributed`` itself has no ``__all__``; 2.13)."""
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a node of the autograd engine (2.13)."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def default_group() -> Any:
+    """The default group; raises ValueError before init_process_group (2.13)."""
+    return c10d._get_default_group()
+
+
+def is_non_member(group: Any) -> bool:
+    """Whether ``group`` is what new_group gives ranks outside it."""
+    return group is c10d.GroupMember.NON_GROUP_MEMBER
+
+
+def is_registered(group: Any) -> bool:
+    """Whether torch.distributed knows the group (2.13)."""
+    return group in c10d._world.pg_map
+
+
+def group_store(group: Any) -> Any:
+    """The store a group was made with (2.13)."""
+    return c10d._world.pg_map[group][1]
+
+
+def adopt_backends(wrapper: Any, inner: Any) -> None:
+    """Hand the inner group's backends to the wrapper's C++ base: methods that are not overridden reach them (2.13)."""
+    names = c10d.BackendConfig(c10d.Backend(c10d._world.pg_backend_config[inner])).get_device_backend_map()
+    default = None
+    for device in inner._device_types:
+        kind = c10d.Backend.backend_type_map.get(names.get(device.type, ""), BackendType.CUSTOM)
+        wrapper._register_backend(device, kind, inner._get_backend(device))
+        default = kind
+    if default is not None:
+        wrapper._set_default_backend(default)
+
+
+def register(wrapper: Any, inner: Any, name: str) -> None:
+    """Make the wrapper a group torch.distributed knows by name, with inner's ranks, store and backend name (2.13)."""
+    world = c10d._world
+    backend, store = world.pg_map[inner]
+    ranks = dist.get_process_group_ranks(inner)
+    c10d._register_pg_in_world(
+        wrapper,
+        backend_name=backend,
+        store=store,
+        group_name=c10d.GroupName(name),
+        backend_config=world.pg_backend_config[inner],
+        rank_mapping={global_rank: i for i, global_rank in enumerate(ranks)},
+        pg_tag=f"compactdist:{name}",
+    )
+
+
+def unregister(wrapper: Any) -> None:
+    """Undo ``register``; nothing happens to a group torch.distributed no longer knows (2.13)."""
+    world = c10d._world
+    if wrapper not in world.pg_map:
+        return
+    name = world.pg_names[wrapper]
+    tag = world.pg_to_tag.pop(wrapper, None)
+    world.pg_map.pop(wrapper, None)
+    world.pg_names.pop(wrapper, None)
+    world.pg_group_ranks.pop(wrapper, None)
+    world.pg_backend_config.pop(wrapper, None)
+    world.pg_coalesce_state.pop(wrapper, None)
+    if tag is not None and wrapper in world.tags_to_pg.get(tag, []):
+        world.tags_to_pg[tag].remove(wrapper)
+        if not world.tags_to_pg[tag]:
+            del world.tags_to_pg[tag]
+    c10d._unregister_process_group(name)
+
+
+def swap_mesh_dim(mesh: Any, dim: int, group: Any) -> Any:
+    """Put ``group`` behind dimension ``dim`` of a DeviceMesh in place; returns the name that was there (2.13)."""
+    old = mesh._dim_group_names[dim]
+    mesh._dim_group_names[dim] = group.group_name
+    registry = getattr(mesh, "_pg_registry", None)
+    if registry is not None:
+        registry[group.group_name] = group
+    return old
+
+
+def restore_mesh_dim(mesh: Any, dim: int, name: str, group: Any) -> None:
+    """Undo ``swap_mesh_dim`` (2.13)."""
+    if mesh._dim_group_names[dim] == group.group_name:
+        mesh._dim_group_names[dim] = name
+    registry = getattr(mesh, "_pg_registry", None)
+    if registry is not None:
+        registry.pop(group.group_name, None)
+
+
+def inner_call(inner: Any, names: tuple[str, ...], *args: Any) -> Any:
+    """Call the first of several names that the inner group has: names changed between 2.11 and 2.13."""
+    for name in names:
+        method = getattr(inner, name, None)
+        if method is not None:
+            return method(*args)
+    raise AttributeError(f"{type(inner).__name__} has none of {', '.join(names)}: torch {torch.__version__} is untested")
+
+
+ALL_GATHER_SINGLE = ("all_gather_single", "_allgather_base")
+ALL_TO_ALL_SINGLE = ("all_to_all_single", "alltoall_base")
+REDUCE_SCATTER_SINGLE = ("reduce_scatter_single", "_reduce_scatter_base")
+ALL_GATHER_COALESCED = ("all_gather_single_coalesced", "allgather_into_tensor_coalesced")
+REDUCE_SCATTER_COALESCED = ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced")
+
+
+def all_gather_single(inner: Any, output: Any, input: Any, opts: Any = None) -> Any:
+    """The inner group's single-tensor all-gather under either name."""
+    return inner_call(inner, ALL_GATHER_SINGLE, output, input, opts or c10d.AllgatherOptions())
+
+
+def all_to_all_single(inner: Any, output: Any, input: Any, out: list[int], into: list[int], opts: Any = None) -> Any:
+    """The inner group's single-tensor all-to-all under either name; splits in elements of dimension 0."""
+    return inner_call(inner, ALL_TO_ALL_SINGLE, output, input, out, into, opts or c10d.AllToAllOptions())
+
+
+def supports_coalescing(group: Any, device: torch.device) -> bool:
+    """Whether the group's backend groups point-to-point calls (NCCL does; 2.13)."""
+    try:
+        return bool(group._get_backend(device).supports_coalescing)
+    except (RuntimeError, AttributeError):
+        return False
+
+
+def coalescing_manager(group: Any, device: torch.device) -> Any:
+    """Context manager that groups the calls made in it (2.13)."""
+    return c10d._coalescing_manager(group, device, async_ops=True)
+
+
+_patch_lock = threading.Lock()
+
+
+def patch_batch_isend_irecv(is_ours: Callable[[Any], bool]) -> None:
+    """Let ``torch.distributed.batch_isend_irecv`` hand whole batches to wrapped groups.
+
+    torch 2.13 groups a batch only if ``type(group) is ProcessGroup``; a subclass gets its sends and receives one by one,
+    which can deadlock on NCCL. Called when a group with such a backend is wrapped, never on gloo. A caller that took the
+    function by name before escapes the patch.
+    """
+    with _patch_lock:
+        plain = c10d.batch_isend_irecv
+        if getattr(plain, "_compactdist", False):
+            return
+
+        def batch_isend_irecv(p2p_op_list: list[Any]) -> Any:
+            if p2p_op_list and is_ours(p2p_op_list[0].group):
+                c10d._check_p2p_op_list(p2p_op_list)
+                return p2p_op_list[0].group.batch_isend_irecv(p2p_op_list)
+            return plain(p2p_op_list)
+
+        batch_isend_irecv._compactdist = True  # type: ignore[attr-defined]
+        c10d.batch_isend_irecv = batch_isend_irecv
+        dist.batch_isend_irecv = batch_isend_irecv
+
+
+def check_p2p_op_list(ops: list[Any]) -> None:
+    """torch's own check of a batch (2.13)."""
+    c10d._check_p2p_op_list(ops)
+
+
+def options(name: str) -> Any:
+    """A default options object, e.g. ``"AllgatherOptions"`` (2.13)."""
+    return getattr(c10d, name)()
+
+
+def nccl_backend(opts: Any) -> Any:
+    """An NCCL backend for a custom backend's creator (read in 2.13's helper; not run)."""
+    options = c10d.ProcessGroupNCCL.Options()
+    options._timeout = opts.timeout
+    options.global_ranks_in_group = opts.global_ranks_in_group
+    options.group_name = opts.group_id
+    store = dist.PrefixStore("cuda/", opts.store)
+    backend = c10d.ProcessGroupNCCL(store, opts.group_rank, opts.group_size, options)
+    backend._set_sequence_number_for_group()
+    return backend

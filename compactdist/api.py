@@ -1,0 +1,168 @@
+"""torch.distributed's functions as methods of the wrapped group.
+
+Code written against ``import torch.distributed as dist`` runs with ``dist = compactdist.wrap()`` in its place. Public
+names of torch.distributed that the group does not define itself resolve to torch.distributed's, with ``group=None``
+meaning this group. Where ProcessGroup has a method of the same name, a Tensor as first argument means
+torch.distributed's function (global ranks, ``None`` unless ``async_op``), a list or an Options object ProcessGroup's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from compactdist import _torch
+from compactdist.errors import ConfigError
+
+__all__ = ["TorchDistributedAPI", "shared_name"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PG_KEYWORDS = {"tensors", "output_tensors", "input_tensors", "opts"}
+
+
+def _means_process_group(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    values = (*args, *kwargs.values())
+    if any(type(value).__name__.endswith("Options") for value in values):
+        return True
+    if not args:
+        return bool(_PG_KEYWORDS & kwargs.keys())
+    first = args[0]
+    # ProcessGroup.monitored_barrier(timeout, ...) and split_group([ranks])
+    return isinstance(first, list | tuple | timedelta)
+
+
+def shared_name(method: F) -> F:
+    """A ProcessGroup method whose name torch.distributed has too: choose by the arguments."""
+
+    @functools.wraps(method)
+    def choose(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _means_process_group(args, kwargs):
+            return method(self, *args, **kwargs)
+        return self._torch_function(method.__name__)(*args, **kwargs)
+
+    return choose  # type: ignore[return-value]
+
+
+class TorchDistributedAPI:
+    """The part of a wrapped group that looks like the ``torch.distributed`` module."""
+
+    inner: Any
+
+    def _resolve_group(self, group: Any) -> Any:
+        """``None`` and the group that was wrapped mean this group."""
+        return self if group is None or group is self.inner else group
+
+    def _torch_function(self, name: str) -> Callable[..., Any]:
+        """torch.distributed's function with this group as the default for ``group``."""
+        function = getattr(dist, name)
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            arguments = signature.bind(*args, **kwargs)
+            arguments.arguments["group"] = self._resolve_group(arguments.arguments.get("group"))
+            return function(*arguments.args, **arguments.kwargs)
+
+        return bound
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in _torch.PUBLIC_NAMES or not hasattr(dist, name):
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute '{name}'; it carries ProcessGroup's methods, its own, and the "
+                "public names of torch.distributed"
+            )
+        value = getattr(dist, name)
+        if inspect.isfunction(value) and "group" in inspect.signature(value).parameters:
+            return self._torch_function(name)
+        return value
+
+    def all_gather(self, tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        """torch.distributed.all_gather on this group."""
+        return dist.all_gather(tensor_list, tensor, group=self._resolve_group(group), async_op=async_op)
+
+    def all_gather_into_tensor(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        """torch.distributed.all_gather_into_tensor on this group: ``[N, ...]`` per rank to ``[world * N, ...]``."""
+        return dist.all_gather_into_tensor(
+            output_tensor, input_tensor, group=self._resolve_group(group), async_op=async_op
+        )
+
+    def all_to_all(
+        self,
+        output_tensor_list: list[Tensor],
+        input_tensor_list: list[Tensor],
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        """torch.distributed.all_to_all on this group."""
+        return dist.all_to_all(
+            output_tensor_list, input_tensor_list, group=self._resolve_group(group), async_op=async_op
+        )
+
+    def all_reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """torch.distributed.all_reduce on this group (passes through)."""
+        return self._torch_function("all_reduce")(tensor, *args, **kwargs)
+
+    def isend(
+        self, tensor: Tensor, dst: int | None = None, group: Any = None, tag: int = 0, group_dst: int | None = None
+    ) -> Any:
+        """torch.distributed.isend on this group; ``dst`` is a global rank."""
+        return dist.isend(tensor, dst, group=self._resolve_group(group), tag=tag, group_dst=group_dst)
+
+    def irecv(
+        self, tensor: Tensor, src: int | None = None, group: Any = None, tag: int = 0, group_src: int | None = None
+    ) -> Any:
+        """torch.distributed.irecv on this group; ``src`` is a global rank, ``None`` any source."""
+        return dist.irecv(tensor, src, group=self._resolve_group(group), tag=tag, group_src=group_src)
+
+    @functools.cached_property
+    def P2POp(self) -> Any:  # noqa: N802 - torch.distributed's own name
+        """torch.distributed.P2POp for this group: takes this group's ``isend`` and ``irecv`` as well as torch's."""
+        own = self
+
+        def plain(op: Any) -> Any:
+            if getattr(op, "__self__", None) is own:
+                return getattr(dist, op.__name__, op)
+            return op
+
+        class P2POp(dist.P2POp):
+            def __new__(cls, op: Any, *args: Any, **kwargs: Any) -> Any:
+                return super().__new__(cls, plain(op), *args, **kwargs)
+
+            def __init__(
+                self,
+                op: Any,
+                tensor: Tensor,
+                peer: int | None = None,
+                group: Any = None,
+                tag: int = 0,
+                group_peer: int | None = None,
+            ) -> None:
+                super().__init__(plain(op), tensor, peer, own._resolve_group(group), tag, group_peer)
+
+        return P2POp
+
+    def batch_isend_irecv(self, p2p_op_list: list[Any]) -> list[Any]:
+        """torch.distributed.batch_isend_irecv: receives are posted first, and a backend that can groups the batch.
+
+        Returns:
+            One work per operation, in the order given (a single one where the backend groups them).
+
+        Raises:
+            ConfigError: an operation belongs to another group.
+        """
+        _torch.check_p2p_op_list(p2p_op_list)
+        if any(self._resolve_group(op.group) is not self for op in p2p_op_list):
+            raise ConfigError("batch_isend_irecv: an operation of the batch belongs to another group than this one")
+        return self._batch(p2p_op_list)
+
+    def _batch(self, p2p_op_list: list[Any]) -> list[Any]:
+        raise AssertionError("provided by the group")

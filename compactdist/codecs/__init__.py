@@ -1,0 +1,29 @@
+"""Codecs turn a residual into bytes and back; the registry finds them by id.
+
+Example:
+    >>> import torch
+    >>> from compactdist import codecs
+    >>> codecs.list()
+    ['binary', 'int2', 'int4', 'int8', 'raw']
+    >>> int4 = codecs.get("int4")
+    >>> x = torch.ones(4, 64)
+    >>> payload = int4.encode(x)
+    >>> payload.numel() == int4.payload_nbytes(x.shape, x.dtype)
+    True
+    >>> bool((int4.decode(payload, x.shape, x.dtype) - x).abs().max() < 0.01)
+    True
+"""
+
+from __future__ import annotations
+
+from compactdist.codecs.base import Codec
+from compactdist.codecs.binary import Binary
+from compactdist.codecs.int2 import Int2
+from compactdist.codecs.int4 import Int4
+from compactdist.codecs.int8 import Int8
+from compactdist.codecs.raw import Raw
+from compactdist.codecs.registry import get, register
+from compactdist.codecs.registry import list_codecs as list
+from compactdist.codecs.shapes import matrix_shape
+
+__all__ = ["Binary", "Codec", "Int2", "Int4", "Int8", "Raw", "get", "list", "matrix_shape", "register"]

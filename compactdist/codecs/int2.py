@@ -1,0 +1,19 @@
+"""Two bits for each element: the sign and one of two magnitudes."""
+
+from __future__ import annotations
+
+from compactdist.codecs.lloyd_max import LloydMaxQuantizer
+from compactdist.codecs.registry import register
+
+
+@register
+class Int2(LloydMaxQuantizer):
+    """Decodes to ``+-0.4528 S`` or ``+-1.5104 S``.
+
+    About 2.02 bits for each element of a ``[1088, 3072]`` tensor, NMSE 0.118 on white Gaussian data.
+    """
+
+    codec_id = "int2"
+    bits = 2
+    # Lloyd-Max for the unit Gaussian, NMSE 0.117482; computed as lloyd_max.py says.
+    magnitudes = (0.45278003463649646, 1.510417608499104)

@@ -1,0 +1,1 @@
+"""The primitives under the codecs. ``reference`` is the definition; faster twins must give the same bytes."""

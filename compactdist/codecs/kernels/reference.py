@@ -1,0 +1,162 @@
+"""The definition of every primitive, in elementwise torch operations.
+
+Faster kernels have to reproduce these results bit for bit, so nothing here leaves an order or a rounding
+open:
+
+* sums are folds in a stated order (``torch.sum`` may reorder with threads and vector width);
+* conversions to small formats are integer arithmetic on float bits (``.to(bfloat16)`` truncates in some
+  interpreters);
+* no matrix products and no fused multiply-add.
+
+Shapes: G groups, R rows, C channels; ``t`` is ``(G, R, 1)`` and ``c`` is ``(G, 1, C)`` or ``(G, 1, 1)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TILE_ROWS = 32
+"""Rows that are summed together first; a kernel can keep one tile in registers or shared memory."""
+
+_UE5M3_BIAS = (127 - 31) << 3
+_UE5M3_FIRST_NONZERO_BITS = 0x2F900000  # 0.5625 * 2**-31, midway between 0 and the smallest nonzero value
+_BF16_MAX_BITS = 0x7F7F
+
+
+def fold_sum(x: Tensor, dim: int) -> Tensor:
+    """Sum over ``dim`` by adding the upper half onto the lower half until one element is left.
+
+    The length counts as filled up with zeros to a power of two, so element i meets element i + h with h =
+    half of that power. Returns float32 with ``dim`` kept at length 1.
+    """
+    length = x.shape[dim]
+    while length > 1:
+        half = 1 << ((length - 1).bit_length() - 1)
+        upper = length - half
+        folded = x.narrow(dim, 0, upper) + x.narrow(dim, half, upper)
+        x = folded if upper == half else torch.cat([folded, x.narrow(dim, upper, half - upper)], dim)
+        length = half
+    return x
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """``(G, R, C)`` to ``(G, R, 1)``, one fold over the channels."""
+    return fold_sum(x, 2)
+
+
+def channel_sums(x: Tensor) -> Tensor:
+    """``(G, R, C)`` to ``(G, 1, C)``: a fold inside each tile of 32 rows, then a fold over the tiles."""
+    groups, rows, channels = x.shape
+    full = rows - rows % TILE_ROWS
+    tiles = fold_sum(x[:, :full].reshape(groups, -1, TILE_ROWS, channels), 2).squeeze(2) if full else None
+    tail = fold_sum(x[:, full:], 1) if full < rows else None
+    partial = tail if tiles is None else tiles if tail is None else torch.cat([tiles, tail], 1)
+    assert partial is not None  # rows >= 1: empty tensors never reach the kernels
+    return fold_sum(partial, 1)
+
+
+def divide_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Elementwise quotient of non-negative float32 tensors, 0 where the denominator is 0."""
+    positive = denominator > 0
+    quotient = numerator / torch.where(positive, denominator, torch.ones_like(denominator))
+    return torch.where(positive, quotient, torch.zeros_like(quotient))
+
+
+def power_of_two_near_inverse(value: Tensor) -> Tensor:
+    """Return a power of two p with ``value * p < 4`` for any finite float32 value >= 0, and >= 1 unless
+    subnormal.
+
+    The exponent field is mirrored: 2**e goes to 2**-e, with the two ends cut to normal numbers.
+    """
+    exponent = value.contiguous().view(torch.int32) >> 23
+    return ((254 - exponent).clamp(1, 254) << 23).view(torch.float32)
+
+
+def encode_ue5m3(value: Tensor) -> Tensor:
+    """Round non-negative float32 to the nearest UE5M3 code (uint8); halfway goes up, too large saturates."""
+    bits = value.contiguous().view(torch.int32)
+    code = ((bits + (1 << 19)) >> 20) - _UE5M3_BIAS
+    # Code 0 means 0, not 2**-31, so the lowest step is wider than the formula knows.
+    smallest = (bits >= _UE5M3_FIRST_NONZERO_BITS).to(torch.int32)
+    return torch.maximum(code, smallest).clamp(max=255).to(torch.uint8)
+
+
+def decode_ue5m3(code: Tensor) -> Tensor:
+    """Expand UE5M3 codes (uint8) to float32, exactly."""
+    bits = (code.to(torch.int32) + _UE5M3_BIAS) << 20
+    return torch.where(code == 0, torch.zeros_like(bits), bits).view(torch.float32)
+
+
+def round_bf16(value: Tensor, *, up: bool = False) -> Tensor:
+    """Round non-negative float32 to a bfloat16 value, to nearest even or up; the result stays float32."""
+    bits = value.contiguous().view(torch.int32)
+    bits = bits + (0xFFFF if up else 0x7FFF + ((bits >> 16) & 1))
+    return (bits & -0x10000).view(torch.float32)
+
+
+def encode_bf16(value: Tensor) -> Tensor:
+    """Store non-negative bfloat16 values held in float32 as bytes ``(2 * n,)``, low byte first; saturates."""
+    bits = (value.reshape(-1).view(torch.int32) >> 16).clamp(max=_BF16_MAX_BITS)
+    return torch.stack([bits & 0xFF, bits >> 8], 1).reshape(-1).to(torch.uint8)
+
+
+def decode_bf16(data: Tensor) -> Tensor:
+    """Expand bytes ``(2 * n,)`` to float32 ``(n,)``, exactly."""
+    halves = data.reshape(-1, 2).to(torch.int32)
+    return ((halves[:, 0] << 16) | (halves[:, 1] << 24)).view(torch.float32)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes ``(n,)`` of 1, 2, 4 or 8 bits into ``ceil(n * bits / 8)`` bytes, first code lowest."""
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return codes
+    missing = -codes.numel() % per_byte
+    if missing:
+        codes = torch.cat([codes, codes.new_zeros(missing)])
+    columns = codes.reshape(-1, per_byte)
+    packed = columns[:, 0].clone()
+    for position in range(1, per_byte):
+        packed |= columns[:, position] << (position * bits)
+    return packed
+
+
+def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Undo ``pack_codes``: uint8 ``(count,)``."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    codes = (packed.unsqueeze(1) >> shifts) & ((1 << bits) - 1)
+    return codes.reshape(-1)[:count]
+
+
+def unpack_levels(packed: Tensor, levels: Sequence[float], bits: int, count: int) -> Tensor:
+    """Look up the level of every packed code: float32 ``(count,)``.
+
+    One table row holds all the levels of one byte, so the lookup is per byte and not per element.
+    """
+    every_byte = torch.arange(256, device=packed.device).to(torch.uint8)
+    codes = unpack_codes(every_byte, bits, 256 * (8 // bits)).to(torch.int32)
+    by_code = torch.tensor(levels, dtype=torch.float32, device=packed.device)
+    table = by_code.index_select(0, codes).reshape(256, -1)
+    return table.index_select(0, packed.to(torch.int32)).reshape(-1)[:count]
+
+
+def normalised(magnitude: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """Return ``magnitude / (t * c)``, 0 where a scale is 0: first times ``1 / c``, then times ``1 / t``."""
+    one = torch.ones((), dtype=torch.float32, device=magnitude.device)
+    return (magnitude * divide_or_zero(one, c)).mul_(divide_or_zero(one, t))
+
+
+def count_above(value: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Count, for each element, the thresholds that lie strictly below it: uint8."""
+    total = (value > thresholds[0]).to(torch.uint8)
+    for threshold in thresholds[1:]:
+        total += value > threshold
+    return total
+
+
+def dequantize(levels: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """Return ``(t * c) * levels`` as float32 ``(G, R, C)``: two roundings, in this order."""
+    return (t * c).mul(levels.view(t.shape[0], t.shape[1], -1))

@@ -1,0 +1,187 @@
+"""What the four scalar quantizers share: the view as matrices, the two scales, the payload.
+
+The wire format is in ``layout.py``. The encoder is free to choose scales and codes; it keeps three rules:
+
+* the decoder's rounded ``t`` is used from the moment it exists, so later steps correct its rounding;
+* nothing is divided by a scale that may be zero;
+* a channel scale below 2**-87 becomes zero. Every product in the decoder then stays a normal float, and
+  machines that flush subnormals agree with those that do not. Residuals that small (1e-26) are left for the
+  receiver as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compactdist.codecs.base import Codec, check_payload
+from compactdist.codecs.kernels import reference as kernels
+from compactdist.codecs.layout import Layout
+from compactdist.errors import CodecConfigError, NonFiniteError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_SMALLEST_SCALE = 2.0**-87
+_SMALLEST_RELATIVE_SCALE = 2.0**-60
+
+
+def finite_amax(magnitude: Tensor) -> Tensor:
+    """Return the largest magnitude of each group, ``(G, 1, 1)``, after making sure that all are finite.
+
+    This is the only place where encoding waits for the device.
+
+    Raises:
+        NonFiniteError: Some element is NaN or infinite.
+    """
+    amax = magnitude.amax(dim=(1, 2), keepdim=True)  # amax carries NaN through
+    if not bool(torch.isfinite(amax).all()):
+        bad = int((~torch.isfinite(magnitude)).sum())
+        raise NonFiniteError(
+            f"{bad} of {magnitude.numel()} elements are NaN, infinite or beyond float32, and a lossy codec "
+            "would spread them over their rows and channels; find what produced them, or send this tensor "
+            "with codec 'raw'"
+        )
+    return amax
+
+
+class ScalarQuantizer(Codec):
+    """A codec of one level for each element, scaled by row and by channel.
+
+    Subclasses set ``bits`` and give ``_fit`` and ``_levels``, and may replace ``_row_statistic``.
+    """
+
+    bits: ClassVar[int]
+
+    def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        self._check_dtype(dtype)
+        return Layout.of(shape, self.bits).total_nbytes
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        self._check_dtype(x.dtype)
+        layout = Layout.of(x.shape, self.bits)
+        if layout.elements == 0:
+            return torch.empty(0, dtype=torch.uint8, device=x.device)
+        values = self._as_matrices(x, layout)
+        magnitude = values.abs()
+        return self.encode_checked(values, magnitude, finite_amax(magnitude), layout)
+
+    def encode_checked(self, values: Tensor, magnitude: Tensor, amax: Tensor, layout: Layout) -> Tensor:
+        """Encode without looking at any value from the host.
+
+        Args:
+            values: float32 ``(G, R, C)``, finite.
+            magnitude: Their absolute values in memory of their own; overwritten.
+            amax: float32 ``(G, 1, 1)``, the largest magnitude of each group.
+            layout: The layout of the original shape.
+        """
+        # With magnitudes of about 1, neither sums nor squares leave the range of float32. The factor is a
+        # power of two, so it costs no accuracy and an input scaled by a power of two meets the same
+        # arithmetic.
+        factor = kernels.power_of_two_near_inverse(amax)
+        magnitude.mul_(factor)
+        payload = torch.zeros(layout.total_nbytes, dtype=torch.uint8, device=values.device)
+        t = magnitude.new_ones((layout.groups, layout.rows, 1))
+        if layout.row_scale_count:
+            statistic = self._row_statistic(magnitude)
+            t_codes = kernels.encode_ue5m3(kernels.divide_or_zero(statistic, statistic.amax(1, keepdim=True)))
+            payload[layout.row_scales_at :][: t_codes.numel()] = t_codes.reshape(-1)
+            t = kernels.decode_ue5m3(t_codes)
+        packed, c = self._fit(values, magnitude, t, layout)
+        payload[: layout.codes_nbytes] = packed
+        c = c / factor
+        c_bytes = kernels.encode_bf16(torch.where(c < _SMALLEST_SCALE, torch.zeros_like(c), c))
+        payload[layout.channel_scales_at :][: c_bytes.numel()] = c_bytes
+        return payload
+
+    @torch.no_grad()
+    def decode(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        payload = check_payload(payload, self.payload_nbytes(shape, dtype), self.codec_id)
+        layout = Layout.of(shape, self.bits)
+        if layout.elements == 0:
+            return torch.empty(tuple(shape), dtype=dtype, device=payload.device)
+        if layout.row_scale_count:
+            t_codes = payload[layout.row_scales_at :][: layout.row_scale_count]
+            t = kernels.decode_ue5m3(t_codes).view(layout.groups, layout.rows, 1)
+        else:
+            t = torch.ones((layout.groups, layout.rows, 1), dtype=torch.float32, device=payload.device)
+        per_group = layout.channel_scales_per_group
+        c_bytes = payload[layout.channel_scales_at :][: 2 * layout.groups * per_group]
+        c = kernels.decode_bf16(c_bytes).view(layout.groups, 1, per_group)
+        levels = self._levels(payload[: layout.codes_nbytes], layout.elements)
+        y = kernels.dequantize(levels, t, c).reshape(-1)[: math.prod(shape)].reshape(tuple(shape))
+        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        return y.clamp_(-limit, limit).to(dtype)
+
+    def _row_statistic(self, magnitude: Tensor) -> Tensor:
+        """What ``t`` is proportional to, ``(G, R, 1)``: the sum of magnitudes."""
+        return kernels.row_sums(magnitude)
+
+    @abstractmethod
+    def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Choose codes and channel scales.
+
+        Args:
+            values: float32 ``(G, R, C)``, for the signs only.
+            magnitude: float32 ``(G, R, C)``, scaled to a largest value of about 1; may be overwritten.
+            t: Decoded row scales, ``(G, R, 1)``.
+            layout: Tells whether channels have scales of their own.
+
+        Returns:
+            Packed codes ``(layout.codes_nbytes,)`` and bfloat16-valued ``c``, ``(G, 1, C)`` or ``(G, 1, 1)``.
+        """
+
+    @abstractmethod
+    def _levels(self, packed: Tensor, count: int) -> Tensor:
+        """Return the float32 levels ``(count,)`` of packed codes."""
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        if dtype not in DTYPES:
+            takes = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+            raise CodecConfigError(
+                f"codec {self.codec_id!r} takes {takes}, got {str(dtype).removeprefix('torch.')}; "
+                "codec 'raw' takes every dtype"
+            )
+
+    @staticmethod
+    def _as_matrices(x: Tensor, layout: Layout) -> Tensor:
+        flat = x.detach().to(torch.float32).reshape(-1)
+        missing = layout.elements - flat.numel()
+        if missing:
+            flat = torch.cat([flat, flat.new_zeros(missing)])
+        return flat.view(layout.groups, layout.rows, layout.channels)
+
+
+def scale_sums(x: Tensor, layout: Layout) -> Tensor:
+    """Sum ``(G, R, C)`` over everything that shares a channel scale: ``(G, 1, C)`` or ``(G, 1, 1)``."""
+    sums = kernels.channel_sums(x)
+    return kernels.row_sums(sums) if layout.channel_scales_per_group == 1 else sums
+
+
+def least_squares_scale(magnitude: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+    """Return the c >= 0 that minimises ``sum((magnitude - c * weight) ** 2)``, by channel or by group.
+
+    With this c the error energy is ``sum(magnitude ** 2) - sum(magnitude * weight) ** 2 / sum(weight ** 2)``:
+    less than the energy of the input, whatever codes were chosen, as long as one product is positive.
+
+    Args:
+        magnitude: float32 ``(G, R, C)``, non-negative.
+        weight: float32 ``(G, R, C)``, non-negative: what c is multiplied with. May be an expanded view.
+        layout: Tells whether channels have scales of their own.
+    """
+    return kernels.divide_or_zero(scale_sums(magnitude * weight, layout), scale_sums(weight * weight, layout))
+
+
+def storable_scale(c: Tensor, *, up: bool = False) -> Tensor:
+    """Round a channel scale to bfloat16, to nearest or up; one far below the group's largest value is zero.
+
+    Rounding to nearest moves c by 2**-9 of itself at most. A least-squares c may move by anything short of c
+    itself before the error energy reaches the energy of the input, so this keeps the contraction.
+    """
+    rounded = kernels.round_bf16(c, up=up)
+    return torch.where(rounded < _SMALLEST_RELATIVE_SCALE, torch.zeros_like(rounded), rounded)

@@ -1,0 +1,102 @@
+"""Codecs by name: the ones in this package, those registered at run time, and those of installed plug-ins.
+
+A distribution offers codecs through the entry point group ``compactdist.codecs``; the entry point's name must
+be the codec's id. A plug-in is imported only when its codec is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from compactdist.codecs.base import Codec
+from compactdist.errors import CodecConfigError, UnknownCodecError
+
+ENTRY_POINT_GROUP = "compactdist.codecs"
+
+_CODECS: dict[str, type[Codec]] = {}
+
+_C = TypeVar("_C", bound=Codec)
+
+
+def register(cls: type[_C]) -> type[_C]:
+    """Make a codec class available under its ``codec_id``; usable as a class decorator.
+
+    Returns:
+        ``cls``, unchanged.
+
+    Raises:
+        CodecConfigError: ``cls`` is no codec class, has no id, or the id belongs to another class. A silent
+            replacement would leave two peers of the same configuration unable to read each other.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Codec)):
+        raise CodecConfigError(f"register takes a subclass of Codec, got {cls!r}")
+    codec_id = getattr(cls, "codec_id", None)
+    if not isinstance(codec_id, str) or not codec_id:
+        raise CodecConfigError(f"{cls.__qualname__} needs a class attribute codec_id, a non-empty string")
+    holder = _CODECS.setdefault(codec_id, cls)
+    if holder is not cls:
+        raise CodecConfigError(
+            f"codec id {codec_id!r} already belongs to {holder.__module__}.{holder.__qualname__}; "
+            f"{cls.__module__}.{cls.__qualname__} needs an id of its own"
+        )
+    return cls
+
+
+def get(codec: str | Mapping[str, Any] | Codec, **config: Any) -> Codec:
+    """Return a codec from an id, from ``{"id": ..., **options}``, or from a codec (returned as it is).
+
+    Example:
+        >>> from compactdist import codecs
+        >>> codecs.get("int4") == codecs.get({"id": "int4"})
+        True
+
+    Raises:
+        UnknownCodecError: No codec has this id.
+        CodecConfigError: An option is unknown, or options were given beside a codec or in both places.
+    """
+    if isinstance(codec, Codec):
+        if config:
+            raise CodecConfigError(
+                f"{codec!r} is configured already; it takes no {', '.join(sorted(config))}"
+            )
+        return codec
+    if isinstance(codec, Mapping):
+        if "id" not in codec:
+            raise CodecConfigError(f"a codec dict needs the key 'id', got keys {sorted(codec)}")
+        options = {key: value for key, value in codec.items() if key != "id"}
+        twice = sorted(set(options) & set(config))
+        if twice:
+            raise CodecConfigError(f"given both in the codec dict and as an argument: {', '.join(twice)}")
+        return _find(codec["id"]).from_config({**options, **config})
+    if isinstance(codec, str):
+        return _find(codec).from_config(config)
+    raise CodecConfigError(f"a codec is an id, a dict or a Codec, got {type(codec).__name__}")
+
+
+def list_codecs() -> list[str]:
+    """Return the ids of all codecs that ``get`` can find, sorted. Imports no plug-in."""
+    return sorted({*_CODECS, *_plugins()})
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _find(codec_id: Any) -> type[Codec]:
+    if codec_id in _CODECS:
+        return _CODECS[codec_id]
+    plugin = _plugins().get(codec_id)
+    if plugin is None:
+        known = list_codecs()
+        close = difflib.get_close_matches(str(codec_id), known)
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise UnknownCodecError(f"no codec has the id {codec_id!r}; known: {', '.join(known)}{hint}")
+    cls = plugin.load()
+    if getattr(cls, "codec_id", None) != codec_id:
+        raise CodecConfigError(
+            f"entry point {codec_id!r} of {ENTRY_POINT_GROUP} leads to {plugin.value}, whose codec_id differs"
+        )
+    return register(cls)

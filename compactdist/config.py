@@ -1,0 +1,148 @@
+"""Options of a wrapped group: one frozen value that all ranks compare before anything is sent."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from compactdist import codecs
+from compactdist.codecs import Codec
+from compactdist.errors import ConfigError
+from compactdist.policy import CallInfo, Policy, Rule, Rules, as_policy, describe_policy
+from compactdist.state import Layout, StreamConfig
+from compactdist.wire import VERSION
+
+__all__ = ["DEFAULT_MIN_NUMEL", "Options"]
+
+DEFAULT_MIN_NUMEL = 1024
+
+Layouts = Mapping[str, Layout] | Callable[[CallInfo], "Layout | None"] | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything ``wrap`` can be told.
+
+    Attributes:
+        codec: id, configuration dictionary or Codec used where the policy names none.
+        policy: a function of :class:`CallInfo`, a :class:`Rule` or a sequence of rules; see :mod:`compactdist.policy`.
+        warmup_steps: steps after a reset whose frames are all keyframes, >= 0.
+        order: 0 no prediction (plain quantization), 1 last value, 2 damped velocity.
+        damping: velocity factor of order 2, in [0, 1].
+        error_feedback: ``None`` on wherever there is a prediction; ``False`` the open loop.
+        local: ``"reconstructed"``: an all-gather gives every rank the same bytes; ``"exact"``: one's own chunk stays exact.
+        min_numel: messages with fewer elements pass through.
+        layouts: hints for the layout of flat buffers: a mapping from key globs, or a function of :class:`CallInfo`.
+        find_layout: let encoders search the layout of buffers without a hint.
+        state_budget_bytes: cap on history tensors of this rank; new sites beyond it pass through. ``None``: no cap.
+        sample_errors_every: measure the reconstruction error on every n-th call of a site; 0 never.
+
+    Raises:
+        ConfigError, UnknownCodecError, CodecConfigError: an impossible value.
+    """
+
+    codec: str | dict[str, Any] | Codec = "int2"
+    policy: Policy | Sequence[Rule] | Rule | None = None
+    warmup_steps: int = 1
+    order: int = 1
+    damping: float = 0.5
+    error_feedback: bool | None = None
+    local: Literal["reconstructed", "exact"] = "reconstructed"
+    min_numel: int = DEFAULT_MIN_NUMEL
+    layouts: Layouts = None
+    find_layout: bool = True
+    state_budget_bytes: int | None = None
+    sample_errors_every: int = 0
+    _codec: Codec = field(init=False, repr=False)
+    _policy: Policy | None = field(init=False, repr=False)
+    _stream: StreamConfig = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_codec", codecs.get(self.codec))
+        object.__setattr__(self, "_policy", as_policy(self.policy))
+        if self.local not in ("reconstructed", "exact"):
+            raise ConfigError(f"local is 'reconstructed' or 'exact', got {self.local!r}")
+        _whole("min_numel", self.min_numel)
+        _whole("sample_errors_every", self.sample_errors_every)
+        if self.state_budget_bytes is not None:
+            _whole("state_budget_bytes", self.state_budget_bytes)
+        if isinstance(self.layouts, Mapping) and not all(isinstance(v, Layout) for v in self.layouts.values()):
+            raise ConfigError("layouts maps key globs to compactdist.Layout objects")
+        if self.layouts is not None and not isinstance(self.layouts, Mapping) and not callable(self.layouts):
+            raise ConfigError("layouts is a mapping from key globs to Layout, or a function of CallInfo")
+        order = 0 if self._only_lossless() else self.order
+        feedback = self.error_feedback if order or not self.error_feedback else None
+        checked = StreamConfig(self.order, self.damping, self.error_feedback, self.warmup_steps, self.find_layout)
+        stream = StreamConfig(order, checked.damping, feedback, checked.warmup_steps, checked.find_layout)
+        object.__setattr__(self, "_stream", stream)
+
+    def _only_lossless(self) -> bool:
+        """Whether no call can meet a codec that needs a history; then none is kept."""
+        if not self._codec.lossless:
+            return False
+        if self._policy is None:
+            return True
+        if not isinstance(self._policy, Rules):
+            return False
+        chosen = [rule.result for rule in self._policy.rules]
+        return all(not isinstance(codec, Codec) or codec.lossless for codec in chosen)
+
+    @property
+    def default_codec(self) -> Codec:
+        """The codec object."""
+        return self._codec
+
+    @property
+    def policy_function(self) -> Policy | None:
+        """The policy as a function."""
+        return self._policy
+
+    @property
+    def stream(self) -> StreamConfig:
+        """How streams predict."""
+        return self._stream
+
+    @property
+    def layout_function(self) -> Callable[[CallInfo], Layout | None] | None:
+        """The layout hints as a function."""
+        layouts = self.layouts
+        if layouts is None:
+            return None
+        if not isinstance(layouts, Mapping):
+            return layouts
+        table = tuple(layouts.items())
+
+        def find(call: CallInfo) -> Layout | None:
+            return next((layout for glob, layout in table if fnmatch.fnmatchcase(call.key, glob)), None)
+
+        return find
+
+    def fingerprint(self) -> dict[str, str]:
+        """What must be equal on all ranks, as readable text. Functions are compared by name."""
+        layouts = self.layouts
+        if isinstance(layouts, Mapping):
+            shown = repr(sorted((glob, repr(layout)) for glob, layout in layouts.items()))
+        else:
+            shown = describe_policy(layouts) if layouts is not None else "None"  # type: ignore[arg-type]
+        from compactdist import __version__
+
+        return {
+            "compactdist": __version__,
+            "frame version": str(VERSION),
+            "torch": ".".join(torch.__version__.split("+")[0].split(".")[:2]),
+            "codec": repr(self._codec),
+            "policy": describe_policy(self._policy),
+            "layouts": shown,
+            "streams": repr(self._stream),
+            "local": self.local,
+            "min_numel": str(self.min_numel),
+        }
+
+
+def _whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{name} must be an integer >= 0, got {value!r}")

@@ -1,0 +1,75 @@
+"""Every error a user of compactdist can meet.
+
+Messages name the call site, the rank and the remedy. All errors derive from :class:`CompactDistError`; those that a
+caller would also expect under a built-in name (``ValueError``, ``RuntimeError``) derive from that as well.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BadOutputError",
+    "ClosedGroupError",
+    "CodecConfigError",
+    "CompactDistError",
+    "ConfigError",
+    "ConfigMismatchError",
+    "FrameError",
+    "LayoutError",
+    "NonFiniteError",
+    "NotInitializedError",
+    "PayloadError",
+    "UnknownCodecError",
+    "WrapTimeoutError",
+]
+
+
+class CompactDistError(Exception):
+    """Base of all errors raised by compactdist."""
+
+
+class ConfigError(CompactDistError, ValueError):
+    """A configuration value is impossible (negative warm-up, unknown option, contradicting options)."""
+
+
+class UnknownCodecError(CompactDistError, ValueError):
+    """No codec is registered under this id."""
+
+
+class CodecConfigError(CompactDistError, ValueError):
+    """A codec cannot be built from this configuration, or cannot take this input."""
+
+
+class PayloadError(CompactDistError, ValueError):
+    """A payload has the wrong length or dtype for the shape it is decoded to."""
+
+
+class LayoutError(CompactDistError, ValueError):
+    """A layout hint does not describe a buffer of this size."""
+
+
+class NonFiniteError(CompactDistError, ValueError):
+    """A tensor to be compressed holds NaN or Inf."""
+
+
+class FrameError(CompactDistError, RuntimeError):
+    """A received frame is not the one this call site expects; nothing of it was applied."""
+
+
+class BadOutputError(CompactDistError, ValueError):
+    """An output tensor has the wrong number of elements or dtype for this call."""
+
+
+class ClosedGroupError(CompactDistError, RuntimeError):
+    """The wrapped group was closed (or destroyed) before this call."""
+
+
+class NotInitializedError(CompactDistError, RuntimeError):
+    """``wrap`` was called before ``torch.distributed.init_process_group``."""
+
+
+class ConfigMismatchError(CompactDistError, RuntimeError):
+    """The ranks of a group asked for different configurations, versions or wrapping orders."""
+
+
+class WrapTimeoutError(CompactDistError, TimeoutError):
+    """Some ranks did not call ``wrap`` for this group in time."""

@@ -1,0 +1,89 @@
+"""State memory and traffic of a configuration, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from compactdist.config import Options
+from compactdist.errors import ConfigError
+from compactdist.policy import COMPRESSED_OPS
+from compactdist.state import state_nbytes
+from compactdist.state.stream import StreamState
+
+__all__ = ["Estimate", "estimate"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one rank will hold and send. Bytes; per step unless said otherwise.
+
+    Attributes:
+        state_bytes: history tensors of all sites together.
+        raw_bytes: uncompressed traffic.
+        keyframe_bytes: traffic of a step of keyframes.
+        wire_bytes: traffic of a compressed step, headers and scales included (in the layout without a hint).
+        request_ratio: raw over wire for ``steps`` steps with their warm-up; ``None`` if no number of steps was given.
+    """
+
+    state_bytes: int
+    raw_bytes: int
+    keyframe_bytes: int
+    wire_bytes: int
+    request_ratio: float | None
+
+    @property
+    def ratio(self) -> float:
+        """Raw over wire bytes of a compressed step."""
+        return self.raw_bytes / self.wire_bytes if self.wire_bytes else 1.0
+
+
+def estimate(
+    options: Options,
+    world_size: int,
+    numel: int,
+    *,
+    op: str = "all_gather",
+    dtype: torch.dtype = torch.bfloat16,
+    sites: int = 1,
+    steps: int | None = None,
+) -> Estimate:
+    """Estimate for ``sites`` equal call sites.
+
+    Args:
+        options: the group's options.
+        world_size: ranks of the group.
+        numel: elements of one message: the input of an all-gather, one chunk of an all-to-all, the tensor of a send.
+        op: one of ``all_gather``, ``all_to_all``, ``send``, ``broadcast`` (as the root).
+        dtype: of the tensors.
+        sites: call sites per step (layers x calls per layer x branches).
+        steps: steps of a request, for ``request_ratio``.
+
+    Raises:
+        ConfigError: an unknown op or a number below 1.
+    """
+    if op not in COMPRESSED_OPS:
+        raise ConfigError(f"op is one of {', '.join(COMPRESSED_OPS)}, got {op!r}")
+    if min(world_size, numel, sites) < 1 or (steps is not None and steps < 1):
+        raise ConfigError("world_size, numel, sites and steps must be at least 1")
+    links = 1 if op == "send" else world_size - 1
+    one = state_nbytes(options.stream, numel, dtype, sender=True)
+    other = state_nbytes(options.stream, numel, dtype, sender=False)
+    held = {
+        "all_gather": one + links * other,
+        "all_to_all": links * (one + other),
+        "send": one,
+        "broadcast": one,
+    }[op]
+    stream = StreamState(options.stream, 0, "estimate")
+    codec = options.default_codec
+    residual = links * sites * stream.frame_nbytes(codec, numel, dtype, keyframe=False)
+    key = links * sites * stream.frame_nbytes(codec, numel, dtype, keyframe=True)
+    raw = links * sites * numel * dtype.itemsize
+    ratio = None
+    if steps is not None:
+        keys = min(steps, max(1, options.stream.warmup_steps))
+        sent = keys * key + (steps - keys) * residual
+        ratio = steps * raw / sent if sent else 1.0
+    return Estimate(sites * held, raw, key, residual, ratio)

@@ -1,0 +1,1 @@
+"""One file per communication pattern: how frames of a call travel on the inner group."""

@@ -1,0 +1,201 @@
+"""All-to-all: an encoder and a decoder per peer. Every directed chunk decides for itself, by number of elements and dtype,
+whether it is compressed, so uneven splits need no agreement beyond what each pair of ranks knows. One's own chunk is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactdist import _torch
+from compactdist.codecs import Codec
+from compactdist.errors import NonFiniteError
+from compactdist.exchange.context import Call, Context, write
+from compactdist.state import Staged, StreamEncoder, state_nbytes
+from compactdist.state.store import Site
+from compactdist.stats import PassReason
+from compactdist.wire import from_raw, raw_nbytes, raw_payload
+from compactdist.work import Job, drain
+
+__all__ = ["all_to_all"]
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    peer: int
+    payload: Tensor
+    encoder: StreamEncoder | None = None
+    staged: Staged | None = None
+    hint: Any = None
+    codec: Codec | None = None
+
+
+@dataclass(slots=True)
+class _Incoming:
+    peer: int
+    nbytes: int
+    codec: Codec | None
+
+
+def all_to_all(
+    ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any
+) -> Job | None:
+    """Exchange one chunk with every rank.
+
+    Args:
+        outputs, inputs: one chunk per rank, any shapes; ``inputs[me]`` goes to ``outputs[me]`` unchanged.
+        opts: the caller's AllToAllOptions or ``None``.
+
+    Returns:
+        The job, or ``None`` if no chunk of any rank is compressed and the caller should pass the call through. With
+        uneven chunks another rank may see it differently, so then chunks always travel this way.
+    """
+    me = ctx.rank
+    dtype = call.dtype
+    site = ctx.store.site(call.key.name)
+    drain(site)
+    peers = [rank for rank in range(ctx.size) if rank != me]
+    even = len({t.numel() for t in (*inputs, *outputs)}) == 1
+    pick = {n: ctx.choose(call, n) for n in {t.numel() for t in (*inputs, *outputs)}}
+
+    def codec_for(peer: int, numel: int) -> Codec | None:
+        chosen = pick[numel]
+        return None if isinstance(chosen, str) or peer in site.refused else chosen
+
+    raw_total = sum(inputs[p].numel() for p in peers) * dtype.itemsize
+    if even and all(codec_for(p, inputs[p].numel()) is None for p in peers):
+        chosen = pick[inputs[me].numel()]
+        ctx.stats.passed(
+            call.op, chosen if isinstance(chosen, str) else PassReason.BUDGET, raw_total, call.key.name
+        )
+        return None
+    failure: NonFiniteError | None = None
+    epoch = call.key.epoch
+    sending: list[_Outgoing] = []
+    receiving: list[_Incoming] = []
+    refusing: set[int] = set()
+    any_residual = compressed = False
+    with ctx.lock:
+        for peer in peers:
+            out_codec = codec_for(peer, inputs[peer].numel())
+            in_codec = codec_for(peer, outputs[peer].numel())
+            need = _pair_need(ctx, inputs[peer], out_codec) + _pair_need(ctx, outputs[peer], in_codec, sender=False)
+            what = (inputs[peer].numel(), outputs[peer].numel(), dtype)
+            fits = need == 0 or ctx.store.reserve(site, peer, what, need)
+            # only a keyframe can say that no history will be kept
+            if not fits and out_codec and site.encoder(peer).is_fresh(inputs[peer].numel(), dtype):
+                refusing.add(peer)
+            if out_codec is None:
+                sending.append(_Outgoing(peer, raw_payload(inputs[peer])))
+            else:
+                outgoing, error = _encode(ctx, call, site, peer, inputs[peer], out_codec, peer in refusing)
+                failure = failure or error
+                any_residual |= not (outgoing.staged and outgoing.staged.header.is_key)
+                compressed = True
+                sending.append(outgoing)
+            receiving.append(_expect(ctx, call, site, peer, outputs[peer], in_codec))
+        empty = torch.empty(0, dtype=torch.uint8, device=inputs[me].device)
+        send_sizes, recv_sizes = [0] * ctx.size, [0] * ctx.size
+        for o in sending:
+            send_sizes[o.peer] = o.payload.numel()
+        for i in receiving:
+            recv_sizes[i.peer] = i.nbytes
+        wire = torch.cat([empty, *(o.payload for o in sending)])
+        arrived = torch.empty(sum(recv_sizes), dtype=torch.uint8, device=inputs[me].device)
+        inner = _torch.all_to_all_single(ctx.inner, arrived, wire, recv_sizes, send_sizes, opts)
+        for o in sending:
+            if o.encoder is not None and o.staged is not None:
+                o.encoder.commit(o.staged, o.hint)
+    name = call.key.name
+    if compressed:
+        shown = next(o.codec for o in sending if o.codec is not None)
+        numel = sum(inputs[p].numel() for p in peers)
+        ctx.stats.sent(
+            name, call.op, shown.codec_id, raw=raw_total, wire=wire.numel(), keyframe=not any_residual, numel=numel
+        )
+        for o in sending:
+            if o.staged is not None and o.encoder is not None:
+                ctx.sample_error(call, o.encoder.sequence, inputs[o.peer], o.staged.value)
+    else:
+        ctx.stats.passed(call.op, PassReason.SMALL, raw_total, name)
+    write(outputs[me], inputs[me].detach().reshape(-1))
+
+    def finish(may_write: bool) -> None:
+        error: Exception | None = failure
+        refused = set(refusing)
+        start = 0
+        for part in receiving:
+            data = arrived[start : start + part.nbytes]
+            start += part.nbytes
+            target = outputs[part.peer]
+            if part.codec is None:
+                if may_write and target.numel():
+                    write(target, from_raw(data, target.numel(), dtype))
+                continue
+            decoder = site.decoder(part.peer)
+            try:
+                value = decoder.decode(
+                    data,
+                    part.codec,
+                    target.numel(),
+                    dtype,
+                    epoch=epoch,
+                    hint=ctx.hint(call, target.numel()),
+                    refuse_state=part.peer in refusing,
+                )
+            except Exception as e:
+                error = error or e
+                continue
+            if decoder.refused:
+                refused.add(part.peer)
+            if may_write:
+                write(target, value)
+        for peer in refused:
+            ctx.store.refuse(site, peer)
+        if error is not None:
+            raise error
+
+    return Job(inner, finish, site, (wire, arrived))
+
+
+def _pair_need(ctx: Context, chunk: Tensor, codec: Codec | None, *, sender: bool = True) -> int:
+    return 0 if codec is None else state_nbytes(ctx.config, chunk.numel(), chunk.dtype, sender=sender)
+
+
+def _encode(
+    ctx: Context, call: Call, site: Site, peer: int, chunk: Tensor, codec: Codec, refuse: bool
+) -> tuple[_Outgoing, NonFiniteError | None]:
+    encoder = site.encoder(peer)
+    numel, dtype = chunk.numel(), chunk.dtype
+    hint = ctx.hint(call, numel)
+    keyframe = codec.lossless or ctx.in_warmup(call) or encoder.is_fresh(numel, dtype)
+    size = encoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe)
+    failure = None
+    try:
+        staged = encoder.stage(
+            chunk,
+            codec,
+            keyframe=keyframe,
+            epoch=call.key.epoch,
+            hint=hint,
+            frame_nbytes=size,
+            refuse_state=refuse,
+            want_value=bool(ctx.sample_every),
+        )
+    except NonFiniteError as error:
+        failure = error
+        staged = encoder.stage_nonfinite(chunk, codec, epoch=call.key.epoch, frame_nbytes=size)
+    return _Outgoing(peer, staged.frame, encoder, staged, hint, codec), failure
+
+
+def _expect(ctx: Context, call: Call, site: Site, peer: int, chunk: Tensor, codec: Codec | None) -> _Incoming:
+    numel, dtype = chunk.numel(), chunk.dtype
+    if codec is None:
+        return _Incoming(peer, raw_nbytes(numel, dtype), None)
+    decoder = site.decoder(peer)
+    keyframe = codec.lossless or ctx.in_warmup(call) or decoder.is_fresh(numel, dtype)
+    return _Incoming(peer, decoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe), codec)

@@ -1,0 +1,169 @@
+"""What every exchange needs to know of its group, and the decision whether a call is compressed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactdist import _torch, codecs
+from compactdist.codecs import Codec
+from compactdist.errors import BadOutputError, ConfigError, LayoutError
+from compactdist.keys import CallKey, KeyBook
+from compactdist.policy import PASS, CallInfo, Policy
+from compactdist.state import COMPRESSIBLE_DTYPES, Arrangement, Layout, StateStore, StreamConfig
+from compactdist.stats import GroupStats, PassReason
+from compactdist.work import Outbox
+
+__all__ = ["Call", "Context", "write"]
+
+LayoutHints = Callable[[CallInfo], "Layout | None"]
+
+
+@dataclass(slots=True)
+class Call:
+    """A call that has its key: what the exchange works from.
+
+    Attributes:
+        key: identity, step and epoch, fixed at issue.
+        op: name in the policy's terms.
+        dtype: of the tensors.
+    """
+
+    key: CallKey
+    op: str
+    dtype: torch.dtype
+
+
+@dataclass
+class Context:
+    """One wrapped group as its exchanges see it.
+
+    Attributes:
+        inner: the group frames travel on.
+        rank, size: in the group.
+        label: names group and rank in messages.
+        codec: used where the policy names none.
+        policy, layouts: functions of :class:`CallInfo`; ``None`` for none.
+        min_numel: smaller messages pass through.
+        exact_local: all-gather leaves one's own chunk exact.
+        sample_every: measure the reconstruction error of every n-th call of a site; 0 never.
+        lock: held while a call is encoded and handed to the inner group.
+    """
+
+    inner: Any
+    rank: int
+    size: int
+    label: str
+    config: StreamConfig
+    codec: Codec
+    policy: Policy | None
+    layouts: LayoutHints | None
+    min_numel: int
+    exact_local: bool
+    sample_every: int
+    store: StateStore
+    keys: KeyBook
+    stats: GroupStats
+    lock: threading.RLock
+    outbox: Outbox
+    future_pool: Callable[[], ThreadPoolExecutor]
+
+    def refusal(self, op: str, tensor: Tensor, *, look_at_grad: bool = True) -> str | None:
+        """Why no call of this kind can be compressed, whatever its size; ``None`` if it can. Takes no ordinal."""
+        if self.size == 1:
+            return PassReason.WORLD_SIZE
+        if tensor.dtype not in COMPRESSIBLE_DTYPES:
+            return PassReason.DTYPE
+        if not self.keys.active():
+            return PassReason.NO_STEP
+        if look_at_grad and self.under_autograd(tensor):
+            return PassReason.AUTOGRAD
+        return None
+
+    @staticmethod
+    def under_autograd(tensor: Tensor) -> bool:
+        """Whether the tensor is part of a differentiable computation now."""
+        return (tensor.requires_grad and torch.is_grad_enabled()) or _torch.in_backward()
+
+    def choose(self, call: Call, numel: int) -> Codec | str:
+        """The codec for one directed message of a call, or the reason it passes through.
+
+        Raises:
+            ConfigError: the policy function returned something that is no codec.
+        """
+        if numel < self.min_numel or numel == 0:
+            return PassReason.SMALL
+        if self.policy is None:
+            return self.codec
+        chosen = self.policy(self.info(call, numel))
+        if chosen is None:
+            return self.codec
+        if isinstance(chosen, Codec):
+            return chosen
+        if chosen == PASS:
+            return PassReason.POLICY
+        if isinstance(chosen, str | dict):
+            return codecs.get(chosen)
+        raise ConfigError(
+            f"{self.label}, site '{call.key.name}': the policy returned {chosen!r}; it must return a codec, 'pass' or None"
+        )
+
+    def hint(self, call: Call, numel: int) -> Arrangement | None:
+        """The arrangement a layout hint gives for one directed message.
+
+        Raises:
+            LayoutError: the hint does not fit the message.
+        """
+        if self.layouts is None:
+            return None
+        layout = self.layouts(self.info(call, numel))
+        if layout is None:
+            return None
+        try:
+            return layout.resolve(numel)
+        except LayoutError as error:
+            raise LayoutError(f"{self.label}, site '{call.key.name}' ({call.op}): {error}") from None
+
+    @staticmethod
+    def info(call: Call, numel: int) -> CallInfo:
+        """The policy's view of a message."""
+        return CallInfo(call.key.name, call.op, call.dtype, numel, call.key.step)
+
+    def in_warmup(self, call: Call) -> bool:
+        """Whether every frame of this step is a keyframe."""
+        return call.key.step < self.config.warmup_steps
+
+    def check_outputs(self, op: str, outputs: list[Tensor], numels: list[int], dtype: torch.dtype) -> None:
+        """Refuse outputs that cannot hold what will arrive.
+
+        Raises:
+            BadOutputError: wrong number, sizes or dtype; nothing was sent.
+        """
+        if len(outputs) != len(numels):
+            raise BadOutputError(f"{self.label}, {op}: {len(outputs)} outputs given for {len(numels)} ranks")
+        for rank, (output, numel) in enumerate(zip(outputs, numels, strict=True)):
+            if output.numel() != numel or output.dtype != dtype:
+                raise BadOutputError(
+                    f"{self.label}, {op}: the output for rank {rank} holds {output.numel()} x {output.dtype}, "
+                    f"but {numel} x {dtype} will arrive; nothing was sent"
+                )
+
+    def sample_error(self, call: Call, calls: int, x: Tensor, value: Tensor | None) -> None:
+        """Measure how far the reconstruction is from the tensor, on every ``sample_every``-th call of a site."""
+        if not self.sample_every or value is None or calls % self.sample_every:
+            return
+        flat = x.detach().reshape(-1).double()
+        error = float((value.double() - flat).square().sum())
+        self.stats.error(call.key.name, call.op, error, float(flat.square().sum()))
+
+
+def write(target: Tensor, flat: Tensor) -> None:
+    """Copy flat values into a user's tensor of any shape and strides, inference tensors included."""
+    with torch.inference_mode():
+        target.detach().copy_(flat.view(target.shape))

@@ -1,0 +1,156 @@
+"""Send and receive: one stream per directed pair, tag and ordinal.
+
+The sender's frame says what it is, so a receiver follows it: on the CPU a receive is posted at the upper bound of the
+frame's size (gloo takes a shorter message, and kills the process on a longer one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactdist.codecs import Codec
+from compactdist.errors import NonFiniteError
+from compactdist.exchange.context import Call, Context, write
+from compactdist.state import Arrangement, blocks, state_nbytes
+from compactdist.stats import PassReason
+from compactdist.wire import HEADER_NBYTES, MAGIC, from_raw, raw_nbytes
+from compactdist.work import Job, drain
+
+__all__ = ["receive", "send", "stream_name"]
+
+
+def stream_name(source: int, target: int, tag: int) -> str:
+    """The part of a key that both ends of a directed pair share."""
+    return f"send/{source}>{target}/t{tag}"
+
+
+def send(ctx: Context, call: Call, codec: Codec, x: Tensor, peer: int, tag: int) -> Job:
+    """Send ``x`` to group rank ``peer``; the frame is complete when this returns.
+
+    A differentiable tensor, or one for which there is no state budget, travels as it is in a frame that touches no
+    history: the receiver cannot foresee either.
+    """
+    numel, dtype = x.numel(), x.dtype
+    site = ctx.store.site(call.key.name)
+    hint, epoch = ctx.hint(call, numel), call.key.epoch
+    failure: NonFiniteError | None = None
+    passed: str | None = None
+    with ctx.lock:
+        encoder = site.encoder(peer)
+        keyframe = codec.lossless or ctx.in_warmup(call) or encoder.is_fresh(numel, dtype)
+        if ctx.under_autograd(x):
+            passed = PassReason.AUTOGRAD
+        elif keyframe and not ctx.store.reserve(
+            site, peer, (numel, dtype), state_nbytes(ctx.config, numel, dtype, sender=True)
+        ):
+            passed = PassReason.BUDGET
+        if passed is not None:
+            staged = encoder.stage_stateless(x, codec, epoch=epoch)
+        else:
+            try:
+                staged = encoder.stage(
+                    x, codec, keyframe=keyframe, epoch=epoch, hint=hint, want_value=bool(ctx.sample_every)
+                )
+            except NonFiniteError as error:
+                failure = error
+                size = encoder.frame_nbytes(codec, numel, dtype, keyframe=False)
+                staged = encoder.stage_nonfinite(x, codec, epoch=epoch, frame_nbytes=size)
+        inner = ctx.inner.send([staged.frame], peer, tag)
+        encoder.commit(staged, hint)
+    raw, wire = numel * x.element_size(), staged.frame.numel()
+    if passed is not None:
+        ctx.stats.passed(call.op, passed, wire, call.key.name)
+    else:
+        ctx.stats.sent(call.key.name, call.op, codec.codec_id, raw=raw, wire=wire, keyframe=keyframe, numel=numel)
+        if failure is None:
+            ctx.sample_error(call, encoder.sequence, x, staged.value)
+
+    def finish(may_write: bool) -> None:
+        if failure is not None:
+            raise failure
+
+    job = Job(inner, finish, None, (staged.frame,))
+    ctx.outbox.add(peer, job)
+    return job
+
+
+def frame_bound(codec: Codec, numel: int, dtype: torch.dtype, hint: Arrangement | None) -> int:
+    """The most bytes a frame of this message can have: raw, or scales gone wild in an odd arrangement."""
+    shapes = [blocks(numel).shape] + ([hint.shape] if hint is not None else [])
+    coded = max(codec.payload_nbytes(shape, torch.float32) for shape in shapes)
+    return HEADER_NBYTES + max(raw_nbytes(numel, dtype), coded + numel // 8 + 64)
+
+
+def receive(
+    ctx: Context,
+    call: Call | Callable[[int], Call],
+    codec_of: Callable[[Call], Codec],
+    x: Tensor,
+    peer: int | None,
+    tag: int,
+) -> Job:
+    """Receive into ``x``.
+
+    Args:
+        call: the call, or for any source a function from the sender's group rank to the call.
+        codec_of: the codec the policy chooses for a call.
+        x: output tensor.
+        peer: group rank of the sender, ``None`` for any source.
+    """
+    numel, dtype = x.numel(), x.dtype
+
+    if isinstance(call, Call):
+        assert peer is not None
+        codec = codec_of(call)
+        site = ctx.store.site(call.key.name)
+        hint = ctx.hint(call, numel)
+        if x.device.type == "cpu":
+            size = frame_bound(codec, numel, dtype, hint)
+        else:
+            drain(site)
+            decoder = site.decoder(peer)
+            keyframe = codec.lossless or ctx.in_warmup(call) or decoder.is_fresh(numel, dtype)
+            size = decoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe)
+        frame = torch.empty(size, dtype=torch.uint8, device=x.device)
+        with ctx.lock:
+            known_inner = ctx.inner.recv([frame], peer, tag)
+        source, known_call = peer, call
+
+        def finish(may_write: bool) -> None:
+            decoder = site.decoder(source)
+            value = decoder.decode(frame, codec, numel, dtype, epoch=known_call.key.epoch, hint=hint)
+            if may_write:
+                write(x, value)
+
+        return Job(known_inner, finish, site, (frame,))
+
+    call_from = call
+    frame = torch.empty(HEADER_NBYTES + raw_nbytes(numel, dtype) + numel + 4096, dtype=torch.uint8, device=x.device)
+    inner: Any = ctx.inner.recv_anysource([frame], tag)
+
+    def finish_any(may_write: bool) -> None:
+        source = int(inner._source_rank())
+        if bytes(frame[:4].cpu().numpy()) != MAGIC:  # the sender let this one pass through
+            ctx.stats.passed("recv", PassReason.PEER, 0)
+            if may_write:
+                write(x, from_raw(frame, numel, dtype))
+            return
+        actual = call_from(source)
+        site = ctx.store.site(actual.key.name)
+        drain(site)
+        value = site.decoder(source).decode(
+            frame,
+            codec_of(actual),
+            numel,
+            dtype,
+            epoch=actual.key.epoch,
+            hint=ctx.hint(actual, numel),
+        )
+        if may_write:
+            write(x, value)
+
+    return Job(inner, finish_any, None, (frame,))

@@ -1,0 +1,145 @@
+"""Which call is compressed, and with what.
+
+A policy is a function of facts that both ends of a call share: key, operation, dtype, number of elements and step. It
+must not look at data or at the rank. :class:`Rules` covers most needs; any callable of the same signature will do.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compactdist import codecs
+from compactdist.codecs import Codec
+from compactdist.errors import ConfigError
+
+__all__ = ["COMPRESSED_OPS", "PASS", "CallInfo", "Policy", "Rule", "Rules", "describe_policy"]
+
+PASS = "pass"
+"""A rule or a policy function returns this to let a call pass through."""
+
+COMPRESSED_OPS = ("all_gather", "all_to_all", "send", "broadcast")
+"""Operations a policy is asked about. A receive is asked about as the ``send`` it belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallInfo:
+    """What a policy may look at.
+
+    Attributes:
+        key: call site, e.g. ``"cond/blocks.3.attn/all_gather#0"``.
+        op: ``"all_gather"``, ``"all_to_all"``, ``"send"`` or ``"broadcast"``.
+        dtype: the tensor's dtype.
+        numel: elements of one directed message: the input of an all-gather, one chunk of an all-to-all.
+        step: the group's step since the last reset, from 0.
+    """
+
+    key: str
+    op: str
+    dtype: torch.dtype
+    numel: int
+    step: int
+
+
+CodecLike = str | dict[str, Any] | Codec
+Policy = Callable[[CallInfo], "CodecLike | None"]
+"""Returns a codec, ``"pass"`` to let the call pass through, or ``None`` for the group's own codec."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a policy: conditions that must all hold, and what to do then.
+
+    Attributes:
+        codec: a codec, or ``"pass"``.
+        key: glob over the key (``*`` crosses slashes), e.g. ``"*attn*"``.
+        op: one of :data:`COMPRESSED_OPS`; ``None`` for any.
+        dtype: ``None`` for any.
+        min_numel, max_numel: inclusive bounds on elements.
+        first_step, last_step: inclusive bounds on the step since reset.
+
+    Raises:
+        ConfigError: an impossible condition. UnknownCodecError: an unknown codec.
+    """
+
+    codec: CodecLike
+    key: str = "*"
+    op: str | None = None
+    dtype: torch.dtype | None = None
+    min_numel: int = 0
+    max_numel: int | None = None
+    first_step: int = 0
+    last_step: int | None = None
+    _resolved: Codec | None = field(init=False, repr=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.op is not None and self.op not in COMPRESSED_OPS:
+            raise ConfigError(f"a rule's op is one of {', '.join(COMPRESSED_OPS)}, got {self.op!r}")
+        if self.max_numel is not None and self.max_numel < self.min_numel:
+            raise ConfigError(f"rule matches nothing: max_numel {self.max_numel} < min_numel {self.min_numel}")
+        if self.last_step is not None and self.last_step < self.first_step:
+            raise ConfigError(f"rule matches nothing: last_step {self.last_step} < first_step {self.first_step}")
+        if self.codec != PASS:
+            object.__setattr__(self, "_resolved", codecs.get(self.codec))
+
+    def matches(self, call: CallInfo) -> bool:
+        """Whether all conditions hold."""
+        return (
+            (self.op is None or self.op == call.op)
+            and (self.dtype is None or self.dtype == call.dtype)
+            and call.numel >= self.min_numel
+            and (self.max_numel is None or call.numel <= self.max_numel)
+            and call.step >= self.first_step
+            and (self.last_step is None or call.step <= self.last_step)
+            and (self.key == "*" or fnmatch.fnmatchcase(call.key, self.key))
+        )
+
+    @property
+    def result(self) -> CodecLike:
+        """The codec this rule chooses, or ``"pass"``."""
+        return PASS if self._resolved is None else self._resolved
+
+
+class Rules:
+    """The first matching rule decides; without one the group's own codec does.
+
+    >>> policy = Rules(Rule("pass", key="*norm*"), Rule("int8", last_step=3))
+    """
+
+    def __init__(self, *rules: Rule) -> None:
+        self.rules = rules
+
+    def __call__(self, call: CallInfo) -> CodecLike | None:
+        """The first matching rule's codec, or ``None``."""
+        for rule in self.rules:
+            if rule.matches(call):
+                return rule.result
+        return None
+
+    def __repr__(self) -> str:
+        return f"Rules({', '.join(map(repr, self.rules))})"
+
+
+def as_policy(policy: Policy | Sequence[Rule] | Rule | None) -> Policy | None:
+    """Accept a function, a rule, or a sequence of rules.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if policy is None or callable(policy):
+        return policy
+    rules = (policy,) if isinstance(policy, Rule) else tuple(policy)
+    if not all(isinstance(rule, Rule) for rule in rules):
+        raise ConfigError("policy is a function of CallInfo, a Rule, or a sequence of Rules")
+    return Rules(*rules)
+
+
+def describe_policy(policy: Policy | None) -> str:
+    """A text that is equal on two ranks when their policies are, as far as text can tell (functions by name)."""
+    if policy is None or isinstance(policy, Rules):
+        return repr(policy)
+    return f"{getattr(policy, '__module__', '?')}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"

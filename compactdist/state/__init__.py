@@ -1,0 +1,27 @@
+"""The residual loop: what both ends of a stream remember, and how they stay equal. Nothing distributed is imported here."""
+
+from compactdist.state.decoder import ResidualDecoder, StreamDecoder
+from compactdist.state.encoder import ResidualEncoder, Staged, StreamEncoder
+from compactdist.state.layout import Arrangement, Layout, blocks, plain
+from compactdist.state.predictor import History
+from compactdist.state.store import Site, StateStore
+from compactdist.state.stream import COMPRESSIBLE_DTYPES, StreamConfig, StreamState, state_nbytes
+
+__all__ = [
+    "COMPRESSIBLE_DTYPES",
+    "Arrangement",
+    "History",
+    "Layout",
+    "ResidualDecoder",
+    "ResidualEncoder",
+    "Site",
+    "Staged",
+    "StateStore",
+    "StreamConfig",
+    "StreamDecoder",
+    "StreamEncoder",
+    "StreamState",
+    "blocks",
+    "plain",
+    "state_nbytes",
+]

@@ -1,0 +1,207 @@
+"""The receiving end of a stream: check the frame, decode, and keep the reconstruction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactdist import codecs
+from compactdist.codecs import Codec
+from compactdist.errors import FrameError, NonFiniteError
+from compactdist.state.layout import Arrangement, Layout, blocks
+from compactdist.state.stream import StreamConfig, StreamState
+from compactdist.wire import KEY, NO_STATE, NONFINITE, STATELESS, Header, from_raw, payload_of, raw_nbytes, unpack
+
+__all__ = ["ResidualDecoder", "StreamDecoder"]
+
+_RESET = "call reset() on all ranks to start again from keyframes"
+
+
+class StreamDecoder(StreamState):
+    """Decoder of one directed stream inside a group."""
+
+    __slots__ = ("refused",)
+
+    def __init__(self, config: StreamConfig, key: int, where: str) -> None:
+        super().__init__(config, key, where)
+        self.refused = False
+
+    @torch.no_grad()
+    def decode(
+        self,
+        frame: Tensor,
+        codec: Codec,
+        numel: int,
+        dtype: torch.dtype,
+        *,
+        epoch: int = 0,
+        hint: Arrangement | None = None,
+        refuse_state: bool = False,
+    ) -> Tensor:
+        """Check a frame against what this stream expects, decode it and move the state on.
+
+        Args:
+            frame: 1-D uint8; may be longer than the frame in it.
+            codec, numel, dtype, epoch, hint: what this end knows of the call.
+            refuse_state: this end keeps no history for the site.
+
+        Returns:
+            Flat ``[numel]`` tensor of ``dtype``; it may share memory with ``frame`` or the history: copy it out.
+
+        Raises:
+            FrameError: the frame is not the expected one; nothing was applied.
+            NonFiniteError: the sender's tensor held NaN or Inf; the stream restarts with a keyframe.
+        """
+        header = unpack(frame, self.where)
+        self._check(header, codec, numel, dtype, epoch, hint)
+        payload = payload_of(frame, header)
+        if header.flags & STATELESS:
+            return from_raw(payload, numel, dtype)
+        if header.flags & KEY:
+            return self._take_key(header, payload, numel, dtype, hint, refuse_state)
+        if header.flags & NONFINITE:
+            self.drop()
+            self.sequence = 0
+            raise NonFiniteError(
+                f"{self.where}: the sender's tensor held NaN or Inf, which a residual cannot carry; no output was "
+                "written and this stream restarts with a keyframe. Find the source of the NaN, or let the site pass through"
+            )
+        arrangement = self.arrangement
+        assert arrangement is not None
+        decoded = arrangement.to_flat(codec.decode(payload, arrangement.shape, torch.float32))
+        value = self.history.reconstruct(decoded, dtype)
+        self.history.advance(value)
+        self.sequence += 1
+        self.follow(header.next_groups, header.next_channels)
+        return value
+
+    def _take_key(
+        self,
+        header: Header,
+        payload: Tensor,
+        numel: int,
+        dtype: torch.dtype,
+        hint: Arrangement | None,
+        refuse_state: bool,
+    ) -> Tensor:
+        value = from_raw(payload, numel, dtype)
+        self.refused = bool(header.flags & NO_STATE)
+        if header.flags & (NONFINITE | NO_STATE) or refuse_state:
+            self.drop()
+            self.sequence = 0
+            return value
+        if self.is_fresh(numel, dtype):
+            self.sequence = 0
+        self.start(numel, dtype, hint)
+        self.sequence += 1
+        if self.config.order > 0:
+            self.history.advance(value.clone())
+        return value
+
+    def _check(
+        self,
+        header: Header,
+        codec: Codec,
+        numel: int,
+        dtype: torch.dtype,
+        epoch: int,
+        hint: Arrangement | None,
+    ) -> None:
+        def wrong(what: str, got: object, expected: object, remedy: str = _RESET) -> FrameError:
+            return FrameError(
+                f"{self.where}: wrong {what}: the frame says {got}, expected {expected}. Nothing was applied; {remedy}. "
+                f"The frame: {header.describe()}"
+            )
+
+        same_config = "wrap the group with the same configuration on every rank"
+        if header.key != self.key:
+            same_order = "make the calls of a step in the same order on both ends, or name them with key(); then " + _RESET
+            raise wrong("key", f"{header.key:016x}", f"{self.key:016x}", same_order)
+        if header.epoch != epoch:
+            raise wrong("epoch", header.epoch, epoch)
+        if (header.numel, header.dtype) != (numel, dtype):
+            same_tensor = "send and receive tensors of the same size and dtype"
+            raise wrong("size", f"{header.numel} x {header.dtype}", f"{numel} x {dtype}", same_tensor)
+        if header.codec != codec.fingerprint():
+            raise wrong("codec", f"{header.codec:08x}", f"{codec.fingerprint():08x} ({codec!r})", same_config)
+        if header.flags & STATELESS:
+            size = raw_nbytes(numel, dtype)
+        elif header.flags & KEY:
+            due = 0 if self.is_fresh(numel, dtype) else self.sequence
+            if header.sequence != due:
+                raise wrong("sequence", header.sequence, due)
+            size = raw_nbytes(numel, dtype)
+        elif header.flags & NONFINITE:
+            size = 0
+        else:
+            if self.is_fresh(numel, dtype):
+                raise wrong("kind", "a residual", "a keyframe, for this end holds no history")
+            if header.sequence != self.sequence:
+                raise wrong("sequence", header.sequence, self.sequence)
+            arrangement = self.arrangement or hint or blocks(numel)
+            got = (header.groups, header.rows, header.channels, header.layout)
+            expected = (*arrangement.shape, arrangement.hint)
+            if got != expected:
+                raise wrong("layout", got, expected, same_config)
+            size = codec.payload_nbytes(arrangement.shape, torch.float32)
+        if header.payload_nbytes != size:
+            raise wrong("payload size", header.payload_nbytes, size, same_config)
+
+
+class ResidualDecoder:
+    """Decode what a :class:`~compactdist.state.ResidualEncoder` of the same configuration encoded, in the same order.
+
+    Args:
+        codec, order, damping, error_feedback, warmup_steps, find_layout, layout: as given to the encoder.
+    """
+
+    def __init__(
+        self,
+        codec: str | dict[str, Any] | Codec = "int2",
+        *,
+        order: int = 1,
+        damping: float = 0.5,
+        error_feedback: bool | None = None,
+        warmup_steps: int = 1,
+        find_layout: bool = True,
+        layout: Layout | None = None,
+    ) -> None:
+        self.codec = codecs.get(codec)
+        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout)
+        self.layout = layout
+        self._stream = StreamDecoder(self.config, 0, "stand-alone stream")
+        self._epoch = 0
+
+    def decode(self, frame: Tensor) -> Tensor:
+        """The value in a frame, in the shape and dtype the encoder was given; yours to keep and to change.
+
+        Raises:
+            FrameError: not the frame that is due here (lost, repeated, reordered, damaged, another configuration);
+                nothing was applied.
+        """
+        header = unpack(frame, self._stream.where)
+        if header.shape is None:
+            raise FrameError(f"{self._stream.where}: the frame carries no shape; it was made for a process group")
+        hint = self.layout.resolve(header.numel) if self.layout is not None else None
+        value = self._stream.decode(
+            frame, self.codec, header.numel, header.dtype, epoch=self._epoch, hint=hint
+        )
+        return value.clone().view(header.shape)
+
+    def reset(self) -> None:
+        """Forget the history and start a new epoch; do the same on the other end."""
+        self._stream.drop()
+        self._stream.sequence = 0
+        self._epoch += 1
+
+    @property
+    def state(self) -> Tensor | None:
+        """The reconstruction held: flat, or ``None``. Do not write to it."""
+        return self._stream.history.base
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of tensors held."""
+        return self._stream.state_bytes

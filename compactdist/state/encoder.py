@@ -1,0 +1,294 @@
+"""The sending end of a stream: residual, payload, frame, and the same state change the receiver will make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactdist import codecs
+from compactdist.codecs import Codec
+from compactdist.errors import CodecConfigError, LayoutError, NonFiniteError
+from compactdist.state.find_layout import find_arrangement
+from compactdist.state.layout import Arrangement, Layout
+from compactdist.state.predictor import History
+from compactdist.state.stream import COMPRESSIBLE_DTYPES, StreamConfig, StreamState
+from compactdist.wire import KEY, NO_STATE, NONFINITE, STATELESS, Header, pack, raw_payload
+
+__all__ = ["ResidualEncoder", "Staged", "StreamEncoder"]
+
+
+@dataclass(slots=True)
+class Staged:
+    """A frame that has been made but not yet committed.
+
+    Attributes:
+        frame: 1-D uint8, header and payload, padded to the agreed size.
+        value: what the receiver will reconstruct, flat, the sender's dtype; ``None`` if not needed.
+        header: the frame's header.
+        exact: the sender's own values, flat; kept by an open-loop sender only.
+        next_arrangement: the arrangement announced for the next frame, or ``None``.
+        searched: this frame's residual was searched for an arrangement.
+    """
+
+    frame: Tensor
+    value: Tensor | None
+    header: Header
+    exact: Tensor | None = None
+    next_arrangement: Arrangement | None = None
+    searched: bool = False
+
+
+class StreamEncoder(StreamState):
+    """Encoder of one directed stream inside a group: stages a frame, and commits once it is on its way."""
+
+    __slots__ = ("_open_loop", "_searched")
+
+    def __init__(self, config: StreamConfig, key: int, where: str) -> None:
+        super().__init__(config, key, where)
+        self._searched = False
+        open_loop = config.order > 0 and not config.closed_loop
+        self._open_loop = History(config.order, config.damping) if open_loop else None
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of tensors held, the true values of an open-loop sender included."""
+        return self.history.state_bytes + (self._open_loop.state_bytes if self._open_loop else 0)
+
+    def drop(self) -> None:
+        """Forget the history: the next frame is a keyframe."""
+        super().drop()
+        self._searched = False
+        if self._open_loop is not None:
+            self._open_loop.clear()
+
+    @torch.no_grad()
+    def stage(
+        self,
+        x: Tensor,
+        codec: Codec,
+        *,
+        keyframe: bool,
+        epoch: int = 0,
+        hint: Arrangement | None = None,
+        frame_nbytes: int | None = None,
+        refuse_state: bool = False,
+        want_value: bool = False,
+        shape: tuple[int, ...] | None = None,
+    ) -> Staged:
+        """Make the next frame without changing any state.
+
+        Args:
+            x: any shape, a compressible dtype (any dtype the frame knows for a lossless codec).
+            codec: how to code a residual.
+            keyframe: send the tensor itself.
+            epoch: resets of the group so far.
+            hint: arrangement to start with, from a layout hint.
+            frame_nbytes: agreed frame size; ``None`` for the natural one.
+            refuse_state: say in the frame that this end keeps no history for the site.
+            want_value: fill ``Staged.value`` even where the stream keeps no history.
+            shape: put this shape into the frame.
+
+        Raises:
+            NonFiniteError: ``x`` holds NaN or Inf and a residual was asked for.
+        """
+        flat = x.detach().reshape(-1)
+        numel, dtype = flat.numel(), flat.dtype
+        header = Header(
+            codec=codec.fingerprint(),
+            key=self.key,
+            epoch=epoch,
+            sequence=0 if self.is_fresh(numel, dtype) else self.sequence,
+            payload_nbytes=0,
+            numel=numel,
+            dtype=dtype,
+            shape=shape,
+        )
+        if keyframe or codec.lossless:
+            return self._stage_key(flat, header, frame_nbytes, refuse_state, want_value)
+        if self.is_fresh(numel, dtype) or self.arrangement is None:
+            raise LayoutError(f"{self.where}: a residual needs a keyframe of the same size and dtype before it")
+        return self._stage_residual(flat, codec, header, frame_nbytes, want_value)
+
+    def _stage_key(
+        self, flat: Tensor, header: Header, frame_nbytes: int | None, refuse_state: bool, want_value: bool
+    ) -> Staged:
+        flags = KEY | (NO_STATE if refuse_state else 0)
+        keeps = self.config.order > 0 and not refuse_state
+        if keeps and not bool(torch.isfinite(flat).all()):
+            flags |= NONFINITE
+            keeps = False
+        payload = raw_payload(flat)
+        header = replace(header, flags=flags, payload_nbytes=payload.numel())
+        value = flat.clone() if keeps else (flat if want_value else None)
+        exact = flat.clone() if keeps and self._open_loop is not None else None
+        return Staged(pack(header, payload, frame_nbytes), value, header, exact)
+
+    def _stage_residual(
+        self, flat: Tensor, codec: Codec, header: Header, frame_nbytes: int | None, want_value: bool
+    ) -> Staged:
+        source = self._open_loop if self._open_loop is not None else self.history
+        arrangement = self.arrangement
+        assert arrangement is not None
+        residual = source.residual(flat)
+        try:
+            payload = codec.encode(arrangement.to_matrix(residual))
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{self.where}: {error}") from None
+        found = None
+        search = self.config.find_layout and not arrangement.hint and not self._searched
+        if search:
+            found = find_arrangement(residual)
+            if found.shape == arrangement.shape:
+                found = None
+        header = replace(
+            header,
+            payload_nbytes=payload.numel(),
+            layout=arrangement.hint,
+            groups=arrangement.groups,
+            rows=arrangement.rows,
+            channels=arrangement.channels,
+            next_groups=found.groups if found else 0,
+            next_channels=found.channels if found else 0,
+        )
+        value = None
+        if self.config.order > 0 or want_value:
+            decoded = arrangement.to_flat(codec.decode(payload, arrangement.shape, torch.float32))
+            value = self.history.reconstruct(decoded, flat.dtype)
+        exact = flat.clone() if self._open_loop is not None else None
+        return Staged(pack(header, payload, frame_nbytes), value, header, exact, found, search)
+
+    @torch.no_grad()
+    def stage_nonfinite(self, x: Tensor, codec: Codec, *, epoch: int, frame_nbytes: int) -> Staged:
+        """A frame of the agreed size that says: the tensor was not finite, forget this stream."""
+        flat = x.detach().reshape(-1)
+        header = Header(
+            codec=codec.fingerprint(),
+            key=self.key,
+            epoch=epoch,
+            sequence=self.sequence,
+            payload_nbytes=0,
+            numel=flat.numel(),
+            dtype=flat.dtype,
+            flags=NONFINITE,
+        )
+        frame = pack(header, torch.empty(0, dtype=torch.uint8, device=flat.device), frame_nbytes)
+        return Staged(frame, None, header)
+
+    @torch.no_grad()
+    def stage_stateless(self, x: Tensor, codec: Codec, *, epoch: int) -> Staged:
+        """A frame that carries the tensor itself and touches no history (a pass-through the receiver cannot foresee)."""
+        payload = raw_payload(x)
+        header = Header(
+            codec=codec.fingerprint(),
+            key=self.key,
+            epoch=epoch,
+            sequence=self.sequence,
+            payload_nbytes=payload.numel(),
+            numel=x.numel(),
+            dtype=x.dtype,
+            flags=STATELESS,
+        )
+        return Staged(pack(header, payload), None, header)
+
+    @torch.no_grad()
+    def commit(self, staged: Staged, hint: Arrangement | None = None) -> None:
+        """Make the state change that the receiver makes when it decodes the frame."""
+        header = staged.header
+        if header.flags & STATELESS:
+            return
+        if header.flags & (NONFINITE | NO_STATE):
+            self.drop()
+            self.sequence = 0
+            return
+        if header.flags & KEY:
+            fresh = self.is_fresh(header.numel, header.dtype)
+            self.start(header.numel, header.dtype, hint)
+            self.sequence = 0 if fresh else self.sequence
+        self.sequence += 1
+        self._searched = self._searched or staged.searched
+        if staged.value is not None:
+            self.history.advance(staged.value)
+        if self._open_loop is not None and staged.exact is not None:
+            self._open_loop.advance(staged.exact)
+        if staged.next_arrangement is not None:
+            self.arrangement = staged.next_arrangement
+
+
+class ResidualEncoder:
+    """Encode successive values of one tensor into frames, without any process group.
+
+    >>> enc, dec = ResidualEncoder("int4"), ResidualDecoder("int4")           # doctest: +SKIP
+    >>> x_hat = dec.decode(enc.encode(x))                                     # doctest: +SKIP
+
+    Args:
+        codec: id, configuration dictionary or :class:`~compactdist.codecs.Codec`.
+        order, damping, error_feedback, warmup_steps, find_layout: see :class:`StreamConfig`. The first
+            ``warmup_steps`` frames, the first of all, and any frame of another size or dtype are keyframes.
+        layout: how to cut the flattened tensor; both ends must be given the same.
+
+    Raises:
+        ConfigError, UnknownCodecError: bad arguments.
+    """
+
+    def __init__(
+        self,
+        codec: str | dict[str, Any] | Codec = "int2",
+        *,
+        order: int = 1,
+        damping: float = 0.5,
+        error_feedback: bool | None = None,
+        warmup_steps: int = 1,
+        find_layout: bool = True,
+        layout: Layout | None = None,
+    ) -> None:
+        self.codec = codecs.get(codec)
+        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout)
+        self.layout = layout
+        self._stream = StreamEncoder(self.config, 0, "stand-alone stream")
+        self._epoch = 0
+        self._frames = 0
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Frame for the next value.
+
+        Args:
+            x: any shape of at most eight dimensions; float32, float16 or bfloat16 (any dtype with codec ``raw``).
+
+        Returns:
+            1-D uint8 frame on ``x``'s device.
+
+        Raises:
+            CodecConfigError: a dtype the codec cannot take.
+            NonFiniteError: NaN or Inf where a residual is due; nothing has changed.
+        """
+        if x.dtype not in COMPRESSIBLE_DTYPES and not self.codec.lossless:
+            raise CodecConfigError(f"codec {self.codec.codec_id} takes float32, float16 or bfloat16, got {x.dtype}")
+        fresh = self._stream.is_fresh(x.numel(), x.dtype)
+        keyframe = fresh or self._frames < self.config.warmup_steps
+        hint = self.layout.resolve(x.numel()) if self.layout is not None else None
+        staged = self._stream.stage(
+            x, self.codec, keyframe=keyframe, epoch=self._epoch, hint=hint, shape=tuple(x.shape)
+        )
+        self._stream.commit(staged, hint)
+        self._frames += 1
+        return staged.frame
+
+    def reset(self) -> None:
+        """Forget the history and start a new epoch; do the same on the other end."""
+        self._stream.drop()
+        self._stream.sequence = 0
+        self._epoch += 1
+        self._frames = 0
+
+    @property
+    def state(self) -> Tensor | None:
+        """What the decoder holds after the last frame: flat, or ``None``. Do not write to it."""
+        return self._stream.history.base
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of tensors held."""
+        return self._stream.state_bytes

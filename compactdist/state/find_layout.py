@@ -1,0 +1,98 @@
+"""Find (groups, channels) of a flat buffer from its numbers.
+
+Scales per channel pay when channels have unequal energy, and they are most unequal at the true channel count: at a wrong
+count every column mixes all channels. The gain of knowing the energies e_j, in bits per element, is half the log of
+arithmetic over geometric mean (reverse water-filling; anchors of rate-distortion theory, e.g. Cover & Thomas 10.3.3),
+corrected for the spread that a finite number of rows shows by chance, less the bits the scales cost.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from compactdist.state.layout import Arrangement, blocks, plain
+
+__all__ = ["find_arrangement"]
+
+_MIN_CHANNELS, _MAX_CHANNELS = 16, 16384
+_MIN_ROWS = 32
+_MAX_GROUPS = 64
+_SEARCH_ELEMENTS = 1 << 20
+_MIN_GAIN_BITS = 0.02
+"""A found layout must promise at least this much over blocks (0.12 dB), or the default stays."""
+
+
+def _divisors(n: int, low: int, high: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({d for s in small for d in (s, n // s) if low <= d <= high})
+
+
+def _spread_bits(energy: Tensor, samples: int) -> float:
+    """Bits per element that knowing the energies (last dimension) saves, chance spread taken off.
+
+    E[log2 of a chi-square mean with k degrees] is about -log2(e)/k below the log of its mean.
+    """
+    energy = energy.double().clamp_min(1e-300)
+    saved = 0.5 * (energy.mean(-1).log2() - energy.log2().mean(-1)).mean().item()
+    return saved - 0.5 * math.log2(math.e) / samples
+
+
+def _gain_bits(square: Tensor, groups: int, channels: int) -> float:
+    """Net saving in bits per element of seeing ``square`` (flat, squared values) as (groups, rows, channels)."""
+    matrix = square.view(groups, -1, channels)
+    rows = matrix.shape[1]
+    per_channel = matrix.mean(1)
+    gain = _spread_bits(per_channel.reshape(1, -1), rows) - 16 / rows
+    if channels >= 64:
+        floor = per_channel.mean(-1, keepdim=True)[..., None] * 1e-12 + 1e-300
+        per_row = (matrix / (per_channel[:, None] + floor)).mean(-1)
+        gain += max(0.0, _spread_bits(per_row, channels)) - 8 / channels
+    return gain
+
+
+def find_arrangement(residual: Tensor) -> Arrangement:
+    """The best plain arrangement of a flat buffer, or blocks where none is clearly better.
+
+    Args:
+        residual: flat ``[numel]`` float tensor, finite.
+
+    Returns:
+        An arrangement without permutation: heads that are interleaved with tokens can be separated by a hint only.
+    """
+    numel = residual.numel()
+    default = blocks(numel)
+    if numel < 4 * _MIN_CHANNELS * _MIN_ROWS:
+        return default
+    square = residual.detach().float()
+    peak = square.abs().max()
+    if not bool(peak > 0):
+        return default
+    square = (square / peak).square()
+    candidates = _divisors(numel, _MIN_CHANNELS, min(_MAX_CHANNELS, numel // _MIN_ROWS))
+    if not candidates:
+        return default
+
+    def first_look(channels: int) -> float:
+        rows = max(_MIN_ROWS, min(numel, _SEARCH_ELEMENTS) // channels)
+        part = square[: min(numel, rows * channels)]
+        return _gain_bits(part[: part.numel() // channels * channels], 1, channels)
+
+    base = _block_gain(square)
+    ranked = sorted(candidates, key=first_look, reverse=True)[:4]
+    best, best_gain = default, base + _MIN_GAIN_BITS
+    for channels in ranked:
+        for groups in _divisors(numel // channels, 1, min(_MAX_GROUPS, numel // channels // _MIN_ROWS)):
+            gain = _gain_bits(square, groups, channels)
+            if gain > best_gain + (1e-3 if groups > best.groups else 0.0):
+                best, best_gain = plain(numel, groups, channels), gain
+    return best
+
+
+def _block_gain(square: Tensor) -> float:
+    shape = blocks(square.numel()).shape
+    missing = math.prod(shape) - square.numel()
+    padded = torch.nn.functional.pad(square, (0, missing)) if missing else square
+    return _gain_bits(padded, 1, shape[2])

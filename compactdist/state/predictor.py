@@ -1,0 +1,81 @@
+"""What both ends of a stream remember, and what they expect the next tensor to be.
+
+Orders: 0 expects nothing; 1 expects the last value; 2 expects the last value plus a damped velocity (CompactFusion,
+arXiv 2507.17511, residual level 2; damping g: v <- g * (x_hat - base)). The arithmetic is elementwise float32 in a fixed
+order with one rounding to the tensor's dtype, so two ends that start equal stay equal to the bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["History"]
+
+
+class History:
+    """Reconstruction (and velocity) of one stream.
+
+    Attributes:
+        order: 0, 1 or 2.
+        damping: factor g of the velocity, 0 <= g <= 1; used by order 2 only.
+        base: last reconstruction, flat ``[numel]`` in the stream's dtype; ``None`` when empty or for order 0.
+        velocity: damped change of the last reconstruction, same shape and dtype; order 2 only.
+    """
+
+    __slots__ = ("base", "damping", "order", "velocity")
+
+    def __init__(self, order: int, damping: float) -> None:
+        self.order = order
+        self.damping = damping
+        self.base: Tensor | None = None
+        self.velocity: Tensor | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of tensors held."""
+        return sum(t.numel() * t.element_size() for t in (self.base, self.velocity) if t is not None)
+
+    def predict(self) -> Tensor | None:
+        """The expected next tensor, flat float32, or ``None`` for no expectation."""
+        if self.base is None:
+            return None
+        if self.velocity is None:
+            return self.base.float()
+        return self.base.float() + self.velocity.float()
+
+    def residual(self, flat: Tensor) -> Tensor:
+        """``flat - prediction`` as float32, clamped to the finite range (a difference of two huge values)."""
+        prediction = self.predict()
+        if prediction is None:
+            return flat.float()
+        limit = torch.finfo(torch.float32).max
+        return (flat.float() - prediction).clamp_(-limit, limit)
+
+    def reconstruct(self, decoded: Tensor, dtype: torch.dtype) -> Tensor:
+        """``prediction + decoded`` rounded to ``dtype``, kept finite; does not change the history."""
+        prediction = self.predict()
+        total = decoded if prediction is None else prediction + decoded
+        limit = torch.finfo(dtype).max
+        return total.clamp(-limit, limit).to(dtype)
+
+    def next_velocity(self, value: Tensor) -> Tensor | None:
+        """The velocity that goes with a new value (zero for the first one)."""
+        if self.order < 2:
+            return None
+        if self.base is None:
+            return torch.zeros_like(value)
+        limit = torch.finfo(value.dtype).max
+        change = (value.float() - self.base.float()) * self.damping
+        return change.clamp(-limit, limit).to(value.dtype)
+
+    def advance(self, value: Tensor) -> None:
+        """Remember ``value`` (flat, owned by the history from now on)."""
+        if self.order == 0:
+            return
+        self.velocity = self.next_velocity(value)
+        self.base = value
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.base = self.velocity = None

@@ -1,0 +1,138 @@
+"""All streams of one group, by call site, with the memory they may use."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+from compactdist.keys import key_hash
+from compactdist.state.decoder import StreamDecoder
+from compactdist.state.encoder import StreamEncoder
+from compactdist.state.stream import StreamConfig
+
+__all__ = ["Site", "StateStore"]
+
+
+class Site:
+    """One call site: its encoders and decoders by peer, and its exchanges that are not yet decoded, oldest first.
+
+    Attributes:
+        key: the site's full key.
+        encoders, decoders: streams to and from peers (group ranks).
+        refused: peers with which no history is kept for lack of budget; :data:`ALL` for the whole site.
+        reserved: bytes of budget taken per peer (or :data:`ALL`).
+        pending: exchanges issued and not yet decoded.
+        lock: held while an exchange of this site is waited for and decoded.
+    """
+
+    ALL = -1
+
+    def __init__(self, key: str, config: StreamConfig, label: str) -> None:
+        self.key = key
+        self.hash = key_hash(key)
+        self._config = config
+        self._label = label
+        self.encoders: dict[int, StreamEncoder] = {}
+        self.decoders: dict[int, StreamDecoder] = {}
+        self.refused: set[int] = set()
+        self.reserved: dict[int, tuple[object, int]] = {}
+        self.pending: deque[Any] = deque()
+        self.lock = threading.RLock()
+
+    def encoder(self, peer: int) -> StreamEncoder:
+        """The stream to ``peer`` (one's own rank for a stream every rank receives)."""
+        found = self.encoders.get(peer)
+        if found is None:
+            found = self.encoders[peer] = StreamEncoder(self._config, self.hash, f"{self._label}, sending to rank {peer}")
+        return found
+
+    def decoder(self, peer: int) -> StreamDecoder:
+        """The stream from ``peer``."""
+        found = self.decoders.get(peer)
+        if found is None:
+            where = f"{self._label}, frame from rank {peer}"
+            found = self.decoders[peer] = StreamDecoder(self._config, self.hash, where)
+        return found
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of tensors held for this site."""
+        streams = (*self.encoders.values(), *self.decoders.values())
+        return sum(stream.state_bytes for stream in streams)
+
+    def drop(self, peer: int) -> None:
+        """Forget the history shared with ``peer`` (or all)."""
+        for streams in (self.encoders, self.decoders):
+            for rank, stream in streams.items():
+                if peer in (rank, Site.ALL):
+                    stream.drop()
+
+
+class StateStore:
+    """Sites of one group by key, and the state budget of this rank.
+
+    Args:
+        config: how streams predict.
+        label: start of every error message, naming group and rank.
+        budget_bytes: cap on history tensors of this rank; ``None`` for no cap.
+    """
+
+    def __init__(self, config: StreamConfig, label: str, budget_bytes: int | None) -> None:
+        self.config = config
+        self._label = label
+        self.budget_bytes = budget_bytes
+        self._reserved = 0
+        self._sites: dict[str, Site] = {}
+        self._lock = threading.Lock()
+
+    def site(self, key: str) -> Site:
+        """The site of this key, made on first use."""
+        found = self._sites.get(key)
+        if found is None:
+            with self._lock:
+                found = self._sites.setdefault(key, Site(key, self.config, f"{self._label}, site '{key}'"))
+        return found
+
+    def sites(self) -> list[Site]:
+        """All sites, in order of first use."""
+        with self._lock:
+            return list(self._sites.values())
+
+    def reserve(self, site: Site, peer: int, what: object, nbytes: int) -> bool:
+        """Take ``nbytes`` of budget for a stream (or all of a site's); a new amount replaces the old.
+
+        Args:
+            what: identifies the amount (numel and dtype); the same again is free.
+        """
+        with self._lock:
+            old, held = site.reserved.get(peer, (None, 0))
+            if old == what:
+                return True
+            if self.budget_bytes is not None and self._reserved - held + nbytes > self.budget_bytes:
+                return False
+            self._reserved += nbytes - held
+            site.reserved[peer] = (what, nbytes)
+            return True
+
+    def refuse(self, site: Site, peer: int) -> None:
+        """Keep no history with ``peer`` at this site from now on."""
+        site.refused.add(peer)
+        site.drop(peer)
+        with self._lock:
+            self._reserved -= site.reserved.pop(peer, (None, 0))[1]
+
+    def reset(self, prefix: str | None = None) -> None:
+        """Forget all sites, or those whose key starts with ``prefix``.
+
+        Exchanges under way keep their own site and finish against it.
+        """
+        with self._lock:
+            gone = [key for key in self._sites if prefix is None or key == prefix or key.startswith(prefix + "/")]
+            for key in gone:
+                site = self._sites.pop(key)
+                self._reserved -= sum(nbytes for _, nbytes in site.reserved.values())
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes held per key."""
+        return {site.key: site.state_bytes for site in self.sites()}

@@ -1,0 +1,285 @@
+"""Works of compressed calls: wait once, decode once, in issue order.
+
+A call makes one :class:`Job` per exchange. Jobs of a call site wait in the site's queue; settling one settles those issued
+before it, so that decoders see frames in the order encoders made them, whatever order the user waits in. A job whose work
+was dropped still moves its decoders on when the site is next used, but no longer writes to the user's tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from compactdist import _torch
+from compactdist.state.store import Site
+
+__all__ = ["Job", "Outbox", "PendingWork", "WaitOnce", "drain"]
+
+_log = logging.getLogger("compactdist")
+_NO_TIMEOUT = timedelta(0)
+
+
+class Job:
+    """One exchange under way.
+
+    Args:
+        inner: the inner group's work; waited for exactly once (gloo's point-to-point works hang on a second wait).
+        finish: decodes; gets ``True`` if it may write to the user's tensors.
+        site: the call site whose jobs finish in issue order; ``None`` for a send, which has nothing to decode.
+        keep: tensors that must live until the inner work is done.
+    """
+
+    __slots__ = ("__weakref__", "_finish", "_inner", "_keep", "_lock", "_owner", "_site", "_waited", "done", "error")
+
+    def __init__(
+        self, inner: Any, finish: Callable[[bool], None] | None, site: Site | None, keep: Sequence[torch.Tensor] = ()
+    ) -> None:
+        self._inner = inner
+        self._finish = finish
+        self._site = site
+        self._keep: Sequence[torch.Tensor] = keep
+        self._owner: Callable[[], object | None] = lambda: None
+        self._lock = threading.RLock() if site is None else site.lock
+        self._waited = False
+        self.done = False
+        self.error: BaseException | None = None
+        if site is not None:
+            site.pending.append(self)
+
+    def owned_by(self, work: object) -> None:
+        """Remember the work the user holds, weakly."""
+        self._owner = weakref.ref(work)
+
+    def replace_inner(self, inner: Any) -> None:
+        """Wait for this work instead: calls made inside a group of calls complete together."""
+        self._inner = inner
+
+    @property
+    def dropped(self) -> bool:
+        """Whether the user has let go of the work."""
+        return self._owner() is None
+
+    def settle(self, timeout: timedelta = _NO_TIMEOUT) -> None:
+        """Wait for and decode everything issued before at this site, then this; raises what went wrong with this one."""
+        with self._lock:
+            pending = self._site.pending if self._site is not None else None
+            while pending and pending[0] is not self and not self.done:
+                pending[0].run()
+            if not self.done:
+                self.run(timeout)
+        if self.error is not None:
+            raise self.error
+
+    def run(self, timeout: timedelta = _NO_TIMEOUT) -> None:
+        """Wait, decode, and keep the error if there is one. The lock is held."""
+        try:
+            if not self._waited:
+                self._waited = True
+                if timeout:
+                    self._inner.wait(timeout)
+                else:
+                    self._inner.wait()
+            if self._finish is not None:
+                self._finish(not self.dropped)
+        except BaseException as error:
+            self.error = error
+            if self.dropped:
+                _log.warning("an exchange whose work was dropped failed: %s", error)
+        finally:
+            self.done = True
+            self._finish = None
+            self._keep = ()
+            if self._site is not None and self._site.pending and self._site.pending[0] is self:
+                self._site.pending.popleft()
+
+    def is_ready(self) -> bool:
+        """Whether waiting would not block."""
+        return self.done or bool(self._inner.is_completed())
+
+    def poll(self) -> bool:
+        """Decode if nothing has to be waited for; whether the job is done."""
+        if self.done:
+            return True
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            queue = list(self._site.pending) if self._site is not None else [self]
+            for job in queue:
+                if not job.is_ready():
+                    return False
+                if job is self:
+                    break
+            if not self.done:
+                try:
+                    self.settle()
+                except BaseException:
+                    _log.debug("kept for wait(): %s", self.error)
+            return True
+        finally:
+            self._lock.release()
+
+
+def drain(site: Site) -> None:
+    """Settle everything issued before at this site: needed where the next frames depend on what the last ones said."""
+    if site.pending:
+        with site.lock:
+            while site.pending:
+                site.pending[0].run()
+
+
+class PendingWork(_torch.Work):  # type: ignore[misc]
+    """What an asynchronous compressed call returns. Outputs are written by ``wait`` (or the first use of a functional
+    collective's result), not before.
+
+    Args:
+        jobs: :class:`Job` objects, or inner works of parts that passed through.
+        result: the output tensors.
+        future_pool: gives the group's thread for futures.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Any],
+        result: list[torch.Tensor],
+        future_pool: Callable[[], ThreadPoolExecutor],
+    ) -> None:
+        super().__init__()
+        self._jobs = list(jobs)
+        self._result = result
+        self._future_pool = future_pool
+        self._future: Any = None
+        self._plain_waited: set[int] = set()
+        self._lock = threading.RLock()
+        for job in self._jobs:
+            if isinstance(job, Job):
+                job.owned_by(self)
+
+    @torch.compiler.disable
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Wait for the exchange and write the outputs. May be called again; raises the same error again.
+
+        Raises:
+            FrameError, NonFiniteError: see the decoder; whatever the inner work raises.
+        """
+        error: BaseException | None = None
+        with self._lock:
+            for i, job in enumerate(self._jobs):
+                try:
+                    if isinstance(job, Job):
+                        job.settle(timeout)
+                    elif i not in self._plain_waited:
+                        self._plain_waited.add(i)
+                        if timeout:
+                            job.wait(timeout)
+                        else:
+                            job.wait()
+                except BaseException as e:
+                    error = error or e
+        if error is not None:
+            raise error
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether the outputs are written. Polling makes progress."""
+        return all(job.poll() if isinstance(job, Job) else job.is_completed() for job in self._jobs)
+
+    def is_success(self) -> bool:
+        """Whether the call is complete and without error."""
+        return self.is_completed() and self.exception() is None
+
+    def exception(self) -> BaseException | None:
+        """The first error, or ``None``."""
+        return next((job.error for job in self._jobs if isinstance(job, Job) and job.error is not None), None)
+
+    def result(self) -> list[torch.Tensor]:
+        """The output tensors; wait first."""
+        return self._result
+
+    def synchronize(self) -> None:
+        """Same as ``wait``."""
+        self.wait()
+
+    def source_rank(self) -> int:
+        """The sender's group rank, for a receive from any source."""
+        job = self._jobs[0]
+        inner = job._inner if isinstance(job, Job) else job
+        return int(inner._source_rank())
+
+    _source_rank = source_rank
+
+    def get_future(self) -> Any:
+        """A ``torch.futures.Future`` of the outputs, resolved on the group's own thread (gloo's callbacks run on its
+        network threads, where waiting would hang, and its point-to-point works have no futures at all)."""
+        with self._lock:
+            if self._future is None:
+                future: Any = torch.futures.Future()
+                self._future = future
+
+                def resolve() -> None:
+                    try:
+                        self.wait()
+                        future.set_result(self._result)
+                    except BaseException as error:
+                        future.set_exception(error)
+
+                self._future_pool().submit(resolve)
+            return self._future
+
+
+class WaitOnce:
+    """Several inner works that are waited for together, once, by whoever comes first."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = list(works)
+        self._lock = threading.Lock()
+
+    def wait(self, *timeout: timedelta) -> bool:
+        """Wait for all."""
+        with self._lock:
+            while self._works:
+                self._works.pop().wait(*timeout)
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether nothing is left to wait for."""
+        return all(work.is_completed() for work in self._works)
+
+
+class Outbox:
+    """Keeps the frames of sends alive whose works the caller dropped: gloo loses a send whose work is collected.
+
+    gloo says that a send is complete only to a waiter, so the oldest is waited for once ``depth`` of them are under way
+    to one peer; NCCL would have blocked the stream long before.
+    """
+
+    def __init__(self, depth: int = 64) -> None:
+        self._depth = depth
+        self._jobs: dict[int, deque[Job]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, peer: int, job: Job) -> None:
+        """Hold a send to ``peer`` until it is known to be done."""
+        with self._lock:
+            queue = self._jobs.setdefault(peer, deque())
+            while queue and queue[0].done:
+                queue.popleft()
+            queue.append(job)
+            oldest = queue.popleft() if len(queue) > self._depth else None
+        if oldest is not None:
+            oldest.settle()
+
+    def flush(self) -> None:
+        """Wait for all sends still held."""
+        with self._lock:
+            jobs = [job for queue in self._jobs.values() for job in queue]
+            self._jobs.clear()
+        for job in jobs:
+            job.settle()

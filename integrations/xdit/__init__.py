@@ -1,0 +1,20 @@
+"""compactdist for xDiT (xfuser): compressed ring and Ulysses sequence parallelism, without a change to
+xfuser.
+
+    import compactdist_xdit
+
+    pipe = xFuserFluxPipeline(...)
+    with compactdist_xdit.enable(pipe, codec="int2") as handle:
+        pipe(...)
+        print(handle.explain())
+
+`compactdist_xdit.cpu.install()` lets pip's xfuser run on a CPU with gloo, and `load_digits_pipeline()` gives
+a small trained FLUX model to try things on. xfuser and diffusers are imported only when something that needs
+them is called.
+"""
+
+from compactdist_xdit import cpu
+from compactdist_xdit.adapter import Handle, enable
+from compactdist_xdit.digits import decode_latents, load_digits_pipeline
+
+__all__ = ["Handle", "cpu", "decode_latents", "enable", "load_digits_pipeline"]

@@ -1,0 +1,87 @@
+"""The small trained FLUX model that draws handwritten digits (made by `tools/train_digits.py`).
+
+It is an ordinary diffusers `FluxPipeline`: what runs here runs the same way with any FLUX checkpoint. The
+"latents" are the picture itself, 16x16 with one channel, so the VAE is an untrained dummy that is never
+called.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHECKPOINT = Path(__file__).parent / "assets" / "digits_flux.safetensors"
+CLASSES = 10
+STEPS = 28
+_VAE_SCALE = 8  # FluxPipeline divides height and width by this to get the size of the latents
+
+
+def load_digits_pipeline(
+    path: str | Path | None = None, *, seed: int = 0, steps: int = STEPS
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline and the arguments of a call that draws the digits 0 to 9 as one batch.
+
+    `pipe(**call_kwargs)[0]` gives packed latents `(10, 64, 4)`, float32, for `decode_latents`. The initial
+    noise is fixed by `seed` and passed as `latents`, so repeated calls and all ranks draw the same digits.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from safetensors import safe_open
+
+    path = Path(path) if path is not None else CHECKPOINT
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; make it with: python tools/train_digits.py --out {path}")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    prompt_embeds = tensors.pop("prompt_embeds")
+    pooled_prompt_embeds = tensors.pop("pooled_prompt_embeds")
+
+    with torch.random.fork_rng(devices=[]):  # building modules must not move the caller's generator
+        transformer = FluxTransformer2DModel(**json.loads(metadata["config"]))
+        vae = AutoencoderKL(
+            latent_channels=1,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 4, 4, 4),
+            norm_num_groups=4,
+        )
+    transformer.load_state_dict({name.removeprefix("transformer."): value for name, value in tensors.items()})
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae.eval(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer.eval().requires_grad_(False),
+    )
+    pipe.set_progress_bar_config(disable=True)
+
+    side = int(metadata["image_side"])
+    noise = torch.randn(CLASSES, 1, side, side, generator=torch.Generator().manual_seed(seed))
+    call_kwargs = {
+        "prompt_embeds": prompt_embeds,
+        "pooled_prompt_embeds": pooled_prompt_embeds,
+        "max_sequence_length": prompt_embeds.shape[1],
+        "height": side * _VAE_SCALE,
+        "width": side * _VAE_SCALE,
+        "num_inference_steps": steps,
+        "latents": FluxPipeline._pack_latents(noise, CLASSES, 1, side, side),
+        "output_type": "latent",
+        "return_dict": False,
+    }
+    return pipe, call_kwargs
+
+
+def decode_latents(latents: Tensor) -> Tensor:
+    """Packed latents `(B, 64, 4)` -> pictures `(B, 16, 16)`, float32 in [0, 1], 1 is ink."""
+    b, tokens, channels = latents.shape
+    grid = round(tokens**0.5)
+    if grid * grid != tokens or channels != 4:
+        raise ValueError(f"expected packed one-channel latents (B, n * n, 4), got {tuple(latents.shape)}")
+    pixels = latents.float().view(b, grid, grid, 2, 2).permute(0, 1, 3, 2, 4).reshape(b, 2 * grid, 2 * grid)
+    return (pixels.clamp(-1, 1) + 1) / 2

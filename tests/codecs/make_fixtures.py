@@ -1,0 +1,84 @@
+"""Write the stored payloads of a new codec: ``python -m tests.codecs.make_fixtures CODEC_ID``.
+
+A stored payload is a promise to every peer of an earlier release. This script creates files and never
+replaces one; to change a wire format, give the new format a new codec id.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compactdist import codecs
+from tests.codecs import kit
+
+FOLDER = Path(__file__).parent.parent / "fixtures" / "codecs"
+CODEC_IDS = ("binary", "int2", "int4", "int8", "raw")
+
+# Row and channel scales; row scales only; neither; a flat tensor with a tail.
+CASES = (
+    ((40, 72), torch.float32, "channel_scaled"),
+    ((3, 5, 66), torch.float16, "laplace"),
+    ((2, 3, 2, 9), torch.bfloat16, "gaussian"),
+    ((300,), torch.float32, "student4"),
+)
+
+
+class Case(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    input: Tensor
+    payload: Tensor
+    decoded: Tensor
+
+
+def write(codec_id: str, folder: Path = FOLDER) -> None:
+    """Create ``<codec_id>.npz``.
+
+    Raises:
+        FileExistsError: It is there already.
+    """
+    codec = codecs.get(codec_id)
+    arrays = {}
+    for index, (shape, dtype, name) in enumerate(CASES):
+        x = kit.sample(name, shape, dtype, seed=index)
+        payload = codec.encode(x)
+        arrays[f"{index}_shape"] = np.array(shape)
+        arrays[f"{index}_dtype"] = np.array(str(dtype).removeprefix("torch."))
+        arrays[f"{index}_input"] = kit.as_bytes(x).numpy()
+        arrays[f"{index}_payload"] = payload.numpy()
+        arrays[f"{index}_decoded"] = kit.as_bytes(codec.decode(payload, shape, dtype)).numpy()
+    with (folder / f"{codec_id}.npz").open("xb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load(codec_id: str, folder: Path = FOLDER) -> list[Case]:
+    """Read the stored cases of one codec."""
+    cases = []
+    with np.load(folder / f"{codec_id}.npz") as arrays:
+        for index in range(len(arrays.files) // 5):
+            shape = tuple(arrays[f"{index}_shape"].tolist())
+            dtype = getattr(torch, str(arrays[f"{index}_dtype"]))
+            tensors = {
+                part: torch.from_numpy(arrays[f"{index}_{part}"]) for part in ("input", "payload", "decoded")
+            }
+            cases.append(
+                Case(
+                    shape,
+                    dtype,
+                    tensors["input"].view(dtype).reshape(shape),
+                    tensors["payload"],
+                    tensors["decoded"].view(dtype).reshape(shape),
+                )
+            )
+    return cases
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:]:
+        write(wanted)

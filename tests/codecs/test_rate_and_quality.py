@@ -1,0 +1,84 @@
+"""Bytes on the wire and error on known data. The limits fail a regression of a few hundredths of a dB."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compactdist import codecs
+from tests.codecs import kit
+
+
+@pytest.mark.parametrize(
+    ("codec_id", "name", "limit"),
+    [
+        ("binary", "gaussian", 0.3645),
+        ("int2", "gaussian", 0.1185),
+        ("int4", "gaussian", 0.0096),
+        ("int8", "gaussian", 0.00007),
+        ("binary", "laplace", 0.505),
+        ("int2", "laplace", 0.188),
+        ("int4", "laplace", 0.0215),
+        ("int8", "laplace", 0.00014),
+        # Scales by channel must make unequal channels as good as equal ones.
+        ("binary", "channel_scaled", 0.366),
+        ("int2", "channel_scaled", 0.119),
+        ("int4", "channel_scaled", 0.0097),
+        ("int8", "channel_scaled", 0.00009),
+    ],
+)
+def test_nmse(codec_id, name, limit):
+    x = kit.sample(name, (1024, 512))
+    error = kit.nmse(codecs.get(codec_id), x)
+    assert error <= limit
+    assert error >= limit / 1.4, "far better than the rate allows: is the test looking at the right tensor?"
+
+
+@pytest.mark.parametrize("codec_id", ["binary", "int2", "int4", "int8"])
+def test_rows_of_unequal_size_cost_nothing(codec_id):
+    x = kit.sample("gaussian", (512, 256))
+    rows = torch.randn(512, 1, generator=torch.Generator().manual_seed(1)).exp()
+    codec = codecs.get(codec_id)
+    assert kit.nmse(codec, x * rows) <= 1.25 * kit.nmse(codec, x)
+
+
+@pytest.mark.parametrize("codec_id", ["binary", "int2", "int4", "int8"])
+def test_short_tensors_keep_most_of_the_quality(codec_id):
+    """With one scale for a group the error on white data stays close to that of the large matrix."""
+    codec = codecs.get(codec_id)
+    assert kit.nmse(codec, kit.sample("gaussian", (31, 60))) <= 1.3 * kit.nmse(
+        codec, kit.sample("gaussian", (512, 256))
+    )
+
+
+@pytest.mark.parametrize(("codec_id", "bits"), [("binary", 1), ("int2", 2), ("int4", 4), ("int8", 8)])
+def test_bits_per_element_of_a_large_matrix(codec_id, bits):
+    shape = (1088, 3072)
+    nbytes = codecs.get(codec_id).payload_nbytes(shape, torch.bfloat16)
+    assert nbytes == 1088 * 3072 * bits // 8 + 1088 + 2 * 3072
+    assert nbytes * 8 / (1088 * 3072) == pytest.approx(bits + 0.01731, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "codes", "row_scales", "channel_scales"),
+    [
+        ((64,), 16, 0, 16),  # one row: no row scales, one channel scale
+        ((300,), 48, 16, 16),  # three rows of 128
+        ((2, 63), 16, 0, 16),  # too few channels for row scales
+        ((2, 64), 16, 16, 16),
+        ((31, 64), 256, 32, 16),  # too few rows for channel scales
+        ((32, 64), 256, 32, 128),
+        ((3, 32, 64), 768, 96, 384),  # scales for each group
+        ((2, 4, 4, 2, 32), 256, 32, 128),  # B, S1, S2, H, D
+    ],
+)
+def test_binary_sections(shape, codes, row_scales, channel_scales):
+    assert codecs.get("binary").payload_nbytes(shape, torch.float32) == codes + row_scales + channel_scales
+
+
+def test_raw_size():
+    raw = codecs.get("raw")
+    assert raw.payload_nbytes((8,), torch.bfloat16) == 16
+    assert raw.payload_nbytes((9,), torch.bfloat16) == 32
+    assert raw.payload_nbytes((), torch.complex128) == 16
+    assert raw.payload_nbytes((0,), torch.float64) == 0
