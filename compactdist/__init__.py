@@ -1,10 +1,10 @@
 """compactdist: residual-compressed communication behind torch.distributed.
 
-    dist = compactdist.wrap(codec="int2")
-    for t in timesteps:
-        with dist.step():
-            dist.all_gather_into_tensor(out, kv)
-    print(dist.explain())
+dist = compactdist.wrap(codec="int2")
+for t in timesteps:
+    with dist.step():
+        dist.all_gather_into_tensor(out, kv)
+print(dist.explain())
 """
 
 __version__ = "0.1.0"

@@ -1,10 +1,12 @@
 """Every private name of torch that compactdist uses, each with the versions it was checked on.
 
-Checked on 2.13.0. Names of 2.11 are handled where they are known to differ, but were not run. Other versions are untested.
+Checked on 2.13.0. Names of 2.11 are handled where they are known to differ, but were not run. Other versions are
+untested.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -25,9 +27,29 @@ PUBLIC_NAMES: frozenset[str] = frozenset(c10d.__all__) | {"group", "GroupMember"
 """Names of the public torch.distributed API (``torch.distributed`` itself has no ``__all__``; 2.13)."""
 
 
+PROBED_NAMES = frozenset({"new_group"})
+"""Methods torch looks for on a default group to delegate to (2.13: ``new_group``); ours are for users only."""
+
+
+def asked_by_torch() -> bool:
+    """Whether the caller's caller is torch.distributed's own code."""
+    return sys._getframe(2).f_globals.get("__name__") == c10d.__name__
+
+
 def in_backward() -> bool:
     """Whether this thread runs a node of the autograd engine (2.13)."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def records_gradients() -> bool:
+    """Whether the code runs under autograd: grad mode is on, or this is the forward of an autograd Function.
+
+    A Function's forward runs with grad mode off, like no_grad; but it also turns forward-mode AD off, which no_grad
+    does not (inference mode does) (2.13).
+    """
+    if torch.is_grad_enabled():
+        return True
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def default_group() -> Any:
@@ -71,7 +93,7 @@ def register(wrapper: Any, inner: Any, name: str) -> None:
         wrapper,
         backend_name=backend,
         store=store,
-        group_name=c10d.GroupName(name),
+        group_name=group_name(name),
         backend_config=world.pg_backend_config[inner],
         rank_mapping={global_rank: i for i, global_rank in enumerate(ranks)},
         pg_tag=f"compactdist:{name}",
@@ -94,7 +116,7 @@ def unregister(wrapper: Any) -> None:
         world.tags_to_pg[tag].remove(wrapper)
         if not world.tags_to_pg[tag]:
             del world.tags_to_pg[tag]
-    c10d._unregister_process_group(name)
+    c10d._unregister_process_group(name)  # type: ignore[attr-defined]
 
 
 def swap_mesh_dim(mesh: Any, dim: int, group: Any) -> Any:
@@ -122,7 +144,9 @@ def inner_call(inner: Any, names: tuple[str, ...], *args: Any) -> Any:
         method = getattr(inner, name, None)
         if method is not None:
             return method(*args)
-    raise AttributeError(f"{type(inner).__name__} has none of {', '.join(names)}: torch {torch.__version__} is untested")
+    raise AttributeError(
+        f"{type(inner).__name__} has none of {', '.join(names)}: torch {torch.__version__} is untested"
+    )
 
 
 ALL_GATHER_SINGLE = ("all_gather_single", "_allgather_base")
@@ -134,12 +158,12 @@ REDUCE_SCATTER_COALESCED = ("reduce_scatter_single_coalesced", "reduce_scatter_t
 
 def all_gather_single(inner: Any, output: Any, input: Any, opts: Any = None) -> Any:
     """The inner group's single-tensor all-gather under either name."""
-    return inner_call(inner, ALL_GATHER_SINGLE, output, input, opts or c10d.AllgatherOptions())
+    return inner_call(inner, ALL_GATHER_SINGLE, output, input, opts or options("AllgatherOptions"))
 
 
 def all_to_all_single(inner: Any, output: Any, input: Any, out: list[int], into: list[int], opts: Any = None) -> Any:
     """The inner group's single-tensor all-to-all under either name; splits in elements of dimension 0."""
-    return inner_call(inner, ALL_TO_ALL_SINGLE, output, input, out, into, opts or c10d.AllToAllOptions())
+    return inner_call(inner, ALL_TO_ALL_SINGLE, output, input, out, into, opts or options("AllToAllOptions"))
 
 
 def supports_coalescing(group: Any, device: torch.device) -> bool:
@@ -161,9 +185,9 @@ _patch_lock = threading.Lock()
 def patch_batch_isend_irecv(is_ours: Callable[[Any], bool]) -> None:
     """Let ``torch.distributed.batch_isend_irecv`` hand whole batches to wrapped groups.
 
-    torch 2.13 groups a batch only if ``type(group) is ProcessGroup``; a subclass gets its sends and receives one by one,
-    which can deadlock on NCCL. Called when a group with such a backend is wrapped, never on gloo. A caller that took the
-    function by name before escapes the patch.
+    torch 2.13 groups a batch only if ``type(group) is ProcessGroup``; a subclass gets its sends and receives one by
+    one, which can deadlock on NCCL. Called when a group with such a backend is wrapped, never on gloo. A caller that
+    took the function by name before escapes the patch.
     """
     with _patch_lock:
         plain = c10d.batch_isend_irecv
@@ -182,7 +206,7 @@ def patch_batch_isend_irecv(is_ours: Callable[[Any], bool]) -> None:
 
 
 def check_p2p_op_list(ops: list[Any]) -> None:
-    """torch's own check of a batch (2.13)."""
+    """Torch's own check of a batch (2.13)."""
     c10d._check_p2p_op_list(ops)
 
 
@@ -197,7 +221,17 @@ def nccl_backend(opts: Any) -> Any:
     options._timeout = opts.timeout
     options.global_ranks_in_group = opts.global_ranks_in_group
     options.group_name = opts.group_id
-    store = dist.PrefixStore("cuda/", opts.store)
+    store = prefix_store("cuda/", opts.store)
     backend = c10d.ProcessGroupNCCL(store, opts.group_rank, opts.group_size, options)
     backend._set_sequence_number_for_group()
     return backend
+
+
+def prefix_store(prefix: str, store: Any) -> Any:
+    """A view of a store under a prefix (public class, not exported to type checkers; 2.13)."""
+    return c10d.PrefixStore(prefix, store)
+
+
+def group_name(name: str) -> Any:
+    """A name of the type torch's registry wants (2.13)."""
+    return getattr(c10d, "GroupName", str)(name)

@@ -87,8 +87,8 @@ def _compare(group: str, rank: int, peer: int, mine: dict[str, str], theirs: dic
     if differing:
         details = "; ".join(f"{key}: {mine.get(key)} here, {theirs.get(key)} on rank {peer}" for key in differing)
         raise ConfigMismatchError(
-            f"group '{group}': ranks {rank} and {peer} asked wrap() for different things ({details}). Give all ranks the "
-            "same options and versions; nothing was sent and the group is as it was"
+            f"group '{group}': ranks {rank} and {peer} asked wrap() for different things ({details}). Give all ranks "
+            "the same options and versions; nothing was sent and the group is as it was"
         )
 
 
@@ -109,6 +109,6 @@ def _check_order(
     if store.check([f"{here}/{peer}"]):
         return
     raise ConfigMismatchError(
-        f"rank {rank} wraps group '{group}' while rank {peer} of it wraps group '{busy['group']}': wrap groups in the same "
-        "order on every rank; nothing was sent"
+        f"rank {rank} wraps group '{group}' while rank {peer} of it wraps group '{busy['group']}': wrap groups in the "
+        "same order on every rank; nothing was sent"
     )

@@ -73,7 +73,8 @@ class TorchDistributedAPI:
         return bound
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in _torch.PUBLIC_NAMES or not hasattr(dist, name):
+        hidden = name.startswith("_") or (name in _torch.PROBED_NAMES and _torch.asked_by_torch())
+        if hidden or name not in _torch.PUBLIC_NAMES or not hasattr(dist, name):
             raise AttributeError(
                 f"{type(self).__name__} has no attribute '{name}'; it carries ProcessGroup's methods, its own, and the "
                 "public names of torch.distributed"
@@ -91,9 +92,9 @@ class TorchDistributedAPI:
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
         """torch.distributed.all_gather_into_tensor on this group: ``[N, ...]`` per rank to ``[world * N, ...]``."""
-        return dist.all_gather_into_tensor(
-            output_tensor, input_tensor, group=self._resolve_group(group), async_op=async_op
-        )
+        # torch 2.13 renamed it and warns at the old name
+        function = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        return function(output_tensor, input_tensor, group=self._resolve_group(group), async_op=async_op)
 
     def all_to_all(
         self,
@@ -124,7 +125,7 @@ class TorchDistributedAPI:
         return dist.irecv(tensor, src, group=self._resolve_group(group), tag=tag, group_src=group_src)
 
     @functools.cached_property
-    def P2POp(self) -> Any:  # noqa: N802 - torch.distributed's own name
+    def P2POp(self) -> Any:
         """torch.distributed.P2POp for this group: takes this group's ``isend`` and ``irecv`` as well as torch's."""
         own = self
 

@@ -35,6 +35,7 @@ class Attachment:
         if step_module is not None and step_module not in modules:
             raise ConfigError(f"attach: {type(module).__name__} has no submodule '{step_module}' to count steps by")
         self._keys = keys
+        keys.engaged = True
         self._forwards_per_step = forwards_per_step
         self._step_value = step_value
         self._handles: list[Any] = []

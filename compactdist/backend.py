@@ -1,7 +1,7 @@
-"""The backend name ``"compactdist"``: ``init_process_group``, ``new_group`` and ``init_device_mesh`` make wrapped groups.
+"""The backend name ``"compactdist"``, for ``init_process_group``, ``new_group`` and ``init_device_mesh``.
 
-The same class as ``wrap`` underneath, over gloo for CPU tensors and NCCL for CUDA tensors where torch has it. Options come
-from ``pg_options=compactdist.Options(...)`` or the environment (``COMPACTDIST_CODEC`` and so on).
+The same class as ``wrap`` underneath, over gloo for CPU tensors and NCCL for CUDA tensors where torch has it. Options
+come from ``pg_options=compactdist.Options(...)`` or the environment (``COMPACTDIST_CODEC`` and so on).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _inner_group(opts: Any) -> Any:
     """A plain group over gloo (and NCCL), as torch would make it."""
     inner = dist.ProcessGroup(opts.store, opts.group_rank, opts.group_size)
     gloo = dist.ProcessGroupGloo(
-        dist.PrefixStore("cpu/", opts.store), opts.group_rank, opts.group_size, timeout=opts.timeout
+        _torch.prefix_store("cpu/", opts.store), opts.group_rank, opts.group_size, timeout=opts.timeout
     )
     gloo._set_sequence_number_for_group()
     inner._register_backend(torch.device("cpu"), _torch.BackendType.GLOO, gloo)
@@ -71,7 +71,7 @@ def _inner_group(opts: Any) -> Any:
         inner._register_backend(torch.device("cuda"), _torch.BackendType.NCCL, nccl)
         default = _torch.BackendType.NCCL
     inner._set_default_backend(default)
-    inner._set_group_name(f"{opts.group_id}:inner")
+    inner._set_group_name(_torch.group_name(f"{opts.group_id}:inner"))
     return inner
 
 

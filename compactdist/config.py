@@ -34,11 +34,14 @@ class Options:
         order: 0 no prediction (plain quantization), 1 last value, 2 damped velocity.
         damping: velocity factor of order 2, in [0, 1].
         error_feedback: ``None`` on wherever there is a prediction; ``False`` the open loop.
-        local: ``"reconstructed"``: an all-gather gives every rank the same bytes; ``"exact"``: one's own chunk stays exact.
+        local: ``"reconstructed"``: an all-gather gives every rank the same bytes; ``"exact"``: one's own chunk
+            stays exact.
         min_numel: messages with fewer elements pass through.
         layouts: hints for the layout of flat buffers: a mapping from key globs, or a function of :class:`CallInfo`.
         find_layout: let encoders search the layout of buffers without a hint.
-        state_budget_bytes: cap on history tensors of this rank; new sites beyond it pass through. ``None``: no cap.
+        state_budget_bytes: cap on history tensors of this rank; new sites beyond it pass through on all ranks
+            concerned. A receiver of ``send`` or ``broadcast`` has no way to refuse and follows the sender, even beyond
+            its cap. ``None``: no cap.
         sample_errors_every: measure the reconstruction error on every n-th call of a site; 0 never.
 
     Raises:

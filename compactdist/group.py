@@ -29,8 +29,10 @@ from compactdist.work import Job
 __all__ = ["CompressedProcessGroup"]
 
 
-class CompressedProcessGroup(PointToPointMethods, PassThroughMethods, GroupLifecycle, dist.ProcessGroup):
-    """A process group that sends compressed residuals of what each call site sent last. Made by ``compactdist.wrap``."""
+class CompressedProcessGroup(  # type: ignore[misc,override]
+    PointToPointMethods, PassThroughMethods, GroupLifecycle, dist.ProcessGroup
+):
+    """A process group that sends compressed residuals of what each call site sent last; made by ``wrap``."""
 
     # --- all-gather -------------------------------------------------------------------------------------------------
 
@@ -103,7 +105,7 @@ class CompressedProcessGroup(PointToPointMethods, PassThroughMethods, GroupLifec
         parts = [self._gather_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)]
         return self._work(parts, outputs)
 
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
 
     @override
     def allgather_coalesced(self, output_lists: Any, input_list: Any, opts: Any = None) -> Any:
@@ -133,8 +135,8 @@ class CompressedProcessGroup(PointToPointMethods, PassThroughMethods, GroupLifec
             me = self._ctx.rank
             if inputs[me].numel() != outputs[me].numel():
                 raise BadOutputError(
-                    f"{self._ctx.label}, all_to_all: this rank's own chunk has {inputs[me].numel()} elements, the output "
-                    f"for it {outputs[me].numel()}; nothing was sent"
+                    f"{self._ctx.label}, all_to_all: this rank's own chunk has {inputs[me].numel()} elements, the "
+                    f"output for it {outputs[me].numel()}; nothing was sent"
                 )
             return all_to_all(self._ctx, call, outputs, inputs, opts)
         except BaseException:
@@ -161,8 +163,8 @@ class CompressedProcessGroup(PointToPointMethods, PassThroughMethods, GroupLifec
         if not splits:
             if rows % size:
                 raise BadOutputError(
-                    f"{self._ctx.label}, all_to_all: the {what}'s first dimension {rows} does not divide by {size} ranks; "
-                    "nothing was sent"
+                    f"{self._ctx.label}, all_to_all: the {what}'s first dimension {rows} does not divide by {size} "
+                    "ranks; nothing was sent"
                 )
             splits = [rows // size] * size
         if len(splits) != size or sum(splits) != rows or min(splits) < 0:
@@ -201,7 +203,7 @@ class CompressedProcessGroup(PointToPointMethods, PassThroughMethods, GroupLifec
 
     @override
     @shared_name
-    def broadcast(self, tensors: Any, opts: Any) -> Any:
+    def broadcast(self, tensors: Any, opts: Any) -> Any:  # type: ignore[override]
         """The tensor of group rank ``opts.rootRank`` to all ranks; the root's own is left as it is."""
         x, root = tensors[0], opts.rootRank
         links = self._ctx.size - 1 if self._ctx.rank == root else 0

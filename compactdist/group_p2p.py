@@ -83,7 +83,8 @@ class PointToPointMethods(GroupCore, TorchDistributedAPI):
 
     def _batch(self, p2p_op_list: list[Any]) -> list[Any]:
         """Receives first: gloo halves the rate of an exchange whose sends are posted first. A backend that groups calls
-        (NCCL) gets the whole batch in one group, as ungrouped it can deadlock."""
+        (NCCL) gets the whole batch in one group, as ungrouped it can deadlock.
+        """
         device = p2p_op_list[0].tensor.device
         is_send = [op.op.__name__ == "isend" for op in p2p_op_list]
         order = sorted(range(len(p2p_op_list)), key=lambda i: is_send[i])

@@ -29,7 +29,7 @@ class CallKey:
 
     Attributes:
         name: the full key.
-        step: the group's step since the last reset, counted from 0.
+        step: the group's step since the last reset, counted from 0; -1 before the first.
         epoch: resets of the group so far.
     """
 
@@ -97,7 +97,7 @@ class KeyBook:
         with self._lock:
             n = self._counts.get(counter, 0)
             self._counts[counter] = n + 1
-            return CallKey(f"{counter}#{n}", max(self.step, 0), self.epoch)
+            return CallKey(f"{counter}#{n}", self.step, self.epoch)
 
     def give_back(self, key: CallKey) -> None:
         """Undo ``take`` for a call that failed before it sent anything."""
@@ -118,14 +118,25 @@ class KeyBook:
         stack = self._prefixes.branch if branch else self._prefixes.keys
         self.engaged = True
         stack.append(name)
+        self._begin_prefix()
         try:
             yield
         finally:
             stack.pop()
 
+    def _begin_prefix(self) -> None:
+        """Without steps a prefix alone identifies its sites: entering it counts from the first call again."""
+        if self.step >= 0:
+            return
+        prefix = self.prefix + "/"
+        with self._lock:
+            for counter in [c for c in self._counts if c.startswith(prefix)]:
+                del self._counts[counter]
+
     def push_module(self, name: str) -> None:
         """Enter a hooked module."""
         self._prefixes.modules.append(name)
+        self._begin_prefix()
 
     def pop_module(self) -> None:
         """Leave a hooked module."""

@@ -86,25 +86,29 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         """Description."""
         return self._desc
 
-    def getGroupName(self) -> str:  # noqa: N802 - C++ calls this name
+    def getGroupName(self) -> str:
         """Same as ``group_name``."""
         return self._name
 
-    def getGroupDesc(self) -> str:  # noqa: N802
+    def getGroupDesc(self) -> str:
         """Same as ``group_desc``."""
         return self._desc
 
-    def setGroupName(self, name: str) -> None:  # noqa: N802
+    def setGroupName(self, name: str) -> None:
         """Rename this group, not the inner one."""
         self._name = name
 
     _set_group_name = setGroupName
 
-    def setGroupDesc(self, desc: str) -> None:  # noqa: N802
+    def setGroupDesc(self, desc: str) -> None:
         """Describe this group, not the inner one."""
         self._desc = desc
 
     _set_group_desc = setGroupDesc
+
+    def getBackendName(self) -> str:  # noqa: N802 - C++ calls this name
+        """``compactdist`` for a group made by backend name, else the inner group's."""
+        return "compactdist" if self._owns_inner else str(self.inner.name())
 
     def get_group_store(self) -> Any:
         """The inner group's store."""
@@ -140,7 +144,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         return self._ctx.keys.prefixed(name)
 
     def branch(self, name: str) -> AbstractContextManager[None]:
-        """Name the branch of a step that runs in several passes (classifier-free guidance): ``with dist.branch("cond"):``."""
+        """Name one pass of a step that has several (classifier-free guidance): ``with dist.branch("cond"):``."""
         self._ready()
         return self._ctx.keys.prefixed(name, branch=True)
 
@@ -233,7 +237,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
     # --- ending -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Finish what is under way, forget everything and unregister; the inner group lives on. Closing twice is fine."""
+        """Finish what is under way, forget everything, unregister; the inner group lives on. Closing twice is fine."""
         if self._closed:
             return
         for attachment in self._attachments:

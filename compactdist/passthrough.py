@@ -64,9 +64,7 @@ class PassThroughMethods(GroupCore):
         """Passes through; functional collectives come here."""
         self._pass("reduce_scatter", PassReason.OP, self._share() * nbytes_of(input_tensors))
         options = opts or _torch.options("ReduceScatterOptions")
-        return _torch.inner_call(
-            self.inner, _torch.REDUCE_SCATTER_COALESCED, output_tensors, input_tensors, options
-        )
+        return _torch.inner_call(self.inner, _torch.REDUCE_SCATTER_COALESCED, output_tensors, input_tensors, options)
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 

@@ -132,8 +132,8 @@ class GroupStats:
             site.energy += energy
             site.sampled += 1
 
-    def passed(self, op: str, reason: str, nbytes: float, key: str | None = None) -> None:
-        """Count one passed-through call of ``nbytes`` bytes on the link."""
+    def passed(self, op: str, reason: str, nbytes: float, key: str | None = None, *, wire: float | None = None) -> None:
+        """Count one passed-through call of ``nbytes`` bytes on the link (``wire`` where it travelled in a frame)."""
         with self._lock:
             entry = self._passed.get((op, reason))
             if entry is None:
@@ -146,7 +146,7 @@ class GroupStats:
                     site = self._sites[key] = SiteStats(key, op)
                 site.passed[reason] += 1
                 site.raw_bytes += int(nbytes)
-                site.wire_bytes += int(nbytes)
+                site.wire_bytes += int(nbytes if wire is None else wire)
                 entry[1] -= nbytes
 
     def first_time(self, what: str) -> bool:

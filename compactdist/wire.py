@@ -11,7 +11,7 @@ Layout of the header (little endian, version 1)::
          8     4  codec   crc32 of the codec's id and configuration
         12     4  epoch   resets so far
         16     8  key     hash of the call site's key
-        24     4  sequence  frames sent on this stream since it was empty
+        24     4  sequence  frames sent on this stream before, in this epoch
         28     4  layout  crc32 of the layout hint in use, 0 without one
         32     8  payload bytes, padding to a common frame size excluded
         40     8  elements
@@ -125,8 +125,8 @@ class Header:
         """One line for error messages and ``explain``."""
         names = [name for bit, name in _FLAG_NAMES.items() if self.flags & bit] or ["residual"]
         return (
-            f"{'+'.join(names)} frame {self.sequence} of epoch {self.epoch}, key {self.key:016x}, codec {self.codec:08x}, "
-            f"{self.numel} elements of {str(self.dtype).removeprefix('torch.')} as "
+            f"{'+'.join(names)} frame {self.sequence} of epoch {self.epoch}, key {self.key:016x}, "
+            f"codec {self.codec:08x}, {self.numel} elements of {str(self.dtype).removeprefix('torch.')} as "
             f"({self.groups}, {self.rows}, {self.channels}), payload {self.payload_nbytes} bytes"
         )
 
@@ -258,13 +258,16 @@ def explain(frame: Tensor) -> str:
 
 
 def payload_of(frame: Tensor, header: Header) -> Tensor:
-    """The payload bytes of a frame: 1-D uint8, a view."""
-    return frame[header.nbytes : header.nbytes + header.payload_nbytes]
+    """The payload bytes of a frame: 1-D uint8; a view where it is aligned, so that it can be seen as any dtype."""
+    payload = frame[header.nbytes : header.nbytes + header.payload_nbytes]
+    return payload if payload.storage_offset() % 16 == 0 else payload.clone()
 
 
 def raw_payload(x: Tensor) -> Tensor:
     """The bytes of a tensor, zero-padded to a multiple of 16: 1-D uint8."""
-    flat = x.detach().reshape(-1).contiguous().view(torch.uint8)
+    if x.numel() == 0:  # an empty tensor may have strides that cannot be viewed as bytes
+        return torch.empty(0, dtype=torch.uint8, device=x.device)
+    flat = x.detach().resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
     pad = -flat.numel() % 16
     return flat if pad == 0 else torch.nn.functional.pad(flat, (0, pad))
 
@@ -275,7 +278,5 @@ def raw_nbytes(numel: int, dtype: torch.dtype) -> int:
 
 
 def from_raw(payload: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-    """Undo ``raw_payload``: 1-D tensor of ``numel`` elements (a view where alignment allows)."""
+    """Undo ``raw_payload``: 1-D tensor of ``numel`` elements, a view of an aligned payload."""
     return payload[: numel * dtype.itemsize].view(dtype)
-
-

@@ -1,8 +1,9 @@
 """Works of compressed calls: wait once, decode once, in issue order.
 
-A call makes one :class:`Job` per exchange. Jobs of a call site wait in the site's queue; settling one settles those issued
-before it, so that decoders see frames in the order encoders made them, whatever order the user waits in. A job whose work
-was dropped still moves its decoders on when the site is next used, but no longer writes to the user's tensors.
+A call makes one :class:`Job` per exchange. Jobs of a call site wait in the site's queue; settling one settles those
+issued before it, so that decoders see frames in the order encoders made them, whatever order the user waits in. A job
+whose work was dropped still moves its decoders on when the site is next used, but no longer writes to the user's
+tensors.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Job:
         return self._owner() is None
 
     def settle(self, timeout: timedelta = _NO_TIMEOUT) -> None:
-        """Wait for and decode everything issued before at this site, then this; raises what went wrong with this one."""
+        """Wait for and decode all that was issued before at this site, then this; raises what went wrong with this."""
         with self._lock:
             pending = self._site.pending if self._site is not None else None
             while pending and pending[0] is not self and not self.done:
@@ -135,7 +136,7 @@ def drain(site: Site) -> None:
                 site.pending[0].run()
 
 
-class PendingWork(_torch.Work):  # type: ignore[misc]
+class PendingWork(_torch.Work):
     """What an asynchronous compressed call returns. Outputs are written by ``wait`` (or the first use of a functional
     collective's result), not before.
 
@@ -217,7 +218,8 @@ class PendingWork(_torch.Work):  # type: ignore[misc]
 
     def get_future(self) -> Any:
         """A ``torch.futures.Future`` of the outputs, resolved on the group's own thread (gloo's callbacks run on its
-        network threads, where waiting would hang, and its point-to-point works have no futures at all)."""
+        network threads, where waiting would hang, and its point-to-point works have no futures at all).
+        """
         with self._lock:
             if self._future is None:
                 future: Any = torch.futures.Future()

@@ -44,8 +44,8 @@ def wrap(
             ``sample_errors_every``.
 
     Returns:
-        A :class:`CompressedProcessGroup`: a registered ProcessGroup that also carries torch.distributed's API. The inner
-        group stays usable.
+        A :class:`CompressedProcessGroup`: a registered ProcessGroup that also carries torch.distributed's API. The
+        inner group stays usable.
 
     Raises:
         NotInitializedError: no process group has been initialized.
@@ -145,7 +145,8 @@ def wrap_mesh(
     Args:
         mesh: a ``torch.distributed.device_mesh.DeviceMesh``.
         dims: dimension names or indices.
-        codec, **settings: as for :func:`wrap`.
+        codec: as for :func:`wrap`.
+        **settings: as for :func:`wrap`.
 
     Returns:
         The wrapped group of each dimension, by its name (or index where dimensions have no names). Closing a group puts

@@ -264,6 +264,8 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--sheet", type=Path, help="also write a PNG of 40 samples here")
     args = parser.parse_args()
+    if args.steps is not None and (args.steps < 4 or args.steps % 4):
+        parser.error("--steps must be a positive multiple of 4")
     torch.set_num_threads(args.threads)
     model, steps = train(args)
     # What is reported is what the file holds: the weights after rounding to fp16.

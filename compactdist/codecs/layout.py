@@ -22,7 +22,7 @@ The payload is three sections, each filled up with zeros to a multiple of 16 byt
    ``t = 1``. The byte is an unsigned minifloat with 5 exponent and 3 mantissa bits (UE5M3): 0 means exactly
    0, any other code k means ``(8 + k % 8) / 8 * 2 ** (k // 8 - 31)``. Rows are normalised so that a group's
    largest is 1.
-3. **channel scales** ``c``, bfloat16, low byte first: ``G * C`` of them if ``R >= 32``, otherwise one for
+3. **channel scales** ``c``, bfloat16, low byte first: ``G * C`` of them if ``R >= 64``, otherwise one for
    each group.
 
 A tensor without elements has an empty payload.
@@ -38,8 +38,8 @@ from compactdist.codecs.shapes import matrix_shape, padded_nbytes
 MIN_CHANNELS_FOR_ROW_SCALES = 64
 """Below this a byte for each row would cost more than an eighth of a bit for each element."""
 
-MIN_ROWS_FOR_CHANNEL_SCALES = 32
-"""Below this two bytes for each channel would cost more than half a bit for each element."""
+MIN_ROWS_FOR_CHANNEL_SCALES = 64
+"""Below this two bytes for each channel would cost more than a quarter of a bit for each element."""
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,7 @@ def get(codec: str | Mapping[str, Any] | Codec, **config: Any) -> Codec:
     """
     if isinstance(codec, Codec):
         if config:
-            raise CodecConfigError(
-                f"{codec!r} is configured already; it takes no {', '.join(sorted(config))}"
-            )
+            raise CodecConfigError(f"{codec!r} is configured already; it takes no {', '.join(sorted(config))}")
         return codec
     if isinstance(codec, Mapping):
         if "id" not in codec:

@@ -1,5 +1,7 @@
-"""All-to-all: an encoder and a decoder per peer. Every directed chunk decides for itself, by number of elements and dtype,
-whether it is compressed, so uneven splits need no agreement beyond what each pair of ranks knows. One's own chunk is exact.
+"""All-to-all: an encoder and a decoder per peer; one's own chunk is exact.
+
+Whether a directed chunk is compressed depends on its own number of elements and dtype, so uneven splits need no
+agreement beyond what each pair of ranks knows.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from compactdist import _torch
 from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
 from compactdist.exchange.context import Call, Context, write
-from compactdist.state import Staged, StreamEncoder, state_nbytes
+from compactdist.state import Arrangement, Staged, StreamEncoder, state_nbytes
 from compactdist.state.store import Site
 from compactdist.stats import PassReason
 from compactdist.wire import from_raw, raw_nbytes, raw_payload
@@ -30,7 +32,7 @@ class _Outgoing:
     payload: Tensor
     encoder: StreamEncoder | None = None
     staged: Staged | None = None
-    hint: Any = None
+    hint: Arrangement | None = None
     codec: Codec | None = None
 
 
@@ -39,15 +41,17 @@ class _Incoming:
     peer: int
     nbytes: int
     codec: Codec | None
+    hint: Arrangement | None = None
 
 
-def all_to_all(
-    ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any
-) -> Job | None:
+def all_to_all(ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any) -> Job | None:
     """Exchange one chunk with every rank.
 
     Args:
-        outputs, inputs: one chunk per rank, any shapes; ``inputs[me]`` goes to ``outputs[me]`` unchanged.
+        ctx: the group.
+        call: key, op and dtype of the call.
+        outputs: one chunk per rank, any shapes.
+        inputs: likewise; ``inputs[me]`` goes to ``outputs[me]`` unchanged.
         opts: the caller's AllToAllOptions or ``None``.
 
     Returns:
@@ -69,9 +73,7 @@ def all_to_all(
     raw_total = sum(inputs[p].numel() for p in peers) * dtype.itemsize
     if even and all(codec_for(p, inputs[p].numel()) is None for p in peers):
         chosen = pick[inputs[me].numel()]
-        ctx.stats.passed(
-            call.op, chosen if isinstance(chosen, str) else PassReason.BUDGET, raw_total, call.key.name
-        )
+        ctx.stats.passed(call.op, chosen if isinstance(chosen, str) else PassReason.BUDGET, raw_total, call.key.name)
         return None
     failure: NonFiniteError | None = None
     epoch = call.key.epoch
@@ -85,9 +87,9 @@ def all_to_all(
             in_codec = codec_for(peer, outputs[peer].numel())
             need = _pair_need(ctx, inputs[peer], out_codec) + _pair_need(ctx, outputs[peer], in_codec, sender=False)
             what = (inputs[peer].numel(), outputs[peer].numel(), dtype)
-            fits = need == 0 or ctx.store.reserve(site, peer, what, need)
             # only a keyframe can say that no history will be kept
-            if not fits and out_codec and site.encoder(peer).is_fresh(inputs[peer].numel(), dtype):
+            can_refuse = out_codec is not None and site.encoder(peer).is_fresh(inputs[peer].numel(), dtype)
+            if need and not ctx.store.reserve(site, peer, what, need, force=not can_refuse):
                 refusing.add(peer)
             if out_codec is None:
                 sending.append(_Outgoing(peer, raw_payload(inputs[peer])))
@@ -119,9 +121,10 @@ def all_to_all(
         )
         for o in sending:
             if o.staged is not None and o.encoder is not None:
-                ctx.sample_error(call, o.encoder.sequence, inputs[o.peer], o.staged.value)
+                ctx.sample_error(call, o.encoder.sequence, inputs[o.peer], o.staged)
     else:
-        ctx.stats.passed(call.op, PassReason.SMALL, raw_total, name)
+        reasons = {c for c in pick.values() if isinstance(c, str)} or {PassReason.BUDGET}
+        ctx.stats.passed(call.op, "+".join(sorted(reasons)), raw_total, name, wire=wire.numel())
     write(outputs[me], inputs[me].detach().reshape(-1))
 
     def finish(may_write: bool) -> None:
@@ -144,7 +147,7 @@ def all_to_all(
                     target.numel(),
                     dtype,
                     epoch=epoch,
-                    hint=ctx.hint(call, target.numel()),
+                    hint=part.hint,
                     refuse_state=part.peer in refusing,
                 )
             except Exception as e:
@@ -198,4 +201,5 @@ def _expect(ctx: Context, call: Call, site: Site, peer: int, chunk: Tensor, code
         return _Incoming(peer, raw_nbytes(numel, dtype), None)
     decoder = site.decoder(peer)
     keyframe = codec.lossless or ctx.in_warmup(call) or decoder.is_fresh(numel, dtype)
-    return _Incoming(peer, decoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe), codec)
+    size = decoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe)
+    return _Incoming(peer, size, codec, ctx.hint(call, numel))

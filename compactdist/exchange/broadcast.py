@@ -22,6 +22,9 @@ def broadcast(ctx: Context, call: Call, codec: Codec, x: Tensor, root: int, opts
     """Send the root's tensor to all ranks.
 
     Args:
+        ctx: the group.
+        call: key, op and dtype of the call.
+        codec: how residuals are coded.
         x: the tensor on the root, the output elsewhere.
         root: group rank of the sender.
         opts: the caller's BroadcastOptions.
@@ -43,7 +46,8 @@ def broadcast(ctx: Context, call: Call, codec: Codec, x: Tensor, root: int, opts
         stream = site.encoder(root) if is_root else site.decoder(root)
         keyframe = codec.lossless or ctx.in_warmup(call) or stream.is_fresh(numel, dtype)
         need = state_nbytes(ctx.config, numel, dtype, sender=is_root)
-        fits = not keyframe or ctx.store.reserve(site, Site.ALL, (numel, dtype), need)
+        # only the root can say that no history will be kept; the others follow it
+        fits = not keyframe or ctx.store.reserve(site, Site.ALL, (numel, dtype), need, force=not is_root)
         size = stream.frame_nbytes(codec, numel, dtype, keyframe=keyframe)
         staged: Staged | None = None
         if is_root:
@@ -78,7 +82,7 @@ def broadcast(ctx: Context, call: Call, codec: Codec, x: Tensor, root: int, opts
         numel=links * numel,
     )
     if staged is not None and failure is None:
-        ctx.sample_error(call, site.encoder(root).sequence, x, staged.value)
+        ctx.sample_error(call, site.encoder(root).sequence, x, staged)
 
     def finish(may_write: bool) -> None:
         refused = is_root and not fits

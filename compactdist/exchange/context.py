@@ -16,8 +16,9 @@ from compactdist.codecs import Codec
 from compactdist.errors import BadOutputError, ConfigError, LayoutError
 from compactdist.keys import CallKey, KeyBook
 from compactdist.policy import PASS, CallInfo, Policy
-from compactdist.state import COMPRESSIBLE_DTYPES, Arrangement, Layout, StateStore, StreamConfig
+from compactdist.state import COMPRESSIBLE_DTYPES, Arrangement, Layout, Staged, StateStore, StreamConfig
 from compactdist.stats import GroupStats, PassReason
+from compactdist.wire import NONFINITE
 from compactdist.work import Outbox
 
 __all__ = ["Call", "Context", "write"]
@@ -89,7 +90,7 @@ class Context:
     @staticmethod
     def under_autograd(tensor: Tensor) -> bool:
         """Whether the tensor is part of a differentiable computation now."""
-        return (tensor.requires_grad and torch.is_grad_enabled()) or _torch.in_backward()
+        return (tensor.requires_grad and _torch.records_gradients()) or _torch.in_backward()
 
     def choose(self, call: Call, numel: int) -> Codec | str:
         """The codec for one directed message of a call, or the reason it passes through.
@@ -111,7 +112,8 @@ class Context:
         if isinstance(chosen, str | dict):
             return codecs.get(chosen)
         raise ConfigError(
-            f"{self.label}, site '{call.key.name}': the policy returned {chosen!r}; it must return a codec, 'pass' or None"
+            f"{self.label}, site '{call.key.name}': the policy returned {chosen!r}; it must return a codec, "
+            "'pass' or None"
         )
 
     def hint(self, call: Call, numel: int) -> Arrangement | None:
@@ -133,11 +135,11 @@ class Context:
     @staticmethod
     def info(call: Call, numel: int) -> CallInfo:
         """The policy's view of a message."""
-        return CallInfo(call.key.name, call.op, call.dtype, numel, call.key.step)
+        return CallInfo(call.key.name, call.op, call.dtype, numel, max(call.key.step, 0))
 
     def in_warmup(self, call: Call) -> bool:
         """Whether every frame of this step is a keyframe."""
-        return call.key.step < self.config.warmup_steps
+        return 0 <= call.key.step < self.config.warmup_steps
 
     def check_outputs(self, op: str, outputs: list[Tensor], numels: list[int], dtype: torch.dtype) -> None:
         """Refuse outputs that cannot hold what will arrive.
@@ -154,9 +156,10 @@ class Context:
                     f"but {numel} x {dtype} will arrive; nothing was sent"
                 )
 
-    def sample_error(self, call: Call, calls: int, x: Tensor, value: Tensor | None) -> None:
-        """Measure how far the reconstruction is from the tensor, on every ``sample_every``-th call of a site."""
-        if not self.sample_every or value is None or calls % self.sample_every:
+    def sample_error(self, call: Call, calls: int, x: Tensor, staged: Staged) -> None:
+        """Measure how far the reconstruction is from the tensor, on every ``sample_every``-th frame of a stream."""
+        value = staged.value
+        if not self.sample_every or value is None or calls % self.sample_every or staged.header.flags & NONFINITE:
             return
         flat = x.detach().reshape(-1).double()
         error = float((value.double() - flat).square().sum())

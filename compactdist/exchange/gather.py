@@ -23,6 +23,9 @@ def all_gather(ctx: Context, call: Call, codec: Codec, outputs: list[Tensor], x:
     """Exchange ``x`` with all ranks.
 
     Args:
+        ctx: the group.
+        call: key, op and dtype of the call.
+        codec: how residuals are coded.
         outputs: one tensor per rank, each with ``x.numel()`` elements of ``x.dtype``.
         x: this rank's tensor, any shape.
         opts: the caller's AllgatherOptions or ``None``.
@@ -81,7 +84,7 @@ def all_gather(ctx: Context, call: Call, codec: Codec, outputs: list[Tensor], x:
         numel=links * numel,
     )
     if failure is None:
-        ctx.sample_error(call, encoder.sequence, x, staged.value)
+        ctx.sample_error(call, encoder.sequence, x, staged)
         own = x.detach().reshape(-1) if ctx.exact_local or staged.value is None else staged.value
         write(outputs[me], own)
 

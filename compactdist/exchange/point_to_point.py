@@ -63,11 +63,11 @@ def send(ctx: Context, call: Call, codec: Codec, x: Tensor, peer: int, tag: int)
         encoder.commit(staged, hint)
     raw, wire = numel * x.element_size(), staged.frame.numel()
     if passed is not None:
-        ctx.stats.passed(call.op, passed, wire, call.key.name)
+        ctx.stats.passed(call.op, passed, raw, call.key.name, wire=wire)
     else:
         ctx.stats.sent(call.key.name, call.op, codec.codec_id, raw=raw, wire=wire, keyframe=keyframe, numel=numel)
         if failure is None:
-            ctx.sample_error(call, encoder.sequence, x, staged.value)
+            ctx.sample_error(call, encoder.sequence, x, staged)
 
     def finish(may_write: bool) -> None:
         if failure is not None:
@@ -96,10 +96,12 @@ def receive(
     """Receive into ``x``.
 
     Args:
+        ctx: the group.
         call: the call, or for any source a function from the sender's group rank to the call.
         codec_of: the codec the policy chooses for a call.
         x: output tensor.
         peer: group rank of the sender, ``None`` for any source.
+        tag: of the message.
     """
     numel, dtype = x.numel(), x.dtype
 
@@ -123,6 +125,7 @@ def receive(
         def finish(may_write: bool) -> None:
             decoder = site.decoder(source)
             value = decoder.decode(frame, codec, numel, dtype, epoch=known_call.key.epoch, hint=hint)
+            ctx.store.reserve(site, source, (numel, dtype), decoder.state_bytes, force=True)
             if may_write:
                 write(x, value)
 
@@ -142,7 +145,8 @@ def receive(
         actual = call_from(source)
         site = ctx.store.site(actual.key.name)
         drain(site)
-        value = site.decoder(source).decode(
+        decoder = site.decoder(source)
+        value = decoder.decode(
             frame,
             codec_of(actual),
             numel,
@@ -150,6 +154,7 @@ def receive(
             epoch=actual.key.epoch,
             hint=ctx.hint(actual, numel),
         )
+        ctx.store.reserve(site, source, (numel, dtype), decoder.state_bytes, force=True)
         if may_write:
             write(x, value)
 

@@ -1,4 +1,4 @@
-"""The residual loop: what both ends of a stream remember, and how they stay equal. Nothing distributed is imported here."""
+"""The residual loop: what both ends of a stream remember, and how they stay equal. Imports nothing distributed."""
 
 from compactdist.state.decoder import ResidualDecoder, StreamDecoder
 from compactdist.state.encoder import ResidualEncoder, Staged, StreamEncoder

@@ -44,7 +44,11 @@ class StreamDecoder(StreamState):
 
         Args:
             frame: 1-D uint8; may be longer than the frame in it.
-            codec, numel, dtype, epoch, hint: what this end knows of the call.
+            codec: how the sender codes residuals.
+            numel: elements to come.
+            dtype: of the elements.
+            epoch: resets of the group so far.
+            hint: arrangement to start with, from a layout hint.
             refuse_state: this end keeps no history for the site.
 
         Returns:
@@ -62,11 +66,12 @@ class StreamDecoder(StreamState):
         if header.flags & KEY:
             return self._take_key(header, payload, numel, dtype, hint, refuse_state)
         if header.flags & NONFINITE:
+            self.sequence += 1
             self.drop()
-            self.sequence = 0
             raise NonFiniteError(
                 f"{self.where}: the sender's tensor held NaN or Inf, which a residual cannot carry; no output was "
-                "written and this stream restarts with a keyframe. Find the source of the NaN, or let the site pass through"
+                "written and this stream restarts with a keyframe. Find the source of the NaN, or let the site pass "
+                "through"
             )
         arrangement = self.arrangement
         assert arrangement is not None
@@ -87,15 +92,12 @@ class StreamDecoder(StreamState):
         refuse_state: bool,
     ) -> Tensor:
         value = from_raw(payload, numel, dtype)
+        self.sequence += 1
         self.refused = bool(header.flags & NO_STATE)
         if header.flags & (NONFINITE | NO_STATE) or refuse_state:
             self.drop()
-            self.sequence = 0
             return value
-        if self.is_fresh(numel, dtype):
-            self.sequence = 0
         self.start(numel, dtype, hint)
-        self.sequence += 1
         if self.config.order > 0:
             self.history.advance(value.clone())
         return value
@@ -111,13 +113,15 @@ class StreamDecoder(StreamState):
     ) -> None:
         def wrong(what: str, got: object, expected: object, remedy: str = _RESET) -> FrameError:
             return FrameError(
-                f"{self.where}: wrong {what}: the frame says {got}, expected {expected}. Nothing was applied; {remedy}. "
-                f"The frame: {header.describe()}"
+                f"{self.where}: wrong {what}: the frame says {got}, expected {expected}. Nothing was applied; "
+                f"{remedy}. The frame: {header.describe()}"
             )
 
         same_config = "wrap the group with the same configuration on every rank"
         if header.key != self.key:
-            same_order = "make the calls of a step in the same order on both ends, or name them with key(); then " + _RESET
+            same_order = (
+                "make the calls of a step in the same order on both ends, or name them with key(); then " + _RESET
+            )
             raise wrong("key", f"{header.key:016x}", f"{self.key:016x}", same_order)
         if header.epoch != epoch:
             raise wrong("epoch", header.epoch, epoch)
@@ -126,20 +130,15 @@ class StreamDecoder(StreamState):
             raise wrong("size", f"{header.numel} x {header.dtype}", f"{numel} x {dtype}", same_tensor)
         if header.codec != codec.fingerprint():
             raise wrong("codec", f"{header.codec:08x}", f"{codec.fingerprint():08x} ({codec!r})", same_config)
-        if header.flags & STATELESS:
-            size = raw_nbytes(numel, dtype)
-        elif header.flags & KEY:
-            due = 0 if self.is_fresh(numel, dtype) else self.sequence
-            if header.sequence != due:
-                raise wrong("sequence", header.sequence, due)
+        if not header.flags & STATELESS and header.sequence != self.sequence:
+            raise wrong("sequence", header.sequence, self.sequence)
+        if header.flags & (STATELESS | KEY):
             size = raw_nbytes(numel, dtype)
         elif header.flags & NONFINITE:
             size = 0
         else:
             if self.is_fresh(numel, dtype):
                 raise wrong("kind", "a residual", "a keyframe, for this end holds no history")
-            if header.sequence != self.sequence:
-                raise wrong("sequence", header.sequence, self.sequence)
             arrangement = self.arrangement or hint or blocks(numel)
             got = (header.groups, header.rows, header.channels, header.layout)
             expected = (*arrangement.shape, arrangement.hint)
@@ -185,9 +184,7 @@ class ResidualDecoder:
         if header.shape is None:
             raise FrameError(f"{self._stream.where}: the frame carries no shape; it was made for a process group")
         hint = self.layout.resolve(header.numel) if self.layout is not None else None
-        value = self._stream.decode(
-            frame, self.codec, header.numel, header.dtype, epoch=self._epoch, hint=hint
-        )
+        value = self._stream.decode(frame, self.codec, header.numel, header.dtype, epoch=self._epoch, hint=hint)
         return value.clone().view(header.shape)
 
     def reset(self) -> None:

@@ -100,7 +100,7 @@ class StreamEncoder(StreamState):
             codec=codec.fingerprint(),
             key=self.key,
             epoch=epoch,
-            sequence=0 if self.is_fresh(numel, dtype) else self.sequence,
+            sequence=self.sequence,
             payload_nbytes=0,
             numel=numel,
             dtype=dtype,
@@ -136,7 +136,12 @@ class StreamEncoder(StreamState):
         try:
             payload = codec.encode(arrangement.to_matrix(residual))
         except NonFiniteError as error:
-            raise NonFiniteError(f"{self.where}: {error}") from None
+            if not bool(torch.isfinite(flat).all()):
+                raise NonFiniteError(f"{self.where}: {error}") from None
+            # two huge finite values: send as much of the change as float32 holds, the next frame brings the rest
+            limit = torch.finfo(torch.float32).max
+            residual.clamp_(-limit, limit)
+            payload = codec.encode(arrangement.to_matrix(residual))
         found = None
         search = self.config.find_layout and not arrangement.hint and not self._searched
         if search:
@@ -179,7 +184,7 @@ class StreamEncoder(StreamState):
 
     @torch.no_grad()
     def stage_stateless(self, x: Tensor, codec: Codec, *, epoch: int) -> Staged:
-        """A frame that carries the tensor itself and touches no history (a pass-through the receiver cannot foresee)."""
+        """A frame of the tensor itself that touches no history (a pass-through the receiver cannot foresee)."""
         payload = raw_payload(x)
         header = Header(
             codec=codec.fingerprint(),
@@ -199,15 +204,12 @@ class StreamEncoder(StreamState):
         header = staged.header
         if header.flags & STATELESS:
             return
+        self.sequence += 1
         if header.flags & (NONFINITE | NO_STATE):
             self.drop()
-            self.sequence = 0
             return
         if header.flags & KEY:
-            fresh = self.is_fresh(header.numel, header.dtype)
             self.start(header.numel, header.dtype, hint)
-            self.sequence = 0 if fresh else self.sequence
-        self.sequence += 1
         self._searched = self._searched or staged.searched
         if staged.value is not None:
             self.history.advance(staged.value)

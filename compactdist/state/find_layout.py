@@ -1,8 +1,8 @@
 """Find (groups, channels) of a flat buffer from its numbers.
 
-Scales per channel pay when channels have unequal energy, and they are most unequal at the true channel count: at a wrong
-count every column mixes all channels. The gain of knowing the energies e_j, in bits per element, is half the log of
-arithmetic over geometric mean (reverse water-filling; anchors of rate-distortion theory, e.g. Cover & Thomas 10.3.3),
+Scales per channel pay when channels have unequal energy, and they are most unequal at the true channel count: at a
+wrong count every column mixes all channels. The gain of knowing the energies e_j, in bits per element, is half the log
+of arithmetic over geometric mean (reverse water-filling, Cover and Thomas, Elements of Information Theory, 10.3.3),
 corrected for the spread that a finite number of rows shows by chance, less the bits the scales cost.
 """
 
@@ -13,12 +13,12 @@ import math
 import torch
 from torch import Tensor
 
+from compactdist.codecs.layout import MIN_CHANNELS_FOR_ROW_SCALES, MIN_ROWS_FOR_CHANNEL_SCALES
 from compactdist.state.layout import Arrangement, blocks, plain
 
 __all__ = ["find_arrangement"]
 
 _MIN_CHANNELS, _MAX_CHANNELS = 16, 16384
-_MIN_ROWS = 32
 _MAX_GROUPS = 64
 _SEARCH_ELEMENTS = 1 << 20
 _MIN_GAIN_BITS = 0.02
@@ -35,7 +35,9 @@ def _spread_bits(energy: Tensor, samples: int) -> float:
 
     E[log2 of a chi-square mean with k degrees] is about -log2(e)/k below the log of its mean.
     """
-    energy = energy.double().clamp_min(1e-300)
+    energy = energy.double()
+    # a channel 60 dB down is free already; a silent one must not promise infinite gain
+    energy = energy.clamp_min(float(energy.mean()) * 1e-6 + 1e-300)
     saved = 0.5 * (energy.mean(-1).log2() - energy.log2().mean(-1)).mean().item()
     return saved - 0.5 * math.log2(math.e) / samples
 
@@ -45,10 +47,12 @@ def _gain_bits(square: Tensor, groups: int, channels: int) -> float:
     matrix = square.view(groups, -1, channels)
     rows = matrix.shape[1]
     per_channel = matrix.mean(1)
-    gain = _spread_bits(per_channel.reshape(1, -1), rows) - 16 / rows
-    if channels >= 64:
-        floor = per_channel.mean(-1, keepdim=True)[..., None] * 1e-12 + 1e-300
-        per_row = (matrix / (per_channel[:, None] + floor)).mean(-1)
+    gain = 0.0
+    if rows >= MIN_ROWS_FOR_CHANNEL_SCALES:
+        gain = _spread_bits(per_channel.reshape(1, -1), rows) - 16 / rows
+    if channels >= MIN_CHANNELS_FOR_ROW_SCALES:
+        floor = per_channel.mean(-1, keepdim=True) * 1e-6 + torch.finfo(torch.float32).tiny
+        per_row = (matrix / (per_channel + floor)[:, None]).mean(-1)
         gain += max(0.0, _spread_bits(per_row, channels)) - 8 / channels
     return gain
 
@@ -64,19 +68,19 @@ def find_arrangement(residual: Tensor) -> Arrangement:
     """
     numel = residual.numel()
     default = blocks(numel)
-    if numel < 4 * _MIN_CHANNELS * _MIN_ROWS:
+    if numel < 4 * _MIN_CHANNELS * MIN_ROWS_FOR_CHANNEL_SCALES:
         return default
     square = residual.detach().float()
     peak = square.abs().max()
     if not bool(peak > 0):
         return default
     square = (square / peak).square()
-    candidates = _divisors(numel, _MIN_CHANNELS, min(_MAX_CHANNELS, numel // _MIN_ROWS))
+    candidates = _divisors(numel, _MIN_CHANNELS, min(_MAX_CHANNELS, numel // MIN_ROWS_FOR_CHANNEL_SCALES))
     if not candidates:
         return default
 
     def first_look(channels: int) -> float:
-        rows = max(_MIN_ROWS, min(numel, _SEARCH_ELEMENTS) // channels)
+        rows = max(MIN_ROWS_FOR_CHANNEL_SCALES, min(numel, _SEARCH_ELEMENTS) // channels)
         part = square[: min(numel, rows * channels)]
         return _gain_bits(part[: part.numel() // channels * channels], 1, channels)
 
@@ -84,7 +88,9 @@ def find_arrangement(residual: Tensor) -> Arrangement:
     ranked = sorted(candidates, key=first_look, reverse=True)[:4]
     best, best_gain = default, base + _MIN_GAIN_BITS
     for channels in ranked:
-        for groups in _divisors(numel // channels, 1, min(_MAX_GROUPS, numel // channels // _MIN_ROWS)):
+        for groups in _divisors(
+            numel // channels, 1, min(_MAX_GROUPS, numel // channels // MIN_ROWS_FOR_CHANNEL_SCALES)
+        ):
             gain = _gain_bits(square, groups, channels)
             if gain > best_gain + (1e-3 if groups > best.groups else 0.0):
                 best, best_gain = plain(numel, groups, channels), gain

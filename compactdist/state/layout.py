@@ -95,9 +95,9 @@ class Layout:
     (2, 34, 128)
 
     Args:
-        pattern: left side, the axes of the buffer in memory order, in parentheses; right side, three terms: groups, rows
-            (tokens) and channels, each an axis, a parenthesised list of axes, or ``1`` for none. Every axis appears once
-            on each side.
+        pattern: left side, the axes of the buffer in memory order, in parentheses; right side, three terms: groups,
+            rows (tokens) and channels, each an axis, a parenthesised list of axes, or ``1`` for none. Every axis
+            appears once on each side.
         sizes: axis sizes. At most one may be left out; it follows from the number of elements.
 
     Raises:

@@ -1,8 +1,8 @@
 """What both ends of a stream remember, and what they expect the next tensor to be.
 
 Orders: 0 expects nothing; 1 expects the last value; 2 expects the last value plus a damped velocity (CompactFusion,
-arXiv 2507.17511, residual level 2; damping g: v <- g * (x_hat - base)). The arithmetic is elementwise float32 in a fixed
-order with one rounding to the tensor's dtype, so two ends that start equal stay equal to the bit.
+arXiv 2507.17511, residual level 2; damping g: v <- g * (x_hat - base)). The arithmetic is elementwise float32 in a
+fixed order with one rounding to the tensor's dtype, so two ends that start equal stay equal to the bit.
 """
 
 from __future__ import annotations
@@ -45,12 +45,9 @@ class History:
         return self.base.float() + self.velocity.float()
 
     def residual(self, flat: Tensor) -> Tensor:
-        """``flat - prediction`` as float32, clamped to the finite range (a difference of two huge values)."""
+        """``flat - prediction`` as float32; Inf where two huge finite values differ by more than float32 holds."""
         prediction = self.predict()
-        if prediction is None:
-            return flat.float()
-        limit = torch.finfo(torch.float32).max
-        return (flat.float() - prediction).clamp_(-limit, limit)
+        return flat.float() if prediction is None else flat.float() - prediction
 
     def reconstruct(self, decoded: Tensor, dtype: torch.dtype) -> Tensor:
         """``prediction + decoded`` rounded to ``dtype``, kept finite; does not change the history."""
@@ -66,8 +63,8 @@ class History:
         if self.base is None:
             return torch.zeros_like(value)
         limit = torch.finfo(value.dtype).max
-        change = (value.float() - self.base.float()) * self.damping
-        return change.clamp(-limit, limit).to(value.dtype)
+        change = (value.float() - self.base.float()).clamp_(-limit, limit)
+        return (change * self.damping).to(value.dtype)
 
     def advance(self, value: Tensor) -> None:
         """Remember ``value`` (flat, owned by the history from now on)."""

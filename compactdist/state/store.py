@@ -44,7 +44,9 @@ class Site:
         """The stream to ``peer`` (one's own rank for a stream every rank receives)."""
         found = self.encoders.get(peer)
         if found is None:
-            found = self.encoders[peer] = StreamEncoder(self._config, self.hash, f"{self._label}, sending to rank {peer}")
+            found = self.encoders[peer] = StreamEncoder(
+                self._config, self.hash, f"{self._label}, sending to rank {peer}"
+            )
         return found
 
     def decoder(self, peer: int) -> StreamDecoder:
@@ -99,17 +101,22 @@ class StateStore:
         with self._lock:
             return list(self._sites.values())
 
-    def reserve(self, site: Site, peer: int, what: object, nbytes: int) -> bool:
+    def reserve(self, site: Site, peer: int, what: object, nbytes: int, *, force: bool = False) -> bool:
         """Take ``nbytes`` of budget for a stream (or all of a site's); a new amount replaces the old.
 
         Args:
+            site: the call site.
+            peer: whose stream, or :data:`Site.ALL`.
+            nbytes: history tensors it will hold.
+            force: take it even beyond the cap, where only the other end could have refused.
             what: identifies the amount (numel and dtype); the same again is free.
         """
         with self._lock:
             old, held = site.reserved.get(peer, (None, 0))
             if old == what:
                 return True
-            if self.budget_bytes is not None and self._reserved - held + nbytes > self.budget_bytes:
+            beyond = self.budget_bytes is not None and self._reserved - held + nbytes > self.budget_bytes
+            if beyond and not force:
                 return False
             self._reserved += nbytes - held
             site.reserved[peer] = (what, nbytes)
@@ -132,6 +139,7 @@ class StateStore:
             for key in gone:
                 site = self._sites.pop(key)
                 self._reserved -= sum(nbytes for _, nbytes in site.reserved.values())
+                site.reserved.clear()
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes held per key."""

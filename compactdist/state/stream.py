@@ -1,7 +1,7 @@
 """What encoder and decoder of one directed stream share: configuration, history, arrangement and frame sizes.
 
-Both ends move through the same sequence of :class:`StreamState` values. Everything a frame's size depends on is here, so
-that either end can tell the size of the next frame before it arrives.
+Both ends move through the same sequence of :class:`StreamState` values. Everything a frame's size depends on is here,
+so that either end can tell the size of the next frame before it arrives.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class StreamConfig:
         damping: factor of the velocity for order 2. At one bit the loop is stable only below about 0.56
             (q * ((1 + g)^2 + g^2) < 1 with the codec's error ratio q).
         error_feedback: residuals are taken against what the receiver holds, so that errors are corrected by the next
-            frame. ``None``: on wherever there is a prediction. Off is the open loop of the method's ablation: it drifts.
+            frame. ``None``: on wherever there is a prediction. Off is the open loop of the method's ablation, which
+            drifts.
         warmup_steps: steps after a reset during which every frame is a keyframe.
         find_layout: search the arrangement of buffers without a layout hint on the first residual.
 
@@ -66,7 +67,8 @@ class StreamState:
     Attributes:
         history: what the receiving end holds; the sending end keeps the same.
         live: (numel, dtype) the history is about; ``None`` while the stream is empty.
-        sequence: frames so far since the stream was empty.
+        sequence: frames so far in this epoch; counts on when the history is dropped, so that a repeated or lost
+            keyframe is noticed as well.
         arrangement: how residuals are cut; ``None`` until the stream is live.
         where: call site and ranks, for error messages.
     """

@@ -75,13 +75,9 @@ class _Clock:
     def before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs.get("timestep")
         if timestep is None:
-            timestep = (
-                inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("timestep")
-            )
+            timestep = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("timestep")
         if timestep is None:
-            raise TypeError(
-                f"{type(module).__name__} was called without a timestep; steps cannot be told apart"
-            )
+            raise TypeError(f"{type(module).__name__} was called without a timestep; steps cannot be told apart")
         value = float(timestep.reshape(-1)[0]) if torch.is_tensor(timestep) else float(timestep)
         if value != self._timestep:
             self._timestep = value
@@ -134,7 +130,7 @@ def enable(pipe: Any, codec: Any = "int2", *, route: str | None = None, **wrap_o
     handle = Handle({}, undo)
     # Exact: attention uses its own keys and values as they are and only those of other ranks are
     # reconstructed.
-    options = {"local": "exact", "layouts": sites.layout_of} | wrap_options
+    options: dict[str, Any] = {"local": "exact", "layouts": sites.layout_of} | wrap_options
     try:
         for name, group in inner.items():
             wrapped = compactdist.wrap(group, codec, **options)
@@ -146,22 +142,26 @@ def enable(pipe: Any, codec: Any = "int2", *, route: str | None = None, **wrap_o
         sites.groups = handle.groups
         undo.append(sites.remove)
         sites.install()
-        _follow(pipe, _Clock(handle.groups), undo)
+        _follow(pipe, handle.groups, undo)
     except BaseException:
         handle.disable()
         raise
     return handle
 
 
-def _follow(pipe: Any, clock: _Clock, undo: list[Callable[[], None]]) -> None:
-    """Let `clock` see every forward of the transformers and every start of a request of `pipe`."""
+def _follow(pipe: Any, groups: dict[str, Any], undo: list[Callable[[], None]]) -> None:
+    """Let the transformers of `pipe` name the call sites and advance the steps, and every request begin anew."""
     inner = _unwrapped(pipe)
+    clock = _Clock(groups)
     transformers = [getattr(inner, name, None) for name in ("transformer", "transformer_2")]
     if not any(isinstance(transformer, torch.nn.Module) for transformer in transformers):
         raise ValueError(f"{type(inner).__name__} has no transformer")
     for transformer in transformers:
         if isinstance(transformer, torch.nn.Module):
             undo.append(transformer.register_forward_pre_hook(clock.before_forward, with_kwargs=True).remove)
+            # xfuser wraps the transformer in a module of its own; its layers keep their names inside.
+            layers = getattr(transformer, "module", transformer)
+            undo += [group.attach(layers, step_module=None).detach for group in groups.values()]
 
     # Every pipeline, of diffusers and of xfuser, begins its loop by asking the scheduler for the timesteps;
     # pipelines read the signature of this method to see what it accepts.

@@ -76,9 +76,7 @@ def counters(handle: Handle) -> dict[str, int]:
     return dict(zip(names, total.tolist(), strict=True))
 
 
-def run(
-    pipe: Any, call_kwargs: dict[str, Any], options: dict[str, Any]
-) -> tuple[Tensor | None, dict[str, Any]]:
+def run(pipe: Any, call_kwargs: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
     """One request: latents `(10, 64, 4)` (None on the ranks without output) and what it took."""
     with enable(pipe, **options) as handle:
         dist.barrier()

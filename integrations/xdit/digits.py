@@ -17,11 +17,12 @@ from torch import Tensor
 CHECKPOINT = Path(__file__).parent / "assets" / "digits_flux.safetensors"
 CLASSES = 10
 STEPS = 28
+SEED = 13  # chosen among 16 for ten samples that are easy to read, from uncompressed pictures only
 _VAE_SCALE = 8  # FluxPipeline divides height and width by this to get the size of the latents
 
 
 def load_digits_pipeline(
-    path: str | Path | None = None, *, seed: int = 0, steps: int = STEPS
+    path: str | Path | None = None, *, seed: int = SEED, steps: int = STEPS
 ) -> tuple[Any, dict[str, Any]]:
     """The pipeline and the arguments of a call that draws the digits 0 to 9 as one batch.
 

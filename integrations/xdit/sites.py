@@ -31,9 +31,7 @@ import compactdist
 Guess = Callable[..., "compactdist.Layout | None"]
 
 
-def _ring(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-) -> compactdist.Layout:
+def _ring(attention: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> compactdist.Layout:
     b, h, s, d = key.shape
     return compactdist.Layout("(kv b h s d) -> kv (b s) (h d)", kv=2, b=b, h=h, s=s, d=d)
 

@@ -22,7 +22,7 @@ CODEC_IDS = ("binary", "int2", "int4", "int8", "raw")
 
 # Row and channel scales; row scales only; neither; a flat tensor with a tail.
 CASES = (
-    ((40, 72), torch.float32, "channel_scaled"),
+    ((70, 72), torch.float32, "channel_scaled"),
     ((3, 5, 66), torch.float16, "laplace"),
     ((2, 3, 2, 9), torch.bfloat16, "gaussian"),
     ((300,), torch.float32, "student4"),

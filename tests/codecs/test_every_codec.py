@@ -80,7 +80,7 @@ def test_bad_inputs(codec):
 
 @every_lossy_codec
 def test_zero_rows_and_channels_stay_zero(codec):
-    x = kit.sample("gaussian", (2, 40, 70))
+    x = kit.sample("gaussian", (2, 80, 70))
     x[0, 7] = 0
     x[:, :, 11] = 0
     x[1, 3:9, 20:30] = 0
@@ -93,7 +93,7 @@ def test_zero_rows_and_channels_stay_zero(codec):
 @every_lossy_codec
 def test_groups_do_not_meet(codec):
     """A group must decode as if it had been sent alone, whatever its neighbour is."""
-    x = torch.stack([kit.sample("gaussian", (40, 70)), kit.sample("huge", (40, 70), seed=1)])
+    x = torch.stack([kit.sample("gaussian", (80, 70)), kit.sample("huge", (80, 70), seed=1)])
     together = kit.round_trip(codec, x)
     for group in range(2):
         assert torch.equal(together[group], kit.round_trip(codec, x[group]))
@@ -102,10 +102,10 @@ def test_groups_do_not_meet(codec):
 @every_lossy_codec
 def test_residual_loop_converges(codec):
     """Both ends add what was sent to the base; on a tensor that stands still the base must reach it."""
-    x = kit.sample("student4", (48, 80))
+    x = kit.sample("student4", (96, 80))
     base = torch.zeros_like(x)
     errors = []
-    for _ in range(40):
+    for _ in range(80):
         base = base + kit.round_trip(codec, x - base)
         errors.append(float((x - base).square().sum()))
     assert all(later <= earlier for earlier, later in pairwise(errors) if earlier > 1e-9)

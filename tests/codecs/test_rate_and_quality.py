@@ -66,10 +66,10 @@ def test_bits_per_element_of_a_large_matrix(codec_id, bits):
         ((300,), 48, 16, 16),  # three rows of 128
         ((2, 63), 16, 0, 16),  # too few channels for row scales
         ((2, 64), 16, 16, 16),
-        ((31, 64), 256, 32, 16),  # too few rows for channel scales
-        ((32, 64), 256, 32, 128),
-        ((3, 32, 64), 768, 96, 384),  # scales for each group
-        ((2, 4, 4, 2, 32), 256, 32, 128),  # B, S1, S2, H, D
+        ((63, 64), 512, 64, 16),  # too few rows for channel scales
+        ((64, 64), 512, 64, 128),
+        ((3, 64, 64), 1536, 192, 384),  # scales for each group
+        ((2, 4, 8, 2, 32), 512, 64, 128),  # B, S1, S2, H, D
     ],
 )
 def test_binary_sections(shape, codes, row_scales, channel_scales):

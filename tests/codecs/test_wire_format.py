@@ -52,7 +52,7 @@ def decode_with_numpy(codec_id: str, payload: bytes, shape: tuple[int, ...]) -> 
         k = np.frombuffer(payload, np.uint8, g * r, at).astype(np.float64)
         t = np.where(k > 0, (8 + k % 8) / 8 * 2.0 ** (k // 8 - 31), 0).astype(np.float32).reshape(g, r, 1)
         at += math.ceil(g * r / 16) * 16
-    per_group = c if r >= 32 else 1
+    per_group = c if r >= 64 else 1
     scales = np.frombuffer(payload, "<u2", g * per_group, at).astype("<u4") << 16
     scales = scales.astype("<u4").view("<f4").reshape(g, 1, per_group)
     assert len(payload) == at + math.ceil(2 * g * per_group / 16) * 16

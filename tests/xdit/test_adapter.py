@@ -16,12 +16,18 @@ class Group:
 
     def __init__(self) -> None:
         self.history: list[str] = []
+        self.attached: list[torch.nn.Module] = []
 
     def step(self) -> None:
         self.history.append("step")
 
     def reset(self) -> None:
         self.history.append("reset")
+
+    def attach(self, module: torch.nn.Module, *, step_module: str | None) -> SimpleNamespace:
+        assert step_module is None
+        self.attached.append(module)
+        return SimpleNamespace(detach=lambda: self.attached.remove(module))
 
 
 class Transformer(torch.nn.Module):
@@ -43,7 +49,7 @@ def pipeline() -> SimpleNamespace:
 
 def followed() -> tuple[SimpleNamespace, Group, list]:
     pipe, group, undo = pipeline(), Group(), []
-    adapter._follow(pipe, adapter._Clock({"ring": group}), undo)
+    adapter._follow(pipe, {"ring": group}, undo)
     return pipe.module, group, undo
 
 
@@ -79,17 +85,19 @@ def test_signature_of_set_timesteps_stays_visible() -> None:
 def test_disable_restores_everything() -> None:
     pipe, group, undo = followed()
     handle = adapter.Handle({"ring": group}, undo)
+    assert group.attached == [pipe.transformer]
     handle.disable()
     handle.disable()
     pipe.transformer(torch.ones(2), timestep=torch.tensor(1.0))
     pipe.scheduler.module.set_timesteps(1)
     assert group.history == []
+    assert group.attached == []
     assert "set_timesteps" not in vars(pipe.scheduler.module)
 
 
 def test_pipeline_without_transformer_is_refused() -> None:
     with pytest.raises(ValueError, match="no transformer"):
-        adapter._follow(SimpleNamespace(scheduler=Scheduler()), adapter._Clock({}), [])
+        adapter._follow(SimpleNamespace(scheduler=Scheduler()), {}, [])
 
 
 def test_unknown_route_is_refused() -> None:

@@ -1,0 +1,50 @@
+"""A table of calls: what each reaches in a wrapped group of two ranks, and how it is counted there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tests.group.kit import NUMEL, close
+
+SIZE = 2
+
+
+@dataclass
+class Row:
+    """One line of the table: a call, the methods it reaches, how often it is compressed, and what passes why."""
+
+    call: Callable[[Any, int], Any]
+    reaches: list[str]
+    compressed: int = 0
+    passed: dict[tuple[str, str], int] = field(default_factory=dict)
+    error: str = ""
+
+
+ROWS: dict[str, Row] = {}
+
+
+def row(*reaches: str, compressed: int = 0, error: str = "", **passed: str | tuple[str, int]) -> Any:
+    """``passed``: operation = reason, or (reason, calls)."""
+    expected = {(op, r if isinstance(r, str) else r[0]): 1 if isinstance(r, str) else r[1] for op, r in passed.items()}
+
+    def add(call: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+        ROWS[call.__name__] = Row(call, list(reaches), compressed, expected, error)
+        return call
+
+    return add
+
+
+def blank(times: int = SIZE, numel: int = NUMEL) -> torch.Tensor:
+    return torch.full((times * numel,), torch.nan)
+
+
+def blanks(numel: int = NUMEL) -> list[torch.Tensor]:
+    return [torch.full((numel,), torch.nan) for _ in range(SIZE)]
+
+
+def right(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return close(a.detach(), b)

@@ -1,0 +1,243 @@
+"""batch_isend_irecv: receives first, works in the order given, and one group of calls where the backend can group."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+import compactdist
+from compactdist import _torch
+from compactdist.errors import ConfigError
+from tests.group.kit import NUMEL, Watch, close, data
+from tests.launch import run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def nan():
+    return torch.full((NUMEL,), torch.nan)
+
+
+def batch(g, rank, seed, outs):
+    """Sends before receives: the worst order for gloo, the usual one in ring code."""
+    peer = 1 - rank
+    sends = [dist.P2POp(dist.isend, data(rank, seed=10 * seed + i), peer, g) for i in range(len(outs))]
+    return [*sends, *(dist.P2POp(dist.irecv, out, peer, g) for out in outs)]
+
+
+def right(outs, rank, seed):
+    return all(close(out, data(1 - rank, seed=10 * seed + i)) for i, out in enumerate(outs))
+
+
+def test_both_ways_to_call_it():
+    def body(rank, size):
+        g = compactdist.wrap(codec="int8", min_numel=64)
+        watch = Watch(g)
+        for seed in range(3):
+            for batch_isend_irecv in (g.batch_isend_irecv, dist.batch_isend_irecv):
+                g.step()
+                outs = [nan(), nan()]
+                ops = batch(g, rank, seed, outs)
+
+                def run(post=batch_isend_irecv, ops=ops):
+                    works = post(ops)
+                    assert len(works) == 4
+                    for work, op in zip(works, ops, strict=True):
+                        assert work.result()[0] is op.tensor  # in the order given
+                    for work in (*works, *works):  # twice: gloo would hang
+                        work.wait()
+
+                seen = watch(run)
+                assert seen.error == ""
+                assert right(outs, rank, seed)
+                assert (seen.compressed, seen.passed) == (2, {})
+                first = ["recv", "recv", "send", "send"]
+                assert seen.reached == (first if batch_isend_irecv == g.batch_isend_irecv else first[::-1])
+
+    run_ranks(body, pg_timeout=15)
+
+
+def test_small_and_integer_messages_in_a_batch_pass_through():
+    def body(rank, size):
+        g = compactdist.wrap(codec="int8", min_numel=64)
+        watch = Watch(g)
+        g.step()
+        peer = 1 - rank
+        small, whole, big = torch.zeros(8), torch.zeros(NUMEL, dtype=torch.int64), nan()
+        ops = [
+            dist.P2POp(dist.isend, torch.full((8,), float(rank)), peer, g),
+            dist.P2POp(dist.isend, torch.full((NUMEL,), rank), peer, g),
+            dist.P2POp(dist.isend, data(rank), peer, g),
+            *(dist.P2POp(dist.irecv, out, peer, g) for out in (small, whole, big)),
+        ]
+        seen = watch(lambda: [work.wait() for work in g.batch_isend_irecv(ops)])
+        assert seen.error == ""
+        assert bool((small == peer).all())
+        assert bool((whole == peer).all())
+        assert close(big, data(peer))
+        both = {(op, reason): 1 for op in ("send", "recv") for reason in ("small", "dtype")}
+        both.pop(("recv", "small"), None)
+        assert seen.compressed == 1
+        assert seen.passed.items() >= both.items()
+
+    run_ranks(body, pg_timeout=15)
+
+
+def test_operations_of_another_group_are_refused():
+    def body(rank, size):
+        g = compactdist.wrap(codec="int8", min_numel=64)
+        other = dist.new_group()
+        g.step()
+        with pytest.raises(ConfigError, match="another group"):
+            g.batch_isend_irecv([dist.P2POp(dist.isend, data(0), 1 - rank, other)])
+        # the wrapped group itself means this group
+        out = nan()
+        ops = [
+            dist.P2POp(dist.irecv, out, 1 - rank, dist.group.WORLD),
+            dist.P2POp(dist.isend, data(rank), 1 - rank),
+        ]
+        for work in g.batch_isend_irecv(ops):
+            work.wait()
+        assert close(out, data(1 - rank))
+        assert g.stats().compressed_calls == 1
+
+    run_ranks(body, pg_timeout=15)
+
+
+class Grouped:
+    """The work of a group of calls; may be waited for once, as gloo's."""
+
+    def __init__(self, works, log):
+        self.works, self.log = works, log
+
+    def wait(self, *timeout):
+        assert "wait" not in self.log[self.log.index("end") :] or self.works == []
+        self.log.append("wait")
+        while self.works:
+            self.works.pop().wait()
+        return True
+
+    def is_completed(self):
+        return not self.works
+
+
+class InsideAGroup:
+    """What a call in a group returns: nothing to wait for yet."""
+
+    def wait(self, *timeout):
+        raise AssertionError("waited for one call of a group")
+
+    def is_completed(self):
+        return False
+
+
+class GroupingInner:
+    """A gloo group that groups point-to-point calls, as NCCL does, and refuses ungrouped ones."""
+
+    supports_coalescing = True
+
+    def __init__(self, inner):
+        self.inner, self.log, self._open = inner, [], None
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def _get_backend(self, device):
+        return self
+
+    def _start_coalescing(self, device):
+        assert self._open is None
+        self.log.append("start")
+        self._open = []
+
+    def _end_coalescing(self, device):
+        self.log.append("end")
+        works, self._open = self._open, None
+        return Grouped(works, self.log)
+
+    def _grouped(self, name, *args):
+        assert self._open is not None, f"{name} outside a group of calls: NCCL could deadlock"
+        self.log.append(name)
+        self._open.append(getattr(self.inner, name)(*args))
+        return InsideAGroup()
+
+    def send(self, *args):
+        return self._grouped("send", *args)
+
+    def recv(self, *args):
+        return self._grouped("recv", *args)
+
+
+def grouping_group():
+    """A wrapped group on such a backend. Ranks are processes of their own, so what is patched here is patched there only."""
+    plain = _torch.supports_coalescing
+    _torch.supports_coalescing = lambda group, device: device.type == "cpu"
+    g = compactdist.wrap(codec="int8", min_numel=64)
+    _torch.supports_coalescing = plain
+    g.inner = g._ctx.inner = GroupingInner(g.inner)
+    return g
+
+
+def test_a_backend_that_groups_gets_the_whole_batch_in_one_group():
+    def body(rank, size):
+        g = grouping_group()
+        log = g.inner.log
+        for seed in range(3):
+            for batch_isend_irecv in (g.batch_isend_irecv, dist.batch_isend_irecv, c10d.batch_isend_irecv):
+                with g.key(f"{batch_isend_irecv.__module__}"):
+                    g.step()
+                log.clear()
+                outs = [nan(), nan()]
+                works = batch_isend_irecv(batch(g, rank, seed, outs))
+                assert log == ["start", "recv", "recv", "send", "send", "end"]
+                for work in (*works, *works):
+                    work.wait()
+                assert log[6:] == ["wait"]
+                assert right(outs, rank, seed)
+        assert g.stats().compressed_calls == 18
+
+    run_ranks(body, pg_timeout=15)
+
+
+def test_a_grouped_batch_may_mix_compressed_and_passed_messages():
+    def body(rank, size):
+        g = grouping_group()
+        peer = 1 - rank
+        for seed in range(2):
+            g.step()
+            whole, big = torch.zeros(NUMEL, dtype=torch.int64), nan()
+            ops = [
+                dist.P2POp(dist.isend, torch.full((NUMEL,), rank), peer, g),
+                dist.P2POp(dist.isend, data(rank, seed=seed), peer, g),
+                dist.P2POp(dist.irecv, whole, peer, g),
+                dist.P2POp(dist.irecv, big, peer, g),
+            ]
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
+            assert bool((whole == peer).all())
+            assert close(big, data(peer, seed=seed))
+        assert g.inner.log == ["start", "recv", "recv", "send", "send", "end", "wait"] * 2
+
+    run_ranks(body, pg_timeout=15)
+
+
+def test_a_plain_group_beside_it_keeps_its_own_way():
+    def body(rank, size):
+        grouping_group()
+        out = nan()
+        for work in dist.batch_isend_irecv(batch(dist.group.WORLD, rank, 0, [out])):
+            work.wait()
+        assert torch.equal(out, data(1 - rank))
+
+    run_ranks(body, pg_timeout=15)
+
+
+def test_gloo_leaves_torch_unpatched():
+    def body(rank, size):
+        before = dist.batch_isend_irecv
+        compactdist.wrap()
+        assert dist.batch_isend_irecv is before is c10d.batch_isend_irecv
+
+    run_ranks(body, 1)
