@@ -55,9 +55,10 @@ def agree(
     turn = int(store.add(f"compactdist/turns/{rank}", 1))
     here = f"compactdist/wrap/{turn}"
     announcement = f"compactdist/wrapping/{me}"
-    common_store.set(announcement, json.dumps({"group": group, "ranks": global_ranks}))
+    common_store.set(announcement, json.dumps({"group": group, "turn": turn, "ranks": global_ranks}))
     try:
         store.set(f"{here}/{rank}", json.dumps(fingerprint))
+        common_store.set(f"compactdist/posted/{me}/{group}", json.dumps({"turn": turn}))
         missing = set(range(len(global_ranks))) - {rank}
         deadline = time.monotonic() + timeout
         while missing:
@@ -105,9 +106,11 @@ def _check_order(
     busy = _get(common_store, f"compactdist/wrapping/{global_ranks[peer]}")
     if not busy or busy["group"] == group or me not in busy["ranks"]:
         return
-    # the peer may have passed here between our two looks
+    posted = _get(common_store, f"compactdist/posted/{me}/{busy['group']}")
+    if posted and posted["turn"] >= busy["turn"]:
+        return  # the peer is only still reading what we posted there
     if store.check([f"{here}/{peer}"]):
-        return
+        return  # it came here between our two looks
     raise ConfigMismatchError(
         f"rank {rank} wraps group '{group}' while rank {peer} of it wraps group '{busy['group']}': wrap groups in the "
         "same order on every rank; nothing was sent"

@@ -265,9 +265,10 @@ def payload_of(frame: Tensor, header: Header) -> Tensor:
 
 def raw_payload(x: Tensor) -> Tensor:
     """The bytes of a tensor, zero-padded to a multiple of 16: 1-D uint8."""
-    if x.numel() == 0:  # an empty tensor may have strides that cannot be viewed as bytes
-        return torch.empty(0, dtype=torch.uint8, device=x.device)
-    flat = x.detach().resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
+    flat = x.detach().resolve_conj().resolve_neg().reshape(-1)
+    if flat.stride(0) != 1:  # contiguous() leaves the strides of tensors with at most one element as they are
+        flat = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device).copy_(flat)
+    flat = flat.view(torch.uint8)
     pad = -flat.numel() % 16
     return flat if pad == 0 else torch.nn.functional.pad(flat, (0, pad))
 

@@ -190,7 +190,7 @@ def _encode(
             want_value=bool(ctx.sample_every),
         )
     except NonFiniteError as error:
-        failure = error
+        failure = error.with_traceback(None)  # its frames would keep the caller's tensors and works alive
         staged = encoder.stage_nonfinite(chunk, codec, epoch=call.key.epoch, frame_nbytes=size)
     return _Outgoing(peer, staged.frame, encoder, staged, hint, codec), failure
 

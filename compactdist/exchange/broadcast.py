@@ -64,7 +64,7 @@ def broadcast(ctx: Context, call: Call, codec: Codec, x: Tensor, root: int, opts
                     want_value=bool(ctx.sample_every),
                 )
             except NonFiniteError as error:
-                failure = error
+                failure = error.with_traceback(None)  # its frames would keep the caller's tensors and works alive
                 staged = encoder.stage_nonfinite(x, codec, epoch=epoch, frame_nbytes=size)
             frame = staged.frame
         else:

@@ -68,7 +68,7 @@ def all_gather(ctx: Context, call: Call, codec: Codec, outputs: list[Tensor], x:
                 want_value=not ctx.exact_local or bool(ctx.sample_every),
             )
         except NonFiniteError as error:
-            failure = error
+            failure = error.with_traceback(None)  # its frames would keep the caller's tensors and works alive
             staged = encoder.stage_nonfinite(x, codec, epoch=epoch, frame_nbytes=size)
         gathered = torch.empty(ctx.size * size, dtype=torch.uint8, device=x.device)
         inner = _torch.all_gather_single(ctx.inner, gathered, staged.frame, opts)

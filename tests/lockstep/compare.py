@@ -1,0 +1,73 @@
+"""What every rank's streams hold, in a form that can be sent to the parent, and whether it fits together."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from compactdist.work import drain
+
+
+def digest(t: torch.Tensor | None) -> str | None:
+    if t is None:
+        return None
+    raw = t.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    return f"{t.dtype}{tuple(t.shape)}{hashlib.sha256(raw).hexdigest()}"
+
+
+def of_stream(stream: Any) -> tuple[Any, ...]:
+    history = stream.history
+    arrangement = stream.arrangement
+    return (
+        stream.sequence,
+        str(stream.live),
+        digest(history.base),
+        digest(history.velocity),
+        None if arrangement is None else (arrangement.shape, arrangement.hint),
+    )
+
+
+EMPTY = (0, "None", None, None, None)
+
+
+def of_group(group: Any) -> dict[str, Any]:
+    """Per site: its streams. Whatever is under way is finished first."""
+    sites = {}
+    for site in group._ctx.store.sites():
+        drain(site)
+        assert not site.pending
+        sites[site.key] = {
+            "encoders": {peer: of_stream(s) for peer, s in site.encoders.items()},
+            "decoders": {peer: of_stream(s) for peer, s in site.decoders.items()},
+            "refused": set(site.refused),
+            "op": site.key.rpartition("/")[2],
+        }
+    return {"sites": sites, "step": group.current_step, "epoch": group._ctx.keys.epoch}
+
+
+def is_one_to_all(key: str) -> bool:
+    return "all_gather#" in key or "broadcast/" in key
+
+
+def check(ranks: list[dict[str, Any]]) -> int:
+    """Every decoder holds what its encoder holds; returns how many pairs were compared."""
+    assert len({(r["step"], r["epoch"]) for r in ranks}) == 1
+    compared = 0
+    for key in {key for r in ranks for key in r["sites"]}:
+        sites = [r["sites"].get(key, {"encoders": {}, "decoders": {}, "refused": set()}) for r in ranks]
+        if is_one_to_all(key):
+            assert len({frozenset(s["refused"]) for s in sites}) == 1, key
+        for a, sending in enumerate(sites):
+            for b, receiving in enumerate(sites):
+                if a == b:
+                    continue
+                # an encoder for all is kept under its own rank
+                encoder = sending["encoders"].get(a if is_one_to_all(key) else b)
+                decoder = receiving["decoders"].get(a)
+                if encoder is None and decoder is None:
+                    continue
+                assert (encoder or EMPTY) == (decoder or EMPTY), f"{key}: {a} to {b}"
+                compared += 1
+    return compared

@@ -1,0 +1,226 @@
+"""Random programs of collective and point-to-point calls, and how a rank runs one.
+
+A program is a list of actions, the same on every rank; tensors are drawn from (program seed, action, rank), so ranks
+differ in data only. `run_program` runs one on a group (wrapped, or plain for comparison) and returns every result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from hypothesis import strategies as st
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OPS = (
+    "gather",
+    "gather list",
+    "gather coalesced",
+    "gather functional",
+    "to all",
+    "to all uneven",
+    "to all list",
+    "broadcast",
+    "pair",
+    "ring",
+    "batch",
+)
+
+call = st.fixed_dictionaries(
+    {
+        "do": st.sampled_from(OPS),
+        "n": st.sampled_from([1, 6, 48, 130, 960, 3072]),
+        "dtype": st.sampled_from(DTYPES),
+        "prefix": st.sampled_from(["", "", "k:a", "k:b", "b:cond", "b:uncond"]),
+        "root": st.integers(0, 2),
+        "tag": st.sampled_from([0, 0, 3]),
+        "later": st.booleans(),
+        "drop": st.sampled_from([False, False, False, True]),
+        "scale": st.sampled_from([1.0, 1.0, 0.0, 1e3]),
+    }
+)
+other = st.sampled_from(["wait", "step", "step", "step", "reset", "reset k", "again", "again", "again"]).map(
+    lambda what: {"do": what}
+)
+actions = st.lists(st.one_of(call, call, other), min_size=3, max_size=25)
+
+
+@st.composite
+def options(draw: Any, codecs: tuple[str, ...] = ("binary", "int2", "int4", "int8", "raw")) -> dict[str, Any]:
+    order = draw(st.sampled_from([0, 1, 1, 2]))
+    return {
+        "codec": draw(st.sampled_from(codecs)),
+        "order": order,
+        "local": draw(st.sampled_from(["exact", "reconstructed"])),
+        "error_feedback": draw(st.sampled_from([None, None, False])),
+        "warmup_steps": draw(st.integers(0, 2)),
+        "min_numel": draw(st.sampled_from([1, 1, 100])),
+        "state_budget_bytes": draw(st.sampled_from([None, None, 0, 20_000, 60_000])),
+        "find_layout": draw(st.booleans()),
+    }
+
+
+@st.composite
+def programs(draw: Any) -> dict[str, Any]:
+    return {"options": draw(options()), "actions": draw(actions), "seed": draw(st.integers(0, 2**31))}
+
+
+def rank_options(chosen: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Budgets differ between ranks; everything else is agreed."""
+    budget = chosen["state_budget_bytes"]
+    return {**chosen, "state_budget_bytes": None if budget is None else budget * (rank + 1)}
+
+
+def data(seed: int, index: int, rank: int, n: int, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """Slowly varying: a part that depends on the rank and size only, and a small part of its own."""
+    base = torch.randn(n, generator=torch.Generator().manual_seed(n * 7 + rank))
+    change = torch.randn(n, generator=torch.Generator().manual_seed((seed * 31 + index * 7 + rank) % 2**40))
+    return ((base + 0.1 * change) * scale).to(dtype)
+
+
+def split_sizes(n: int, world: int, sender: int) -> list[int]:
+    """Chunks of a sender for every receiver: some empty, some small, some large."""
+    return [(n * ((sender + 2 * receiver) % 3)) // 2 for receiver in range(world)]
+
+
+class Runner:
+    """Runs a program on one rank.
+
+    Attributes:
+        results: clones of the outputs of every call, once waited for.
+    """
+
+    def __init__(self, group: Any, seed: int, make: Callable[..., torch.Tensor] = data) -> None:
+        self.group = group
+        self.make = make
+        self.wrapped = hasattr(group, "step")
+        self.rank, self.world = group.rank(), group.size()
+        self.seed = seed
+        self.works: list[tuple[int, list[Any], list[torch.Tensor]]] = []
+        self.results: dict[int, list[torch.Tensor]] = {}
+        self.random = torch.Generator().manual_seed(seed)
+
+    def run(self, actions: list[dict[str, Any]]) -> dict[int, list[torch.Tensor]]:
+        last = None
+        for index, action in enumerate(actions):
+            what = action["do"]
+            if what == "again":
+                if last is not None:
+                    self.call(index, last)
+            elif what == "wait":
+                self.wait_all()
+            elif what == "step":
+                if self.wrapped:
+                    self.group.step()
+            elif what.startswith("reset"):
+                self.wait_all()
+                if self.wrapped:
+                    self.group.reset("a" if what == "reset k" else None)
+                    self.group.step()
+            else:
+                last = action
+                self.call(index, action)
+        self.wait_all()
+        return self.results
+
+    def wait_all(self) -> None:
+        """In random order, the same on no two ranks."""
+        order = torch.randperm(len(self.works), generator=self.random)
+        if self.rank % 2:
+            order = order.flip(0)
+        for i in order.tolist():
+            index, works, outputs = self.works[i]
+            for work in works:
+                work.wait()
+            self.results[index] = [t.clone() for t in outputs]
+        self.works.clear()
+
+    def prefix(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        if not self.wrapped or not name:
+            return contextlib.nullcontext()
+        kind, _, rest = name.partition(":")
+        return self.group.key(rest) if kind == "k" else self.group.branch(rest)
+
+    def call(self, index: int, action: dict[str, Any]) -> None:
+        with self.prefix(action["prefix"]):
+            works, outputs = self.issue(index, action)
+        works = [work for work in works if work is not None]
+        if action["later"] and action["do"] not in ("pair", "gather functional"):
+            if not (action["drop"] and self.may_drop(action)):
+                self.works.append((index, works, outputs))
+            return
+        for work in works:
+            work.wait()
+        self.results[index] = [t.clone() for t in outputs]
+
+    def may_drop(self, action: dict[str, Any]) -> bool:
+        """gloo itself loses or crashes on a dropped point-to-point work, so only where it is sure to be ours."""
+        return self.wrapped and (action["do"] not in ("ring", "batch") or action["n"] >= 130)
+
+    def issue(self, index: int, a: dict[str, Any]) -> tuple[list[Any], list[torch.Tensor]]:
+        g, n, dtype, me, world = self.group, a["n"], a["dtype"], self.rank, self.world
+        x = self.make(self.seed, index, me, n, dtype, a["scale"])
+
+        def out(*shape: int) -> torch.Tensor:
+            return torch.full(shape, 7.0, dtype=dtype)
+
+        what = a["do"]
+        if what == "gather":
+            y = out(world * n)
+            works, outputs = [dist.all_gather_into_tensor(y, x, group=g, async_op=True)], [y]
+        elif what == "gather list":
+            outputs = [out(n) for _ in range(world)]
+            works = [dist.all_gather(outputs, x, group=g, async_op=True)]
+        elif what == "gather coalesced":
+            outputs = [out(world * n), out(world * n)]
+            works = [g.all_gather_single_coalesced(outputs, [x, x + 1], dist.distributed_c10d.AllgatherOptions())]
+        elif what == "gather functional":
+            works, outputs = [], [funcol.wait_tensor(funcol.all_gather_tensor(x, 0, g))]
+        elif what == "to all":
+            whole = self.make(self.seed, index, me, n * world, dtype, a["scale"])
+            y = out(world * n)
+            works, outputs = [dist.all_to_all_single(y, whole, group=g, async_op=True)], [y]
+        elif what in ("to all uneven", "to all list"):
+            into = split_sizes(n, world, me)
+            out_of = [split_sizes(n, world, sender)[me] for sender in range(world)]
+            whole = self.make(self.seed, index, me, sum(into), dtype, a["scale"])
+            if what == "to all uneven":
+                y = out(sum(out_of))
+                works, outputs = [dist.all_to_all_single(y, whole, out_of, into, group=g, async_op=True)], [y]
+            else:
+                outputs = [out(size) for size in out_of]
+                works = [dist.all_to_all(outputs, list(whole.split(into)), group=g, async_op=True)]
+        elif what == "broadcast":
+            root = a["root"] % world
+            works, outputs = [dist.broadcast(x, group=g, group_src=root, async_op=True)], [x]
+        elif what == "pair":
+            source, target = a["root"] % world, (a["root"] + 1) % world
+            works, outputs = [], []
+            if me == source:
+                dist.send(x, group=g, group_dst=target, tag=a["tag"])
+            elif me == target:
+                outputs = [out(n)]
+                dist.recv(outputs[0], group=g, group_src=source, tag=a["tag"])
+        elif what == "ring":
+            y = out(n)
+            works = [
+                dist.irecv(y, group=g, group_src=(me - 1) % world, tag=a["tag"]),
+                dist.isend(x, group=g, group_dst=(me + 1) % world, tag=a["tag"]),
+            ]
+            outputs = [y]
+            if self.wrapped:
+                x.fill_(-1)  # the frame is complete
+            else:
+                self.keep = [*getattr(self, "keep", []), x]
+        else:
+            y = out(n)
+            ops = [
+                dist.P2POp(dist.isend, x, group=g, group_peer=(me + 1) % world, tag=a["tag"]),
+                dist.P2POp(dist.irecv, y, group=g, group_peer=(me - 1) % world, tag=a["tag"]),
+            ]
+            works, outputs = list(dist.batch_isend_irecv(ops)), [y]
+        return works, outputs

@@ -1,0 +1,160 @@
+"""Rules, policy functions, options and their fingerprint."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compactdist import CallInfo, Layout, Options, Rule, Rules, codecs
+from compactdist.errors import CodecConfigError, ConfigError, UnknownCodecError
+
+
+def call(key="cond/blocks.3.attn/all_gather#0", op="all_gather", dtype=torch.bfloat16, numel=4096, step=5):
+    return CallInfo(key, op, dtype, numel, step)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "matches"),
+    [
+        ({}, True),
+        ({"key": "*attn*"}, True),
+        ({"key": "cond/*"}, True),
+        ({"key": "*#0"}, True),
+        ({"key": "*norm*"}, False),
+        ({"key": "COND/*"}, False),
+        ({"key": "attn"}, False),
+        ({"op": "all_gather"}, True),
+        ({"op": "send"}, False),
+        ({"dtype": torch.bfloat16}, True),
+        ({"dtype": torch.float32}, False),
+        ({"min_numel": 4096}, True),
+        ({"min_numel": 4097}, False),
+        ({"max_numel": 4096}, True),
+        ({"max_numel": 4095}, False),
+        ({"first_step": 5}, True),
+        ({"first_step": 6}, False),
+        ({"last_step": 5}, True),
+        ({"last_step": 4}, False),
+        ({"key": "*attn*", "op": "all_gather", "first_step": 1, "last_step": 9, "min_numel": 1}, True),
+        ({"key": "*attn*", "op": "all_gather", "first_step": 1, "last_step": 4, "min_numel": 1}, False),
+    ],
+)
+def test_conditions(conditions, matches):
+    assert Rule("int8", **conditions).matches(call()) is matches
+    assert Rules(Rule("int8", **conditions))(call()) == (codecs.get("int8") if matches else None)
+
+
+def test_the_first_match_decides():
+    rules = Rules(Rule("pass", key="*norm*"), Rule("int8", last_step=3), Rule("binary"))
+    assert rules(call(key="norm", step=0)) == "pass"
+    assert rules(call(step=3)) == codecs.get("int8")
+    assert rules(call(step=4)) == codecs.get("binary")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"op": "gather"}, {"min_numel": 5, "max_numel": 4}, {"first_step": 3, "last_step": 2}],
+)
+def test_impossible_rules(wrong):
+    with pytest.raises(ConfigError):
+        Rule("int8", **wrong)
+    with pytest.raises(UnknownCodecError):
+        Rule("int3")
+
+
+def keep_all(info):
+    return None
+
+
+def pass_all(info):
+    return "pass"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"codec": "int3"}, UnknownCodecError),
+        ({"codec": {"id": "int8", "nonsense": 1}}, CodecConfigError),
+        ({"warmup_steps": -1}, ConfigError),
+        ({"warmup_steps": 1.5}, ConfigError),
+        ({"order": 3}, ConfigError),
+        ({"damping": 2}, ConfigError),
+        ({"error_feedback": True, "order": 0}, ConfigError),
+        ({"local": "mine"}, ConfigError),
+        ({"min_numel": -1}, ConfigError),
+        ({"min_numel": 1.0}, ConfigError),
+        ({"min_numel": True}, ConfigError),
+        ({"state_budget_bytes": -1}, ConfigError),
+        ({"state_budget_bytes": "1 GB"}, ConfigError),
+        ({"sample_errors_every": -1}, ConfigError),
+        ({"policy": ["int8"]}, ConfigError),
+        ({"policy": [Rule("int8"), 3]}, ConfigError),
+        ({"layouts": {"*": "(a b) -> 1 a b"}}, ConfigError),
+        ({"layouts": 3}, ConfigError),
+    ],
+)
+def test_impossible_options(settings, error):
+    with pytest.raises(error):
+        Options(**settings)
+
+
+def test_equal_options_have_equal_fingerprints():
+    def make():
+        return Options(
+            codec="int4",
+            policy=[Rule("pass", key="*norm*")],
+            layouts={"*": Layout("(a b) -> 1 a b", a=4)},
+            damping=0.25,
+        )
+
+    assert make().fingerprint() == make().fingerprint()
+    assert all(isinstance(v, str) for v in make().fingerprint().values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codec": "int4"},
+        {"policy": Rule("int8")},
+        {"policy": [Rule("int8"), Rule("int4")]},
+        {"policy": keep_all},
+        {"policy": pass_all},
+        {"warmup_steps": 2},
+        {"order": 2},
+        {"order": 2, "damping": 0.25},
+        {"error_feedback": False},
+        {"local": "exact"},
+        {"min_numel": 1},
+        {"layouts": {"*": Layout("(a b) -> 1 a b", a=4)}},
+        {"layouts": {"x": Layout("(a b) -> 1 a b", a=4)}},
+        {"layouts": keep_all},
+        {"find_layout": False},
+    ],
+    ids=repr,
+)
+def test_every_option_that_changes_frames_changes_the_fingerprint(change):
+    others = [{}, {"layouts": {"*": Layout("(a b) -> 1 a b", a=5)}}, {"policy": Rule("int8", key="a")}]
+    for other in others:
+        assert Options(**change).fingerprint() != Options(**other).fingerprint()
+
+
+def test_local_matters_of_a_rank_are_not_in_the_fingerprint():
+    assert Options().fingerprint() == Options(state_budget_bytes=7, sample_errors_every=3).fingerprint()
+
+
+def test_lossless_groups_keep_no_history():
+    assert Options(codec="raw").stream.order == 0
+    assert Options(codec="raw", policy=Rule("pass")).stream.order == 0
+    assert Options(codec="raw", policy=Rule("int8")).stream.order == 1
+    assert Options(codec="raw", policy=keep_all).stream.order == 1
+    assert Options(codec="int2", order=2).stream.order == 2
+
+
+def test_layout_hints_by_glob_and_by_function():
+    first, second = Layout("(a b) -> 1 a b", a=4), Layout("(a b) -> 1 a b", a=8)
+    find = Options(layouts={"*kv*": first, "*": second}).layout_function
+    assert find(call(key="l3.kv/send#0")) is first
+    assert find(call(key="q")) is second
+    assert Options(layouts={"kv": first}).layout_function(call(key="q")) is None
+    assert Options(layouts=keep_all).layout_function is keep_all
+    assert Options().layout_function is None

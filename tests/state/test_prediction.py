@@ -1,0 +1,85 @@
+"""What prediction and error feedback buy, over many frames."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.state import kit
+
+
+def errors(sequence, **options):
+    """NMSE of every frame."""
+    encoder, decoder = kit.pair(**options)
+    out = []
+    for x in sequence:
+        y = decoder.decode(encoder.encode(x)).float()
+        kit.check_in_step(encoder, decoder)
+        out.append(float((y - x.float()).square().sum() / x.float().square().sum()))
+    return out
+
+
+def wander(steps, n=3000, pace=0.1, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=g)
+    for _ in range(steps):
+        yield x
+        x = x + pace * torch.randn(n, generator=g)
+
+
+@pytest.mark.parametrize("codec", kit.LOSSY)
+@pytest.mark.parametrize("order", [1, 2])
+def test_error_of_a_resting_tensor_dies_out(codec, order):
+    start, x = torch.randn(2, 2000)
+    error = errors([start, *[x] * 20], codec=codec, order=order)
+    assert error[0] == 0
+    assert error[1] > 0
+    assert error[5] < 0.5 * error[1]
+    assert error[20] < 0.05 * error[1]
+
+
+@pytest.mark.parametrize("codec", kit.LOSSY)
+def test_feedback_beats_the_open_loop(codec):
+    closed = errors(wander(40), codec=codec)
+    open_loop = errors(wander(40), codec=codec, error_feedback=False)
+    assert sum(closed[20:]) < 0.5 * sum(open_loop[20:])
+    assert open_loop[39] > 3 * open_loop[2], "without feedback the error grows"
+    assert max(closed[20:]) < 2 * max(closed[2:20]) + 1e-9, "with feedback it does not"
+
+
+def test_prediction_beats_none():
+    assert sum(errors(wander(20), codec="int2")) < 0.2 * sum(errors(wander(20), codec="int2", order=0))
+
+
+@pytest.mark.parametrize("codec", ["int2", "int4", "int8"])
+def test_velocity_beats_the_last_value_on_a_ramp(codec):
+    start, slope = torch.randn(2, 2000)
+    ramp = [start + t * slope for t in range(30)]
+    first, second = (errors(ramp, codec=codec, order=order, damping=0.8) for order in (1, 2))
+    assert sum(second[10:]) < 0.5 * sum(first[10:])
+
+
+def test_damping_zero_is_order_one():
+    one = errors(wander(10), codec="int4", order=1)
+    two = errors(wander(10), codec="int4", order=2, damping=0.0)
+    assert one == two
+
+
+def test_one_bit_with_velocity_is_stable():
+    error = errors(wander(200, n=1000), codec="binary", order=2, damping=0.5)
+    assert max(error[100:]) < 2 * max(error[1:50])
+
+
+@pytest.mark.parametrize("codec", kit.LOSSY)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_reaches_its_own_rounding(codec, dtype):
+    """The history is kept in the tensor's dtype, so a resting tensor is reached to within its rounding."""
+    start, x = torch.randn(2, 2000).to(dtype)
+    error = errors([start, *[x] * 60], codec=codec)
+    assert error[-1] < torch.finfo(dtype).eps ** 2 + 0.02 * error[1]
+
+
+def test_warmup_frames_are_exact():
+    error = errors(wander(6), codec="binary", warmup_steps=4)
+    assert error[:4] == [0, 0, 0, 0]
+    assert error[4] > 0
