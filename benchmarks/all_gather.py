@@ -48,6 +48,7 @@ def _body(rank: int, numel: int, rounds: int, warmup: int) -> dict[str, Any]:
         groups[codec] = compactdist.wrap(inner, codec=codec)
     distinct = 4  # walk there and back again, so that memory does not grow with the rounds
     mine, peers = _tensors(rank, numel, distinct), _tensors(1 - rank, numel, distinct)
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
     walk = [*range(distinct), *range(distinct - 2, 0, -1)]
     out = torch.empty(WORLD_SIZE * numel)
     ms: dict[str, list[float]] = {name: [] for name in groups}
@@ -64,7 +65,7 @@ def _body(rank: int, numel: int, rounds: int, warmup: int) -> dict[str, Any]:
                     group.reset_stats()
             dist.barrier(inner)
             began = time.perf_counter()
-            dist.all_gather_single(out, mine[now], group=group)
+            all_gather(out, mine[now], group=group)
             if turn >= warmup:
                 ms[name].append((time.perf_counter() - began) * 1000)
             nmse[name] = _nmse_db(out.view(WORLD_SIZE, numel)[1 - rank], peers[now])

@@ -106,7 +106,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
 
     _set_group_desc = setGroupDesc
 
-    def getBackendName(self) -> str:  # noqa: N802 - C++ calls this name
+    def getBackendName(self) -> str:
         """``compactdist`` for a group made by backend name, else the inner group's."""
         return "compactdist" if self._owns_inner else str(self.inner.name())
 

@@ -76,6 +76,16 @@ def counters(handle: Handle) -> dict[str, int]:
     return dict(zip(names, total.tolist(), strict=True))
 
 
+def call_bits(handle: Handle) -> float | None:
+    """Wire bits per element of the last residual call at the sites with the largest buffers; None if there was none."""
+    sites = [site for stats in handle.stats().values() for site in stats.sites.values() if site.calls]
+    sites = [site for site in sites if not math.isnan(site.last_wire_bits_per_element)]
+    if not sites:
+        return None
+    largest = max(site.raw_bytes / site.calls for site in sites)
+    return max(s.last_wire_bits_per_element for s in sites if s.raw_bytes / s.calls == largest)
+
+
 def run(pipe: Any, call_kwargs: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
     """One request: latents `(10, 64, 4)` (None on the ranks without output) and what it took."""
     with enable(pipe, **options) as handle:
@@ -84,6 +94,7 @@ def run(pipe: Any, call_kwargs: dict[str, Any], options: dict[str, Any]) -> tupl
         output = pipe(**call_kwargs)
         dist.barrier()
         record: dict[str, Any] = {"seconds": time.perf_counter() - start, **counters(handle)}
+        record["call_bits_per_element"] = call_bits(handle)
         record["explain"] = handle.explain()
     return (None if output is None else output[0]), record
 
@@ -117,13 +128,12 @@ def main() -> None:
         reference = latents if reference is None else reference
         record = {"method": method, "route": args.route, "steps": args.steps, **record}
         record |= compare(latents, reference)
-        (args.out / f"{method}.json").write_text(json.dumps(record, indent=1) + "\n")
         images = decode_latents(latents)
         save_file({"latents": latents.contiguous(), "images": images}, args.out / f"{method}.safetensors")
-        print(
-            f"{method}: {record['wire_bytes']} of {record['raw_bytes']} bytes, {record['seconds']:.2f} s",
-            flush=True,
-        )
+        # last, and in one piece: whoever started this follows the run by these files
+        unfinished = args.out / f".{method}.json"
+        unfinished.write_text(json.dumps(record, indent=1) + "\n")
+        unfinished.rename(args.out / f"{method}.json")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -187,7 +187,7 @@ def _ungated(test: Callable[..., Any]) -> Callable[..., Any]:
     def ungated(*args: Any, **kwargs: Any) -> Any:
         return test(*args, **kwargs)
 
-    del ungated.__unittest_skip__, ungated.__unittest_skip_why__  # type: ignore[attr-defined]
+    del ungated.__unittest_skip__, ungated.__unittest_skip_why__
     return ungated
 
 

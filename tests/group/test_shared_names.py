@@ -1,6 +1,6 @@
 """Names that ProcessGroup and torch.distributed share: the first argument tells which is meant.
 
-The group is [2, 0, 1], so that no global rank equals a group rank and a missing translation shows.
+The group is ranks 1 and 2 of a world of three, so that a missing translation of ranks shows.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tests.launch import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch.*")
 
-RANKS = [2, 0, 1]  # global rank of each group rank
-SIZE = 3
-N = 99
+RANKS = [1, 2]  # global rank of each group rank
+WORLD, SIZE = 3, 2
+N = 98
 
 
 def tensor(rank: int, numel: int = N, scale: float = 1.0) -> torch.Tensor:
@@ -32,11 +32,6 @@ def tensor(rank: int, numel: int = N, scale: float = 1.0) -> torch.Tensor:
 
 def nan(numel: int = N) -> torch.Tensor:
     return torch.full((numel,), torch.nan)
-
-
-def sent_by(works: list[Any]) -> None:
-    for work in works:
-        work.wait()
 
 
 def check(returned: Any, *, is_work: bool) -> None:
@@ -82,9 +77,9 @@ def broadcast(g, me, group_rank, pg):
     x = tensor(me)
     if pg:
         opts = c10d.BroadcastOptions()
-        opts.rootRank = 1  # group rank: global 0
+        opts.rootRank = 1  # group rank: global 2
         check(g.broadcast([x], opts), is_work=True)
-        assert close(x, tensor(0))
+        assert close(x, tensor(2))
     else:
         check(g.broadcast(x, 1), is_work=False)  # global rank
         assert close(x, tensor(1))
@@ -92,7 +87,7 @@ def broadcast(g, me, group_rank, pg):
 
 @case
 def gather(g, me, group_rank, pg):
-    root = 0 if pg else 1  # global rank of the receiver
+    root = 2 if pg else 1  # global rank of the receiver
     outs = [nan() for _ in RANKS]
     if pg:
         opts = c10d.GatherOptions()
@@ -113,33 +108,32 @@ def monitored_barrier(g, me, group_rank, pg):
 @case
 def send_and_recv(g, me, group_rank, pg):
     out = nan()
-    if pg:  # group ranks: 2 -> 0 by global rank
-        if group_rank == 0:
-            check(g.send([tensor(me)], 1, 5), is_work=True)
-        elif group_rank == 1:
-            check(g.recv([out], 0, 5), is_work=True)
-            assert close(out, tensor(2))
-    elif me == 0:
-        assert g.send(tensor(me), 1, tag=5) is None
+    if pg and me == 1:
+        check(g.send([tensor(me)], 1, 5), is_work=True)
+    elif pg:
+        check(g.recv([out], 0, 5), is_work=True)
+        assert close(out, tensor(1))
     elif me == 1:
-        assert g.recv(out, 0, tag=5) == 0
-        assert close(out, tensor(0))
+        assert g.send(tensor(me), 2, tag=5) is None
+    else:
+        assert g.recv(out, 1, tag=5) == 1
+        assert close(out, tensor(1))
 
 
 @case
 def recv_from_anyone(g, me, group_rank, pg):
     out = nan()
-    if me == 0:
-        g.send([tensor(me)], 2, 6) if pg else g.send(tensor(me), 1, tag=6)
-    elif me == 1:
-        assert g.recv(out, tag=6) == 0  # the sender's global rank
-        assert close(out, tensor(0))
+    if me == 1:
+        check(g.send([tensor(me)], 1, 6) if pg else g.send(tensor(me), 2, tag=6), is_work=pg)
+    else:
+        assert g.recv(out, tag=6) == 1  # the sender's global rank
+        assert close(out, tensor(1))
 
 
 @case
 def reduce(g, me, group_rank, pg):
     x = tensor(me)
-    root = 0 if pg else 1
+    root = 2 if pg else 1
     if pg:
         opts = c10d.ReduceOptions()
         opts.rootRank = 1
@@ -170,7 +164,7 @@ def reduce_scatter_single(g, me, group_rank, pg):
 
 @case
 def scatter(g, me, group_rank, pg):
-    out, root = nan(), 0 if pg else 1
+    out, root = nan(), 2 if pg else 1
     shares = [tensor(r, scale=10) for r in RANKS] if me == root else []
     if pg:
         opts = c10d.ScatterOptions()
@@ -184,64 +178,75 @@ def scatter(g, me, group_rank, pg):
 COMPRESSED = {"all_gather_single", "all_to_all_single", "broadcast"}
 
 
+def member(rank):
+    """The wrapped group, or None on the rank outside."""
+    group = dist.new_group(RANKS)
+    return compactdist.wrap(group, codec="int8", min_numel=16) if rank in RANKS else None
+
+
 @pytest.mark.parametrize("pg", [False, True], ids=["torch_distributed", "process_group"])
 def test_both_meanings(pg):
     def body(rank, size):
-        g = compactdist.wrap(dist.new_group(RANKS), codec="int8", min_numel=16)
-        group_rank = RANKS.index(rank)
-        assert g.rank() == group_rank != rank
+        g = member(rank)
+        if g is None:
+            return
         for name, call in CASES.items():
-            for step in range(2):
+            for _ in range(2):  # a keyframe, then a residual
                 g.step()
                 with g.key(name), Counted(g) as counted:
-                    call(g, rank, group_rank, pg)
+                    call(g, rank, RANKS.index(rank), pg)
                 calls = counted.compressed, sum(counted.passed.values())
                 if name in COMPRESSED:
                     assert calls == (1, 0), name
-                elif "recv" not in name:
+                elif "recv" in name:
+                    assert calls == (rank == 1, 0), name
+                else:
                     assert calls == (0, 1), name
-                dist.barrier()
+                g.inner.barrier().wait()
 
-    run_ranks(body, SIZE, pg_timeout=15)
+    run_ranks(body, WORLD, pg_timeout=15)
 
 
 def test_asynchronous_torch_distributed_calls_return_works():
     def body(rank, size):
-        g = compactdist.wrap(dist.new_group(RANKS), codec="int8", min_numel=16)
+        g = member(rank)
+        if g is None:
+            return
         g.step()
         out = nan(SIZE * N)
-        single = nan(N // SIZE)
         works = [
             g.all_gather_single(out, tensor(rank), async_op=True),
             g.all_to_all_single(nan(), tensor(rank), async_op=True),
             g.broadcast(tensor(rank), 1, async_op=True),
-            g.broadcast(tensor(rank), src=1, async_op=True),
+            g.broadcast(tensor(rank), src=2, async_op=True),
             g.broadcast(tensor=tensor(rank), src=1, async_op=True),
             g.broadcast(tensor(rank), group_src=1, async_op=True),
             g.reduce(tensor(rank), 1, async_op=True),
-            g.reduce_scatter_single(single, tensor(rank), async_op=True),
+            g.reduce_scatter_single(nan(N // SIZE), tensor(rank), async_op=True),
             g.barrier(async_op=True),
             g.all_reduce(tensor(rank), async_op=True),
         ]
-        sent_by(works)
-        assert all(isinstance(work, dist.Work) for work in works)
+        for work in works:
+            check(work, is_work=True)
         assert close(out, torch.cat([tensor(r) for r in RANKS]))
         assert g.stats().compressed_calls == 6
 
-    run_ranks(body, SIZE, pg_timeout=15)
+    run_ranks(body, WORLD, pg_timeout=15)
 
 
 def test_keywords_of_either_meaning_are_understood():
     def body(rank, size):
-        g = compactdist.wrap(dist.new_group(RANKS), codec="int8", min_numel=16)
+        g = member(rank)
+        if g is None:
+            return
         g.step()
         opts = c10d.BroadcastOptions()
         opts.rootRank = 1
         x = tensor(rank)
         g.broadcast(tensors=[x], opts=opts).wait()
-        assert close(x, tensor(0))
+        assert close(x, tensor(2))
         x = tensor(rank)
-        g.broadcast(x, opts=opts) if False else g.broadcast(tensor=x, group_src=2)
+        g.broadcast(tensor=x, group_src=0)
         assert close(x, tensor(1))
         out = nan(SIZE * N)
         g.all_gather_single(output_tensor=out, input_tensor=tensor(rank))
@@ -251,22 +256,34 @@ def test_keywords_of_either_meaning_are_understood():
         assert close(exchange, torch.cat([tensor(r).chunk(SIZE)[g.rank()] for r in RANKS]))
         assert g.stats().compressed_calls == 4
 
-    run_ranks(body, SIZE, pg_timeout=15)
+    run_ranks(body, WORLD, pg_timeout=15)
 
 
 def test_split_group_fails_on_gloo_as_on_a_plain_group():
     def body(rank, size):
         g = compactdist.wrap()
         told = []
-        for group in (dist.group.WORLD, g):
+        for split in (
+            lambda: dist.split_group(g.inner, split_ranks=[[0, 1]]),
+            lambda: dist.split_group(g, split_ranks=[[0, 1]]),
+            lambda: g.split_group(split_ranks=[[0, 1]]),  # torch.distributed's
+        ):
             with pytest.raises(RuntimeError) as info:
-                dist.split_group(group, split_ranks=[[0, 1]])
+                split()
             told.append(str(info.value)[:60])
-        with pytest.raises(RuntimeError) as info:
-            g.split_group(split_ranks=[[0, 1]])
-        with pytest.raises((RuntimeError, TypeError, AttributeError)):
-            g.split_group([0, 1])
         return told
 
-    for plain, wrapped in run_ranks(body, pg_timeout=15):
-        assert plain == wrapped
+    for plain, *wrapped in run_ranks(body, pg_timeout=15):
+        assert wrapped == [plain] * 2
+
+
+def test_split_group_of_a_list_is_process_groups():
+    def body(rank, size):
+        g = compactdist.wrap()
+        sub = g.split_group([0, 1])
+        assert not isinstance(sub, compactdist.CompressedProcessGroup)
+        x = torch.ones(4)
+        sub.allreduce([x], c10d.AllreduceOptions()).wait()
+        return sub.size(), x[0].item()
+
+    assert run_ranks(body, timeout=20, pg_timeout=10) == [(2, 2.0)] * 2

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import compactdist
 from tests.launch import run_ranks
 from tests.lockstep import compare
 from tests.lockstep.programs import Runner, actions
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
@@ -47,22 +49,23 @@ def body(rank, world_size, batch):
     return out
 
 
+UNSHRUNK = (Phase.explicit, Phase.generate)  # a failing run costs seconds: shrinking would cost minutes
 batches = st.lists(
     st.tuples(st.sampled_from(["exact", "reconstructed"]), st.integers(0, 2**31), actions), min_size=6, max_size=6
 )
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@settings(max_examples=2)
+@settings(max_examples=2, phases=UNSHRUNK)
 @given(batch=batches)
 def test_raw_is_the_plain_group(world_size, batch):
-    run_ranks(body, world_size, args=(batch,), timeout=100)
+    run_ranks(body, world_size, args=(batch,), timeout=40)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("world_size", [2, 3])
-@settings(max_examples=20)
+@settings(max_examples=20, phases=UNSHRUNK)
 @given(batch=batches)
 def test_raw_is_the_plain_group_at_length(world_size, batch):
-    run_ranks(body, world_size, args=(batch,), timeout=100)
+    run_ranks(body, world_size, args=(batch,), timeout=40)
