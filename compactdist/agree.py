@@ -69,8 +69,11 @@ def agree(
                     _compare(group, rank, peer, fingerprint, theirs)
             if not missing:
                 break
+            word = _get(common_store, _misordered(group, turn))
+            if word is not None:
+                raise ConfigMismatchError(word["message"])
             for peer in sorted(missing):
-                _check_order(store, common_store, here, group, rank, me, peer, global_ranks)
+                _check_order(store, common_store, here, group, me, peer, global_ranks)
             if time.monotonic() > deadline:
                 raise WrapTimeoutError(
                     f"group '{group}', rank {rank}: rank{'s' if len(missing) > 1 else ''} "
@@ -98,7 +101,6 @@ def _check_order(
     common_store: Any,
     here: str,
     group: str,
-    rank: int,
     me: int,
     peer: int,
     global_ranks: list[int],
@@ -111,7 +113,14 @@ def _check_order(
         return  # the peer is only still reading what we posted there
     if store.check([f"{here}/{peer}"]):
         return  # it came here between our two looks
-    raise ConfigMismatchError(
-        f"rank {rank} wraps group '{group}' while rank {peer} of it wraps group '{busy['group']}': wrap groups in the "
-        "same order on every rank; nothing was sent"
+    message = (
+        f"rank {me} wraps group '{group}' while rank {global_ranks[peer]} wraps group '{busy['group']}' (global ranks): "
+        "wrap groups in the same order on every rank; nothing was sent"
     )
+    # the peer waits for us there and may not look before we have withdrawn: leave word
+    common_store.set(_misordered(busy["group"], busy["turn"]), json.dumps({"message": message}))
+    raise ConfigMismatchError(message)
+
+
+def _misordered(group: str, turn: int) -> str:
+    return f"compactdist/misordered/{group}/{turn}"

@@ -138,7 +138,7 @@ def _table(rows: Sequence[dict[str, Any]], steps: int) -> Table:
     table = Table(
         title=f"ten digits, {steps} steps, xDiT's FLUX pipeline on 2 ranks",
         caption="MB of both ranks, headers, scales and the keyframe included; b/el: bits per element over the request,\n"
-        "call: of one residual call; error of the final latents and PSNR of the images, against the uncompressed run",
+        "call: of one residual call; error of the final latents, PSNR of the images, against the uncompressed run",
         title_justify="left",
         caption_justify="left",
         box=SIMPLE,
