@@ -20,6 +20,7 @@ import torch.distributed as dist
 import compactdist
 
 WORLD_SIZE = 2
+_LOAD = os.getloadavg()[0]
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -34,9 +35,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def check_load(limit: float) -> None:
     """End the script if the machine is busy: its numbers would be noise."""
-    load = os.getloadavg()[0]
-    if load > limit:
-        sys.exit(f"load average {load:.2f} > {limit}: wait until the machine is quiet, or give --max-load")
+    if limit < _LOAD:
+        sys.exit(f"load average {_LOAD:.2f} > {limit}: wait until the machine is quiet, or give --max-load")
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
@@ -88,6 +88,7 @@ def finish(path: Path | None, result: dict[str, Any]) -> None:
         "compactdist": compactdist.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load_average_before": round(_LOAD, 2),
         "ranks": f"{WORLD_SIZE}, gloo over loopback, each pinned to a core",
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -114,8 +114,8 @@ def _check_order(
     if store.check([f"{here}/{peer}"]):
         return  # it came here between our two looks
     message = (
-        f"rank {me} wraps group '{group}' while rank {global_ranks[peer]} wraps group '{busy['group']}' (global ranks): "
-        "wrap groups in the same order on every rank; nothing was sent"
+        f"rank {me} wraps group '{group}' while rank {global_ranks[peer]} wraps group '{busy['group']}' "
+        "(global ranks): wrap groups in the same order on every rank; nothing was sent"
     )
     # the peer waits for us there and may not look before we have withdrawn: leave word
     common_store.set(_misordered(busy["group"], busy["turn"]), json.dumps({"message": message}))

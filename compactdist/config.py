@@ -124,6 +124,11 @@ class Options:
 
         return find
 
+    @property
+    def _timeout(self) -> None:
+        """Timeout of a mesh dimension, which torch asks its options for (2.13); ours leave the default."""
+        return
+
     def fingerprint(self) -> dict[str, str]:
         """What must be equal on all ranks, as readable text. Functions are compared by name."""
         layouts = self.layouts

@@ -36,7 +36,8 @@ class CompressedProcessGroup(  # type: ignore[misc,override]
 
     # --- all-gather -------------------------------------------------------------------------------------------------
 
-    def _gather_job(self, outputs: list[Tensor], x: Tensor, opts: Any) -> Job | None:
+    def _gather_job(self, outputs: list[Tensor] | Tensor, x: Tensor, opts: Any) -> Job | None:
+        """``outputs``: one tensor per rank, or one for all."""
         links = self._ctx.size - 1
         call = self._begin("all_gather", "all_gather", x, links * nbytes_of([x]))
         if call is None:
@@ -45,7 +46,8 @@ class CompressedProcessGroup(  # type: ignore[misc,override]
             codec = self._codec(call, x.numel(), links * nbytes_of([x]))
             if codec is None:
                 return None
-            return all_gather(self._ctx, call, codec, outputs, x, opts)
+            rows = self._rows(outputs, x) if isinstance(outputs, Tensor) else outputs
+            return all_gather(self._ctx, call, codec, rows, x, opts)
         except BaseException:
             self._undo(call)
             raise
@@ -73,17 +75,11 @@ class CompressedProcessGroup(  # type: ignore[misc,override]
             )
         if not output.is_contiguous():
             raise BadOutputError(f"{self._ctx.label}, all_gather: the output must be contiguous; nothing was sent")
-        return list(output.view(self._ctx.size, -1).unbind(0)) if output.numel() else []
+        return list(output.view(self._ctx.size, -1).unbind(0))
 
     def _gather_single(self, output: Tensor, x: Tensor, opts: Any) -> Any:
         """A job, or the inner group's work."""
-        self._ready()
-        job = None
-        if x.numel():
-            rows = self._rows(output, x)
-            job = self._gather_job(rows, x, opts)
-        else:
-            self._pass("all_gather", PassReason.SMALL, 0)
+        job = self._gather_job(output, x, opts)
         return job if job is not None else _torch.all_gather_single(self.inner, output, x, opts)
 
     @override
@@ -120,13 +116,13 @@ class CompressedProcessGroup(  # type: ignore[misc,override]
 
     # --- all-to-all -------------------------------------------------------------------------------------------------
 
-    def _exchange_chunks(self, outputs: list[Tensor], inputs: list[Tensor], whole: Tensor, opts: Any) -> Job | None:
-        """``whole``: the tensor that tells dtype and differentiability."""
-        sent = nbytes_of(inputs) - nbytes_of([inputs[self._ctx.rank]])
+    def _exchange_chunks(self, whole: Tensor, sent: float, chunks: Any, opts: Any) -> Job | None:
+        """``whole`` tells dtype and differentiability, ``chunks()`` gives outputs and inputs by rank."""
         call = self._begin("all_to_all", "all_to_all", whole, sent)
         if call is None:
             return None
         try:
+            outputs, inputs = chunks()
             wrong = next((t for t in (*inputs, *outputs) if t.dtype != call.dtype), None)
             if wrong is not None:
                 raise BadOutputError(
@@ -152,7 +148,8 @@ class CompressedProcessGroup(  # type: ignore[misc,override]
                 f"{self._ctx.label}, all_to_all: {len(inputs)} inputs and {len(outputs)} outputs for "
                 f"{self._ctx.size} ranks; nothing was sent"
             )
-        job = self._exchange_chunks(outputs, inputs, inputs[0], None)
+        sent = nbytes_of(inputs) - nbytes_of([inputs[self._ctx.rank]])
+        job = self._exchange_chunks(inputs[0], sent, lambda: (outputs, inputs), opts)
         if job is not None:
             return self._work([job], outputs)
         return self.inner.alltoall(outputs, inputs, opts or _torch.options("AllToAllOptions"))
@@ -175,8 +172,11 @@ class CompressedProcessGroup(  # type: ignore[misc,override]
         return list(tensor.detach().split(list(splits)))
 
     def _to_all_single(self, output: Tensor, x: Tensor, out: Any, into: Any, opts: Any) -> Any:
-        outputs, inputs = self._chunks(output, out or (), "output"), self._chunks(x, into or (), "input")
-        job = self._exchange_chunks(outputs, inputs, x, opts)
+        def chunks() -> tuple[list[Tensor], list[Tensor]]:
+            return self._chunks(output, out or (), "output"), self._chunks(x, into or (), "input")
+
+        own = into[self._ctx.rank] / max(1, x.shape[0]) if into else 1 / self._ctx.size
+        job = self._exchange_chunks(x, (1 - own) * nbytes_of([x]), chunks, opts)
         if job is not None:
             return self._work([job], [output])
         return _torch.all_to_all_single(self.inner, output, x, list(out or ()), list(into or ()), opts)

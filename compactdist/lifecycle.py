@@ -189,7 +189,8 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         be for messages sent before it.
 
         Args:
-            prefix: only sites under this prefix, as given to ``key`` or ``branch``; the step clock goes on.
+            prefix: only sites under this prefix, as given to ``key`` or ``branch``; the step clock goes on, and
+                ``explain()`` shows the sites' counts in one line from now on.
         """
         self._ready()
         self._ctx.store.reset(prefix)
@@ -199,6 +200,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
                 attachment.restart()
         else:
             self._ctx.keys.new_epoch()
+            self._ctx.stats.fold(prefix)
 
     # --- what it can tell ---------------------------------------------------------------------------------------------
 

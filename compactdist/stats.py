@@ -149,6 +149,23 @@ class GroupStats:
                 site.wire_bytes += int(nbytes if wire is None else wire)
                 entry[1] -= nbytes
 
+    def fold(self, prefix: str) -> None:
+        """Merge the records of sites under a finished prefix, so that a server's many prefixes do not pile up."""
+        with self._lock:
+            for key in [k for k in self._sites if k.startswith(prefix + "/")]:
+                site = self._sites.pop(key)
+                name = f"(reset prefixes)/{site.op}"
+                total = self._sites.setdefault(name, SiteStats(name, site.op))
+                total.codec = site.codec or total.codec
+                total.calls += site.calls
+                total.keyframes += site.keyframes
+                total.raw_bytes += site.raw_bytes
+                total.wire_bytes += site.wire_bytes
+                total.passed += site.passed
+                total.error_energy += site.error_energy
+                total.energy += site.energy
+                total.sampled += site.sampled
+
     def first_time(self, what: str) -> bool:
         """True once per ``what``: for warnings that must not repeat."""
         with self._lock:

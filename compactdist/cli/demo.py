@@ -137,8 +137,8 @@ def _row(route: str, method: str, folder: Path) -> dict[str, Any]:
 def _table(rows: Sequence[dict[str, Any]], steps: int) -> Table:
     table = Table(
         title=f"ten digits, {steps} steps, xDiT's FLUX pipeline on 2 ranks",
-        caption="MB of both ranks, headers, scales and the keyframe included; b/el: bits per element over the request,\n"
-        "call: of one residual call; error of the final latents, PSNR of the images, against the uncompressed run",
+        caption="MB of both ranks, headers, scales and the keyframe included; b/el: bits per element over all,\n"
+        "call: in one residual call; error of the latents, PSNR of the images against the uncompressed run",
         title_justify="left",
         caption_justify="left",
         box=SIMPLE,

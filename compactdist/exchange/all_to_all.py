@@ -16,7 +16,7 @@ from torch import Tensor
 from compactdist import _torch
 from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
-from compactdist.exchange.context import Call, Context, write
+from compactdist.exchange.context import Call, Context, bare, waits_at_once, write
 from compactdist.state import Arrangement, Staged, StreamEncoder, state_nbytes
 from compactdist.state.store import Site
 from compactdist.stats import PassReason
@@ -125,9 +125,15 @@ def all_to_all(ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequ
     else:
         reasons = {c for c in pick.values() if isinstance(c, str)} or {PassReason.BUDGET}
         ctx.stats.passed(call.op, "+".join(sorted(reasons)), raw_total, name, wire=wire.numel())
-    write(outputs[me], inputs[me].detach().reshape(-1))
+    own: Tensor | None = None
+    if waits_at_once(opts):
+        write(outputs[me], inputs[me].detach().reshape(-1))
+    else:
+        own = inputs[me].detach().reshape(-1).clone()  # the input may be overwritten before the caller waits
 
     def finish(may_write: bool) -> None:
+        if own is not None and may_write:
+            write(outputs[me], own)
         error: Exception | None = failure
         refused = set(refusing)
         start = 0
@@ -190,7 +196,7 @@ def _encode(
             want_value=bool(ctx.sample_every),
         )
     except NonFiniteError as error:
-        failure = error.with_traceback(None)  # its frames would keep the caller's tensors and works alive
+        failure = bare(error)
         staged = encoder.stage_nonfinite(chunk, codec, epoch=call.key.epoch, frame_nbytes=size)
     return _Outgoing(peer, staged.frame, encoder, staged, hint, codec), failure
 

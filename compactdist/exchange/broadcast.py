@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
-from compactdist.exchange.context import Call, Context, write
+from compactdist.exchange.context import Call, Context, bare, write
 from compactdist.state import Staged, state_nbytes
 from compactdist.state.store import Site
 from compactdist.stats import PassReason
@@ -64,7 +64,7 @@ def broadcast(ctx: Context, call: Call, codec: Codec, x: Tensor, root: int, opts
                     want_value=bool(ctx.sample_every),
                 )
             except NonFiniteError as error:
-                failure = error.with_traceback(None)  # its frames would keep the caller's tensors and works alive
+                failure = bare(error)
                 staged = encoder.stage_nonfinite(x, codec, epoch=epoch, frame_nbytes=size)
             frame = staged.frame
         else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from compactdist import _torch
 from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
-from compactdist.exchange.context import Call, Context, write
+from compactdist.exchange.context import Call, Context, bare, waits_at_once, write
 from compactdist.state import state_nbytes
 from compactdist.state.store import Site
 from compactdist.stats import PassReason
@@ -68,7 +68,7 @@ def all_gather(ctx: Context, call: Call, codec: Codec, outputs: list[Tensor], x:
                 want_value=not ctx.exact_local or bool(ctx.sample_every),
             )
         except NonFiniteError as error:
-            failure = error.with_traceback(None)  # its frames would keep the caller's tensors and works alive
+            failure = bare(error)
             staged = encoder.stage_nonfinite(x, codec, epoch=epoch, frame_nbytes=size)
         gathered = torch.empty(ctx.size * size, dtype=torch.uint8, device=x.device)
         inner = _torch.all_gather_single(ctx.inner, gathered, staged.frame, opts)
@@ -83,14 +83,22 @@ def all_gather(ctx: Context, call: Call, codec: Codec, outputs: list[Tensor], x:
         keyframe=keyframe,
         numel=links * numel,
     )
+    own: Tensor | None = None
     if failure is None:
         ctx.sample_error(call, encoder.sequence, x, staged)
-        own = x.detach().reshape(-1) if ctx.exact_local or staged.value is None else staged.value
-        write(outputs[me], own)
+        exact = ctx.exact_local or staged.value is None
+        own = x.detach().reshape(-1) if exact else staged.value
+        if own is not None and waits_at_once(opts):
+            write(outputs[me], own)
+            own = None
+        elif own is not None and exact:
+            own = own.clone()  # the input may be overwritten before the caller waits
 
     def finish(may_write: bool) -> None:
         error: Exception | None = failure
         refused = refuse
+        if own is not None and may_write:
+            write(outputs[me], own)
         frames = gathered.view(ctx.size, size)
         for rank, decoder in decoders.items():
             try:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
-from compactdist.exchange.context import Call, Context, write
+from compactdist.exchange.context import Call, Context, bare, write
 from compactdist.state import Arrangement, blocks, state_nbytes
 from compactdist.stats import PassReason
 from compactdist.wire import HEADER_NBYTES, MAGIC, from_raw, raw_nbytes
@@ -56,7 +56,7 @@ def send(ctx: Context, call: Call, codec: Codec, x: Tensor, peer: int, tag: int)
                     x, codec, keyframe=keyframe, epoch=epoch, hint=hint, want_value=bool(ctx.sample_every)
                 )
             except NonFiniteError as error:
-                failure = error.with_traceback(None)  # its frames would keep the caller's tensors and works alive
+                failure = bare(error)
                 size = encoder.frame_nbytes(codec, numel, dtype, keyframe=False)
                 staged = encoder.stage_nonfinite(x, codec, epoch=epoch, frame_nbytes=size)
         inner = ctx.inner.send([staged.frame], peer, tag)

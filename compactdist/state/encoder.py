@@ -41,6 +41,11 @@ class Staged:
     searched: bool = False
 
 
+def _own(flat: Tensor) -> Tensor:
+    """A copy of the caller's values with plain strides."""
+    return flat.clone(memory_format=torch.contiguous_format)
+
+
 class StreamEncoder(StreamState):
     """Encoder of one directed stream inside a group: stages a frame, and commits once it is on its way."""
 
@@ -122,8 +127,8 @@ class StreamEncoder(StreamState):
             keeps = False
         payload = raw_payload(flat)
         header = replace(header, flags=flags, payload_nbytes=payload.numel())
-        value = flat.clone() if keeps else (flat if want_value else None)
-        exact = flat.clone() if keeps and self._open_loop is not None else None
+        value = _own(flat) if keeps or want_value else None
+        exact = _own(flat) if keeps and self._open_loop is not None else None
         return Staged(pack(header, payload, frame_nbytes), value, header, exact)
 
     def _stage_residual(
@@ -162,7 +167,7 @@ class StreamEncoder(StreamState):
         if self.config.order > 0 or want_value:
             decoded = arrangement.to_flat(codec.decode(payload, arrangement.shape, torch.float32))
             value = self.history.reconstruct(decoded, flat.dtype)
-        exact = flat.clone() if self._open_loop is not None else None
+        exact = _own(flat) if self._open_loop is not None else None
         return Staged(pack(header, payload, frame_nbytes), value, header, exact, found, search)
 
     @torch.no_grad()

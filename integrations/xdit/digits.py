@@ -63,7 +63,6 @@ def load_digits_pipeline(
     pipe.set_progress_bar_config(disable=True)
 
     side = int(metadata["image_side"])
-    noise = torch.randn(CLASSES, 1, side, side, generator=torch.Generator().manual_seed(seed))
     call_kwargs = {
         "prompt_embeds": prompt_embeds,
         "pooled_prompt_embeds": pooled_prompt_embeds,
@@ -71,11 +70,19 @@ def load_digits_pipeline(
         "height": side * _VAE_SCALE,
         "width": side * _VAE_SCALE,
         "num_inference_steps": steps,
-        "latents": FluxPipeline._pack_latents(noise, CLASSES, 1, side, side),
+        "latents": noise_latents(seed, side),
         "output_type": "latent",
         "return_dict": False,
     }
     return pipe, call_kwargs
+
+
+def noise_latents(seed: int, side: int = 16) -> Tensor:
+    """The noise the ten digits start from, packed as FLUX does: `(10, side * side / 4, 4)`, the same on all ranks."""
+    from diffusers import FluxPipeline
+
+    noise = torch.randn(CLASSES, 1, side, side, generator=torch.Generator().manual_seed(seed))
+    return FluxPipeline._pack_latents(noise, CLASSES, 1, side, side)
 
 
 def decode_latents(latents: Tensor) -> Tensor:

@@ -99,13 +99,7 @@ def test_a_new_group_with_options():
     run_ranks(body, 3, timeout=40)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        "environment",
-        pytest.param("options", marks=pytest.mark.xfail(strict=True, reason="see /tmp/bugs/options_timeout.md")),
-    ],
-)
+@pytest.mark.parametrize("given", ["environment", "options"])
 def test_a_mesh_dimension_by_backend_override(given):
     def body(rank, size):
         os.environ.update(COMPACTDIST_CODEC="int8", COMPACTDIST_MIN_NUMEL="64")

@@ -1,4 +1,4 @@
-"""torch.compile: full graphs run the compressed collectives once per call; what a plain group cannot compile we cannot."""
+"""torch.compile: full graphs communicate compressed, once per run; what a plain group cannot compile we cannot."""
 
 from __future__ import annotations
 

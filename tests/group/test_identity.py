@@ -79,7 +79,6 @@ def test_torch_distributed_knows_it():
     assert names[0] == names[2]
 
 
-@pytest.mark.xfail(strict=False, reason="see /tmp/bugs/agree_race.md")
 def test_names_follow_the_order_of_wrapping():
     def body(rank, size):
         names = []

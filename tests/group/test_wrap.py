@@ -161,7 +161,6 @@ def test_ranks_that_differ_are_told_on_every_rank(settings, said):
     assert time.monotonic() - started < 8
 
 
-@pytest.mark.xfail(strict=False, reason="see /tmp/bugs/agree_order_one_sided.md")
 def test_wrapping_in_different_orders_fails_at_once_on_both_ranks():
     def body(rank, size):
         groups = [dist.new_group(), dist.new_group()]

@@ -22,7 +22,7 @@ def test_calls_are_told_apart_by_their_ordinal():
                         kit.gather(dist, kit.tensor(rank + 10 * call, t))
                     dist.broadcast(kit.tensor(5, t), src=1)
             assert kit.keys_of(dist) == ["all_gather#0", "all_gather#1", "broadcast/1#0"]
-            assert kit.keyframes(dist) == {key: (3, 1) for key in kit.keys_of(dist)}
+            assert kit.keyframes(dist) == dict.fromkeys(kit.keys_of(dist), (3, 1))
             return kit.finish(dist)
 
     assert compare.check(run_ranks(body)) == 5

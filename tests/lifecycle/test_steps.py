@@ -90,7 +90,12 @@ def test_reset_begins_an_epoch_with_keyframes():
 def test_a_change_of_size_or_dtype_is_a_keyframe():
     def body(rank, world_size):
         with kit.wrap() as dist:
-            plan = [(2048, torch.float32), (2048, torch.float32), (4096, torch.float32), (4096, torch.bfloat16)]
+            plan = [
+                (2048, torch.float32),
+                (2048, torch.float32),
+                (4096, torch.float32),
+                (4096, torch.bfloat16),
+            ]
             plan += [(4096, torch.bfloat16), (2048, torch.float32)]
             seen = []
             for t, (n, dtype) in enumerate(plan):

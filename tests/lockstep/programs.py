@@ -185,8 +185,9 @@ class Runner:
             y = out(world * n)
             works, outputs = [dist.all_to_all_single(y, whole, group=g, async_op=True)], [y]
         elif what in ("to all uneven", "to all list"):
-            into = split_sizes(n, world, me)
-            out_of = [split_sizes(n, world, sender)[me] for sender in range(world)]
+            # gloo's own list form takes equal sizes only
+            into = split_sizes(n, world, me) if what == "to all uneven" else [n] * world
+            out_of = [split_sizes(n, world, s)[me] for s in range(world)] if what == "to all uneven" else into
             whole = self.make(self.seed, index, me, sum(into), dtype, a["scale"])
             if what == "to all uneven":
                 y = out(sum(out_of))

@@ -65,7 +65,7 @@ batches = st.lists(programs(), min_size=6, max_size=6)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@settings(max_examples=3, phases=UNSHRUNK)
+@settings(max_examples=6, phases=UNSHRUNK)
 @given(batch=batches)
 def test_every_decoder_holds_what_its_encoder_holds(world_size, batch):
     check(batch, world_size)

@@ -51,12 +51,14 @@ def body(rank, world_size, batch):
 
 UNSHRUNK = (Phase.explicit, Phase.generate)  # a failing run costs seconds: shrinking would cost minutes
 batches = st.lists(
-    st.tuples(st.sampled_from(["exact", "reconstructed"]), st.integers(0, 2**31), actions), min_size=6, max_size=6
+    st.tuples(st.sampled_from(["exact", "reconstructed"]), st.integers(0, 2**31), actions),
+    min_size=6,
+    max_size=6,
 )
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@settings(max_examples=2, phases=UNSHRUNK)
+@settings(max_examples=4, phases=UNSHRUNK)
 @given(batch=batches)
 def test_raw_is_the_plain_group(world_size, batch):
     run_ranks(body, world_size, args=(batch,), timeout=40)

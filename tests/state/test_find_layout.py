@@ -107,7 +107,10 @@ def test_announced_in_one_frame_and_used_from_the_next(codec):
 
 def test_a_found_layout_improves_one_bit():
     def error(find: bool) -> float:
-        encoder, decoder = ResidualEncoder("binary", find_layout=find), ResidualDecoder("binary", find_layout=find)
+        encoder, decoder = (
+            ResidualEncoder("binary", find_layout=find),
+            ResidualDecoder("binary", find_layout=find),
+        )
         total = 0.0
         for t in range(6):
             x = planted(1, 200, 96, 1.5, seed=7) * (1 + 0.3 * t) + planted(1, 200, 96, 1.5, seed=7 + t)

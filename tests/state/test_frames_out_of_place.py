@@ -33,7 +33,12 @@ def check_refused(decoder, frame):
 lossy_options = kit.stream_options().filter(lambda o: o["codec"] != "raw")
 
 
-@given(options=kit.stream_options(), due=st.integers(0, 6), arriving=st.integers(0, 6), n=st.sampled_from([64, 300]))
+@given(
+    options=kit.stream_options(),
+    due=st.integers(0, 6),
+    arriving=st.integers(0, 6),
+    n=st.sampled_from([64, 300]),
+)
 def test_lost_repeated_and_reordered(options, due, arriving, n):
     """Seven frames of one tensor: any but the one due is refused, then the one due still decodes."""
     assume(due != arriving)
@@ -47,9 +52,12 @@ def test_lost_repeated_and_reordered(options, due, arriving, n):
     kit.check_in_step(encoder, decoder)
 
 
-
 @settings(max_examples=30)
-@given(options=kit.stream_options(), sizes=st.lists(st.sampled_from([64, 300]), min_size=4, max_size=4), data=st.data())
+@given(
+    options=kit.stream_options(),
+    sizes=st.lists(st.sampled_from([64, 300]), min_size=4, max_size=4),
+    data=st.data(),
+)
 def test_lost_repeated_and_reordered_across_sizes(options, sizes, data):
     encoder, decoder = kit.pair(**options)
     frames = [encoder.encode(torch.randn(n)) for n in sizes]
@@ -62,7 +70,6 @@ def test_lost_repeated_and_reordered_across_sizes(options, sizes, data):
     for frame in frames[due:]:
         decoder.decode(frame)
     kit.check_in_step(encoder, decoder)
-
 
 
 def test_lost_and_repeated_nan_keyframes():
@@ -131,7 +138,6 @@ def test_a_frame_made_for_a_group():
     assert wire.unpack(frame, "here").shape is None
     with pytest.raises(FrameError, match="made for a process group"):
         ResidualDecoder("int4").decode(frame)
-
 
 
 @pytest.mark.parametrize("offset", [1, 2, 7])

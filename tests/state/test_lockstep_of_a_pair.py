@@ -145,7 +145,6 @@ def test_raw_takes_every_dtype(dtype):
         assert kit.same_bytes(decoder.decode(encoder.encode(x)), x)
 
 
-
 def test_raw_takes_conjugated_and_negated_views():
     encoder, decoder = kit.pair(codec="raw")
     z = torch.randn(10, dtype=torch.complex64)

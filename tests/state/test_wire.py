@@ -42,9 +42,7 @@ def payload_for(header: Header) -> torch.Tensor:
 
 
 def example(shape: tuple[int, ...] | None = (3, 5)) -> Header:
-    return Header(
-        codec=7, key=11, epoch=1, sequence=9, payload_nbytes=64, numel=15, dtype=torch.float32, shape=shape
-    )
+    return Header(codec=7, key=11, epoch=1, sequence=9, payload_nbytes=64, numel=15, dtype=torch.float32, shape=shape)
 
 
 @given(header=headers, padding=st.integers(0, 50))
