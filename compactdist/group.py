@@ -56,13 +56,12 @@ class CompressedProcessGroup(  # type: ignore[misc,override]
     def allgather(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
         """``output_tensors[i]`` is a list of ``size()`` tensors for ``input_tensors[i]``."""
         opts = opts or _torch.options("AllgatherOptions")
-        if len(input_tensors) == 1:
-            uneven = len({t.numel() for t in output_tensors[0]}) > 1
-            if uneven:
-                self._pass("all_gather", PassReason.UNEVEN, (self._ctx.size - 1) * nbytes_of(input_tensors))
-                job = None
-            else:
-                job = self._gather_job(list(output_tensors[0]), input_tensors[0], opts)
+        several = len(input_tensors) != 1
+        if several or len({t.numel() for t in output_tensors[0]}) > 1:
+            reason = PassReason.OP if several else PassReason.UNEVEN
+            self._pass("all_gather", reason, (self._ctx.size - 1) * nbytes_of(input_tensors))
+        else:
+            job = self._gather_job(list(output_tensors[0]), input_tensors[0], opts)
             if job is not None:
                 return self._work([job], list(output_tensors[0]))
         return self.inner.allgather(output_tensors, input_tensors, opts)
@@ -175,7 +174,8 @@ class CompressedProcessGroup(  # type: ignore[misc,override]
         def chunks() -> tuple[list[Tensor], list[Tensor]]:
             return self._chunks(output, out or (), "output"), self._chunks(x, into or (), "input")
 
-        own = into[self._ctx.rank] / max(1, x.shape[0]) if into else 1 / self._ctx.size
+        known = into and len(into) == self._ctx.size
+        own = into[self._ctx.rank] / max(1, sum(into)) if known else 1 / self._ctx.size
         job = self._exchange_chunks(x, (1 - own) * nbytes_of([x]), chunks, opts)
         if job is not None:
             return self._work([job], [output])
@@ -208,7 +208,7 @@ class CompressedProcessGroup(  # type: ignore[misc,override]
         x, root = tensors[0], opts.rootRank
         links = self._ctx.size - 1 if self._ctx.rank == root else 0
         # only the root could see that its tensor requires grad, so that must not decide (both ends must agree)
-        call = self._begin("broadcast", f"broadcast/{root}", x, links * nbytes_of([x]), look_at_grad=False)
+        call = self._begin("broadcast", f"broadcast/{root}", x, links * nbytes_of([x]), "backward")
         if call is not None and len(tensors) == 1:
             try:
                 codec = self._codec(call, x.numel(), links * nbytes_of([x]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compactdist.codecs import Codec
 from compactdist.errors import ClosedGroupError
-from compactdist.exchange.context import Call, Context
+from compactdist.exchange.context import AutogradRule, Call, Context
 from compactdist.stats import PassReason
 from compactdist.work import PendingWork
 
@@ -57,10 +57,12 @@ class GroupCore:
         if reason == PassReason.NO_STEP and stats.first_time(reason):
             self._warn_no_step(op)
 
-    def _begin(self, op: str, site: str, tensor: Tensor, nbytes: float, *, look_at_grad: bool = True) -> Call | None:
+    def _begin(
+        self, op: str, site: str, tensor: Tensor, nbytes: float, autograd: AutogradRule = "tensor"
+    ) -> Call | None:
         """Fix the key of a call, or count it as passed through with ``nbytes`` on the link."""
         self._ready()
-        reason = self._ctx.refusal(op, tensor, look_at_grad=look_at_grad)
+        reason = self._ctx.refusal(tensor, autograd)
         if reason is not None:
             self._pass(op, reason, nbytes)
             return None

