@@ -60,8 +60,9 @@ demo: $(STAMP) ## see it work: writes into demo/
 	@mkdir -p demo
 	@$(VENV)/bin/compactdist demo $(DEMO_ARGS)
 
-bench: $(STAMP) ## codecs and collectives, timed on this machine
-	@$(VENV)/bin/compactdist bench $(BENCH_ARGS)
+bench: $(STAMP) ## time a passed-through call and compressed collectives on this machine
+	@$(PY) -m benchmarks.passthrough $(BENCH_ARGS)
+	@$(PY) -m benchmarks.all_gather $(BENCH_ARGS)
 
 clean: ## remove everything that was made, the virtual environment too
 	@rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -44,9 +44,10 @@ class Attachment:
             counted = modules[step_module]
             self._handles.append(counted.register_forward_pre_hook(self._count, with_kwargs=True))
         for name, child in modules.items():
-            self._handles.append(child.register_forward_pre_hook(self._entering(name or type(child).__name__)))
+            shown = name or type(child).__name__
+            self._handles.append(child.register_forward_pre_hook(self._entering(shown)))
             # always_call: a forward that raises must not leave its name on the stack
-            self._handles.append(child.register_forward_hook(self._leaving, always_call=True))
+            self._handles.append(child.register_forward_hook(self._leaving(shown), always_call=True))
 
     def restart(self) -> None:
         """Forget how many forwards were seen (a new request)."""
@@ -60,8 +61,11 @@ class Attachment:
 
         return hook
 
-    def _leaving(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self._keys.pop_module()
+    def _leaving(self, name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            self._keys.pop_module(name)
+
+        return hook
 
     def _count(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self._step_value is not None:

@@ -26,7 +26,7 @@ def override(method: F) -> F:
 
 def nbytes_of(tensors: Sequence[Tensor]) -> int:
     """Bytes of some tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return tensors[0].nbytes if len(tensors) == 1 else sum(t.nbytes for t in tensors)
 
 
 class GroupCore:

@@ -47,8 +47,11 @@ class PointToPointMethods(GroupCore, TorchDistributedAPI):
             return None
         call.op = "send"  # the policy is asked about the message, the same on both ends
         try:
-            codec = self._codec(call, x.numel(), 0)
-            return None if codec is None else receive(self._ctx, call, lambda _: codec, x, peer, tag)
+            chosen = self._ctx.choose(call, x.numel())
+            if isinstance(chosen, str):
+                self._ctx.stats.passed("recv", chosen, 0)
+                return None
+            return receive(self._ctx, call, lambda _: chosen, x, peer, tag)
         except BaseException:
             self._undo(call)
             raise

@@ -138,7 +138,7 @@ class KeyBook:
         self._prefixes.modules.append(name)
         self._begin_prefix()
 
-    def pop_module(self) -> None:
-        """Leave a hooked module."""
-        if self._prefixes.modules:
+    def pop_module(self, name: str) -> None:
+        """Leave a hooked module; nothing happens if it was never entered (another pre-hook raised before ours)."""
+        if self._prefixes.modules[-1:] == [name]:
             self._prefixes.modules.pop()

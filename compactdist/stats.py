@@ -139,15 +139,15 @@ class GroupStats:
             if entry is None:
                 entry = self._passed[op, reason] = [0, 0.0]
             entry[0] += 1
-            entry[1] += nbytes
-            if key is not None:
+            if key is None:
+                entry[1] += nbytes
+            else:
                 site = self._sites.get(key)
                 if site is None:
                     site = self._sites[key] = SiteStats(key, op)
                 site.passed[reason] += 1
                 site.raw_bytes += int(nbytes)
                 site.wire_bytes += int(nbytes if wire is None else wire)
-                entry[1] -= nbytes
 
     def fold(self, prefix: str) -> None:
         """Merge the records of sites under a finished prefix, so that a server's many prefixes do not pile up."""

@@ -13,9 +13,7 @@ from hypothesis import HealthCheck, settings
 # The multi-rank launcher forks, which is sound only while no thread pool exists: so before any operation.
 torch.set_num_threads(1)
 
-_common = settings(
-    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
+_common = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.register_profile("ci", _common, derandomize=True, max_examples=50)
 settings.register_profile("explore", _common, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -26,6 +26,7 @@ METHODS = ("uncompressed", "int8", "int4", "int2", "binary", "binary-no-residual
 ROUTES = ("ring", "ulysses")
 _NEEDED = ("xfuser", "diffusers", "yunchang", "triton", "safetensors", "matplotlib", "compactdist_xdit")
 _TIMEOUT_SECONDS = 600.0
+_TABLE_WIDTH = 104
 
 
 class DemoError(Exception):
@@ -59,6 +60,8 @@ def run_demo(out: Path, json_file: Path | None, steps: int, routes: Sequence[str
         )
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
+    if console.width < _TABLE_WIDTH:  # a pipe or a log file: a cut table would be worse than long lines
+        console = Console(width=_TABLE_WIDTH)
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

@@ -64,9 +64,7 @@ def load(codec_id: str, folder: Path = FOLDER) -> list[Case]:
         for index in range(len(arrays.files) // 5):
             shape = tuple(arrays[f"{index}_shape"].tolist())
             dtype = getattr(torch, str(arrays[f"{index}_dtype"]))
-            tensors = {
-                part: torch.from_numpy(arrays[f"{index}_{part}"]) for part in ("input", "payload", "decoded")
-            }
+            tensors = {part: torch.from_numpy(arrays[f"{index}_{part}"]) for part in ("input", "payload", "decoded")}
             cases.append(
                 Case(
                     shape,

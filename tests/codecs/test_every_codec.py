@@ -45,9 +45,7 @@ def test_any_input(codec, shape, name, dtype, seed):
 
 @every_lossy_codec
 @bounded
-@given(
-    values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=200), rows=any_seed
-)
+@given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=200), rows=any_seed)
 def test_any_values(codec, values, rows):
     """Adversarial magnitudes next to each other, in one column of many rows or one row of many columns."""
     x = torch.tensor(values, dtype=torch.float32)

@@ -55,13 +55,9 @@ def test_ue5m3_is_nearest():
 
 
 def test_bf16_rounding():
-    bits = torch.randint(
-        0, 0x7F7F0000, (20000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32
-    )
+    bits = torch.randint(0, 0x7F7F0000, (20000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     halves = torch.arange(0, 200, dtype=torch.int32) * 0x8000 + 0x3F800000
-    value = torch.cat([bits, halves, torch.tensor([0, 1, 0x8000, 0x8001], dtype=torch.int32)]).view(
-        torch.float32
-    )
+    value = torch.cat([bits, halves, torch.tensor([0, 1, 0x8000, 0x8001], dtype=torch.int32)]).view(torch.float32)
     assert torch.equal(kernels.round_bf16(value), value.to(torch.bfloat16).float())
     up = kernels.round_bf16(value, up=True)
     assert bool((up >= value).all())
@@ -87,9 +83,7 @@ def test_packing(bits, data):
     assert bytes(packed.tolist()) == as_number.to_bytes(-(-len(codes) * bits // 8), "little")
     assert kernels.unpack_codes(packed, bits, len(codes)).tolist() == codes
     levels = [float(code * code - 7) for code in range(2**bits)]
-    assert kernels.unpack_levels(packed, levels, bits, len(codes)).tolist() == [
-        levels[code] for code in codes
-    ]
+    assert kernels.unpack_levels(packed, levels, bits, len(codes)).tolist() == [levels[code] for code in codes]
 
 
 def fold(values: list[np.ndarray]) -> np.ndarray:

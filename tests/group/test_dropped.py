@@ -132,7 +132,6 @@ def test_close_delivers_what_is_under_way():
     run_ranks(body, pg_timeout=15)
 
 
-@pytest.mark.xfail(strict=True, reason="see /tmp/bugs/failure_context.md")
 def test_a_dropped_exchange_that_fails_is_told_to_the_log(caplog):
     def body(rank, size):
         caplog.clear()

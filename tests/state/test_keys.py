@@ -30,12 +30,12 @@ def test_prefixes_nest_in_a_fixed_order():
         keys.push_module("outer")
         keys.push_module("outer.inner")
         assert keys.take("op").name == "b/k1/k2/outer.inner/op#0"
-        keys.pop_module()
+        keys.pop_module("outer.inner")
         assert keys.take("op").name == "b/k1/k2/outer/op#0"
-        keys.pop_module()
+        keys.pop_module("outer")
     assert keys.take("op").name == "op#0"
     assert keys.current_branch == ""
-    keys.pop_module()  # too many are harmless
+    keys.pop_module("outer")  # too many are harmless
 
 
 def test_each_prefix_counts_for_itself():
@@ -107,7 +107,7 @@ def test_threads_have_their_own_prefixes_and_share_the_counters():
         thread = threading.Thread(target=lambda: seen.append(keys.take("a").name))
         thread.start()
         thread.join(10)
-        keys.pop_module()
+        keys.pop_module("m")
     assert seen == ["a#0"]
     assert keys.take("a").name == "a#1"
 

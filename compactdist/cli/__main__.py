@@ -1,0 +1,5 @@
+"""``python -m compactdist.cli`` is the ``compactdist`` command."""
+
+from compactdist.cli import main
+
+main()
