@@ -16,7 +16,7 @@ from torch import Tensor
 from compactdist import _torch
 from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
-from compactdist.exchange.context import Call, Context, bare, waits_at_once, write
+from compactdist.exchange.context import Call, Context, waits_at_once, write
 from compactdist.state import Arrangement, Staged, StreamEncoder, state_nbytes
 from compactdist.state.store import Site
 from compactdist.stats import PassReason
@@ -183,21 +183,16 @@ def _encode(
     hint = ctx.hint(call, numel)
     keyframe = codec.lossless or ctx.in_warmup(call) or encoder.is_fresh(numel, dtype)
     size = encoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe)
-    failure = None
-    try:
-        staged = encoder.stage(
-            chunk,
-            codec,
-            keyframe=keyframe,
-            epoch=call.key.epoch,
-            hint=hint,
-            frame_nbytes=size,
-            refuse_state=refuse,
-            want_value=bool(ctx.sample_every),
-        )
-    except NonFiniteError as error:
-        failure = bare(error)
-        staged = encoder.stage_nonfinite(chunk, codec, epoch=call.key.epoch, frame_nbytes=size)
+    staged, failure = encoder.stage_or_flag(
+        chunk,
+        codec,
+        keyframe=keyframe,
+        epoch=call.key.epoch,
+        hint=hint,
+        frame_nbytes=size,
+        refuse_state=refuse,
+        want_value=bool(ctx.sample_every),
+    )
     return _Outgoing(peer, staged.frame, encoder, staged, hint, codec), failure
 
 

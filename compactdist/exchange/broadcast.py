@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
-from compactdist.exchange.context import Call, Context, bare, write
+from compactdist.exchange.context import Call, Context, write
 from compactdist.state import Staged, state_nbytes
 from compactdist.state.store import Site
 from compactdist.stats import PassReason
@@ -52,20 +52,16 @@ def broadcast(ctx: Context, call: Call, codec: Codec, x: Tensor, root: int, opts
         staged: Staged | None = None
         if is_root:
             encoder = site.encoder(root)
-            try:
-                staged = encoder.stage(
-                    x,
-                    codec,
-                    keyframe=keyframe,
-                    epoch=epoch,
-                    hint=hint,
-                    frame_nbytes=size,
-                    refuse_state=not fits,
-                    want_value=bool(ctx.sample_every),
-                )
-            except NonFiniteError as error:
-                failure = bare(error)
-                staged = encoder.stage_nonfinite(x, codec, epoch=epoch, frame_nbytes=size)
+            staged, failure = encoder.stage_or_flag(
+                x,
+                codec,
+                keyframe=keyframe,
+                epoch=epoch,
+                hint=hint,
+                frame_nbytes=size,
+                refuse_state=not fits,
+                want_value=bool(ctx.sample_every),
+            )
             frame = staged.frame
         else:
             frame = torch.empty(size, dtype=torch.uint8, device=x.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compactdist import _torch, codecs
 from compactdist.codecs import Codec
-from compactdist.errors import BadOutputError, ConfigError, LayoutError, NonFiniteError
+from compactdist.errors import BadOutputError, ConfigError, LayoutError
 from compactdist.keys import CallKey, KeyBook
 from compactdist.policy import PASS, CallInfo, Policy
 from compactdist.state import COMPRESSIBLE_DTYPES, Arrangement, Layout, Staged, StateStore, StreamConfig
@@ -21,7 +21,7 @@ from compactdist.stats import GroupStats, PassReason
 from compactdist.wire import NONFINITE
 from compactdist.work import Outbox
 
-__all__ = ["AutogradRule", "Call", "Context", "bare", "waits_at_once", "write"]
+__all__ = ["AutogradRule", "Call", "Context", "waits_at_once", "write"]
 
 AutogradRule = Literal["tensor", "backward", "sender"]
 LayoutHints = Callable[[CallInfo], "Layout | None"]
@@ -173,12 +173,6 @@ class Context:
         flat = x.detach().reshape(-1).double()
         error = float((value.double() - flat).square().sum())
         self.stats.error(call.key.name, call.op, error, float(flat.square().sum()))
-
-
-def bare(error: NonFiniteError) -> NonFiniteError:
-    """The error without the frames it came through: they would keep the caller's tensors and works alive."""
-    error.__context__ = error.__cause__ = None
-    return error.with_traceback(None)
 
 
 def waits_at_once(opts: Any) -> bool:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from compactdist import _torch
 from compactdist.codecs import Codec
-from compactdist.errors import NonFiniteError
-from compactdist.exchange.context import Call, Context, bare, waits_at_once, write
+from compactdist.exchange.context import Call, Context, waits_at_once, write
 from compactdist.state import state_nbytes
 from compactdist.state.store import Site
 from compactdist.stats import PassReason
@@ -55,21 +54,16 @@ def all_gather(ctx: Context, call: Call, codec: Codec, outputs: list[Tensor], x:
         need += len(peers) * state_nbytes(ctx.config, numel, dtype, sender=False)
         refuse = keyframe and not ctx.store.reserve(site, Site.ALL, (numel, dtype), need)
         size = max(s.frame_nbytes(codec, numel, dtype, keyframe=keyframe) for s in streams)
-        failure: NonFiniteError | None = None
-        try:
-            staged = encoder.stage(
-                x,
-                codec,
-                keyframe=keyframe,
-                epoch=epoch,
-                hint=hint,
-                frame_nbytes=size,
-                refuse_state=refuse,
-                want_value=not ctx.exact_local or bool(ctx.sample_every),
-            )
-        except NonFiniteError as error:
-            failure = bare(error)
-            staged = encoder.stage_nonfinite(x, codec, epoch=epoch, frame_nbytes=size)
+        staged, failure = encoder.stage_or_flag(
+            x,
+            codec,
+            keyframe=keyframe,
+            epoch=epoch,
+            hint=hint,
+            frame_nbytes=size,
+            refuse_state=refuse,
+            want_value=not ctx.exact_local or bool(ctx.sample_every),
+        )
         gathered = torch.empty(ctx.size * size, dtype=torch.uint8, device=x.device)
         inner = _torch.all_gather_single(ctx.inner, gathered, staged.frame, opts)
         encoder.commit(staged, hint)

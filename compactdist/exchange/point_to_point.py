@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
-from compactdist.exchange.context import Call, Context, bare, write
+from compactdist.exchange.context import Call, Context, write
 from compactdist.state import Arrangement, blocks, state_nbytes
 from compactdist.stats import PassReason
 from compactdist.wire import HEADER_NBYTES, MAGIC, from_raw, raw_nbytes
@@ -51,14 +51,16 @@ def send(ctx: Context, call: Call, codec: Codec, x: Tensor, peer: int, tag: int)
         if passed is not None:
             staged = encoder.stage_stateless(x, codec, epoch=epoch)
         else:
-            try:
-                staged = encoder.stage(
-                    x, codec, keyframe=keyframe, epoch=epoch, hint=hint, want_value=bool(ctx.sample_every)
-                )
-            except NonFiniteError as error:
-                failure = bare(error)
-                size = encoder.frame_nbytes(codec, numel, dtype, keyframe=False)
-                staged = encoder.stage_nonfinite(x, codec, epoch=epoch, frame_nbytes=size)
+            size = encoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe)
+            staged, failure = encoder.stage_or_flag(
+                x,
+                codec,
+                keyframe=keyframe,
+                epoch=epoch,
+                hint=hint,
+                frame_nbytes=size,
+                want_value=bool(ctx.sample_every),
+            )
         inner = ctx.inner.send([staged.frame], peer, tag)
         encoder.commit(staged, hint)
     raw, wire = numel * x.element_size(), staged.frame.numel()

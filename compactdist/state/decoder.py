@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.errors import FrameError, NonFiniteError
-from compactdist.state.layout import Arrangement, Layout, blocks
+from compactdist.state.layout import Arrangement, blocks
 from compactdist.state.stream import StreamConfig, StreamState
 from compactdist.wire import KEY, NO_STATE, NONFINITE, STATELESS, Header, from_raw, payload_of, raw_nbytes, unpack
 
-__all__ = ["ResidualDecoder", "StreamDecoder"]
+__all__ = ["StreamDecoder"]
 
 _RESET = "call reset() on all ranks to start again from keyframes"
 
@@ -147,58 +144,3 @@ class StreamDecoder(StreamState):
             size = codec.payload_nbytes(arrangement.shape, torch.float32)
         if header.payload_nbytes != size:
             raise wrong("payload size", header.payload_nbytes, size, same_config)
-
-
-class ResidualDecoder:
-    """Decode what a :class:`~compactdist.state.ResidualEncoder` of the same configuration encoded, in the same order.
-
-    Args:
-        codec, order, damping, error_feedback, warmup_steps, find_layout, layout: as given to the encoder.
-    """
-
-    def __init__(
-        self,
-        codec: str | dict[str, Any] | Codec = "int2",
-        *,
-        order: int = 1,
-        damping: float = 0.5,
-        error_feedback: bool | None = None,
-        warmup_steps: int = 1,
-        find_layout: bool = True,
-        layout: Layout | None = None,
-    ) -> None:
-        self.codec = codecs.get(codec)
-        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout)
-        self.layout = layout
-        self._stream = StreamDecoder(self.config, 0, "stand-alone stream")
-        self._epoch = 0
-
-    def decode(self, frame: Tensor) -> Tensor:
-        """The value in a frame, in the shape and dtype the encoder was given; yours to keep and to change.
-
-        Raises:
-            FrameError: not the frame that is due here (lost, repeated, reordered, damaged, another configuration);
-                nothing was applied.
-        """
-        header = unpack(frame, self._stream.where)
-        if header.shape is None:
-            raise FrameError(f"{self._stream.where}: the frame carries no shape; it was made for a process group")
-        hint = self.layout.resolve(header.numel) if self.layout is not None else None
-        value = self._stream.decode(frame, self.codec, header.numel, header.dtype, epoch=self._epoch, hint=hint)
-        return value.clone().view(header.shape)
-
-    def reset(self) -> None:
-        """Forget the history and start a new epoch; do the same on the other end."""
-        self._stream.drop()
-        self._stream.sequence = 0
-        self._epoch += 1
-
-    @property
-    def state(self) -> Tensor | None:
-        """The reconstruction held: flat, or ``None``. Do not write to it."""
-        return self._stream.history.base
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of tensors held."""
-        return self._stream.state_bytes

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from compactdist import codecs
 from compactdist.codecs import Codec
-from compactdist.errors import CodecConfigError, LayoutError, NonFiniteError
+from compactdist.errors import LayoutError, NonFiniteError
 from compactdist.state.find_layout import find_arrangement
-from compactdist.state.layout import Arrangement, Layout
+from compactdist.state.layout import Arrangement
 from compactdist.state.predictor import History
-from compactdist.state.stream import COMPRESSIBLE_DTYPES, StreamConfig, StreamState
+from compactdist.state.stream import StreamConfig, StreamState
 from compactdist.wire import KEY, NO_STATE, NONFINITE, STATELESS, Header, pack, raw_payload
 
-__all__ = ["ResidualEncoder", "Staged", "StreamEncoder"]
+__all__ = ["Staged", "StreamEncoder"]
 
 
 @dataclass(slots=True)
@@ -170,8 +168,42 @@ class StreamEncoder(StreamState):
         exact = _own(flat) if self._open_loop is not None else None
         return Staged(pack(header, payload, frame_nbytes), value, header, exact, found, search)
 
+    def stage_or_flag(
+        self,
+        x: Tensor,
+        codec: Codec,
+        *,
+        keyframe: bool,
+        epoch: int,
+        frame_nbytes: int,
+        hint: Arrangement | None = None,
+        refuse_state: bool = False,
+        want_value: bool = False,
+    ) -> tuple[Staged, NonFiniteError | None]:
+        """As ``stage``, but a tensor that is not finite still gives a frame: others wait for one of the agreed size.
+
+        Returns:
+            The frame, and the error to raise once it is on its way.
+        """
+        try:
+            return self.stage(
+                x,
+                codec,
+                keyframe=keyframe,
+                epoch=epoch,
+                hint=hint,
+                frame_nbytes=frame_nbytes,
+                refuse_state=refuse_state,
+                want_value=want_value,
+            ), None
+        except NonFiniteError as error:
+            # the frames it came through would keep the caller's tensors and works alive
+            error.__context__ = error.__cause__ = None
+            failure = error.with_traceback(None)
+        return self._flag(x, codec, epoch, frame_nbytes), failure
+
     @torch.no_grad()
-    def stage_nonfinite(self, x: Tensor, codec: Codec, *, epoch: int, frame_nbytes: int) -> Staged:
+    def _flag(self, x: Tensor, codec: Codec, epoch: int, frame_nbytes: int) -> Staged:
         """A frame of the agreed size that says: the tensor was not finite, forget this stream."""
         flat = x.detach().reshape(-1)
         header = Header(
@@ -222,80 +254,3 @@ class StreamEncoder(StreamState):
             self._open_loop.advance(staged.exact)
         if staged.next_arrangement is not None:
             self.arrangement = staged.next_arrangement
-
-
-class ResidualEncoder:
-    """Encode successive values of one tensor into frames, without any process group.
-
-    >>> enc, dec = ResidualEncoder("int4"), ResidualDecoder("int4")           # doctest: +SKIP
-    >>> x_hat = dec.decode(enc.encode(x))                                     # doctest: +SKIP
-
-    Args:
-        codec: id, configuration dictionary or :class:`~compactdist.codecs.Codec`.
-        order, damping, error_feedback, warmup_steps, find_layout: see :class:`StreamConfig`. The first
-            ``warmup_steps`` frames, the first of all, and any frame of another size or dtype are keyframes.
-        layout: how to cut the flattened tensor; both ends must be given the same.
-
-    Raises:
-        ConfigError, UnknownCodecError: bad arguments.
-    """
-
-    def __init__(
-        self,
-        codec: str | dict[str, Any] | Codec = "int2",
-        *,
-        order: int = 1,
-        damping: float = 0.5,
-        error_feedback: bool | None = None,
-        warmup_steps: int = 1,
-        find_layout: bool = True,
-        layout: Layout | None = None,
-    ) -> None:
-        self.codec = codecs.get(codec)
-        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout)
-        self.layout = layout
-        self._stream = StreamEncoder(self.config, 0, "stand-alone stream")
-        self._epoch = 0
-        self._frames = 0
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Frame for the next value.
-
-        Args:
-            x: any shape of at most eight dimensions; float32, float16 or bfloat16 (any dtype with codec ``raw``).
-
-        Returns:
-            1-D uint8 frame on ``x``'s device.
-
-        Raises:
-            CodecConfigError: a dtype the codec cannot take.
-            NonFiniteError: NaN or Inf where a residual is due; nothing has changed.
-        """
-        if x.dtype not in COMPRESSIBLE_DTYPES and not self.codec.lossless:
-            raise CodecConfigError(f"codec {self.codec.codec_id} takes float32, float16 or bfloat16, got {x.dtype}")
-        fresh = self._stream.is_fresh(x.numel(), x.dtype)
-        keyframe = fresh or self._frames < self.config.warmup_steps
-        hint = self.layout.resolve(x.numel()) if self.layout is not None else None
-        staged = self._stream.stage(
-            x, self.codec, keyframe=keyframe, epoch=self._epoch, hint=hint, shape=tuple(x.shape)
-        )
-        self._stream.commit(staged, hint)
-        self._frames += 1
-        return staged.frame
-
-    def reset(self) -> None:
-        """Forget the history and start a new epoch; do the same on the other end."""
-        self._stream.drop()
-        self._stream.sequence = 0
-        self._epoch += 1
-        self._frames = 0
-
-    @property
-    def state(self) -> Tensor | None:
-        """What the decoder holds after the last frame: flat, or ``None``. Do not write to it."""
-        return self._stream.history.base
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of tensors held."""
-        return self._stream.state_bytes

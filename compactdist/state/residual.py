@@ -1,0 +1,150 @@
+"""The residual loop for one stream of tensors, without any process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from compactdist import codecs
+from compactdist.codecs import Codec
+from compactdist.errors import CodecConfigError, FrameError
+from compactdist.state.decoder import StreamDecoder
+from compactdist.state.encoder import StreamEncoder
+from compactdist.state.layout import Layout
+from compactdist.state.stream import COMPRESSIBLE_DTYPES, StreamConfig
+from compactdist.wire import unpack
+
+__all__ = ["ResidualDecoder", "ResidualEncoder"]
+
+
+class ResidualEncoder:
+    """Encode successive values of one tensor into frames, without any process group.
+
+    >>> enc, dec = ResidualEncoder("int4"), ResidualDecoder("int4")           # doctest: +SKIP
+    >>> x_hat = dec.decode(enc.encode(x))                                     # doctest: +SKIP
+
+    Args:
+        codec: id, configuration dictionary or :class:`~compactdist.codecs.Codec`.
+        order, damping, error_feedback, warmup_steps, find_layout: see :class:`StreamConfig`. The first
+            ``warmup_steps`` frames, the first of all, and any frame of another size or dtype are keyframes.
+        layout: how to cut the flattened tensor; both ends must be given the same.
+
+    Raises:
+        ConfigError, UnknownCodecError: bad arguments.
+    """
+
+    def __init__(
+        self,
+        codec: str | dict[str, Any] | Codec = "int2",
+        *,
+        order: int = 1,
+        damping: float = 0.5,
+        error_feedback: bool | None = None,
+        warmup_steps: int = 1,
+        find_layout: bool = True,
+        layout: Layout | None = None,
+    ) -> None:
+        self.codec = codecs.get(codec)
+        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout)
+        self.layout = layout
+        self._stream = StreamEncoder(self.config, 0, "stand-alone stream")
+        self._epoch = 0
+        self._frames = 0
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Frame for the next value.
+
+        Args:
+            x: any shape of at most eight dimensions; float32, float16 or bfloat16 (any dtype with codec ``raw``).
+
+        Returns:
+            1-D uint8 frame on ``x``'s device.
+
+        Raises:
+            CodecConfigError: a dtype the codec cannot take.
+            NonFiniteError: NaN or Inf where a residual is due; nothing has changed.
+        """
+        if x.dtype not in COMPRESSIBLE_DTYPES and not self.codec.lossless:
+            raise CodecConfigError(f"codec {self.codec.codec_id} takes float32, float16 or bfloat16, got {x.dtype}")
+        fresh = self._stream.is_fresh(x.numel(), x.dtype)
+        keyframe = fresh or self._frames < self.config.warmup_steps
+        hint = self.layout.resolve(x.numel()) if self.layout is not None else None
+        staged = self._stream.stage(
+            x, self.codec, keyframe=keyframe, epoch=self._epoch, hint=hint, shape=tuple(x.shape)
+        )
+        self._stream.commit(staged, hint)
+        self._frames += 1
+        return staged.frame
+
+    def reset(self) -> None:
+        """Forget the history and start a new epoch; do the same on the other end."""
+        self._stream.drop()
+        self._stream.sequence = 0
+        self._epoch += 1
+        self._frames = 0
+
+    @property
+    def state(self) -> Tensor | None:
+        """What the decoder holds after the last frame: flat, or ``None``. Do not write to it."""
+        return self._stream.history.base
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of tensors held."""
+        return self._stream.state_bytes
+
+
+class ResidualDecoder:
+    """Decode what a :class:`~compactdist.state.ResidualEncoder` of the same configuration encoded, in the same order.
+
+    Args:
+        codec, order, damping, error_feedback, warmup_steps, find_layout, layout: as given to the encoder.
+    """
+
+    def __init__(
+        self,
+        codec: str | dict[str, Any] | Codec = "int2",
+        *,
+        order: int = 1,
+        damping: float = 0.5,
+        error_feedback: bool | None = None,
+        warmup_steps: int = 1,
+        find_layout: bool = True,
+        layout: Layout | None = None,
+    ) -> None:
+        self.codec = codecs.get(codec)
+        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout)
+        self.layout = layout
+        self._stream = StreamDecoder(self.config, 0, "stand-alone stream")
+        self._epoch = 0
+
+    def decode(self, frame: Tensor) -> Tensor:
+        """The value in a frame, in the shape and dtype the encoder was given; yours to keep and to change.
+
+        Raises:
+            FrameError: not the frame that is due here (lost, repeated, reordered, damaged, another configuration);
+                nothing was applied.
+        """
+        header = unpack(frame, self._stream.where)
+        if header.shape is None:
+            raise FrameError(f"{self._stream.where}: the frame carries no shape; it was made for a process group")
+        hint = self.layout.resolve(header.numel) if self.layout is not None else None
+        value = self._stream.decode(frame, self.codec, header.numel, header.dtype, epoch=self._epoch, hint=hint)
+        return value.clone().view(header.shape)
+
+    def reset(self) -> None:
+        """Forget the history and start a new epoch; do the same on the other end."""
+        self._stream.drop()
+        self._stream.sequence = 0
+        self._epoch += 1
+
+    @property
+    def state(self) -> Tensor | None:
+        """The reconstruction held: flat, or ``None``. Do not write to it."""
+        return self._stream.history.base
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of tensors held."""
+        return self._stream.state_bytes
