@@ -56,8 +56,14 @@ class TorchDistributedAPI:
     inner: Any
 
     def _resolve_group(self, group: Any) -> Any:
-        """``None`` and the group that was wrapped mean this group."""
-        return self if group is None or group is self.inner else group
+        """``None`` and the group that was wrapped mean this group, which must not be closed."""
+        if group is None or group is self.inner or group is self:
+            self._ready()
+            return self
+        return group
+
+    def _ready(self) -> None:
+        raise AssertionError("provided by the group")
 
     def _torch_function(self, name: str) -> Callable[..., Any]:
         """torch.distributed's function with this group as the default for ``group``."""
