@@ -280,4 +280,5 @@ def raw_nbytes(numel: int, dtype: torch.dtype) -> int:
 
 def from_raw(payload: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
     """Undo ``raw_payload``: 1-D tensor of ``numel`` elements, a view of an aligned payload."""
-    return payload[: numel * dtype.itemsize].view(dtype)
+    part = payload[: numel * dtype.itemsize]
+    return (part if part.storage_offset() % dtype.itemsize == 0 else part.clone()).view(dtype)

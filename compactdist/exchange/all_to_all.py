@@ -20,7 +20,7 @@ from compactdist.exchange.context import Call, Context, waits_at_once, write
 from compactdist.state import Arrangement, Staged, StreamEncoder, state_nbytes
 from compactdist.state.store import Site
 from compactdist.stats import PassReason
-from compactdist.wire import from_raw, raw_nbytes, raw_payload
+from compactdist.wire import from_raw, raw_payload
 from compactdist.work import Job, drain
 
 __all__ = ["all_to_all"]
@@ -55,8 +55,8 @@ def all_to_all(ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequ
         opts: the caller's AllToAllOptions or ``None``.
 
     Returns:
-        The job, or ``None`` if no chunk of any rank is compressed and the caller should pass the call through. With
-        uneven chunks another rank may see it differently, so then chunks always travel this way.
+        The job, or ``None`` if the policy lets all chunks through and the caller should pass the call on. With uneven
+        chunks, or where a budget is used up, another rank may see it differently, so then chunks travel this way.
     """
     me = ctx.rank
     dtype = call.dtype
@@ -71,9 +71,9 @@ def all_to_all(ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequ
         return None if isinstance(chosen, str) or peer in site.refused else chosen
 
     raw_total = sum(inputs[p].numel() for p in peers) * dtype.itemsize
-    if even and all(codec_for(p, inputs[p].numel()) is None for p in peers):
-        chosen = pick[inputs[me].numel()]
-        ctx.stats.passed(call.op, chosen if isinstance(chosen, str) else PassReason.BUDGET, raw_total, call.key.name)
+    reason = pick[inputs[me].numel()]
+    if even and isinstance(reason, str):
+        ctx.stats.passed(call.op, reason, raw_total, None if reason == PassReason.SMALL else call.key.name)
         return None
     failure: NonFiniteError | None = None
     epoch = call.key.epoch
@@ -92,7 +92,9 @@ def all_to_all(ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequ
             if need and not ctx.store.reserve(site, peer, what, need, force=not can_refuse):
                 refusing.add(peer)
             if out_codec is None:
-                sending.append(_Outgoing(peer, raw_payload(inputs[peer])))
+                # unpadded: to a rank whose chunks all pass through these are the bytes of an uncompressed call
+                exact = inputs[peer].numel() * dtype.itemsize
+                sending.append(_Outgoing(peer, raw_payload(inputs[peer])[:exact]))
             else:
                 outgoing, error = _encode(ctx, call, site, peer, inputs[peer], out_codec, peer in refusing)
                 failure = failure or error
@@ -199,7 +201,7 @@ def _encode(
 def _expect(ctx: Context, call: Call, site: Site, peer: int, chunk: Tensor, codec: Codec | None) -> _Incoming:
     numel, dtype = chunk.numel(), chunk.dtype
     if codec is None:
-        return _Incoming(peer, raw_nbytes(numel, dtype), None)
+        return _Incoming(peer, numel * dtype.itemsize, None)
     decoder = site.decoder(peer)
     keyframe = codec.lossless or ctx.in_warmup(call) or decoder.is_fresh(numel, dtype)
     size = decoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe)

@@ -137,3 +137,30 @@ def test_order_zero_needs_no_budget():
             assert kit.keyframes(dist) == {"all_gather#0": (3, 1)}
 
     run_ranks(body)
+
+
+def test_chunks_of_odd_bytes_beside_refused_pairs():
+    """Refused pairs travel as plain bytes in the same exchange as frames, at offsets that are no multiple of anything."""
+
+    def body(rank, world_size):
+        n = 1003  # 2006 bytes in bfloat16
+        with kit.wrap(codec="int8", state_budget_bytes=0 if rank == 0 else None) as dist:
+            for t in range(4):
+                dist.step()
+                x = torch.cat([kit.tensor(10 * rank + peer, t, n, torch.bfloat16) for peer in range(world_size)])
+                out = torch.empty_like(x)
+                dist.all_to_all_single(out, x)
+                for peer, chunk in enumerate(out.split(n)):
+                    exact = kit.tensor(10 * peer + rank, t, n, torch.bfloat16)
+                    if rank == 0 or peer in (0, rank):
+                        assert torch.equal(chunk, exact)
+                    else:
+                        assert kit.nmse(chunk, exact) < 1e-3
+            (site,) = dist.stats().sites.values()
+            if rank == 0:
+                assert (site.calls, site.passed) == (1, {"state-budget": 3})
+                assert site.wire_bytes == 2 * (n * 2 + 10 + 80) + 3 * 2 * n * 2, "padding of keyframes only"
+            else:
+                assert (site.calls, site.passed) == (4, {})
+
+    run_ranks(body, world_size=3)
