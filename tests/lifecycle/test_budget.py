@@ -143,7 +143,7 @@ def test_chunks_of_odd_bytes_beside_refused_pairs():
     """Refused pairs travel as plain bytes in the same exchange as frames, at offsets that are no multiple of anything."""
 
     def body(rank, world_size):
-        n = 1003  # 2006 bytes in bfloat16
+        n = 2003  # 4006 bytes in bfloat16
         with kit.wrap(codec="int8", state_budget_bytes=0 if rank == 0 else None) as dist:
             for t in range(4):
                 dist.step()
