@@ -1,4 +1,4 @@
-"""The command line: ``compactdist demo``."""
+"""The command line: ``compactdist demo``, ``evaluate`` and ``bench codecs``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Annotated
 import typer
 
 from compactdist import __version__
+from compactdist.cli import evaluate as evaluation
+from compactdist.cli.common import failing_well, parse_codecs
 from compactdist.cli.demo import DemoError, run_demo
+from compactdist.state import StreamConfig
+from compactdist.trace import Trace
 
 __all__ = ["main"]
 
@@ -51,6 +55,36 @@ def demo(
     except DemoError as error:
         typer.secho(str(error), err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from None
+
+
+@app.command()
+def evaluate(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE.safetensors", help="Written by compactdist.record.")],
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A codec: id, id:option=value,... or JSON. May be repeated; all registered ones if not given."
+        ),
+    ] = None,
+    order: Annotated[int, typer.Option(min=0, max=2, help="Prediction: 0 none, 1 last value, 2 velocity.")] = 1,
+    damping: Annotated[float, typer.Option(min=0, max=1, help="Factor of the velocity, for --order 2.")] = 0.5,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps of keyframes; the first step is one in any case.")] = 1,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object by codec and nothing else.")] = False,
+) -> None:
+    """Play recorded activations through the residual loop and say what each codec sends and how wrong it is.
+
+    A trace holds one tensor per call site, of shape (steps, N, C). Every frame is really made and decoded, and both
+    ends are compared after each.
+    """
+    with failing_well():
+        config = StreamConfig(order=order, damping=damping, warmup_steps=warmup, find_layout=False)
+        chosen = parse_codecs(codec)
+        opened = Trace(trace)
+        scores = evaluation.play(opened, chosen, config)
+        if json_:
+            typer.echo(evaluation.to_json(scores))
+        else:
+            evaluation.show(opened, config, scores)
 
 
 def main() -> None:
