@@ -72,7 +72,7 @@ class _Recorder:
         self.result = result
         self.failure: str | None = None
         self.ended = False
-        self.seen = 0
+        self.seen: set[str] = set()
         self._globs = sites
         self._max_steps = max_steps
         self._dtype = dtype
@@ -86,8 +86,8 @@ class _Recorder:
         if self.ended or self.failure is not None:
             return
         self._step = call.key.step
-        self.seen += 1
         name = f"{call.key.name}>{peer}" if call.op == "all_to_all" else call.key.name
+        self.seen.add(name)
         if not any(fnmatch.fnmatchcase(name, glob) for glob in self._globs):
             return
         site = self._sites.setdefault(name, _Site())
@@ -154,7 +154,8 @@ class _Recorder:
             reasons = "; ".join(f"'{name}' {why}" for name, why in self.result.skipped.items())
             return f"nothing was recorded: {reasons}"
         if self.seen:
-            return f"nothing was recorded: none of the {self.seen} messages matches sites={list(self._globs)}"
+            some = ", ".join(repr(name) for name in sorted(self.seen)[:4])
+            return f"nothing was recorded: sites={list(self._globs)} matches none of {len(self.seen)} sites, as {some}"
         return (
             "nothing was recorded: no call was compressed while recording. Only such calls are recorded (codec 'raw' "
             "counts); explain() says why calls passed through"

@@ -26,7 +26,7 @@ from compactdist_xdit.adapter import enable
 from compactdist_xdit.demo_worker import parallel_pipeline
 from compactdist_xdit.digits import CLASSES, STEPS
 
-SITES = ("transformer_blocks.0.attn/kv/*", "single_transformer_blocks.1.attn/kv/*")
+SITES = ("kv/transformer_blocks.0.attn/*", "kv/single_transformer_blocks.1.attn/*")
 
 
 def keep_digits(source: Path, target: Path, digits: int) -> None:

@@ -229,7 +229,7 @@ def test_misuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(TraceError, match="no call was compressed"):
             recorded()
         dist.step()
-        with pytest.raises(TraceError, match="matches sites"):
+        with pytest.raises(TraceError, match="matches none of 1 sites, as 'all_gather#0'"):
             recorded(sites="nothing*")
         with pytest.raises(compactdist.CompactDistError, match="max_steps"):
             recorded(max_steps=0)
