@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from compactdist import __version__
+from compactdist.cli import bench_codecs, subjects
 from compactdist.cli import evaluate as evaluation
 from compactdist.cli.common import failing_well, parse_codecs
 from compactdist.cli.demo import DemoError, run_demo
+from compactdist.errors import ConfigError
 from compactdist.state import StreamConfig
 from compactdist.trace import Trace
 
@@ -19,6 +22,9 @@ __all__ = ["main"]
 app = typer.Typer(
     help="Residual-compressed communication behind torch.distributed.", no_args_is_help=True, add_completion=False
 )
+
+bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:
@@ -85,6 +91,42 @@ def evaluate(
             typer.echo(evaluation.to_json(scores))
         else:
             evaluation.show(opened, config, scores)
+
+
+@bench.command("codecs")
+def _bench_codecs(
+    shape: Annotated[str, typer.Option(metavar="NxC", help="Rows x channels of the tensor.")] = "1088x3072",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, float16 or bfloat16; may be repeated. float32 and bfloat16.")
+    ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(help="A codec: id, id:option=value,... or JSON. May be repeated; all registered ones by default."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="How often everything is timed.")] = 15,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there.")] = None,
+) -> None:
+    """Time the codecs against a plain copy of the same tensor, and say how good they are.
+
+    Beside them in the same run: the same codecs in eager torch, torch's 8-bit quantization, numpy's packed signs and
+    zstandard. Everything takes turns and is timed next to a copy; medians. Less than a minute.
+    """
+    with failing_well():
+        load = os.getloadavg()[0]
+        size = bench_codecs.parse_shape(shape)
+        names = list(dict.fromkeys(dtype or ["float32", "bfloat16"]))
+        wrong = [name for name in names if name not in bench_codecs.DTYPES]
+        if wrong:
+            raise ConfigError(f"--dtype {wrong[0]!r} is none of {', '.join(bench_codecs.DTYPES)}")
+        chosen = parse_codecs(codec)
+        rows: list[dict[str, Any]] = []
+        for name in names:
+            everything = [*subjects.of_codecs(chosen), *subjects.peers(chosen)]
+            budget = 40 / len(names)
+            rows += bench_codecs.measure(everything, size, bench_codecs.DTYPES[name], rounds, budget)
+        bench_codecs.show(size, rows)
+        if json_file is not None:
+            bench_codecs.write_json(json_file, size, rows, load)
 
 
 def main() -> None:
