@@ -26,6 +26,8 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
+_BUSY = 1.5
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -125,6 +127,12 @@ def _bench_codecs(
             budget = 40 / len(names)
             rows += bench_codecs.measure(everything, size, bench_codecs.DTYPES[name], rounds, budget)
         bench_codecs.show(size, rows)
+        if load > _BUSY:
+            typer.secho(
+                f"load average {load:.2f} before the run: other work shares this machine, do not trust the times",
+                err=True,
+                fg=typer.colors.YELLOW,
+            )
         if json_file is not None:
             bench_codecs.write_json(json_file, size, rows, load)
 

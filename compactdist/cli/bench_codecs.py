@@ -108,9 +108,11 @@ def measure(
 
 def _timings(name: str, pairs: list[tuple[int, int]], x: Tensor, touched: int, copy_ns: float) -> dict[str, Any]:
     ns = statistics.median(own for _, own in pairs)
+    low, middle, high = statistics.quantiles((own / copy for copy, own in pairs), n=4, method="inclusive")
     return {
         f"{name}_ms": ns / 1e6,
-        f"{name}_x_copy": statistics.median(own / copy for copy, own in pairs),
+        f"{name}_x_copy": middle,
+        f"{name}_x_copy_quartiles": [low, high],
         f"{name}_gelem_s": x.numel() / ns,
         f"{name}_copy_bandwidth_percent": 100 * (touched / ns) / (2 * x.nbytes / copy_ns),
         "rounds": len(pairs),
