@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from compactdist import codecs
+from compactdist.cli.common import parse_codec
+from compactdist.state import StreamDecoder
 from compactdist.wire import HEADER_NBYTES
 from tests.cli.kit import activations, run, run_json, trace
 
@@ -102,6 +105,31 @@ def test_one_codec_may_be_named_in_several_ways(tmp_path: Path) -> None:
     assert rows["int4"] == rows["int4:"] == rows['{"id": "int4"}']
 
 
+def test_options_are_read_as_json_or_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(codecs, "get", seen.append)
+    for text in ("any:block=64, mode=fast,on=true", '{"id": "any", "block": 64, "mode": "fast", "on": true}', "any"):
+        parse_codec(text)
+    options = {"id": "any", "block": 64, "mode": "fast", "on": True}
+    assert seen == [options, options, {"id": "any"}]
+
+
+def test_ends_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = StreamDecoder.decode
+
+    def wrong(self: StreamDecoder, *args: Any, **kwargs: Any) -> torch.Tensor:
+        value = decode(self, *args, **kwargs)
+        if self.sequence == 3 and self.history.base is not None:
+            self.history.base[0] += 1e-3
+        return value
+
+    monkeypatch.setattr(StreamDecoder, "decode", wrong)
+    result = run("evaluate", trace(tmp_path / "t.safetensors"), "--codec", "int4", "--json")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "a, step 2, codec Int4(): encoder and decoder hold different states" in result.stderr
+
+
 def test_the_table_shows_the_same_figures(tmp_path: Path) -> None:
     path = trace(tmp_path / "t.safetensors")
     row = run_json("evaluate", path, "--codec", "int2", "--json")["int2"]
@@ -144,9 +172,9 @@ def test_unfit_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("codec", "says"),
     [
-        ("int5", "known: binary, int2, int4, int8, raw"),
-        ("int4:block=64", "no option 'block'"),
-        ("int4:block", "option=value"),
+        ("int5", f"known: {', '.join(codecs.list())}"),
+        ("int4:nonsense=64", "no option 'nonsense'"),
+        ("int4:nonsense", "option=value"),
         ('{"id": "int4"', "not valid JSON"),
         ('{"block": 1}', "'id'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,25 @@ def test_only_the_first_request_is_recorded(tmp_path: Path) -> None:
         return [shape[0] for shape in recording.written.values()]
 
     assert run_ranks(body, 2, timeout=60)[0] == [STEPS]
+
+
+def test_sites_named_by_keys_without_steps(tmp_path: Path) -> None:
+    def body(rank: int, size: int) -> Any:
+        dist = wrap()
+        with compactdist.record(dist, tmp_path / "t{rank}.safetensors") as recording:
+            for t in range(STEPS):
+                with dist.key("layer"):
+                    gather(dist, tensor(rank, t))
+        return recording.written
+
+    written = run_ranks(body, 2, timeout=60)[1]
+    assert {name: shape[0] for name, shape in written.items()} == {"layer/all_gather#0": STEPS}
+
+
+def test_importing_the_library_loads_nothing_of_the_tools() -> None:
+    check = "import sys, compactdist; print(*({'safetensors', 'typer', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_too_much_is_said_at_the_end_and_no_rank_hangs(tmp_path: Path) -> None:
