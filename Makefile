@@ -11,6 +11,7 @@ EXTRAS ?= xdit,bench,dev
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+CODECS_ARGS ?=
 CONFORMANCE_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -60,9 +61,10 @@ demo: $(STAMP) ## see it work: writes into demo/
 	@mkdir -p demo
 	@$(VENV)/bin/compactdist demo $(DEMO_ARGS)
 
-bench: $(STAMP) ## time a passed-through call and compressed collectives on this machine
+bench: $(STAMP) ## time a passed-through call, compressed collectives and codecs on this machine
 	@$(PY) -m benchmarks.passthrough $(BENCH_ARGS)
 	@$(PY) -m benchmarks.all_gather $(BENCH_ARGS)
+	@$(VENV)/bin/compactdist bench codecs $(CODECS_ARGS)
 
 clean: ## remove everything that was made, the virtual environment too
 	@rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ from compactdist.config import Options
 from compactdist.errors import CompactDistError
 from compactdist.group import CompressedProcessGroup
 from compactdist.policy import CallInfo, Rule, Rules
+from compactdist.record import Recording, record
 from compactdist.state import Layout
 from compactdist.stats import Stats
 from compactdist.wrap import unwrap, unwrap_mesh, wrap, wrap_mesh
@@ -25,11 +26,13 @@ __all__ = [
     "CompressedProcessGroup",
     "Layout",
     "Options",
+    "Recording",
     "Rule",
     "Rules",
     "Stats",
     "__version__",
     "codecs",
+    "record",
     "unwrap",
     "unwrap_mesh",
     "wrap",

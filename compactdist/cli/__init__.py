@@ -1,20 +1,32 @@
-"""The command line: ``compactdist demo``."""
+"""The command line: ``compactdist demo``, ``evaluate`` and ``bench codecs``."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from compactdist import __version__
+from compactdist.cli import bench_codecs, subjects
+from compactdist.cli import evaluate as evaluation
+from compactdist.cli.common import failing_well, parse_codecs
 from compactdist.cli.demo import DemoError, run_demo
+from compactdist.errors import ConfigError
+from compactdist.state import StreamConfig
+from compactdist.trace import Trace
 
 __all__ = ["main"]
 
 app = typer.Typer(
     help="Residual-compressed communication behind torch.distributed.", no_args_is_help=True, add_completion=False
 )
+
+bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+_BUSY = 1.5
 
 
 def _show_version(wanted: bool) -> None:
@@ -51,6 +63,78 @@ def demo(
     except DemoError as error:
         typer.secho(str(error), err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from None
+
+
+@app.command()
+def evaluate(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE.safetensors", help="Written by compactdist.record.")],
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A codec: id, id:option=value,... or JSON. May be repeated; all registered ones if not given."
+        ),
+    ] = None,
+    order: Annotated[int, typer.Option(min=0, max=2, help="Prediction: 0 none, 1 last value, 2 velocity.")] = 1,
+    damping: Annotated[float, typer.Option(min=0, max=1, help="Factor of the velocity, for --order 2.")] = 0.5,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps of keyframes; the first step is one in any case.")] = 1,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object by codec and nothing else.")] = False,
+) -> None:
+    """Play recorded activations through the residual loop and say what each codec sends and how wrong it is.
+
+    A trace holds one tensor per call site, of shape (steps, N, C). Every frame is really made and decoded, and both
+    ends are compared after each.
+    """
+    with failing_well():
+        config = StreamConfig(order=order, damping=damping, warmup_steps=warmup, find_layout=False)
+        chosen = parse_codecs(codec)
+        opened = Trace(trace)
+        scores = evaluation.play(opened, chosen, config)
+        if json_:
+            typer.echo(evaluation.to_json(scores))
+        else:
+            evaluation.show(opened, config, scores)
+
+
+@bench.command("codecs")
+def _bench_codecs(
+    shape: Annotated[str, typer.Option(metavar="NxC", help="Rows x channels of the tensor.")] = "1088x3072",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, float16 or bfloat16; may be repeated. float32 and bfloat16.")
+    ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(help="A codec: id, id:option=value,... or JSON. May be repeated; all registered ones by default."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="How often everything is timed.")] = 15,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there.")] = None,
+) -> None:
+    """Time the codecs against a plain copy of the same tensor, and say how good they are.
+
+    Beside them in the same run: the same codecs in eager torch, torch's 8-bit quantization, numpy's packed signs and
+    zstandard. Everything takes turns and is timed next to a copy; medians. Less than a minute.
+    """
+    with failing_well():
+        load = os.getloadavg()[0]
+        size = bench_codecs.parse_shape(shape)
+        names = list(dict.fromkeys(dtype or ["float32", "bfloat16"]))
+        wrong = [name for name in names if name not in bench_codecs.DTYPES]
+        if wrong:
+            raise ConfigError(f"--dtype {wrong[0]!r} is none of {', '.join(bench_codecs.DTYPES)}")
+        chosen = parse_codecs(codec)
+        rows: list[dict[str, Any]] = []
+        for name in names:
+            everything = [*subjects.of_codecs(chosen), *subjects.peers(chosen)]
+            budget = 40 / len(names)
+            rows += bench_codecs.measure(everything, size, bench_codecs.DTYPES[name], rounds, budget)
+        bench_codecs.show(size, rows)
+        if load > _BUSY:
+            typer.secho(
+                f"load average {load:.2f} before the run: other work shares this machine, do not trust the times",
+                err=True,
+                fg=typer.colors.YELLOW,
+            )
+        if json_file is not None:
+            bench_codecs.write_json(json_file, size, rows, load)
 
 
 def main() -> None:

@@ -185,6 +185,8 @@ def _encode(
     hint = ctx.hint(call, numel)
     keyframe = codec.lossless or ctx.in_warmup(call) or encoder.is_fresh(numel, dtype)
     size = encoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe)
+    if ctx.tap is not None:
+        ctx.tap(call, peer, chunk, hint)
     staged, failure = encoder.stage_or_flag(
         chunk,
         codec,

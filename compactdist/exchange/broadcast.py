@@ -52,6 +52,8 @@ def broadcast(ctx: Context, call: Call, codec: Codec, x: Tensor, root: int, opts
         staged: Staged | None = None
         if is_root:
             encoder = site.encoder(root)
+            if ctx.tap is not None:
+                ctx.tap(call, root, x, hint)
             staged, failure = encoder.stage_or_flag(
                 x,
                 codec,

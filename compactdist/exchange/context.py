@@ -21,10 +21,11 @@ from compactdist.stats import GroupStats, PassReason
 from compactdist.wire import NONFINITE
 from compactdist.work import Outbox
 
-__all__ = ["AutogradRule", "Call", "Context", "waits_at_once", "write"]
+__all__ = ["AutogradRule", "Call", "Context", "Tap", "waits_at_once", "write"]
 
 AutogradRule = Literal["tensor", "backward", "sender"]
 LayoutHints = Callable[[CallInfo], "Layout | None"]
+Tap = Callable[["Call", int, Tensor, "Arrangement | None"], None]
 
 
 @dataclass(slots=True)
@@ -56,6 +57,8 @@ class Context:
         exact_local: all-gather leaves one's own chunk exact.
         sample_every: measure the reconstruction error of every n-th call of a site; 0 never.
         lock: held while a call is encoded and handed to the inner group.
+        tap: shown every tensor right before it is encoded: call, the peer it goes to (the sender itself where all
+            ranks get the same), tensor, and the arrangement of its layout hint. It must not raise or change anything.
     """
 
     inner: Any
@@ -75,6 +78,7 @@ class Context:
     lock: threading.RLock
     outbox: Outbox
     future_pool: Callable[[], ThreadPoolExecutor]
+    tap: Tap | None = None
 
     def refusal(self, tensor: Tensor, autograd: AutogradRule = "tensor") -> str | None:
         """Why no call of this kind can be compressed, whatever its size; ``None`` if it can. Takes no ordinal.

@@ -54,6 +54,8 @@ def all_gather(ctx: Context, call: Call, codec: Codec, outputs: list[Tensor], x:
         need += len(peers) * state_nbytes(ctx.config, numel, dtype, sender=False)
         refuse = keyframe and not ctx.store.reserve(site, Site.ALL, (numel, dtype), need)
         size = max(s.frame_nbytes(codec, numel, dtype, keyframe=keyframe) for s in streams)
+        if ctx.tap is not None:
+            ctx.tap(call, me, x, hint)
         staged, failure = encoder.stage_or_flag(
             x,
             codec,

@@ -52,6 +52,8 @@ def send(ctx: Context, call: Call, codec: Codec, x: Tensor, peer: int, tag: int)
             staged = encoder.stage_stateless(x, codec, epoch=epoch)
         else:
             size = encoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe)
+            if ctx.tap is not None:
+                ctx.tap(call, peer, x, hint)
             staged, failure = encoder.stage_or_flag(
                 x,
                 codec,

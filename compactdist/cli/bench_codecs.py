@@ -1,0 +1,189 @@
+"""``compactdist bench codecs``: encoding and decoding against a plain copy of the same tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from compactdist import __version__
+from compactdist.cli.common import make_console
+from compactdist.cli.subjects import Subject
+from compactdist.errors import ConfigError
+
+__all__ = ["DTYPES", "measure", "parse_shape", "show", "write_json"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TABLE_WIDTH = 132
+_WARM_UP_ROUNDS = 2
+_BITS_TO_DB = 20 * math.log10(2)  # 6.0206
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """(N, C) from ``NxC``.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    rows, _, channels = text.lower().partition("x")
+    if not (rows.isdecimal() and channels.isdecimal() and int(rows) and int(channels)):
+        raise ConfigError(f"--shape {text!r} is not NxC with positive numbers, for instance 1088x3072")
+    return int(rows), int(channels)
+
+
+def measure(
+    subjects: Sequence[Subject], shape: tuple[int, int], dtype: torch.dtype, rounds: int, seconds: float
+) -> list[dict[str, Any]]:
+    """Time all subjects on one unit Gaussian tensor, taking turns, each beside a copy of the tensor.
+
+    Args:
+        subjects: what to time.
+        shape: ``[N, C]`` of the tensor.
+        dtype: of the tensor.
+        rounds: how often each is timed.
+        seconds: begin no further round after this time (three are made in any case).
+
+    Returns:
+        A row per subject.
+    """
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    target = torch.empty_like(x)
+    able = [subject for subject in subjects if subject.missing is None]
+    sent: dict[str, Any] = {}
+    quality: dict[str, tuple[float, float]] = {}
+    for subject in able:
+        with subject.around():
+            sent[subject.name] = subject.encode(x)
+            quality[subject.name] = _quality(subject, sent[subject.name], x)
+    encode: dict[str, list[tuple[int, int]]] = {subject.name: [] for subject in able}
+    decode: dict[str, list[tuple[int, int]]] = {subject.name: [] for subject in able}
+
+    def beside_a_copy(body: Callable[[], Any]) -> tuple[int, int]:
+        target.copy_(x)
+        return _nanoseconds(lambda: target.copy_(x)), _nanoseconds(body)
+
+    began = time.monotonic()
+    for turn in range(_WARM_UP_ROUNDS + rounds):
+        if turn >= _WARM_UP_ROUNDS + 3 and time.monotonic() - began > seconds:
+            break
+        for subject in able:
+            payload = sent[subject.name]
+            with subject.around():
+                first = beside_a_copy(lambda s=subject: s.encode(x))  # type: ignore[misc]
+                second = beside_a_copy(lambda s=subject, p=payload: s.decode(p, x))  # type: ignore[misc]
+            if turn >= _WARM_UP_ROUNDS:
+                encode[subject.name].append(first)
+                decode[subject.name].append(second)
+    copies = [pair[0] for pairs in (*encode.values(), *decode.values()) for pair in pairs]
+    copy_ns = statistics.median(copies) if copies else math.nan
+    rows = []
+    for subject in subjects:
+        row: dict[str, Any] = {"codec": subject.name, "dtype": str(dtype).removeprefix("torch.")}
+        if subject.missing is not None:
+            rows.append(row | {"note": subject.missing})
+            continue
+        bits, nmse_db = quality[subject.name]
+        touched = x.nbytes + math.ceil(bits * x.numel() / 8)
+        row |= {"bits_per_element": bits, "nmse_db": nmse_db if math.isfinite(nmse_db) else None}
+        row["gap_db"] = _BITS_TO_DB * bits + nmse_db if math.isfinite(nmse_db) else None
+        row |= {"bytes_touched": touched, "copy_ms": copy_ns / 1e6, "copy_gb_s": 2 * x.nbytes / copy_ns}
+        row |= _timings("encode", encode[subject.name], x, touched, copy_ns)
+        row |= _timings("decode", decode[subject.name], x, touched, copy_ns)
+        rows.append(row)
+    return rows
+
+
+def _timings(name: str, pairs: list[tuple[int, int]], x: Tensor, touched: int, copy_ns: float) -> dict[str, Any]:
+    ns = statistics.median(own for _, own in pairs)
+    low, middle, high = statistics.quantiles((own / copy for copy, own in pairs), n=4, method="inclusive")
+    return {
+        f"{name}_ms": ns / 1e6,
+        f"{name}_x_copy": middle,
+        f"{name}_x_copy_quartiles": [low, high],
+        f"{name}_gelem_s": x.numel() / ns,
+        f"{name}_copy_bandwidth_percent": 100 * (touched / ns) / (2 * x.nbytes / copy_ns),
+        "rounds": len(pairs),
+    }
+
+
+def _nanoseconds(body: Callable[[], Any]) -> int:
+    began = time.perf_counter_ns()
+    body()
+    return max(1, time.perf_counter_ns() - began)
+
+
+def _quality(subject: Subject, sent: Any, x: Tensor) -> tuple[float, float]:
+    """Wire bits per element, and the error of a round trip in dB."""
+    exact = x.double()
+    error = float((subject.decode(sent, x).double() - exact).square().sum() / exact.square().sum())
+    return 8 * subject.wire_nbytes(sent) / x.numel(), 10 * math.log10(error) if error else -math.inf
+
+
+def show(shape: tuple[int, int], rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table(
+        title=f"[{shape[0]}, {shape[1]}] unit Gaussian, {torch.get_num_threads()} threads".replace("[", "\\["),
+        caption="x copy: time as a multiple of Tensor.copy_ of the same tensor, timed next to it; MB: tensor and\n"
+        "payload once each; % copy: bytes per second as a share of the copy's (which reads and writes the tensor);\n"
+        "b/el: wire bits per element, scales and header included; gap: distance to the Gaussian rate-distortion\n"
+        "bound, 6.0206 b/el + NMSE dB. 'eager torch': the codec on torch's own operations. A copy that fits the\n"
+        "caches is faster than memory, so multiples and shares of small tensors look worse than those of large ones",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE,
+    )
+    table.add_column("dtype", no_wrap=True)
+    table.add_column("codec", no_wrap=True)
+    for head in ("encode\nx copy", "decode\nx copy", "encode\nGelem/s", "decode\nGelem/s", "\nMB"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for head in ("encode\n% copy", "decode\n% copy", "\nb/el", "NMSE\ndB", "gap\ndB"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is not None and before["dtype"] != row["dtype"]:
+            table.add_section()
+        if "note" in row:
+            table.add_row(row["dtype"], escape(row["codec"]), row["note"])
+            continue
+        table.add_row(
+            row["dtype"],
+            escape(row["codec"]),
+            f"{row['encode_x_copy']:.1f}",
+            f"{row['decode_x_copy']:.1f}",
+            f"{row['encode_gelem_s']:.3f}",
+            f"{row['decode_gelem_s']:.3f}",
+            f"{row['bytes_touched'] / 1e6:.1f}",
+            f"{row['encode_copy_bandwidth_percent']:.1f}",
+            f"{row['decode_copy_bandwidth_percent']:.1f}",
+            f"{row['bits_per_element']:.3f}",
+            "exact" if row["nmse_db"] is None else f"{row['nmse_db']:.2f}",
+            "-" if row["gap_db"] is None else f"{row['gap_db']:.2f}",
+        )
+    make_console(_TABLE_WIDTH).print(table)
+
+
+def write_json(path: Path, shape: tuple[int, int], rows: Sequence[dict[str, Any]], load: float) -> None:
+    """Write the rows with what is needed to judge them."""
+    about = {
+        "command": " ".join(["compactdist", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "compactdist": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "load_average_before": round(load, 2),
+        "shape": list(shape),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, "rows": list(rows)}, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,161 @@
+"""What ``compactdist bench codecs`` times: the library's codecs, and what one would use without it."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compactdist.codecs import Codec, kernels
+from compactdist.wire import HEADER_NBYTES
+
+__all__ = ["Subject", "of_codecs", "peers"]
+
+_SCALE_NBYTES = 4
+
+
+@dataclass
+class Subject:
+    """One row of the table.
+
+    Attributes:
+        name: shown to the user.
+        encode: a tensor to whatever would be sent.
+        decode: that and the original tensor (for its shape and dtype only) to a tensor.
+        wire_nbytes: bytes of what would be sent, with all that the receiver needs.
+        around: entered for every use of ``encode`` and ``decode``.
+        missing: why it cannot run here; ``None`` if it can.
+    """
+
+    name: str
+    encode: Callable[[Tensor], Any]
+    decode: Callable[[Any, Tensor], Tensor]
+    wire_nbytes: Callable[[Any], int]
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    missing: str | None = None
+
+
+def _nothing(*_: Any) -> Any:
+    raise RuntimeError("this row cannot run here")
+
+
+def _missing(name: str, why: str) -> Subject:
+    return Subject(name, _nothing, _nothing, _nothing, missing=why)
+
+
+def _of_codec(name: str, codec: Codec, around: Callable[[], AbstractContextManager[None]]) -> Subject:
+    return Subject(
+        name,
+        codec.encode,
+        lambda payload, like: codec.decode(payload, like.shape, like.dtype),
+        lambda payload: HEADER_NBYTES + payload.numel(),
+        around,
+    )
+
+
+@contextmanager
+def _reference_kernels() -> Iterator[None]:
+    """Codecs run on torch's operations inside, where the library has anything faster."""
+    use = getattr(kernels, "use", None)
+    with nullcontext() if use is None else use("reference"):
+        yield
+
+
+def of_codecs(codecs: Mapping[str, Codec]) -> list[Subject]:
+    """Codecs as the library runs them; the header of a frame is counted."""
+    return [_of_codec(name, codec, nullcontext) for name, codec in codecs.items()]
+
+
+def peers(codecs: Mapping[str, Codec]) -> list[Subject]:
+    """The same codecs in eager torch, torch's quantization, numpy's bits and zstandard; no header is counted."""
+    eager = [
+        _of_codec(f"{name}, eager torch", codec, _reference_kernels)
+        for name, codec in codecs.items()
+        if not codec.lossless
+    ]
+    return [*eager, _torch_quantization(), _numpy_signs(), _zstandard()]
+
+
+@contextmanager
+def _without_deprecation() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _torch_quantization() -> Subject:
+    """Eight bits with one scale: quantize_per_tensor, or where torch has dropped it the decomposed operator."""
+    quantize = getattr(torch, "quantize_per_tensor", None)
+    if quantize is not None:
+
+        def encode(x: Tensor) -> Tensor:
+            wide = x.float()
+            return cast("Tensor", quantize(wide, float(wide.abs().amax()) / 127 or 1.0, 0, torch.qint8))
+
+        return Subject(
+            "torch.quantize_per_tensor",
+            encode,
+            lambda q, like: q.dequantize().to(like.dtype),
+            lambda q: q.numel() + _SCALE_NBYTES,
+            _without_deprecation,
+        )
+    name = "quantized_decomposed"
+    try:
+        importlib.import_module("torch.ao.quantization.fx._decomposed")
+        operators = torch.ops.quantized_decomposed
+        forward, backward = operators.quantize_per_tensor.default, operators.dequantize_per_tensor.default
+    except (ImportError, AttributeError):
+        return _missing(name, "not in this torch")
+
+    def encode_decomposed(x: Tensor) -> tuple[Tensor, float]:
+        wide = x.float()
+        scale = float(wide.abs().amax()) / 127 or 1.0
+        return forward(wide, scale, 0, -127, 127, torch.int8), scale
+
+    return Subject(
+        name,
+        encode_decomposed,
+        lambda q, like: backward(q[0], q[1], 0, -127, 127, torch.int8).to(like.dtype),
+        lambda q: q[0].numel() + _SCALE_NBYTES,
+        _without_deprecation,
+    )
+
+
+def _numpy_signs() -> Subject:
+    """One bit with one scale, the mean magnitude."""
+
+    def encode(x: Tensor) -> tuple[Any, float]:
+        values = x.float().numpy().reshape(-1)
+        return np.packbits(values >= 0), float(np.abs(values).mean())
+
+    def decode(sent: tuple[Any, float], like: Tensor) -> Tensor:
+        bits = np.unpackbits(sent[0], count=like.numel())
+        values = bits.astype(np.float32) * np.float32(2 * sent[1]) - np.float32(sent[1])
+        return torch.from_numpy(values).to(like.dtype).view(like.shape)
+
+    return Subject("numpy sign + packbits", encode, decode, lambda sent: int(sent[0].nbytes) + _SCALE_NBYTES)
+
+
+def _zstandard() -> Subject:
+    """A general lossless compressor at its fastest regular level."""
+    name = "zstandard, level 1"
+    if importlib.util.find_spec("zstandard") is None:
+        return _missing(name, "not installed")
+    zstandard: Any = importlib.import_module("zstandard")
+    packer, unpacker = zstandard.ZstdCompressor(level=1), zstandard.ZstdDecompressor()
+
+    def encode(x: Tensor) -> Any:
+        return packer.compress(x.reshape(-1).view(torch.uint8).numpy())
+
+    def decode(sent: Any, like: Tensor) -> Tensor:
+        flat = torch.frombuffer(bytearray(unpacker.decompress(sent)), dtype=torch.uint8)
+        return flat.view(like.dtype).view(like.shape)
+
+    return Subject(name, encode, decode, len)

@@ -1,0 +1,202 @@
+"""``compactdist evaluate`` against the loop written out by hand, and its errors."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compactdist import codecs
+from compactdist.cli.common import parse_codec
+from compactdist.state import StreamDecoder
+from compactdist.wire import HEADER_NBYTES
+from tests.cli.kit import activations, run, run_json, trace
+
+KEYS = {
+    "bits_per_element",
+    "request_bits_per_element",
+    "rel_error",
+    "nmse_db",
+    "worst_step_rel_error",
+    "state_bytes",
+}
+LOSSY = ("binary", "int2", "int4", "int8")
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "traces" / "digits_ring.safetensors"
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("codec_id", LOSSY)
+def test_figures_are_those_of_the_loop_by_hand(tmp_path: Path, order: int, codec_id: str) -> None:
+    x = activations()
+    path = trace(tmp_path / "t.safetensors", {"a": x})
+    row = run_json("evaluate", path, "--codec", codec_id, "--order", order, "--damping", 0.3, "--json")[codec_id]
+    codec = codecs.get(codec_id)
+    steps, rows, channels = x.shape
+    base, velocity = x[0], torch.zeros_like(x[0])
+    errors, squares = [], 0.0
+    for value in x[1:]:
+        prediction = (base + velocity) if order else torch.zeros_like(base)
+        payload = codec.encode((value - prediction)[None])
+        x_hat = prediction + codec.decode(payload, (1, rows, channels), torch.float32)[0]
+        velocity = 0.3 * (x_hat - base) if order == 2 else velocity
+        base = x_hat
+        errors.append(float((value - x_hat).double().norm() / value.double().norm()))
+        squares += float((value - x_hat).double().square().sum())
+    assert set(row) == KEYS
+    frame = HEADER_NBYTES + codec.payload_nbytes((1, rows, channels), torch.float32)
+    key = HEADER_NBYTES + 4 * rows * channels
+    assert row["bits_per_element"] == pytest.approx(8 * frame / (rows * channels))
+    request = key + (steps - 1) * frame
+    assert row["request_bits_per_element"] == pytest.approx(8 * request / x.numel(), abs=8 * 16 / rows / channels)
+    assert row["rel_error"] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    assert row["worst_step_rel_error"] == pytest.approx(max(errors), rel=1e-5)
+    assert row["nmse_db"] == pytest.approx(10 * math.log10(squares / float(x[1:].double().square().sum())), abs=1e-4)
+    assert row["state_bytes"] == order * rows * channels * 4
+
+
+def test_every_registered_codec_by_default(tmp_path: Path) -> None:
+    rows = run_json("evaluate", trace(tmp_path / "t.safetensors"), "--json")
+    assert list(rows) == codecs.list()
+    assert rows["raw"]["rel_error"] == 0
+    assert rows["raw"]["nmse_db"] is None
+    assert rows["int8"]["rel_error"] < rows["int4"]["rel_error"] < rows["int2"]["rel_error"]
+
+
+def test_more_warm_up_means_more_request_bits_and_none_in_the_steady_state(tmp_path: Path) -> None:
+    path = trace(tmp_path / "t.safetensors")
+    one = run_json("evaluate", path, "--codec", "int4", "--json")["int4"]
+    three = run_json("evaluate", path, "--codec", "int4", "--warmup", 3, "--json")["int4"]
+    assert three["request_bits_per_element"] > one["request_bits_per_element"]
+    assert three["bits_per_element"] < 4.7
+    zero = run_json("evaluate", path, "--codec", "int4", "--warmup", 0, "--json")["int4"]
+    assert zero == one
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_every_float_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = trace(tmp_path / "t.safetensors", {"a": activations(dtype=dtype)})
+    row = run_json("evaluate", path, "--codec", "int4", "--json")["int4"]
+    assert 0 < row["rel_error"] < 0.2
+    width = 4 if dtype == torch.float64 else 2
+    assert row["state_bytes"] == width * 96 * 80
+
+
+def test_groups_in_the_metadata_get_scales_of_their_own(tmp_path: Path) -> None:
+    keys, values = activations(6, 96, 80), 30 * activations(6, 96, 80).roll(7, dims=2)
+    x = torch.cat([keys, values], dim=1)
+    plain = trace(tmp_path / "plain.safetensors", {"kv": x})
+    split = trace(tmp_path / "split.safetensors", {"kv": x}, {"groups": json.dumps({"kv": 2})})
+    one = run_json("evaluate", plain, "--codec", "binary", "--json")["binary"]
+    two = run_json("evaluate", split, "--codec", "binary", "--json")["binary"]
+    assert two["bits_per_element"] > one["bits_per_element"]
+    assert two["rel_error"] < one["rel_error"]
+
+
+def test_one_codec_may_be_named_in_several_ways(tmp_path: Path) -> None:
+    path = trace(tmp_path / "t.safetensors")
+    rows = run_json("evaluate", path, "--codec", "int4", "--codec", "int4:", "--codec", '{"id": "int4"}', "--json")
+    assert list(rows) == ["int4", "int4:", '{"id": "int4"}']
+    assert rows["int4"] == rows["int4:"] == rows['{"id": "int4"}']
+
+
+def test_options_are_read_as_json_or_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(codecs, "get", seen.append)
+    for text in ("any:block=64, mode=fast,on=true", '{"id": "any", "block": 64, "mode": "fast", "on": true}', "any"):
+        parse_codec(text)
+    options = {"id": "any", "block": 64, "mode": "fast", "on": True}
+    assert seen == [options, options, {"id": "any"}]
+
+
+def test_ends_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = StreamDecoder.decode
+
+    def wrong(self: StreamDecoder, *args: Any, **kwargs: Any) -> torch.Tensor:
+        value = decode(self, *args, **kwargs)
+        if self.sequence == 3 and self.history.base is not None:
+            self.history.base[0] += 1e-3
+        return value
+
+    monkeypatch.setattr(StreamDecoder, "decode", wrong)
+    result = run("evaluate", trace(tmp_path / "t.safetensors"), "--codec", "int4", "--json")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "a, step 2, codec Int4(): encoder and decoder hold different states" in result.stderr
+
+
+def test_the_table_shows_the_same_figures(tmp_path: Path) -> None:
+    path = trace(tmp_path / "t.safetensors")
+    row = run_json("evaluate", path, "--codec", "int2", "--json")["int2"]
+    result = run("evaluate", path, "--codec", "int2")
+    assert result.exit_code == 0
+    line = next(line for line in result.stdout.splitlines() if line.strip().startswith("int2"))
+    assert f"{row['bits_per_element']:.3f}" in line
+    assert f"{row['rel_error']:.2e}" in line
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        (torch.zeros(4, 8, 8, dtype=torch.int32), "int32"),
+        (torch.zeros(4, 8), "[steps, N, C]"),
+        (torch.zeros(4, 2, 8, 8), "[steps, N, C]"),
+        (torch.zeros(4, 0, 8), "no elements"),
+        (torch.full((4, 8, 8), float("nan")), "NaN"),
+        (torch.ones(1, 8, 8), "--warmup"),
+    ],
+)
+def test_unfit_tensors_are_refused_by_name(tmp_path: Path, tensor: torch.Tensor, says: str) -> None:
+    result = run("evaluate", trace(tmp_path / "t.safetensors", {"layer.kv": tensor}), "--json")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert says in result.stderr
+    assert "layer.kv" in result.stderr
+
+
+def test_unfit_files_are_refused(tmp_path: Path) -> None:
+    text = tmp_path / "text.safetensors"
+    text.write_text("this is no trace")
+    for path, says in ((tmp_path / "none", "does not exist"), (tmp_path, "folder"), (text, "not a readable")):
+        result = run("evaluate", path)
+        assert result.exit_code == 1
+        assert says in result.stderr
+        assert "compactdist.record" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("codec", "says"),
+    [
+        ("int5", f"known: {', '.join(codecs.list())}"),
+        ("int4:nonsense=64", "no option 'nonsense'"),
+        ("int4:nonsense", "option=value"),
+        ('{"id": "int4"', "not valid JSON"),
+        ('{"block": 1}', "'id'"),
+    ],
+)
+def test_wrong_codecs_are_refused_before_anything_is_played(tmp_path: Path, codec: str, says: str) -> None:
+    result = run("evaluate", trace(tmp_path / "t.safetensors"), "--codec", codec, "--json")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert says in result.stderr
+
+
+def test_a_silent_site_has_no_relative_error(tmp_path: Path) -> None:
+    row = run_json("evaluate", trace(tmp_path / "t.safetensors", {"a": torch.zeros(4, 8, 8)}), "--json")["int4"]
+    assert row["rel_error"] == 0
+    assert row["worst_step_rel_error"] == 0
+
+
+@pytest.mark.skipif(not COMMITTED.exists(), reason="not part of an installed package")
+def test_the_committed_trace_of_the_digits_model() -> None:
+    assert COMMITTED.stat().st_size <= 3_000_000
+    rows = run_json("evaluate", COMMITTED, "--json")
+    errors = [rows[codec]["rel_error"] for codec in ("raw", "int8", "int4", "int2", "binary")]
+    assert errors == sorted(errors)
+    assert rows["binary"]["bits_per_element"] < 1.4
+    assert rows["int4"]["nmse_db"] < -35
