@@ -140,7 +140,7 @@ def test_order_zero_needs_no_budget():
 
 
 def test_chunks_of_odd_bytes_beside_refused_pairs():
-    """Refused pairs travel as plain bytes in the same exchange as frames, at offsets that are no multiple of anything."""
+    """Refused pairs travel as plain bytes in the same exchange as frames, at offsets that are multiples of nothing."""
 
     def body(rank, world_size):
         n = 2003  # 4006 bytes in bfloat16
