@@ -4,7 +4,7 @@ Example:
     >>> import torch
     >>> from compactdist import codecs
     >>> codecs.list()
-    ['binary', 'int2', 'int4', 'int8', 'raw']
+    ['binary', 'int2', 'int3', 'int4', 'int8', 'raw', 'ternary']
     >>> int4 = codecs.get("int4")
     >>> x = torch.ones(4, 64)
     >>> payload = int4.encode(x)
@@ -19,11 +19,26 @@ from __future__ import annotations
 from compactdist.codecs.base import Codec
 from compactdist.codecs.binary import Binary
 from compactdist.codecs.int2 import Int2
+from compactdist.codecs.int3 import Int3
 from compactdist.codecs.int4 import Int4
 from compactdist.codecs.int8 import Int8
 from compactdist.codecs.raw import Raw
 from compactdist.codecs.registry import get, register
 from compactdist.codecs.registry import list_codecs as list
 from compactdist.codecs.shapes import matrix_shape
+from compactdist.codecs.ternary import Ternary
 
-__all__ = ["Binary", "Codec", "Int2", "Int4", "Int8", "Raw", "get", "list", "matrix_shape", "register"]
+__all__ = [
+    "Binary",
+    "Codec",
+    "Int2",
+    "Int3",
+    "Int4",
+    "Int8",
+    "Raw",
+    "Ternary",
+    "get",
+    "list",
+    "matrix_shape",
+    "register",
+]

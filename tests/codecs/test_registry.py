@@ -70,7 +70,8 @@ def test_fingerprint_is_for_ever():
     ("codec", "config", "message"),
     [
         ({"level": 3}, {}, "needs the key 'id'"),
-        ({"id": "int4", "level": 3}, {}, "'int4' has no option 'level'; it takes no options"),
+        ({"id": "raw", "level": 3}, {}, "'raw' has no option 'level'; it takes no options"),
+        ({"id": "int4", "level": 3}, {}, "it takes 'block', 'centroids', 'scales'"),
         ({"id": "plugin", "level": 3}, {"level": 3}, "both"),
         ({"id": "plugin", "depth": 3}, {}, "has no option 'depth'; it takes 'level'"),
         ("int4", {"bits": 3}, "has no option 'bits'"),
