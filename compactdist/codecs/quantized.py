@@ -57,6 +57,19 @@ def finite_amax(magnitude: Tensor, elements: int | None = None) -> Tensor:
     return amax
 
 
+def check_dtype(codec_id: str, dtype: torch.dtype) -> None:
+    """Make sure that a lossy codec can take this dtype.
+
+    Raises:
+        CodecConfigError: It cannot.
+    """
+    if dtype not in DTYPES:
+        takes = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise CodecConfigError(
+            f"codec {codec_id!r} takes {takes}, got {str(dtype).removeprefix('torch.')}; codec 'raw' takes every dtype"
+        )
+
+
 class ScalarQuantizer(Codec):
     """A codec of one level for each element, scaled by row and by channel, or by block.
 
@@ -97,12 +110,12 @@ class ScalarQuantizer(Codec):
         return Layout.of(shape, self.bits, base3=self.base3)
 
     def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        self._check_dtype(dtype)
+        check_dtype(self.codec_id, dtype)
         return self.layout_of(shape).total_nbytes
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        self._check_dtype(x.dtype)
+        check_dtype(self.codec_id, x.dtype)
         layout = self.layout_of(x.shape)
         if layout.elements == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -187,14 +200,6 @@ class ScalarQuantizer(Codec):
     @abstractmethod
     def _levels(self, packed: Tensor, count: int) -> Tensor:
         """Return the float32 levels ``(count,)`` of packed codes."""
-
-    def _check_dtype(self, dtype: torch.dtype) -> None:
-        if dtype not in DTYPES:
-            takes = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-            raise CodecConfigError(
-                f"codec {self.codec_id!r} takes {takes}, got {str(dtype).removeprefix('torch.')}; "
-                "codec 'raw' takes every dtype"
-            )
 
     @staticmethod
     def _as_matrices(x: Tensor, layout: Layout) -> Tensor:

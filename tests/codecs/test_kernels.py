@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compactdist.codecs import Int2, Int3, Int4
+from compactdist.codecs import Fp8, Int2, Int3, Int4
+from compactdist.codecs.fp8 import encode_units
 from compactdist.codecs.kernels import reference as kernels
 
 bounded = settings(max_examples=60, deadline=None, derandomize=True)
@@ -94,6 +95,25 @@ def test_packing_of_trits(trits):
     assert packed.tolist() == as_numbers
     levels = (0.0, 2.5, -1.0)
     assert kernels.unpack_trit_levels(packed, levels, len(trits)).tolist() == [levels[trit] for trit in trits]
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "unit", "largest"),
+    [("e4m3", torch.float8_e4m3fn, 2.0**-9, 448.0), ("e5m2", torch.float8_e5m2, 2.0**-16, 57344.0)],
+)
+def test_fp8_codes_are_those_of_torch(form, dtype, unit, largest):
+    grid = torch.arange(0x7F if form == "e4m3" else 0x7C).to(torch.uint8).view(dtype).float()
+    middle = (grid[1:] + grid[:-1]) / 2
+    spread = torch.exp(torch.rand(5000, generator=torch.Generator().manual_seed(0)) * 30 - 24).clamp(max=largest)
+    value = torch.cat([grid, middle, spread])
+    assert torch.equal(encode_units(value / unit, form), value.to(dtype).view(torch.uint8))
+    assert encode_units(torch.tensor([1e30]), form).item() == int(grid.numel()) - 1
+    codec = Fp8(format=form)
+    payload = codec.encode(torch.cat([grid, -grid])[:128])
+    levels = codec._levels(torch.arange(256).to(torch.uint8), 256)
+    assert torch.equal(levels[: grid.numel()] * unit, grid)
+    assert torch.equal(levels[128 : 128 + grid.numel()], -levels[: grid.numel()])
+    assert payload.numel() == 128 + 16
 
 
 def test_signed_bf16_bytes():

@@ -63,6 +63,9 @@ def test_options_make_codecs_differ(table):
 def test_fingerprint_is_for_ever():
     """Peers of different versions compare it, so a change here is a break of the wire."""
     assert codecs.get("int4").fingerprint() == 0xF23EA7C8
+    assert codecs.get("binary").fingerprint() == 0x8539248D
+    assert codecs.get("int2").fingerprint() == 0xF6B3DB7A
+    assert codecs.get("int8").fingerprint() == 0xFB245EAC
     assert Plugin(3).fingerprint() == 0x6C7E8A3E
 
 
