@@ -4,7 +4,7 @@ Example:
     >>> import torch
     >>> from compactdist import codecs
     >>> codecs.list()
-    ['binary', 'fp8', 'int2', 'int3', 'int4', 'int8', 'raw', 'ternary', 'topk', 'topk_int4']
+    ['binary', 'fp8', 'int2', 'int3', 'int4', 'int8', 'lowrank', 'lowrank_int4', 'raw', 'ternary', 'topk', 'topk_int4']
     >>> int4 = codecs.get("int4")
     >>> x = torch.ones(4, 64)
     >>> payload = int4.encode(x)
@@ -23,6 +23,7 @@ from compactdist.codecs.int2 import Int2
 from compactdist.codecs.int3 import Int3
 from compactdist.codecs.int4 import Int4
 from compactdist.codecs.int8 import Int8
+from compactdist.codecs.lowrank import LowRank, LowRankInt4
 from compactdist.codecs.raw import Raw
 from compactdist.codecs.registry import get, register
 from compactdist.codecs.registry import list_codecs as list
@@ -38,6 +39,8 @@ __all__ = [
     "Int3",
     "Int4",
     "Int8",
+    "LowRank",
+    "LowRankInt4",
     "Raw",
     "Ternary",
     "TopK",

@@ -22,10 +22,12 @@ FOLDER = Path(__file__).parent.parent / "fixtures" / "codecs"
 # A name for each codec, and for each option whose payloads look different.
 SPECS: dict[str, dict[str, Any]] = {
     **{codec_id: {"id": codec_id} for codec_id in ("binary", "int2", "int3", "int4", "int8", "raw", "ternary")},
-    **{codec_id: {"id": codec_id} for codec_id in ("fp8", "topk", "topk_int4")},
+    **{codec_id: {"id": codec_id} for codec_id in ("fp8", "topk", "topk_int4", "lowrank", "lowrank_int4")},
     "fp8-e5m2": {"id": "fp8", "format": "e5m2"},
     "fp8-block": {"id": "fp8", "scales": "block"},
     "topk-3": {"id": "topk", "m": 3},
+    "lowrank-2": {"id": "lowrank", "rank": 2},
+    "lowrank_int4-3": {"id": "lowrank_int4", "rank": 3},
     "topk_int4-2": {"id": "topk_int4", "m": 2, "block": 16},
     "binary-block": {"id": "binary", "scales": "block"},
     "ternary-block": {"id": "ternary", "scales": "block", "block": 100},

@@ -83,6 +83,8 @@ def test_nmse_of_options(codec_id, options, limit):
         ("int3", {"centroids": "best"}, "centroids must be one of 'lloyd_max', 'uniform', 'minmax', got 'best'"),
         ("fp8", {"format": "e3m4"}, "format must be one of 'e4m3', 'e5m2', got 'e3m4'"),
         ("topk", {"m": 17}, "m must be an integer from 2 to 16, got 17"),
+        ("lowrank", {"rank": 0}, "rank must be an integer from 1 to 1024, got 0"),
+        ("lowrank_int4", {"rank": True}, "rank must be an integer from 1 to 1024, got True"),
         ("topk_int4", {"m": 1}, "m must be an integer from 2 to 16, got 1"),
         ("int8", {"centroids": "lloyd_max"}, "centroids must be one of 'uniform', 'minmax'"),
         ("int4", {"centroids": "minmax"}, "centroids='minmax' needs scales='block', got scales='token_channel'"),
