@@ -4,7 +4,7 @@ Example:
     >>> import torch
     >>> from compactdist import codecs
     >>> codecs.list()
-    ['binary', 'int2', 'int4', 'int8', 'raw']
+    ['binary', 'fp8', 'int2', 'int3', 'int4', 'int8', 'lowrank', 'lowrank_int4', 'raw', 'ternary', 'topk', 'topk_int4']
     >>> int4 = codecs.get("int4")
     >>> x = torch.ones(4, 64)
     >>> payload = int4.encode(x)
@@ -18,12 +18,35 @@ from __future__ import annotations
 
 from compactdist.codecs.base import Codec
 from compactdist.codecs.binary import Binary
+from compactdist.codecs.fp8 import Fp8
 from compactdist.codecs.int2 import Int2
+from compactdist.codecs.int3 import Int3
 from compactdist.codecs.int4 import Int4
 from compactdist.codecs.int8 import Int8
+from compactdist.codecs.lowrank import LowRank, LowRankInt4
 from compactdist.codecs.raw import Raw
 from compactdist.codecs.registry import get, register
 from compactdist.codecs.registry import list_codecs as list
 from compactdist.codecs.shapes import matrix_shape
+from compactdist.codecs.ternary import Ternary
+from compactdist.codecs.topk import TopK, TopKInt4
 
-__all__ = ["Binary", "Codec", "Int2", "Int4", "Int8", "Raw", "get", "list", "matrix_shape", "register"]
+__all__ = [
+    "Binary",
+    "Codec",
+    "Fp8",
+    "Int2",
+    "Int3",
+    "Int4",
+    "Int8",
+    "LowRank",
+    "LowRankInt4",
+    "Raw",
+    "Ternary",
+    "TopK",
+    "TopKInt4",
+    "get",
+    "list",
+    "matrix_shape",
+    "register",
+]

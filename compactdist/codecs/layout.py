@@ -9,14 +9,19 @@ The payload is three sections, each filled up with zeros to a multiple of 16 byt
 1. **codes**, ``G * R * C`` of b bits, row-major, including the zeros that fill the tail of a flat tensor.
    Within a byte the first element takes the lowest bits.
 
-   ====== === ==============================================================================
-   codec  b   code
-   ====== === ==============================================================================
-   binary 1   1 for values >= 0, else 0; levels +1 and -1
-   int2   2   ``sign << 1 | magnitude``, sign 1 is negative; two magnitudes
-   int4   4   ``sign << 3 | magnitude``, sign 1 is negative; eight magnitudes
-   int8   8   two's complement, -127 to 127; the level is the integer
-   ====== === ==============================================================================
+   ======= === =============================================================================
+   codec   b   code
+   ======= === =============================================================================
+   binary  1   1 for values >= 0, else 0; levels +1 and -1
+   ternary 1.6 0, 1, 2 are the levels 0, +1, -1; five to a byte, the first counts 1, then 3, 9, 27, 81
+   int2    2   ``sign << 1 | magnitude``, sign 1 is negative; two magnitudes
+   int3    3   ``sign << 2 | magnitude``, sign 1 is negative; four magnitudes
+   int4    4   ``sign << 3 | magnitude``, sign 1 is negative; eight magnitudes
+   int8    8   two's complement, -127 to 127; the level is the integer
+   fp8     8   the bits of a float8; the level is its value in units of the smallest subnormal
+   ======= === =============================================================================
+
+   A code of 3 bits may run over the end of a byte into the lowest bits of the next.
 
 2. **row scales** ``t``, one byte for each of ``G * R`` rows, there if ``C >= 64`` and ``R > 1``; otherwise
    ``t = 1``. The byte is an unsigned minifloat with 5 exponent and 3 mantissa bits (UE5M3): 0 means exactly
@@ -25,11 +30,18 @@ The payload is three sections, each filled up with zeros to a multiple of 16 byt
 3. **channel scales** ``c``, bfloat16, low byte first: ``G * C`` of them if ``R >= 64``, otherwise one for
    each group.
 
+With the option ``scales="block"`` the N = R * C elements of each group are cut, in row-major order, into ``B =
+ceil(N / block)`` blocks of equal length ``L = ceil(N / B)``, the last filled up with zeros, and coded as ``G * B``
+groups of one row of L channels: no row scales, and one channel scale for each block. (A flat tensor is one row of
+N.) With ``centroids="minmax"`` a fourth section of the same form as the third carries a signed bfloat16 **offset**
+``a`` for each block; the code q, of b bits without a sign, decodes to ``a + q * c``, product first.
+
 A tensor without elements has an empty payload.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,17 +63,31 @@ class Layout:
         rows: R, in each group.
         channels: C, in each row.
         bits: b, for each code.
+        base3: Codes are trits, five to a byte; ``bits`` is not used.
+        offsets: Each block has an offset beside its scale.
     """
 
     groups: int
     rows: int
     channels: int
     bits: int
+    base3: bool = False
+    offsets: bool = False
 
     @classmethod
-    def of(cls, shape: Sequence[int], bits: int) -> Layout:
-        """Return the layout of a tensor of this shape."""
-        return cls(*matrix_shape(shape), bits)
+    def of(cls, shape: Sequence[int], bits: int, *, base3: bool = False) -> Layout:
+        """Return the layout of a tensor of this shape, with scales by row and channel."""
+        return cls(*matrix_shape(shape), bits, base3)
+
+    @classmethod
+    def of_blocks(
+        cls, shape: Sequence[int], bits: int, block: int, *, base3: bool = False, offsets: bool = False
+    ) -> Layout:
+        """Return the layout of a tensor of this shape, with one scale for every ``block`` elements."""
+        groups = matrix_shape(shape)[0]
+        per_group = math.prod(shape) // max(groups, 1)
+        blocks = -(-per_group // block)
+        return cls(groups * blocks, 1, -(-per_group // max(blocks, 1)), bits, base3, offsets)
 
     @property
     def elements(self) -> int:
@@ -71,6 +97,8 @@ class Layout:
     @property
     def codes_nbytes(self) -> int:
         """Bytes that carry codes, before alignment."""
+        if self.base3:
+            return -(-self.elements // 5)
         return -(-self.elements * self.bits // 8)
 
     @property
@@ -99,4 +127,5 @@ class Layout:
         """Length of the payload."""
         if self.elements == 0:
             return 0
-        return self.channel_scales_at + padded_nbytes(2 * self.groups * self.channel_scales_per_group)
+        sections = 2 if self.offsets else 1
+        return self.channel_scales_at + sections * padded_nbytes(2 * self.groups * self.channel_scales_per_group)

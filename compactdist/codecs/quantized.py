@@ -1,4 +1,4 @@
-"""What the four scalar quantizers share: the view as matrices, the two scales, the payload.
+"""What the scalar quantizers share: the view as matrices, the scales, the payload.
 
 The wire format is in ``layout.py``. The encoder is free to choose scales and codes; it keeps three rules:
 
@@ -14,14 +14,17 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from compactdist.codecs import affine
 from compactdist.codecs.base import Codec, check_payload
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
+from compactdist.codecs.options import check_choice, check_integer
+from compactdist.codecs.shapes import BLOCK_ELEMENTS, matrix_shape
 from compactdist.errors import CodecConfigError, NonFiniteError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,10 +33,14 @@ _SMALLEST_SCALE = 2.0**-87
 _SMALLEST_RELATIVE_SCALE = 2.0**-60
 
 
-def finite_amax(magnitude: Tensor) -> Tensor:
+def finite_amax(magnitude: Tensor, elements: int | None = None) -> Tensor:
     """Return the largest magnitude of each group, ``(G, 1, 1)``, after making sure that all are finite.
 
     This is the only place where encoding waits for the device.
+
+    Args:
+        magnitude: float32 ``(G, R, C)``.
+        elements: Elements of the original tensor, for the message; those of ``magnitude`` unless given.
 
     Raises:
         NonFiniteError: Some element is NaN or infinite.
@@ -41,35 +48,80 @@ def finite_amax(magnitude: Tensor) -> Tensor:
     amax = magnitude.amax(dim=(1, 2), keepdim=True)  # amax carries NaN through
     if not bool(torch.isfinite(amax).all()):
         bad = int((~torch.isfinite(magnitude)).sum())
+        total = magnitude.numel() if elements is None else elements
         raise NonFiniteError(
-            f"{bad} of {magnitude.numel()} elements are NaN, infinite or beyond float32, and a lossy codec "
+            f"{bad} of {total} elements are NaN, infinite or beyond float32, and a lossy codec "
             "would spread them over their rows and channels; find what produced them, or send this tensor "
             "with codec 'raw'"
         )
     return amax
 
 
+def check_dtype(codec_id: str, dtype: torch.dtype) -> None:
+    """Make sure that a lossy codec can take this dtype.
+
+    Raises:
+        CodecConfigError: It cannot.
+    """
+    if dtype not in DTYPES:
+        takes = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise CodecConfigError(
+            f"codec {codec_id!r} takes {takes}, got {str(dtype).removeprefix('torch.')}; codec 'raw' takes every dtype"
+        )
+
+
 class ScalarQuantizer(Codec):
-    """A codec of one level for each element, scaled by row and by channel.
+    """A codec of one level for each element, scaled by row and by channel, or by block.
 
     Subclasses set ``bits`` and give ``_fit`` and ``_levels``, and may replace ``_row_statistic``.
+
+    Args:
+        scales: ``"token_channel"``: a scale for each row and each channel, as ``layout.py`` says. ``"block"``: one
+            for each run of elements in row-major order.
+        block: Elements to a block, at most; 2 to 65536.
+
+    Raises:
+        CodecConfigError: An option has a value it does not take.
     """
 
     bits: ClassVar[int]
+    base3: ClassVar[bool] = False
+    offsets: bool = False
+
+    def __init__(self, scales: str = "token_channel", block: int = BLOCK_ELEMENTS) -> None:
+        self.scales = check_choice(self.codec_id, "scales", scales, ("token_channel", "block"))
+        self.block = check_integer(self.codec_id, "block", block, 2, 65536)
+        if scales != "block" and block != BLOCK_ELEMENTS:
+            raise CodecConfigError(f"codec {self.codec_id!r}: block={block} needs scales='block'")
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults."""
+        config: dict[str, Any] = {}
+        if self.scales != "token_channel":
+            config["scales"] = self.scales
+            if self.block != BLOCK_ELEMENTS:
+                config["block"] = self.block
+        return config
+
+    def layout_of(self, shape: Sequence[int]) -> Layout:
+        """Return the layout of the payload for a tensor of this shape."""
+        if self.scales == "block":
+            return Layout.of_blocks(shape, self.bits, self.block, base3=self.base3, offsets=self.offsets)
+        return Layout.of(shape, self.bits, base3=self.base3)
 
     def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        self._check_dtype(dtype)
-        return Layout.of(shape, self.bits).total_nbytes
+        check_dtype(self.codec_id, dtype)
+        return self.layout_of(shape).total_nbytes
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        self._check_dtype(x.dtype)
-        layout = Layout.of(x.shape, self.bits)
+        check_dtype(self.codec_id, x.dtype)
+        layout = self.layout_of(x.shape)
         if layout.elements == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
         values = self._as_matrices(x, layout)
         magnitude = values.abs()
-        return self.encode_checked(values, magnitude, finite_amax(magnitude), layout)
+        return self.encode_checked(values, magnitude, finite_amax(magnitude, x.numel()), layout)
 
     def encode_checked(self, values: Tensor, magnitude: Tensor, amax: Tensor, layout: Layout) -> Tensor:
         """Encode without looking at any value from the host.
@@ -80,6 +132,8 @@ class ScalarQuantizer(Codec):
             amax: float32 ``(G, 1, 1)``, the largest magnitude of each group.
             layout: The layout of the original shape.
         """
+        if layout.offsets:
+            return affine.encode(values, amax, layout)
         # With magnitudes of about 1, neither sums nor squares leave the range of float32. The factor is a
         # power of two, so it costs no accuracy and an input scaled by a power of two meets the same
         # arithmetic.
@@ -102,9 +156,18 @@ class ScalarQuantizer(Codec):
     @torch.no_grad()
     def decode(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         payload = check_payload(payload, self.payload_nbytes(shape, dtype), self.codec_id)
-        layout = Layout.of(shape, self.bits)
+        layout = self.layout_of(shape)
         if layout.elements == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=payload.device)
+        y = self._dequantized(payload, layout)
+        y = y.reshape(matrix_shape(shape)[0], -1)[:, : math.prod(shape) // matrix_shape(shape)[0]]
+        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        return y.reshape(tuple(shape)).clamp(-limit, limit).to(dtype)
+
+    def _dequantized(self, payload: Tensor, layout: Layout) -> Tensor:
+        """Decode to float32 ``(G, R, C)`` of the layout."""
+        if layout.offsets:
+            return affine.decode(payload, layout)
         if layout.row_scale_count:
             t_codes = payload[layout.row_scales_at :][: layout.row_scale_count]
             t = kernels.decode_ue5m3(t_codes).view(layout.groups, layout.rows, 1)
@@ -114,9 +177,7 @@ class ScalarQuantizer(Codec):
         c_bytes = payload[layout.channel_scales_at :][: 2 * layout.groups * per_group]
         c = kernels.decode_bf16(c_bytes).view(layout.groups, 1, per_group)
         levels = self._levels(payload[: layout.codes_nbytes], layout.elements)
-        y = kernels.dequantize(levels, t, c).reshape(-1)[: math.prod(shape)].reshape(tuple(shape))
-        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-        return y.clamp_(-limit, limit).to(dtype)
+        return kernels.dequantize(levels, t, c)
 
     def _row_statistic(self, magnitude: Tensor) -> Tensor:
         """What ``t`` is proportional to, ``(G, R, 1)``: the sum of magnitudes."""
@@ -140,20 +201,13 @@ class ScalarQuantizer(Codec):
     def _levels(self, packed: Tensor, count: int) -> Tensor:
         """Return the float32 levels ``(count,)`` of packed codes."""
 
-    def _check_dtype(self, dtype: torch.dtype) -> None:
-        if dtype not in DTYPES:
-            takes = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-            raise CodecConfigError(
-                f"codec {self.codec_id!r} takes {takes}, got {str(dtype).removeprefix('torch.')}; "
-                "codec 'raw' takes every dtype"
-            )
-
     @staticmethod
     def _as_matrices(x: Tensor, layout: Layout) -> Tensor:
-        flat = x.detach().to(torch.float32).reshape(-1)
-        missing = layout.elements - flat.numel()
+        groups = matrix_shape(x.shape)[0]
+        flat = x.detach().to(torch.float32).reshape(-1).view(groups, -1)
+        missing = layout.elements // groups - flat.shape[1]
         if missing:
-            flat = torch.cat([flat, flat.new_zeros(missing)])
+            flat = torch.cat([flat, flat.new_zeros(groups, missing)], 1)
         return flat.view(layout.groups, layout.rows, layout.channels)
 
 

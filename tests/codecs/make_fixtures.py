@@ -1,4 +1,4 @@
-"""Write the stored payloads of a new codec: ``python -m tests.codecs.make_fixtures CODEC_ID``.
+"""Write the stored payloads of a new codec: ``python -m tests.codecs.make_fixtures NAME``.
 
 A stored payload is a promise to every peer of an earlier release. This script creates files and never
 replaces one; to change a wire format, give the new format a new codec id.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,29 @@ from compactdist import codecs
 from tests.codecs import kit
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "codecs"
-CODEC_IDS = ("binary", "int2", "int4", "int8", "raw")
+
+# A name for each codec, and for each option whose payloads look different.
+SPECS: dict[str, dict[str, Any]] = {
+    **{codec_id: {"id": codec_id} for codec_id in ("binary", "int2", "int3", "int4", "int8", "raw", "ternary")},
+    **{codec_id: {"id": codec_id} for codec_id in ("fp8", "topk", "topk_int4", "lowrank", "lowrank_int4")},
+    "fp8-e5m2": {"id": "fp8", "format": "e5m2"},
+    "fp8-block": {"id": "fp8", "scales": "block"},
+    "topk-3": {"id": "topk", "m": 3},
+    "lowrank-2": {"id": "lowrank", "rank": 2},
+    "lowrank_int4-3": {"id": "lowrank_int4", "rank": 3},
+    "topk_int4-2": {"id": "topk_int4", "m": 2, "block": 16},
+    "binary-block": {"id": "binary", "scales": "block"},
+    "ternary-block": {"id": "ternary", "scales": "block", "block": 100},
+    "int2-uniform": {"id": "int2", "centroids": "uniform"},
+    "int3-block": {"id": "int3", "scales": "block"},
+    "int3-uniform": {"id": "int3", "centroids": "uniform"},
+    "int4-block-uniform": {"id": "int4", "scales": "block", "block": 64, "centroids": "uniform"},
+    "int2-minmax": {"id": "int2", "scales": "block", "block": 32, "centroids": "minmax"},
+    "int3-minmax": {"id": "int3", "scales": "block", "centroids": "minmax"},
+    "int4-minmax": {"id": "int4", "scales": "block", "centroids": "minmax"},
+    "int8-minmax": {"id": "int8", "scales": "block", "block": 300, "centroids": "minmax"},
+}
+VARIANTS = {name: spec for name, spec in SPECS.items() if len(spec) > 1}
 
 # Row and channel scales; row scales only; neither; a flat tensor with a tail.
 CASES = (
@@ -37,30 +59,30 @@ class Case(NamedTuple):
     decoded: Tensor
 
 
-def write(codec_id: str, folder: Path = FOLDER) -> None:
-    """Create ``<codec_id>.npz``.
+def write(name: str, folder: Path = FOLDER) -> None:
+    """Create ``<name>.npz``.
 
     Raises:
         FileExistsError: It is there already.
     """
-    codec = codecs.get(codec_id)
+    codec = codecs.get(SPECS[name])
     arrays = {}
-    for index, (shape, dtype, name) in enumerate(CASES):
-        x = kit.sample(name, shape, dtype, seed=index)
+    for index, (shape, dtype, distribution) in enumerate(CASES):
+        x = kit.sample(distribution, shape, dtype, seed=index)
         payload = codec.encode(x)
         arrays[f"{index}_shape"] = np.array(shape)
         arrays[f"{index}_dtype"] = np.array(str(dtype).removeprefix("torch."))
         arrays[f"{index}_input"] = kit.as_bytes(x).numpy()
         arrays[f"{index}_payload"] = payload.numpy()
         arrays[f"{index}_decoded"] = kit.as_bytes(codec.decode(payload, shape, dtype)).numpy()
-    with (folder / f"{codec_id}.npz").open("xb") as file:
+    with (folder / f"{name}.npz").open("xb") as file:
         np.savez_compressed(file, **arrays)
 
 
-def load(codec_id: str, folder: Path = FOLDER) -> list[Case]:
-    """Read the stored cases of one codec."""
+def load(name: str, folder: Path = FOLDER) -> list[Case]:
+    """Read the stored cases of one name."""
     cases = []
-    with np.load(folder / f"{codec_id}.npz") as arrays:
+    with np.load(folder / f"{name}.npz") as arrays:
         for index in range(len(arrays.files) // 5):
             shape = tuple(arrays[f"{index}_shape"].tolist())
             dtype = getattr(torch, str(arrays[f"{index}_dtype"]))

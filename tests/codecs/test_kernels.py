@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compactdist.codecs import Int2, Int4
+from compactdist.codecs import Fp8, Int2, Int3, Int4
+from compactdist.codecs.fp8 import encode_units
 from compactdist.codecs.kernels import reference as kernels
 
 bounded = settings(max_examples=60, deadline=None, derandomize=True)
@@ -75,7 +76,7 @@ def test_bf16_bytes():
 
 
 @bounded
-@given(bits=st.sampled_from([1, 2, 4, 8]), data=st.data())
+@given(bits=st.sampled_from([1, 2, 3, 4, 8]), data=st.data())
 def test_packing(bits, data):
     codes = data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=40))
     packed = kernels.pack_codes(torch.tensor(codes, dtype=torch.uint8), bits)
@@ -84,6 +85,63 @@ def test_packing(bits, data):
     assert kernels.unpack_codes(packed, bits, len(codes)).tolist() == codes
     levels = [float(code * code - 7) for code in range(2**bits)]
     assert kernels.unpack_levels(packed, levels, bits, len(codes)).tolist() == [levels[code] for code in codes]
+
+
+@bounded
+@given(trits=st.lists(st.integers(0, 2), max_size=40))
+def test_packing_of_trits(trits):
+    packed = kernels.pack_trits(torch.tensor(trits, dtype=torch.uint8))
+    as_numbers = [sum(trit * 3**i for i, trit in enumerate(trits[at : at + 5])) for at in range(0, len(trits), 5)]
+    assert packed.tolist() == as_numbers
+    levels = (0.0, 2.5, -1.0)
+    assert kernels.unpack_trit_levels(packed, levels, len(trits)).tolist() == [levels[trit] for trit in trits]
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "unit", "largest"),
+    [("e4m3", torch.float8_e4m3fn, 2.0**-9, 448.0), ("e5m2", torch.float8_e5m2, 2.0**-16, 57344.0)],
+)
+def test_fp8_codes_are_those_of_torch(form, dtype, unit, largest):
+    grid = torch.arange(0x7F if form == "e4m3" else 0x7C).to(torch.uint8).view(dtype).float()
+    middle = (grid[1:] + grid[:-1]) / 2
+    spread = torch.exp(torch.rand(5000, generator=torch.Generator().manual_seed(0)) * 30 - 24).clamp(max=largest)
+    value = torch.cat([grid, middle, spread])
+    assert torch.equal(encode_units(value / unit, form), value.to(dtype).view(torch.uint8))
+    assert encode_units(torch.tensor([1e30]), form).item() == int(grid.numel()) - 1
+    codec = Fp8(format=form)
+    payload = codec.encode(torch.cat([grid, -grid])[:128])
+    levels = codec._levels(torch.arange(256).to(torch.uint8), 256)
+    assert torch.equal(levels[: grid.numel()] * unit, grid)
+    assert torch.equal(levels[128 : 128 + grid.numel()], -levels[: grid.numel()])
+    assert payload.numel() == 128 + 16
+
+
+def test_signed_bf16_bytes():
+    value = torch.tensor([0.0, -1.0, 2.0**-87, -3.3895313892515355e38, -math.inf])
+    data = kernels.encode_signed_bf16(value)
+    assert data.tolist() == [0, 0, 0x80, 0xBF, 0x00, 0x14, 0x7F, 0xFF, 0x7F, 0xFF]
+    assert torch.equal(kernels.decode_bf16(data), value.clamp(min=-3.3895313892515355e38))
+
+
+def test_uniform_steps_are_the_best():
+    """The error of equally spaced levels must not fall when the step is moved to either side."""
+
+    def error(step: float, count: int) -> float:
+        def pdf(x: float) -> float:
+            return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+        def tail(x: float) -> float:
+            return math.erfc(x / math.sqrt(2)) / 2
+
+        borders = [*(i * step for i in range(count)), math.inf]
+        cells = [((i + 0.5) * step, a, b) for i, (a, b) in enumerate(pairwise(borders))]
+        return 1 + 2 * sum(y * y * (tail(a) - tail(b)) - 2 * y * (pdf(a) - pdf(b)) for y, a, b in cells)
+
+    for codec, loss in ((Int2, 0.1188460504), (Int3, 0.0374396594), (Int4, 0.0115428844)):
+        step, count = codec.uniform_step, len(codec.magnitudes)
+        assert error(step, count) == pytest.approx(loss, abs=1e-9)
+        assert error(step, count) < min(error(step - 1e-5, count), error(step + 1e-5, count))
+        assert codec(centroids="uniform").magnitudes[0] == step / 2
 
 
 def fold(values: list[np.ndarray]) -> np.ndarray:
@@ -124,7 +182,7 @@ def test_divide_or_zero():
     assert kernels.divide_or_zero(top, bottom).tolist() == [0.0, 0.0, 0.25, 0.0]
 
 
-@pytest.mark.parametrize(("codec", "loss"), [(Int2, 0.1174818478), (Int4, 0.0095010080)])
+@pytest.mark.parametrize(("codec", "loss"), [(Int2, 0.1174818478), (Int3, 0.0345477608), (Int4, 0.0095010080)])
 def test_levels_are_the_lloyd_max_fixed_point(codec, loss):
     def pdf(x: float) -> float:
         return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)

@@ -63,6 +63,9 @@ def test_options_make_codecs_differ(table):
 def test_fingerprint_is_for_ever():
     """Peers of different versions compare it, so a change here is a break of the wire."""
     assert codecs.get("int4").fingerprint() == 0xF23EA7C8
+    assert codecs.get("binary").fingerprint() == 0x8539248D
+    assert codecs.get("int2").fingerprint() == 0xF6B3DB7A
+    assert codecs.get("int8").fingerprint() == 0xFB245EAC
     assert Plugin(3).fingerprint() == 0x6C7E8A3E
 
 
@@ -70,7 +73,8 @@ def test_fingerprint_is_for_ever():
     ("codec", "config", "message"),
     [
         ({"level": 3}, {}, "needs the key 'id'"),
-        ({"id": "int4", "level": 3}, {}, "'int4' has no option 'level'; it takes no options"),
+        ({"id": "raw", "level": 3}, {}, "'raw' has no option 'level'; it takes no options"),
+        ({"id": "int4", "level": 3}, {}, "it takes 'block', 'centroids', 'scales'"),
         ({"id": "plugin", "level": 3}, {"level": 3}, "both"),
         ({"id": "plugin", "depth": 3}, {}, "has no option 'depth'; it takes 'level'"),
         ("int4", {"bits": 3}, "has no option 'bits'"),

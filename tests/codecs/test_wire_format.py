@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from compactdist import codecs
 from tests.codecs import kit, make_fixtures
 
-QUANTIZERS = ("binary", "int2", "int4", "int8")
+QUANTIZERS = ("binary", "int2", "int3", "int4", "int8", "ternary")
 
 INT2 = (0.45278003463649646, 1.510417608499104)
 INT4 = (
@@ -25,12 +26,58 @@ INT4 = (
     2.069017226531634,
     2.7325895709953834,
 )
+INT3 = (0.24509417894422308, 0.7560052812058808, 1.3439092785050053, 2.151945704536992)
 LEVELS = {
     "binary": (1, (-1.0, 1.0)),
     "int2": (2, (*INT2, *(-a for a in INT2))),
+    "int3": (3, (*INT3, *(-a for a in INT3))),
+    "ternary": (1.6, (0.0, 1.0, -1.0)),
     "int4": (4, (*INT4, *(-a for a in INT4))),
     "int8": (8, tuple(float(q) for q in (*range(128), *range(-128, 0)))),
 }
+
+
+def unpack_with_numpy(payload: bytes, total: int, bits: float) -> np.ndarray:
+    """The codes at the start of a payload."""
+    data = np.frombuffer(payload, np.uint8, -(-total // 5) if bits == 1.6 else math.ceil(total * bits / 8))
+    if bits == 1.6:
+        return (data[:, None].astype(int) // 3 ** np.arange(5) % 3).reshape(-1)[:total]
+    return np.unpackbits(data, bitorder="little")[: total * bits].reshape(total, bits) @ (1 << np.arange(bits))
+
+
+def decode_blocks_with_numpy(spec: dict[str, Any], payload: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """As ``decode_with_numpy``, for ``scales="block"``."""
+    bits, levels = LEVELS[spec["id"]]
+    groups = shape[0] if len(shape) == 3 else 1
+    per_group = math.prod(shape) // groups
+    blocks = math.ceil(per_group / spec.get("block", 128))
+    length = math.ceil(per_group / blocks)
+    codes = unpack_with_numpy(payload, groups * blocks * length, bits).reshape(-1, length)
+    at = math.ceil(codes.size * bits / 8 / 16) * 16
+    scales = (np.frombuffer(payload, "<u2", groups * blocks, at).astype("<u4") << 16).view("<f4")[:, None]
+    at += math.ceil(2 * len(scales) / 16) * 16
+    if spec.get("centroids") == "minmax":
+        offsets = (np.frombuffer(payload, "<u2", groups * blocks, at).astype("<u4") << 16).view("<f4")[:, None]
+        at += math.ceil(2 * len(scales) / 16) * 16
+        y = codes.astype(np.float32) * scales + offsets
+    else:
+        y = scales * np.array(levels, np.float32)[codes]
+    assert len(payload) == at
+    return y.reshape(groups, -1)[:, :per_group].reshape(shape)
+
+
+@pytest.mark.parametrize(
+    "name", ["binary-block", "ternary-block", "int3-block", "int2-minmax", "int3-minmax", "int4-minmax", "int8-minmax"]
+)
+@pytest.mark.parametrize("shape", [shape for shape in kit.SHAPES if math.prod(shape)])
+def test_blocks_follow_the_description(name, shape):
+    spec = make_fixtures.SPECS[name]
+    codec = codecs.get(spec)
+    for seed, distribution in enumerate(("gaussian", "wide_range", "zero")):
+        x = kit.sample(distribution, shape, seed=seed)
+        payload = codec.encode(x)
+        expected = decode_blocks_with_numpy(spec, payload.numpy().tobytes(), shape)
+        assert torch.equal(codec.decode(payload, shape, torch.float32), torch.from_numpy(expected))
 
 
 def decode_with_numpy(codec_id: str, payload: bytes, shape: tuple[int, ...]) -> np.ndarray:
@@ -44,8 +91,7 @@ def decode_with_numpy(codec_id: str, payload: bytes, shape: tuple[int, ...]) -> 
     else:
         g, r, c = 1, math.prod(shape[:-2]), shape[-2] * shape[-1]
     total = g * r * c
-    codes = np.unpackbits(np.frombuffer(payload, np.uint8, math.ceil(total * bits / 8)), bitorder="little")
-    codes = codes[: total * bits].reshape(total, bits) @ (1 << np.arange(bits))
+    codes = unpack_with_numpy(payload, total, bits)
     at = math.ceil(total * bits / 8 / 16) * 16
     t = np.ones((g, r, 1), np.float32)
     if c >= 64 and r > 1:
@@ -79,7 +125,7 @@ def test_gaps_between_sections_are_zero(codec_id):
     x = kit.sample("gaussian", (33, 67))
     payload = codecs.get(codec_id).encode(x)
     bits = LEVELS[codec_id][0]
-    codes = math.ceil(33 * 67 * bits / 8)
+    codes = math.ceil(33 * 67 / 5) if bits == 1.6 else math.ceil(33 * 67 * bits / 8)
     rows_at = math.ceil(codes / 16) * 16
     assert not payload[codes:rows_at].any()
     assert not payload[rows_at + 33 : rows_at + 48].any()
@@ -103,24 +149,24 @@ def test_known_bytes():
     ]
 
 
-@pytest.mark.parametrize("codec_id", make_fixtures.CODEC_IDS)
+@pytest.mark.parametrize("name", make_fixtures.SPECS)
 class TestStoredPayloads:
     """Payloads written by the first release. If a decoder disagrees, the decoder is wrong."""
 
     @pytest.fixture
-    def cases(self, codec_id):
-        return make_fixtures.load(codec_id)
+    def cases(self, name):
+        return make_fixtures.load(name)
 
-    def test_decode_to_the_stored_bytes(self, codec_id, cases):
-        codec = codecs.get(codec_id)
+    def test_decode_to_the_stored_bytes(self, name, cases):
+        codec = codecs.get(make_fixtures.SPECS[name])
         assert len(cases) == len(make_fixtures.CASES)
         for case in cases:
             decoded = codec.decode(case.payload, case.shape, case.dtype)
             assert torch.equal(kit.as_bytes(decoded), kit.as_bytes(case.decoded))
 
-    def test_encoder_has_not_become_worse(self, codec_id, cases):
+    def test_encoder_has_not_become_worse(self, name, cases):
         """Encoders may choose other bytes, as long as what comes out is no worse."""
-        codec = codecs.get(codec_id)
+        codec = codecs.get(make_fixtures.SPECS[name])
         for case in cases:
             assert codec.payload_nbytes(case.shape, case.dtype) == case.payload.numel()
             x = case.input.double()
@@ -128,13 +174,17 @@ class TestStoredPayloads:
             today = (kit.round_trip(codec, case.input).double() - x).square().sum()
             assert today <= stored * 1.001
 
-    def test_a_changed_byte_is_noticed(self, codec_id, cases):
+    def test_a_changed_byte_is_noticed(self, name, cases):
         """The comparison above can fail."""
         case = cases[0]
         payload = case.payload.clone()
         payload[0] ^= 1
-        decoded = codecs.get(codec_id).decode(payload, case.shape, case.dtype)
+        decoded = codecs.get(make_fixtures.SPECS[name]).decode(payload, case.shape, case.dtype)
         assert not torch.equal(kit.as_bytes(decoded), kit.as_bytes(case.decoded))
+
+
+def test_every_codec_has_stored_payloads():
+    assert {spec["id"] for spec in make_fixtures.SPECS.values()} == set(codecs.list())
 
 
 def test_fixtures_are_never_overwritten(tmp_path: Path):

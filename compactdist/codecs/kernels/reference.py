@@ -103,6 +103,13 @@ def encode_bf16(value: Tensor) -> Tensor:
     return torch.stack([bits & 0xFF, bits >> 8], 1).reshape(-1).to(torch.uint8)
 
 
+def encode_signed_bf16(value: Tensor) -> Tensor:
+    """Store bfloat16 values of either sign held in float32 as bytes ``(2 * n,)``, low byte first; saturates."""
+    bits = value.reshape(-1).view(torch.int32) >> 16
+    bits = (bits & 0x7FFF).clamp(max=_BF16_MAX_BITS) | (bits & 0x8000)
+    return torch.stack([bits & 0xFF, bits >> 8], 1).reshape(-1).to(torch.uint8)
+
+
 def decode_bf16(data: Tensor) -> Tensor:
     """Expand bytes ``(2 * n,)`` to float32 ``(n,)``, exactly."""
     halves = data.reshape(-1, 2).to(torch.int32)
@@ -110,7 +117,9 @@ def decode_bf16(data: Tensor) -> Tensor:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes ``(n,)`` of 1, 2, 4 or 8 bits into ``ceil(n * bits / 8)`` bytes, first code lowest."""
+    """Pack uint8 codes ``(n,)`` of 1, 2, 3, 4 or 8 bits into ``ceil(n * bits / 8)`` bytes, first code lowest."""
+    if bits == 3:
+        return _pack_3_bits(codes)
     per_byte = 8 // bits
     if per_byte == 1:
         return codes
@@ -126,16 +135,67 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """Undo ``pack_codes``: uint8 ``(count,)``."""
+    if bits == 3:
+        return _unpack_3_bits(packed, count)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     codes = (packed.unsqueeze(1) >> shifts) & ((1 << bits) - 1)
     return codes.reshape(-1)[:count]
 
 
+def _pack_3_bits(codes: Tensor) -> Tensor:
+    """Eight codes to three bytes, as one 24-bit number with the lowest byte first."""
+    count = codes.numel()
+    missing = -count % 8
+    if missing:
+        codes = torch.cat([codes, codes.new_zeros(missing)])
+    columns = codes.reshape(-1, 8).to(torch.int32)
+    word = columns[:, 0].clone()
+    for position in range(1, 8):
+        word |= columns[:, position] << (3 * position)
+    packed = torch.stack([word & 0xFF, (word >> 8) & 0xFF, word >> 16], 1)
+    return packed.to(torch.uint8).reshape(-1)[: -(-count * 3 // 8)]
+
+
+def _unpack_3_bits(packed: Tensor, count: int) -> Tensor:
+    missing = -packed.numel() % 3
+    if missing:
+        packed = torch.cat([packed, packed.new_zeros(missing)])
+    low, middle, high = packed.view(-1, 3).to(torch.int32).unbind(1)
+    word = low | (middle << 8) | (high << 16)
+    shifts = torch.arange(0, 24, 3, dtype=torch.int32, device=packed.device)
+    return ((word.unsqueeze(1) >> shifts) & 7).to(torch.uint8).reshape(-1)[:count]
+
+
+def pack_trits(trits: Tensor) -> Tensor:
+    """Pack uint8 values 0, 1, 2 ``(n,)`` into ``ceil(n / 5)`` bytes, base 3, the first trit lowest."""
+    missing = -trits.numel() % 5
+    if missing:
+        trits = torch.cat([trits, trits.new_zeros(missing)])
+    columns = trits.reshape(-1, 5)
+    packed = columns[:, 4].clone()
+    for position in (3, 2, 1, 0):
+        packed = packed.mul_(3).add_(columns[:, position])
+    return packed
+
+
+def unpack_trit_levels(packed: Tensor, levels: Sequence[float], count: int) -> Tensor:
+    """Look up the level of every packed trit: float32 ``(count,)``. Bytes from 243 on, never packed, wrap around."""
+    every_byte = torch.arange(256, dtype=torch.int32, device=packed.device)
+    trits = torch.stack([torch.div(every_byte, 3**i, rounding_mode="floor") % 3 for i in range(5)], 1)
+    by_trit = torch.tensor(levels, dtype=torch.float32, device=packed.device)
+    table = by_trit.index_select(0, trits.reshape(-1)).reshape(256, 5)
+    return table.index_select(0, packed.to(torch.int32)).reshape(-1)[:count]
+
+
 def unpack_levels(packed: Tensor, levels: Sequence[float], bits: int, count: int) -> Tensor:
     """Look up the level of every packed code: float32 ``(count,)``.
 
-    One table row holds all the levels of one byte, so the lookup is per byte and not per element.
+    One table row holds all the levels of one byte, so the lookup is per byte and not per element (codes of 3 bits
+    do not end with the bytes and are looked up one by one).
     """
+    if bits == 3:
+        by_code = torch.tensor(levels, dtype=torch.float32, device=packed.device)
+        return by_code.index_select(0, _unpack_3_bits(packed, count).to(torch.int32))
     every_byte = torch.arange(256, device=packed.device).to(torch.uint8)
     codes = unpack_codes(every_byte, bits, 256 * (8 // bits)).to(torch.int32)
     by_code = torch.tensor(levels, dtype=torch.float32, device=packed.device)

@@ -1,0 +1,169 @@
+"""One of every m elements: its place, and its value in 16 or in 4 bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactdist.codecs.base import Codec, check_payload
+from compactdist.codecs.kernels import reference as kernels
+from compactdist.codecs.options import check_integer
+from compactdist.codecs.quantized import check_dtype, finite_amax
+from compactdist.codecs.registry import register
+from compactdist.codecs.shapes import BLOCK_ELEMENTS, matrix_shape, padded_nbytes
+from compactdist.codecs.with_zero import Int4WithZero
+
+_SMALLEST_VALUE = 2.0**-118
+
+
+class _OneOfM(Codec):
+    """Keeps the element of largest magnitude, the first of equals, in each run of m; the others decode to zero."""
+
+    def __init__(self, m: int = 8) -> None:
+        self.m = check_integer(self.codec_id, "m", m, 2, 16)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults."""
+        return {} if self.m == 8 else {"m": self.m}
+
+    def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        check_dtype(self.codec_id, dtype)
+        groups, runs = self._runs(shape)
+        return self._index_nbytes(groups * runs) + self._values_nbytes(groups, runs)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        check_dtype(self.codec_id, x.dtype)
+        groups, runs = self._runs(x.shape)
+        if groups * runs == 0:
+            return torch.empty(0, dtype=torch.uint8, device=x.device)
+        flat = x.detach().to(torch.float32).reshape(-1).view(groups, -1)
+        missing = runs * self.m - flat.shape[1]
+        if missing:
+            flat = torch.cat([flat, flat.new_zeros(groups, missing)], 1)
+        columns = flat.view(groups, runs, self.m)
+        magnitude = columns.abs()
+        finite_amax(magnitude, x.numel())
+        place = magnitude.argmax(2, keepdim=True)
+        kept = columns.gather(2, place).squeeze(2)
+        index = kernels.pack_codes(place.to(torch.uint8).view(-1), 4)
+        payload = torch.zeros(self.payload_nbytes(x.shape, x.dtype), dtype=torch.uint8, device=x.device)
+        payload[: index.numel()] = index
+        values = self._encode_values(kept)
+        payload[self._index_nbytes(groups * runs) :][: values.numel()] = values
+        return payload
+
+    @torch.no_grad()
+    def decode(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        payload = check_payload(payload, self.payload_nbytes(shape, dtype), self.codec_id)
+        groups, runs = self._runs(shape)
+        if groups * runs == 0:
+            return torch.empty(tuple(shape), dtype=dtype, device=payload.device)
+        values_at = self._index_nbytes(groups * runs)
+        place = kernels.unpack_codes(payload[: -(-groups * runs // 2)], 4, groups * runs)
+        kept = self._decode_values(payload[values_at:], groups, runs)
+        # A comparison and not a scatter: a place that no encoder sends must not write outside its run.
+        every = torch.arange(self.m, dtype=torch.uint8, device=payload.device)
+        here = place.view(groups, runs, 1) == every
+        y = torch.where(here, kept.view(groups, runs, 1), torch.zeros((), dtype=torch.float32, device=payload.device))
+        y = y.view(groups, -1)[:, : math.prod(shape) // groups].reshape(tuple(shape))
+        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        return y.clamp(-limit, limit).to(dtype)
+
+    def _runs(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Groups, and runs of m in each."""
+        groups = matrix_shape(shape)[0]
+        return groups, -(-(math.prod(shape) // max(groups, 1)) // self.m)
+
+    @staticmethod
+    def _index_nbytes(runs: int) -> int:
+        return padded_nbytes(-(-runs // 2))
+
+    def _values_nbytes(self, groups: int, runs: int) -> int:
+        raise NotImplementedError
+
+    def _encode_values(self, kept: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _decode_values(self, data: Tensor, groups: int, runs: int) -> Tensor:
+        raise NotImplementedError
+
+
+@register
+class TopK(_OneOfM):
+    """Keeps one of every m elements, the largest, as a bfloat16; the others decode to zero.
+
+    A tensor is seen as G groups (``shapes.matrix_shape``) of N elements in row-major order; each group is filled up
+    with zeros to ``K = ceil(N / m)`` runs of m. The payload is two sections, each filled up with zeros to a multiple
+    of 16 bytes:
+
+    1. **places**, ``G * K`` of 4 bits, 0 to m - 1, the first of two in the low bits of its byte;
+    2. **values**, ``G * K`` bfloat16, low byte first, rounded to nearest even, saturated, zero below ``2**-118``.
+
+    ``20 / m`` bits for each element: 2.5 for the default, NMSE 0.57 on white Gaussian data.
+
+    Args:
+        m: One of how many elements is kept, 2 to 16.
+
+    Raises:
+        CodecConfigError: m is out of range.
+    """
+
+    codec_id = "topk"
+
+    def _values_nbytes(self, groups: int, runs: int) -> int:
+        return padded_nbytes(2 * groups * runs)
+
+    def _encode_values(self, kept: Tensor) -> Tensor:
+        size = kept.abs()
+        size = torch.where(size < _SMALLEST_VALUE, torch.zeros_like(size), kernels.round_bf16(size))
+        return kernels.encode_signed_bf16(torch.where(kept < 0, -size, size))
+
+    def _decode_values(self, data: Tensor, groups: int, runs: int) -> Tensor:
+        return kernels.decode_bf16(data[: 2 * groups * runs])
+
+
+@register
+class TopKInt4(_OneOfM):
+    """Keeps one of every m elements, the largest, in four bits with a scale for each block of kept elements.
+
+    The places are those of ``topk``. The second section is the payload (``layout.py``, ``scales="block"``) of the
+    kept values, a tensor ``(G, 1, K)``, in codes ``sign << 3 | magnitude`` of fifteen levels: the Lloyd-Max levels of
+    the unit Gaussian with zero among them, listed in ``with_zero.py``.
+
+    About ``8.1 / m`` bits for each element: 1.02 for the default, NMSE 0.57 on white Gaussian data.
+
+    Args:
+        m: One of how many elements is kept, 2 to 16.
+        block: Kept elements to a scale, at most; 2 to 65536.
+
+    Raises:
+        CodecConfigError: An option is out of range.
+    """
+
+    codec_id = "topk_int4"
+
+    def __init__(self, m: int = 8, block: int = BLOCK_ELEMENTS) -> None:
+        super().__init__(m)
+        self.block = check_integer(self.codec_id, "block", block, 2, 65536)
+        self._values = Int4WithZero(block)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults."""
+        config = super().get_config()
+        if self.block != BLOCK_ELEMENTS:
+            config["block"] = self.block
+        return config
+
+    def _values_nbytes(self, groups: int, runs: int) -> int:
+        return self._values.payload_nbytes((groups, 1, runs), torch.float32)
+
+    def _encode_values(self, kept: Tensor) -> Tensor:
+        return self._values.encode(kept.unsqueeze(1))
+
+    def _decode_values(self, data: Tensor, groups: int, runs: int) -> Tensor:
+        return self._values.decode(data, (groups, 1, runs), torch.float32)

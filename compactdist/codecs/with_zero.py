@@ -1,0 +1,54 @@
+"""Four bits and a zero level: what the hybrid codecs code their values with."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from compactdist.codecs.kernels import reference as kernels
+from compactdist.codecs.layout import Layout
+from compactdist.codecs.quantized import ScalarQuantizer, least_squares_scale, scale_sums, storable_scale
+from compactdist.codecs.shapes import BLOCK_ELEMENTS
+
+_SIGMA_OF_MEAN_MAGNITUDE = 1.2533141373155003  # sqrt(pi / 2)
+
+# Lloyd-Max of 15 levels for the unit Gaussian, NMSE 0.010737: as lloyd_max.py says, with the first level held at 0.
+MAGNITUDES = (
+    0.0,
+    0.2738568549040208,
+    0.5547636946759694,
+    0.8511344121244998,
+    1.174879178355213,
+    1.5460567537076253,
+    2.0064743961505593,
+    2.6808661189877245,
+)
+
+
+class Int4WithZero(ScalarQuantizer):
+    """Codes ``sign << 3 | magnitude`` of fifteen levels, zero among them, in the layout of ``layout.py``.
+
+    A part of other codecs: not registered. Unlike ``int4`` it returns exact zeros where it was given zeros.
+    """
+
+    codec_id = "int4_with_zero"
+    bits = 4
+
+    def __init__(self, block: int = BLOCK_ELEMENTS) -> None:
+        super().__init__("block")
+        self.block = block  # no upper limit here: a component of a factor is one block
+
+    def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        borders = [(low + high) / 2 for low, high in pairwise(MAGNITUDES)]
+        energy, mean = scale_sums(magnitude * magnitude, layout), scale_sums(magnitude * t, layout)
+        sigma = kernels.divide_or_zero(energy, mean * _SIGMA_OF_MEAN_MAGNITUDE)
+        index = kernels.count_above(kernels.normalised(magnitude, t, sigma), borders)
+        codes = (values < 0).to(torch.uint8).mul_(8).add_(index).view(-1)
+        packed = kernels.pack_codes(codes, 4)
+        chosen = kernels.unpack_levels(packed, MAGNITUDES * 2, 4, layout.elements)
+        return packed, storable_scale(least_squares_scale(magnitude, chosen.view_as(magnitude).mul_(t), layout))
+
+    def _levels(self, packed: Tensor, count: int) -> Tensor:
+        return kernels.unpack_levels(packed, MAGNITUDES + tuple(-level for level in MAGNITUDES), 4, count)
