@@ -59,7 +59,7 @@ def test_impossible_rules(wrong):
     with pytest.raises(ConfigError):
         Rule("int8", **wrong)
     with pytest.raises(UnknownCodecError):
-        Rule("int3")
+        Rule("int5")
 
 
 def keep_all(info):
@@ -73,7 +73,7 @@ def pass_all(info):
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"codec": "int3"}, UnknownCodecError),
+        ({"codec": "int5"}, UnknownCodecError),
         ({"codec": {"id": "int8", "nonsense": 1}}, CodecConfigError),
         ({"warmup_steps": -1}, ConfigError),
         ({"warmup_steps": 1.5}, ConfigError),
