@@ -22,6 +22,7 @@ class Int8(ScalarQuantizer):
 
     codec_id = "int8"
     bits = 8
+    fused = "linear"
 
     def _row_statistic(self, magnitude: Tensor) -> Tensor:
         return magnitude.amax(2, keepdim=True)
