@@ -46,6 +46,7 @@ class Cut(Protocol):
     def axes(self) -> tuple[int, ...] | None: ...
     @property
     def order(self) -> tuple[int, ...]: ...
+    def __hash__(self) -> int: ...
     def to_matrix(self, flat: Tensor) -> Tensor: ...
     def to_flat(self, matrix: Tensor) -> Tensor: ...
 
@@ -115,7 +116,8 @@ class Codec(ABC):
         decoded = cut.to_flat(self.decode(payload, cut.shape, torch.float32))
         total = decoded if base is None else base.float() + decoded
         limit = torch.finfo(out.dtype).max
-        out.copy_(total.clamp(-limit, limit))
+        with torch.inference_mode():  # lets an inference tensor be written to, wherever this is called
+            out.copy_(total.clamp(-limit, limit))
 
     def get_config(self) -> dict[str, Any]:
         """Return the options of this codec as a JSON-able dict, without the id."""

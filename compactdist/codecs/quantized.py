@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -146,8 +146,8 @@ class ScalarQuantizer(Codec):
             super().decode_residual(payload, base, cut, out)
 
     def level_table(self) -> NDArray[np.float32]:
-        """The levels of the codes in each byte, float32 ``(256, 8 / bits)``."""
-        return _level_table(type(self))
+        """Levels of the codes in each byte, float32 ``(256 * 8 / bits,)``; empty if codes are integers."""
+        return np.empty(0, np.float32) if self.fused == "linear" else _level_table(type(self))
 
     def _row_statistic(self, magnitude: Tensor) -> Tensor:
         """What ``t`` is proportional to, ``(G, R, 1)``: the sum of magnitudes."""
@@ -218,14 +218,14 @@ def storable_scale(c: Tensor, *, up: bool = False) -> Tensor:
     return torch.where(rounded < _SMALLEST_RELATIVE_SCALE, torch.zeros_like(rounded), rounded)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _level_table(kind: type[ScalarQuantizer]) -> NDArray[np.float32]:
     every_byte = torch.arange(256).to(torch.uint8)
-    levels: NDArray[np.float32] = kind()._levels(every_byte, 256 * (8 // kind.bits)).view(256, -1).contiguous().numpy()
+    levels: NDArray[np.float32] = kind()._levels(every_byte, 256 * (8 // kind.bits)).contiguous().numpy()
     return levels
 
 
-def magnitude_table(codec: Any) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def magnitude_table(codec: Any) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:
     """The borders between the magnitudes of a codec, and the magnitudes."""
     borders = [(low + high) / 2 for low, high in pairwise(codec.magnitudes)]
-    return np.array(borders, dtype=np.float32), np.array(codec.magnitudes, dtype=np.float32)
+    return tuple(map(np.float32, borders)), tuple(map(np.float32, codec.magnitudes))

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ def place_of(cut: Cut) -> Place:
         column_at = _offsets(cut.axes, strides, cut.order[leading:])
     breaks = np.flatnonzero(np.diff(column_at) != 1) + 1
     bounds = [0, *breaks.tolist(), channels]
-    starts = [at for low, high in zip(bounds, bounds[1:], strict=False) for at in range(low, high, loops.WIDTH)]
+    starts = [at for low, high in pairwise(bounds) for at in range(low, high, loops.WIDTH)]
     chunk_at = np.array(starts, dtype=np.int64)
     chunk_len = np.diff(np.append(chunk_at, channels))
     return Place(row_at, chunk_at, column_at[chunk_at], chunk_len, rows, channels, cut.numel)
@@ -103,7 +104,7 @@ def _spread(work: Callable[[int, int], None], count: int, elements: int) -> None
     threads = min(torch.get_num_threads(), count) if elements >= _PARALLEL_ELEMENTS else 1
     bounds = [count * i // threads for i in range(threads + 1)]
     under_way = []
-    for low, high in zip(bounds[1:-1], bounds[2:], strict=True):
+    for low, high in pairwise(bounds[1:]):
         try:
             under_way.append(_threads(threads).submit(work, low, high))
         except RuntimeError:  # the interpreter is on its way down and starts no more threads
@@ -129,7 +130,9 @@ def _bits(x: Tensor | None, dtype: torch.dtype) -> NDArray[Any]:
     return bits
 
 
-def encode_residual(codec: ScalarQuantizer, x: Tensor, base: Tensor | None, cut: Cut, out: Tensor | None) -> Tensor | None:
+def encode_residual(
+    codec: ScalarQuantizer, x: Tensor, base: Tensor | None, cut: Cut, out: Tensor | None
+) -> Tensor | None:
     """Encode ``x - base`` and, if ``out`` is given, write there what the receiver will hold.
 
     Returns:
@@ -138,7 +141,7 @@ def encode_residual(codec: ScalarQuantizer, x: Tensor, base: Tensor | None, cut:
     from compactdist.codecs import quantized as q
 
     layout, place = Layout.of(cut.shape, codec.bits), place_of(cut)
-    groups, rows, channels = cut.shape
+    groups, rows, _ = cut.shape
     source = _bits(x, x.dtype), _bits(base, x.dtype), tuple(place)
     by_rows = codec.fused == "linear"
 
@@ -209,7 +212,7 @@ def _codes(
 
     def by_tile(loop: Callable[..., None], *before: Any, after: Sequence[Any] = ()) -> tuple[Tensor, ...]:
         """Run a loop that leaves one or two rows of partial results for each tile."""
-        partial = [np.empty((groups * tiles, channels), np.float32) for _ in range(1 if loop in single else 2)]
+        partial = [np.empty(groups * tiles * channels, np.float32) for _ in range(1 if loop in single else 2)]
         _spread(
             lambda lo, hi: loop(*source, factors, *before, lo, hi, *after, *partial), groups * tiles, layout.elements
         )
@@ -220,7 +223,7 @@ def _codes(
         return reference.row_sums(sums) if layout.channel_scales_per_group == 1 else sums
 
     def by_channel(value: Tensor) -> NDArray[np.float32]:
-        wide: NDArray[np.float32] = value.expand(groups, 1, channels).contiguous().view(groups, channels).numpy()
+        wide: NDArray[np.float32] = value.expand(groups, 1, channels).contiguous().view(-1).numpy()
         return wide
 
     single = (loops.sign_codes, loops.reaches)
@@ -250,9 +253,7 @@ def _codes(
     squares, sums = by_tile(loops.energies, t_flat)
     sigma = reference.divide_or_zero(total(squares), total(sums) * q.SIGMA_OF_MEAN_MAGNITUDE)
     inverse_c = by_channel(reference.divide_or_zero(one, sigma))
-    products, weights = by_tile(
-        loops.nearest_codes, t_flat, inverse_t, inverse_c, borders, magnitudes, after=(packed,)
-    )
+    products, weights = by_tile(loops.nearest_codes, t_flat, inverse_t, inverse_c, borders, magnitudes, after=(packed,))
     return q.storable_scale(reference.divide_or_zero(total(products), total(weights)))
 
 
@@ -265,12 +266,12 @@ def decode_residual(codec: ScalarQuantizer, payload: Tensor, base: Tensor | None
         t = reference.decode_ue5m3(payload[layout.row_scales_at :][: layout.row_scale_count]).numpy()
     per_group = layout.channel_scales_per_group
     c = reference.decode_bf16(payload[layout.channel_scales_at :][: 2 * groups * per_group]).view(groups, per_group)
-    scales = c.expand(groups, channels).contiguous().numpy()
+    scales = c.expand(groups, channels).contiguous().view(-1).numpy()
     packed = payload[: layout.codes_nbytes].numpy()
     limit = np.float32(torch.finfo(out.dtype).max)
     target, before, table, at = _bits(out, out.dtype), _bits(base, out.dtype), codec.level_table(), tuple(place)
     _spread(
-        lambda lo, hi: loops.apply_codes(packed, table, t, scales, before, at, limit, lo, hi, target),
+        lambda lo, hi: loops.apply_codes(packed, codec.bits, table, t, scales, before, at, limit, lo, hi, target),
         groups * rows,
         layout.elements,
     )
