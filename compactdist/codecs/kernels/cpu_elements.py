@@ -16,6 +16,7 @@ from numba.extending import overload
 
 Array = Any
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+_inlined = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
 
 
@@ -100,7 +101,7 @@ def convert_out(x: Array, out: Array) -> None:
         out[j] = _narrow(x[j], out)
 
 
-@jit
+@_inlined
 def residual(x: Array, base: Array, at: int, limit: int, out: Array, to: int, n: int) -> None:
     """``x - base``, ``n`` elements from ``at`` on, into ``out`` from ``to`` on; zero past ``limit``.
 
@@ -118,7 +119,7 @@ def residual(x: Array, base: Array, at: int, limit: int, out: Array, to: int, n:
         out[o + _at(j)] = _f32(0)
 
 
-@jit
+@_inlined
 def add(base: Array, at: int, change: Array, limit: Any, out: Array, n: int) -> None:
     """``out = base + change``, ``n`` elements from ``at`` on, kept within ``limit`` and rounded.
 
@@ -134,14 +135,14 @@ def add(base: Array, at: int, change: Array, limit: Any, out: Array, n: int) -> 
         out[a + _at(j)] = _narrow(-limit if y < -limit else y, out)
 
 
-@jit
+@_inlined
 def fill(out: Array, to: int, n: int, value: Any) -> None:
     """Set ``n`` elements from ``to`` on."""
     for j in range(n):
         out[_at(to) + _at(j)] = value
 
 
-@jit
+@_inlined
 def copy(x: Array, out: Array, to: int, n: int) -> None:
     """Copy the first ``n`` elements to ``to`` and on."""
     for j in range(n):
@@ -170,10 +171,12 @@ def code_views(size: int) -> Any:
     return codes, codes.view(np.uint16), codes.view(np.uint32), codes.view(np.uint64)
 
 
-@jit
-def pack(codes: Any, bits: int, n: int, out: Array, element: int) -> None:
-    """Pack ``n`` codes to ``bits`` each, first code lowest, from position ``element`` of ``out`` on."""
-    one, two, four, eight = codes
+@_inlined
+def pack(one: Array, two: Array, four: Array, eight: Array, bits: int, n: int, out: Array, element: int) -> None:
+    """Pack the first ``n`` codes of buffers from ``code_views`` to ``bits`` each, first code lowest.
+
+    They go to position ``element`` of ``out`` and on.
+    """
     o = _at((element * bits) >> 3)
     if bits == 1:
         for k in range(n >> 3):
@@ -195,31 +198,58 @@ def pack(codes: Any, bits: int, n: int, out: Array, element: int) -> None:
             out[o + _at(k)] = one[_at(k)]
 
 
-@jit
-def unpack(packed: Array, bits: int, element: int, n: int, table: Array, out: Array) -> None:
-    """Levels of ``n`` packed codes from ``element`` on: 8 / bits consecutive entries of ``table`` for each byte.
+@_inlined
+def unpack(
+    packed: Array,
+    bits: int,
+    element: int,
+    n: int,
+    table: Array,
+    pairs: Array,
+    one: Array,
+    four: Array,
+    eight: Array,
+    levels: Array,
+    level_pairs: Array,
+) -> None:
+    """Levels of ``n`` packed codes from ``element`` on.
 
-    An empty table stands for the integers of two's complement, of eight bits.
+    Args:
+        packed: the codes.
+        bits: for each code.
+        element: position of the first.
+        n: how many, a whole number of bytes.
+        table: levels of the codes in each byte, 8 / bits of them; empty for the integers of two's complement.
+        pairs: the same memory, two levels at a time.
+        one: the code buffer of ``code_views``, overwritten.
+        four: the same, four at a time.
+        eight: the same, eight at a time.
+        levels: what is asked for.
+        level_pairs: the same memory, two levels at a time.
     """
     p = _at((element * bits) >> 3)
     if bits == 1:
+        low, high = table[0], table[8]
         for k in range(n >> 3):
-            w, o = _at(packed[p + _at(k)]) * _at(8), _at(k) * _at(8)
-            for b in range(8):
-                out[o + _at(b)] = table[w + _at(b)]
+            v = np.uint64(packed[p + _at(k)]) * np.uint64(0x0101010101010101)
+            eight[_at(k)] = v & np.uint64(0x8040201008040201)
+        for j in range(n):
+            levels[_at(j)] = high if one[_at(j)] != np.uint8(0) else low
     elif bits == 2:
+        a, b, c, d = table[0], table[4], table[8], table[12]
         for k in range(n >> 2):
-            w, o = _at(packed[p + _at(k)]) * _at(4), _at(k) * _at(4)
-            for b in range(4):
-                out[o + _at(b)] = table[w + _at(b)]
+            w = _u32(packed[p + _at(k)])
+            four[_at(k)] = _u32(w | w << _u32(6) | w << _u32(12) | w << _u32(18)) & _u32(0x03030303)
+        for j in range(n):
+            code = one[_at(j)]
+            low, high = b if code & np.uint8(1) else a, d if code & np.uint8(1) else c
+            levels[_at(j)] = high if code & np.uint8(2) else low
     elif bits == 4:
         for k in range(n >> 1):
-            w, o = _at(packed[p + _at(k)]) * _at(2), _at(k) * _at(2)
-            for b in range(2):
-                out[o + _at(b)] = table[w + _at(b)]
+            level_pairs[_at(k)] = pairs[_at(packed[p + _at(k)])]
     elif table.size == 0:
         for k in range(n):
-            out[_at(k)] = _f32(np.int8(packed[p + _at(k)]))
+            levels[_at(k)] = _f32(np.int8(packed[p + _at(k)]))
     else:
         for k in range(n):
-            out[_at(k)] = table[_at(packed[p + _at(k)])]
+            levels[_at(k)] = table[_at(packed[p + _at(k)])]

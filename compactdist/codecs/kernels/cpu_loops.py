@@ -83,8 +83,8 @@ def sign_codes(
     """For tiles ``lo`` to ``hi``: sign codes, and by channel the sums of ``m * t``."""
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
     tiles = (rows + TILE - 1) // TILE
-    whole, codes = np.empty(TILE * WIDTH, np.float32), code_views(WIDTH)
-    code = codes[0]
+    whole = np.empty(TILE * WIDTH, np.float32)
+    code, two_codes, four_codes, eight_codes = code_views(WIDTH)
     for tile in range(lo, hi):
         group, first = tile // tiles, tile % tiles * TILE
         factor, here = factors[group], min(TILE, rows - first)
@@ -98,7 +98,7 @@ def sign_codes(
                 weight = t[row]
                 for j in range(n):
                     whole[o + _at(j)] = abs(whole[o + _at(j)]) * factor * weight
-                pack(codes, 1, n, packed, row * channels + chunk_at[k])
+                pack(code, two_codes, four_codes, eight_codes, 1, n, packed, row * channels + chunk_at[k])
             fill(whole, here * n, (TILE - here) * n, _f32(0))
             fold(whole, TILE * n, n)
             copy(whole, sums, tile * channels + chunk_at[k], n)
@@ -125,10 +125,12 @@ def energies(
                     m = abs(one[o + _at(j)]) * factor
                     one[o + _at(j)] = m * m
                     two[o + _at(j)] = m * weight
-            for sums_of, out in ((one, squares), (two, sums)):
-                fill(sums_of, here * n, (TILE - here) * n, _f32(0))
-                fold(sums_of, TILE * n, n)
-                copy(sums_of, out, tile * channels + chunk_at[k], n)
+            fill(one, here * n, (TILE - here) * n, _f32(0))
+            fill(two, here * n, (TILE - here) * n, _f32(0))
+            fold(one, TILE * n, n)
+            fold(two, TILE * n, n)
+            copy(one, squares, tile * channels + chunk_at[k], n)
+            copy(two, sums, tile * channels + chunk_at[k], n)
 
 
 @jit
@@ -159,8 +161,7 @@ def nearest_codes(
     while 1 << bits < 2 * len(magnitudes):
         bits += 1
     one, two = np.empty(TILE * WIDTH, np.float32), np.empty(TILE * WIDTH, np.float32)
-    codes = code_views(WIDTH)
-    code = codes[0]
+    code, two_codes, four_codes, eight_codes = code_views(WIDTH)
     for tile in range(lo, hi):
         group, first = tile // tiles, tile % tiles * TILE
         factor, here = factors[group], min(TILE, rows - first)
@@ -184,11 +185,13 @@ def nearest_codes(
                     one[o + _at(j)] = m * w
                     two[o + _at(j)] = w * w
                     code[_at(j)] = np.uint8(index)
-                pack(codes, bits, n, packed, row * channels + chunk_at[k])
-            for sums_of, out in ((one, products), (two, squares)):
-                fill(sums_of, here * n, (TILE - here) * n, _f32(0))
-                fold(sums_of, TILE * n, n)
-                copy(sums_of, out, tile * channels + chunk_at[k], n)
+                pack(code, two_codes, four_codes, eight_codes, bits, n, packed, row * channels + chunk_at[k])
+            fill(one, here * n, (TILE - here) * n, _f32(0))
+            fill(two, here * n, (TILE - here) * n, _f32(0))
+            fold(one, TILE * n, n)
+            fold(two, TILE * n, n)
+            copy(one, products, tile * channels + chunk_at[k], n)
+            copy(two, squares, tile * channels + chunk_at[k], n)
 
 
 @jit
@@ -259,12 +262,14 @@ def apply_codes(
 ) -> None:
     """For rows ``lo`` to ``hi``: ``out = base + (t * c) * level``, kept within ``limit`` and rounded."""
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
+    one, _, four, eight = code_views(WIDTH)
     levels = np.empty(WIDTH, np.float32)
+    level_pairs, pairs = levels.view(np.uint64), table.view(np.uint64)
     for row in range(lo, hi):
         group, weight = row // rows, t[row]
         for k in range(chunk_at.size):
             n, s = chunk_len[k], _at(group * channels + chunk_at[k])
-            unpack(packed, bits, row * channels + chunk_at[k], n, table, levels)
+            unpack(packed, bits, row * channels + chunk_at[k], n, table, pairs, one, four, eight, levels, level_pairs)
             for j in range(n):
                 d = (weight * c[s + _at(j)]) * levels[_at(j)]
                 d = _LARGEST if d > _LARGEST else d
