@@ -26,6 +26,7 @@ from torch import Tensor
 
 from compactdist.codecs.kernels import cpu_loops as loops
 from compactdist.codecs.kernels import reference
+from compactdist.codecs.kernels.cpu_elements import fold
 from compactdist.codecs.layout import Layout
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def encode_residual(
     if by_rows:
         stat = torch.from_numpy(most.view(np.float32)).view(groups, rows, 1) * factor
 
-    payload = torch.zeros(layout.total_nbytes, dtype=torch.uint8)
+    payload = torch.from_numpy(np.zeros(layout.total_nbytes, np.uint8))
     t = torch.ones(groups, rows, 1)
     if layout.row_scale_count:
         t_codes = reference.encode_ue5m3(reference.divide_or_zero(stat, stat.amax(1, keepdim=True)))
@@ -219,7 +220,10 @@ def _codes(
         return tuple(torch.from_numpy(part).view(groups, tiles, channels) for part in partial)
 
     def total(partial: Tensor) -> Tensor:
-        sums = reference.fold_sum(partial, 1)
+        # not by torch, whose own threads would spin for a while afterwards and take the cores from ours
+        for group in partial.view(groups, -1).numpy():
+            fold(group, tiles * channels, channels)
+        sums = partial[:, :1].contiguous()
         return reference.row_sums(sums) if layout.channel_scales_per_group == 1 else sums
 
     def by_channel(value: Tensor) -> NDArray[np.float32]:
@@ -237,7 +241,7 @@ def _codes(
         return q.storable_scale(reference.divide_or_zero(total(products), weights))
     if codec.fused == "linear":
         (reach,) = by_tile(loops.reaches, inverse_t)
-        reach = reach.amax(1, keepdim=True)
+        reach = torch.from_numpy(reach.numpy().max(1, keepdims=True))
         if layout.channel_scales_per_group == 1:
             reach = reach.amax(2, keepdim=True)
         c = q.storable_scale(reach / _LARGEST_STEP, up=True)
