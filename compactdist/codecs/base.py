@@ -20,7 +20,7 @@ import json
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,26 @@ from compactdist.errors import CodecConfigError, PayloadError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+class Cut(Protocol):
+    """How a flat buffer of ``numel`` elements is seen as ``(groups, rows, channels)``; hashable.
+
+    ``axes`` are the buffer's own axes and ``order`` their permutation, groups first, then rows, then channels; axes
+    are ``None`` for consecutive rows, of which the last may end in zeros that are not in the buffer.
+    """
+
+    @property
+    def numel(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def axes(self) -> tuple[int, ...] | None: ...
+    @property
+    def order(self) -> tuple[int, ...]: ...
+    def __hash__(self) -> int: ...
+    def to_matrix(self, flat: Tensor) -> Tensor: ...
+    def to_flat(self, matrix: Tensor) -> Tensor: ...
 
 
 class Codec(ABC):
@@ -69,6 +89,35 @@ class Codec(ABC):
             CodecConfigError: The codec does not take this dtype.
             PayloadError: The payload is not a flat uint8 tensor of exactly the expected length.
         """
+
+    def encode_residual(self, x: Tensor, base: Tensor | None, cut: Cut, out: Tensor | None = None) -> Tensor:
+        """Encode ``x - base``, in float32, as the matrix that ``cut`` says.
+
+        Args:
+            x: flat, ``cut.numel`` elements.
+            base: what both ends expect, flat, the dtype of ``x``; ``None`` for no expectation.
+            cut: how the flat buffer becomes a matrix.
+            out: flat, contiguous, the dtype of ``x``; gets what :meth:`decode_residual` will give.
+
+        Returns:
+            The payload, as ``encode`` of that matrix would return it.
+
+        Raises:
+            NonFiniteError: The difference is not finite; ``out`` is as it was.
+        """
+        residual = x.float() if base is None else x.float() - base.float()
+        payload = self.encode(cut.to_matrix(residual))
+        if out is not None:
+            self.decode_residual(payload, base, cut, out)
+        return payload
+
+    def decode_residual(self, payload: Tensor, base: Tensor | None, cut: Cut, out: Tensor) -> None:
+        """Write ``base`` plus the decoded payload, kept finite and rounded once, to ``out``, which may be ``base``."""
+        decoded = cut.to_flat(self.decode(payload, cut.shape, torch.float32))
+        total = decoded if base is None else base.float() + decoded
+        limit = torch.finfo(out.dtype).max
+        with torch.inference_mode():  # lets an inference tensor be written to, wherever this is called
+            out.copy_(total.clamp(-limit, limit))
 
     def get_config(self) -> dict[str, Any]:
         """Return the options of this codec as a JSON-able dict, without the id."""

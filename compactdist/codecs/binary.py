@@ -20,6 +20,7 @@ class Binary(ScalarQuantizer):
 
     codec_id = "binary"
     bits = 1
+    fused = "sign"
 
     def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         # The codes do not depend on c, so its least-squares value is final at once.

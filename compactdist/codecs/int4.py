@@ -15,6 +15,7 @@ class Int4(LloydMaxQuantizer):
 
     codec_id = "int4"
     bits = 4
+    fused = "nearest"
     # Lloyd-Max for the unit Gaussian, NMSE 0.009501; computed as lloyd_max.py says.
     uniform_step = 0.3352006121999727
     magnitudes = (

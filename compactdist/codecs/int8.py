@@ -36,6 +36,7 @@ class Int8(ScalarQuantizer):
 
     codec_id = "int8"
     bits = 8
+    fused = "linear"
 
     def __init__(self, scales: str = "token_channel", block: int = BLOCK_ELEMENTS, centroids: str = "uniform") -> None:
         super().__init__(scales, block)

@@ -16,7 +16,6 @@ with P and M the probability and the first moment of cell i; found by bisection.
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -27,10 +26,14 @@ from compactdist.codecs import affine
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice
-from compactdist.codecs.quantized import ScalarQuantizer, least_squares_scale, scale_sums, storable_scale
+from compactdist.codecs.quantized import (
+    SIGMA_OF_MEAN_MAGNITUDE,
+    ScalarQuantizer,
+    least_squares_scale,
+    scale_sums,
+    storable_scale,
+)
 from compactdist.codecs.shapes import BLOCK_ELEMENTS
-
-_SIGMA_OF_MEAN_MAGNITUDE = math.sqrt(math.pi / 2)
 
 
 class LloydMaxQuantizer(ScalarQuantizer):
@@ -71,7 +74,7 @@ class LloydMaxQuantizer(ScalarQuantizer):
         # Mean square over mean magnitude: sigma for a Gaussian, and wider for heavier tails, whose large
         # values carry the energy (on Laplace data 2.2 dB better at 4 bits than the mean magnitude alone).
         energy, mean = scale_sums(magnitude * magnitude, layout), scale_sums(magnitude * t, layout)
-        sigma = kernels.divide_or_zero(energy, mean * _SIGMA_OF_MEAN_MAGNITUDE)
+        sigma = kernels.divide_or_zero(energy, mean * SIGMA_OF_MEAN_MAGNITUDE)
         index = kernels.count_above(kernels.normalised(magnitude, t, sigma), borders)
         codes = (values < 0).to(torch.uint8).mul_(len(self.magnitudes)).add_(index).view(-1)
         packed = kernels.pack_codes(codes, self.bits)

@@ -14,13 +14,18 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from functools import cache
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from compactdist.codecs import affine
-from compactdist.codecs.base import Codec, check_payload
+from compactdist.codecs.base import Codec, Cut, check_payload
+from compactdist.codecs.kernels import cpu_kernels
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice, check_integer
@@ -29,7 +34,8 @@ from compactdist.errors import CodecConfigError, NonFiniteError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_SMALLEST_SCALE = 2.0**-87
+SMALLEST_SCALE = 2.0**-87
+SIGMA_OF_MEAN_MAGNITUDE = math.sqrt(math.pi / 2)
 _SMALLEST_RELATIVE_SCALE = 2.0**-60
 
 
@@ -87,6 +93,10 @@ class ScalarQuantizer(Codec):
     bits: ClassVar[int]
     base3: ClassVar[bool] = False
     offsets: bool = False
+    fused: ClassVar[Literal["", "sign", "nearest", "linear"]] = ""
+    """What the CPU kernels compute in place of ``_row_statistic`` and ``_fit``: the sign; the sign and the nearest of
+    ``magnitudes``; integers up to 127. Empty: nothing of theirs, the steps go through ``encode`` and ``decode``. They
+    know the default options only; a subclass that changes any of this sets it to empty."""
 
     def __init__(self, scales: str = "token_channel", block: int = BLOCK_ELEMENTS) -> None:
         self.scales = check_choice(self.codec_id, "scales", scales, ("token_channel", "block"))
@@ -149,7 +159,7 @@ class ScalarQuantizer(Codec):
         packed, c = self._fit(values, magnitude, t, layout)
         payload[: layout.codes_nbytes] = packed
         c = c / factor
-        c_bytes = kernels.encode_bf16(torch.where(c < _SMALLEST_SCALE, torch.zeros_like(c), c))
+        c_bytes = kernels.encode_bf16(torch.where(c < SMALLEST_SCALE, torch.zeros_like(c), c))
         payload[layout.channel_scales_at :][: c_bytes.numel()] = c_bytes
         return payload
 
@@ -178,6 +188,32 @@ class ScalarQuantizer(Codec):
         c = kernels.decode_bf16(c_bytes).view(layout.groups, 1, per_group)
         levels = self._levels(payload[: layout.codes_nbytes], layout.elements)
         return kernels.dequantize(levels, t, c)
+
+    @torch.no_grad()
+    def encode_residual(self, x: Tensor, base: Tensor | None, cut: Cut, out: Tensor | None = None) -> Tensor:
+        kernels = self._fused_steps(cut.numel)
+        if kernels is not None and kernels.supports(self, cut, x, base, out):
+            payload: Tensor | None = kernels.encode_residual(self, x, base, cut, out)
+            if payload is not None:
+                return payload
+        return super().encode_residual(x, base, cut, out)  # says what is wrong where something is not finite
+
+    @torch.no_grad()
+    def decode_residual(self, payload: Tensor, base: Tensor | None, cut: Cut, out: Tensor) -> None:
+        kernels = self._fused_steps(cut.numel)
+        if kernels is not None and kernels.supports(self, cut, out, base):
+            payload = check_payload(payload, self.payload_nbytes(cut.shape, torch.float32), self.codec_id)
+            kernels.decode_residual(self, payload, base, cut, out)
+        else:
+            super().decode_residual(payload, base, cut, out)
+
+    def _fused_steps(self, numel: int) -> Any:
+        """The module with the fused steps, or ``None`` where the options or the size call for the reference."""
+        return cpu_kernels(numel) if self.fused and not self.get_config() else None
+
+    def level_table(self) -> NDArray[np.float32]:
+        """Levels of the codes in each byte, float32 ``(256 * 8 / bits,)``; empty if codes are integers."""
+        return np.empty(0, np.float32) if self.fused == "linear" else _level_table(type(self))
 
     def _row_statistic(self, magnitude: Tensor) -> Tensor:
         """What ``t`` is proportional to, ``(G, R, 1)``: the sum of magnitudes."""
@@ -239,3 +275,16 @@ def storable_scale(c: Tensor, *, up: bool = False) -> Tensor:
     """
     rounded = kernels.round_bf16(c, up=up)
     return torch.where(rounded < _SMALLEST_RELATIVE_SCALE, torch.zeros_like(rounded), rounded)
+
+
+@cache
+def _level_table(kind: type[ScalarQuantizer]) -> NDArray[np.float32]:
+    every_byte = torch.arange(256).to(torch.uint8)
+    levels: NDArray[np.float32] = kind()._levels(every_byte, 256 * (8 // kind.bits)).contiguous().numpy()
+    return levels
+
+
+def magnitude_table(codec: Any) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:
+    """The borders between the magnitudes of a codec, and the magnitudes."""
+    borders = [(low + high) / 2 for low, high in pairwise(codec.magnitudes)]
+    return tuple(map(np.float32, borders)), tuple(map(np.float32, codec.magnitudes))

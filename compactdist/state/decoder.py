@@ -72,8 +72,10 @@ class StreamDecoder(StreamState):
             )
         arrangement = self.arrangement
         assert arrangement is not None
-        decoded = arrangement.to_flat(codec.decode(payload, arrangement.shape, torch.float32))
-        value = self.history.reconstruct(decoded, dtype)
+        base = self.history.base
+        # in place, unless the last value is needed for the velocity
+        value = torch.empty(numel, dtype=dtype, device=frame.device) if base is None or self.config.order > 1 else base
+        self.history.reconstruct(payload, codec, arrangement, value)
         self.history.advance(value)
         self.sequence += 1
         self.follow(header.next_groups, header.next_channels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from compactdist.errors import LayoutError, NonFiniteError
 from compactdist.state.find_layout import find_arrangement
 from compactdist.state.layout import Arrangement
 from compactdist.state.predictor import History
-from compactdist.state.stream import StreamConfig, StreamState
+from compactdist.state.stream import Spares, StreamConfig, StreamState
 from compactdist.wire import KEY, NO_STATE, NONFINITE, STATELESS, Header, pack, raw_payload
 
 __all__ = ["Staged", "StreamEncoder"]
@@ -39,19 +40,35 @@ class Staged:
     searched: bool = False
 
 
+def _references_of_a_fresh_object() -> int:
+    """What ``getrefcount`` says of a local that nobody else holds: 2, or less where calls borrow (Python 3.14)."""
+    fresh = object()
+    return sys.getrefcount(fresh)
+
+
+_UNSHARED = _references_of_a_fresh_object()
+
+
 def _own(flat: Tensor) -> Tensor:
     """A copy of the caller's values with plain strides."""
     return flat.clone(memory_format=torch.contiguous_format)
 
 
+def _bounded(residual: Tensor) -> Tensor:
+    """The residual with infinity cut to the largest float32; a copy, for without prediction it is the caller's."""
+    limit = torch.finfo(torch.float32).max
+    return residual.clamp(-limit, limit)
+
+
 class StreamEncoder(StreamState):
     """Encoder of one directed stream inside a group: stages a frame, and commits once it is on its way."""
 
-    __slots__ = ("_open_loop", "_searched")
+    __slots__ = ("_open_loop", "_searched", "_spares")
 
-    def __init__(self, config: StreamConfig, key: int, where: str) -> None:
+    def __init__(self, config: StreamConfig, key: int, where: str, spares: Spares | None = None) -> None:
         super().__init__(config, key, where)
         self._searched = False
+        self._spares = spares
         open_loop = config.order > 0 and not config.closed_loop
         self._open_loop = History(config.order, config.damping) if open_loop else None
 
@@ -135,20 +152,28 @@ class StreamEncoder(StreamState):
         source = self._open_loop if self._open_loop is not None else self.history
         arrangement = self.arrangement
         assert arrangement is not None
-        residual = source.residual(flat)
+        # one step where sender and receiver predict the same: the last value, or nothing
+        fused = self._open_loop is None and self.history.velocity is None
+        value = None
+        if self.config.order > 0 or want_value:
+            value = torch.empty_like(flat) if self._spares is None else self._spares.take(flat)
         try:
-            payload = codec.encode(arrangement.to_matrix(residual))
+            if fused:
+                payload = codec.encode_residual(flat, self.history.base, arrangement, value)
+            else:
+                payload = codec.encode(arrangement.to_matrix(source.residual(flat)))
         except NonFiniteError as error:
             if not bool(torch.isfinite(flat).all()):
                 raise NonFiniteError(f"{self.where}: {error}") from None
             # two huge finite values: send as much of the change as float32 holds, the next frame brings the rest
-            limit = torch.finfo(torch.float32).max
-            residual.clamp_(-limit, limit)
-            payload = codec.encode(arrangement.to_matrix(residual))
+            payload = codec.encode(arrangement.to_matrix(_bounded(source.residual(flat))))
+            fused = False
+        if value is not None and not fused:
+            self.history.reconstruct(payload, codec, arrangement, value)
         found = None
         search = self.config.find_layout and not arrangement.hint and not self._searched
         if search:
-            found = find_arrangement(residual)
+            found = find_arrangement(_bounded(source.residual(flat)))
             if found.shape == arrangement.shape:
                 found = None
         header = replace(
@@ -161,10 +186,6 @@ class StreamEncoder(StreamState):
             next_groups=found.groups if found else 0,
             next_channels=found.channels if found else 0,
         )
-        value = None
-        if self.config.order > 0 or want_value:
-            decoded = arrangement.to_flat(codec.decode(payload, arrangement.shape, torch.float32))
-            value = self.history.reconstruct(decoded, flat.dtype)
         exact = _own(flat) if self._open_loop is not None else None
         return Staged(pack(header, payload, frame_nbytes), value, header, exact, found, search)
 
@@ -249,7 +270,11 @@ class StreamEncoder(StreamState):
             self.start(header.numel, header.dtype, hint)
         self._searched = self._searched or staged.searched
         if staged.value is not None:
+            last = self.history.base
             self.history.advance(staged.value)
+            # with more references than a fresh object has, someone still reads the old reconstruction
+            if self._spares is not None and last is not None and sys.getrefcount(last) <= _UNSHARED:
+                self._spares.give(last)
         if self._open_loop is not None and staged.exact is not None:
             self._open_loop.advance(staged.exact)
         if staged.next_arrangement is not None:

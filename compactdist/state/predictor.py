@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compactdist.codecs.base import Codec, Cut
+
 __all__ = ["History"]
 
 
@@ -49,12 +51,20 @@ class History:
         prediction = self.predict()
         return flat.float() if prediction is None else flat.float() - prediction
 
-    def reconstruct(self, decoded: Tensor, dtype: torch.dtype) -> Tensor:
-        """``prediction + decoded`` rounded to ``dtype``, kept finite; does not change the history."""
+    def reconstruct(self, payload: Tensor, codec: Codec, cut: Cut, out: Tensor) -> None:
+        """Write the prediction plus the decoded payload to ``out``, rounded to its dtype and kept finite.
+
+        ``out`` may be ``base``; apart from that the history stays as it is.
+        """
+        if self.velocity is None:
+            codec.decode_residual(payload, self.base, cut, out)
+            return
         prediction = self.predict()
-        total = decoded if prediction is None else prediction + decoded
-        limit = torch.finfo(dtype).max
-        return total.clamp(-limit, limit).to(dtype)
+        assert prediction is not None
+        total = prediction + cut.to_flat(codec.decode(payload, cut.shape, torch.float32))
+        limit = torch.finfo(out.dtype).max
+        with torch.inference_mode():  # a state made in this mode could not be written to outside of it
+            out.copy_(total.clamp(-limit, limit))
 
     def next_velocity(self, value: Tensor) -> Tensor | None:
         """The velocity that goes with a new value (zero for the first one)."""

@@ -141,7 +141,7 @@ class ResidualDecoder:
 
     @property
     def state(self) -> Tensor | None:
-        """The reconstruction held: flat, or ``None``. Do not write to it."""
+        """The reconstruction held: flat, or ``None``. Do not write to it; the next frame does."""
         return self._stream.history.base
 
     @property

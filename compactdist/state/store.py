@@ -9,7 +9,7 @@ from typing import Any
 from compactdist.keys import key_hash
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
-from compactdist.state.stream import StreamConfig
+from compactdist.state.stream import Spares, StreamConfig
 
 __all__ = ["Site", "StateStore"]
 
@@ -28,11 +28,12 @@ class Site:
 
     ALL = -1
 
-    def __init__(self, key: str, config: StreamConfig, label: str) -> None:
+    def __init__(self, key: str, config: StreamConfig, label: str, spares: Spares | None = None) -> None:
         self.key = key
         self.hash = key_hash(key)
         self._config = config
         self._label = label
+        self._spares = spares
         self.encoders: dict[int, StreamEncoder] = {}
         self.decoders: dict[int, StreamDecoder] = {}
         self.refused: set[int] = set()
@@ -45,7 +46,7 @@ class Site:
         found = self.encoders.get(peer)
         if found is None:
             found = self.encoders[peer] = StreamEncoder(
-                self._config, self.hash, f"{self._label}, sending to rank {peer}"
+                self._config, self.hash, f"{self._label}, sending to rank {peer}", self._spares
             )
         return found
 
@@ -78,12 +79,17 @@ class StateStore:
         config: how streams predict.
         label: start of every error message, naming group and rank.
         budget_bytes: cap on history tensors of this rank; ``None`` for no cap.
+
+    Attributes:
+        spares: buffers to write the next reconstructions to, one of each size for all sites. They hold no history and
+            are not counted as state.
     """
 
     def __init__(self, config: StreamConfig, label: str, budget_bytes: int | None) -> None:
         self.config = config
         self._label = label
         self.budget_bytes = budget_bytes
+        self.spares = Spares()
         self._reserved = 0
         self._sites: dict[str, Site] = {}
         self._lock = threading.Lock()
@@ -93,7 +99,7 @@ class StateStore:
         found = self._sites.get(key)
         if found is None:
             with self._lock:
-                found = self._sites.setdefault(key, Site(key, self.config, f"{self._label}, site '{key}'"))
+                found = self._sites.setdefault(key, Site(key, self.config, f"{self._label}, site '{key}'", self.spares))
         return found
 
     def sites(self) -> list[Site]:
@@ -140,6 +146,7 @@ class StateStore:
                 site = self._sites.pop(key)
                 self._reserved -= sum(nbytes for _, nbytes in site.reserved.values())
                 site.reserved.clear()
+            self.spares.clear()
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes held per key."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
@@ -16,7 +17,7 @@ from compactdist.state.layout import Arrangement, blocks, plain
 from compactdist.state.predictor import History
 from compactdist.wire import HEADER_NBYTES, SHAPE_NBYTES, raw_nbytes
 
-__all__ = ["COMPRESSIBLE_DTYPES", "StreamConfig", "StreamState"]
+__all__ = ["COMPRESSIBLE_DTYPES", "Spares", "StreamConfig", "StreamState"]
 
 COMPRESSIBLE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -59,6 +60,35 @@ class StreamConfig:
     def closed_loop(self) -> bool:
         """Whether residuals are taken against the reconstruction."""
         return self.order > 0 and self.error_feedback is not False
+
+
+class Spares:
+    """Buffers that reconstructions are written to: at most one of each size, shared by the streams of a group.
+
+    A sender writes the next reconstruction beside the last one, for a frame that was only staged must change nothing;
+    when the frame is committed the two change places.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers that lie ready."""
+        return sum(held.nbytes for held in tuple(self._held.values()))
+
+    def take(self, like: Tensor) -> Tensor:
+        """A flat buffer as large as ``like``, with anything in it."""
+        held = self._held.pop((like.numel(), like.dtype, like.device), None)
+        return torch.empty(like.numel(), dtype=like.dtype, device=like.device) if held is None else held
+
+    def give(self, buffer: Tensor) -> None:
+        """Take back a buffer that nobody reads any more."""
+        self._held[buffer.numel(), buffer.dtype, buffer.device] = buffer
+
+    def clear(self) -> None:
+        """Let go of all buffers."""
+        self._held.clear()
 
 
 class StreamState:

@@ -1,0 +1,217 @@
+"""The fused steps against the reference: the same payload bytes and the same reconstruction, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compactdist import codecs
+from compactdist.codecs.kernels import cpu_kernels, use
+from compactdist.errors import NonFiniteError, PayloadError
+from compactdist.state.layout import Arrangement, Layout, blocks, plain
+
+cpu = pytest.importorskip("compactdist.codecs.kernels.cpu")
+
+CODECS = ("binary", "int2", "int4", "int8")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUTS = (
+    *(plain(g * r * c, g, c) for g, r, c in itertools.product((1, 3), (1, 2, 33, 63, 64, 65), (8, 56, 64, 72))),
+    plain(70 * 3072, 1, 3072),
+    plain(97 * 264, 1, 264),
+    plain(200 * 136, 1, 136),
+    plain(40 * 65, 1, 65),
+    *(blocks(n) for n in (1, 17, 128, 129, 300, 128 * 64, 128 * 70 + 3)),
+    Layout("(kv b h s d) -> kv (b s) (h d)", kv=2, b=2, h=3, d=32).resolve(2 * 2 * 3 * 33 * 32),
+    Layout("(b h s d) -> 1 (b s) (h d)", b=2, h=5, d=24).resolve(2 * 5 * 35 * 24),
+    Layout("(b h s d) -> (b h) s d", b=2, h=5, d=64).resolve(2 * 5 * 20 * 64),
+    Layout("(s kv h d) -> (kv h) s d", kv=2, h=2, d=64).resolve(66 * 4 * 64),
+    Layout("(h s d) -> 1 s (d h)", h=3, d=8).resolve(3 * 40 * 8),
+)
+
+
+def _special(kind: str, cut: Arrangement, g: torch.Generator) -> Tensor:
+    x = torch.zeros(cut.numel, dtype=torch.float64)
+    noise = torch.randn(cut.numel, generator=g, dtype=torch.float64)
+    if kind == "constant":
+        x += 0.75
+    elif kind == "denormal":
+        x = noise * 2.0**-130
+    elif kind == "denormal-and-normal":
+        x = torch.where(noise > 0, noise, noise * 2.0**-128)
+    elif kind == "huge":
+        x = noise.clamp(-1, 1) * 1.6e38
+    elif kind == "wide":
+        x = noise * torch.exp2(torch.randn(cut.numel, generator=g, dtype=torch.float64) * 40)
+    elif kind == "one-hot":
+        x[int(torch.randint(cut.numel, (), generator=g))] = -3.0
+    elif kind == "L":
+        rows = torch.arange(cut.numel) // cut.channels
+        x = torch.where((rows == 0) | (torch.arange(cut.numel) % cut.channels == 0), noise * 100, noise * 1e-3)
+    elif kind == "zero-rows":
+        x = noise * (torch.arange(cut.numel) // cut.channels % 3 == 0)
+    elif kind == "gaussian":
+        x = noise
+    return x
+
+
+KINDS = (
+    "zeros",
+    "constant",
+    "denormal",
+    "denormal-and-normal",
+    "huge",
+    "wide",
+    "one-hot",
+    "L",
+    "zero-rows",
+    "gaussian",
+)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    limit = torch.finfo(dtype).max / 2
+    return x.clamp(-limit, limit).to(dtype)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def _both(codec_id: str, x: Tensor, base: Tensor | None, cut: Arrangement) -> None:
+    codec = codecs.get(codec_id)
+    expected, got = torch.empty_like(x), torch.empty_like(x)
+    with use("reference"):
+        reference = codec.encode_residual(x, base, cut, expected)
+    with use("cpu"):
+        payload = codec.encode_residual(x, base, cut, got)
+        assert torch.equal(payload, reference)
+        assert torch.equal(_bytes(got), _bytes(expected))
+        in_place = torch.empty_like(x) if base is None else base.clone()
+        codec.decode_residual(payload, None if base is None else in_place, cut, in_place)
+        assert torch.equal(_bytes(in_place), _bytes(expected))
+
+
+@given(
+    codec_id=st.sampled_from(CODECS),
+    dtype=st.sampled_from(DTYPES),
+    cut=st.sampled_from(CUTS),
+    kind=st.sampled_from(KINDS),
+    based=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_same_bytes_as_the_reference(codec_id, dtype, cut, kind, based, seed):
+    g = torch.Generator().manual_seed(seed)
+    change = _special(kind, cut, g)
+    base = _cast(torch.randn(cut.numel, generator=g) * (1 if kind == "gaussian" else 0.01), dtype) if based else None
+    _both(codec_id, _cast(change if base is None else base.double() + change, dtype), base, cut)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec_id", CODECS)
+def test_same_bytes_in_every_arrangement(codec_id, dtype):
+    for seed, cut in enumerate(CUTS):
+        g = torch.Generator().manual_seed(seed)
+        base = torch.randn(cut.numel, generator=g).to(dtype)
+        _both(codec_id, (base.float() + _special("L", cut, g)).to(dtype), base, cut)
+
+
+@pytest.mark.parametrize("codec_id", CODECS)
+def test_same_reconstruction_of_any_payload(codec_id):
+    """Bytes no encoder makes: scales beyond one, infinite and negative ones. NaN may differ in its bits only."""
+    cut, codec = plain(2 * 70 * 72, 2, 72), codecs.get(codec_id)
+    for seed, dtype in itertools.product(range(20), DTYPES):
+        g = torch.Generator().manual_seed(seed)
+        payload = torch.randint(256, (codec.payload_nbytes(cut.shape, torch.float32),), generator=g).to(torch.uint8)
+        base, expected, got = (torch.randn(cut.numel, generator=g).to(dtype) for _ in range(3))
+        with use("reference"):
+            codec.decode_residual(payload, base, cut, expected)
+        with use("cpu"):
+            codec.decode_residual(payload, base, cut, got)
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(_bytes(got.nan_to_num()), _bytes(expected.nan_to_num()))
+
+
+def test_the_fused_steps_are_what_runs():
+    cut = plain(64 * 64, 1, 64)
+    x = torch.randn(cut.numel)
+    for codec_id in CODECS:
+        assert cpu.supports(codecs.get(codec_id), cut, x, None)
+    assert not cpu.supports(codecs.get("binary"), plain(40 * 65, 1, 65), x, None), "rows that share bytes"
+    assert not cpu.supports(codecs.get("binary"), cut, x.double(), None)
+    assert not cpu.supports(codecs.get("binary"), cut, x, x.half())
+    assert cpu_kernels(1 << 20) is cpu
+    assert cpu_kernels(100) is None
+    with use("reference"):
+        assert cpu_kernels(1 << 20) is None
+        with use("cpu"):
+            assert cpu_kernels(100) is cpu
+    with pytest.raises(ValueError, match="gpu"), use("gpu"):
+        pass
+
+
+def test_every_16_bit_pattern_is_converted_as_torch_does():
+    loops = pytest.importorskip("compactdist.codecs.kernels.cpu_elements")
+    patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        x = patterns.view(dtype)
+        wide = torch.empty(65536)
+        loops.convert_in(cpu._bits(x, dtype), wide.numpy())
+        assert torch.equal(wide.isnan(), x.isnan())
+        assert torch.equal(_bytes(wide[~x.isnan()]), _bytes(x.float()[~x.isnan()]))
+        # each value, the middles between neighbours, and what lies just beside those
+        finite = x[x.isfinite()].float()
+        ordered = finite.sort().values
+        middles = (ordered[1:].double() + ordered[:-1].double()).div(2).float()
+        infinity = torch.tensor(torch.inf)
+        values = torch.cat([finite, middles, middles.nextafter(infinity), middles.nextafter(-infinity)])
+        values = torch.cat([values, torch.tensor([torch.nan, 0.0, -0.0])])
+        narrow = torch.empty(values.numel(), dtype=dtype)
+        loops.convert_out(values.numpy(), cpu._bits(narrow, dtype))
+        expected = values.to(dtype)
+        assert torch.equal(narrow.isnan(), expected.isnan())
+        assert torch.equal(_bytes(narrow[~narrow.isnan()]), _bytes(expected[~narrow.isnan()]))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec_id", CODECS)
+def test_not_finite_is_found_and_nothing_written(codec_id, dtype, bad):
+    cut, codec = plain(3 * 70 * 72, 3, 72), codecs.get(codec_id)
+    x, base, out = (torch.randn(cut.numel).to(dtype) for _ in range(3))
+    x[-1] = bad
+    before = out.clone()
+    with use("cpu"), pytest.raises(NonFiniteError, match=f"1 of {cut.numel} elements"):
+        codec.encode_residual(x, base, cut, out)
+    assert torch.equal(out, before)
+
+
+@pytest.mark.parametrize("codec_id", CODECS)
+def test_a_difference_beyond_float32_is_not_finite(codec_id):
+    cut = plain(70 * 72, 1, 72)
+    x = torch.full((cut.numel,), 3e38)
+    with use("cpu"), pytest.raises(NonFiniteError):
+        codecs.get(codec_id).encode_residual(x, -x, cut)
+
+
+def test_a_payload_of_another_length_is_refused():
+    cut = plain(70 * 72, 1, 72)
+    base = torch.randn(cut.numel)
+    with use("cpu"), pytest.raises(PayloadError):
+        codecs.get("int2").decode_residual(torch.zeros(5, dtype=torch.uint8), base, cut, base)
+
+
+def test_strided_and_inference_tensors():
+    cut, codec = plain(70 * 72, 1, 72), codecs.get("int4")
+    x = torch.randn(cut.numel, 2)[:, 1]
+    _both("int4", x, None, cut)
+    with torch.inference_mode():
+        base = torch.randn(cut.numel)
+    payload = codec.encode_residual(x, base, cut)
+    for kernels in ("reference", "cpu"):
+        with use(kernels):
+            codec.decode_residual(payload, base, cut, base)

@@ -1,0 +1,175 @@
+"""Threads, memory and imports of the CPU kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from compactdist import codecs
+from compactdist.codecs.kernels import use
+from compactdist.errors import NonFiniteError
+from compactdist.state import ResidualDecoder, ResidualEncoder, StateStore, StreamConfig
+from compactdist.state.layout import plain
+
+cpu = pytest.importorskip("compactdist.codecs.kernels.cpu")
+CODECS = ("binary", "int2", "int4", "int8")
+CUT = plain(2 * 301 * 264, 2, 264)
+
+
+@pytest.fixture
+def threads():
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("codec_id", CODECS)
+def test_no_byte_depends_on_the_number_of_threads(codec_id, threads):
+    codec = codecs.get(codec_id)
+    base = torch.randn(CUT.numel).bfloat16()
+    x = base + torch.randn(CUT.numel).bfloat16() / 8
+    results = []
+    for count in (1, 2, 3, 5):
+        threads(count)
+        out = torch.empty_like(x)
+        results.append((codec.encode_residual(x, base, CUT, out), out))
+    for payload, out in results[1:]:
+        assert torch.equal(payload, results[0][0])
+        assert torch.equal(out, results[0][1])
+
+
+def test_callers_on_several_threads(threads):
+    threads(2)
+    codec = codecs.get("int2")
+    inputs = [torch.randn(CUT.numel, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    expected = [codec.encode_residual(x, None, CUT) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda x: codec.encode_residual(x, None, CUT), inputs))
+    assert all(map(torch.equal, got, expected))
+
+
+def test_a_forked_child_makes_threads_of_its_own(threads):
+    threads(2)
+    codec, x = codecs.get("int2"), torch.randn(CUT.numel)
+    expected = codec.encode_residual(x, None, CUT)
+    assert cpu._pool is not None
+    child = os.fork()
+    if child == 0:
+        # one thread of torch's: its own pool does not survive a fork
+        torch.set_num_threads(1)
+        done: list[tuple[int, int]] = []
+        torch.get_num_threads, before = (lambda: 2), torch.get_num_threads
+        cpu._spread(lambda lo, hi: done.append((lo, hi)), 10, 1 << 20)
+        torch.get_num_threads = before
+        os._exit(0 if sorted(done) == [(0, 5), (5, 10)] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(codec.encode_residual(x, None, CUT), expected)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("codec_id", CODECS)
+def test_a_hundred_steps_take_no_more_memory(codec_id):
+    encoder, decoder = ResidualEncoder(codec_id), ResidualDecoder(codec_id)
+    x = torch.randn(1 << 18)
+    for step in range(110):
+        decoder.decode(encoder.encode(x * (1 + step / 100)))
+        if step == 10:
+            before = _resident()
+    assert _resident() - before < 4 * x.nbytes
+
+
+def test_streams_of_a_store_share_one_spare():
+    store = StateStore(StreamConfig(find_layout=False), "group", None)
+    codec, x = codecs.get("int2"), torch.randn(1 << 15)
+    encoders = [store.site(f"site{i}").encoder(0) for i in range(5)]
+    for step in range(4):
+        for encoder in encoders:
+            staged = encoder.stage(x * (step + 1), codec, keyframe=step == 0)
+            held = encoder.history.base
+            before = None if held is None else held.clone()
+            repeated = encoder.stage(x * (step + 1), codec, keyframe=step == 0)
+            assert torch.equal(repeated.frame, staged.frame), "a staged frame changed the state"
+            assert held is None or torch.equal(held, before)
+            del held
+            encoder.commit(staged)
+    assert sum(store.state_bytes().values()) == 5 * x.nbytes
+    assert store.spares.nbytes == x.nbytes
+    store.reset()
+    assert store.spares.nbytes == 0
+
+
+def test_a_reconstruction_in_someones_hands_is_not_written_over():
+    store = StateStore(StreamConfig(find_layout=False), "group", None)
+    codec, x, encoder = codecs.get("binary"), torch.randn(1 << 15), store.site("a").encoder(0)
+    kept, copies = [], []
+    for step in range(5):
+        staged = encoder.stage(x * (step + 1), codec, keyframe=step == 0)
+        encoder.commit(staged)
+        kept.append(staged.value)
+        copies.append(staged.value.clone())
+        del staged
+    assert all(map(torch.equal, kept, copies))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("codec_id", CODECS)
+def test_frames_are_those_of_the_reference(codec_id, order, dtype):
+    frames: dict[str, list[torch.Tensor]] = {}
+    for kernels in ("reference", "cpu"):
+        torch.manual_seed(1)
+        encoder, decoder = ResidualEncoder(codec_id, order=order), ResidualDecoder(codec_id, order=order)
+        x = torch.randn(3, 70, 136)
+        frames[kernels] = []
+        with use(kernels):
+            for step in range(6):
+                x = x + 0.1 * torch.randn_like(x)
+                value = x.to(dtype)
+                if step in (3, 4) and dtype != torch.float16:
+                    value = value.sign() * (3e38 if step == 3 else -3e38)  # and back: differences no float32 holds
+                frame = encoder.encode(value)
+                frames[kernels] += [frame, decoder.decode(frame).view(torch.uint8).reshape(-1)]
+                assert order == 0 or torch.equal(encoder.state, decoder.state)
+            bad = x.to(dtype).clone()
+            bad[0, 0, 0] = torch.nan
+            with pytest.raises(NonFiniteError, match="stand-alone stream"):
+                encoder.encode(bad)
+            frames[kernels].append(encoder.encode(x.to(dtype)))
+    assert all(map(torch.equal, frames["reference"], frames["cpu"]))
+
+
+def test_numba_is_loaded_only_when_it_is_needed():
+    script = (
+        "import sys, compactdist, torch; from compactdist import codecs; "
+        "codecs.get('int2').decode(codecs.get('int2').encode(torch.randn(4, 64)), (4, 64), torch.float32); "
+        "assert 'numba' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_without_numba_the_reference_runs_and_says_so_once():
+    script = """
+import sys, logging
+sys.modules["numba"] = None
+import torch
+from compactdist import codecs
+from compactdist.state.layout import plain
+seen = []
+handler = logging.Handler()
+handler.emit = lambda record: seen.append(record.getMessage())
+logging.getLogger("compactdist").addHandler(handler)
+logging.getLogger("compactdist").setLevel(logging.INFO)
+cut = plain(1 << 16, 1, 128)
+for _ in range(3):
+    codecs.get("int2").encode_residual(torch.randn(1 << 16), None, cut, torch.empty(1 << 16))
+assert len(seen) == 1 and "Numba" in seen[0], seen
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
