@@ -42,19 +42,25 @@ def _spread_bits(energy: Tensor, samples: int) -> float:
     return saved - 0.5 * math.log2(math.e) / samples
 
 
-def _gain_bits(square: Tensor, groups: int, channels: int) -> float:
-    """Net saving in bits per element of seeing ``square`` (flat, squared values) as (groups, rows, channels)."""
+def _gain_bits(square: Tensor, groups: int, channels: int) -> tuple[float, float]:
+    """Saving in bits per element of seeing ``square`` (flat, squared values) as (groups, rows, channels).
+
+    Returns:
+        The saving less what the scales cost, and the saving itself: what structure there is.
+    """
     matrix = square.view(groups, -1, channels)
     rows = matrix.shape[1]
     per_channel = matrix.mean(1)
-    gain = 0.0
+    gain = cost = 0.0
     if rows >= MIN_ROWS_FOR_CHANNEL_SCALES:
-        gain = _spread_bits(per_channel.reshape(1, -1), rows) - 16 / rows
+        gain = _spread_bits(per_channel.reshape(1, -1), rows)
+        cost = 16 / rows
     if channels >= MIN_CHANNELS_FOR_ROW_SCALES:
         floor = per_channel.mean(-1, keepdim=True) * 1e-6 + torch.finfo(torch.float32).tiny
         per_row = (matrix / (per_channel + floor)[:, None]).mean(-1)
-        gain += max(0.0, _spread_bits(per_row, channels)) - 8 / channels
-    return gain
+        gain += max(0.0, _spread_bits(per_row, channels))
+        cost += 8 / channels
+    return gain - cost, gain
 
 
 def find_arrangement(residual: Tensor) -> Arrangement:
@@ -82,22 +88,24 @@ def find_arrangement(residual: Tensor) -> Arrangement:
     def first_look(channels: int) -> float:
         rows = max(MIN_ROWS_FOR_CHANNEL_SCALES, min(numel, _SEARCH_ELEMENTS) // channels)
         part = square[: min(numel, rows * channels)]
-        return _gain_bits(part[: part.numel() // channels * channels], 1, channels)
+        return _gain_bits(part[: part.numel() // channels * channels], 1, channels)[0]
 
-    base = _block_gain(square)
+    base, structure_of_blocks = _block_gain(square)
     ranked = sorted(candidates, key=first_look, reverse=True)[:4]
     best, best_gain = default, base + _MIN_GAIN_BITS
     for channels in ranked:
         for groups in _divisors(
             numel // channels, 1, min(_MAX_GROUPS, numel // channels // MIN_ROWS_FOR_CHANNEL_SCALES)
         ):
-            gain = _gain_bits(square, groups, channels)
+            gain, structure = _gain_bits(square, groups, channels)
+            if structure < structure_of_blocks + _MIN_GAIN_BITS:
+                continue  # narrow rows cost fewer scales, but coding them takes longer: only structure is worth it
             if gain > best_gain + (1e-3 if groups > best.groups else 0.0):
                 best, best_gain = plain(numel, groups, channels), gain
     return best
 
 
-def _block_gain(square: Tensor) -> float:
+def _block_gain(square: Tensor) -> tuple[float, float]:
     shape = blocks(square.numel()).shape
     missing = math.prod(shape) - square.numel()
     padded = torch.nn.functional.pad(square, (0, missing)) if missing else square
