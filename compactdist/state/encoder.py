@@ -156,7 +156,7 @@ class StreamEncoder(StreamState):
         fused = self._open_loop is None and self.history.velocity is None
         value = None
         if self.config.order > 0 or want_value:
-            value = torch.empty_like(flat) if self._spares is None else self._spares.take(flat)
+            value = (self._spares or Spares()).take(flat)
         try:
             if fused:
                 payload = codec.encode_residual(flat, self.history.base, arrangement, value)

@@ -83,3 +83,10 @@ def test_warmup_frames_are_exact():
     error = errors(wander(6), codec="binary", warmup_steps=4)
     assert error[:4] == [0, 0, 0, 0]
     assert error[4] > 0
+
+
+def test_an_empty_tensor_of_odd_strides_can_be_a_residual():
+    encoder, decoder = kit.pair(codec="binary", warmup_steps=0)
+    for x in (torch.zeros(0), torch.zeros(0, 2)[:, 1], torch.zeros(0)):
+        assert decoder.decode(encoder.encode(x)).shape == (0,)
+        kit.check_in_step(encoder, decoder)
