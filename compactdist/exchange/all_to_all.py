@@ -185,17 +185,16 @@ def _encode(
     hint = ctx.hint(call, numel)
     keyframe = codec.lossless or ctx.in_warmup(call) or encoder.is_fresh(numel, dtype)
     size = encoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe)
-    if ctx.tap is not None:
-        ctx.tap(call, peer, chunk, hint)
-    staged, failure = encoder.stage_or_flag(
+    staged, failure = ctx.stage(
+        encoder,
+        call,
+        peer,
         chunk,
         codec,
         keyframe=keyframe,
-        epoch=call.key.epoch,
         hint=hint,
         frame_nbytes=size,
         refuse_state=refuse,
-        want_value=bool(ctx.sample_every),
     )
     return _Outgoing(peer, staged.frame, encoder, staged, hint, codec), failure
 

@@ -52,17 +52,16 @@ def broadcast(ctx: Context, call: Call, codec: Codec, x: Tensor, root: int, opts
         staged: Staged | None = None
         if is_root:
             encoder = site.encoder(root)
-            if ctx.tap is not None:
-                ctx.tap(call, root, x, hint)
-            staged, failure = encoder.stage_or_flag(
+            staged, failure = ctx.stage(
+                encoder,
+                call,
+                root,
                 x,
                 codec,
                 keyframe=keyframe,
-                epoch=epoch,
                 hint=hint,
                 frame_nbytes=size,
                 refuse_state=not fits,
-                want_value=bool(ctx.sample_every),
             )
             frame = staged.frame
         else:

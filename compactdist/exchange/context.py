@@ -13,10 +13,10 @@ from torch import Tensor
 
 from compactdist import _torch, codecs
 from compactdist.codecs import Codec
-from compactdist.errors import BadOutputError, ConfigError, LayoutError
+from compactdist.errors import BadOutputError, ConfigError, LayoutError, NonFiniteError
 from compactdist.keys import CallKey, KeyBook
 from compactdist.policy import PASS, CallInfo, Policy
-from compactdist.state import COMPRESSIBLE_DTYPES, Arrangement, Layout, Staged, StateStore, StreamConfig
+from compactdist.state import COMPRESSIBLE_DTYPES, Arrangement, Layout, Staged, StateStore, StreamConfig, StreamEncoder
 from compactdist.stats import GroupStats, PassReason
 from compactdist.wire import NONFINITE
 from compactdist.work import Outbox
@@ -168,6 +168,34 @@ class Context:
                     f"{self.label}, {op}: the output for rank {rank} holds {output.numel()} x {output.dtype}, "
                     f"but {numel} x {dtype} will arrive; nothing was sent"
                 )
+
+    def stage(
+        self,
+        encoder: StreamEncoder,
+        call: Call,
+        peer: int,
+        x: Tensor,
+        codec: Codec,
+        *,
+        keyframe: bool,
+        hint: Arrangement | None,
+        frame_nbytes: int,
+        refuse_state: bool = False,
+        want_value: bool = False,
+    ) -> tuple[Staged, NonFiniteError | None]:
+        """Show the tensor to the tap, then make its frame; see ``StreamEncoder.stage_or_flag``."""
+        if self.tap is not None:
+            self.tap(call, peer, x, hint)
+        return encoder.stage_or_flag(
+            x,
+            codec,
+            keyframe=keyframe,
+            epoch=call.key.epoch,
+            hint=hint,
+            frame_nbytes=frame_nbytes,
+            refuse_state=refuse_state,
+            want_value=want_value or bool(self.sample_every),
+        )
 
     def sample_error(self, call: Call, calls: int, x: Tensor, staged: Staged) -> None:
         """Measure how far the reconstruction is from the tensor, on every ``sample_every``-th frame of a stream."""

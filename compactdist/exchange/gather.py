@@ -54,17 +54,17 @@ def all_gather(ctx: Context, call: Call, codec: Codec, outputs: list[Tensor], x:
         need += len(peers) * state_nbytes(ctx.config, numel, dtype, sender=False)
         refuse = keyframe and not ctx.store.reserve(site, Site.ALL, (numel, dtype), need)
         size = max(s.frame_nbytes(codec, numel, dtype, keyframe=keyframe) for s in streams)
-        if ctx.tap is not None:
-            ctx.tap(call, me, x, hint)
-        staged, failure = encoder.stage_or_flag(
+        staged, failure = ctx.stage(
+            encoder,
+            call,
+            me,
             x,
             codec,
             keyframe=keyframe,
-            epoch=epoch,
             hint=hint,
             frame_nbytes=size,
             refuse_state=refuse,
-            want_value=not ctx.exact_local or bool(ctx.sample_every),
+            want_value=not ctx.exact_local,
         )
         gathered = torch.empty(ctx.size * size, dtype=torch.uint8, device=x.device)
         inner = _torch.all_gather_single(ctx.inner, gathered, staged.frame, opts)

@@ -52,16 +52,15 @@ def send(ctx: Context, call: Call, codec: Codec, x: Tensor, peer: int, tag: int)
             staged = encoder.stage_stateless(x, codec, epoch=epoch)
         else:
             size = encoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe)
-            if ctx.tap is not None:
-                ctx.tap(call, peer, x, hint)
-            staged, failure = encoder.stage_or_flag(
+            staged, failure = ctx.stage(
+                encoder,
+                call,
+                peer,
                 x,
                 codec,
                 keyframe=keyframe,
-                epoch=epoch,
                 hint=hint,
                 frame_nbytes=size,
-                want_value=bool(ctx.sample_every),
             )
         inner = ctx.inner.send([staged.frame], peer, tag)
         encoder.commit(staged, hint)
