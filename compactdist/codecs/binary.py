@@ -7,8 +7,9 @@ from torch import Tensor
 
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
-from compactdist.codecs.quantized import ScalarQuantizer, least_squares_scale, storable_scale
+from compactdist.codecs.quantized import ScalarQuantizer
 from compactdist.codecs.registry import register
+from compactdist.codecs.scales import row_weight, scale_sums, storable_scale
 
 
 @register
@@ -23,8 +24,8 @@ class Binary(ScalarQuantizer):
     fused = "sign"
 
     def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        # The codes do not depend on c, so its least-squares value is final at once.
-        c = least_squares_scale(magnitude, t.expand_as(magnitude), layout)
+        # Least squares: the error energy is sum(m ** 2) - sum(m * t) ** 2 / sum(t ** 2), less than there was.
+        c = kernels.divide_or_zero(scale_sums(magnitude * t, layout), row_weight(t, layout))
         codes = (values >= 0).view(-1).to(torch.uint8)
         return kernels.pack_codes(codes, 1), storable_scale(c)
 

@@ -11,8 +11,9 @@ from compactdist.codecs import affine
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice
-from compactdist.codecs.quantized import ScalarQuantizer, storable_scale
+from compactdist.codecs.quantized import ScalarQuantizer
 from compactdist.codecs.registry import register
+from compactdist.codecs.scales import storable_scale
 from compactdist.codecs.shapes import BLOCK_ELEMENTS
 
 _LARGEST_CODE = 127

@@ -26,13 +26,8 @@ from compactdist.codecs import affine
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice
-from compactdist.codecs.quantized import (
-    SIGMA_OF_MEAN_MAGNITUDE,
-    ScalarQuantizer,
-    least_squares_scale,
-    scale_sums,
-    storable_scale,
-)
+from compactdist.codecs.quantized import ScalarQuantizer
+from compactdist.codecs.scales import gaussian_scale, moments
 from compactdist.codecs.shapes import BLOCK_ELEMENTS
 
 
@@ -70,18 +65,11 @@ class LloydMaxQuantizer(ScalarQuantizer):
         return config
 
     def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        c = gaussian_scale(*moments(magnitude, t, layout), self.magnitudes[0])
         borders = [(low + high) / 2 for low, high in pairwise(self.magnitudes)]
-        # Mean square over mean magnitude: sigma for a Gaussian, and wider for heavier tails, whose large
-        # values carry the energy (on Laplace data 2.2 dB better at 4 bits than the mean magnitude alone).
-        energy, mean = scale_sums(magnitude * magnitude, layout), scale_sums(magnitude * t, layout)
-        sigma = kernels.divide_or_zero(energy, mean * SIGMA_OF_MEAN_MAGNITUDE)
-        index = kernels.count_above(kernels.normalised(magnitude, t, sigma), borders)
+        index = kernels.count_above(kernels.normalised(magnitude, t, c), borders)
         codes = (values < 0).to(torch.uint8).mul_(len(self.magnitudes)).add_(index).view(-1)
-        packed = kernels.pack_codes(codes, self.bits)
-        # The codes are settled: fit c again to what they decode to. This is what guarantees the contraction.
-        chosen = kernels.unpack_levels(packed, self.magnitudes * 2, self.bits, layout.elements)
-        c = least_squares_scale(magnitude, chosen.view_as(magnitude).mul_(t), layout)
-        return packed, storable_scale(c)
+        return kernels.pack_codes(codes, self.bits), c
 
     def _levels(self, packed: Tensor, count: int) -> Tensor:
         signed = self.magnitudes + tuple(-level for level in self.magnitudes)

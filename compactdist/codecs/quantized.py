@@ -29,14 +29,11 @@ from compactdist.codecs.kernels import cpu_kernels
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice, check_integer
+from compactdist.codecs.scales import scale_factor, storable_scale
 from compactdist.codecs.shapes import BLOCK_ELEMENTS, matrix_shape
 from compactdist.errors import CodecConfigError, NonFiniteError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-SMALLEST_SCALE = 2.0**-87
-SIGMA_OF_MEAN_MAGNITUDE = math.sqrt(math.pi / 2)
-_SMALLEST_RELATIVE_SCALE = 2.0**-60
 
 
 def finite_amax(magnitude: Tensor, elements: int | None = None) -> Tensor:
@@ -144,22 +141,22 @@ class ScalarQuantizer(Codec):
         """
         if layout.offsets:
             return affine.encode(values, amax, layout)
-        # With magnitudes of about 1, neither sums nor squares leave the range of float32. The factor is a
-        # power of two, so it costs no accuracy and an input scaled by a power of two meets the same
-        # arithmetic.
-        factor = kernels.power_of_two_near_inverse(amax)
-        magnitude.mul_(factor)
+        statistic = self._row_statistic(magnitude)
+        factor = scale_factor(statistic, amax)
+        if bool((factor != 1).any()):
+            magnitude.mul_(factor)
+            statistic = self._row_statistic(magnitude)
         payload = torch.zeros(layout.total_nbytes, dtype=torch.uint8, device=values.device)
         t = magnitude.new_ones((layout.groups, layout.rows, 1))
         if layout.row_scale_count:
-            statistic = self._row_statistic(magnitude)
-            t_codes = kernels.encode_ue5m3(kernels.divide_or_zero(statistic, statistic.amax(1, keepdim=True)))
+            # A power of two, so that a row's scale is settled as soon as the row has been read.
+            t = kernels.round_3_bits(statistic)
+            t_codes = kernels.encode_ue5m3(t * kernels.power_of_two_near_inverse(t.amax(1, keepdim=True)))
             payload[layout.row_scales_at :][: t_codes.numel()] = t_codes.reshape(-1)
             t = kernels.decode_ue5m3(t_codes)
         packed, c = self._fit(values, magnitude, t, layout)
         payload[: layout.codes_nbytes] = packed
-        c = c / factor
-        c_bytes = kernels.encode_bf16(torch.where(c < SMALLEST_SCALE, torch.zeros_like(c), c))
+        c_bytes = kernels.encode_bf16(storable_scale(c / factor))
         payload[layout.channel_scales_at :][: c_bytes.numel()] = c_bytes
         return payload
 
@@ -245,36 +242,6 @@ class ScalarQuantizer(Codec):
         if missing:
             flat = torch.cat([flat, flat.new_zeros(groups, missing)], 1)
         return flat.view(layout.groups, layout.rows, layout.channels)
-
-
-def scale_sums(x: Tensor, layout: Layout) -> Tensor:
-    """Sum ``(G, R, C)`` over everything that shares a channel scale: ``(G, 1, C)`` or ``(G, 1, 1)``."""
-    sums = kernels.channel_sums(x)
-    return kernels.row_sums(sums) if layout.channel_scales_per_group == 1 else sums
-
-
-def least_squares_scale(magnitude: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-    """Return the c >= 0 that minimises ``sum((magnitude - c * weight) ** 2)``, by channel or by group.
-
-    With this c the error energy is ``sum(magnitude ** 2) - sum(magnitude * weight) ** 2 / sum(weight ** 2)``:
-    less than the energy of the input, whatever codes were chosen, as long as one product is positive.
-
-    Args:
-        magnitude: float32 ``(G, R, C)``, non-negative.
-        weight: float32 ``(G, R, C)``, non-negative: what c is multiplied with. May be an expanded view.
-        layout: Tells whether channels have scales of their own.
-    """
-    return kernels.divide_or_zero(scale_sums(magnitude * weight, layout), scale_sums(weight * weight, layout))
-
-
-def storable_scale(c: Tensor, *, up: bool = False) -> Tensor:
-    """Round a channel scale to bfloat16, to nearest or up; one far below the group's largest value is zero.
-
-    Rounding to nearest moves c by 2**-9 of itself at most. A least-squares c may move by anything short of c
-    itself before the error energy reaches the energy of the input, so this keeps the contraction.
-    """
-    rounded = kernels.round_bf16(c, up=up)
-    return torch.where(rounded < _SMALLEST_RELATIVE_SCALE, torch.zeros_like(rounded), rounded)
 
 
 @cache

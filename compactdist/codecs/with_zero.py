@@ -9,10 +9,9 @@ from torch import Tensor
 
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
-from compactdist.codecs.quantized import ScalarQuantizer, least_squares_scale, scale_sums, storable_scale
+from compactdist.codecs.quantized import ScalarQuantizer
+from compactdist.codecs.scales import gaussian_scale, moments
 from compactdist.codecs.shapes import BLOCK_ELEMENTS
-
-_SIGMA_OF_MEAN_MAGNITUDE = 1.2533141373155003  # sqrt(pi / 2)
 
 # Lloyd-Max of 15 levels for the unit Gaussian, NMSE 0.010737: as lloyd_max.py says, with the first level held at 0.
 MAGNITUDES = (
@@ -41,14 +40,11 @@ class Int4WithZero(ScalarQuantizer):
         self.block = block  # no upper limit here: a component of a factor is one block
 
     def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        c = gaussian_scale(*moments(magnitude, t, layout))
         borders = [(low + high) / 2 for low, high in pairwise(MAGNITUDES)]
-        energy, mean = scale_sums(magnitude * magnitude, layout), scale_sums(magnitude * t, layout)
-        sigma = kernels.divide_or_zero(energy, mean * _SIGMA_OF_MEAN_MAGNITUDE)
-        index = kernels.count_above(kernels.normalised(magnitude, t, sigma), borders)
+        index = kernels.count_above(kernels.normalised(magnitude, t, c), borders)
         codes = (values < 0).to(torch.uint8).mul_(8).add_(index).view(-1)
-        packed = kernels.pack_codes(codes, 4)
-        chosen = kernels.unpack_levels(packed, MAGNITUDES * 2, 4, layout.elements)
-        return packed, storable_scale(least_squares_scale(magnitude, chosen.view_as(magnitude).mul_(t), layout))
+        return kernels.pack_codes(codes, 4), c
 
     def _levels(self, packed: Tensor, count: int) -> Tensor:
         return kernels.unpack_levels(packed, MAGNITUDES + tuple(-level for level in MAGNITUDES), 4, count)

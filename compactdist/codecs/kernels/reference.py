@@ -18,8 +18,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-TILE_ROWS = 32
-"""Rows that are summed together first; a kernel can keep one tile in registers or shared memory."""
+TILE_ROWS = 64
+"""Rows that are summed together first: a kernel keeps one running sum for each channel, and tiles run in parallel."""
+
+LANES = 64
+"""Running sums for each row: a kernel keeps them in vector registers."""
 
 _UE5M3_BIAS = (127 - 31) << 3
 _UE5M3_FIRST_NONZERO_BITS = 0x2F900000  # 0.5625 * 2**-31, midway between 0 and the smallest nonzero value
@@ -43,19 +46,21 @@ def fold_sum(x: Tensor, dim: int) -> Tensor:
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """``(G, R, C)`` to ``(G, R, 1)``, one fold over the channels."""
-    return fold_sum(x, 2)
+    """``(G, R, C)`` to ``(G, R, 1)``: lane i adds up elements i, i + 64, i + 128, ..., then the lanes are folded."""
+    lanes = x[:, :, :LANES].clone()
+    for start in range(LANES, x.shape[2], LANES):
+        part = x[:, :, start : start + LANES]
+        lanes[:, :, : part.shape[2]] += part
+    return fold_sum(lanes, 2)
 
 
 def channel_sums(x: Tensor) -> Tensor:
-    """``(G, R, C)`` to ``(G, 1, C)``: a fold inside each tile of 32 rows, then a fold over the tiles."""
-    groups, rows, channels = x.shape
-    full = rows - rows % TILE_ROWS
-    tiles = fold_sum(x[:, :full].reshape(groups, -1, TILE_ROWS, channels), 2).squeeze(2) if full else None
-    tail = fold_sum(x[:, full:], 1) if full < rows else None
-    partial = tail if tiles is None else tiles if tail is None else torch.cat([tiles, tail], 1)
-    assert partial is not None  # rows >= 1: empty tensors never reach the kernels
-    return fold_sum(partial, 1)
+    """``(G, R, C)`` to ``(G, 1, C)``: each tile of 64 rows is added up from its first to its last, tiles are folded."""
+    tiles = x[:, ::TILE_ROWS].clone()
+    for row in range(1, min(TILE_ROWS, x.shape[1])):
+        part = x[:, row::TILE_ROWS]
+        tiles[:, : part.shape[1]] += part
+    return fold_sum(tiles, 1)
 
 
 def divide_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -73,6 +78,12 @@ def power_of_two_near_inverse(value: Tensor) -> Tensor:
     """
     exponent = value.contiguous().view(torch.int32) >> 23
     return ((254 - exponent).clamp(1, 254) << 23).view(torch.float32)
+
+
+def round_3_bits(value: Tensor) -> Tensor:
+    """Round non-negative float32 to three bits of mantissa, halfway up: the values of UE5M3 times a power of two."""
+    bits = value.contiguous().view(torch.int32)
+    return ((bits + (1 << 19)) & -(1 << 20)).view(torch.float32)
 
 
 def encode_ue5m3(value: Tensor) -> Tensor:
