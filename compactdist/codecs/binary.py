@@ -9,7 +9,7 @@ from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.quantized import ScalarQuantizer
 from compactdist.codecs.registry import register
-from compactdist.codecs.scales import row_weight, scale_sums, storable_scale
+from compactdist.codecs.scales import RowScales, mean_sums, row_weight, storable_scale
 
 
 @register
@@ -23,9 +23,9 @@ class Binary(ScalarQuantizer):
     bits = 1
     fused = "sign"
 
-    def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
         # Least squares: the error energy is sum(m ** 2) - sum(m * t) ** 2 / sum(t ** 2), less than there was.
-        c = kernels.divide_or_zero(scale_sums(magnitude * t, layout), row_weight(t, layout))
+        c = kernels.divide_or_zero(mean_sums(magnitude, rows, layout), row_weight(rows, layout))
         codes = (values >= 0).view(-1).to(torch.uint8)
         return kernels.pack_codes(codes, 1), storable_scale(c)
 

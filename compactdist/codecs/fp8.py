@@ -12,7 +12,7 @@ from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice
 from compactdist.codecs.quantized import ScalarQuantizer
 from compactdist.codecs.registry import register
-from compactdist.codecs.scales import storable_scale
+from compactdist.codecs.scales import RowScales, storable_scale
 from compactdist.codecs.shapes import BLOCK_ELEMENTS
 
 
@@ -76,15 +76,15 @@ class Fp8(ScalarQuantizer):
     def _row_statistic(self, magnitude: Tensor) -> Tensor:
         return magnitude.amax(2, keepdim=True)
 
-    def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
         form = _FORMATS[self.format]
         one = torch.ones((), dtype=torch.float32, device=magnitude.device)
-        reach = (magnitude * kernels.divide_or_zero(one, t)).amax(1, keepdim=True)
+        reach = (magnitude * kernels.divide_or_zero(one, rows.weight)).amax(1, keepdim=True) / rows.norm
         if layout.channel_scales_per_group == 1:
             reach = reach.amax(2, keepdim=True)
         c = storable_scale(reach / form.units, up=True)
         # Each element rounds to its nearest level and zero is a level, so no element's error exceeds the element.
-        codes = encode_units(kernels.normalised(magnitude, t, c), self.format)
+        codes = encode_units(kernels.normalised(magnitude, rows.t, c), self.format)
         return (codes | ((values < 0).to(torch.uint8) << 7)).view(-1), c
 
     def _levels(self, packed: Tensor, count: int) -> Tensor:

@@ -15,6 +15,7 @@ class Int2(LloydMaxQuantizer):
 
     codec_id = "int2"
     bits = 2
+    widening = 2
     fused = "nearest"
     # Lloyd-Max for the unit Gaussian, NMSE 0.117482; computed as lloyd_max.py says.
     uniform_step = 0.9956866859435064

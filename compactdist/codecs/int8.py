@@ -13,7 +13,7 @@ from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice
 from compactdist.codecs.quantized import ScalarQuantizer
 from compactdist.codecs.registry import register
-from compactdist.codecs.scales import storable_scale
+from compactdist.codecs.scales import RowScales, storable_scale
 from compactdist.codecs.shapes import BLOCK_ELEMENTS
 
 _LARGEST_CODE = 127
@@ -54,15 +54,15 @@ class Int8(ScalarQuantizer):
     def _row_statistic(self, magnitude: Tensor) -> Tensor:
         return magnitude.amax(2, keepdim=True)
 
-    def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
         one = torch.ones((), dtype=torch.float32, device=magnitude.device)
-        reach = (magnitude * kernels.divide_or_zero(one, t)).amax(1, keepdim=True)
+        reach = (magnitude * kernels.divide_or_zero(one, rows.weight)).amax(1, keepdim=True) / rows.norm
         if layout.channel_scales_per_group == 1:
             reach = reach.amax(2, keepdim=True)
         c = storable_scale(reach / _LARGEST_CODE, up=True)
         # Each element rounds to its nearest level and zero is a level, so no element's error exceeds the
         # element.
-        steps = kernels.normalised(magnitude, t, c).round_().clamp_(max=_LARGEST_CODE)
+        steps = kernels.normalised(magnitude, rows.t, c).round_().clamp_(max=_LARGEST_CODE)
         codes = torch.where(values < 0, -steps, steps).to(torch.int8)
         return codes.view(-1).view(torch.uint8), c
 

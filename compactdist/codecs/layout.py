@@ -25,8 +25,8 @@ The payload is three sections, each filled up with zeros to a multiple of 16 byt
 
 2. **row scales** ``t``, one byte for each of ``G * R`` rows, there if ``C >= 64`` and ``R > 1``; otherwise
    ``t = 1``. The byte is an unsigned minifloat with 5 exponent and 3 mantissa bits (UE5M3): 0 means exactly
-   0, any other code k means ``(8 + k % 8) / 8 * 2 ** (k // 8 - 31)``. Rows are normalised so that a group's
-   largest is 1.
+   0, any other code k means ``(8 + k % 8) / 8 * 2 ** (k // 8 - 31)``. Rows are normalised by a power of
+   two, so that a group's largest is at least 1/2 and less than 1.
 3. **channel scales** ``c``, bfloat16, low byte first: ``G * C`` of them if ``R >= 64``, otherwise one for
    each group.
 

@@ -27,7 +27,7 @@ from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice
 from compactdist.codecs.quantized import ScalarQuantizer
-from compactdist.codecs.scales import gaussian_scale, moments
+from compactdist.codecs.scales import RowScales, gaussian_scale, moments, refitted_scale
 from compactdist.codecs.shapes import BLOCK_ELEMENTS
 
 
@@ -47,6 +47,7 @@ class LloydMaxQuantizer(ScalarQuantizer):
 
     magnitudes: tuple[float, ...]
     uniform_step: ClassVar[float]
+    widening: ClassVar[int] = 1
 
     def __init__(
         self, scales: str = "token_channel", block: int = BLOCK_ELEMENTS, centroids: str = "lloyd_max"
@@ -64,12 +65,16 @@ class LloydMaxQuantizer(ScalarQuantizer):
             config["centroids"] = self.centroids
         return config
 
-    def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        c = gaussian_scale(*moments(magnitude, t, layout), self.magnitudes[0])
+    def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
+        c = gaussian_scale(*moments(magnitude, rows, layout), self.magnitudes[0], self.widening)
         borders = [(low + high) / 2 for low, high in pairwise(self.magnitudes)]
-        index = kernels.count_above(kernels.normalised(magnitude, t, c), borders)
+        index = kernels.count_above(kernels.normalised(magnitude, rows.t, c), borders)
         codes = (values < 0).to(torch.uint8).mul_(len(self.magnitudes)).add_(index).view(-1)
-        return kernels.pack_codes(codes, self.bits), c
+        packed = kernels.pack_codes(codes, self.bits)
+        if layout.rows == 1:
+            levels = kernels.unpack_levels(packed, self.magnitudes * 2, self.bits, layout.elements)
+            c = refitted_scale(c, magnitude, levels.view_as(magnitude))
+        return packed, c
 
     def _levels(self, packed: Tensor, count: int) -> Tensor:
         signed = self.magnitudes + tuple(-level for level in self.magnitudes)

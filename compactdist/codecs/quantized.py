@@ -29,7 +29,7 @@ from compactdist.codecs.kernels import cpu_kernels
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice, check_integer
-from compactdist.codecs.scales import scale_factor, storable_scale
+from compactdist.codecs.scales import RowScales, scale_factor, storable_scale
 from compactdist.codecs.shapes import BLOCK_ELEMENTS, matrix_shape
 from compactdist.errors import CodecConfigError, NonFiniteError
 
@@ -147,14 +147,10 @@ class ScalarQuantizer(Codec):
             magnitude.mul_(factor)
             statistic = self._row_statistic(magnitude)
         payload = torch.zeros(layout.total_nbytes, dtype=torch.uint8, device=values.device)
-        t = magnitude.new_ones((layout.groups, layout.rows, 1))
+        rows = RowScales.of(statistic, layout)
         if layout.row_scale_count:
-            # A power of two, so that a row's scale is settled as soon as the row has been read.
-            t = kernels.round_3_bits(statistic)
-            t_codes = kernels.encode_ue5m3(t * kernels.power_of_two_near_inverse(t.amax(1, keepdim=True)))
-            payload[layout.row_scales_at :][: t_codes.numel()] = t_codes.reshape(-1)
-            t = kernels.decode_ue5m3(t_codes)
-        packed, c = self._fit(values, magnitude, t, layout)
+            payload[layout.row_scales_at :][: rows.codes.numel()] = rows.codes.reshape(-1)
+        packed, c = self._fit(values, magnitude, rows, layout)
         payload[: layout.codes_nbytes] = packed
         c_bytes = kernels.encode_bf16(storable_scale(c / factor))
         payload[layout.channel_scales_at :][: c_bytes.numel()] = c_bytes
@@ -217,13 +213,13 @@ class ScalarQuantizer(Codec):
         return kernels.row_sums(magnitude)
 
     @abstractmethod
-    def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
         """Choose codes and channel scales.
 
         Args:
             values: float32 ``(G, R, C)``, for the signs only.
             magnitude: float32 ``(G, R, C)``, scaled to a largest value of about 1; may be overwritten.
-            t: Decoded row scales, ``(G, R, 1)``.
+            rows: Their scales.
             layout: Tells whether channels have scales of their own.
 
         Returns:

@@ -9,7 +9,7 @@ from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.quantized import ScalarQuantizer
 from compactdist.codecs.registry import register
-from compactdist.codecs.scales import gaussian_scale, moments, storable_scale
+from compactdist.codecs.scales import RowScales, gaussian_scale, moments, refitted_scale, storable_scale
 
 # The level of the Lloyd-Max quantizer of three levels for the unit Gaussian (NMSE 0.190174); its border is half of it.
 _LEVEL_OF_SIGMA = 1.224006361924962
@@ -26,11 +26,13 @@ class Ternary(ScalarQuantizer):
     bits = 2
     base3 = True
 
-    def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
         # The largest element of a channel lies above the border, so something is sent wherever there is something.
-        c = storable_scale(gaussian_scale(*moments(magnitude, t, layout)) * _LEVEL_OF_SIGMA)
-        sent = kernels.normalised(magnitude, t, c) > 0.5
+        c = storable_scale(gaussian_scale(*moments(magnitude, rows, layout)) * _LEVEL_OF_SIGMA)
+        sent = kernels.normalised(magnitude, rows.t, c) > 0.5
         trits = sent.to(torch.uint8).mul_((values < 0).to(torch.uint8).add_(1)).view(-1)
+        if layout.rows == 1:
+            c = refitted_scale(c, magnitude, sent.to(torch.float32))
         return kernels.pack_trits(trits), c
 
     def _levels(self, packed: Tensor, count: int) -> Tensor:

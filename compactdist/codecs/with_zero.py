@@ -10,7 +10,7 @@ from torch import Tensor
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.quantized import ScalarQuantizer
-from compactdist.codecs.scales import gaussian_scale, moments
+from compactdist.codecs.scales import RowScales, gaussian_scale, moments, refitted_scale
 from compactdist.codecs.shapes import BLOCK_ELEMENTS
 
 # Lloyd-Max of 15 levels for the unit Gaussian, NMSE 0.010737: as lloyd_max.py says, with the first level held at 0.
@@ -39,12 +39,14 @@ class Int4WithZero(ScalarQuantizer):
         super().__init__("block")
         self.block = block  # no upper limit here: a component of a factor is one block
 
-    def _fit(self, values: Tensor, magnitude: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        c = gaussian_scale(*moments(magnitude, t, layout))
+    def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
+        c = gaussian_scale(*moments(magnitude, rows, layout))
         borders = [(low + high) / 2 for low, high in pairwise(MAGNITUDES)]
-        index = kernels.count_above(kernels.normalised(magnitude, t, c), borders)
+        index = kernels.count_above(kernels.normalised(magnitude, rows.t, c), borders)
         codes = (values < 0).to(torch.uint8).mul_(8).add_(index).view(-1)
-        return kernels.pack_codes(codes, 4), c
+        packed = kernels.pack_codes(codes, 4)
+        levels = kernels.unpack_levels(packed, MAGNITUDES * 2, 4, layout.elements).view_as(magnitude)
+        return packed, refitted_scale(c, magnitude, levels)
 
     def _levels(self, packed: Tensor, count: int) -> Tensor:
         return kernels.unpack_levels(packed, MAGNITUDES + tuple(-level for level in MAGNITUDES), 4, count)

@@ -154,16 +154,26 @@ def fold(values: list[np.ndarray]) -> np.ndarray:
     return fold(paired + values[len(paired) : half])
 
 
+def in_turn(values: list[np.ndarray]) -> np.ndarray:
+    """Their sum from the first to the last, every step rounded to float32."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 31, 32, 33, 63, 64, 97, 200, 1000])
-def test_sums_run_in_the_stated_order(rows):
-    x = np.random.default_rng(rows).standard_normal((2, rows, 5)).astype(np.float32)
+@pytest.mark.parametrize("columns", [1, 5, 64, 65, 200])
+def test_sums_run_in_the_stated_order(rows, columns):
+    x = np.random.default_rng(rows).standard_normal((2, rows, columns)).astype(np.float32)
     x *= 10.0 ** np.random.default_rng(1).integers(-6, 6, x.shape).astype(np.float32)
     x = x.astype(np.float32)
     got_rows = kernels.row_sums(torch.from_numpy(x)).numpy()
     got_channels = kernels.channel_sums(torch.from_numpy(x)).numpy()
     for group in range(2):
-        assert got_rows[group, :, 0].tolist() == fold([x[group, :, j] for j in range(5)]).tolist()
-        tiles = [fold(list(x[group, at : at + 32])) for at in range(0, rows, 32)]
+        lanes = [in_turn([x[group, :, j] for j in range(lane, columns, 64)]) for lane in range(min(64, columns))]
+        assert got_rows[group, :, 0].tolist() == fold(lanes).tolist()
+        tiles = [in_turn(list(x[group, at : at + 64])) for at in range(0, rows, 64)]
         assert got_channels[group, 0].tolist() == fold(tiles).tolist()
 
 

@@ -19,7 +19,7 @@ from tests.codecs import kit
         ("fp8", "gaussian", 0.00071),
         ("topk", "gaussian", 0.569),
         ("topk_int4", "gaussian", 0.572),
-        ("int3", "gaussian", 0.0346),
+        ("int3", "gaussian", 0.0347),
         ("int4", "gaussian", 0.0096),
         ("int8", "gaussian", 0.00007),
         ("binary", "laplace", 0.505),

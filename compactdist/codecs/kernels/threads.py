@@ -1,0 +1,101 @@
+"""Split a loop over as many threads as torch may use.
+
+The compiled loops hold no interpreter lock, so Python threads do. They are those of torch's own OpenMP team where torch
+runs on one (Linux wheels do): its workers spin for some milliseconds after every torch operation, and threads of our
+own would share the cores with them. Elsewhere, and in a forked child, which OpenMP does not survive, a pool of ours.
+Numba's own pools are not used, for they abort in such a child or when two threads call at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["PARALLEL_ELEMENTS", "spread"]
+
+PARALLEL_ELEMENTS = 1 << 16
+"""Below this a second thread takes longer to wake than it saves."""
+
+_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_pool: tuple[int, int, ThreadPoolExecutor] | None = None
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def spread(work: Callable[[int, int], None], count: int, elements: int) -> None:
+    """Run ``work(lo, hi)`` on consecutive parts of ``range(count)`` that cover it; raise what one of them raised."""
+    threads = min(torch.get_num_threads(), count) if elements >= PARALLEL_ELEMENTS else 1
+    if threads <= 1:
+        work(0, count)
+        return
+    team = None if _forked else _openmp()
+    if team is None:
+        _in_our_pool(work, count, threads)
+    else:
+        _in_team(team, work, count, threads)
+
+
+@cache
+def _openmp() -> Any:
+    """The OpenMP runtime that torch brought along, or ``None``."""
+    for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")):
+        try:
+            library = ctypes.CDLL(str(path))
+            library.GOMP_parallel.argtypes = [_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            library.GOMP_parallel.restype = None
+        except (OSError, AttributeError):
+            continue
+        return library
+    return None
+
+
+def _in_team(team: Any, work: Callable[[int, int], None], count: int, threads: int) -> None:
+    raised: list[BaseException] = []
+
+    def part(_: Any) -> None:
+        # a team may come out smaller than asked for
+        index, size = team.omp_get_thread_num(), team.omp_get_num_threads()
+        try:
+            work(count * index // size, count * (index + 1) // size)
+        except BaseException as error:  # must not end in a foreign frame; raised below
+            raised.append(error)
+
+    team.GOMP_parallel(_Body(part), None, threads, 0)
+    if raised:
+        raise raised[0]
+
+
+def _in_our_pool(work: Callable[[int, int], None], count: int, threads: int) -> None:
+    bounds = [count * i // threads for i in range(threads + 1)]
+    under_way = []
+    for low, high in pairwise(bounds[1:]):
+        try:
+            under_way.append(_threads(threads).submit(work, low, high))
+        except RuntimeError:  # the interpreter is on its way down and starts no more threads
+            work(low, high)
+    work(bounds[0], bounds[1])
+    for one in under_way:
+        one.result()
+
+
+def _threads(wanted: int) -> ThreadPoolExecutor:
+    """A pool of this process (a forked child needs its own) with at least ``wanted - 1`` threads."""
+    global _pool
+    if _pool is None or _pool[0] != os.getpid() or _pool[1] < wanted:
+        _pool = os.getpid(), wanted, ThreadPoolExecutor(wanted - 1, thread_name_prefix="compactdist-codec")
+    return _pool[2]
