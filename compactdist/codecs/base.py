@@ -90,31 +90,52 @@ class Codec(ABC):
             PayloadError: The payload is not a flat uint8 tensor of exactly the expected length.
         """
 
-    def encode_residual(self, x: Tensor, base: Tensor | None, cut: Cut, out: Tensor | None = None) -> Tensor:
-        """Encode ``x - base``, in float32, as the matrix that ``cut`` says.
+    def encode_residual(
+        self,
+        x: Tensor,
+        base: Tensor | None,
+        cut: Cut,
+        out: Tensor | None = None,
+        *,
+        velocity: Tensor | None = None,
+        payload_out: Tensor | None = None,
+    ) -> Tensor:
+        """Encode ``x - (base + velocity)``, in float32, as the matrix that ``cut`` says.
 
         Args:
             x: flat, ``cut.numel`` elements.
-            base: what both ends expect, flat, the dtype of ``x``; ``None`` for no expectation.
+            base: what both ends expect, flat, finite, the dtype of ``x``; ``None`` for no expectation.
             cut: how the flat buffer becomes a matrix.
-            out: flat, contiguous, the dtype of ``x``; gets what :meth:`decode_residual` will give.
+            out: flat, contiguous, the dtype of ``x``; gets what :meth:`decode_residual` will give. May be ``base``.
+            velocity: added to ``base``, of the same form; ``None`` for none.
+            payload_out: uint8, as long as the payload, where the payload is written; new memory unless given.
 
         Returns:
             The payload, as ``encode`` of that matrix would return it.
 
         Raises:
-            NonFiniteError: The difference is not finite; ``out`` is as it was.
+            NonFiniteError: The difference is not finite; ``out`` and ``payload_out`` hold anything, but ``base`` is as
+                it was.
         """
-        residual = x.float() if base is None else x.float() - base.float()
-        payload = self.encode(cut.to_matrix(residual))
+        payload = self.encode(cut.to_matrix(x.float() if base is None else x.float() - _sum(base, velocity)))
         if out is not None:
-            self.decode_residual(payload, base, cut, out)
-        return payload
+            self.decode_residual(payload, base, cut, out, velocity=velocity)
+        return payload if payload_out is None else payload_out.copy_(payload)
 
-    def decode_residual(self, payload: Tensor, base: Tensor | None, cut: Cut, out: Tensor) -> None:
-        """Write ``base`` plus the decoded payload, kept finite and rounded once, to ``out``, which may be ``base``."""
+    def decode_residual(
+        self, payload: Tensor, base: Tensor | None, cut: Cut, out: Tensor, *, velocity: Tensor | None = None
+    ) -> None:
+        """Write what was expected plus the decoded payload, kept finite and rounded once, to ``out``.
+
+        Args:
+            payload: what ``encode_residual`` returned.
+            base: what both ends expect, flat, the dtype of ``out``; ``None`` for no expectation.
+            cut: how the flat buffer becomes a matrix.
+            out: flat, contiguous; may be ``base``.
+            velocity: added to ``base`` in float32; ``None`` for none.
+        """
         decoded = cut.to_flat(self.decode(payload, cut.shape, torch.float32))
-        total = decoded if base is None else base.float() + decoded
+        total = decoded + (0.0 if base is None else _sum(base, velocity))  # without a base, no -0 either
         limit = torch.finfo(out.dtype).max
         with torch.inference_mode():  # lets an inference tensor be written to, wherever this is called
             out.copy_(total.clamp(-limit, limit))
@@ -155,6 +176,10 @@ class Codec(ABC):
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in sorted(self.get_config().items()))
         return f"{type(self).__name__}({options})"
+
+
+def _sum(base: Tensor, velocity: Tensor | None) -> Tensor:
+    return base.float() if velocity is None else base.float() + velocity.float()
 
 
 def check_payload(payload: Tensor, expected_nbytes: int, codec_id: str) -> Tensor:

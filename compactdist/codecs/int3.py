@@ -16,6 +16,7 @@ class Int3(LloydMaxQuantizer):
 
     codec_id = "int3"
     bits = 3
+    fused = "nearest"
     # Lloyd-Max for the unit Gaussian, NMSE 0.034548; computed as lloyd_max.py says.
     uniform_step = 0.5860194414434869
     magnitudes = (0.24509417894422308, 0.7560052812058808, 1.3439092785050053, 2.151945704536992)

@@ -27,7 +27,7 @@ from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice
 from compactdist.codecs.quantized import ScalarQuantizer
-from compactdist.codecs.scales import RowScales, gaussian_scale, moments, refitted_scale
+from compactdist.codecs.scales import RowScales, moments, refitted_scale
 from compactdist.codecs.shapes import BLOCK_ELEMENTS
 
 
@@ -45,9 +45,7 @@ class LloydMaxQuantizer(ScalarQuantizer):
         CodecConfigError: An option has a value it does not take.
     """
 
-    magnitudes: tuple[float, ...]
     uniform_step: ClassVar[float]
-    widening: ClassVar[int] = 1
 
     def __init__(
         self, scales: str = "token_channel", block: int = BLOCK_ELEMENTS, centroids: str = "lloyd_max"
@@ -66,7 +64,7 @@ class LloydMaxQuantizer(ScalarQuantizer):
         return config
 
     def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
-        c = gaussian_scale(*moments(magnitude, rows, layout), self.magnitudes[0], self.widening)
+        c = self.channel_scale(*moments(magnitude, rows, layout))
         borders = [(low + high) / 2 for low, high in pairwise(self.magnitudes)]
         index = kernels.count_above(kernels.normalised(magnitude, rows.t, c), borders)
         codes = (values < 0).to(torch.uint8).mul_(len(self.magnitudes)).add_(index).view(-1)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cache
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -29,7 +28,7 @@ from compactdist.codecs.kernels import cpu_kernels
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice, check_integer
-from compactdist.codecs.scales import RowScales, scale_factor, storable_scale
+from compactdist.codecs.scales import RowScales, gaussian_scale, scale_factor, storable_scale
 from compactdist.codecs.shapes import BLOCK_ELEMENTS, matrix_shape
 from compactdist.errors import CodecConfigError, NonFiniteError
 
@@ -90,10 +89,16 @@ class ScalarQuantizer(Codec):
     bits: ClassVar[int]
     base3: ClassVar[bool] = False
     offsets: bool = False
-    fused: ClassVar[Literal["", "sign", "nearest", "linear"]] = ""
-    """What the CPU kernels compute in place of ``_row_statistic`` and ``_fit``: the sign; the sign and the nearest of
-    ``magnitudes``; integers up to 127. Empty: nothing of theirs, the steps go through ``encode`` and ``decode``. They
-    know the default options only; a subclass that changes any of this sets it to empty."""
+    fused: ClassVar[Literal["", "sign", "nearest", "trits", "linear"]] = ""
+    """What the compiled kernels compute in place of ``_row_statistic`` and ``_fit``: the sign; the sign and the nearest
+    of ``magnitudes``; the same with zero among them, as trits; integers up to 127. Empty: nothing of theirs, the steps
+    go through ``encode`` and ``decode``. A subclass that changes any of this sets it to empty."""
+
+    magnitudes: tuple[float, ...] = ()
+    """Levels of least error in units of sigma, ascending, where there is a table of them."""
+
+    widening: ClassVar[int] = 1
+    """How wide the scale is for tails heavier than those of a Gaussian; see ``scales.gaussian_scale``."""
 
     def __init__(self, scales: str = "token_channel", block: int = BLOCK_ELEMENTS) -> None:
         self.scales = check_choice(self.codec_id, "scales", scales, ("token_channel", "block"))
@@ -183,30 +188,55 @@ class ScalarQuantizer(Codec):
         return kernels.dequantize(levels, t, c)
 
     @torch.no_grad()
-    def encode_residual(self, x: Tensor, base: Tensor | None, cut: Cut, out: Tensor | None = None) -> Tensor:
+    def encode_residual(
+        self,
+        x: Tensor,
+        base: Tensor | None,
+        cut: Cut,
+        out: Tensor | None = None,
+        *,
+        velocity: Tensor | None = None,
+        payload_out: Tensor | None = None,
+    ) -> Tensor:
         kernels = self._fused_steps(cut.numel)
-        if kernels is not None and kernels.supports(self, cut, x, base, out):
-            payload: Tensor | None = kernels.encode_residual(self, x, base, cut, out)
+        if kernels is not None and kernels.supports(self, cut, x, base, out, velocity):
+            payload: Tensor | None = kernels.encode_residual(self, x, base, cut, out, velocity, payload_out)
             if payload is not None:
                 return payload
-        return super().encode_residual(x, base, cut, out)  # says what is wrong where something is not finite
+        # says what is wrong where something is not finite
+        return super().encode_residual(x, base, cut, out, velocity=velocity, payload_out=payload_out)
 
     @torch.no_grad()
-    def decode_residual(self, payload: Tensor, base: Tensor | None, cut: Cut, out: Tensor) -> None:
+    def decode_residual(
+        self, payload: Tensor, base: Tensor | None, cut: Cut, out: Tensor, *, velocity: Tensor | None = None
+    ) -> None:
         kernels = self._fused_steps(cut.numel)
-        if kernels is not None and kernels.supports(self, cut, out, base):
+        if kernels is not None and kernels.supports(self, cut, out, base, velocity):
             payload = check_payload(payload, self.payload_nbytes(cut.shape, torch.float32), self.codec_id)
-            kernels.decode_residual(self, payload, base, cut, out)
-        else:
-            super().decode_residual(payload, base, cut, out)
+            if kernels.decode_residual(self, payload, base, cut, out, velocity):
+                return
+        super().decode_residual(payload, base, cut, out, velocity=velocity)
 
     def _fused_steps(self, numel: int) -> Any:
-        """The module with the fused steps, or ``None`` where the options or the size call for the reference."""
-        return cpu_kernels(numel) if self.fused and not self.get_config() else None
+        """The module with the fused steps, or ``None`` where the form of codec or the size call for the reference."""
+        return cpu_kernels(numel) if self.fused and not self.offsets else None
 
     def level_table(self) -> NDArray[np.float32]:
-        """Levels of the codes in each byte, float32 ``(256 * 8 / bits,)``; empty if codes are integers."""
-        return np.empty(0, np.float32) if self.fused == "linear" else _level_table(type(self))
+        """Levels of codes that fill a byte each, float32 ``(256,)``; empty if codes are integers."""
+        if self.fused == "linear":
+            return np.empty(0, np.float32)
+        table = np.zeros(256, np.float32)
+        table[1 : len(self.magnitudes)], table[2] = self.magnitudes[1:], -self.magnitudes[1]
+        return table
+
+    def magnitude_table(self) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:
+        """The borders between the magnitudes, and the magnitudes."""
+        borders = [(low + high) / 2 for low, high in pairwise(self.magnitudes)]
+        return tuple(map(np.float32, borders)), tuple(map(np.float32, self.magnitudes))
+
+    def channel_scale(self, energy: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
+        """The channel scale for a table of magnitudes, from sums as ``scales.gaussian_scale`` takes them."""
+        return gaussian_scale(energy, mean, weight, self.magnitudes[0], self.widening)
 
     def _row_statistic(self, magnitude: Tensor) -> Tensor:
         """What ``t`` is proportional to, ``(G, R, 1)``: the sum of magnitudes."""
@@ -238,16 +268,3 @@ class ScalarQuantizer(Codec):
         if missing:
             flat = torch.cat([flat, flat.new_zeros(groups, missing)], 1)
         return flat.view(layout.groups, layout.rows, layout.channels)
-
-
-@cache
-def _level_table(kind: type[ScalarQuantizer]) -> NDArray[np.float32]:
-    every_byte = torch.arange(256).to(torch.uint8)
-    levels: NDArray[np.float32] = kind()._levels(every_byte, 256 * (8 // kind.bits)).contiguous().numpy()
-    return levels
-
-
-def magnitude_table(codec: Any) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:
-    """The borders between the magnitudes of a codec, and the magnitudes."""
-    borders = [(low + high) / 2 for low, high in pairwise(codec.magnitudes)]
-    return tuple(map(np.float32, borders)), tuple(map(np.float32, codec.magnitudes))

@@ -20,6 +20,9 @@ SIGMA_OF_MEAN_MAGNITUDE = math.sqrt(math.pi / 2)
 SAFE_STATISTIC = (2.0**-50, 2.0**50)
 """Where a group's largest row statistic lies in here, sums and squares stay well inside the range of float32."""
 
+LARGEST_OF_MEAN = 1.5
+"""A scale beyond twice the mean magnitude, over the smallest level, would send more energy than there is."""
+
 
 class RowScales(NamedTuple):
     """The scales of the rows, all float32 ``(G, R, 1)`` but for the codes.
@@ -93,7 +96,7 @@ def gaussian_scale(
     sigma = kernels.divide_or_zero(energy, mean * SIGMA_OF_MEAN_MAGNITUDE)
     if smallest_level:
         overstated = kernels.divide_or_zero(sigma * sigma * weight, energy)
-        limit = kernels.divide_or_zero(mean, weight) * (1.5 / smallest_level)
+        limit = kernels.divide_or_zero(mean, weight) * (LARGEST_OF_MEAN / smallest_level)
         for _ in range(widening):
             overstated = overstated.sqrt()
         sigma = torch.minimum(sigma * overstated, limit)

@@ -25,10 +25,15 @@ class Ternary(ScalarQuantizer):
     codec_id = "ternary"
     bits = 2
     base3 = True
+    fused = "trits"
+    magnitudes = (0.0, 1.0)
+
+    def channel_scale(self, energy: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
+        # The largest element of a channel lies above the border, so something is sent wherever there is something.
+        return storable_scale(gaussian_scale(energy, mean, weight) * _LEVEL_OF_SIGMA)
 
     def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
-        # The largest element of a channel lies above the border, so something is sent wherever there is something.
-        c = storable_scale(gaussian_scale(*moments(magnitude, rows, layout)) * _LEVEL_OF_SIGMA)
+        c = self.channel_scale(*moments(magnitude, rows, layout))
         sent = kernels.normalised(magnitude, rows.t, c) > 0.5
         trits = sent.to(torch.uint8).mul_((values < 0).to(torch.uint8).add_(1)).view(-1)
         if layout.rows == 1:

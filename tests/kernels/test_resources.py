@@ -56,14 +56,14 @@ def test_a_forked_child_makes_threads_of_its_own(threads):
     threads(2)
     codec, x = codecs.get("int2"), torch.randn(CUT.numel)
     expected = codec.encode_residual(x, None, CUT)
-    assert cpu._pool is not None
+    assert threads_module._pool is not None
     child = os.fork()
     if child == 0:
         # one thread of torch's: its own pool does not survive a fork
         torch.set_num_threads(1)
         done: list[tuple[int, int]] = []
         torch.get_num_threads, before = (lambda: 2), torch.get_num_threads
-        cpu._spread(lambda lo, hi: done.append((lo, hi)), 10, 1 << 20)
+        threads_module.spread(lambda lo, hi: done.append((lo, hi)), 10, 1 << 20)
         torch.get_num_threads = before
         os._exit(0 if sorted(done) == [(0, 5), (5, 10)] else 1)
     assert os.waitpid(child, 0)[1] == 0

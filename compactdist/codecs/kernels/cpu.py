@@ -2,21 +2,13 @@
 base to new base, without a residual in memory.
 
 The bytes are those of ``quantized.py`` on top of ``reference.py``. Passes over the elements are compiled loops
-(``cpu_loops.py``); what is one value for a row, a channel or a group is left to the reference.
-
-Work is split over as many threads as torch may use, in Python threads of our own, for the loops hold no interpreter
-lock: Numba's own pools either do not survive a fork or abort when two threads call at a time. No result depends on
-the split, since sums stay inside a tile.
+(``cpu_loops.py``, ``cpu_blocks.py``); what is one value for a channel or a group is left to torch. Where values come
+near the ends of float32 the steps decline, and the reference does the work.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,9 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compactdist.codecs import scales
+from compactdist.codecs.kernels import cpu_blocks, reference
 from compactdist.codecs.kernels import cpu_loops as loops
-from compactdist.codecs.kernels import reference
+from compactdist.codecs.kernels.cpu_codes import pack_any, unpack_any
 from compactdist.codecs.kernels.cpu_elements import fold
+from compactdist.codecs.kernels.places import Place, place_of, place_of_blocks
+from compactdist.codecs.kernels.threads import spread
 from compactdist.codecs.layout import Layout
 
 if TYPE_CHECKING:
@@ -36,91 +32,59 @@ if TYPE_CHECKING:
 __all__ = ["decode_residual", "encode_residual", "supports"]
 
 _BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-_INFINITY_BITS = 0x7F800000
-_SAFE_BITS = (127 - 100) << 23, (127 + 100) << 23  # 2**-100 and 2**100
-_LARGEST_STEP = 127
-_PARALLEL_ELEMENTS = 1 << 16
-_pool: tuple[int, int, ThreadPoolExecutor] | None = None
+_LARGEST_STEP = np.float32(127)
+_SMALLEST_TO_SPARE = 2.0**-30
+"""Row scales above this, beside the largest of their group, keep all their bits on the wire."""
+_LARGEST_SCALE = 2.0**90
+"""With channel scales up to this, and t below 2, no product of the decoder leaves float32."""
 
 
-class Place(NamedTuple):
-    """Where the elements of a matrix lie in a flat buffer.
+class _Call(NamedTuple):
+    codec: ScalarQuantizer
+    layout: Layout
+    place: Place
+    source: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+    packed: NDArray[np.uint8]
+    out: NDArray[Any]
+    limit: np.float32
 
-    Row r of all groups together and channel ``chunk_at[k] + i`` are element ``row_at[r] + chunk_from[k] + i``, for
-    ``i < chunk_len[k]``: channels are cut into chunks that are consecutive in memory. Elements from ``numel`` on do
-    not exist and count as zero.
-    """
+    @property
+    def bits(self) -> int:
+        """Width of the codes that the loops write: their own where they fill the bytes of every chunk, else 8."""
+        return _loop_bits(self.codec, self.place)
 
-    row_at: NDArray[np.int64]
-    chunk_at: NDArray[np.int64]
-    chunk_from: NDArray[np.int64]
-    chunk_len: NDArray[np.int64]
-    rows: int
-    channels: int
-    numel: int
-
-
-@lru_cache(maxsize=64)
-def place_of(cut: Cut) -> Place:
-    """Work out where an arrangement's elements lie; the same arrangement is asked for at every step."""
-    groups, rows, channels = cut.shape
-    if cut.axes is None:
-        row_at, column_at = np.arange(groups * rows, dtype=np.int64) * channels, np.arange(channels, dtype=np.int64)
-    else:
-        strides = [math.prod(cut.axes[i + 1 :]) for i in range(len(cut.axes))]
-        leading, count = 0, 1
-        while count < groups * rows:
-            count *= cut.axes[cut.order[leading]]
-            leading += 1
-        row_at = _offsets(cut.axes, strides, cut.order[:leading])
-        column_at = _offsets(cut.axes, strides, cut.order[leading:])
-    breaks = np.flatnonzero(np.diff(column_at) != 1) + 1
-    bounds = [0, *breaks.tolist(), channels]
-    starts = [at for low, high in pairwise(bounds) for at in range(low, high, loops.WIDTH)]
-    chunk_at = np.array(starts, dtype=np.int64)
-    chunk_len = np.diff(np.append(chunk_at, channels))
-    return Place(row_at, chunk_at, column_at[chunk_at], chunk_len, rows, channels, cut.numel)
+    def over_rows(self, loop: Callable[..., None], *before: Any) -> None:
+        """Run a loop that goes by rows, all of them."""
+        count, size = self.place.row_at.size, self.layout.elements
+        source, place = self.source, tuple(self.place)
+        spread(lambda lo, hi: loop(source, place, *before, lo, hi, self.packed, self.out), count, size)
 
 
-def _offsets(axes: Sequence[int], strides: Sequence[int], chosen: Sequence[int]) -> NDArray[np.int64]:
-    at = np.zeros(1, dtype=np.int64)
-    for axis in chosen:
-        at = (at[:, None] + np.arange(axes[axis], dtype=np.int64) * strides[axis]).reshape(-1)
-    return at
+def _loop_bits(codec: ScalarQuantizer, place: Place) -> int:
+    whole = codec.bits in (1, 2, 4, 8) and not codec.base3 and not ((place.chunk_len * codec.bits) % 8).any()
+    return codec.bits if whole else 8
 
 
 def supports(codec: ScalarQuantizer, cut: Cut, *tensors: Tensor | None) -> bool:
-    """Whether the fused steps apply: CPU tensors of one known dtype, and codes that fill whole bytes in every chunk."""
+    """Whether the fused steps apply: tensors of one known dtype on the CPU, and a form of codec the loops know."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if cut.numel == 0 or any(tensor.device.type != "cpu" for tensor in given):
+    if cut.numel == 0 or codec.offsets or any(tensor.device.type != "cpu" for tensor in given):
         return False
     if given[0].dtype not in _BITS or any(tensor.dtype != given[0].dtype for tensor in given):
         return False
-    ends = place_of(cut).chunk_len * codec.bits
-    return not bool((ends % 8).any())
+    place = _place(codec, cut)
+    if place is None:
+        return False
+    if codec.layout_of(cut.shape).rows == 1:
+        return not codec.base3 and _loop_bits(codec, place) == codec.bits
+    # signs are packed as they are found, so they have to fill their bytes
+    return codec.fused != "sign" or _loop_bits(codec, place) == 1
 
 
-def _spread(work: Callable[[int, int], None], count: int, elements: int) -> None:
-    """Run ``work(lo, hi)`` on consecutive parts of ``range(count)`` that cover it."""
-    threads = min(torch.get_num_threads(), count) if elements >= _PARALLEL_ELEMENTS else 1
-    bounds = [count * i // threads for i in range(threads + 1)]
-    under_way = []
-    for low, high in pairwise(bounds[1:]):
-        try:
-            under_way.append(_threads(threads).submit(work, low, high))
-        except RuntimeError:  # the interpreter is on its way down and starts no more threads
-            work(low, high)
-    work(bounds[0], bounds[1])
-    for one in under_way:
-        one.result()
-
-
-def _threads(wanted: int) -> ThreadPoolExecutor:
-    """A pool of this process (a forked child needs its own) with at least ``wanted - 1`` threads."""
-    global _pool
-    if _pool is None or _pool[0] != os.getpid() or _pool[1] < wanted:
-        _pool = os.getpid(), wanted, ThreadPoolExecutor(wanted - 1, thread_name_prefix="compactdist-codec")
-    return _pool[2]
+def _place(codec: ScalarQuantizer, cut: Cut) -> Place | None:
+    """Rows, or blocks where a scale covers one row or less."""
+    layout = codec.layout_of(cut.shape)
+    return place_of_blocks(cut, layout.groups, layout.channels) if layout.rows == 1 else place_of(cut)
 
 
 def _bits(x: Tensor | None, dtype: torch.dtype) -> NDArray[Any]:
@@ -132,150 +96,218 @@ def _bits(x: Tensor | None, dtype: torch.dtype) -> NDArray[Any]:
 
 
 def encode_residual(
-    codec: ScalarQuantizer, x: Tensor, base: Tensor | None, cut: Cut, out: Tensor | None
+    codec: ScalarQuantizer,
+    x: Tensor,
+    base: Tensor | None,
+    cut: Cut,
+    out: Tensor | None,
+    velocity: Tensor | None = None,
+    payload: Tensor | None = None,
 ) -> Tensor | None:
-    """Encode ``x - base`` and, if ``out`` is given, write there what the receiver will hold.
+    """Encode ``x - (base + velocity)`` and, if ``out`` is given, write there what the receiver will hold.
+
+    Args:
+        codec: how.
+        x: flat.
+        base: flat; ``None`` for no expectation.
+        cut: how the buffer becomes a matrix.
+        out: flat; may be ``base``.
+        velocity: flat, added to ``base`` in float32; ``None`` for none.
+        payload: uint8 buffer to write to; a new one unless given.
 
     Returns:
-        The payload, or ``None`` if the residual is not finite.
+        The payload, or ``None`` if the residual is not finite or too close to the ends of float32. ``out`` may have
+        been written to then, unless it is ``base``.
     """
-    from compactdist.codecs import quantized as q
-
-    layout, place = Layout.of(cut.shape, codec.bits), place_of(cut)
-    groups, rows, _ = cut.shape
-    source = _bits(x, x.dtype), _bits(base, x.dtype), tuple(place)
-    by_rows = codec.fused == "linear"
-
-    most, least = np.empty(groups * rows, np.uint32), np.empty(groups * rows, np.uint32)
-    stat = torch.empty(groups, rows, 1)
-    factors = np.ones(groups, np.float32)
-    sums = bool(layout.row_scale_count) and not by_rows
-
-    def statistics() -> None:
-        flat = stat.view(-1).numpy()
-        _spread(
-            lambda lo, hi: loops.row_statistics(*source, factors, lo, hi, sums, flat, most, least),
-            groups * rows,
-            layout.elements,
-        )
-
-    statistics()
-    largest = most.reshape(groups, rows).max(1)
-    if int(largest.max()) >= _INFINITY_BITS:
+    layout = codec.layout_of(cut.shape)
+    place = _place(codec, cut)
+    assert place is not None  # supports() said so
+    if payload is None:
+        payload = torch.empty(layout.total_nbytes, dtype=torch.uint8)
+    _clear_padding(payload, layout)
+    codes = payload[: layout.codes_nbytes].numpy()
+    own = _loop_bits(codec, place) == codec.bits and not codec.base3
+    call = _Call(
+        codec,
+        layout,
+        place,
+        (_bits(x, x.dtype), _bits(base, x.dtype), _bits(velocity, x.dtype)),
+        codes if own else np.empty(layout.elements, np.uint8),
+        _bits(out, x.dtype),
+        np.float32(torch.finfo(x.dtype).max),
+    )
+    if layout.rows == 1:
+        in_place = out is not None and base is not None and out.data_ptr() == base.data_ptr()
+        return _encode_blocks(call, payload, base, cut, out, in_place, velocity)
+    c = _encode_rows(call, payload)
+    if c is None:
         return None
-    amax = torch.from_numpy(largest.view(np.float32)).view(groups, 1, 1)
-    factor = reference.power_of_two_near_inverse(amax)
-    factors = factor.view(-1).numpy()
-    if sums:
-        smallest = least.reshape(groups, rows).min(1).astype(np.float64)
-        smallest = np.minimum(smallest + 1, _INFINITY_BITS).astype(np.uint32)  # of a group of zeros: any normal number
-        scaled = (smallest.view(np.float32) * factors).view(np.uint32)
-        low, high = _SAFE_BITS
-        if int(largest.max()) < high and int(smallest.min()) > low and int(scaled.min()) > low:
-            stat.mul_(factor)  # a power of two, and nothing near the ends of float32: the same as scaling before
-        else:
-            statistics()
-    if by_rows:
-        stat = torch.from_numpy(most.view(np.float32)).view(groups, rows, 1) * factor
-
-    payload = torch.from_numpy(np.zeros(layout.total_nbytes, np.uint8))
-    t = torch.ones(groups, rows, 1)
-    if layout.row_scale_count:
-        t_codes = reference.encode_ue5m3(reference.divide_or_zero(stat, stat.amax(1, keepdim=True)))
-        payload[layout.row_scales_at :][: t_codes.numel()] = t_codes.reshape(-1)
-        t = reference.decode_ue5m3(t_codes)
-    c = _codes(codec, source, factors, t, layout, payload[: layout.codes_nbytes].numpy())
-    c = c / factor
-    c = torch.where(c < q.SMALLEST_SCALE, torch.zeros_like(c), c)
-    c_bytes = reference.encode_bf16(c)
-    payload[layout.channel_scales_at :][: c_bytes.numel()] = c_bytes
-    if out is not None:
-        decode_residual(codec, payload, base, cut, out)
+    if not own:
+        width = 0 if codec.base3 else codec.bits
+        spread(lambda lo, hi: pack_any(call.packed, width, lo, hi, codes), codes.size, layout.elements)
+    _put_channel_scales(payload, layout, c)
+    if codec.fused == "sign" and out is not None:
+        decode_residual(codec, payload, base, cut, out, velocity)
     return payload
 
 
-def _codes(
-    codec: ScalarQuantizer,
-    source: tuple[Any, ...],
-    factors: NDArray[np.float32],
-    t: Tensor,
-    layout: Layout,
-    packed: NDArray[np.uint8],
-) -> Tensor:
-    """Fill ``packed`` and return the channel scales, ``(G, 1, C)`` or ``(G, 1, 1)``."""
-    from compactdist.codecs import quantized as q
+def _encode_blocks(
+    call: _Call,
+    payload: Tensor,
+    base: Tensor | None,
+    cut: Cut,
+    out: Tensor | None,
+    in_place: bool,
+    velocity: Tensor | None,
+) -> Tensor | None:
+    codec, place = call.codec, call.place
+    found, bad = np.empty(place.row_at.size, np.float32), np.zeros(1, np.uint8)
+    # the base must be whole if a later block turns out not to be finite
+    target = call.out[:0] if in_place else call.out
+    rounding: tuple[Any, ...]
+    if codec.fused == "sign":
+        loop, rounding = cpu_blocks.block_signs, ()
+    elif codec.fused == "linear":
+        loop, rounding = cpu_blocks.block_linear, (_LARGEST_STEP,)
+    else:
+        borders, magnitudes = codec.magnitude_table()
+        bound = np.float32(scales.LARGEST_OF_MEAN / float(magnitudes[0]))
+        loop, rounding = cpu_blocks.block_nearest, (codec.bits, borders, magnitudes, codec.widening, bound)
+    given = call.source, tuple(place), *rounding, call.limit
+    spread(
+        lambda lo, hi: loop(*given, lo, hi, call.packed, found, bad, target), place.row_at.size, call.layout.elements
+    )
+    if bad[0]:
+        return None
+    _put_channel_scales(payload, call.layout, torch.from_numpy(found))
+    if in_place and out is not None:
+        decode_residual(codec, payload, base, cut, out, velocity)
+    return payload
 
+
+def _put_channel_scales(payload: Tensor, layout: Layout, c: Tensor) -> None:
+    c_bytes = reference.encode_bf16(c)
+    payload[layout.channel_scales_at :][: c_bytes.numel()] = c_bytes
+
+
+def _clear_padding(payload: Tensor, layout: Layout) -> None:
+    payload[layout.codes_nbytes : layout.row_scales_at].zero_()
+    payload[layout.row_scales_at + layout.row_scale_count : layout.channel_scales_at].zero_()
+    payload[layout.channel_scales_at + 2 * layout.groups * layout.channel_scales_per_group :].zero_()
+
+
+def _encode_rows(call: _Call, payload: Tensor) -> Tensor | None:
+    """Fill in codes and row scales; the channel scales, ``(G, 1, C)`` or ``(G, 1, 1)``, or ``None`` to decline."""
+    codec, layout, place = call.codec, call.layout, tuple(call.place)
     groups, rows, channels = layout.groups, layout.rows, layout.channels
     tiles = -(-rows // loops.TILE)
-    one = torch.ones(())
-    t_flat = t.view(-1).numpy()
-    inverse_t = reference.divide_or_zero(one, t).view(-1).numpy()
+    stat, weighted = np.empty(groups * rows, np.float32), bool(layout.row_scale_count)
+    first, second = (np.empty(groups * tiles * channels, np.float32) for _ in range(2))
 
-    def by_tile(loop: Callable[..., None], *before: Any, after: Sequence[Any] = ()) -> tuple[Tensor, ...]:
-        """Run a loop that leaves one or two rows of partial results for each tile."""
-        partial = [np.empty(groups * tiles * channels, np.float32) for _ in range(1 if loop in single else 2)]
-        _spread(
-            lambda lo, hi: loop(*source, factors, *before, lo, hi, *after, *partial), groups * tiles, layout.elements
-        )
-        return tuple(torch.from_numpy(part).view(groups, tiles, channels) for part in partial)
+    def survey(loop: Callable[..., None], *after: Any) -> None:
+        spread(lambda lo, hi: loop(call.source, place, weighted, lo, hi, stat, *after), groups * tiles, layout.elements)
 
-    def total(partial: Tensor) -> Tensor:
-        # not by torch, whose own threads would spin for a while afterwards and take the cores from ours
-        for group in partial.view(groups, -1).numpy():
+    if codec.fused == "sign":
+        survey(loops.survey_signs, first, call.packed)
+    elif codec.fused == "linear":
+        survey(loops.survey_reach, first)
+    else:
+        survey(loops.survey_moments, first, second)
+    statistic = torch.from_numpy(stat).view(groups, rows, 1)
+    largest = stat.reshape(groups, rows).max(1)  # carries NaN through
+    low, high = scales.SAFE_STATISTIC
+    if not bool((((largest >= low) & (largest <= high)) | (largest == 0)).all()):
+        return None
+    scale = scales.RowScales.of(statistic, layout)
+    if weighted:
+        payload[layout.row_scales_at :][: scale.codes.numel()] = scale.codes.view(-1)
+    inverse_t = reference.divide_or_zero(torch.ones(()), scale.t).view(-1).numpy()
+    t = scale.t.view(-1).numpy()
+
+    def total(partial: NDArray[np.float32]) -> Tensor:
+        # not by torch, whose sums may run in another order
+        for group in partial.reshape(groups, -1):
             fold(group, tiles * channels, channels)
-        sums = partial[:, :1].contiguous()
+        sums = torch.from_numpy(partial).view(groups, tiles, channels)[:, :1].contiguous()
         return reference.row_sums(sums) if layout.channel_scales_per_group == 1 else sums
 
     def by_channel(value: Tensor) -> NDArray[np.float32]:
         wide: NDArray[np.float32] = value.expand(groups, 1, channels).contiguous().view(-1).numpy()
         return wide
 
-    single = (loops.sign_codes, loops.reaches)
-    if codec.fused == "sign":
-        (products,) = by_tile(loops.sign_codes, t_flat, after=(packed,))
-        weights = reference.channel_sums(t * t).expand(groups, 1, channels)
-        if layout.channel_scales_per_group == 1:
-            weights = reference.row_sums(weights)
-        else:
-            weights = weights.contiguous()
-        return q.storable_scale(reference.divide_or_zero(total(products), weights))
     if codec.fused == "linear":
-        (reach,) = by_tile(loops.reaches, inverse_t)
-        reach = torch.from_numpy(reach.numpy().max(1, keepdims=True))
+        reach = torch.from_numpy(first.reshape(groups, tiles, channels).max(1, keepdims=True))
         if layout.channel_scales_per_group == 1:
             reach = reach.amax(2, keepdim=True)
-        c = q.storable_scale(reach / _LARGEST_STEP, up=True)
-        inverse_c = by_channel(reference.divide_or_zero(one, c))
-        limit = np.float32(_LARGEST_STEP)
-        _spread(
-            lambda lo, hi: loops.linear_codes(*source, factors, inverse_t, inverse_c, limit, lo, hi, packed),
-            groups * rows,
-            layout.elements,
-        )
-        return c
-    borders, magnitudes = q.magnitude_table(codec)
-    squares, sums = by_tile(loops.energies, t_flat)
-    sigma = reference.divide_or_zero(total(squares), total(sums) * q.SIGMA_OF_MEAN_MAGNITUDE)
-    inverse_c = by_channel(reference.divide_or_zero(one, sigma))
-    products, weights = by_tile(loops.nearest_codes, t_flat, inverse_t, inverse_c, borders, magnitudes, after=(packed,))
-    return q.storable_scale(reference.divide_or_zero(total(products), total(weights)))
+        c = scales.storable_scale(reach / scale.norm / _LARGEST_STEP.item(), up=True)
+        rounding: tuple[Any, ...] = (_LARGEST_STEP,)
+        loop = loops.code_linear
+    else:
+        squares = np.empty(groups * tiles, np.float32)
+        loops.weight_squares(stat, weighted, rows, squares)
+        for group in squares.reshape(groups, -1):
+            fold(group, tiles, 1)
+        weight = torch.from_numpy(squares).view(groups, tiles, 1)[:, :1] * scale.norm * scale.norm
+        if layout.channel_scales_per_group == 1:
+            weight = weight * channels
+        mean = total(first) * scale.norm
+        if codec.fused == "sign":
+            return scales.storable_scale(reference.divide_or_zero(mean, weight))
+        c = codec.channel_scale(total(second), mean, weight)
+        rounding = (call.bits, *codec.magnitude_table())
+        loop = loops.code_nearest
+    inverse_c = by_channel(reference.divide_or_zero(torch.ones(()), c))
+    call.over_rows(loop, *rounding, t, inverse_t, by_channel(c), inverse_c, call.limit)
+    return c
 
 
-def decode_residual(codec: ScalarQuantizer, payload: Tensor, base: Tensor | None, cut: Cut, out: Tensor) -> None:
-    """Write ``base`` plus the decoded payload to ``out``, kept finite and rounded to its dtype; both may be one."""
-    layout, place = Layout.of(cut.shape, codec.bits), place_of(cut)
-    groups, rows, channels = cut.shape
-    t = np.ones(groups * rows, np.float32)
-    if layout.row_scale_count:
-        t = reference.decode_ue5m3(payload[layout.row_scales_at :][: layout.row_scale_count]).numpy()
+def decode_residual(
+    codec: ScalarQuantizer,
+    payload: Tensor,
+    base: Tensor | None,
+    cut: Cut,
+    out: Tensor,
+    velocity: Tensor | None = None,
+) -> bool:
+    """Write ``base + velocity`` plus the decoded payload to ``out``, kept finite and rounded to its dtype.
+
+    Args:
+        codec: how.
+        payload: uint8, of the right length.
+        base: flat; may be ``out``; ``None`` for no expectation.
+        cut: how the buffer becomes a matrix.
+        out: flat.
+        velocity: flat, added to ``base`` in float32; ``None`` for none.
+
+    Returns:
+        Whether it was done; not if scales come close to the ends of float32.
+    """
+    layout, place = codec.layout_of(cut.shape), _place(codec, cut)
+    assert place is not None  # supports() said so
+    groups, channels = layout.groups, layout.channels
     per_group = layout.channel_scales_per_group
-    c = reference.decode_bf16(payload[layout.channel_scales_at :][: 2 * groups * per_group]).view(groups, per_group)
-    scales = c.expand(groups, channels).contiguous().view(-1).numpy()
-    packed = payload[: layout.codes_nbytes].numpy()
-    limit = np.float32(torch.finfo(out.dtype).max)
-    target, before, table, at = _bits(out, out.dtype), _bits(base, out.dtype), codec.level_table(), tuple(place)
-    _spread(
-        lambda lo, hi: loops.apply_codes(packed, codec.bits, table, t, scales, before, at, limit, lo, hi, target),
-        groups * rows,
-        layout.elements,
-    )
+    c = reference.decode_bf16(payload[layout.channel_scales_at :][: 2 * groups * per_group])
+    if not (c.numel() and float(c.max()) <= _LARGEST_SCALE and float(c.min()) >= 0):
+        return False
+    if layout.rows == 1:  # blocks are the rows of one group here
+        t, wide = c.numpy(), np.ones(channels, np.float32)
+    else:
+        wide = c.view(groups, per_group).expand(groups, channels).contiguous().view(-1).numpy()
+        t = np.ones(place.row_at.size, np.float32)
+        if layout.row_scale_count:
+            t = reference.decode_ue5m3(payload[layout.row_scales_at :][: layout.row_scale_count]).numpy()
+    codes, bits = payload[: layout.codes_nbytes].numpy(), _loop_bits(codec, place)
+    if bits != codec.bits or codec.base3:
+        packed, codes, width = codes, np.empty(layout.elements, np.uint8), 0 if codec.base3 else codec.bits
+        spread(lambda lo, hi: unpack_any(packed, width, lo, hi, codes), codes.size, codes.size)
+    how: tuple[Any, ...]
+    if codec.fused == "sign":
+        loop, how = loops.apply_signs, ()
+    elif codec.fused == "nearest":
+        loop, how = loops.apply_levels, (bits, codec.magnitude_table()[1])
+    else:
+        loop, how = loops.apply_table, (codec.level_table(),)
+    rest = (t, wide, _bits(base, out.dtype), _bits(velocity, out.dtype), tuple(place))
+    limit, target = np.float32(torch.finfo(out.dtype).max), _bits(out, out.dtype)
+    spread(lambda lo, hi: loop(codes, *how, *rest, limit, lo, hi, target), place.row_at.size, layout.elements)
+    return True

@@ -16,8 +16,11 @@ from numba.extending import overload
 
 Array = Any
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
-_inlined = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+inlined = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
+
+LANES = 64
+"""Running sums for each row, as in the reference."""
 
 
 def _widen(v: Any) -> Any:
@@ -27,6 +30,11 @@ def _widen(v: Any) -> Any:
 
 def _narrow(v: Any, like: Any) -> Any:
     """A float32 within the range of the element type of ``like``, rounded to nearest even."""
+    raise NotImplementedError
+
+
+def _narrow_finite(v: Any, like: Any) -> Any:
+    """The same, of what is known to be a number."""
     raise NotImplementedError
 
 
@@ -60,6 +68,11 @@ def _narrow_bf16(v: Any, like: Any) -> Any:
     return np.uint16(_u32(0x7FC0) if v != v else rounded)
 
 
+def _narrow_finite_bf16(v: Any, like: Any) -> Any:
+    bits = _f32(v).view(_u32)
+    return np.uint16(_u32(bits + _u32(0x7FFF) + _u32(_u32(bits >> _u32(16)) & _u32(1))) >> _u32(16))
+
+
 def _narrow_f16(v: Any, like: Any) -> Any:
     bits = _f32(v).view(_u32)
     sign = _u32(_u32(bits >> _u32(16)) & _u32(0x8000))
@@ -77,6 +90,9 @@ _WIDEN = {numba.float32: _widen_f32, numba.uint16: _widen_bf16, numba.int16: _wi
 _NARROW = {numba.float32: _narrow_f32, numba.uint16: _narrow_bf16, numba.int16: _narrow_f16}
 
 
+_NARROW_FINITE = {**_NARROW, numba.uint16: _narrow_finite_bf16}
+
+
 @overload(_widen)
 def _choose_widen(v: Any) -> Any:
     return _WIDEN[v]
@@ -85,6 +101,11 @@ def _choose_widen(v: Any) -> Any:
 @overload(_narrow)
 def _choose_narrow(v: Any, like: Any) -> Any:
     return _NARROW[like.dtype]
+
+
+@overload(_narrow_finite)
+def _choose_narrow_finite(v: Any, like: Any) -> Any:
+    return _NARROW_FINITE[like.dtype]
 
 
 @jit
@@ -101,48 +122,117 @@ def convert_out(x: Array, out: Array) -> None:
         out[j] = _narrow(x[j], out)
 
 
-@_inlined
-def residual(x: Array, base: Array, at: int, limit: int, out: Array, to: int, n: int) -> None:
-    """``x - base``, ``n`` elements from ``at`` on, into ``out`` from ``to`` on; zero past ``limit``.
+@inlined
+def predict(base: Array, velocity: Array, at: int, limit: int, out: Array, n: int) -> None:
+    """What was expected, ``n`` float32 elements from ``at`` on; zero past ``limit``.
 
-    An empty base stands for no prediction.
+    Empty arrays stand for no base and no velocity.
     """
+    valid = max(0, min(n, limit - at)) if base.size else 0
+    a = _at(at)
+    if velocity.size:
+        for j in range(valid):
+            out[_at(j)] = _widen(base[a + _at(j)]) + _widen(velocity[a + _at(j)])
+    else:
+        for j in range(valid):
+            out[_at(j)] = _widen(base[a + _at(j)])
+    for j in range(valid, n):
+        out[_at(j)] = _f32(0)
+
+
+@inlined
+def residual(x: Array, base: Array, velocity: Array, at: int, limit: int, out: Array, to: int, n: int) -> None:
+    """``x`` less what was expected, ``n`` elements from ``at`` on, into ``out`` from ``to`` on; zero past ``limit``."""
     valid = max(0, min(n, limit - at))
     a, o = _at(at), _at(to)
     if base.size == 0:
         for j in range(valid):
             out[o + _at(j)] = _widen(x[a + _at(j)])
-    else:
+    elif velocity.size == 0:
         for j in range(valid):
             out[o + _at(j)] = _widen(x[a + _at(j)]) - _widen(base[a + _at(j)])
+    else:
+        for j in range(valid):
+            expected = _widen(base[a + _at(j)]) + _widen(velocity[a + _at(j)])
+            out[o + _at(j)] = _widen(x[a + _at(j)]) - expected
     for j in range(valid, n):
         out[o + _at(j)] = _f32(0)
 
 
-@_inlined
-def add(base: Array, at: int, change: Array, limit: Any, out: Array, n: int) -> None:
-    """``out = base + change``, ``n`` elements from ``at`` on, kept within ``limit`` and rounded.
-
-    Overwrites ``change``. ``out`` may be ``base``, so nothing is written before all is read.
-    """
+@inlined
+def subtract(x: Array, at: int, limit: int, expected: Array, out: Array, n: int) -> None:
+    """``x`` less ``expected``, ``n`` elements from ``at`` on; zero past ``limit``."""
+    valid = max(0, min(n, limit - at))
     a = _at(at)
-    if base.size:
-        for j in range(n):
-            change[_at(j)] = _widen(base[a + _at(j)]) + change[_at(j)]
-    for j in range(n):
-        y = change[_at(j)]
+    for j in range(valid):
+        out[_at(j)] = _widen(x[a + _at(j)]) - expected[_at(j)]
+    for j in range(valid, n):
+        out[_at(j)] = _f32(0)
+
+
+@inlined
+def finish(expected: Array, change: Array, limit: Any, out: Array, at: int, end: int, n: int) -> None:
+    """``out = expected + change``, ``n`` elements from ``at`` on that lie before ``end``, kept within ``limit``."""
+    valid = max(0, min(n, end - at))
+    a = _at(at)
+    for j in range(valid):
+        y = expected[_at(j)] + change[_at(j)]
         y = limit if y > limit else y
-        out[a + _at(j)] = _narrow(-limit if y < -limit else y, out)
+        out[a + _at(j)] = _narrow_finite(-limit if y < -limit else y, out)
 
 
-@_inlined
+@inlined
+def lane_sum(values: Array, n: int, lanes: Array) -> Any:
+    """Sum of the magnitudes of the first ``n`` values, in the order of ``reference.row_sums``."""
+    for i in range(LANES):
+        lanes[_at(i)] = _f32(0)
+    whole = n // LANES
+    for k in range(whole):
+        o = _at(k * LANES)
+        for i in range(LANES):
+            lanes[_at(i)] += abs(values[o + _at(i)])
+    o = _at(whole * LANES)
+    for i in range(n - whole * LANES):
+        lanes[_at(i)] += abs(values[o + _at(i)])
+    half = LANES // 2
+    while half:
+        for i in range(half):
+            lanes[_at(i)] += lanes[_at(half) + _at(i)]
+        half //= 2
+    return lanes[0]
+
+
+@inlined
+def largest_of(bits: Array, n: int, cell: Array, cell_bits: Array) -> Any:
+    """Largest magnitude of the first ``n`` values; infinity and NaN, which count as larger, come through.
+
+    Args:
+        bits: the values as uint32, whose order is that of magnitudes.
+        n: how many.
+        cell: float32 ``(1,)``, overwritten.
+        cell_bits: the same memory as uint32.
+    """
+    top = _u32(0)
+    for j in range(n):
+        top = max(top, _u32(bits[_at(j)] & _u32(0x7FFFFFFF)))
+    cell_bits[0] = top
+    return cell[0]
+
+
+@inlined
+def round_3_bits(value: Any) -> Any:
+    """As in the reference."""
+    return _u32(_u32(_f32(value).view(_u32) + _u32(1 << 19)) & _u32(0xFFF00000)).view(_f32)
+
+
+@inlined
 def fill(out: Array, to: int, n: int, value: Any) -> None:
     """Set ``n`` elements from ``to`` on."""
     for j in range(n):
         out[_at(to) + _at(j)] = value
 
 
-@_inlined
+@inlined
 def copy(x: Array, out: Array, to: int, n: int) -> None:
     """Copy the first ``n`` elements to ``to`` and on."""
     for j in range(n):
@@ -162,94 +252,3 @@ def fold(buffer: Array, length: int, width: int) -> None:
         for j in range(length - half):
             buffer[_at(j)] += buffer[_at(half) + _at(j)]
         length = half
-
-
-@jit
-def code_views(size: int) -> Any:
-    """A buffer of ``size`` codes, one in a byte, also seen two, four and eight at a time."""
-    codes = np.empty(size, np.uint8)
-    return codes, codes.view(np.uint16), codes.view(np.uint32), codes.view(np.uint64)
-
-
-@_inlined
-def pack(one: Array, two: Array, four: Array, eight: Array, bits: int, n: int, out: Array, element: int) -> None:
-    """Pack the first ``n`` codes of buffers from ``code_views`` to ``bits`` each, first code lowest.
-
-    They go to position ``element`` of ``out`` and on.
-    """
-    o = _at((element * bits) >> 3)
-    if bits == 1:
-        for k in range(n >> 3):
-            v = eight[_at(k)]
-            v |= v >> np.uint64(7)
-            v |= v >> np.uint64(14)
-            v |= v >> np.uint64(28)
-            out[o + _at(k)] = np.uint8(v & np.uint64(0xFF))
-    elif bits == 2:
-        for k in range(n >> 2):
-            w = four[_at(k)]
-            out[o + _at(k)] = np.uint8(_u32(w | w >> _u32(6) | w >> _u32(12) | w >> _u32(18)) & _u32(0xFF))
-    elif bits == 4:
-        for k in range(n >> 1):
-            h = _u32(two[_at(k)])
-            out[o + _at(k)] = np.uint8(_u32(h | h >> _u32(4)) & _u32(0xFF))
-    else:
-        for k in range(n):
-            out[o + _at(k)] = one[_at(k)]
-
-
-@_inlined
-def unpack(
-    packed: Array,
-    bits: int,
-    element: int,
-    n: int,
-    table: Array,
-    pairs: Array,
-    one: Array,
-    four: Array,
-    eight: Array,
-    levels: Array,
-    level_pairs: Array,
-) -> None:
-    """Levels of ``n`` packed codes from ``element`` on.
-
-    Args:
-        packed: the codes.
-        bits: for each code.
-        element: position of the first.
-        n: how many, a whole number of bytes.
-        table: levels of the codes in each byte, 8 / bits of them; empty for the integers of two's complement.
-        pairs: the same memory, two levels at a time.
-        one: the code buffer of ``code_views``, overwritten.
-        four: the same, four at a time.
-        eight: the same, eight at a time.
-        levels: what is asked for.
-        level_pairs: the same memory, two levels at a time.
-    """
-    p = _at((element * bits) >> 3)
-    if bits == 1:
-        low, high = table[0], table[8]
-        for k in range(n >> 3):
-            v = np.uint64(packed[p + _at(k)]) * np.uint64(0x0101010101010101)
-            eight[_at(k)] = v & np.uint64(0x8040201008040201)
-        for j in range(n):
-            levels[_at(j)] = high if one[_at(j)] != np.uint8(0) else low
-    elif bits == 2:
-        a, b, c, d = table[0], table[4], table[8], table[12]
-        for k in range(n >> 2):
-            w = _u32(packed[p + _at(k)])
-            four[_at(k)] = _u32(w | w << _u32(6) | w << _u32(12) | w << _u32(18)) & _u32(0x03030303)
-        for j in range(n):
-            code = one[_at(j)]
-            low, high = b if code & np.uint8(1) else a, d if code & np.uint8(1) else c
-            levels[_at(j)] = high if code & np.uint8(2) else low
-    elif bits == 4:
-        for k in range(n >> 1):
-            level_pairs[_at(k)] = pairs[_at(packed[p + _at(k)])]
-    elif table.size == 0:
-        for k in range(n):
-            levels[_at(k)] = _f32(np.int8(packed[p + _at(k)]))
-    else:
-        for k in range(n):
-            levels[_at(k)] = table[_at(packed[p + _at(k)])]

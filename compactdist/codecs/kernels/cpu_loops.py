@@ -1,13 +1,14 @@
-"""The passes over the elements, compiled by Numba. ``cpu.py`` calls them and says what they are for.
+"""The passes over the elements where scales belong to rows and channels, compiled by Numba. ``cpu.py`` says what for.
 
 What both ends compute is in the order of ``reference.py`` to the bit, so ``fastmath`` is out of the question. Loops
 read into a small buffer before they write, for input and output may be the same memory.
 
 A *place* is what tells where matrix elements lie: ``(row_at, chunk_at, chunk_from, chunk_len, rows, channels,
-numel)``, see ``cpu.py``. A *tile* is 32 rows of one group. All arrays are flat.
+numel)``, see ``cpu.py``. A *source* is ``(x, base, velocity)`` as bits, empty for none. A *tile* is 64 rows of one
+group. All arrays are flat.
 
 Numba looks at one file's date to tell whether its cache on disk still holds, and does not see what the file imports:
-after a change in ``cpu_elements.py``, touch this one.
+after a change in ``cpu_elements.py``, ``cpu_codes.py`` or ``cpu_vectors.py``, touch this one.
 """
 
 from __future__ import annotations
@@ -16,263 +17,309 @@ from typing import Any
 
 import numpy as np
 
+from compactdist.codecs.kernels.cpu_codes import code_views, level_of, nearest, pack, unpack
 from compactdist.codecs.kernels.cpu_elements import (
+    LANES,
     Array,
-    add,
-    code_views,
-    copy,
-    fill,
-    fold,
+    finish,
+    inlined,
     jit,
-    pack,
+    lane_sum,
+    largest_of,
+    predict,
     residual,
-    unpack,
+    round_3_bits,
+    subtract,
 )
+from compactdist.codecs.kernels.cpu_vectors import load_word, negate_where_clear, not_negative, store_word
+from compactdist.codecs.kernels.places import WIDTH
 
-TILE = 32
-"""Rows summed together, as in the reference."""
+TILE = 64
+"""Rows that share running sums, as in the reference."""
 
-WIDTH = 256
-"""Longest chunk of channels: a tile of it fits in the second-level cache, and a row of it into the first."""
 
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
-_LARGEST = np.float32(3.4028234663852886e38)
 _ROUNDING = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, half to even
 
 
+@inlined
+def _load_row(source: Any, place: Any, row: int, buffer: Array) -> None:
+    x, base, velocity = source
+    row_at, chunk_at, chunk_from, chunk_len, _, _, numel = place
+    for k in range(chunk_at.size):
+        residual(x, base, velocity, row_at[row] + chunk_from[k], numel, buffer, chunk_at[k], chunk_len[k])
+
+
+@inlined
+def _pack_signs(values: Array, n: int, packed: Array, element: int, views: Any) -> None:
+    """Sign codes of ``n`` float32 values, to position ``element`` and on."""
+    one = views[0]
+    whole = n // LANES
+    for k in range(whole):
+        store_word(not_negative(values, _at(k * LANES)), packed, _at((element >> 3) + 8 * k))
+    rest, o = n - whole * LANES, _at(whole * LANES)
+    for j in range(rest):
+        one[_at(j)] = np.uint8(values[o + _at(j)] >= _f32(0))
+    pack(views, 1, rest, packed, element + whole * LANES)
+
+
 @jit
-def row_statistics(
-    x: Array,
-    base: Array,
-    place: Any,
-    factors: Array,
-    lo: int,
-    hi: int,
-    sums: bool,
-    stat: Array,
-    most: Array,
-    least: Array,
+def survey_signs(
+    source: Any, place: Any, weighted: bool, lo: int, hi: int, stat: Array, sums: Array, packed: Array
 ) -> None:
-    """For rows ``lo`` to ``hi``: the folded sum of scaled magnitudes (if ``sums``), and the bits of the largest and of
-    the smallest nonzero magnitude, the latter less one.
-    """
-    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    buffer = np.empty(channels, np.float32)
-    bits = buffer.view(np.uint32)
-    for row in range(lo, hi):
-        for k in range(chunk_at.size):
-            residual(x, base, row_at[row] + chunk_from[k], numel, buffer, chunk_at[k], chunk_len[k])
-        large, small = _u32(0), _u32(0xFFFFFFFF)
+    """For tiles ``lo`` to ``hi``: sums of magnitudes by row, of ``m * weight`` by channel, and sign codes."""
+    rows, channels = place[4], place[5]
+    tiles = (rows + TILE - 1) // TILE
+    buffer, lanes, views = np.empty(channels, np.float32), np.empty(LANES, np.float32), code_views(LANES)
+    for tile in range(lo, hi):
+        first, s = tile // tiles * rows + tile % tiles * TILE, _at(tile * channels)
         for j in range(channels):
-            v = _u32(bits[_at(j)] & _u32(0x7FFFFFFF))
-            large = max(large, v)
-            small = min(small, _u32(v - _u32(1)))
-        most[row], least[row] = large, small
-        if sums:
-            factor = factors[row // rows]
+            sums[s + _at(j)] = _f32(0)
+        for row in range(first, min(first + TILE, (tile // tiles + 1) * rows)):
+            _load_row(source, place, row, buffer)
+            total = lane_sum(buffer, channels, lanes)
+            stat[row] = total
+            weight = round_3_bits(total) if weighted else _f32(1)
             for j in range(channels):
-                buffer[_at(j)] = abs(buffer[_at(j)]) * factor
-            fold(buffer, channels, 1)
-            stat[row] = buffer[0]
+                sums[s + _at(j)] += abs(buffer[_at(j)]) * weight
+            _pack_signs(buffer, channels, packed, row * channels, views)
 
 
 @jit
-def sign_codes(
-    x: Array, base: Array, place: Any, factors: Array, t: Array, lo: int, hi: int, packed: Array, sums: Array
+def survey_moments(
+    source: Any, place: Any, weighted: bool, lo: int, hi: int, stat: Array, sums: Array, squares: Array
 ) -> None:
-    """For tiles ``lo`` to ``hi``: sign codes, and by channel the sums of ``m * t``."""
-    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
+    """For tiles ``lo`` to ``hi``: sums of magnitudes by row, of ``m * weight`` and of ``m * m`` by channel."""
+    rows, channels = place[4], place[5]
     tiles = (rows + TILE - 1) // TILE
-    whole = np.empty(TILE * WIDTH, np.float32)
-    code, two_codes, four_codes, eight_codes = code_views(WIDTH)
+    buffer, lanes = np.empty(channels, np.float32), np.empty(LANES, np.float32)
     for tile in range(lo, hi):
-        group, first = tile // tiles, tile % tiles * TILE
-        factor, here = factors[group], min(TILE, rows - first)
-        for k in range(chunk_at.size):
-            n = chunk_len[k]
-            for r in range(here):
-                row, o = group * rows + first + r, _at(r * n)
-                residual(x, base, row_at[row] + chunk_from[k], numel, whole, r * n, n)
-                for j in range(n):
-                    code[_at(j)] = np.uint8(whole[o + _at(j)] >= _f32(0))
-                weight = t[row]
-                for j in range(n):
-                    whole[o + _at(j)] = abs(whole[o + _at(j)]) * factor * weight
-                pack(code, two_codes, four_codes, eight_codes, 1, n, packed, row * channels + chunk_at[k])
-            fill(whole, here * n, (TILE - here) * n, _f32(0))
-            fold(whole, TILE * n, n)
-            copy(whole, sums, tile * channels + chunk_at[k], n)
+        first, s = tile // tiles * rows + tile % tiles * TILE, _at(tile * channels)
+        for j in range(channels):
+            sums[s + _at(j)] = _f32(0)
+            squares[s + _at(j)] = _f32(0)
+        for row in range(first, min(first + TILE, (tile // tiles + 1) * rows)):
+            _load_row(source, place, row, buffer)
+            total = lane_sum(buffer, channels, lanes)
+            stat[row] = total
+            weight = round_3_bits(total) if weighted else _f32(1)
+            for j in range(channels):
+                m = abs(buffer[_at(j)])
+                sums[s + _at(j)] += m * weight
+                squares[s + _at(j)] += m * m
 
 
 @jit
-def energies(
-    x: Array, base: Array, place: Any, factors: Array, t: Array, lo: int, hi: int, squares: Array, sums: Array
-) -> None:
-    """For tiles ``lo`` to ``hi``, by channel: the sums of ``m * m`` and of ``m * t``."""
-    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
+def survey_reach(source: Any, place: Any, weighted: bool, lo: int, hi: int, stat: Array, reach: Array) -> None:
+    """For tiles ``lo`` to ``hi``: bits of the largest magnitude by row, and the largest ``m / weight`` by channel."""
+    rows, channels = place[4], place[5]
     tiles = (rows + TILE - 1) // TILE
-    one, two = np.empty(TILE * WIDTH, np.float32), np.empty(TILE * WIDTH, np.float32)
+    buffer = np.empty(channels, np.float32)
+    bits, cell = buffer.view(np.uint32), np.empty(1, np.float32)
+    cell_bits = cell.view(np.uint32)
     for tile in range(lo, hi):
-        group, first = tile // tiles, tile % tiles * TILE
-        factor, here = factors[group], min(TILE, rows - first)
-        for k in range(chunk_at.size):
-            n = chunk_len[k]
-            for r in range(here):
-                row, o = group * rows + first + r, _at(r * n)
-                residual(x, base, row_at[row] + chunk_from[k], numel, one, r * n, n)
-                weight = t[row]
-                for j in range(n):
-                    m = abs(one[o + _at(j)]) * factor
-                    one[o + _at(j)] = m * m
-                    two[o + _at(j)] = m * weight
-            fill(one, here * n, (TILE - here) * n, _f32(0))
-            fill(two, here * n, (TILE - here) * n, _f32(0))
-            fold(one, TILE * n, n)
-            fold(two, TILE * n, n)
-            copy(one, squares, tile * channels + chunk_at[k], n)
-            copy(two, sums, tile * channels + chunk_at[k], n)
+        first, s = tile // tiles * rows + tile % tiles * TILE, _at(tile * channels)
+        for j in range(channels):
+            reach[s + _at(j)] = _f32(0)
+        for row in range(first, min(first + TILE, (tile // tiles + 1) * rows)):
+            _load_row(source, place, row, buffer)
+            largest = largest_of(bits, channels, cell, cell_bits)
+            stat[row] = largest
+            weight = round_3_bits(largest) if weighted else _f32(1)
+            inverse = _f32(1) / weight if weight > _f32(0) else _f32(0)
+            for j in range(channels):
+                value = abs(buffer[_at(j)]) * inverse
+                reach[s + _at(j)] = value if value > reach[s + _at(j)] else reach[s + _at(j)]
 
 
 @jit
-def nearest_codes(
-    x: Array,
-    base: Array,
+def weight_squares(stat: Array, weighted: bool, rows: int, sums: Array) -> None:
+    """Sum of ``weight * weight`` over every tile."""
+    tiles = (rows + TILE - 1) // TILE
+    for tile in range(sums.size):
+        first, total = tile // tiles * rows + tile % tiles * TILE, _f32(0)
+        for row in range(first, min(first + TILE, (tile // tiles + 1) * rows)):
+            weight = round_3_bits(stat[row]) if weighted else _f32(1)
+            total += weight * weight
+        sums[tile] = total
+
+
+@jit
+def code_nearest(
+    source: Any,
     place: Any,
-    factors: Array,
-    t: Array,
-    inverse_t: Array,
-    inverse_c: Array,
+    bits: int,
     borders: Any,
     magnitudes: Any,
-    lo: int,
-    hi: int,
-    packed: Array,
-    products: Array,
-    squares: Array,
-) -> None:
-    """For tiles ``lo`` to ``hi``: sign and index of the nearest magnitude, and by channel, with w the chosen
-    magnitude times t, the sums of ``m * w`` and of ``w * w``.
-
-    Borders and magnitudes are tuples, so that the search among them is unrolled.
-    """
-    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    tiles = (rows + TILE - 1) // TILE
-    bits = 1
-    while 1 << bits < 2 * len(magnitudes):
-        bits += 1
-    one, two = np.empty(TILE * WIDTH, np.float32), np.empty(TILE * WIDTH, np.float32)
-    code, two_codes, four_codes, eight_codes = code_views(WIDTH)
-    for tile in range(lo, hi):
-        group, first = tile // tiles, tile % tiles * TILE
-        factor, here = factors[group], min(TILE, rows - first)
-        for k in range(chunk_at.size):
-            n, c = chunk_len[k], _at(group * channels + chunk_at[k])
-            for r in range(here):
-                row, o = group * rows + first + r, _at(r * n)
-                residual(x, base, row_at[row] + chunk_from[k], numel, one, r * n, n)
-                weight, inverse_weight = t[row], inverse_t[row]
-                for j in range(n):
-                    value = one[o + _at(j)]
-                    m = abs(value) * factor
-                    v = m * inverse_c[c + _at(j)] * inverse_weight
-                    index = _u32(len(magnitudes)) if value < _f32(0) else _u32(0)
-                    level = magnitudes[0]
-                    for i in range(len(borders)):
-                        above = v > borders[i]
-                        index = _u32(index + _u32(1)) if above else index
-                        level = magnitudes[i + 1] if above else level
-                    w = level * weight
-                    one[o + _at(j)] = m * w
-                    two[o + _at(j)] = w * w
-                    code[_at(j)] = np.uint8(index)
-                pack(code, two_codes, four_codes, eight_codes, bits, n, packed, row * channels + chunk_at[k])
-            fill(one, here * n, (TILE - here) * n, _f32(0))
-            fill(two, here * n, (TILE - here) * n, _f32(0))
-            fold(one, TILE * n, n)
-            fold(two, TILE * n, n)
-            copy(one, products, tile * channels + chunk_at[k], n)
-            copy(two, squares, tile * channels + chunk_at[k], n)
-
-
-@jit
-def reaches(x: Array, base: Array, place: Any, factors: Array, inverse_t: Array, lo: int, hi: int, out: Array) -> None:
-    """For tiles ``lo`` to ``hi``, by channel: the largest ``m / t``."""
-    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    tiles = (rows + TILE - 1) // TILE
-    values, top = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32)
-    for tile in range(lo, hi):
-        group, first = tile // tiles, tile % tiles * TILE
-        factor = factors[group]
-        for k in range(chunk_at.size):
-            n = chunk_len[k]
-            fill(top, 0, n, _f32(0))
-            for row in range(group * rows + first, group * rows + min(first + TILE, rows)):
-                residual(x, base, row_at[row] + chunk_from[k], numel, values, 0, n)
-                inverse = inverse_t[row]
-                for j in range(n):
-                    reach = abs(values[_at(j)]) * factor * inverse
-                    top[_at(j)] = reach if reach > top[_at(j)] else top[_at(j)]
-            copy(top, out, tile * channels + chunk_at[k], n)
-
-
-@jit
-def linear_codes(
-    x: Array,
-    base: Array,
-    place: Any,
-    factors: Array,
+    t: Array,
     inverse_t: Array,
+    c: Array,
     inverse_c: Array,
-    largest: Any,
+    limit: Any,
     lo: int,
     hi: int,
     packed: Array,
+    out: Array,
 ) -> None:
-    """For rows ``lo`` to ``hi``: the nearest integer of ``m / (t * c)`` with the sign of the element, in a byte."""
+    """For rows ``lo`` to ``hi``: codes of the nearest magnitude and the sign, and what the receiver makes of them.
+
+    Borders and magnitudes are tuples, so that the search among them is unrolled. ``out`` may be empty. A smallest
+    magnitude of zero means trits: 0, or 1 and 2 for a sign.
+    """
+    x, base, velocity = source
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    values = np.empty(WIDTH, np.float32)
+    values, expected, views = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32), code_views(WIDTH)
+    code, trits = views[0], magnitudes[0] == _f32(0)
     for row in range(lo, hi):
-        group = row // rows
-        factor, inverse_weight = factors[group], inverse_t[row]
+        weight, inverse_weight = t[row], inverse_t[row]
         for k in range(chunk_at.size):
-            n, c = chunk_len[k], _at(group * channels + chunk_at[k])
-            residual(x, base, row_at[row] + chunk_from[k], numel, values, 0, n)
-            o = _at(row * channels + chunk_at[k])
+            n, s, at = chunk_len[k], _at(row // rows * channels + chunk_at[k]), row_at[row] + chunk_from[k]
+            predict(base, velocity, at, numel, expected, n)
+            subtract(x, at, numel, expected, values, n)
             for j in range(n):
                 value = values[_at(j)]
-                steps = abs(value) * factor * inverse_c[c + _at(j)] * inverse_weight
-                steps = largest if steps > largest else steps
-                steps = (steps + _ROUNDING) - _ROUNDING
-                packed[o + _at(j)] = np.uint8(np.int32(-steps if value < _f32(0) else steps))
+                index = nearest(abs(value) * inverse_c[s + _at(j)] * inverse_weight, borders)
+                change = (weight * c[s + _at(j)]) * level_of(index, magnitudes)
+                negative = value < _f32(0)
+                below = _u32(index << _u32(1)) if trits else _u32(index | _u32(len(magnitudes)))
+                code[_at(j)] = np.uint8(below if negative else index)
+                values[_at(j)] = (-change if negative else change) + _f32(0)  # no code means -0
+            if out.size:
+                finish(expected, values, limit, out, at, numel, n)
+            pack(views, bits, n, packed, row * channels + chunk_at[k])
 
 
 @jit
-def apply_codes(
+def code_linear(
+    source: Any,
+    place: Any,
+    largest: Any,
+    t: Array,
+    inverse_t: Array,
+    c: Array,
+    inverse_c: Array,
+    limit: Any,
+    lo: int,
+    hi: int,
     packed: Array,
-    bits: int,
-    table: Array,
+    out: Array,
+) -> None:
+    """For rows ``lo`` to ``hi``: the nearest integer of ``m / (t * c)`` with the sign of the element, in a byte."""
+    x, base, velocity = source
+    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
+    values, expected = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32)
+    for row in range(lo, hi):
+        weight, inverse_weight = t[row], inverse_t[row]
+        for k in range(chunk_at.size):
+            n, s, at = chunk_len[k], _at(row // rows * channels + chunk_at[k]), row_at[row] + chunk_from[k]
+            predict(base, velocity, at, numel, expected, n)
+            subtract(x, at, numel, expected, values, n)
+            p = _at(row * channels + chunk_at[k])
+            for j in range(n):
+                value = values[_at(j)]
+                steps = abs(value) * inverse_c[s + _at(j)] * inverse_weight
+                steps = largest if steps > largest else steps
+                steps = (steps + _ROUNDING) - _ROUNDING
+                steps = -steps if value < _f32(0) else steps
+                packed[p + _at(j)] = np.uint8(np.int32(steps))
+                values[_at(j)] = (weight * c[s + _at(j)]) * (steps + _f32(0))  # a code has no -0
+            if out.size:
+                finish(expected, values, limit, out, at, numel, n)
+
+
+@jit
+def apply_signs(
+    packed: Array,
     t: Array,
     c: Array,
     base: Array,
+    velocity: Array,
     place: Any,
     limit: Any,
     lo: int,
     hi: int,
     out: Array,
 ) -> None:
-    """For rows ``lo`` to ``hi``: ``out = base + (t * c) * level``, kept within ``limit`` and rounded."""
+    """For rows ``lo`` to ``hi``: ``out = expected + t * c`` or ``- t * c``, kept within ``limit`` and rounded."""
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    one, _, four, eight = code_views(WIDTH)
-    levels = np.empty(WIDTH, np.float32)
-    level_pairs, pairs = levels.view(np.uint64), table.view(np.uint64)
+    change, expected, views = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32), code_views(LANES)
+    one = views[0]
     for row in range(lo, hi):
-        group, weight = row // rows, t[row]
+        weight = t[row]
         for k in range(chunk_at.size):
-            n, s = chunk_len[k], _at(group * channels + chunk_at[k])
-            unpack(packed, bits, row * channels + chunk_at[k], n, table, pairs, one, four, eight, levels, level_pairs)
+            n, s, at = chunk_len[k], _at(row // rows * channels + chunk_at[k]), row_at[row] + chunk_from[k]
+            element, whole = row * channels + chunk_at[k], n // LANES
             for j in range(n):
-                d = (weight * c[s + _at(j)]) * levels[_at(j)]
-                d = _LARGEST if d > _LARGEST else d
-                levels[_at(j)] = -_LARGEST if d < -_LARGEST else d
-            at = row_at[row] + chunk_from[k]
-            add(base, at, levels, limit, out, max(0, min(n, numel - at)))
+                change[_at(j)] = weight * c[s + _at(j)]
+            for i in range(whole):
+                negate_where_clear(load_word(packed, _at((element >> 3) + 8 * i)), change, _at(i * LANES))
+            rest, o = n - whole * LANES, _at(whole * LANES)
+            unpack(packed, 1, element + whole * LANES, views, rest)
+            for j in range(rest):
+                change[o + _at(j)] = change[o + _at(j)] if one[_at(j)] else -change[o + _at(j)]
+            predict(base, velocity, at, numel, expected, n)
+            finish(expected, change, limit, out, at, numel, n)
+
+
+@jit
+def apply_levels(
+    packed: Array,
+    bits: int,
+    magnitudes: Any,
+    t: Array,
+    c: Array,
+    base: Array,
+    velocity: Array,
+    place: Any,
+    limit: Any,
+    lo: int,
+    hi: int,
+    out: Array,
+) -> None:
+    """For rows ``lo`` to ``hi``: ``out = expected + (t * c) * level``; codes are sign and index of a magnitude."""
+    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
+    change, expected, views = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32), code_views(WIDTH)
+    code = views[0]
+    for row in range(lo, hi):
+        weight = t[row]
+        for k in range(chunk_at.size):
+            n, s, at = chunk_len[k], _at(row // rows * channels + chunk_at[k]), row_at[row] + chunk_from[k]
+            unpack(packed, bits, row * channels + chunk_at[k], views, n)
+            for j in range(n):
+                index = _u32(code[_at(j)])
+                d = (weight * c[s + _at(j)]) * level_of(index, magnitudes)
+                change[_at(j)] = -d if index & _u32(len(magnitudes)) else d
+            predict(base, velocity, at, numel, expected, n)
+            finish(expected, change, limit, out, at, numel, n)
+
+
+@jit
+def apply_table(
+    codes: Array,
+    table: Array,
+    t: Array,
+    c: Array,
+    base: Array,
+    velocity: Array,
+    place: Any,
+    limit: Any,
+    lo: int,
+    hi: int,
+    out: Array,
+) -> None:
+    """The same for codes of a byte; an empty table stands for the integers of two's complement."""
+    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
+    change, expected = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32)
+    for row in range(lo, hi):
+        weight = t[row]
+        for k in range(chunk_at.size):
+            n, s, at = chunk_len[k], _at(row // rows * channels + chunk_at[k]), row_at[row] + chunk_from[k]
+            p = _at(row * channels + chunk_at[k])
+            if table.size:
+                for j in range(n):
+                    change[_at(j)] = (weight * c[s + _at(j)]) * table[_at(codes[p + _at(j)])]
+            else:
+                for j in range(n):
+                    change[_at(j)] = (weight * c[s + _at(j)]) * _f32(np.int8(codes[p + _at(j)]))
+            predict(base, velocity, at, numel, expected, n)
+            finish(expected, change, limit, out, at, numel, n)

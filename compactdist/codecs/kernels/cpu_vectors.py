@@ -19,17 +19,17 @@ _Mask = ir.VectorType(ir.IntType(1), LENGTH)
 _Word = ir.IntType(64)
 
 
-def _pointer(context: Any, builder: Any, kind: Any, array: Any, at: Any, pointee: Any) -> Any:
+def _pointer(context: Any, builder: Any, kind: Any, pointee: Any, array: Any, at: Any) -> Any:
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [at]), pointee.as_pointer())
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def not_negative(typing_context: Any, values: Any, at: Any) -> Any:
     """Bit i of the result tells whether ``values[at + i] >= 0``; float32 array, uint64."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _pointer(context, builder, signature.args[0], *arguments, _Floats)
+        pointer = _pointer(context, builder, signature.args[0], _Floats, *arguments)
         loaded = builder.load(pointer)
         loaded.align = 4
         zero = ir.Constant(_Floats, [0.0] * LENGTH)
@@ -38,13 +38,13 @@ def not_negative(typing_context: Any, values: Any, at: Any) -> Any:
     return types.uint64(values, types.uintp), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def negate_where_clear(typing_context: Any, mask: Any, values: Any, at: Any) -> Any:
     """Negate ``values[at + i]``, float32, where bit i of the uint64 is clear."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         mask, array, at = arguments
-        pointer = _pointer(context, builder, signature.args[1], array, at, _Floats)
+        pointer = _pointer(context, builder, signature.args[1], _Floats, array, at)
         loaded = builder.load(pointer)
         loaded.align = 4
         chosen = builder.select(builder.bitcast(mask, _Mask), loaded, builder.fneg(loaded))
@@ -54,25 +54,25 @@ def negate_where_clear(typing_context: Any, mask: Any, values: Any, at: Any) -> 
     return types.void(types.uint64, values, types.uintp), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load_word(typing_context: Any, data: Any, at: Any) -> Any:
     """Bytes ``at`` to ``at + 8`` of a uint8 array, the first lowest; uint64."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        loaded = builder.load(_pointer(context, builder, signature.args[0], *arguments, _Word))
+        loaded = builder.load(_pointer(context, builder, signature.args[0], _Word, *arguments))
         loaded.align = 1
         return loaded
 
     return types.uint64(data, types.uintp), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store_word(typing_context: Any, word: Any, data: Any, at: Any) -> Any:
     """Undo ``load_word``."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word, array, at = arguments
-        builder.store(word, _pointer(context, builder, signature.args[1], array, at, _Word)).align = 1
+        builder.store(word, _pointer(context, builder, signature.args[1], _Word, array, at)).align = 1
         return context.get_dummy_value()
 
     return types.void(types.uint64, data, types.uintp), build

@@ -1,0 +1,76 @@
+"""Where the elements of a matrix lie in a flat buffer, for the loops of ``cpu_loops.py``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from compactdist.codecs.base import Cut
+
+__all__ = ["Place", "place_of", "place_of_blocks"]
+
+WIDTH = 256
+"""Longest chunk of channels: the buffers for one fit into the first-level cache."""
+
+
+class Place(NamedTuple):
+    """Row r of all groups together and channel ``chunk_at[k] + i`` are element ``row_at[r] + chunk_from[k] + i``.
+
+    That is for ``i < chunk_len[k]``: channels are cut into chunks that are consecutive in memory. Elements from
+    ``numel`` on do not exist and count as zero.
+    """
+
+    row_at: NDArray[np.int64]
+    chunk_at: NDArray[np.int64]
+    chunk_from: NDArray[np.int64]
+    chunk_len: NDArray[np.int64]
+    rows: int
+    channels: int
+    numel: int
+
+
+@lru_cache(maxsize=64)
+def place_of(cut: Cut) -> Place:
+    """Work out where an arrangement's elements lie; the same arrangement is asked for at every step."""
+    groups, rows, channels = cut.shape
+    if cut.axes is None:
+        row_at, column_at = np.arange(groups * rows, dtype=np.int64) * channels, np.arange(channels, dtype=np.int64)
+    else:
+        strides = [math.prod(cut.axes[i + 1 :]) for i in range(len(cut.axes))]
+        leading, count = 0, 1
+        while count < groups * rows:
+            count *= cut.axes[cut.order[leading]]
+            leading += 1
+        row_at = _offsets(cut.axes, strides, cut.order[:leading])
+        column_at = _offsets(cut.axes, strides, cut.order[leading:])
+    breaks = np.flatnonzero(np.diff(column_at) != 1) + 1
+    bounds = [0, *breaks.tolist(), channels]
+    starts = [at for low, high in pairwise(bounds) for at in range(low, high, WIDTH)]
+    chunk_at = np.array(starts, dtype=np.int64)
+    chunk_len = np.diff(np.append(chunk_at, channels))
+    return Place(row_at, chunk_at, column_at[chunk_at], chunk_len, rows, channels, cut.numel)
+
+
+@lru_cache(maxsize=64)
+def place_of_blocks(cut: Cut, blocks: int, length: int) -> Place | None:
+    """Blocks as the rows of one group; ``None`` where a block is not consecutive in memory."""
+    groups, rows, channels = cut.shape
+    if cut.axes is not None or (groups > 1 and rows * channels % length):
+        return None
+    starts = np.array(range(0, length, WIDTH), dtype=np.int64)
+    ends = np.append(starts[1:], length)
+    return Place(np.arange(blocks, dtype=np.int64) * length, starts, starts, ends - starts, blocks, length, cut.numel)
+
+
+def _offsets(axes: Sequence[int], strides: Sequence[int], chosen: Sequence[int]) -> NDArray[np.int64]:
+    at = np.zeros(1, dtype=np.int64)
+    for axis in chosen:
+        at = (at[:, None] + np.arange(axes[axis], dtype=np.int64) * strides[axis]).reshape(-1)
+    return at
