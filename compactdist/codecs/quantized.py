@@ -222,17 +222,18 @@ class ScalarQuantizer(Codec):
         return cpu_kernels(numel) if self.fused and not self.offsets else None
 
     def level_table(self) -> NDArray[np.float32]:
-        """Levels of codes that fill a byte each, float32 ``(256,)``; empty if codes are integers."""
-        if self.fused == "linear":
-            return np.empty(0, np.float32)
-        table = np.zeros(256, np.float32)
-        table[1 : len(self.magnitudes)], table[2] = self.magnitudes[1:], -self.magnitudes[1]
+        """The level of every code of a table codec, float32 ``(16,)``; zero past the last code."""
+        table, count = np.zeros(16, np.float32), len(self.magnitudes)
+        levels = np.array(self.magnitudes, np.float32)
+        if self.fused == "trits":
+            table[:3] = levels[0], levels[1], -levels[1]
+        else:
+            table[:count], table[count : 2 * count] = levels, -levels
         return table
 
-    def magnitude_table(self) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:
-        """The borders between the magnitudes, and the magnitudes."""
-        borders = [(low + high) / 2 for low, high in pairwise(self.magnitudes)]
-        return tuple(map(np.float32, borders)), tuple(map(np.float32, self.magnitudes))
+    def borders(self) -> tuple[np.float32, ...]:
+        """The borders between the magnitudes."""
+        return tuple(np.float32((low + high) / 2) for low, high in pairwise(self.magnitudes))
 
     def channel_scale(self, energy: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
         """The channel scale for a table of magnitudes, from sums as ``scales.gaussian_scale`` takes them."""

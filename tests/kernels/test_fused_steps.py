@@ -16,6 +16,7 @@ from compactdist.errors import NonFiniteError, PayloadError
 from compactdist.state.layout import Arrangement, Layout, blocks, plain
 
 cpu = pytest.importorskip("compactdist.codecs.kernels.cpu")
+bits_of = pytest.importorskip("compactdist.codecs.kernels.cpu_common").bits_of
 
 CODECS = ("binary", "int2", "int4", "int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -160,7 +161,7 @@ def test_every_16_bit_pattern_is_converted_as_torch_does():
     for dtype in (torch.bfloat16, torch.float16):
         x = patterns.view(dtype)
         wide = torch.empty(65536)
-        loops.convert_in(cpu._bits(x, dtype), wide.numpy())
+        loops.convert_in(bits_of(x, dtype), wide.numpy())
         assert torch.equal(wide.isnan(), x.isnan())
         assert torch.equal(_bytes(wide[~x.isnan()]), _bytes(x.float()[~x.isnan()]))
         # each value, the middles between neighbours, and what lies just beside those
@@ -171,7 +172,7 @@ def test_every_16_bit_pattern_is_converted_as_torch_does():
         values = torch.cat([finite, middles, middles.nextafter(infinity), middles.nextafter(-infinity)])
         values = torch.cat([values, torch.tensor([torch.nan, 0.0, -0.0])])
         narrow = torch.empty(values.numel(), dtype=dtype)
-        loops.convert_out(values.numpy(), cpu._bits(narrow, dtype))
+        loops.convert_out(values.numpy(), bits_of(narrow, dtype))
         expected = values.to(dtype)
         assert torch.equal(narrow.isnan(), expected.isnan())
         assert torch.equal(_bytes(narrow[~narrow.isnan()]), _bytes(expected[~narrow.isnan()]))

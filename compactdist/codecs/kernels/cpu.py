@@ -19,9 +19,11 @@ from torch import Tensor
 from compactdist.codecs import scales
 from compactdist.codecs.kernels import cpu_blocks, reference
 from compactdist.codecs.kernels import cpu_loops as loops
-from compactdist.codecs.kernels.cpu_codes import pack_any, unpack_any
+from compactdist.codecs.kernels import cpu_surveys as surveys
+from compactdist.codecs.kernels.cpu_common import BIT_TYPES, bits_of, expectation, loop_bits, pack_apart, place_for
+from compactdist.codecs.kernels.cpu_decode import decode_residual
 from compactdist.codecs.kernels.cpu_elements import fold
-from compactdist.codecs.kernels.places import Place, place_of, place_of_blocks
+from compactdist.codecs.kernels.places import Place
 from compactdist.codecs.kernels.threads import spread
 from compactdist.codecs.layout import Layout
 
@@ -31,27 +33,22 @@ if TYPE_CHECKING:
 
 __all__ = ["decode_residual", "encode_residual", "supports"]
 
-_BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 _LARGEST_STEP = np.float32(127)
-_SMALLEST_TO_SPARE = 2.0**-30
-"""Row scales above this, beside the largest of their group, keep all their bits on the wire."""
-_LARGEST_SCALE = 2.0**90
-"""With channel scales up to this, and t below 2, no product of the decoder leaves float32."""
 
 
 class _Call(NamedTuple):
     codec: ScalarQuantizer
     layout: Layout
     place: Place
-    source: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+    source: tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]
     packed: NDArray[np.uint8]
     out: NDArray[Any]
     limit: np.float32
 
     @property
     def bits(self) -> int:
-        """Width of the codes that the loops write: their own where they fill the bytes of every chunk, else 8."""
-        return _loop_bits(self.codec, self.place)
+        """Width of the codes that the loops write."""
+        return loop_bits(self.codec, self.place)
 
     def over_rows(self, loop: Callable[..., None], *before: Any) -> None:
         """Run a loop that goes by rows, all of them."""
@@ -60,39 +57,20 @@ class _Call(NamedTuple):
         spread(lambda lo, hi: loop(source, place, *before, lo, hi, self.packed, self.out), count, size)
 
 
-def _loop_bits(codec: ScalarQuantizer, place: Place) -> int:
-    whole = codec.bits in (1, 2, 4, 8) and not codec.base3 and not ((place.chunk_len * codec.bits) % 8).any()
-    return codec.bits if whole else 8
-
-
 def supports(codec: ScalarQuantizer, cut: Cut, *tensors: Tensor | None) -> bool:
     """Whether the fused steps apply: tensors of one known dtype on the CPU, and a form of codec the loops know."""
     given = [tensor for tensor in tensors if tensor is not None]
     if cut.numel == 0 or codec.offsets or any(tensor.device.type != "cpu" for tensor in given):
         return False
-    if given[0].dtype not in _BITS or any(tensor.dtype != given[0].dtype for tensor in given):
+    if given[0].dtype not in BIT_TYPES or any(tensor.dtype != given[0].dtype for tensor in given):
         return False
-    place = _place(codec, cut)
+    place = place_for(codec, cut)
     if place is None:
         return False
     if codec.layout_of(cut.shape).rows == 1:
-        return not codec.base3 and _loop_bits(codec, place) == codec.bits
+        return not codec.base3 and loop_bits(codec, place) == codec.bits
     # signs are packed as they are found, so they have to fill their bytes
-    return codec.fused != "sign" or _loop_bits(codec, place) == 1
-
-
-def _place(codec: ScalarQuantizer, cut: Cut) -> Place | None:
-    """Rows, or blocks where a scale covers one row or less."""
-    layout = codec.layout_of(cut.shape)
-    return place_of_blocks(cut, layout.groups, layout.channels) if layout.rows == 1 else place_of(cut)
-
-
-def _bits(x: Tensor | None, dtype: torch.dtype) -> NDArray[Any]:
-    """A flat tensor as the array of bits the loops take; an empty one for none."""
-    if x is None:
-        x = torch.empty(0, dtype=dtype)
-    bits: NDArray[Any] = x.detach().contiguous().view(_BITS[dtype]).numpy()
-    return bits
+    return codec.fused != "sign" or loop_bits(codec, place) == 1
 
 
 def encode_residual(
@@ -120,20 +98,20 @@ def encode_residual(
         been written to then, unless it is ``base``.
     """
     layout = codec.layout_of(cut.shape)
-    place = _place(codec, cut)
+    place = place_for(codec, cut)
     assert place is not None  # supports() said so
     if payload is None:
         payload = torch.empty(layout.total_nbytes, dtype=torch.uint8)
     _clear_padding(payload, layout)
     codes = payload[: layout.codes_nbytes].numpy()
-    own = _loop_bits(codec, place) == codec.bits and not codec.base3
+    own = loop_bits(codec, place) == codec.bits and not codec.base3
     call = _Call(
         codec,
         layout,
         place,
-        (_bits(x, x.dtype), _bits(base, x.dtype), _bits(velocity, x.dtype)),
+        (bits_of(x, x.dtype), *expectation(base, velocity, x.dtype)),
         codes if own else np.empty(layout.elements, np.uint8),
-        _bits(out, x.dtype),
+        bits_of(out, x.dtype),
         np.float32(torch.finfo(x.dtype).max),
     )
     if layout.rows == 1:
@@ -143,8 +121,7 @@ def encode_residual(
     if c is None:
         return None
     if not own:
-        width = 0 if codec.base3 else codec.bits
-        spread(lambda lo, hi: pack_any(call.packed, width, lo, hi, codes), codes.size, layout.elements)
+        pack_apart(codec, call.packed, codes)
     _put_channel_scales(payload, layout, c)
     if codec.fused == "sign" and out is not None:
         decode_residual(codec, payload, base, cut, out, velocity)
@@ -170,9 +147,9 @@ def _encode_blocks(
     elif codec.fused == "linear":
         loop, rounding = cpu_blocks.block_linear, (_LARGEST_STEP,)
     else:
-        borders, magnitudes = codec.magnitude_table()
-        bound = np.float32(scales.LARGEST_OF_MEAN / float(magnitudes[0]))
-        loop, rounding = cpu_blocks.block_nearest, (codec.bits, borders, magnitudes, codec.widening, bound)
+        bound = np.float32(scales.LARGEST_OF_MEAN / codec.magnitudes[0])
+        loop = cpu_blocks.block_nearest
+        rounding = codec.bits, codec.borders(), codec.level_table(), codec.widening, bound
     given = call.source, tuple(place), *rounding, call.limit
     spread(
         lambda lo, hi: loop(*given, lo, hi, call.packed, found, bad, target), place.row_at.size, call.layout.elements
@@ -200,19 +177,23 @@ def _encode_rows(call: _Call, payload: Tensor) -> Tensor | None:
     """Fill in codes and row scales; the channel scales, ``(G, 1, C)`` or ``(G, 1, 1)``, or ``None`` to decline."""
     codec, layout, place = call.codec, call.layout, tuple(call.place)
     groups, rows, channels = layout.groups, layout.rows, layout.channels
-    tiles = -(-rows // loops.TILE)
+    tiles = -(-rows // surveys.TILE)
     stat, weighted = np.empty(groups * rows, np.float32), bool(layout.row_scale_count)
     first, second = (np.empty(groups * tiles * channels, np.float32) for _ in range(2))
 
     def survey(loop: Callable[..., None], *after: Any) -> None:
-        spread(lambda lo, hi: loop(call.source, place, weighted, lo, hi, stat, *after), groups * tiles, layout.elements)
+        spread(
+            lambda lo, hi: loop(call.source, place, weighted, lo, hi, np.empty(channels, np.float32), stat, *after),
+            groups * tiles,
+            layout.elements,
+        )
 
     if codec.fused == "sign":
-        survey(loops.survey_signs, first, call.packed)
+        survey(surveys.survey_signs, first, call.packed)
     elif codec.fused == "linear":
-        survey(loops.survey_reach, first)
+        survey(surveys.survey_reach, first)
     else:
-        survey(loops.survey_moments, first, second)
+        survey(surveys.survey_moments, first, second)
     statistic = torch.from_numpy(stat).view(groups, rows, 1)
     largest = stat.reshape(groups, rows).max(1)  # carries NaN through
     low, high = scales.SAFE_STATISTIC
@@ -244,7 +225,7 @@ def _encode_rows(call: _Call, payload: Tensor) -> Tensor | None:
         loop = loops.code_linear
     else:
         squares = np.empty(groups * tiles, np.float32)
-        loops.weight_squares(stat, weighted, rows, squares)
+        surveys.weight_squares(stat, weighted, rows, squares)
         for group in squares.reshape(groups, -1):
             fold(group, tiles, 1)
         weight = torch.from_numpy(squares).view(groups, tiles, 1)[:, :1] * scale.norm * scale.norm
@@ -254,60 +235,8 @@ def _encode_rows(call: _Call, payload: Tensor) -> Tensor | None:
         if codec.fused == "sign":
             return scales.storable_scale(reference.divide_or_zero(mean, weight))
         c = codec.channel_scale(total(second), mean, weight)
-        rounding = (call.bits, *codec.magnitude_table())
+        rounding = (call.bits, codec.borders(), codec.level_table(), codec.fused == "trits")
         loop = loops.code_nearest
     inverse_c = by_channel(reference.divide_or_zero(torch.ones(()), c))
     call.over_rows(loop, *rounding, t, inverse_t, by_channel(c), inverse_c, call.limit)
     return c
-
-
-def decode_residual(
-    codec: ScalarQuantizer,
-    payload: Tensor,
-    base: Tensor | None,
-    cut: Cut,
-    out: Tensor,
-    velocity: Tensor | None = None,
-) -> bool:
-    """Write ``base + velocity`` plus the decoded payload to ``out``, kept finite and rounded to its dtype.
-
-    Args:
-        codec: how.
-        payload: uint8, of the right length.
-        base: flat; may be ``out``; ``None`` for no expectation.
-        cut: how the buffer becomes a matrix.
-        out: flat.
-        velocity: flat, added to ``base`` in float32; ``None`` for none.
-
-    Returns:
-        Whether it was done; not if scales come close to the ends of float32.
-    """
-    layout, place = codec.layout_of(cut.shape), _place(codec, cut)
-    assert place is not None  # supports() said so
-    groups, channels = layout.groups, layout.channels
-    per_group = layout.channel_scales_per_group
-    c = reference.decode_bf16(payload[layout.channel_scales_at :][: 2 * groups * per_group])
-    if not (c.numel() and float(c.max()) <= _LARGEST_SCALE and float(c.min()) >= 0):
-        return False
-    if layout.rows == 1:  # blocks are the rows of one group here
-        t, wide = c.numpy(), np.ones(channels, np.float32)
-    else:
-        wide = c.view(groups, per_group).expand(groups, channels).contiguous().view(-1).numpy()
-        t = np.ones(place.row_at.size, np.float32)
-        if layout.row_scale_count:
-            t = reference.decode_ue5m3(payload[layout.row_scales_at :][: layout.row_scale_count]).numpy()
-    codes, bits = payload[: layout.codes_nbytes].numpy(), _loop_bits(codec, place)
-    if bits != codec.bits or codec.base3:
-        packed, codes, width = codes, np.empty(layout.elements, np.uint8), 0 if codec.base3 else codec.bits
-        spread(lambda lo, hi: unpack_any(packed, width, lo, hi, codes), codes.size, codes.size)
-    how: tuple[Any, ...]
-    if codec.fused == "sign":
-        loop, how = loops.apply_signs, ()
-    elif codec.fused == "nearest":
-        loop, how = loops.apply_levels, (bits, codec.magnitude_table()[1])
-    else:
-        loop, how = loops.apply_table, (codec.level_table(),)
-    rest = (t, wide, _bits(base, out.dtype), _bits(velocity, out.dtype), tuple(place))
-    limit, target = np.float32(torch.finfo(out.dtype).max), _bits(out, out.dtype)
-    spread(lambda lo, hi: loop(codes, *how, *rest, limit, lo, hi, target), place.row_at.size, layout.elements)
-    return True

@@ -1,99 +1,47 @@
 """Codes of the quantizers: choosing, packing and looking up, compiled by Numba.
 
-Codes meet the elements one to a byte, in buffers of ``WIDTH``. Chains of selections stand for small tables: a lookup
-by index does not vectorise.
+Codes meet the elements one to a byte, in buffers on the stack.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba.extending import overload
 
-from compactdist.codecs.kernels.cpu_elements import Array, inlined, jit
+from compactdist.codecs.kernels.cpu_elements import LANES, Array, Pointer, inlined, jit
+from compactdist.codecs.kernels.cpu_vectors import (
+    HAS_LOOK_UP,
+    as_u16,
+    as_u32,
+    as_u64,
+    look_up_64,
+    not_negative,
+    store_word,
+)
 
-__all__ = ["code_views", "level_of", "nearest", "pack", "pack_any", "unpack", "unpack_any"]
+__all__ = ["look_up", "pack", "pack_signs", "pack_eights", "pack_trits", "unpack", "unpack_eights", "unpack_trits"]
 
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
 
 
-def nearest(u: Any, borders: Any) -> Any:
-    """How many of the 1, 3 or 7 ascending borders lie below u, in 1, 2 or 3 comparisons."""
-    raise NotImplementedError
-
-
-def level_of(index: Any, levels: Any) -> Any:
-    """``levels[index]`` of 2, 4 or 8."""
-    raise NotImplementedError
-
-
-def _nearest_2(u: Any, borders: Any) -> Any:
-    return _u32(1) if u > borders[0] else _u32(0)
-
-
-def _nearest_4(u: Any, borders: Any) -> Any:
-    high = u > borders[1]
-    low = u > (borders[2] if high else borders[0])
-    return _u32((_u32(2) if high else _u32(0)) | (_u32(1) if low else _u32(0)))
-
-
-def _nearest_8(u: Any, borders: Any) -> Any:
-    high = u > borders[3]
-    middle = u > (borders[5] if high else borders[1])
-    upper, lower = borders[6] if middle else borders[4], borders[2] if middle else borders[0]
-    low = u > (upper if high else lower)
-    index = _u32((_u32(4) if high else _u32(0)) | (_u32(2) if middle else _u32(0)))
-    return _u32(index | (_u32(1) if low else _u32(0)))
-
-
-def _level_of_2(index: Any, levels: Any) -> Any:
-    return levels[1] if index & _u32(1) else levels[0]
-
-
-def _level_of_4(index: Any, levels: Any) -> Any:
-    odd = (index & _u32(1)) != _u32(0)
-    low, high = levels[1] if odd else levels[0], levels[3] if odd else levels[2]
-    return high if index & _u32(2) else low
-
-
-def _level_of_8(index: Any, levels: Any) -> Any:
-    odd = (index & _u32(1)) != _u32(0)
-    a, b, c, d = (
-        levels[1] if odd else levels[0],
-        levels[3] if odd else levels[2],
-        levels[5] if odd else levels[4],
-        levels[7] if odd else levels[6],
-    )
-    second = (index & _u32(2)) != _u32(0)
-    low, high = b if second else a, d if second else c
-    return high if index & _u32(4) else low
-
-
-@overload(nearest)
-def _choose_nearest(u: Any, borders: Any) -> Any:
-    return {1: _nearest_2, 3: _nearest_4, 7: _nearest_8}[len(borders)]
-
-
-@overload(level_of)
-def _choose_level_of(index: Any, levels: Any) -> Any:
-    return {2: _level_of_2, 4: _level_of_4, 8: _level_of_8}[len(levels)]
-
-
-@jit
-def code_views(size: int) -> Any:
-    """A buffer of at least ``size`` codes, one in a byte, also seen two, four and eight at a time."""
-    codes = np.empty((size + 7) // 8 * 8, np.uint8)
-    return codes, codes.view(np.uint16), codes.view(np.uint32), codes.view(np.uint64)
+@inlined
+def look_up(codes: Pointer, table: Pointer, n: int, out: Pointer) -> None:
+    """Levels of the first ``n`` codes, one to a byte, all below 16; the table is 16 float32."""
+    done = 0
+    if HAS_LOOK_UP:
+        done = n // LANES * LANES
+        for k in range(n // LANES):
+            look_up_64(codes, table, out, _at(k * LANES))
+    for j in range(done, n):
+        out[_at(j)] = table[_at(codes[_at(j)])]
 
 
 @inlined
-def pack(views: Any, bits: int, n: int, out: Array, element: int) -> None:
-    """Pack the first ``n`` codes of ``code_views`` to 1, 2, 4 or 8 bits each, first code lowest.
+def pack(codes: Pointer, bits: int, n: int, out: Pointer, element: int) -> None:
+    """Pack the first ``n`` codes, one to a byte, to 1, 2, 4 or 8 bits each, first code lowest.
 
     They go to position ``element`` of ``out`` and on, which must begin a byte, as ``n`` codes must fill theirs.
     """
-    one, two, four, eight = views
+    two, four, eight = as_u16(codes), as_u32(codes), as_u64(codes)
     o = _at((element * bits) >> 3)
     if bits == 1:
         for k in range(n >> 3):
@@ -112,13 +60,13 @@ def pack(views: Any, bits: int, n: int, out: Array, element: int) -> None:
             out[o + _at(k)] = np.uint8(_u32(h | h >> _u32(4)) & _u32(0xFF))
     else:
         for k in range(n):
-            out[o + _at(k)] = one[_at(k)]
+            out[o + _at(k)] = codes[_at(k)]
 
 
 @inlined
-def unpack(packed: Array, bits: int, element: int, views: Any, n: int) -> None:
+def unpack(packed: Pointer, bits: int, element: int, codes: Pointer, n: int) -> None:
     """Undo ``pack``."""
-    one, two, four, eight = views
+    two, four, eight = as_u16(codes), as_u32(codes), as_u64(codes)
     p = _at((element * bits) >> 3)
     if bits == 1:
         for k in range(n >> 3):
@@ -134,42 +82,76 @@ def unpack(packed: Array, bits: int, element: int, views: Any, n: int) -> None:
             two[_at(k)] = np.uint16(_u32(h | h << _u32(4)) & _u32(0x0F0F))
     else:
         for k in range(n):
-            one[_at(k)] = packed[p + _at(k)]
+            codes[_at(k)] = packed[p + _at(k)]
+
+
+@inlined
+def pack_signs(values: Pointer, n: int, packed: Pointer, element: int, codes: Pointer) -> None:
+    """Sign codes of ``n`` float32 values, to position ``element`` and on."""
+    whole = n // LANES
+    for k in range(whole):
+        store_word(not_negative(values, _at(k * LANES)), packed, _at((element >> 3) + 8 * k))
+    rest, o = n - whole * LANES, _at(whole * LANES)
+    for j in range(rest):
+        codes[_at(j)] = np.uint8(values[o + _at(j)] >= _f32(0))
+    pack(codes, 1, rest, packed, element + whole * LANES)
 
 
 @jit
-def pack_any(codes: Array, bits: int, lo: int, hi: int, out: Array) -> None:
-    """Bytes ``lo`` to ``hi`` of codes of any width up to 8 bits; 0 bits stand for trits, five to a byte."""
-    if bits == 0:
-        for byte in range(lo, hi):
-            value = _u32(0)
-            for i in range(min(5 * byte + 5, codes.size) - 1, 5 * byte - 1, -1):
-                value = _u32(value * _u32(3) + _u32(codes[i]))
-            out[byte] = np.uint8(value)
-        return
-    for byte in range(lo, hi):
+def pack_trits(codes: Array, lo: int, hi: int, out: Array) -> None:
+    """Bytes ``lo`` to ``hi``, five trits each, the first counting 1, then 3, 9, 27, 81."""
+    whole = min(hi, codes.size // 5)
+    for byte in range(lo, whole):
+        i = _at(5 * byte)
+        value = _u32(codes[i + _at(4)])
+        for k in range(3, -1, -1):
+            value = _u32(value * _u32(3) + _u32(codes[i + _at(k)]))
+        out[_at(byte)] = np.uint8(value)
+    for byte in range(max(lo, whole), hi):
         value = _u32(0)
-        for i in range(8 * byte // bits, min((8 * byte + 7) // bits + 1, codes.size)):
-            shift = i * bits - 8 * byte
-            code = _u32(codes[i])
-            value |= _u32(code << _u32(shift)) if shift >= 0 else _u32(code >> _u32(-shift))
-        out[byte] = np.uint8(value & _u32(0xFF))
+        for j in range(codes.size - 1, 5 * byte - 1, -1):
+            value = _u32(value * _u32(3) + _u32(codes[j]))
+        out[byte] = np.uint8(value)
 
 
 @jit
-def unpack_any(packed: Array, bits: int, lo: int, hi: int, codes: Array) -> None:
-    """Codes ``lo`` to ``hi``, one to a byte. Bytes from 243 on hold no trits that were packed and wrap around."""
-    if bits == 0:
-        for i in range(lo, hi):
-            value = _u32(packed[i // 5])
-            for _ in range(i % 5):
-                value = _u32(value // _u32(3))
-            codes[i] = np.uint8(value % _u32(3))
-        return
-    mask = _u32((1 << bits) - 1)
-    for i in range(lo, hi):
-        at, shift = i * bits >> 3, i * bits & 7
-        value = _u32(packed[at])
-        if shift + bits > 8:
-            value |= _u32(_u32(packed[at + 1]) << _u32(8))
-        codes[i] = np.uint8(_u32(value >> _u32(shift)) & mask)
+def unpack_trits(packed: Array, lo: int, hi: int, codes: Array) -> None:
+    """Undo ``pack_trits``. Bytes from 243 on hold no trits that were packed and wrap around."""
+    table = np.empty(256 * 5, np.uint8)
+    for byte in range(256):
+        value = byte
+        for k in range(5):
+            table[5 * byte + k] = np.uint8(value % 3)
+            value //= 3
+    whole = min(hi, codes.size // 5)
+    for byte in range(lo, whole):
+        i, t = _at(5 * byte), _at(5) * _at(packed[_at(byte)])
+        for k in range(5):
+            codes[i + _at(k)] = table[t + _at(k)]
+    for byte in range(max(lo, whole), hi):
+        for j in range(5 * byte, codes.size):
+            codes[j] = table[5 * _at(packed[byte]) + _at(j - 5 * byte)]
+
+
+@jit
+def pack_eights(codes: Array, bits: int, lo: int, hi: int, out: Array) -> None:
+    """Codes of ``bits``, 1 to 7, in runs of eight that fill ``bits`` bytes; runs ``lo`` to ``hi``."""
+    for run in range(lo, hi):
+        word, count = np.uint64(0), min(8, codes.size - 8 * run)
+        for k in range(count):
+            word |= np.uint64(codes[_at(8 * run + k)]) << np.uint64(k * bits)
+        o = run * bits
+        for k in range(min(bits, out.size - o)):
+            out[_at(o + k)] = np.uint8((word >> np.uint64(8 * k)) & np.uint64(0xFF))
+
+
+@jit
+def unpack_eights(packed: Array, bits: int, lo: int, hi: int, codes: Array) -> None:
+    """Undo ``pack_eights``."""
+    mask = np.uint64((1 << bits) - 1)
+    for run in range(lo, hi):
+        word, o = np.uint64(0), run * bits
+        for k in range(min(bits, packed.size - o)):
+            word |= np.uint64(packed[_at(o + k)]) << np.uint64(8 * k)
+        for k in range(min(8, codes.size - 8 * run)):
+            codes[_at(8 * run + k)] = np.uint8((word >> np.uint64(k * bits)) & mask)

@@ -14,7 +14,10 @@ import numba
 import numpy as np
 from numba.extending import overload
 
+from compactdist.codecs.kernels.cpu_vectors import as_u32
+
 Array = Any
+Pointer = Any
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 inlined = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
@@ -123,14 +126,14 @@ def convert_out(x: Array, out: Array) -> None:
 
 
 @inlined
-def predict(base: Array, velocity: Array, at: int, limit: int, out: Array, n: int) -> None:
+def predict(base: Pointer, velocity: Pointer, terms: int, at: int, limit: int, out: Pointer, n: int) -> None:
     """What was expected, ``n`` float32 elements from ``at`` on; zero past ``limit``.
 
-    Empty arrays stand for no base and no velocity.
+    Of ``base`` and ``velocity``, the first ``terms`` are there.
     """
-    valid = max(0, min(n, limit - at)) if base.size else 0
+    valid = max(0, min(n, limit - at)) if terms else 0
     a = _at(at)
-    if velocity.size:
+    if terms > 1:
         for j in range(valid):
             out[_at(j)] = _widen(base[a + _at(j)]) + _widen(velocity[a + _at(j)])
     else:
@@ -141,14 +144,16 @@ def predict(base: Array, velocity: Array, at: int, limit: int, out: Array, n: in
 
 
 @inlined
-def residual(x: Array, base: Array, velocity: Array, at: int, limit: int, out: Array, to: int, n: int) -> None:
+def residual(
+    x: Pointer, base: Pointer, velocity: Pointer, terms: int, at: int, limit: int, out: Pointer, to: int, n: int
+) -> None:
     """``x`` less what was expected, ``n`` elements from ``at`` on, into ``out`` from ``to`` on; zero past ``limit``."""
     valid = max(0, min(n, limit - at))
     a, o = _at(at), _at(to)
-    if base.size == 0:
+    if terms == 0:
         for j in range(valid):
             out[o + _at(j)] = _widen(x[a + _at(j)])
-    elif velocity.size == 0:
+    elif terms == 1:
         for j in range(valid):
             out[o + _at(j)] = _widen(x[a + _at(j)]) - _widen(base[a + _at(j)])
     else:
@@ -160,7 +165,7 @@ def residual(x: Array, base: Array, velocity: Array, at: int, limit: int, out: A
 
 
 @inlined
-def subtract(x: Array, at: int, limit: int, expected: Array, out: Array, n: int) -> None:
+def subtract(x: Pointer, at: int, limit: int, expected: Pointer, out: Pointer, n: int) -> None:
     """``x`` less ``expected``, ``n`` elements from ``at`` on; zero past ``limit``."""
     valid = max(0, min(n, limit - at))
     a = _at(at)
@@ -171,7 +176,7 @@ def subtract(x: Array, at: int, limit: int, expected: Array, out: Array, n: int)
 
 
 @inlined
-def finish(expected: Array, change: Array, limit: Any, out: Array, at: int, end: int, n: int) -> None:
+def finish(expected: Pointer, change: Pointer, limit: Any, out: Pointer, at: int, end: int, n: int) -> None:
     """``out = expected + change``, ``n`` elements from ``at`` on that lie before ``end``, kept within ``limit``."""
     valid = max(0, min(n, end - at))
     a = _at(at)
@@ -182,40 +187,69 @@ def finish(expected: Array, change: Array, limit: Any, out: Array, at: int, end:
 
 
 @inlined
-def lane_sum(values: Array, n: int, lanes: Array) -> Any:
-    """Sum of the magnitudes of the first ``n`` values, in the order of ``reference.row_sums``."""
+def _clear(lanes: Pointer) -> None:
     for i in range(LANES):
         lanes[_at(i)] = _f32(0)
-    whole = n // LANES
-    for k in range(whole):
-        o = _at(k * LANES)
-        for i in range(LANES):
-            lanes[_at(i)] += abs(values[o + _at(i)])
-    o = _at(whole * LANES)
-    for i in range(n - whole * LANES):
-        lanes[_at(i)] += abs(values[o + _at(i)])
-    half = LANES // 2
-    while half:
-        for i in range(half):
-            lanes[_at(i)] += lanes[_at(half) + _at(i)]
-        half //= 2
-    return lanes[0]
 
 
 @inlined
-def largest_of(bits: Array, n: int, cell: Array, cell_bits: Array) -> Any:
-    """Largest magnitude of the first ``n`` values; infinity and NaN, which count as larger, come through.
+def _folded(lanes: Pointer) -> Any:
+    # not a loop over halves: loops of constant length are unrolled
+    for i in range(32):
+        lanes[_at(i)] += lanes[_at(32 + i)]
+    for i in range(16):
+        lanes[_at(i)] += lanes[_at(16 + i)]
+    for i in range(8):
+        lanes[_at(i)] += lanes[_at(8 + i)]
+    for i in range(4):
+        lanes[_at(i)] += lanes[_at(4 + i)]
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
+
+
+@inlined
+def lane_sum(values: Pointer, at: int, n: int, lanes: Pointer) -> Any:
+    """Sum of the magnitudes of ``n`` values, in the order of ``reference.row_sums``."""
+    _clear(lanes)
+    whole = n // LANES
+    for k in range(whole):
+        o = _at(at + k * LANES)
+        for i in range(LANES):
+            lanes[_at(i)] += abs(values[o + _at(i)])
+    o = _at(at + whole * LANES)
+    for i in range(n - whole * LANES):
+        lanes[_at(i)] += abs(values[o + _at(i)])
+    return _folded(lanes)
+
+
+@inlined
+def lane_product(one: Pointer, other: Pointer, at: int, n: int, lanes: Pointer) -> Any:
+    """Sum of the products of ``n`` values, in the same order."""
+    _clear(lanes)
+    whole = n // LANES
+    for k in range(whole):
+        o = _at(at + k * LANES)
+        for i in range(LANES):
+            lanes[_at(i)] += one[o + _at(i)] * other[o + _at(i)]
+    o = _at(at + whole * LANES)
+    for i in range(n - whole * LANES):
+        lanes[_at(i)] += one[o + _at(i)] * other[o + _at(i)]
+    return _folded(lanes)
+
+
+@inlined
+def largest_of(bits: Pointer, at: int, n: int, cell: Pointer) -> Any:
+    """Largest magnitude of ``n`` values; infinity and NaN, which count as larger, come through.
 
     Args:
         bits: the values as uint32, whose order is that of magnitudes.
+        at: the first.
         n: how many.
-        cell: float32 ``(1,)``, overwritten.
-        cell_bits: the same memory as uint32.
+        cell: a float32 to work with.
     """
     top = _u32(0)
     for j in range(n):
-        top = max(top, _u32(bits[_at(j)] & _u32(0x7FFFFFFF)))
-    cell_bits[0] = top
+        top = max(top, _u32(bits[_at(at) + _at(j)] & _u32(0x7FFFFFFF)))
+    as_u32(cell)[0] = top
     return cell[0]
 
 
@@ -223,20 +257,6 @@ def largest_of(bits: Array, n: int, cell: Array, cell_bits: Array) -> Any:
 def round_3_bits(value: Any) -> Any:
     """As in the reference."""
     return _u32(_u32(_f32(value).view(_u32) + _u32(1 << 19)) & _u32(0xFFF00000)).view(_f32)
-
-
-@inlined
-def fill(out: Array, to: int, n: int, value: Any) -> None:
-    """Set ``n`` elements from ``to`` on."""
-    for j in range(n):
-        out[_at(to) + _at(j)] = value
-
-
-@inlined
-def copy(x: Array, out: Array, to: int, n: int) -> None:
-    """Copy the first ``n`` elements to ``to`` and on."""
-    for j in range(n):
-        out[_at(to) + _at(j)] = x[_at(j)]
 
 
 @jit
