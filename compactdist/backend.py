@@ -30,6 +30,7 @@ _FIELDS: dict[str, Any] = {
     "DAMPING": float,
     "LOCAL": str,
     "MIN_NUMEL": int,
+    "STATE": str,
     "STATE_BUDGET_BYTES": int,
     "SAMPLE_ERRORS_EVERY": int,
 }

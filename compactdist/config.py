@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
 from compactdist.policy import CallInfo, Policy, Rule, Rules, as_policy, describe_policy
-from compactdist.state import Layout, StreamConfig
+from compactdist.state import Layout, StateForm, StreamConfig
 from compactdist.wire import VERSION
 
 __all__ = ["DEFAULT_MIN_NUMEL", "Options"]
@@ -39,6 +39,8 @@ class Options:
         min_numel: messages with fewer elements pass through.
         layouts: hints for the layout of flat buffers: a mapping from key globs, or a function of :class:`CallInfo`.
         find_layout: let encoders search the layout of buffers without a hint.
+        state: ``"exact"``: reconstructions are remembered in the tensors' dtype; ``"int8"`` or ``"fp8"``: in one byte
+            for each element and a scale for every 128.
         state_budget_bytes: cap on history tensors of this rank; new sites beyond it pass through on all ranks
             concerned. A receiver of ``send`` or ``broadcast`` has no way to refuse and follows the sender, even beyond
             its cap. ``None``: no cap.
@@ -58,6 +60,7 @@ class Options:
     min_numel: int = DEFAULT_MIN_NUMEL
     layouts: Layouts = None
     find_layout: bool = True
+    state: StateForm = "exact"
     state_budget_bytes: int | None = None
     sample_errors_every: int = 0
     _codec: Codec = field(init=False, repr=False)
@@ -79,9 +82,10 @@ class Options:
             raise ConfigError("layouts is a mapping from key globs to Layout, or a function of CallInfo")
         order = 0 if self._only_lossless() else self.order
         feedback = self.error_feedback if order or not self.error_feedback else None
-        checked = StreamConfig(self.order, self.damping, self.error_feedback, self.warmup_steps, self.find_layout)
-        stream = StreamConfig(order, checked.damping, feedback, checked.warmup_steps, checked.find_layout)
-        object.__setattr__(self, "_stream", stream)
+        checked = StreamConfig(
+            self.order, self.damping, self.error_feedback, self.warmup_steps, self.find_layout, self.state
+        )
+        object.__setattr__(self, "_stream", replace(checked, order=order, error_feedback=feedback))
 
     def _only_lossless(self) -> bool:
         """Whether no call can meet a codec that needs a history; then none is kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -14,7 +14,8 @@ from compactdist.cli import evaluate as evaluation
 from compactdist.cli.common import failing_well, parse_codecs
 from compactdist.cli.demo import DemoError, run_demo
 from compactdist.errors import ConfigError
-from compactdist.state import StreamConfig
+from compactdist.state import StateForm, StreamConfig
+from compactdist.state.quantized_history import STATE_FORMS
 from compactdist.trace import Trace
 
 __all__ = ["main"]
@@ -77,6 +78,9 @@ def evaluate(
     order: Annotated[int, typer.Option(min=0, max=2, help="Prediction: 0 none, 1 last value, 2 velocity.")] = 1,
     damping: Annotated[float, typer.Option(min=0, max=1, help="Factor of the velocity, for --order 2.")] = 0.5,
     warmup: Annotated[int, typer.Option(min=0, help="Steps of keyframes; the first step is one in any case.")] = 1,
+    state: Annotated[
+        str, typer.Option(help=f"What both ends keep of the last tensor: {', '.join(STATE_FORMS)}.")
+    ] = "exact",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object by codec and nothing else.")] = False,
 ) -> None:
     """Play recorded activations through the residual loop and say what each codec sends and how wrong it is.
@@ -85,7 +89,13 @@ def evaluate(
     ends are compared after each.
     """
     with failing_well():
-        config = StreamConfig(order=order, damping=damping, warmup_steps=warmup, find_layout=False)
+        config = StreamConfig(
+            order=order,
+            damping=damping,
+            warmup_steps=warmup,
+            find_layout=False,
+            state=cast("StateForm", state),  # checked there
+        )
         chosen = parse_codecs(codec)
         opened = Trace(trace)
         scores = evaluation.play(opened, chosen, config)

@@ -149,16 +149,12 @@ def _check_equal(
     encoder: StreamEncoder, decoder: StreamDecoder, value: Tensor | None, x_hat: Tensor, where: str
 ) -> None:
     """The loop is sound only while both ends hold the same bits."""
-    pairs = [
-        (value, x_hat),
-        (encoder.history.base, decoder.history.base),
-        (encoder.history.velocity, decoder.history.velocity),
-    ]
-    for ours, theirs in pairs:
-        if ours is None and theirs is None:
-            continue
-        if ours is None or theirs is None or not _same_bits(ours, theirs):
-            raise CompactDistError(f"{where}: encoder and decoder hold different states; please report this as a bug")
+    ours, theirs = (value, *encoder.history.held), (x_hat, *decoder.history.held)
+    equal = len(ours) == len(theirs) and all(
+        a is not None and b is not None and _same_bits(a, b) for a, b in zip(ours, theirs, strict=True)
+    )
+    if not equal:
+        raise CompactDistError(f"{where}: encoder and decoder hold different states; please report this as a bug")
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -184,6 +180,7 @@ def to_json(scores: Mapping[str, Score]) -> str:
 def show(trace: Trace, config: StreamConfig, scores: Mapping[str, Score]) -> None:
     """Print the table."""
     loop = f"order {config.order}" + (f", damping {config.damping:g}" if config.order == 2 else "")
+    loop += f", {config.state} state" if config.state != "exact" else ""
     table = Table(
         title=f"{escape(str(trace.path))}: {len(trace.sites)} sites, {loop}, warm-up {config.warmup_steps}",
         caption="b/el: wire bits per element of a residual frame, header and scales\n"

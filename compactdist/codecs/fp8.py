@@ -88,9 +88,13 @@ class Fp8(ScalarQuantizer):
         return (codes | ((values < 0).to(torch.uint8) << 7)).view(-1), c
 
     def _levels(self, packed: Tensor, count: int) -> Tensor:
-        form = _FORMATS[self.format]
-        positive = tuple(_level(form, code) for code in range(128))
-        return kernels.unpack_levels(packed, positive + tuple(-level for level in positive), 8, count)
+        return kernels.unpack_levels(packed, unit_levels(self.format), 8, count)
+
+
+def unit_levels(form: str) -> tuple[float, ...]:
+    """The 256 levels of a format by code, in units of the smallest subnormal; codes from 128 on are negative."""
+    positive = tuple(_level(_FORMATS[form], code) for code in range(128))
+    return positive + tuple(-level for level in positive)
 
 
 def encode_units(value: Tensor, form: str) -> Tensor:

@@ -4,6 +4,7 @@ from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import Staged, StreamEncoder
 from compactdist.state.layout import Arrangement, Layout, blocks, plain
 from compactdist.state.predictor import History
+from compactdist.state.quantized_history import QuantizedHistory, StateForm
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
 from compactdist.state.store import Site, StateStore
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, StreamConfig, StreamState, state_nbytes
@@ -13,10 +14,12 @@ __all__ = [
     "Arrangement",
     "History",
     "Layout",
+    "QuantizedHistory",
     "ResidualDecoder",
     "ResidualEncoder",
     "Site",
     "Staged",
+    "StateForm",
     "StateStore",
     "StreamConfig",
     "StreamDecoder",

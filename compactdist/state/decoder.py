@@ -72,10 +72,10 @@ class StreamDecoder(StreamState):
             )
         arrangement = self.arrangement
         assert arrangement is not None
-        base = self.history.base
+        base = self.history.read(None)
         # in place, unless the last value is needed for the velocity
         value = torch.empty(numel, dtype=dtype, device=frame.device) if base is None or self.config.order > 1 else base
-        self.history.reconstruct(payload, codec, arrangement, value)
+        self.history.reconstruct(payload, codec, arrangement, value, base)
         self.history.advance(value)
         self.sequence += 1
         self.follow(header.next_groups, header.next_channels)

@@ -12,7 +12,7 @@ from compactdist.codecs import Codec
 from compactdist.errors import LayoutError, NonFiniteError
 from compactdist.state.find_layout import find_arrangement
 from compactdist.state.layout import Arrangement
-from compactdist.state.predictor import History
+from compactdist.state.quantized_history import make_history
 from compactdist.state.stream import Spares, StreamConfig, StreamState
 from compactdist.wire import KEY, NO_STATE, NONFINITE, STATELESS, Header, pack, raw_payload
 
@@ -70,7 +70,7 @@ class StreamEncoder(StreamState):
         self._searched = False
         self._spares = spares
         open_loop = config.order > 0 and not config.closed_loop
-        self._open_loop = History(config.order, config.damping) if open_loop else None
+        self._open_loop = make_history(config.order, config.damping, config.state) if open_loop else None
 
     @property
     def state_bytes(self) -> int:
@@ -153,13 +153,15 @@ class StreamEncoder(StreamState):
         arrangement = self.arrangement
         assert arrangement is not None
         # one step where sender and receiver predict the same: the last value, or nothing
-        fused = self._open_loop is None and self.history.velocity is None
+        fused = self._open_loop is None and self.config.order < 2
+        spares = self._spares or Spares()
+        scratch = spares.take(flat) if fused and self.history.needs_scratch else None
         value = None
         if self.config.order > 0 or want_value:
-            value = (self._spares or Spares()).take(flat)
+            value = spares.take(flat)
         try:
             if fused:
-                payload = codec.encode_residual(flat, self.history.base, arrangement, value)
+                payload = codec.encode_residual(flat, self.history.read(scratch), arrangement, value)
             else:
                 payload = codec.encode(arrangement.to_matrix(source.residual(flat)))
         except NonFiniteError as error:
@@ -168,6 +170,9 @@ class StreamEncoder(StreamState):
             # two huge finite values: send as much of the change as float32 holds, the next frame brings the rest
             payload = codec.encode(arrangement.to_matrix(_bounded(source.residual(flat))))
             fused = False
+        finally:
+            if scratch is not None:
+                spares.give(scratch)
         if value is not None and not fused:
             self.history.reconstruct(payload, codec, arrangement, value)
         found = None
@@ -270,8 +275,7 @@ class StreamEncoder(StreamState):
             self.start(header.numel, header.dtype, hint)
         self._searched = self._searched or staged.searched
         if staged.value is not None:
-            last = self.history.base
-            self.history.advance(staged.value)
+            last = self.history.advance(staged.value)
             # with more references than a fresh object has, someone still reads the old reconstruction
             if self._spares is not None and last is not None and sys.getrefcount(last) <= _UNSHARED:
                 self._spares.give(last)

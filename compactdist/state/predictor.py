@@ -21,43 +21,71 @@ class History:
     Attributes:
         order: 0, 1 or 2.
         damping: factor g of the velocity, 0 <= g <= 1; used by order 2 only.
-        base: last reconstruction, flat ``[numel]`` in the stream's dtype; ``None`` when empty or for order 0.
-        velocity: damped change of the last reconstruction, same shape and dtype; order 2 only.
     """
 
-    __slots__ = ("base", "damping", "order", "velocity")
+    __slots__ = ("_base", "_velocity", "damping", "order")
 
     def __init__(self, order: int, damping: float) -> None:
         self.order = order
         self.damping = damping
-        self.base: Tensor | None = None
-        self.velocity: Tensor | None = None
+        self._base: Tensor | None = None
+        self._velocity: Tensor | None = None
+
+    @property
+    def base(self) -> Tensor | None:
+        """Last reconstruction, flat ``[numel]`` in the stream's dtype; ``None`` when empty or for order 0."""
+        return self._base
+
+    @property
+    def velocity(self) -> Tensor | None:
+        """Damped change of the last reconstruction, same shape and dtype; order 2 only."""
+        return self._velocity
+
+    @property
+    def needs_scratch(self) -> bool:
+        """Whether :meth:`read` has something to write to its argument."""
+        return False
+
+    def read(self, scratch: Tensor | None) -> Tensor | None:
+        """``base``; a history that does not hold it as a tensor writes it to ``scratch``, if that is given."""
+        return self._base
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors that are kept. Both ends of a stream keep the same bytes."""
+        return tuple(t for t in (self._base, self._velocity) if t is not None)
 
     @property
     def state_bytes(self) -> int:
         """Bytes of tensors held."""
-        return sum(t.numel() * t.element_size() for t in (self.base, self.velocity) if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.held)
 
     def predict(self) -> Tensor | None:
         """The expected next tensor, flat float32, or ``None`` for no expectation."""
-        if self.base is None:
-            return None
-        if self.velocity is None:
-            return self.base.float()
-        return self.base.float() + self.velocity.float()
+        base, velocity = self.base, self.velocity
+        if base is None or velocity is None:
+            return None if base is None else base.float()
+        return base.float() + velocity.float()
 
     def residual(self, flat: Tensor) -> Tensor:
         """``flat - prediction`` as float32; Inf where two huge finite values differ by more than float32 holds."""
         prediction = self.predict()
         return flat.float() if prediction is None else flat.float() - prediction
 
-    def reconstruct(self, payload: Tensor, codec: Codec, cut: Cut, out: Tensor) -> None:
+    def reconstruct(self, payload: Tensor, codec: Codec, cut: Cut, out: Tensor, base: Tensor | None = None) -> None:
         """Write the prediction plus the decoded payload to ``out``, rounded to its dtype and kept finite.
 
         ``out`` may be ``base``; apart from that the history stays as it is.
+
+        Args:
+            payload: from ``codec``.
+            codec: the stream's.
+            cut: how the payload was cut.
+            out: flat ``[numel]``, the stream's dtype.
+            base: what :meth:`read` gave, if the caller has it at hand.
         """
-        if self.velocity is None:
-            codec.decode_residual(payload, self.base, cut, out)
+        if self.order < 2:
+            codec.decode_residual(payload, self.base if base is None else base, cut, out)
             return
         prediction = self.predict()
         assert prediction is not None
@@ -70,19 +98,25 @@ class History:
         """The velocity that goes with a new value (zero for the first one)."""
         if self.order < 2:
             return None
-        if self.base is None:
+        base = self.base
+        if base is None:
             return torch.zeros_like(value)
         limit = torch.finfo(value.dtype).max
-        change = (value.float() - self.base.float()).clamp_(-limit, limit)
+        change = (value.float() - base.float()).clamp_(-limit, limit)
         return (change * self.damping).to(value.dtype)
 
-    def advance(self, value: Tensor) -> None:
-        """Remember ``value`` (flat, owned by the history from now on)."""
+    def advance(self, value: Tensor) -> Tensor | None:
+        """Remember ``value`` (flat, owned by the history from now on) and let go of the last one.
+
+        Returns:
+            The last one, if its memory is of use.
+        """
         if self.order == 0:
-            return
-        self.velocity = self.next_velocity(value)
-        self.base = value
+            return None
+        self._velocity = self.next_velocity(value)
+        last, self._base = self._base, value
+        return last
 
     def clear(self) -> None:
         """Forget everything."""
-        self.base = self.velocity = None
+        self._base = self._velocity = None

@@ -12,6 +12,7 @@ from compactdist.errors import CodecConfigError, FrameError
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.layout import Layout
+from compactdist.state.quantized_history import StateForm
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, StreamConfig
 from compactdist.wire import unpack
 
@@ -26,7 +27,7 @@ class ResidualEncoder:
 
     Args:
         codec: id, configuration dictionary or :class:`~compactdist.codecs.Codec`.
-        order, damping, error_feedback, warmup_steps, find_layout: see :class:`StreamConfig`. The first
+        order, damping, error_feedback, warmup_steps, find_layout, state: see :class:`StreamConfig`. The first
             ``warmup_steps`` frames, the first of all, and any frame of another size or dtype are keyframes.
         layout: how to cut the flattened tensor; both ends must be given the same.
 
@@ -44,9 +45,10 @@ class ResidualEncoder:
         warmup_steps: int = 1,
         find_layout: bool = True,
         layout: Layout | None = None,
+        state: StateForm = "exact",
     ) -> None:
         self.codec = codecs.get(codec)
-        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout)
+        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout, state)
         self.layout = layout
         self._stream = StreamEncoder(self.config, 0, "stand-alone stream")
         self._epoch = 0
@@ -86,7 +88,10 @@ class ResidualEncoder:
 
     @property
     def state(self) -> Tensor | None:
-        """What the decoder holds after the last frame: flat, or ``None``. Do not write to it."""
+        """What the decoder holds after the last frame: flat, or ``None``. Do not write to it.
+
+        With a quantized ``state`` a new tensor: what is left of the last reconstruction after rounding.
+        """
         return self._stream.history.base
 
     @property
@@ -99,7 +104,7 @@ class ResidualDecoder:
     """Decode what a :class:`~compactdist.state.ResidualEncoder` of the same configuration encoded, in the same order.
 
     Args:
-        codec, order, damping, error_feedback, warmup_steps, find_layout, layout: as given to the encoder.
+        codec, order, damping, error_feedback, warmup_steps, find_layout, layout, state: as given to the encoder.
     """
 
     def __init__(
@@ -112,9 +117,10 @@ class ResidualDecoder:
         warmup_steps: int = 1,
         find_layout: bool = True,
         layout: Layout | None = None,
+        state: StateForm = "exact",
     ) -> None:
         self.codec = codecs.get(codec)
-        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout)
+        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout, state)
         self.layout = layout
         self._stream = StreamDecoder(self.config, 0, "stand-alone stream")
         self._epoch = 0
@@ -141,7 +147,10 @@ class ResidualDecoder:
 
     @property
     def state(self) -> Tensor | None:
-        """The reconstruction held: flat, or ``None``. Do not write to it; the next frame does."""
+        """The reconstruction held: flat, or ``None``. Do not write to it; the next frame does.
+
+        With a quantized ``state`` a new tensor: what is left of the last reconstruction after rounding.
+        """
         return self._stream.history.base
 
     @property

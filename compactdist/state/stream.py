@@ -6,7 +6,7 @@ so that either end can tell the size of the next frame before it arrives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
 from compactdist.state.layout import Arrangement, blocks, plain
-from compactdist.state.predictor import History
+from compactdist.state.quantized_history import STATE_FORMS, StateForm, make_history, state_copy_nbytes
 from compactdist.wire import HEADER_NBYTES, SHAPE_NBYTES, raw_nbytes
 
 __all__ = ["COMPRESSIBLE_DTYPES", "Spares", "StreamConfig", "StreamState"]
@@ -35,6 +35,9 @@ class StreamConfig:
             drifts.
         warmup_steps: steps after a reset during which every frame is a keyframe.
         find_layout: search the arrangement of buffers without a layout hint on the first residual.
+        state: what both ends keep of the last reconstruction (and velocity): ``"exact"``, in the tensor's dtype;
+            ``"int8"`` or ``"fp8"`` (E4M3), one byte for each element and a bfloat16 scale for every 128. What the
+            rounding loses is part of the next residual. Without effect at order 0, which keeps nothing.
 
     Raises:
         ConfigError: a value is out of range, or error feedback is asked for without prediction.
@@ -45,8 +48,16 @@ class StreamConfig:
     error_feedback: bool | None = None
     warmup_steps: int = 1
     find_layout: bool = True
+    state: StateForm = "exact"
+
+    def __repr__(self) -> str:
+        # groups compare this text; without ``state`` it is that of versions that had no such option
+        shown = [name for name in (f.name for f in fields(self)) if name != "state" or self.state != "exact"]
+        return f"StreamConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def __post_init__(self) -> None:
+        if self.state not in STATE_FORMS:
+            raise ConfigError(f"state must be one of {', '.join(map(repr, STATE_FORMS))}, got {self.state!r}")
         if self.order not in (0, 1, 2):
             raise ConfigError(f"order must be 0, 1 or 2, got {self.order!r}")
         if not 0 <= self.damping <= 1:
@@ -109,7 +120,7 @@ class StreamState:
         self.config = config
         self.key = key
         self.where = where
-        self.history = History(config.order, config.damping)
+        self.history = make_history(config.order, config.damping, config.state)
         self.live: tuple[int, torch.dtype] | None = None
         self.sequence = 0
         self.arrangement: Arrangement | None = None
@@ -161,4 +172,4 @@ def state_nbytes(config: StreamConfig, numel: int, dtype: torch.dtype, *, sender
     copies = config.order
     if sender and config.order > 0 and not config.closed_loop:
         copies *= 2
-    return copies * numel * dtype.itemsize
+    return copies * state_copy_nbytes(config.state, numel, dtype)

@@ -186,6 +186,17 @@ def test_wrong_codecs_are_refused_before_anything_is_played(tmp_path: Path, code
     assert says in result.stderr
 
 
+def test_a_quantized_state_is_named_in_the_table_and_another_is_refused(tmp_path: Path) -> None:
+    path = trace(tmp_path / "t.safetensors")
+    shown = run("evaluate", path, "--codec", "int4", "--state", "int8")
+    assert shown.exit_code == 0
+    assert "int8 state" in shown.stdout
+    refused = run("evaluate", path, "--codec", "int4", "--state", "int5", "--json")
+    assert refused.exit_code == 2
+    assert refused.stdout == ""
+    assert "'exact', 'int8', 'fp8', got 'int5'" in refused.stderr
+
+
 def test_a_silent_site_has_no_relative_error(tmp_path: Path) -> None:
     row = run_json("evaluate", trace(tmp_path / "t.safetensors", {"a": torch.zeros(4, 8, 8)}), "--json")["int4"]
     assert row["rel_error"] == 0

@@ -149,6 +149,7 @@ def test_options_from_the_environment():
         "COMPACTDIST_DAMPING": "0.25",
         "COMPACTDIST_LOCAL": "exact",
         "COMPACTDIST_MIN_NUMEL": "7",
+        "COMPACTDIST_STATE": "int8",
         "COMPACTDIST_STATE_BUDGET_BYTES": "1000",
         "COMPACTDIST_SAMPLE_ERRORS_EVERY": "5",
         "OTHER": "x",
@@ -160,6 +161,7 @@ def test_options_from_the_environment():
         damping=0.25,
         local="exact",
         min_numel=7,
+        state="int8",
         state_budget_bytes=1000,
         sample_errors_every=5,
     )
@@ -173,6 +175,7 @@ def test_options_from_the_environment():
         ("COMPACTDIST_ORDER", "two", "COMPACTDIST_ORDER='two'"),
         ("COMPACTDIST_WARMUP_STEPS", "-1", "warmup_steps"),
         ("COMPACTDIST_CODEC", "int99", "int99"),
+        ("COMPACTDIST_STATE", "int4", "'exact', 'int8', 'fp8'"),
     ],
 )
 def test_a_wrong_variable_is_an_error(monkeypatch, name, value, said):

@@ -38,6 +38,22 @@ def test_all_gather_beyond_one_ranks_budget_passes_on_all(short_rank):
     compare.check(run_ranks(body, world_size=3))
 
 
+def test_a_quantized_state_makes_room_for_more_sites():
+    def body(rank, world_size):
+        one = kit.N + 2 * kit.N // 128
+        with kit.wrap(state_budget_bytes=3 * 2 * one, state="int8") as dist:
+            for t in range(3):
+                dist.step()
+                for name in ("a", "b", "c", "d"):
+                    with dist.key(name):
+                        kit.gather(dist, kit.tensor(rank, t))
+            assert dist.stats().state_bytes == 3 * 2 * one < 2 * ONE
+            assert [bool(site.passed) for site in dist.stats().sites.values()] == [False, False, False, True]
+            return kit.finish(dist)
+
+    compare.check(run_ranks(body))
+
+
 def test_reset_makes_room_again():
     def body(rank, world_size):
         with kit.wrap(state_budget_bytes=2 * ONE) as dist:

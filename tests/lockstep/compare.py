@@ -23,13 +23,12 @@ def of_stream(stream: Any) -> tuple[Any, ...]:
     return (
         stream.sequence,
         str(stream.live),
-        digest(history.base),
-        digest(history.velocity),
+        tuple(digest(t) for t in history.held),
         None if arrangement is None else (arrangement.shape, arrangement.hint),
     )
 
 
-EMPTY = (0, "None", None, None, None)
+EMPTY = (0, "None", (), None)
 
 
 def of_group(group: Any) -> dict[str, Any]:

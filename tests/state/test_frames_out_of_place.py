@@ -17,7 +17,7 @@ from tests.state import kit
 def state_of(decoder):
     stream = decoder._stream
     history = stream.history
-    copied = [None if t is None else t.clone() for t in (history.base, history.velocity)]
+    copied = [t.clone() for t in history.held]
     return copied, stream.sequence, stream.live, stream.arrangement, decoder._epoch
 
 
@@ -198,6 +198,8 @@ def test_nonfinite_keyframe_is_delivered_and_restarts(options, bad):
         {"warmup_steps": 1.0},
         {"warmup_steps": True},
         {"order": 0, "error_feedback": True},
+        {"state": "int4"},
+        {"state": None},
     ],
 )
 def test_impossible_options(arguments):

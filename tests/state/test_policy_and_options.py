@@ -87,6 +87,7 @@ def pass_all(info):
         ({"state_budget_bytes": -1}, ConfigError),
         ({"state_budget_bytes": "1 GB"}, ConfigError),
         ({"sample_errors_every": -1}, ConfigError),
+        ({"state": "bfloat16"}, ConfigError),
         ({"policy": ["int8"]}, ConfigError),
         ({"policy": [Rule("int8"), 3]}, ConfigError),
         ({"layouts": {"*": "(a b) -> 1 a b"}}, ConfigError),
@@ -129,6 +130,8 @@ def test_equal_options_have_equal_fingerprints():
         {"layouts": {"x": Layout("(a b) -> 1 a b", a=4)}},
         {"layouts": keep_all},
         {"find_layout": False},
+        {"state": "int8"},
+        {"state": "fp8"},
     ],
     ids=repr,
 )
@@ -136,6 +139,14 @@ def test_every_option_that_changes_frames_changes_the_fingerprint(change):
     others = [{}, {"layouts": {"*": Layout("(a b) -> 1 a b", a=5)}}, {"policy": Rule("int8", key="a")}]
     for other in others:
         assert Options(**change).fingerprint() != Options(**other).fingerprint()
+
+
+def test_an_option_at_its_default_is_not_in_the_fingerprint():
+    """Groups of versions without the option go on agreeing."""
+    assert Options().fingerprint()["streams"] == (
+        "StreamConfig(order=1, damping=0.5, error_feedback=None, warmup_steps=1, find_layout=True)"
+    )
+    assert "state='int8'" in Options(state="int8").fingerprint()["streams"]
 
 
 def test_local_matters_of_a_rank_are_not_in_the_fingerprint():
