@@ -20,6 +20,7 @@ SHAPE = (1088, 3072)
 CODECS: tuple[dict[str, Any], ...] = (
     {"id": "binary"},
     {"id": "binary", "scales": "block"},
+    {"id": "binary", "scales": "rank"},
     {"id": "ternary"},
     {"id": "int2"},
     {"id": "int2", "scales": "block"},

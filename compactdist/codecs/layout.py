@@ -36,6 +36,8 @@ groups of one row of L channels: no row scales, and one channel scale for each b
 N.) With ``centroids="minmax"`` a fourth section of the same form as the third carries a signed bfloat16 **offset**
 ``a`` for each block; the code q, of b bits without a sign, decodes to ``a + q * c``, product first.
 
+With ``scales="rank"`` of ``binary`` the scales are others: ``rank_scales.py``.
+
 A tensor without elements has an empty payload.
 """
 

@@ -89,6 +89,7 @@ class ScalarQuantizer(Codec):
     bits: ClassVar[int]
     base3: ClassVar[bool] = False
     offsets: bool = False
+    scale_choices: ClassVar[tuple[str, ...]] = ("token_channel", "block")
     fused: ClassVar[Literal["", "sign", "nearest", "trits", "linear"]] = ""
     """What the compiled kernels compute in place of ``_row_statistic`` and ``_fit``: the sign; the sign and the nearest
     of ``magnitudes``; the same with zero among them, as trits; integers up to 127. Empty: nothing of theirs, the steps
@@ -101,7 +102,7 @@ class ScalarQuantizer(Codec):
     """How wide the scale is for tails heavier than those of a Gaussian; see ``scales.gaussian_scale``."""
 
     def __init__(self, scales: str = "token_channel", block: int = BLOCK_ELEMENTS) -> None:
-        self.scales = check_choice(self.codec_id, "scales", scales, ("token_channel", "block"))
+        self.scales = check_choice(self.codec_id, "scales", scales, self.scale_choices)
         self.block = check_integer(self.codec_id, "block", block, 2, 65536)
         if scales != "block" and block != BLOCK_ELEMENTS:
             raise CodecConfigError(f"codec {self.codec_id!r}: block={block} needs scales='block'")
@@ -219,7 +220,8 @@ class ScalarQuantizer(Codec):
 
     def _fused_steps(self, numel: int) -> Any:
         """The module with the fused steps, or ``None`` where the form of codec or the size call for the reference."""
-        return cpu_kernels(numel) if self.fused and not self.offsets else None
+        known = self.fused and not self.offsets and self.scales in ("token_channel", "block")
+        return cpu_kernels(numel) if known else None
 
     def level_table(self) -> NDArray[np.float32]:
         """The level of every code of a table codec, float32 ``(16,)``; zero past the last code."""

@@ -30,6 +30,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "lowrank_int4-3": {"id": "lowrank_int4", "rank": 3},
     "topk_int4-2": {"id": "topk_int4", "m": 2, "block": 16},
     "binary-block": {"id": "binary", "scales": "block"},
+    "binary-rank": {"id": "binary", "scales": "rank"},
+    "binary-rank-1": {"id": "binary", "scales": "rank", "rank": 1},
     "ternary-block": {"id": "ternary", "scales": "block", "block": 100},
     "int2-uniform": {"id": "int2", "centroids": "uniform"},
     "int3-block": {"id": "int3", "scales": "block"},

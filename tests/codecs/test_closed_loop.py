@@ -7,9 +7,10 @@ import torch
 
 from compactdist import codecs
 from compactdist.state import ResidualDecoder, ResidualEncoder
-from tests.codecs import kit
+from tests.codecs import kit, make_fixtures
 
 LOSSY = [codec_id for codec_id in codecs.list() if not codecs.get(codec_id).lossless]
+RANKED = make_fixtures.SPECS["binary-rank"]
 STEPS = 20
 
 
@@ -25,11 +26,13 @@ def walk() -> list[torch.Tensor]:
     return values
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("codec_id", LOSSY)
-def test_closed_loop(codec_id, order):
-    encoder = ResidualEncoder(codec_id, order=order, damping=0.5)
-    decoder = ResidualDecoder(codec_id, order=order, damping=0.5)
+@pytest.mark.parametrize(
+    ("order", "state"), [(0, "exact"), (1, "exact"), (1, "int8"), (1, "fp8"), (2, "exact"), (2, "int8")]
+)
+@pytest.mark.parametrize("codec_id", [*LOSSY, pytest.param(RANKED, id="binary-rank")])
+def test_closed_loop(codec_id, order, state):
+    encoder = ResidualEncoder(codec_id, order=order, damping=0.5, state=state)
+    decoder = ResidualDecoder(codec_id, order=order, damping=0.5, state=state)
     values = walk()
     ratios = []
     for x in values:
