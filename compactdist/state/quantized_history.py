@@ -11,6 +11,7 @@ to the bit, whatever devices they run on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,7 @@ STATE_FORMS: tuple[StateForm, ...] = ("exact", "int8", "fp8")
 BLOCK = 128
 """Consecutive elements that share a scale: one outlier spoils the resolution of few neighbours, for 1/64 byte each."""
 
+_CPU_PART = BLOCK << 9
 _SMALLEST_SCALE = 2.0**-87  # products stay normal floats, so machines that flush subnormals agree with the others
 _LARGEST_CODE = {"int8": 127.0, "fp8": 448.0 * 2**9}  # of fp8 (E4M3) in units of its smallest subnormal, 2**-9
 
@@ -53,17 +55,18 @@ class Quantized:
 
     def dequantize(self, out: Tensor | None = None) -> Tensor:
         """The values, flat ``[numel]`` of ``dtype``, in ``out`` if that is given."""
-        numel = self.codes.numel()
-        if self.codes.dtype == torch.int8:
-            levels = self.codes.float()
-        else:
-            levels = kernels.unpack_levels(self.codes, unit_levels("e4m3"), 8, numel)
-        whole = _in_blocks(levels) * self.scales.float().unsqueeze(1)
         limit = torch.finfo(self.dtype).max
         if out is None:
-            out = torch.empty(numel, dtype=self.dtype, device=self.codes.device)
+            out = torch.empty(self.codes.numel(), dtype=self.dtype, device=self.codes.device)
         with torch.inference_mode():  # a scratch made in this mode could not be written to outside of it
-            out.copy_(whole.view(-1)[:numel].clamp_(-limit, limit))
+            for elements, blocks in _parts(self.codes):
+                codes = self.codes[elements]
+                if codes.dtype == torch.int8:
+                    levels = codes.float()
+                else:
+                    levels = kernels.unpack_levels(codes, unit_levels("e4m3"), 8, codes.numel())
+                whole = _in_blocks(levels) * self.scales[blocks].float().unsqueeze(1)
+                out[elements] = whole.view(-1)[: codes.numel()].clamp_(-limit, limit)
         return out
 
 
@@ -71,6 +74,15 @@ def _in_blocks(flat: Tensor) -> Tensor:
     """``[numel]`` as ``[blocks, 128]``, the last block filled up with zeros."""
     missing = -flat.numel() % BLOCK
     return (pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
+
+
+def _parts(flat: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Elements and blocks to work on at a time: few enough for the caches on a CPU, all of them elsewhere."""
+    numel = flat.numel()
+    step = _CPU_PART if flat.device.type == "cpu" else max(1, numel)
+    for start in range(0, numel, step):
+        end = min(start + step, numel)
+        yield slice(start, end), slice(start // BLOCK, -(-end // BLOCK))
 
 
 @torch.no_grad()
@@ -85,16 +97,23 @@ def quantize(values: Tensor, form: Literal["int8", "fp8"], dtype: torch.dtype) -
         form: ``"int8"``: 127 equal steps to each side; ``"fp8"``: E4M3, a constant relative error over six decades.
         dtype: what :meth:`Quantized.dequantize` gives.
     """
+    codes = torch.empty(values.numel(), dtype=torch.int8 if form == "int8" else torch.uint8, device=values.device)
+    scales = torch.empty(-(-values.numel() // BLOCK), dtype=torch.bfloat16, device=values.device)
+    for elements, blocks in _parts(values):
+        codes[elements], scales[blocks] = _quantize(values[elements], form)
+    return Quantized(codes, scales, dtype)
+
+
+def _quantize(values: Tensor, form: Literal["int8", "fp8"]) -> tuple[Tensor, Tensor]:
+    """Codes and scales, these as bfloat16 values in float32."""
     blocks = _in_blocks(values.float())
     scales = kernels.round_bf16(blocks.abs().amax(1, keepdim=True) / _LARGEST_CODE[form], up=True)
     scales = torch.where(scales < _SMALLEST_SCALE, torch.zeros_like(scales), scales)
     inverse = kernels.divide_or_zero(torch.ones_like(scales), scales)
     levels = (blocks * inverse).view(-1)[: values.numel()]
     if form == "int8":
-        codes = levels.round().clamp_(-127, 127).to(torch.int8)
-    else:
-        codes = encode_units(levels.abs(), "e4m3") | ((levels < 0).to(torch.uint8) << 7)
-    return Quantized(codes, scales.view(-1).to(torch.bfloat16), dtype)
+        return levels.round_().clamp_(-127, 127), scales.view(-1)
+    return encode_units(levels.abs(), "e4m3") | ((levels < 0).to(torch.uint8) << 7), scales.view(-1)
 
 
 def state_copy_nbytes(form: StateForm, numel: int, dtype: torch.dtype) -> int:

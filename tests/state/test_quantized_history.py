@@ -15,7 +15,7 @@ from compactdist.state.quantized_history import quantize
 from tests.state import kit
 
 FORMS = ("int8", "fp8")
-SIZES = (0, 1, 127, 128, 129, 1000, 4096)
+SIZES = (0, 1, 127, 128, 129, 1000, 4096, 2 * 65536 + 77)
 
 
 def e4m3(code):
