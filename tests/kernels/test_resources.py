@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from compactdist import codecs
 from compactdist.codecs.kernels import use
+from compactdist.codecs.kernels.threads import spread
 from compactdist.errors import NonFiniteError
 from compactdist.state import ResidualDecoder, ResidualEncoder, StateStore, StreamConfig
 from compactdist.state.layout import plain
@@ -53,21 +56,55 @@ def test_callers_on_several_threads(threads):
 
 
 def test_a_forked_child_makes_threads_of_its_own(threads):
+    """OpenMP's do not survive a fork, and a child that used them would hang."""
     threads(2)
     codec, x = codecs.get("int2"), torch.randn(CUT.numel)
     expected = codec.encode_residual(x, None, CUT)
-    assert threads_module._pool is not None
     child = os.fork()
     if child == 0:
-        # one thread of torch's: its own pool does not survive a fork
-        torch.set_num_threads(1)
+        before = torch.get_num_threads
+        torch.get_num_threads = lambda: 2
         done: list[tuple[int, int]] = []
-        torch.get_num_threads, before = (lambda: 2), torch.get_num_threads
-        threads_module.spread(lambda lo, hi: done.append((lo, hi)), 10, 1 << 20)
+        spread(lambda lo, hi: done.append((lo, hi)), 10, 1 << 20)
         torch.get_num_threads = before
         os._exit(0 if sorted(done) == [(0, 5), (5, 10)] else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    assert _ended_well(child, 60)
     assert torch.equal(codec.encode_residual(x, None, CUT), expected)
+
+
+def _ended_well(child: int, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status == 0
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_parts_cover_the_range_and_raise(threads, monkeypatch, openmp):
+    if not openmp:
+        monkeypatch.setattr("compactdist.codecs.kernels.threads._openmp", lambda: None)
+    for count in (1, 2, 3, 7):
+        for wanted in (1, 2, 5):
+            threads(wanted)
+            done: list[int] = []
+            spread(lambda lo, hi, done=done: done.extend(range(lo, hi)), count, 1 << 20)
+            assert sorted(done) == list(range(count))
+    threads(2)
+
+    def refuse(lo: int, hi: int) -> None:
+        if hi == 10:
+            raise ValueError("the last part")
+
+    with pytest.raises(ValueError, match="the last part"):
+        spread(refuse, 10, 1 << 20)
+    done = []
+    spread(lambda lo, hi: done.append((lo, hi)), 10, 100)
+    assert done == [(0, 10)], "too little for two threads"
 
 
 def _resident() -> int:
