@@ -46,8 +46,10 @@ __all__ = [
     "SHAPE_NBYTES",
     "STATELESS",
     "Header",
+    "empty_frame",
     "explain",
     "pack",
+    "seal",
     "unpack",
 ]
 
@@ -182,16 +184,36 @@ def pack(header: Header, payload: Tensor | None, frame_nbytes: int | None = None
     Returns:
         1-D uint8 tensor on the payload's device (CPU without a payload).
     """
-    head = torch.frombuffer(bytearray(header_bytes(header)), dtype=torch.uint8)
-    total = head.numel() + header.payload_nbytes if frame_nbytes is None else frame_nbytes
     device = torch.device("cpu") if payload is None else payload.device
-    frame = torch.empty(total, dtype=torch.uint8, device=device)
-    frame[: head.numel()].copy_(head)
-    end = head.numel()
-    if payload is not None:
-        end += payload.numel()
-        frame[head.numel() : end].copy_(payload)
+    frame, room = empty_frame(header.nbytes, header.payload_nbytes, frame_nbytes, device)
+    if payload is None:
+        room.zero_()
+    else:
+        room.copy_(payload)
+    return seal(frame, header)
+
+
+def empty_frame(
+    head_nbytes: int, payload_nbytes: int, frame_nbytes: int | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """A frame to be filled: the whole, zero where it is padded, and the view that the payload goes to.
+
+    Args:
+        head_nbytes: ``Header.nbytes``; a multiple of 16, as the payload's place therefore is.
+        payload_nbytes: of the payload.
+        frame_nbytes: total length; ``None`` for no padding.
+        device: of the frame.
+    """
+    end = head_nbytes + payload_nbytes
+    frame = torch.empty(end if frame_nbytes is None else frame_nbytes, dtype=torch.uint8, device=device)
     frame[end:].zero_()
+    return frame, frame[head_nbytes:end]
+
+
+def seal(frame: Tensor, header: Header) -> Tensor:
+    """Write the header into a frame, and return the frame."""
+    head = torch.frombuffer(bytearray(header_bytes(header)), dtype=torch.uint8)
+    frame[: head.numel()].copy_(head)
     return frame
 
 

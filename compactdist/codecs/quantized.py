@@ -29,7 +29,7 @@ from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice, check_integer
 from compactdist.codecs.scales import RowScales, gaussian_scale, scale_factor, storable_scale
-from compactdist.codecs.shapes import BLOCK_ELEMENTS, matrix_shape
+from compactdist.codecs.shapes import BLOCK_ELEMENTS, WholeTensor, matrix_shape
 from compactdist.errors import CodecConfigError, NonFiniteError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -132,6 +132,11 @@ class ScalarQuantizer(Codec):
         layout = self.layout_of(x.shape)
         if layout.elements == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
+        kernels, cut = self._fused_steps(x.numel()), WholeTensor.of(x.shape)
+        if kernels is not None and kernels.supports(self, cut, x):
+            payload: Tensor | None = kernels.encode_residual(self, x.detach().reshape(-1), None, cut, None)
+            if payload is not None:
+                return payload
         values = self._as_matrices(x, layout)
         magnitude = values.abs()
         return self.encode_checked(values, magnitude, finite_amax(magnitude, x.numel()), layout)
@@ -168,7 +173,12 @@ class ScalarQuantizer(Codec):
         layout = self.layout_of(shape)
         if layout.elements == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=payload.device)
-        y = self._dequantized(payload, layout)
+        kernels, cut = self._fused_steps(math.prod(shape)), WholeTensor.of(shape)
+        if kernels is not None and payload.device.type == "cpu":
+            out = torch.empty(cut.numel, dtype=dtype)
+            if kernels.supports(self, cut, out) and kernels.decode_residual(self, payload, None, cut, out):
+                return out.view(tuple(shape))
+        y = self._dequantized(payload, layout) + 0.0  # -0 becomes 0: no kernel tells them apart
         y = y.reshape(matrix_shape(shape)[0], -1)[:, : math.prod(shape) // matrix_shape(shape)[0]]
         limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
         return y.reshape(tuple(shape)).clamp(-limit, limit).to(dtype)

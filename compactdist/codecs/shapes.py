@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn.functional import pad
 
 SECTION_ALIGN_NBYTES = 16
 """Every payload section starts at a multiple of this, so kernels may load 128 bits at a time."""
@@ -45,3 +49,26 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
     return 1, math.prod(shape[:-2]), shape[-2] * shape[-1]
+
+
+class WholeTensor(NamedTuple):
+    """A contiguous tensor as a codec sees it when nobody says more about it: a ``Cut`` (``base.py``)."""
+
+    numel: int
+    shape: tuple[int, int, int]
+    axes: None = None
+    order: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> WholeTensor:
+        """Of a tensor of this shape."""
+        return cls(math.prod(shape), matrix_shape(shape))
+
+    def to_matrix(self, flat: Tensor) -> Tensor:
+        """Flat ``[numel]`` to ``(G, R, C)``, the tail filled up with zeros."""
+        missing = math.prod(self.shape) - self.numel
+        return (pad(flat, (0, missing)) if missing else flat).view(self.shape)
+
+    def to_flat(self, matrix: Tensor) -> Tensor:
+        """Undo ``to_matrix``."""
+        return matrix.reshape(-1)[: self.numel]

@@ -14,7 +14,7 @@ from compactdist.state.find_layout import find_arrangement
 from compactdist.state.layout import Arrangement
 from compactdist.state.quantized_history import make_history
 from compactdist.state.stream import Spares, StreamConfig, StreamState
-from compactdist.wire import KEY, NO_STATE, NONFINITE, STATELESS, Header, pack, raw_payload
+from compactdist.wire import KEY, NO_STATE, NONFINITE, STATELESS, Header, empty_frame, pack, raw_payload, seal
 
 __all__ = ["Staged", "StreamEncoder"]
 
@@ -149,31 +149,31 @@ class StreamEncoder(StreamState):
     def _stage_residual(
         self, flat: Tensor, codec: Codec, header: Header, frame_nbytes: int | None, want_value: bool
     ) -> Staged:
-        source = self._open_loop if self._open_loop is not None else self.history
         arrangement = self.arrangement
         assert arrangement is not None
-        # one step where sender and receiver predict the same: the last value, or nothing
-        fused = self._open_loop is None and self.config.order < 2
+        # an open-loop sender predicts from other values than the receiver, and has two steps to take
+        source, closed = (self.history, True) if self._open_loop is None else (self._open_loop, False)
+        nbytes = codec.payload_nbytes(arrangement.shape, torch.float32)
+        frame, payload = empty_frame(header.nbytes, nbytes, frame_nbytes, flat.device)
         spares = self._spares or Spares()
-        scratch = spares.take(flat) if fused and self.history.needs_scratch else None
+        scratch = spares.take(flat) if source.needs_scratch else None
         value = None
         if self.config.order > 0 or want_value:
             value = spares.take(flat)
+        reconstructed = value if closed else None
         try:
-            if fused:
-                payload = codec.encode_residual(flat, self.history.read(scratch), arrangement, value)
-            else:
-                payload = codec.encode(arrangement.to_matrix(source.residual(flat)))
+            base = source.read(scratch)
+            codec.encode_residual(flat, base, arrangement, reconstructed, velocity=source.velocity, payload_out=payload)
         except NonFiniteError as error:
             if not bool(torch.isfinite(flat).all()):
                 raise NonFiniteError(f"{self.where}: {error}") from None
             # two huge finite values: send as much of the change as float32 holds, the next frame brings the rest
-            payload = codec.encode(arrangement.to_matrix(_bounded(source.residual(flat))))
-            fused = False
+            payload.copy_(codec.encode(arrangement.to_matrix(_bounded(source.residual(flat)))))
+            reconstructed = None
         finally:
             if scratch is not None:
                 spares.give(scratch)
-        if value is not None and not fused:
+        if value is not None and reconstructed is None:
             self.history.reconstruct(payload, codec, arrangement, value)
         found = None
         search = self.config.find_layout and not arrangement.hint and not self._searched
@@ -183,7 +183,7 @@ class StreamEncoder(StreamState):
                 found = None
         header = replace(
             header,
-            payload_nbytes=payload.numel(),
+            payload_nbytes=nbytes,
             layout=arrangement.hint,
             groups=arrangement.groups,
             rows=arrangement.rows,
@@ -192,7 +192,7 @@ class StreamEncoder(StreamState):
             next_channels=found.channels if found else 0,
         )
         exact = _own(flat) if self._open_loop is not None else None
-        return Staged(pack(header, payload, frame_nbytes), value, header, exact, found, search)
+        return Staged(seal(frame, header), value, header, exact, found, search)
 
     def stage_or_flag(
         self,

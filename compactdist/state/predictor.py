@@ -84,15 +84,7 @@ class History:
             out: flat ``[numel]``, the stream's dtype.
             base: what :meth:`read` gave, if the caller has it at hand.
         """
-        if self.order < 2:
-            codec.decode_residual(payload, self.base if base is None else base, cut, out)
-            return
-        prediction = self.predict()
-        assert prediction is not None
-        total = prediction + cut.to_flat(codec.decode(payload, cut.shape, torch.float32))
-        limit = torch.finfo(out.dtype).max
-        with torch.inference_mode():  # a state made in this mode could not be written to outside of it
-            out.copy_(total.clamp(-limit, limit))
+        codec.decode_residual(payload, self.base if base is None else base, cut, out, velocity=self.velocity)
 
     def next_velocity(self, value: Tensor) -> Tensor | None:
         """The velocity that goes with a new value (zero for the first one)."""
