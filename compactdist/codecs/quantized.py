@@ -132,7 +132,7 @@ class ScalarQuantizer(Codec):
         layout = self.layout_of(x.shape)
         if layout.elements == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
-        kernels, cut = self._fused_steps(x.numel()), WholeTensor.of(x.shape)
+        kernels, cut = self._fused_steps(x.numel()), self._whole(x.shape)
         if kernels is not None and kernels.supports(self, cut, x):
             payload: Tensor | None = kernels.encode_residual(self, x.detach().reshape(-1), None, cut, None)
             if payload is not None:
@@ -173,7 +173,7 @@ class ScalarQuantizer(Codec):
         layout = self.layout_of(shape)
         if layout.elements == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=payload.device)
-        kernels, cut = self._fused_steps(math.prod(shape)), WholeTensor.of(shape)
+        kernels, cut = self._fused_steps(math.prod(shape)), self._whole(shape)
         if kernels is not None and payload.device.type == "cpu":
             out = torch.empty(cut.numel, dtype=dtype)
             if kernels.supports(self, cut, out) and kernels.decode_residual(self, payload, None, cut, out):
@@ -232,6 +232,9 @@ class ScalarQuantizer(Codec):
         """The module with the fused steps, or ``None`` where the form of codec or the size call for the reference."""
         known = self.fused and not self.offsets and self.scales in ("token_channel", "block")
         return cpu_kernels(numel) if known else None
+
+    def _whole(self, shape: Sequence[int]) -> WholeTensor:
+        return WholeTensor.of(shape, in_blocks=self.scales == "block")
 
     def level_table(self) -> NDArray[np.float32]:
         """The level of every code of a table codec, float32 ``(16,)``; zero past the last code."""

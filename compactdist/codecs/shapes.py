@@ -60,9 +60,10 @@ class WholeTensor(NamedTuple):
     order: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, shape: Sequence[int]) -> WholeTensor:
-        """Of a tensor of this shape."""
-        return cls(math.prod(shape), matrix_shape(shape))
+    def of(cls, shape: Sequence[int], *, in_blocks: bool) -> WholeTensor:
+        """Of a tensor of this shape; one without channels is a single row if blocks, and no rows, have scales."""
+        numel = math.prod(shape)
+        return cls(numel, (1, 1, numel) if in_blocks and len(shape) <= 1 else matrix_shape(shape))
 
     def to_matrix(self, flat: Tensor) -> Tensor:
         """Flat ``[numel]`` to ``(G, R, C)``, the tail filled up with zeros."""

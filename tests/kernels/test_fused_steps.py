@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,7 +19,18 @@ from compactdist.state.layout import Arrangement, Layout, blocks, plain
 cpu = pytest.importorskip("compactdist.codecs.kernels.cpu")
 bits_of = pytest.importorskip("compactdist.codecs.kernels.cpu_common").bits_of
 
-CODECS = ("binary", "int2", "int4", "int8")
+CODECS = ("binary", "int2", "int3", "int4", "int8", "ternary")
+FORMS = (
+    *({"id": codec_id} for codec_id in CODECS),
+    *({"id": codec_id, "scales": "block"} for codec_id in CODECS),
+    {"id": "int2", "scales": "block", "block": 96},
+    {"id": "int8", "scales": "block", "block": 33},
+    {"id": "int4", "scales": "block", "block": 1000},
+    {"id": "int4", "centroids": "uniform"},
+    {"id": "int3", "scales": "block", "centroids": "uniform"},
+    {"id": "int4", "scales": "block", "centroids": "minmax"},
+    {"id": "binary", "scales": "rank"},
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUTS = (
     *(plain(g * r * c, g, c) for g, r, c in itertools.product((1, 3), (1, 2, 33, 63, 64, 65), (8, 56, 64, 72))),
@@ -83,33 +95,58 @@ def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def _both(codec_id: str, x: Tensor, base: Tensor | None, cut: Arrangement) -> None:
-    codec = codecs.get(codec_id)
+def _both(spec: str | dict[str, Any], x: Tensor, base: Tensor | None, cut: Arrangement, velocity: Tensor | None = None):
+    codec = codecs.get(spec)
     expected, got = torch.empty_like(x), torch.empty_like(x)
     with use("reference"):
-        reference = codec.encode_residual(x, base, cut, expected)
+        reference = codec.encode_residual(x, base, cut, expected, velocity=velocity)
+    room = torch.full((reference.numel() + 16,), 255, dtype=torch.uint8)[16:]  # nothing of it may stay
     with use("cpu"):
-        payload = codec.encode_residual(x, base, cut, got)
+        payload = codec.encode_residual(x, base, cut, got, velocity=velocity, payload_out=room)
+        assert payload.data_ptr() == room.data_ptr()
         assert torch.equal(payload, reference)
         assert torch.equal(_bytes(got), _bytes(expected))
+        assert torch.equal(codec.encode_residual(x, base, cut, velocity=velocity), reference)
         in_place = torch.empty_like(x) if base is None else base.clone()
-        codec.decode_residual(payload, None if base is None else in_place, cut, in_place)
+        codec.decode_residual(payload, None if base is None else in_place, cut, in_place, velocity=velocity)
         assert torch.equal(_bytes(in_place), _bytes(expected))
+        if base is not None:
+            held = base.clone()
+            assert torch.equal(codec.encode_residual(x, held, cut, held, velocity=velocity), reference)
+            assert torch.equal(_bytes(held), _bytes(expected))
 
 
 @given(
-    codec_id=st.sampled_from(CODECS),
+    spec=st.sampled_from(FORMS),
     dtype=st.sampled_from(DTYPES),
     cut=st.sampled_from(CUTS),
     kind=st.sampled_from(KINDS),
-    based=st.booleans(),
+    terms=st.integers(0, 2),
     seed=st.integers(0, 1000),
 )
-def test_same_bytes_as_the_reference(codec_id, dtype, cut, kind, based, seed):
+@settings(phases=[Phase.explicit, Phase.generate], deadline=None, max_examples=250)
+def test_same_bytes_as_the_reference(spec, dtype, cut, kind, terms, seed):
     g = torch.Generator().manual_seed(seed)
-    change = _special(kind, cut, g)
-    base = _cast(torch.randn(cut.numel, generator=g) * (1 if kind == "gaussian" else 0.01), dtype) if based else None
-    _both(codec_id, _cast(change if base is None else base.double() + change, dtype), base, cut)
+    change, size = _special(kind, cut, g), 1 if kind == "gaussian" else 0.01
+    base = _cast(torch.randn(cut.numel, generator=g) * size, dtype) if terms else None
+    velocity = _cast(torch.randn(cut.numel, generator=g) * size / 8, dtype) if terms > 1 else None
+    _both(spec, _cast(change if base is None else base.double() + change, dtype), base, cut, velocity)
+
+
+@pytest.mark.parametrize("shape", [(300,), (70, 72), (3, 33, 64), (2, 40, 3, 24), (1, 200), (5, 1, 64)])
+@pytest.mark.parametrize("spec", FORMS, ids=str)
+def test_encode_and_decode_take_the_same_kernels(spec, shape):
+    codec = codecs.get(spec)
+    for dtype in (*DTYPES, torch.float64):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+        with use("reference"):
+            payload = codec.encode(x)
+            expected = codec.decode(payload, shape, dtype)
+        with use("cpu"):
+            assert torch.equal(codec.encode(x), payload)
+            got = codec.decode(payload, shape, dtype)
+        assert got.shape == expected.shape
+        assert torch.equal(_bytes(got), _bytes(expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,7 +179,10 @@ def test_the_fused_steps_are_what_runs():
     x = torch.randn(cut.numel)
     for codec_id in CODECS:
         assert cpu.supports(codecs.get(codec_id), cut, x, None)
+    for codec_id in ("binary", "int2", "int4", "int8", "int3"):
+        assert cpu.supports(codecs.get(codec_id, scales="block"), cut, x, None)
     assert not cpu.supports(codecs.get("binary"), plain(40 * 65, 1, 65), x, None), "rows that share bytes"
+    assert cpu.supports(codecs.get("int2"), plain(40 * 65, 1, 65), x, None)
     assert not cpu.supports(codecs.get("binary"), cut, x.double(), None)
     assert not cpu.supports(codecs.get("binary"), cut, x, x.half())
     assert cpu_kernels(1 << 20) is cpu

@@ -67,8 +67,8 @@ def supports(codec: ScalarQuantizer, cut: Cut, *tensors: Tensor | None) -> bool:
     place = place_for(codec, cut)
     if place is None:
         return False
-    if codec.layout_of(cut.shape).rows == 1:
-        return not codec.base3 and loop_bits(codec, place) == codec.bits
+    if codec.layout_of(cut.shape).rows == 1 and codec.base3:
+        return False
     # signs are packed as they are found, so they have to fill their bytes
     return codec.fused != "sign" or loop_bits(codec, place) == 1
 
@@ -116,7 +116,7 @@ def encode_residual(
     )
     if layout.rows == 1:
         in_place = out is not None and base is not None and out.data_ptr() == base.data_ptr()
-        return _encode_blocks(call, payload, base, cut, out, in_place, velocity)
+        return _encode_blocks(call, payload, codes, base, cut, out, in_place, velocity)
     c = _encode_rows(call, payload)
     if c is None:
         return None
@@ -131,6 +131,7 @@ def encode_residual(
 def _encode_blocks(
     call: _Call,
     payload: Tensor,
+    codes: NDArray[np.uint8],
     base: Tensor | None,
     cut: Cut,
     out: Tensor | None,
@@ -149,13 +150,15 @@ def _encode_blocks(
     else:
         bound = np.float32(scales.LARGEST_OF_MEAN / codec.magnitudes[0])
         loop = cpu_blocks.block_nearest
-        rounding = codec.bits, codec.borders(), codec.level_table(), codec.widening, bound
+        rounding = call.bits, codec.borders(), codec.level_table(), codec.widening, bound
     given = call.source, tuple(place), *rounding, call.limit
     spread(
         lambda lo, hi: loop(*given, lo, hi, call.packed, found, bad, target), place.row_at.size, call.layout.elements
     )
     if bad[0]:
         return None
+    if call.packed is not codes:
+        pack_apart(codec, call.packed, codes)
     _put_channel_scales(payload, call.layout, torch.from_numpy(found))
     if in_place and out is not None:
         decode_residual(codec, payload, base, cut, out, velocity)
