@@ -27,7 +27,7 @@ from compactdist.errors import ConfigError
 __all__ = ["DTYPES", "measure", "parse_shape", "show", "write_json"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_TABLE_WIDTH = 132
+_TABLE_WIDTH = 140
 _WARM_UP_ROUNDS = 2
 _BITS_TO_DB = 20 * math.log10(2)  # 6.0206
 
@@ -96,12 +96,18 @@ def measure(
             rows.append(row | {"note": subject.missing})
             continue
         bits, nmse_db = quality[subject.name]
-        touched = x.nbytes + math.ceil(bits * x.numel() / 8)
+        sent_nbytes = math.ceil(bits * x.numel() / 8)
+        touched = [times * x.nbytes + sent_nbytes for times in subject.touched]
         row |= {"bits_per_element": bits, "nmse_db": nmse_db if math.isfinite(nmse_db) else None}
         row["gap_db"] = _BITS_TO_DB * bits + nmse_db if math.isfinite(nmse_db) else None
-        row |= {"bytes_touched": touched, "copy_ms": copy_ns / 1e6, "copy_gb_s": 2 * x.nbytes / copy_ns}
-        row |= _timings("encode", encode[subject.name], x, touched, copy_ns)
-        row |= _timings("decode", decode[subject.name], x, touched, copy_ns)
+        row |= {
+            "encode_bytes_touched": touched[0],
+            "decode_bytes_touched": touched[1],
+            "copy_ms": copy_ns / 1e6,
+            "copy_gb_s": 2 * x.nbytes / copy_ns,
+        }
+        row |= _timings("encode", encode[subject.name], x, touched[0], copy_ns)
+        row |= _timings("decode", decode[subject.name], x, touched[1], copy_ns)
         rows.append(row)
     return rows
 
@@ -136,18 +142,20 @@ def show(shape: tuple[int, int], rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
     table = Table(
         title=f"[{shape[0]}, {shape[1]}] unit Gaussian, {torch.get_num_threads()} threads".replace("[", "\\["),
-        caption="x copy: time as a multiple of Tensor.copy_ of the same tensor, timed next to it; MB: tensor and\n"
-        "payload once each; % copy: bytes per second as a share of the copy's (which reads and writes the tensor);\n"
-        "b/el: wire bits per element, scales and header included; gap: distance to the Gaussian rate-distortion\n"
-        "bound, 6.0206 b/el + NMSE dB. 'eager torch': the codec on torch's own operations. A copy that fits the\n"
-        "caches is faster than memory, so multiples and shares of small tensors look worse than those of large ones",
+        caption="Codecs take a step of a stream: tensor and base in, payload and new base out, and back, the base in\n"
+        "place; the others code the tensor itself. x copy: time as a multiple of Tensor.copy_ of the same tensor,\n"
+        "timed next to it; MB: what a step has to read and write; % copy: that per second, as a share of the copy's\n"
+        "(which reads and writes the tensor); b/el: wire bits per element, scales and header included; gap: distance\n"
+        "to the Gaussian rate-distortion bound, 6.0206 b/el + NMSE dB. 'eager torch': the codec on torch's own\n"
+        "operations. A copy that fits the caches is faster than memory, so multiples and shares of small tensors\n"
+        "look worse than those of large ones",
         title_justify="left",
         caption_justify="left",
         box=SIMPLE,
     )
     table.add_column("dtype", no_wrap=True)
     table.add_column("codec", no_wrap=True)
-    for head in ("encode\nx copy", "decode\nx copy", "encode\nGelem/s", "decode\nGelem/s", "\nMB"):
+    for head in ("encode\nx copy", "decode\nx copy", "encode\nGelem/s", "decode\nGelem/s", "encode\nMB", "decode\nMB"):
         table.add_column(head, justify="right", no_wrap=True)
     for head in ("encode\n% copy", "decode\n% copy", "\nb/el", "NMSE\ndB", "gap\ndB"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -164,7 +172,8 @@ def show(shape: tuple[int, int], rows: Sequence[dict[str, Any]]) -> None:
             f"{row['decode_x_copy']:.1f}",
             f"{row['encode_gelem_s']:.3f}",
             f"{row['decode_gelem_s']:.3f}",
-            f"{row['bytes_touched'] / 1e6:.1f}",
+            f"{row['encode_bytes_touched'] / 1e6:.1f}",
+            f"{row['decode_bytes_touched'] / 1e6:.1f}",
             f"{row['encode_copy_bandwidth_percent']:.1f}",
             f"{row['decode_copy_bandwidth_percent']:.1f}",
             f"{row['bits_per_element']:.3f}",

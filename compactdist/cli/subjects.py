@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compactdist.codecs import Codec, kernels
+from compactdist.codecs.shapes import WholeTensor
 from compactdist.wire import HEADER_NBYTES
 
 __all__ = ["Subject", "of_codecs", "peers"]
@@ -30,6 +31,7 @@ class Subject:
         encode: a tensor to whatever would be sent.
         decode: that and the original tensor (for its shape and dtype only) to a tensor.
         wire_nbytes: bytes of what would be sent, with all that the receiver needs.
+        touched: times the tensor's size that encoding and decoding read and write, beside what is sent.
         around: entered for every use of ``encode`` and ``decode``.
         missing: why it cannot run here; ``None`` if it can.
     """
@@ -38,6 +40,7 @@ class Subject:
     encode: Callable[[Tensor], Any]
     decode: Callable[[Any, Tensor], Tensor]
     wire_nbytes: Callable[[Any], int]
+    touched: tuple[int, int] = (1, 1)
     around: Callable[[], AbstractContextManager[None]] = nullcontext
     missing: str | None = None
 
@@ -50,12 +53,37 @@ def _missing(name: str, why: str) -> Subject:
     return Subject(name, _nothing, _nothing, _nothing, missing=why)
 
 
+class _Stream:
+    """One step of a stream that starts from zeros, in memory of its own, as both ends take it."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._of: Tensor | None = None
+
+    def encode(self, x: Tensor) -> Tensor:
+        """From tensor and base to payload and new base."""
+        if self._of is not x:
+            self._of, self._cut = x, WholeTensor.of(x.shape, in_blocks=False)
+            self._base, self._new = torch.zeros_like(x).view(-1), torch.empty_like(x).view(-1)
+            self._held = torch.zeros_like(self._base)
+            nbytes = self._codec.payload_nbytes(self._cut.shape, torch.float32)
+            self._payload = torch.empty(nbytes, dtype=torch.uint8)
+        return self._codec.encode_residual(x.view(-1), self._base, self._cut, self._new, payload_out=self._payload)
+
+    def decode(self, payload: Tensor, like: Tensor) -> Tensor:
+        """From payload and base to new base, in place."""
+        self._codec.decode_residual(payload, self._held, self._cut, self._held)
+        return self._held.view(like.shape)
+
+
 def _of_codec(name: str, codec: Codec, around: Callable[[], AbstractContextManager[None]]) -> Subject:
+    stream = _Stream(codec)
     return Subject(
         name,
-        codec.encode,
-        lambda payload, like: codec.decode(payload, like.shape, like.dtype),
+        stream.encode,
+        stream.decode,
         lambda payload: HEADER_NBYTES + payload.numel(),
+        (3, 2),
         around,
     )
 
@@ -63,13 +91,12 @@ def _of_codec(name: str, codec: Codec, around: Callable[[], AbstractContextManag
 @contextmanager
 def _reference_kernels() -> Iterator[None]:
     """Codecs run on torch's operations inside, where the library has anything faster."""
-    use = getattr(kernels, "use", None)
-    with nullcontext() if use is None else use("reference"):
+    with kernels.use("reference"):
         yield
 
 
 def of_codecs(codecs: Mapping[str, Codec]) -> list[Subject]:
-    """Codecs as the library runs them; the header of a frame is counted."""
+    """One step of a stream for each codec, as the library runs it; the header of a frame is counted."""
     return [_of_codec(name, codec, nullcontext) for name, codec in codecs.items()]
 
 
@@ -104,7 +131,7 @@ def _torch_quantization() -> Subject:
             encode,
             lambda q, like: q.dequantize().to(like.dtype),
             lambda q: q.numel() + _SCALE_NBYTES,
-            _without_deprecation,
+            around=_without_deprecation,
         )
     name = "quantized_decomposed"
     try:
@@ -124,7 +151,7 @@ def _torch_quantization() -> Subject:
         encode_decomposed,
         lambda q, like: backward(q[0], q[1], 0, -127, 127, torch.int8).to(like.dtype),
         lambda q: q[0].numel() + _SCALE_NBYTES,
-        _without_deprecation,
+        around=_without_deprecation,
     )
 
 
