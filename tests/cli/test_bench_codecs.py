@@ -54,7 +54,7 @@ def test_rates_and_gaps_are_the_codecs_own(tmp_path: Path) -> None:
     assert row["nmse_db"] == pytest.approx(nmse_db)
     assert row["gap_db"] == pytest.approx(6.0206 * bits + nmse_db, abs=1e-3)
     assert row["encode_bytes_touched"] == 3 * x.nbytes + HEADER_NBYTES + payload.numel()
-        assert row["decode_bytes_touched"] == 2 * x.nbytes + HEADER_NBYTES + payload.numel()
+    assert row["decode_bytes_touched"] == 2 * x.nbytes + HEADER_NBYTES + payload.numel()
     assert row["encode_gelem_s"] == pytest.approx(x.numel() / row["encode_ms"] / 1e6)
 
 
