@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels_cpu --json benchmarks/results/kernels_cpu.json
 
-For each codec, dtype and number of threads at [4096, 3072]: ``encode_residual`` with the new base, and
-``decode_residual`` in place. The runs of one line are interleaved, and medians are taken.
+For each case, codec and form of scales: ``encode_residual`` with payload and new base in memory of their own, and
+``decode_residual`` in place. The runs of one line take turns, every one next to a copy; medians of the ratios.
 """
 
 from __future__ import annotations
@@ -24,9 +24,17 @@ from compactdist import codecs
 from compactdist.codecs.kernels import use
 from compactdist.state.layout import plain
 
-ROWS, CHANNELS = 4096, 3072
-CODECS = ("binary", "int2", "int4", "int8")
-DTYPES = (torch.float32, torch.bfloat16)
+CHANNELS = 3072
+FORMS: tuple[dict[str, Any], ...] = (
+    *({"id": codec_id} for codec_id in ("binary", "int2", "int4", "int8", "int3", "ternary")),
+    *({"id": codec_id, "scales": "block"} for codec_id in ("binary", "int2", "int4", "int8")),
+)
+CASES = (  # rows, dtype, threads
+    (4096, torch.bfloat16, 1),
+    (4096, torch.bfloat16, 2),
+    (16384, torch.bfloat16, 2),
+    (4096, torch.float32, 2),
+)
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -35,43 +43,57 @@ def _timed(work: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _line(codec_id: str, dtype: torch.dtype, threads: int, rounds: int) -> dict[str, Any]:
+def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    codec, cut = codecs.get(codec_id), plain(ROWS * CHANNELS, 1, CHANNELS)
+    codec, cut = codecs.get(spec), plain(rows * CHANNELS, 1, CHANNELS)
     g = torch.Generator().manual_seed(0)
     base = torch.randn(cut.numel, generator=g).to(dtype)
     x = base + (0.1 * torch.randn(cut.numel, generator=g)).to(dtype)
-    out, held = torch.empty_like(x), base.clone()
+    out, held, copied = torch.empty_like(x), base.clone(), torch.empty_like(x)
     payload = codec.encode_residual(x, base, cut, out)
+    room = torch.empty_like(payload)
 
     def encode() -> None:
-        codec.encode_residual(x, base, cut, out)
+        codec.encode_residual(x, base, cut, out, payload_out=room)
 
     def decode() -> None:
         codec.decode_residual(payload, held, cut, held)
 
-    work = {"copy": lambda: out.copy_(x), "encode": encode, "decode": decode}
-    samples: dict[str, list[float]] = {name: [] for name in (*work, "reference_encode", "reference_decode")}
-    for round_ in range(rounds + 1):
-        taken = {name: _timed(one) for name, one in work.items()}
-        if round_ % 4 == 0:
+    copies: list[float] = []
+    samples: dict[str, list[float]] = {name: [] for name in ("encode", "decode", "eager_encode", "eager_decode")}
+    ratios: dict[str, list[float]] = {"encode": [], "decode": []}
+    for round_ in range(rounds + 2):
+        for name, work in (("encode", encode), ("decode", decode)):
+            copy = _timed(lambda: copied.copy_(x))
+            taken = _timed(work)
+            if round_ > 1:  # the first ones compile and fault pages in
+                copies.append(copy)
+                samples[name].append(taken)
+                ratios[name].append(taken / copy)
+        if round_ % 5 == 2:
             held.copy_(base)
             with use("reference"):
-                taken["reference_encode"], taken["reference_decode"] = _timed(encode), _timed(decode)
-        if round_:  # the first one compiles
-            for name, value in taken.items():
-                samples[name].append(value)
-    ms = {name: round(statistics.median(values), 2) for name, values in samples.items()}
-    return {
-        "codec": codec_id,
+                for name, work in (("eager_encode", encode), ("eager_decode", decode)):
+                    samples[name].append(_timed(work))
+    ms = {name: statistics.median(values) for name, values in samples.items()}
+    line: dict[str, Any] = {
+        "codec": spec["id"],
+        "scales": spec.get("scales", "token_channel"),
+        "rows": rows,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": threads,
-        **{f"{name}_ms": value for name, value in ms.items()},
-        "encode_copies": round(ms["encode"] / ms["copy"], 1),
-        "decode_copies": round(ms["decode"] / ms["copy"], 1),
-        "encode_speedup": round(ms["reference_encode"] / ms["encode"], 1),
-        "decode_speedup": round(ms["reference_decode"] / ms["decode"], 1),
+        "copy_ms": round(statistics.median(copies), 2),
     }
+    for name in ("encode", "decode"):
+        low, middle, high = statistics.quantiles(ratios[name], n=4, method="inclusive")
+        line |= {
+            f"{name}_ms": round(ms[name], 2),
+            f"{name}_copies": round(middle, 2),
+            f"{name}_copies_quartiles": [round(low, 2), round(high, 2)],
+            f"eager_{name}_ms": round(ms[f"eager_{name}"], 1),
+            f"{name}_speedup": round(ms[f"eager_{name}"] / ms[name], 1),
+        }
+    return line
 
 
 def main() -> None:
@@ -80,21 +102,23 @@ def main() -> None:
     args = made.parse_args()
     check_load(args.max_load)
     lines = []
-    for threads, dtype, codec_id in itertools.product((1, 2), DTYPES, CODECS):
-        line = _line(codec_id, dtype, threads, args.rounds)
+    for (rows, dtype, threads), spec in itertools.product(CASES, FORMS):
+        line = _line(spec, rows, dtype, threads, args.rounds)
         lines.append(line)
         print(
-            f"{codec_id:7} {line['dtype']:9} {threads} thread(s)  copy {line['copy_ms']:6.2f} ms"
+            f"[{rows}, {CHANNELS}] {line['dtype']:8} {threads} thread(s)  {line['codec']:7} {line['scales']:13}"
+            f" copy {line['copy_ms']:5.2f} ms"
             + "".join(
-                f"  {what} {line[f'{what}_ms']:6.1f} ms = {line[f'{what}_copies']:5.1f} copies,"
-                f" {line[f'{what}_speedup']:4.1f} x faster"
+                f"  {what} {line[f'{what}_ms']:6.2f} ms = {line[f'{what}_copies']:4.1f} copies,"
+                f" {line[f'{what}_speedup']:3.0f} x faster than eager"
                 for what in ("encode", "decode")
             ),
             flush=True,
         )
     if args.json:
         about = {
-            "shape": [ROWS, CHANNELS],
+            "command": "python -m benchmarks.kernels_cpu",
+            "channels": CHANNELS,
             "torch": torch.__version__,
             "machine": platform.processor() or platform.machine(),
             "cores": len(os.sched_getaffinity(0)),
