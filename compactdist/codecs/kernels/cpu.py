@@ -2,7 +2,7 @@
 base to new base, without a residual in memory.
 
 The bytes are those of ``quantized.py`` on top of ``reference.py``. Passes over the elements are compiled loops
-(``cpu_loops.py``, ``cpu_blocks.py``); what is one value for a channel or a group is left to torch. Where values come
+(``cpu_loops.py``, ``cpu_blocks.py``); ``cpu_settle.py`` makes the scales between them. Where values come
 near the ends of float32 the steps decline, and the reference does the work.
 """
 
@@ -22,7 +22,7 @@ from compactdist.codecs.kernels import cpu_loops as loops
 from compactdist.codecs.kernels import cpu_surveys as surveys
 from compactdist.codecs.kernels.cpu_common import BIT_TYPES, bits_of, expectation, loop_bits, pack_apart, place_for
 from compactdist.codecs.kernels.cpu_decode import decode_residual
-from compactdist.codecs.kernels.cpu_elements import fold
+from compactdist.codecs.kernels.cpu_settle import LINEAR, NEAREST, SIGN, TRITS, settle_channels, settle_rows
 from compactdist.codecs.kernels.places import Place
 from compactdist.codecs.kernels.threads import spread
 from compactdist.codecs.layout import Layout
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["decode_residual", "encode_residual", "supports"]
 
 _LARGEST_STEP = np.float32(127)
+_KINDS = {"sign": SIGN, "nearest": NEAREST, "trits": TRITS, "linear": LINEAR}
 
 
 class _Call(NamedTuple):
@@ -117,14 +118,10 @@ def encode_residual(
     if layout.rows == 1:
         in_place = out is not None and base is not None and out.data_ptr() == base.data_ptr()
         return _encode_blocks(call, payload, codes, base, cut, out, in_place, velocity)
-    c = _encode_rows(call, payload)
-    if c is None:
+    if not _encode_rows(call, payload):
         return None
     if not own:
         pack_apart(codec, call.packed, codes)
-    _put_channel_scales(payload, layout, c)
-    if codec.fused == "sign" and out is not None:
-        decode_residual(codec, payload, base, cut, out, velocity)
     return payload
 
 
@@ -176,13 +173,14 @@ def _clear_padding(payload: Tensor, layout: Layout) -> None:
     payload[layout.channel_scales_at + 2 * layout.groups * layout.channel_scales_per_group :].zero_()
 
 
-def _encode_rows(call: _Call, payload: Tensor) -> Tensor | None:
-    """Fill in codes and row scales; the channel scales, ``(G, 1, C)`` or ``(G, 1, 1)``, or ``None`` to decline."""
+def _encode_rows(call: _Call, payload: Tensor) -> bool:
+    """Fill in codes, scales and the receiver's values; false to decline."""
     codec, layout, place = call.codec, call.layout, tuple(call.place)
     groups, rows, channels = layout.groups, layout.rows, layout.channels
     tiles = -(-rows // surveys.TILE)
     stat, weighted = np.empty(groups * rows, np.float32), bool(layout.row_scale_count)
-    first, second = (np.empty(groups * tiles * channels, np.float32) for _ in range(2))
+    first = np.empty(groups * tiles * channels, np.float32)
+    second = np.empty(first.size if codec.fused in ("nearest", "trits") else 0, np.float32)
 
     def survey(loop: Callable[..., None], *after: Any) -> None:
         spread(
@@ -197,49 +195,24 @@ def _encode_rows(call: _Call, payload: Tensor) -> Tensor | None:
         survey(surveys.survey_reach, first)
     else:
         survey(surveys.survey_moments, first, second)
-    statistic = torch.from_numpy(stat).view(groups, rows, 1)
-    largest = stat.reshape(groups, rows).max(1)  # carries NaN through
-    low, high = scales.SAFE_STATISTIC
-    if not bool((((largest >= low) & (largest <= high)) | (largest == 0)).all()):
-        return None
-    scale = scales.RowScales.of(statistic, layout)
-    if weighted:
-        payload[layout.row_scales_at :][: scale.codes.numel()] = scale.codes.view(-1)
-    inverse_t = reference.divide_or_zero(torch.ones(()), scale.t).view(-1).numpy()
-    t = scale.t.view(-1).numpy()
-
-    def total(partial: NDArray[np.float32]) -> Tensor:
-        # not by torch, whose sums may run in another order
-        for group in partial.reshape(groups, -1):
-            fold(group, tiles * channels, channels)
-        sums = torch.from_numpy(partial).view(groups, tiles, channels)[:, :1].contiguous()
-        return reference.row_sums(sums) if layout.channel_scales_per_group == 1 else sums
-
-    def by_channel(value: Tensor) -> NDArray[np.float32]:
-        wide: NDArray[np.float32] = value.expand(groups, 1, channels).contiguous().view(-1).numpy()
-        return wide
-
+    t, inverse_t = np.ones(groups * rows, np.float32), np.ones(groups * rows, np.float32)
+    norms, written = np.empty(groups, np.float32), payload.numpy()
+    row_bytes = written[layout.row_scales_at : layout.row_scales_at + layout.row_scale_count]
+    if not settle_rows(stat, weighted, rows, row_bytes, t, inverse_t, norms):
+        return False
+    per_group = layout.channel_scales_per_group
+    stored = written[layout.channel_scales_at :][: 2 * groups * per_group].view(np.uint16)
+    c, inverse_c = np.empty(groups * channels, np.float32), np.empty(groups * channels, np.float32)
+    bound = np.float32(scales.LARGEST_OF_MEAN / codec.magnitudes[0] if codec.fused == "nearest" else 0)
+    sums = stat, weighted, rows, channels, norms, first, second, bound, codec.widening
+    settle_channels(_KINDS[codec.fused], *sums, per_group == 1, c, inverse_c, stored)
+    settled = t, inverse_t, c, inverse_c, call.limit
     if codec.fused == "linear":
-        reach = torch.from_numpy(first.reshape(groups, tiles, channels).max(1, keepdims=True))
-        if layout.channel_scales_per_group == 1:
-            reach = reach.amax(2, keepdim=True)
-        c = scales.storable_scale(reach / scale.norm / _LARGEST_STEP.item(), up=True)
-        rounding: tuple[Any, ...] = (_LARGEST_STEP,)
-        loop = loops.code_linear
-    else:
-        squares = np.empty(groups * tiles, np.float32)
-        surveys.weight_squares(stat, weighted, rows, squares)
-        for group in squares.reshape(groups, -1):
-            fold(group, tiles, 1)
-        weight = torch.from_numpy(squares).view(groups, tiles, 1)[:, :1] * scale.norm * scale.norm
-        if layout.channel_scales_per_group == 1:
-            weight = weight * channels
-        mean = total(first) * scale.norm
-        if codec.fused == "sign":
-            return scales.storable_scale(reference.divide_or_zero(mean, weight))
-        c = codec.channel_scale(total(second), mean, weight)
-        rounding = (call.bits, codec.borders(), codec.level_table(), codec.fused == "trits")
-        loop = loops.code_nearest
-    inverse_c = by_channel(reference.divide_or_zero(torch.ones(()), c))
-    call.over_rows(loop, *rounding, t, inverse_t, by_channel(c), inverse_c, call.limit)
-    return c
+        call.over_rows(loops.code_linear, _LARGEST_STEP, *settled)
+    elif codec.fused != "sign":
+        how = call.bits, codec.borders(), codec.level_table(), codec.fused == "trits"
+        call.over_rows(loops.code_nearest, *how, *settled)
+    elif call.out.size:
+        rest = t, c, *call.source[1:], tuple(call.place), call.limit
+        spread(lambda lo, hi: loops.apply_signs(call.packed, *rest, lo, hi, call.out), groups * rows, layout.elements)
+    return True

@@ -26,29 +26,14 @@ from compactdist.codecs.kernels.cpu_elements import (
     predict,
     subtract,
 )
+from compactdist.codecs.kernels.cpu_settle import gaussian, is_safe, over, storable
 from compactdist.codecs.kernels.cpu_vectors import STACK_ELEMENTS, as_u32, data_of, stack_codes, stack_floats
 
 _BATCH = 16
 _USUAL = 128
 
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
-_SMALLEST_SCALE = np.float32(2.0**-87)
-_SIGMA_OF_MEAN_MAGNITUDE = np.float32(1.2533141373155003)
-_LOWEST, _HIGHEST = np.float32(2.0**-50), np.float32(2.0**50)
 _ROUNDING = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, half to even
-
-
-@inlined
-def _storable(c: Any, up: Any) -> Any:
-    bits = _f32(c).view(_u32)
-    more = _u32(0xFFFF) if up else _u32(_u32(0x7FFF) + _u32(_u32(bits >> _u32(16)) & _u32(1)))
-    rounded = _u32(_u32(bits + more) & _u32(0xFFFF0000)).view(_f32)
-    return _f32(0) if rounded < _SMALLEST_SCALE else rounded
-
-
-@inlined
-def _over(above: Any, below: Any) -> Any:
-    return above / below if below > _f32(0) else _f32(0)
 
 
 @inlined
@@ -56,8 +41,7 @@ def _unsafe(stats: Pointer, count: int) -> Any:
     """Whether sums and squares of some block leave float32, or are not finite."""
     unsafe = 0
     for b in range(count):
-        stat = stats[_at(b)]
-        unsafe += 0 if (stat >= _LOWEST and stat <= _HIGHEST) or stat == _f32(0) else 1
+        unsafe += 0 if is_safe(stats[_at(b)]) else 1
     return unsafe
 
 
@@ -79,7 +63,7 @@ def _signs(
         bad[0] |= _unsafe(stats, blocks) > 0
         pack_signs(values, blocks * n, bytes_, at, codes)
         for b in range(blocks):
-            c, o = _storable(stats[_at(b)] / _f32(n), False), _at(b * n)
+            c, o = storable(stats[_at(b)] / _f32(n), False), _at(b * n)
             scales[first + b] = c
             for j in range(n):
                 values[o + _at(j)] = c if values[o + _at(j)] >= _f32(0) else -c
@@ -132,12 +116,9 @@ def _nearest(
         bad[0] |= _unsafe(means, blocks) > 0
         for b in range(blocks):
             mean, energy = means[_at(b)], others[_at(b)]
-            sigma = _over(energy, mean * _SIGMA_OF_MEAN_MAGNITUDE)
-            overstated = np.sqrt(_over(sigma * sigma * length, energy))
-            overstated = np.sqrt(overstated) if widening == 2 else overstated
-            cs[_at(b)] = _storable(min(sigma * overstated, _over(mean, length) * bound), False)
+            cs[_at(b)] = gaussian(energy, mean, length, bound, widening)
         for b in range(blocks):
-            inverse, o = _over(_f32(1), cs[_at(b)]), _at(b * n)
+            inverse, o = over(_f32(1), cs[_at(b)]), _at(b * n)
             for j in range(n):
                 u, index = abs(values[o + _at(j)]) * inverse, _u32(0)
                 for i in range(len(borders)):
@@ -149,7 +130,7 @@ def _nearest(
             means[_at(b)] = lane_product(values, levels, b * n, n, lanes)
             others[_at(b)] = lane_product(levels, levels, b * n, n, lanes)
         for b in range(blocks):
-            fitted = _storable(_over(means[_at(b)], others[_at(b)]), False)
+            fitted = storable(over(means[_at(b)], others[_at(b)]), False)
             cs[_at(b)] = fitted if cs[_at(b)] > _f32(0) else cs[_at(b)]
         for b in range(blocks):
             c, o = cs[_at(b)], _at(b * n)
@@ -213,9 +194,9 @@ def _linear(
             stats[_at(b)] = largest_of(pattern, b * n, n, cell)
         bad[0] |= _unsafe(stats, blocks) > 0
         for b in range(blocks):
-            c, o = _storable(stats[_at(b)] / largest, True), _at(b * n)
+            c, o = storable(stats[_at(b)] / largest, True), _at(b * n)
             scales[first + b] = c
-            inverse, p = _over(_f32(1), c), _at(at) + o
+            inverse, p = over(_f32(1), c), _at(at) + o
             for j in range(n):
                 value = values[o + _at(j)]
                 steps = abs(value) * inverse

@@ -128,15 +128,3 @@ def survey_reach(
             for j in range(channels):
                 value = abs(values[_at(j)]) * inverse
                 reach[s + _at(j)] = value if value > reach[s + _at(j)] else reach[s + _at(j)]
-
-
-@jit
-def weight_squares(stat: Array, weighted: bool, rows: int, sums: Array) -> None:
-    """Sum of ``weight * weight`` over every tile."""
-    tiles = (rows + TILE - 1) // TILE
-    for tile in range(sums.size):
-        first, total = tile // tiles * rows + tile % tiles * TILE, _f32(0)
-        for row in range(first, min(first + TILE, (tile // tiles + 1) * rows)):
-            weight = round_3_bits(stat[row]) if weighted else _f32(1)
-            total += weight * weight
-        sums[tile] = total

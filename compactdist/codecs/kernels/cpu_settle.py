@@ -1,0 +1,183 @@
+"""Between the two passes: scales of rows and channels from their sums, compiled because the calls would take longer.
+
+The arithmetic is that of ``scales.py``, value for value. After a change in the files this one imports, touch it:
+Numba's cache on disk looks at this file's date only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from compactdist.codecs.kernels.cpu_elements import Array, Pointer, fold, inlined, jit, lane_sum, round_3_bits
+from compactdist.codecs.kernels.cpu_surveys import TILE
+from compactdist.codecs.kernels.cpu_vectors import data_of, stack_floats
+
+SIGN, NEAREST, TRITS, LINEAR = range(4)
+
+_u32, _f32, _at = np.uint32, np.float32, np.uintp
+_SMALLEST_SCALE = np.float32(2.0**-87)
+_SIGMA_OF_MEAN_MAGNITUDE = np.float32(1.2533141373155003)
+_LOWEST, _HIGHEST = np.float32(2.0**-50), np.float32(2.0**50)
+_TRIT_OF_SIGMA = np.float32(1.224006361924962)
+_STEPS = np.float32(127)
+_BF16_MAX = np.uint32(0x7F7F)
+_UE5M3_BIAS = (127 - 31) << 3
+_UE5M3_FIRST_NONZERO_BITS = 0x2F900000
+
+
+@inlined
+def storable(c: Any, up: Any) -> Any:
+    """As ``scales.storable_scale``."""
+    bits = _f32(c).view(_u32)
+    more = _u32(0xFFFF) if up else _u32(_u32(0x7FFF) + _u32(_u32(bits >> _u32(16)) & _u32(1)))
+    rounded = _u32(_u32(bits + more) & _u32(0xFFFF0000)).view(_f32)
+    return _f32(0) if rounded < _SMALLEST_SCALE else rounded
+
+
+@inlined
+def over(above: Any, below: Any) -> Any:
+    """The quotient; 0 where there is nothing to divide by."""
+    return above / below if below > _f32(0) else _f32(0)
+
+
+@inlined
+def is_safe(stat: Any) -> Any:
+    """Whether sums and squares stay inside float32; false for what is not finite."""
+    return (stat >= _LOWEST and stat <= _HIGHEST) or stat == _f32(0)
+
+
+@inlined
+def gaussian(energy: Any, mean: Any, weight: Any, bound: Any, widening: int) -> Any:
+    """As ``scales.gaussian_scale``; ``bound`` is what holds c, in mean magnitudes."""
+    sigma = over(energy, mean * _SIGMA_OF_MEAN_MAGNITUDE)
+    overstated = np.sqrt(over(sigma * sigma * weight, energy))
+    overstated = np.sqrt(overstated) if widening == 2 else overstated
+    return storable(min(sigma * overstated, over(mean, weight) * bound), False)
+
+
+@jit
+def settle_rows(stat: Array, weighted: bool, rows: int, codes: Array, t: Array, inverse_t: Array, norms: Array) -> bool:
+    """Row scales as the decoder will see them, their bytes, and the power of two for each group.
+
+    Returns:
+        Whether all statistics are safe; if not, nothing else means anything.
+    """
+    for group in range(norms.size):
+        largest = _f32(0)
+        for row in range(group * rows, (group + 1) * rows):
+            if not stat[row] <= _HIGHEST:  # NaN as well
+                return False
+            largest = max(largest, stat[row])
+        if not is_safe(largest):
+            return False
+        norms[group] = _f32(1)
+        if not weighted:
+            continue
+        exponent = np.int64(_f32(round_3_bits(largest)).view(_u32) >> _u32(23))
+        norm = _f32(0.5) * _u32(min(max(254 - exponent, 1), 254) << 23).view(_f32)
+        norms[group] = norm
+        for row in range(group * rows, (group + 1) * rows):
+            bits = np.int64(_f32(round_3_bits(stat[row]) * norm).view(_u32))
+            code = ((bits + (1 << 19)) >> 20) - _UE5M3_BIAS
+            code = min(max(code, 1 if bits >= _UE5M3_FIRST_NONZERO_BITS else 0), 255)
+            codes[row] = np.uint8(code)
+            value = _u32((code + _UE5M3_BIAS) << 20).view(_f32) if code else _f32(0)
+            t[row] = value
+            inverse_t[row] = over(_f32(1), value)
+    return True
+
+
+@inlined
+def _weight_of(stat: Array, weighted: bool, rows: int, group: int, sums: Array) -> Any:
+    tiles = (rows + TILE - 1) // TILE
+    for tile in range(tiles):
+        total = _f32(0)
+        for row in range(group * rows + tile * TILE, group * rows + min((tile + 1) * TILE, rows)):
+            weight = round_3_bits(stat[row]) if weighted else _f32(1)
+            total += weight * weight
+        sums[tile] = total
+    fold(sums, tiles, 1)
+    return sums[0]
+
+
+@inlined
+def _largest(values: Pointer, n: int) -> Any:
+    top = _f32(0)
+    for j in range(n):
+        top = max(top, values[_at(j)])
+    return top
+
+
+@jit
+def settle_channels(
+    kind: int,
+    stat: Array,
+    weighted: bool,
+    rows: int,
+    channels: int,
+    norms: Array,
+    first: Array,
+    second: Array,
+    bound: Any,
+    widening: int,
+    shared: bool,
+    c: Array,
+    inverse_c: Array,
+    stored: Array,
+) -> None:
+    """Channel scales from the sums of a survey, and the bits that are stored of them.
+
+    Args:
+        kind: what the sums are of.
+        stat: row statistics.
+        weighted: rows have scales.
+        rows: of a group.
+        channels: of a group.
+        norms: from ``settle_rows``.
+        first: sums of ``m * weight`` by tile and channel, or the largest ``m / weight``; overwritten.
+        second: sums of ``m * m``, for tables of magnitudes; overwritten.
+        bound: see ``gaussian``.
+        widening: see ``gaussian``.
+        shared: a group has one scale for all its channels.
+        c: scales by channel, shared ones repeated.
+        inverse_c: 1 / c, or 0.
+        stored: uint16 bits of bfloat16, one for each scale.
+    """
+    tiles = (rows + TILE - 1) // TILE
+    weights, lanes = np.empty(tiles, np.float32), stack_floats()
+    for group in range(norms.size):
+        one = first[group * tiles * channels : (group + 1) * tiles * channels]
+        two = second[group * tiles * channels : (group + 1) * tiles * channels] if second.size else second
+        norm, weight = norms[group], _f32(0)
+        if kind == LINEAR:
+            for j in range(channels, tiles * channels):
+                one[j % channels] = max(one[j % channels], one[j])
+        else:
+            fold(one, tiles * channels, channels)
+            weight = _weight_of(stat, weighted, rows, group, weights) * norm * norm
+        if two.size:
+            fold(two, tiles * channels, channels)
+        count = channels
+        if shared:
+            count, pointer = 1, data_of(one)
+            one[0] = _largest(pointer, channels) if kind == LINEAR else lane_sum(pointer, 0, channels, lanes)
+            weight = weight * _f32(channels)
+            if two.size:
+                two[0] = lane_sum(data_of(two), 0, channels, lanes)
+        for j in range(count):
+            if kind == LINEAR:
+                scale = storable(one[j] / norm / _STEPS, True)
+            elif kind == SIGN:
+                scale = storable(over(one[j] * norm, weight), False)
+            elif kind == NEAREST:
+                scale = gaussian(two[j], one[j] * norm, weight, bound, widening)
+            else:
+                sigma = storable(over(two[j], (one[j] * norm) * _SIGMA_OF_MEAN_MAGNITUDE), False)
+                scale = storable(sigma * _TRIT_OF_SIGMA, False)
+            bits = _u32(_f32(scale).view(_u32) >> _u32(16))
+            stored[group * count + j] = np.uint16(min(bits, _BF16_MAX))
+            for k in range(j, channels if shared else j + 1):
+                c[group * channels + k] = scale
+                inverse_c[group * channels + k] = over(_f32(1), scale)
