@@ -45,6 +45,7 @@ CODECS: tuple[dict[str, Any], ...] = (
     {"id": "lowrank"},
     {"id": "lowrank", "rank": 32},
     {"id": "lowrank_int4"},
+    {"id": "lowrank_int4", "allocation": "energy"},
 )
 
 

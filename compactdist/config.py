@@ -43,7 +43,7 @@ class Options:
             for each element and a scale for every 128.
         state_budget_bytes: cap on history tensors of this rank; new sites beyond it pass through on all ranks
             concerned. A receiver of ``send`` or ``broadcast`` has no way to refuse and follows the sender, even beyond
-            its cap. ``None``: no cap.
+            its cap. What the encoders of low-rank codecs remember for themselves is beside it. ``None``: no cap.
         sample_errors_every: measure the reconstruction error on every n-th call of a site; 0 never.
 
     Raises:

@@ -77,7 +77,7 @@ class Stats:
         compressed_calls: calls that went through a codec (keyframes included).
         passed_through: calls that went to the inner group unchanged.
         passed_reasons: how often for which reason.
-        state_bytes: bytes of history tensors held now.
+        state_bytes: bytes of history tensors held now, and of what encoders remember for themselves.
         sites: per call site, in order of first use.
     """
 

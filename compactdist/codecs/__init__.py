@@ -23,7 +23,8 @@ from compactdist.codecs.int2 import Int2
 from compactdist.codecs.int3 import Int3
 from compactdist.codecs.int4 import Int4
 from compactdist.codecs.int8 import Int8
-from compactdist.codecs.lowrank import LowRank, LowRankInt4
+from compactdist.codecs.lowrank import LowRank
+from compactdist.codecs.lowrank_int4 import LowRankInt4
 from compactdist.codecs.raw import Raw
 from compactdist.codecs.registry import get, register
 from compactdist.codecs.registry import list_codecs as list

@@ -60,6 +60,8 @@ class Codec(ABC):
 
     codec_id: ClassVar[str]
     lossless: ClassVar[bool] = False
+    takes_row_weights: ClassVar[bool] = False
+    """``encode`` and ``encode_residual`` take ``row_weights``, float ``(R,)`` or ``(G, R)``."""
 
     @abstractmethod
     def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -99,6 +101,7 @@ class Codec(ABC):
         *,
         velocity: Tensor | None = None,
         payload_out: Tensor | None = None,
+        memory: dict[str, Any] | None = None,
     ) -> Tensor:
         """Encode ``x - (base + velocity)``, in float32, as the matrix that ``cut`` says.
 
@@ -109,6 +112,11 @@ class Codec(ABC):
             out: flat, contiguous, the dtype of ``x``; gets what :meth:`decode_residual` will give. May be ``base``.
             velocity: added to ``base``, of the same form; ``None`` for none.
             payload_out: uint8, as long as the payload, where the payload is written; new memory unless given.
+            memory: what the encoder wants to know again at the stream's next call; empty at first. It is opaque,
+                belongs to one directed stream, codec and cut, and lives on the sending side only: what it holds may
+                change which payload is chosen, never how one is decoded. A codec replaces entries and does not write
+                to tensors it finds there, for the caller may go back to an earlier copy of the dict; most codecs
+                leave it empty. ``None``: this call stands alone.
 
         Returns:
             The payload, as ``encode`` of that matrix would return it.
@@ -117,7 +125,7 @@ class Codec(ABC):
             NonFiniteError: The difference is not finite; ``out`` and ``payload_out`` hold anything, but ``base`` is as
                 it was.
         """
-        payload = self.encode(cut.to_matrix(x.float() if base is None else x.float() - _sum(base, velocity)))
+        payload = self.encode(cut.to_matrix(residual_of(x, base, velocity)))
         if out is not None:
             self.decode_residual(payload, base, cut, out, velocity=velocity)
         return payload if payload_out is None else payload_out.copy_(payload)
@@ -176,6 +184,11 @@ class Codec(ABC):
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in sorted(self.get_config().items()))
         return f"{type(self).__name__}({options})"
+
+
+def residual_of(x: Tensor, base: Tensor | None, velocity: Tensor | None) -> Tensor:
+    """``x - (base + velocity)`` in float32; it may be ``x`` itself if there is no base."""
+    return x.float() if base is None else x.float() - _sum(base, velocity)
 
 
 def _sum(base: Tensor, velocity: Tensor | None) -> Tensor:

@@ -208,6 +208,7 @@ class ScalarQuantizer(Codec):
         *,
         velocity: Tensor | None = None,
         payload_out: Tensor | None = None,
+        memory: dict[str, Any] | None = None,
     ) -> Tensor:
         kernels = self._fused_steps(cut.numel)
         if kernels is not None and kernels.supports(self, cut, x, base, out, velocity):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from compactdist.errors import LayoutError, NonFiniteError
 from compactdist.state.find_layout import find_arrangement
 from compactdist.state.layout import Arrangement
 from compactdist.state.quantized_history import make_history
-from compactdist.state.stream import Spares, StreamConfig, StreamState
+from compactdist.state.stream import Memory, Spares, StreamConfig, StreamState
 from compactdist.wire import KEY, NO_STATE, NONFINITE, STATELESS, Header, empty_frame, pack, raw_payload, seal
 
 __all__ = ["Staged", "StreamEncoder"]
@@ -30,6 +31,7 @@ class Staged:
         exact: the sender's own values, flat; kept by an open-loop sender only.
         next_arrangement: the arrangement announced for the next frame, or ``None``.
         searched: this frame's residual was searched for an arrangement.
+        memory: what the codec will find at the next residual.
     """
 
     frame: Tensor
@@ -38,6 +40,7 @@ class Staged:
     exact: Tensor | None = None
     next_arrangement: Arrangement | None = None
     searched: bool = False
+    memory: Memory | None = None
 
 
 def _references_of_a_fresh_object() -> int:
@@ -63,24 +66,27 @@ def _bounded(residual: Tensor) -> Tensor:
 class StreamEncoder(StreamState):
     """Encoder of one directed stream inside a group: stages a frame, and commits once it is on its way."""
 
-    __slots__ = ("_open_loop", "_searched", "_spares")
+    __slots__ = ("_memory", "_open_loop", "_searched", "_spares")
 
     def __init__(self, config: StreamConfig, key: int, where: str, spares: Spares | None = None) -> None:
         super().__init__(config, key, where)
         self._searched = False
+        self._memory: Memory | None = None
         self._spares = spares
         open_loop = config.order > 0 and not config.closed_loop
         self._open_loop = make_history(config.order, config.damping, config.state) if open_loop else None
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of tensors held, the true values of an open-loop sender included."""
-        return self.history.state_bytes + (self._open_loop.state_bytes if self._open_loop else 0)
+        """Bytes of tensors held; an open-loop sender's true values and the codec's memory included."""
+        held = self.history.state_bytes + (self._memory.nbytes if self._memory else 0)
+        return held + (self._open_loop.state_bytes if self._open_loop else 0)
 
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
         super().drop()
         self._searched = False
+        self._memory = None
         if self._open_loop is not None:
             self._open_loop.clear()
 
@@ -97,6 +103,7 @@ class StreamEncoder(StreamState):
         refuse_state: bool = False,
         want_value: bool = False,
         shape: tuple[int, ...] | None = None,
+        row_weights: Tensor | None = None,
     ) -> Staged:
         """Make the next frame without changing any state.
 
@@ -110,6 +117,7 @@ class StreamEncoder(StreamState):
             refuse_state: say in the frame that this end keeps no history for the site.
             want_value: fill ``Staged.value`` even where the stream keeps no history.
             shape: put this shape into the frame.
+            row_weights: for a codec that takes them.
 
         Raises:
             NonFiniteError: ``x`` holds NaN or Inf and a residual was asked for.
@@ -130,7 +138,8 @@ class StreamEncoder(StreamState):
             return self._stage_key(flat, header, frame_nbytes, refuse_state, want_value)
         if self.is_fresh(numel, dtype) or self.arrangement is None:
             raise LayoutError(f"{self.where}: a residual needs a keyframe of the same size and dtype before it")
-        return self._stage_residual(flat, codec, header, frame_nbytes, want_value)
+        extra: dict[str, Any] = {} if row_weights is None else {"row_weights": row_weights}
+        return self._stage_residual(flat, codec, header, frame_nbytes, want_value, extra)
 
     def _stage_key(
         self, flat: Tensor, header: Header, frame_nbytes: int | None, refuse_state: bool, want_value: bool
@@ -147,7 +156,13 @@ class StreamEncoder(StreamState):
         return Staged(pack(header, payload, frame_nbytes), value, header, exact)
 
     def _stage_residual(
-        self, flat: Tensor, codec: Codec, header: Header, frame_nbytes: int | None, want_value: bool
+        self,
+        flat: Tensor,
+        codec: Codec,
+        header: Header,
+        frame_nbytes: int | None,
+        want_value: bool,
+        extra: dict[str, Any],
     ) -> Staged:
         arrangement = self.arrangement
         assert arrangement is not None
@@ -161,15 +176,18 @@ class StreamEncoder(StreamState):
         if self.config.order > 0 or want_value:
             value = spares.take(flat)
         reconstructed = value if closed else None
+        memory = self._recall(codec, arrangement)
+        extra.update(payload_out=payload, memory=memory.entries)
         try:
             base = source.read(scratch)
-            codec.encode_residual(flat, base, arrangement, reconstructed, velocity=source.velocity, payload_out=payload)
+            codec.encode_residual(flat, base, arrangement, reconstructed, velocity=source.velocity, **extra)
         except NonFiniteError as error:
             if not bool(torch.isfinite(flat).all()):
                 raise NonFiniteError(f"{self.where}: {error}") from None
             # two huge finite values: send as much of the change as float32 holds, the next frame brings the rest
-            payload.copy_(codec.encode(arrangement.to_matrix(_bounded(source.residual(flat)))))
-            reconstructed = None
+            memory, reconstructed = self._recall(codec, arrangement), None
+            extra.update(memory=memory.entries)
+            codec.encode_residual(_bounded(source.residual(flat)), None, arrangement, **extra)
         finally:
             if scratch is not None:
                 spares.give(scratch)
@@ -192,7 +210,13 @@ class StreamEncoder(StreamState):
             next_channels=found.channels if found else 0,
         )
         exact = _own(flat) if self._open_loop is not None else None
-        return Staged(seal(frame, header), value, header, exact, found, search)
+        return Staged(seal(frame, header), value, header, exact, found, search, memory)
+
+    def _recall(self, codec: Codec, arrangement: Arrangement) -> Memory:
+        """What the codec may change: a copy, for a frame that was only staged must change nothing."""
+        held = self._memory
+        known = held is not None and held.codec == codec and held.arrangement == arrangement
+        return Memory(codec, arrangement, dict(held.entries) if held is not None and known else {})
 
     def stage_or_flag(
         self,
@@ -281,5 +305,7 @@ class StreamEncoder(StreamState):
                 self._spares.give(last)
         if self._open_loop is not None and staged.exact is not None:
             self._open_loop.advance(staged.exact)
+        if staged.memory is not None:
+            self._memory = staged.memory
         if staged.next_arrangement is not None:
-            self.arrangement = staged.next_arrangement
+            self.arrangement, self._memory = staged.next_arrangement, None

@@ -54,26 +54,38 @@ class ResidualEncoder:
         self._epoch = 0
         self._frames = 0
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, *, row_weights: Tensor | None = None) -> Tensor:
         """Frame for the next value.
 
         Args:
             x: any shape of at most eight dimensions; float32, float16 or bfloat16 (any dtype with codec ``raw``).
+            row_weights: for a low-rank codec, how much errors in each row matter, ``(R,)`` or ``(G, R)`` in the layout
+                in use, positive; give a ``layout`` so that you know what the rows are. Keyframes do without them.
 
         Returns:
             1-D uint8 frame on ``x``'s device.
 
         Raises:
-            CodecConfigError: a dtype the codec cannot take.
+            CodecConfigError: a dtype the codec cannot take, or weights it cannot.
             NonFiniteError: NaN or Inf where a residual is due; nothing has changed.
         """
         if x.dtype not in COMPRESSIBLE_DTYPES and not self.codec.lossless:
             raise CodecConfigError(f"codec {self.codec.codec_id} takes float32, float16 or bfloat16, got {x.dtype}")
+        if row_weights is not None and not self.codec.takes_row_weights:
+            raise CodecConfigError(
+                f"codec {self.codec.codec_id} has no use for row_weights; lowrank and lowrank_int4 have"
+            )
         fresh = self._stream.is_fresh(x.numel(), x.dtype)
         keyframe = fresh or self._frames < self.config.warmup_steps
         hint = self.layout.resolve(x.numel()) if self.layout is not None else None
         staged = self._stream.stage(
-            x, self.codec, keyframe=keyframe, epoch=self._epoch, hint=hint, shape=tuple(x.shape)
+            x,
+            self.codec,
+            keyframe=keyframe,
+            epoch=self._epoch,
+            hint=hint,
+            shape=tuple(x.shape),
+            row_weights=row_weights,
         )
         self._stream.commit(staged, hint)
         self._frames += 1

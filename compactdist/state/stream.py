@@ -7,6 +7,7 @@ so that either end can tell the size of the next frame before it arrives.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from compactdist.state.layout import Arrangement, blocks, plain
 from compactdist.state.quantized_history import STATE_FORMS, StateForm, make_history, state_copy_nbytes
 from compactdist.wire import HEADER_NBYTES, SHAPE_NBYTES, raw_nbytes
 
-__all__ = ["COMPRESSIBLE_DTYPES", "Spares", "StreamConfig", "StreamState"]
+__all__ = ["COMPRESSIBLE_DTYPES", "Memory", "Spares", "StreamConfig", "StreamState"]
 
 COMPRESSIBLE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -71,6 +72,20 @@ class StreamConfig:
     def closed_loop(self) -> bool:
         """Whether residuals are taken against the reconstruction."""
         return self.order > 0 and self.error_feedback is not False
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a codec wants to know again (``memory`` of ``Codec.encode_residual``), and about what."""
+
+    codec: Codec
+    arrangement: Arrangement
+    entries: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in it."""
+        return sum(entry.nbytes for entry in self.entries.values() if isinstance(entry, Tensor))
 
 
 class Spares:
@@ -165,8 +180,10 @@ class StreamState:
 
 
 def state_nbytes(config: StreamConfig, numel: int, dtype: torch.dtype, *, sender: bool) -> int:
-    """Bytes one end of a stream will hold for tensors of this size.
+    """Bytes of history one end of a stream will hold for tensors of this size.
 
+    What a codec's encoder remembers for itself is not in it: it is a few hundredths of the history, depends on the
+    arrangement found later, and budgets are about what both ends have to agree to keep. ``state_bytes`` counts it.
     An open-loop sender keeps the true values beside the receiver's reconstruction.
     """
     copies = config.order

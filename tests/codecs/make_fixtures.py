@@ -28,6 +28,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "topk-3": {"id": "topk", "m": 3},
     "lowrank-2": {"id": "lowrank", "rank": 2},
     "lowrank_int4-3": {"id": "lowrank_int4", "rank": 3},
+    "lowrank_int4-energy": {"id": "lowrank_int4", "rank": 4, "allocation": "energy"},
     "topk_int4-2": {"id": "topk_int4", "m": 2, "block": 16},
     "binary-block": {"id": "binary", "scales": "block"},
     "binary-rank": {"id": "binary", "scales": "rank"},

@@ -1,0 +1,272 @@
+"""What the low-rank codecs do for every element, compiled by Numba: take in a residual, fit levels to a factor, and put
+out the product of two thin matrices. The latter two give the bits of the torch reference.
+
+Numba contracts nothing to a fused multiply-add unless asked to, and is not asked here. ``places.py`` says what a
+*place* is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compactdist.codecs.kernels.cpu_common import BIT_TYPES, bits_of, expectation
+from compactdist.codecs.kernels.cpu_elements import (
+    LANES,
+    Array,
+    _narrow_finite,
+    finish,
+    fold,
+    jit,
+    lane_product,
+    predict,
+    residual,
+)
+from compactdist.codecs.kernels.places import WIDTH, Place, place_of
+from compactdist.codecs.kernels.threads import spread
+
+if TYPE_CHECKING:
+    from compactdist.codecs.base import Cut
+
+__all__ = ["add_product", "fit_levels", "multiply", "supports", "take_in"]
+
+_u32, _f32, _at = np.uint32, np.float32, np.uintp
+_LARGEST = np.float32(3.4028234663852886e38)
+
+
+def supports(*tensors: Tensor | None) -> bool:
+    """Whether ``take_in`` and ``add_product`` apply: CPU tensors of one known dtype."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return all(tensor.device.type == "cpu" and tensor.dtype == given[0].dtype in BIT_TYPES for tensor in given)
+
+
+def take_in(x: Tensor, base: Tensor | None, velocity: Tensor | None, cut: Cut, out: Tensor) -> Tensor:
+    """Write ``x - (base + velocity)`` as matrices to ``out``, bfloat16 ``(G, R, C)``, rounded once.
+
+    Returns:
+        Frobenius norms before rounding, float32 ``(G,)``.
+    """
+    groups, rows, _ = cut.shape
+    squares, place = np.empty(groups * rows, np.float32), tuple(place_of(cut))
+    source = (bits_of(x, x.dtype), *expectation(base, velocity, x.dtype))
+    target = bits_of(out.view(-1), torch.bfloat16)
+    spread(lambda lo, hi: _take_in(*source, place, lo, hi, squares, target), groups * rows, cut.numel)
+    norms = np.sqrt(squares.reshape(groups, rows).sum(1, dtype=np.float64))
+    return torch.from_numpy(norms.astype(np.float32))
+
+
+def multiply(u: Tensor, v: Tensor, smallest: float, gain: Tensor) -> Tensor:
+    """``(G, r, R)`` and ``(G, r, C)`` to ``(G, R, C)``: sums over r, below ``smallest`` zero, times a gain by group."""
+    groups, _, rows = u.shape
+    channels = v.shape[2]
+    at = np.arange(0, channels, WIDTH, dtype=np.int64)
+    place = Place(
+        np.arange(groups * rows, dtype=np.int64) * channels,
+        at,
+        at,
+        np.diff(np.append(at, channels)),
+        rows,
+        channels,
+        groups * rows * channels,
+    )
+    out = torch.empty(groups, rows, channels)
+    _apply_all(u, v, smallest, gain, None, place, out.view(-1))
+    return out
+
+
+def add_product(
+    u: Tensor,
+    v: Tensor,
+    smallest: float,
+    gain: Tensor,
+    base: Tensor | None,
+    velocity: Tensor | None,
+    cut: Cut,
+    out: Tensor,
+) -> None:
+    """Write ``base + velocity`` plus what ``multiply`` gives to ``out``, kept finite and rounded once.
+
+    ``out`` may be ``base``.
+    """
+    _apply_all(u, v, smallest, gain, expectation(base, velocity, out.dtype), place_of(cut), out)
+
+
+def _apply_all(u: Tensor, v: Tensor, smallest: float, gain: Tensor, expected: Any, place: Place, out: Tensor) -> None:
+    rank, rows, at = u.shape[1], u.shape[2], tuple(place)
+    gains, limit, least = gain.reshape(-1).numpy(), np.float32(torch.finfo(out.dtype).max), np.float32(smallest)
+    nothing, target = np.empty(0, np.float32), bits_of(out, out.dtype)
+    before = (nothing, nothing, -1) if expected is None else expected
+    for group in range(u.shape[0]):
+        factors = u[group].contiguous().numpy(), v[group].contiguous().numpy()
+
+        def work(lo: int, hi: int, group: int = group, factors: Any = factors) -> None:
+            _apply(*factors, least, gains[group], *before, at, limit, group * rows, lo, hi, target)
+
+        spread(work, rows, rows * v.shape[2] * rank)
+
+
+def fit_levels(
+    factor: Tensor, smallest: float, borders: Sequence[float], magnitudes: Sequence[float], sigma: float, refits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``factors._fit``, with elements below ``smallest`` as zeros."""
+    count, length = factor.shape
+    codes, level = torch.empty(count, length, dtype=torch.uint8), torch.empty(count, length)
+    scale, near = torch.empty(count, 1), torch.empty(count, 1)
+    limits, levels = tuple(map(np.float32, borders)), tuple(map(np.float32, magnitudes))
+    if not limits:  # Numba cannot index an empty tuple: a border that nothing exceeds
+        limits, levels = (np.float32(np.inf),), levels * 2
+    tables = np.float32(smallest), limits, levels, np.float32(sigma), np.uint32(len(magnitudes))
+    source = factor.contiguous().numpy()
+    out = codes.numpy(), level.numpy(), scale.view(-1).numpy(), near.view(-1).numpy()
+    spread(lambda lo, hi: _fit(source, *tables, refits, lo, hi, *out), count, factor.numel() * refits)
+    return codes, level, scale, near
+
+
+@jit
+def _take_in(
+    x: Array, base: Array, velocity: Array, terms: int, place: Any, lo: int, hi: int, squares: Array, out: Array
+) -> None:
+    """Rows ``lo`` to ``hi`` of all groups: the residual, rounded, and the sum of its squares."""
+    row_at, chunk_at, chunk_from, chunk_len, _, channels, numel = place
+    buffer, lanes = np.empty(WIDTH, np.float32), np.zeros(LANES, np.float32)
+    for row in range(lo, hi):
+        total = _f32(0)
+        for k in range(chunk_at.size):
+            n, o = chunk_len[k], _at(row) * _at(channels) + _at(chunk_at[k])
+            residual(x, base, velocity, terms, row_at[row] + chunk_from[k], numel, buffer, 0, n)
+            for j in range(n):
+                out[o + _at(j)] = _narrow_finite(buffer[_at(j)], out)
+            total += lane_product(buffer, buffer, 0, n, lanes)
+        squares[row] = total
+
+
+@jit
+def _apply(
+    u: Array,
+    v: Array,
+    smallest: Any,
+    gain: Any,
+    base: Array,
+    velocity: Array,
+    terms: int,
+    place: Any,
+    limit: Any,
+    first: int,
+    lo: int,
+    hi: int,
+    out: Array,
+) -> None:
+    """Rows ``lo`` to ``hi`` of the group that begins with row ``first``: ``out = base + velocity + gain * (u.T @ v)``.
+
+    Of ``base`` and ``velocity``, the first ``terms`` are there; with -1 the product alone is written, float32.
+    Components in ascending order, four at a time so that a partial sum is loaded and stored once for all four.
+    """
+    row_at, chunk_at, chunk_from, chunk_len, _, _, numel = place
+    rank = v.shape[0]
+    sums, expected = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32)
+    for chunk in range(chunk_at.size):
+        left, width = _at(chunk_at[chunk]), chunk_len[chunk]
+        for row in range(lo, hi):
+            a = u[0, row]
+            for j in range(width):
+                sums[_at(j)] = a * v[_at(0), left + _at(j)]
+            k = 1
+            while k + 4 <= rank:
+                a, b, c, d = u[k, row], u[k + 1, row], u[k + 2, row], u[k + 3, row]
+                for j in range(width):
+                    at = left + _at(j)
+                    s = sums[_at(j)] + a * v[_at(k), at]
+                    s = s + b * v[_at(k) + _at(1), at]
+                    s = s + c * v[_at(k) + _at(2), at]
+                    sums[_at(j)] = s + d * v[_at(k) + _at(3), at]
+                k += 4
+            while k < rank:
+                a = u[k, row]
+                for j in range(width):
+                    sums[_at(j)] += a * v[_at(k), left + _at(j)]
+                k += 1
+            for j in range(width):
+                s = sums[_at(j)]
+                s = (s if abs(s) >= smallest else _f32(0)) * gain
+                s = _LARGEST if s > _LARGEST else s
+                sums[_at(j)] = -_LARGEST if s < -_LARGEST else s
+            start = row_at[first + row] + chunk_from[chunk]
+            if terms < 0:
+                for j in range(width):
+                    out[_at(start) + _at(j)] = sums[_at(j)]
+            else:
+                predict(base, velocity, terms, start, numel, expected, width)
+                finish(expected, sums, limit, out, start, numel, width)
+
+
+@jit
+def _fit(
+    factor: Array,
+    smallest: Any,
+    borders: Any,
+    magnitudes: Any,
+    sigma: Any,
+    negative: Any,
+    refits: int,
+    lo: int,
+    hi: int,
+    codes: Array,
+    levels: Array,
+    scale: Array,
+    near: Array,
+) -> None:
+    """Rows ``lo`` to ``hi``: nearest magnitudes and their least-squares scale, in turn, as ``factors._fit`` says.
+
+    Borders and magnitudes are tuples, so that the search among them is unrolled.
+    """
+    length = factor.shape[1]
+    size, products = np.empty(length, np.float32), np.empty(length, np.float32)
+    squares, bits = np.empty(length, np.float32), size.view(np.uint32)
+    for row in range(lo, hi):
+        for j in range(length):
+            s = abs(factor[_at(row), _at(j)])
+            size[_at(j)] = s if s >= smallest else _f32(0)
+        largest = _u32(0)
+        for j in range(length):
+            largest = max(largest, bits[_at(j)])
+        exponent = min(max(254 - np.int64(largest >> _u32(23)), 1), 254)
+        power = _u32(exponent << 23).view(_f32)
+        near[row] = power
+        for j in range(length):
+            s = size[_at(j)] * power
+            size[_at(j)] = s
+            squares[_at(j)] = s * s
+            products[_at(j)] = s
+        fold(squares, length, 1)
+        fold(products, length, 1)
+        below = _f32(products[0] * sigma)
+        c = squares[0] / below if below > _f32(0) else _f32(0)
+        inverse = _f32(0)
+        for _ in range(refits):
+            inverse = _f32(1) / c if c > _f32(0) else _f32(0)
+            for j in range(length):
+                s = size[_at(j)]
+                t = s * inverse
+                level = magnitudes[0]
+                for b in range(len(borders)):
+                    level = magnitudes[b + 1] if t > borders[b] else level
+                products[_at(j)] = s * level
+                squares[_at(j)] = level * level
+            fold(squares, length, 1)
+            fold(products, length, 1)
+            c = products[0] / squares[0] if squares[0] > _f32(0) else _f32(0)
+        for j in range(length):
+            t = size[_at(j)] * inverse
+            below_zero = factor[_at(row), _at(j)] < _f32(0)
+            found = negative if below_zero else _u32(0)
+            level = magnitudes[0]
+            for b in range(len(borders)):
+                found = _u32(found + _u32(1)) if t > borders[b] else found
+                level = magnitudes[b + 1] if t > borders[b] else level
+            codes[_at(row), _at(j)] = np.uint8(found)
+            levels[_at(row), _at(j)] = -level if below_zero else level
+        scale[row] = c

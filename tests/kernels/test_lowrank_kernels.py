@@ -1,0 +1,102 @@
+"""The compiled loops of the low-rank codecs against the torch reference, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compactdist import codecs
+from compactdist.codecs import factors
+from compactdist.codecs.kernels import use
+from compactdist.codecs.with_zero import MAGNITUDES
+from compactdist.errors import NonFiniteError
+from compactdist.state import Layout, blocks, plain
+from tests.codecs import kit
+
+pytest.importorskip("compactdist.codecs.kernels.cpu")
+
+
+@pytest.mark.parametrize("magnitudes", [(0.8,), (0.45, 1.51), MAGNITUDES])
+@pytest.mark.parametrize("name", sorted(kit.DISTRIBUTIONS))
+def test_fit(name, magnitudes):
+    for shape in ((1, 1), (3, 7), (5, 300), (2, 1088)):
+        factor = kit.sample(name, shape)
+        if name == "huge":
+            factor = factor * 2.0**-40  # factors are of matrices scaled to 1
+        with use("reference"):
+            expected = factors.fit(factor, magnitudes)
+        with use("cpu"):
+            got = factors.fit(factor, magnitudes)
+        for ours, theirs in zip(got, expected, strict=True):
+            assert torch.equal(kit.as_bytes(ours), kit.as_bytes(theirs))
+
+
+@pytest.mark.parametrize("spec", [{"id": "lowrank", "rank": 11}, {"id": "lowrank_int4", "rank": 1}, "lowrank_int4"])
+@pytest.mark.parametrize("name", sorted(kit.DISTRIBUTIONS))
+def test_encode_and_decode(name, spec):
+    codec = codecs.get(spec)
+    for shape in ((1, 1), (2, 33, 257), (70, 600)):
+        x = kit.sample(name, shape)
+        with use("reference"):
+            payload = codec.encode(x)
+            expected = codec.decode(payload, shape, torch.float32)
+        with use("cpu"):
+            assert torch.equal(codec.encode(x), payload)
+            assert torch.equal(kit.as_bytes(codec.decode(payload, shape, torch.float32)), kit.as_bytes(expected))
+
+
+CUTS = (
+    blocks(300),
+    plain(2 * 33 * 300, 2, 300),
+    Layout("(kv b h s d) -> kv (b s) (h d)", kv=2, b=2, h=3, d=40).resolve(2 * 2 * 3 * 33 * 40),
+    Layout("(h s d) -> 1 s (d h)", h=3, d=8).resolve(3 * 40 * 8),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cut", CUTS)
+def test_decode_onto_a_base(cut, dtype):
+    codec = codecs.get("lowrank_int4", rank=6)
+    for name in ("gaussian", "huge", "wide_range", "zero", "denormal"):
+        x, base = kit.sample(name, (cut.numel,), dtype) / 2, kit.sample("gaussian", (cut.numel,), dtype, seed=1)
+        for before in (None, base):
+            expected, got = torch.empty_like(x), torch.empty_like(x)
+            with use("reference"):
+                payload = codec.encode_residual(x, before, cut, expected)
+            with use("cpu"):
+                codec.decode_residual(payload, before, cut, got)
+            assert torch.equal(kit.as_bytes(got), kit.as_bytes(expected))
+        with use("cpu"):
+            codec.decode_residual(payload, base, cut, base)
+        assert torch.equal(kit.as_bytes(base), kit.as_bytes(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cut", CUTS)
+def test_take_in(cut, dtype):
+    from compactdist.codecs.kernels import cpu_lowrank
+
+    x, base = kit.sample("laplace", (cut.numel,), dtype), kit.sample("gaussian", (cut.numel,), dtype)
+    out = torch.empty(cut.shape, dtype=torch.bfloat16)
+    norm = cpu_lowrank.take_in(x, base, None, cut, out)
+    residual = cut.to_matrix(x.float() - base.float())
+    assert torch.equal(out, residual.bfloat16())
+    torch.testing.assert_close(norm, residual.flatten(1).norm(dim=1))
+
+
+def test_large_matrices_contract_whatever_is_rounded():
+    """At this size products may be of bfloat16-rounded matrices; the gain has to allow for it."""
+    shape = (512, 640)
+    cut = plain(512 * 640, 1, 640)
+    for spec in ("lowrank", "lowrank_int4", {"id": "lowrank", "rank": 1}):
+        codec = codecs.get(spec)
+        for name in sorted(kit.DISTRIBUTIONS):
+            x = kit.sample(name, shape)
+            kit.check_contraction(codec, x)
+            memory, out = {}, torch.empty(cut.numel)
+            for _ in range(3):
+                codec.encode_residual(x.view(-1), None, cut, out, memory=memory)
+                error, energy = (out.double() - x.view(-1)).square().sum(), x.double().square().sum()
+                assert error < energy or not float(x.abs().max()) > 1e-4
+        with pytest.raises(NonFiniteError, match="1 of"):
+            codec.encode_residual(torch.zeros(cut.numel).index_fill(0, torch.tensor([7]), float("nan")), None, cut)
