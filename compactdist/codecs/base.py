@@ -20,7 +20,7 @@ import json
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +51,20 @@ class Cut(Protocol):
     def to_flat(self, matrix: Tensor) -> Tensor: ...
 
 
+class About(NamedTuple):
+    """What the page of codecs says of one (``tools/codecs_page.py``).
+
+    Attributes:
+        sends: what travels.
+        use: when to choose it.
+        source: where method and formulas come from.
+    """
+
+    sends: str
+    use: str
+    source: str
+
+
 class Codec(ABC):
     """Base class of all codecs.
 
@@ -60,6 +74,7 @@ class Codec(ABC):
 
     codec_id: ClassVar[str]
     lossless: ClassVar[bool] = False
+    about: ClassVar[About | None] = None
     takes_row_weights: ClassVar[bool] = False
     """``encode`` and ``encode_residual`` take ``row_weights``, float ``(R,)`` or ``(G, R)``."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compactdist.codecs import rank_scales, shapes
+from compactdist.codecs.base import About
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.quantized import ScalarQuantizer
@@ -33,6 +34,11 @@ class Binary(ScalarQuantizer):
     """
 
     codec_id = "binary"
+    about = About(
+        sends="the sign",
+        use="the slowest links; take `order=2` with it, which halves the error for twice the state",
+        source="CompactFusion, arXiv 2507.17511; least-squares scale: `binary.py`; scales of rank k: `rank_scales.py`",
+    )
     bits = 1
     fused = "sign"
     scale_choices = ("token_channel", "block", "rank")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from compactdist.codecs.base import About
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice
@@ -60,6 +61,11 @@ class Fp8(ScalarQuantizer):
     """
 
     codec_id = "fp8"
+    about = About(
+        sends="a float8",
+        use="values over a wide range whose relative error counts; on residuals `int8` is better",
+        source="OCP 8-bit Floating Point Specification, 2023",
+    )
     bits = 8
 
     def __init__(self, format: str = "e4m3", scales: str = "token_channel", block: int = BLOCK_ELEMENTS) -> None:

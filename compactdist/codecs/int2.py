@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compactdist.codecs.base import About
 from compactdist.codecs.lloyd_max import LloydMaxQuantizer
 from compactdist.codecs.registry import register
 
@@ -14,6 +15,11 @@ class Int2(LloydMaxQuantizer):
     """
 
     codec_id = "int2"
+    about = About(
+        sends="sign and one of two magnitudes",
+        use="the default: errors that are not seen in images at a seventh of the bytes",
+        source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); scales: `scales.py`",
+    )
     bits = 2
     widening = 2
     fused = "nearest"

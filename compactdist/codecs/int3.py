@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compactdist.codecs.base import About
 from compactdist.codecs.lloyd_max import LloydMaxQuantizer
 from compactdist.codecs.registry import register
 
@@ -15,6 +16,11 @@ class Int3(LloydMaxQuantizer):
     """
 
     codec_id = "int3"
+    about = About(
+        sends="sign and one of four magnitudes",
+        use="between `int2` and `int4`",
+        source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); scales: `scales.py`",
+    )
     bits = 3
     fused = "nearest"
     # Lloyd-Max for the unit Gaussian, NMSE 0.034548; computed as lloyd_max.py says.

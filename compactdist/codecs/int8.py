@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compactdist.codecs import affine
+from compactdist.codecs.base import About
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice
@@ -36,6 +37,11 @@ class Int8(ScalarQuantizer):
     """
 
     codec_id = "int8"
+    about = About(
+        sends="an integer from -127 to 127",
+        use="links that are a little too slow; tensors with no history, where it is nearly exact",
+        source="uniform levels up to the largest element of a row and channel: `int8.py`",
+    )
     bits = 8
     fused = "linear"
 

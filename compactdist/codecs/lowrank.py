@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Codec, Cut, check_payload, residual_of
+from compactdist.codecs.base import About, Codec, Cut, check_payload, residual_of
 from compactdist.codecs.factors import Fitted
 from compactdist.codecs.kernels import cpu_kernels
 from compactdist.codecs.kernels import reference as kernels
@@ -279,6 +279,11 @@ class LowRank(LowRankCodec):
     """
 
     codec_id = "lowrank"
+    about = About(
+        sends="two thin factors in bfloat16",
+        use="a hundredth of the bytes, where tokens and channels change together; evaluate a trace first",
+        source="Halko, Martinsson and Tropp, Finding structure with randomness, SIAM Review, 2011",
+    )
     _default_rank = 8
 
     def __init__(self, rank: int = 8) -> None:

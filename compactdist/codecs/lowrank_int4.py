@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compactdist.codecs import allocation as by_energy
+from compactdist.codecs.base import About
 from compactdist.codecs.factors import Fitted, fit
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.lowrank import LowRankCodec
@@ -54,6 +55,11 @@ class LowRankInt4(LowRankCodec):
     """
 
     codec_id = "lowrank_int4"
+    about = About(
+        sends="two thin factors in four bits",
+        use="the same with four times the rank: better than `lowrank` wherever it was measured",
+        source="the same; bits by energy: reverse water-filling (Cover and Thomas, Information Theory, 10.3.3)",
+    )
     _default_rank = 32
 
     def __init__(self, rank: int = 32, allocation: str = "equal") -> None:

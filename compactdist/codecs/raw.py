@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Codec, check_payload
+from compactdist.codecs.base import About, Codec, check_payload
 from compactdist.codecs.registry import register
 from compactdist.codecs.shapes import padded_nbytes
 
@@ -21,6 +21,11 @@ class Raw(Codec):
     """Lossless copy of a tensor of any dtype; NaN payloads and the sign of zero survive."""
 
     codec_id = "raw"
+    about = About(
+        sends="the tensor's own bytes",
+        use="keyframes; tensors that must arrive bit for bit",
+        source="",
+    )
     lossless = True
 
     def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compactdist.codecs.base import About
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.quantized import ScalarQuantizer
@@ -23,6 +24,11 @@ class Ternary(ScalarQuantizer):
     """
 
     codec_id = "ternary"
+    about = About(
+        sends="zero or a sign, five elements to a byte",
+        use="between `binary` and `int2`; residuals in which much stands still",
+        source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); scales: `scales.py`",
+    )
     bits = 2
     base3 = True
     fused = "trits"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Codec, check_payload
+from compactdist.codecs.base import About, Codec, check_payload
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.options import check_integer
 from compactdist.codecs.quantized import check_dtype, finite_amax
@@ -114,6 +114,11 @@ class TopK(_OneOfM):
     """
 
     codec_id = "topk"
+    about = About(
+        sends="the largest of every m elements, in bfloat16",
+        use="residuals with few changes among many zeros",
+        source="1:m block sparsity: CompactFusion, arXiv 2507.17511",
+    )
 
     def _values_nbytes(self, groups: int, runs: int) -> int:
         return padded_nbytes(2 * groups * runs)
@@ -146,6 +151,11 @@ class TopKInt4(_OneOfM):
     """
 
     codec_id = "topk_int4"
+    about = About(
+        sends="the largest of every m elements, in four bits",
+        use="the same, at two fifths of the bytes",
+        source="1:m block sparsity: CompactFusion, arXiv 2507.17511; levels as `int4`, with a zero",
+    )
 
     def __init__(self, m: int = 8, block: int = BLOCK_ELEMENTS) -> None:
         super().__init__(m)

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import codec_table
 from compactdist import codecs
+from tools import codecs_page
 
 ROOT = Path(__file__).parent.parent.parent
 ROWS = json.loads((ROOT / "benchmarks/results/codec_table.json").read_text())["rows"]
@@ -17,6 +18,19 @@ ROWS = json.loads((ROOT / "benchmarks/results/codec_table.json").read_text())["r
 
 def test_the_page_shows_the_stored_numbers():
     assert codec_table.table(ROWS) in (ROOT / "docs/codecs.md").read_text()
+
+
+@pytest.mark.parametrize("path", codecs_page.SECTIONS, ids=lambda path: path.name)
+def test_the_pages_are_what_the_generator_writes(path):
+    assert codecs_page.filled(path) == path.read_text()
+
+
+def test_the_page_has_every_codec_and_a_missing_one_is_an_error(monkeypatch):
+    for codec_id in codecs.list():
+        assert f"| `{codec_id}` |" in codecs_page.registry_table()
+    monkeypatch.setattr(codecs.Int2, "about", None)
+    with pytest.raises(SystemExit, match="int2"):
+        codecs_page.registry_table()
 
 
 def test_every_lossy_codec_is_in_the_table():
