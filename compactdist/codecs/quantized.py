@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compactdist.codecs import affine
 from compactdist.codecs.base import Codec, Cut, check_payload
-from compactdist.codecs.kernels import cpu_kernels
+from compactdist.codecs.kernels import fused_kernels
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_choice, check_integer
@@ -132,7 +132,7 @@ class ScalarQuantizer(Codec):
         layout = self.layout_of(x.shape)
         if layout.elements == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
-        kernels, cut = self._fused_steps(x.numel()), self._whole(x.shape)
+        kernels, cut = self._fused_steps(x.device, x.numel()), self._whole(x.shape)
         if kernels is not None and kernels.supports(self, cut, x):
             payload: Tensor | None = kernels.encode_residual(self, x.detach().reshape(-1), None, cut, None)
             if payload is not None:
@@ -173,9 +173,9 @@ class ScalarQuantizer(Codec):
         layout = self.layout_of(shape)
         if layout.elements == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=payload.device)
-        kernels, cut = self._fused_steps(math.prod(shape)), self._whole(shape)
-        if kernels is not None and payload.device.type == "cpu":
-            out = torch.empty(cut.numel, dtype=dtype)
+        kernels, cut = self._fused_steps(payload.device, math.prod(shape)), self._whole(shape)
+        if kernels is not None:
+            out = torch.empty(cut.numel, dtype=dtype, device=payload.device)
             if kernels.supports(self, cut, out) and kernels.decode_residual(self, payload, None, cut, out):
                 return out.view(tuple(shape))
         y = self._dequantized(payload, layout) + 0.0  # -0 becomes 0: no kernel tells them apart
@@ -210,7 +210,7 @@ class ScalarQuantizer(Codec):
         payload_out: Tensor | None = None,
         memory: dict[str, Any] | None = None,
     ) -> Tensor:
-        kernels = self._fused_steps(cut.numel)
+        kernels = self._fused_steps(x.device, cut.numel)
         if kernels is not None and kernels.supports(self, cut, x, base, out, velocity):
             payload: Tensor | None = kernels.encode_residual(self, x, base, cut, out, velocity, payload_out)
             if payload is not None:
@@ -222,17 +222,18 @@ class ScalarQuantizer(Codec):
     def decode_residual(
         self, payload: Tensor, base: Tensor | None, cut: Cut, out: Tensor, *, velocity: Tensor | None = None
     ) -> None:
-        kernels = self._fused_steps(cut.numel)
+        kernels = self._fused_steps(out.device, cut.numel)
         if kernels is not None and kernels.supports(self, cut, out, base, velocity):
             payload = check_payload(payload, self.payload_nbytes(cut.shape, torch.float32), self.codec_id)
             if kernels.decode_residual(self, payload, base, cut, out, velocity):
                 return
         super().decode_residual(payload, base, cut, out, velocity=velocity)
 
-    def _fused_steps(self, numel: int) -> Any:
-        """The module with the fused steps, or ``None`` where the form of codec or the size call for the reference."""
+    def _fused_steps(self, device: torch.device, numel: int) -> Any:
+        """The module with the fused steps, or ``None`` where the codec, device or size call for the reference."""
+        kernels: Any = fused_kernels(device.type, numel)
         known = self.fused and not self.offsets and self.scales in ("token_channel", "block")
-        return cpu_kernels(numel) if known else None
+        return kernels if known or getattr(kernels, "CHECKS_OPTIONS", False) else None
 
     def _whole(self, shape: Sequence[int]) -> WholeTensor:
         return WholeTensor.of(shape, in_blocks=self.scales == "block")

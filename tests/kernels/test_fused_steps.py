@@ -191,7 +191,7 @@ def test_the_fused_steps_are_what_runs():
         assert cpu_kernels(1 << 20) is None
         with use("cpu"):
             assert cpu_kernels(100) is cpu
-    with pytest.raises(ValueError, match="gpu"), use("gpu"):
+    with pytest.raises(ValueError, match="tpu"), use("tpu"):
         pass
 
 

@@ -1,0 +1,162 @@
+"""The Triton kernels where there is no GPU: interpreted in a process of their own, and compiled but not run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compactdist import codecs
+from compactdist.codecs.kernels import fused_kernels, use
+from compactdist.state.layout import Layout, blocks, plain
+
+gpu = pytest.importorskip("compactdist.codecs.kernels.gpu")
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _interpreted(*options: str) -> None:
+    """Run the tests of the kernels under the interpreter; all of those chosen must pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton", *options]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
+    summary = done.stdout.strip().splitlines()[-1]
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.fullmatch(r"\d+ passed(, \d+ deselected)? in .*", summary), summary
+
+
+def test_some_tests_pass_under_the_interpreter():
+    _interpreted("-k", "velocity or any_payload or zeros_is_no_change or buffers_anywhere")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_tests_pass_under_the_interpreter():
+    _interpreted()
+
+
+@pytest.mark.skipif(gpu.INTERPRETED or torch.cuda.is_available(), reason="the kernels can run here")
+def test_forcing_them_says_what_is_missing():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), use("gpu"):
+        pass
+
+
+def test_cuda_tensors_get_them():
+    assert fused_kernels("cuda", 1) is gpu
+    assert fused_kernels("xpu", 1 << 20) is None
+    for other in ("reference", "cpu"):
+        with use(other):
+            assert fused_kernels("cuda", 1 << 20) is None
+
+
+def test_they_are_loaded_only_when_they_are_needed():
+    script = (
+        "import sys, compactdist, torch; from compactdist import codecs; "
+        "codecs.get('int2').decode(codecs.get('int2').encode(torch.randn(4, 64)), (4, 64), torch.float32); "
+        "assert 'compactdist.codecs.kernels.gpu' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_without_triton_it_is_said_once():
+    script = """
+import sys, logging
+sys.modules["triton"] = None
+from compactdist.codecs.kernels import fused_kernels, use
+seen = []
+handler = logging.Handler()
+handler.emit = lambda record: seen.append(record.getMessage())
+logging.getLogger("compactdist").addHandler(handler)
+logging.getLogger("compactdist").setLevel(logging.INFO)
+assert fused_kernels("cuda", 1 << 20) is None and fused_kernels("cuda", 1 << 20) is None
+assert len(seen) == 1 and "Triton" in seen[0], seen
+try:
+    with use("gpu"):
+        raise AssertionError
+except RuntimeError as error:
+    assert "pip install triton" in str(error)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+_TYPES = {
+    torch.int16: "*i16",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+}
+
+
+class _Compiler:
+    """Takes the place of a launch: compiles the kernel for an H100, as the launch would, and keeps the PTX."""
+
+    def __init__(self) -> None:
+        self.ptx: dict[str, str] = {}
+
+    def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int, **others: Any) -> None:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        options = {"num_warps": num_warps, "enable_fp_fusion": others.pop("enable_fp_fusion")}
+        given = {**dict(zip((one.name for one in kernel.params), args, strict=False)), **others}
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(kernel.params):
+            value = given[parameter.name]
+            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            tensor = isinstance(value, torch.Tensor)
+            signature[parameter.name] = _TYPES[value.dtype] if tensor else "fp32" if isinstance(value, float) else "i32"
+            if tensor or (isinstance(value, int) and value % 16 == 0):
+                attributes[index,] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        self.ptx[kernel.fn.__name__] = compiled.asm["ptx"]
+
+
+CASES = [
+    ({"id": "int4"}, plain(128 * 256, 1, 256), torch.bfloat16),
+    ({"id": "int8"}, plain(5000 * 72, 1, 72), torch.float32),
+    ({"id": "ternary"}, blocks(300), torch.float16),
+    ({"id": "fp8"}, Layout("(h s d) -> 1 s (d h)", h=3, d=8).resolve(3 * 70 * 8), torch.bfloat16),
+    ({"id": "binary"}, Layout("(b h s d) -> (b h) s d", b=2, h=3, d=64).resolve(2 * 3 * 70 * 64), torch.bfloat16),
+    ({"id": "int2", "scales": "block"}, plain(128 * 256, 1, 256), torch.bfloat16),
+    ({"id": "int3", "scales": "block", "block": 33}, plain(3 * 40 * 65, 3, 65), torch.bfloat16),
+]
+
+
+@pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(
+    ("form", "cut", "dtype"), CASES, ids=lambda value: value.get("id") if type(value) is dict else ""
+)
+def test_they_compile_for_an_h100(form, cut, dtype, monkeypatch):
+    """What the interpreter cannot show: types, no contracted multiply-add, IEEE division, loads of 16 bytes."""
+    from triton.runtime.jit import JITFunction
+
+    compiler = _Compiler()
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
+    codec, x, base = codecs.get(form), torch.zeros(cut.numel, dtype=dtype), torch.zeros(cut.numel, dtype=dtype)
+    payload = gpu.encode_residual(codec, x, base, cut, base)
+    gpu.decode_residual(codec, payload, base, cut, base, x)
+    expected = {"decode_codes"}
+    if "block" in form.values():
+        expected |= {"encode_blocks", "find_not_finite"} | ({"encode_codes"} if "block" in form else set())
+    else:
+        expected |= {"row_statistics", "tile_sums", "settle", "encode_codes"}
+        expected |= {"fold_many_tiles"} if cut.rows > 4096 else set()
+    assert set(compiler.ptx) == expected
+    for name, ptx in compiler.ptx.items():
+        assert not re.search(r"\bfma\.", ptx), f"{name} contracts"
+        assert not re.search(r"\b(div\.(full|approx)|sqrt\.approx|rcp\.approx|[a-z]+\.ftz)", ptx), (
+            f"{name} is not exact"
+        )
+    if cut.channels % 16 == 0 and cut.numel % 8 == 0 and "block" not in form:
+        for name in expected - {"settle"}:
+            assert re.search(r"ld\.global\.v4\.b32", compiler.ptx[name]), f"{name} loads less than 16 bytes at a time"
