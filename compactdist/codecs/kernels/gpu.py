@@ -173,8 +173,7 @@ def _settle_scales(call: _Call) -> None:
     gpu_settle.settle[(at.groups * (1 if per_group else -(-at.channels // _WIDTH)),)](
         *sums, scratch.largest, scratch.flag, call.payload, scratch.inverse, scratch.wire, scratch.factors,
         at.channels, plan.tiles, plan.channel_blocks, 8 * UNITS_OF_TILE,
-        at.codes_nbytes, at.row_scales_at, at.row_scales_at + at.row_scale_count,
-        at.channel_scales_at, scales_end, at.total_nbytes, plan.constant,
+        at.row_scales_at + at.row_scale_count, at.channel_scales_at, scales_end, at.total_nbytes, plan.constant,
         KIND=plan.kind, WIDENING=plan.widening, PER_GROUP=per_group, WIDTH=_WIDTH, num_warps=4, **scaled, **_EXACT,
     )  # fmt: skip
 

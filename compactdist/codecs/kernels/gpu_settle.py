@@ -77,8 +77,6 @@ def settle(
     tiles,
     blocks,
     block_channels,
-    codes_end,
-    row_scales_at,
     row_scales_end,
     channel_scales_at,
     channel_scales_end,
@@ -93,7 +91,8 @@ def settle(
     """Channel scales of ``WIDTH`` channels, or of a group, from the sums of at most 64 tiles.
 
     Writes them to the payload, what decoding them gives to ``wire``, the group's factor to ``factors``, and the inverse
-    of the scale that goes with it, which the codes are made with, to ``inverse``. Fills up all sections with zeros.
+    of the scale that goes with it, which the codes are made with, to ``inverse``. Fills up the
+    sections of both scales with zeros.
 
     Args:
         blocks: Copies of each weight, one for ``block_channels`` channels.
@@ -156,7 +155,6 @@ def settle(
     tl.store(wire + at, decode_bf16(code), mask=here)
     tl.store(inverse + at, inverse_or_zero(c), mask=here)
     if tl.program_id(0) == 0:
-        fill(payload, codes_end, row_scales_at)
         fill(payload, row_scales_end, channel_scales_at)
         fill(payload, channel_scales_end, total)
 
