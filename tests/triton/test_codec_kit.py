@@ -50,7 +50,7 @@ def _the_kernels_run(monkeypatch):
 @every_form
 def test_every_check(form):
     codec = OnDevice(form)
-    shapes = kit.rotated(form, [shape for shape in codec_kit.SHAPES if math.prod(shape) < 4000], 2)
+    shapes = kit.rotated(form, [shape for shape in codec_kit.SHAPES if 0 < math.prod(shape) < 4000], 2)
     for name, shape in zip(kit.rotated(form, codec_kit.DISTRIBUTIONS, 2), shapes, strict=True):
         codec_kit.check_codec(codec, codec_kit.sample(name, shape))
 
