@@ -119,11 +119,11 @@ def test_a_damaged_frame_names_site_rank_and_remedy(op):
         from compactdist.state import encoder
 
         def damaged(*args, **kwargs):
-            frame = pack(*args, **kwargs)
+            frame = seal(*args, **kwargs)
             frame[20] ^= 1
             return frame
 
-        pack = encoder.pack
+        seal = encoder.seal
         with kit.wrap() as dist, pytest.MonkeyPatch.context() as patch:
             for t in range(2):
                 dist.step()
@@ -131,7 +131,7 @@ def test_a_damaged_frame_names_site_rank_and_remedy(op):
             held = compare.of_group(dist)
             dist.step()
             if rank == 1:
-                patch.setattr(encoder, "pack", damaged)
+                patch.setattr(encoder, "seal", damaged)
                 call(dist, rank, 2)
                 patch.undo()
             else:

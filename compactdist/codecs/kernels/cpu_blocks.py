@@ -54,13 +54,14 @@ def _signs(
     xs, bases, velocities, bytes_, outs = data_of(x), data_of(base), data_of(velocity), data_of(packed), data_of(out)
     values, expected, lanes, codes = stack_floats(), stack_floats(), stack_floats(), stack_codes()
     stats, step = stack_floats(), min(_BATCH, STACK_ELEMENTS // n)
+    unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
     for first in range(lo, hi, step):
         blocks, at = min(step, hi - first), first * n
         predict(bases, velocities, terms, at, numel, expected, blocks * n)
         subtract(xs, at, numel, expected, values, blocks * n)
         for b in range(blocks):
             stats[_at(b)] = lane_sum(values, b * n, n, lanes)
-        bad[0] |= _unsafe(stats, blocks) > 0
+        unsafe += _unsafe(stats, blocks)
         pack_signs(values, blocks * n, bytes_, at, codes)
         for b in range(blocks):
             c, o = storable(stats[_at(b)] / _f32(n), False), _at(b * n)
@@ -69,6 +70,8 @@ def _signs(
                 values[o + _at(j)] = c if values[o + _at(j)] >= _f32(0) else -c
         if out.size:
             finish(expected, values, limit, outs, at, numel, blocks * n)
+    if unsafe:
+        bad[0] = 1
 
 
 @jit
@@ -106,6 +109,7 @@ def _nearest(
     values, expected, lanes, codes = stack_floats(), stack_floats(), stack_floats(), stack_codes()
     levels, every, length, sign = stack_floats(), data_of(table), _f32(n), _u32(len(borders) + 1)
     means, others, cs, step = stack_floats(), stack_floats(), stack_floats(), min(_BATCH, STACK_ELEMENTS // n)
+    unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
     for first in range(lo, hi, step):
         blocks, at = min(step, hi - first), first * n
         predict(bases, velocities, terms, at, numel, expected, blocks * n)
@@ -113,7 +117,7 @@ def _nearest(
         for b in range(blocks):
             means[_at(b)] = lane_sum(values, b * n, n, lanes)
             others[_at(b)] = lane_product(values, values, b * n, n, lanes)
-        bad[0] |= _unsafe(means, blocks) > 0
+        unsafe += _unsafe(means, blocks)
         for b in range(blocks):
             mean, energy = means[_at(b)], others[_at(b)]
             cs[_at(b)] = gaussian(energy, mean, length, bound, widening)
@@ -139,6 +143,8 @@ def _nearest(
                 levels[o + _at(j)] = c * levels[o + _at(j)]
         if out.size:
             finish(expected, levels, limit, outs, at, numel, blocks * n)
+    if unsafe:
+        bad[0] = 1
 
 
 @jit
@@ -186,13 +192,14 @@ def _linear(
     xs, bases, velocities, bytes_, outs = data_of(x), data_of(base), data_of(velocity), data_of(packed), data_of(out)
     values, expected, cell, stats = stack_floats(), stack_floats(), stack_floats(), stack_floats()
     pattern, step = as_u32(values), min(_BATCH, STACK_ELEMENTS // n)
+    unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
     for first in range(lo, hi, step):
         blocks, at = min(step, hi - first), first * n
         predict(bases, velocities, terms, at, numel, expected, blocks * n)
         subtract(xs, at, numel, expected, values, blocks * n)
         for b in range(blocks):
             stats[_at(b)] = largest_of(pattern, b * n, n, cell)
-        bad[0] |= _unsafe(stats, blocks) > 0
+        unsafe += _unsafe(stats, blocks)
         for b in range(blocks):
             c, o = storable(stats[_at(b)] / largest, True), _at(b * n)
             scales[first + b] = c
@@ -207,6 +214,8 @@ def _linear(
                 values[o + _at(j)] = c * (steps + _f32(0))
         if out.size:
             finish(expected, values, limit, outs, at, numel, blocks * n)
+    if unsafe:
+        bad[0] = 1
 
 
 @jit
