@@ -1,10 +1,12 @@
 """Image error of the parallel methods and codecs on the digits FLUX, over several noise seeds.
 
-    python -m benchmarks.methods_quality --seeds 8 --json benchmarks/results/methods_quality.json
+    python -m benchmarks.methods_quality --seeds 16 --json benchmarks/results/methods_quality.json
+    python -m benchmarks.methods_quality --show benchmarks/results/methods_quality.json
 
 Starts torchrun with two ranks by itself. For every seed the uncompressed ring is the reference; prints median and range
 of ||x - x_ref|| / ||x_ref|| of the final latents (which are this model's pictures) over the seeds, and the bytes that
-the ring's gathers put on the link. All methods and codecs warm up for one step.
+the ring's gathers put on the link. All methods and codecs warm up for one step. Below the table some variants are
+compared seed by seed. `--show` prints stored results again.
 """
 
 from __future__ import annotations
@@ -56,6 +58,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DistriFusion, int2, last step synchronous": {"codec": "int2", **LAST_SYNC},
 }
 
+PAIRS = [
+    ("DistriFusion", "ring, binary"),
+    ("DistriFusion", "ring, int2"),
+    ("DistriFusion, int4", "DistriFusion"),
+    ("DistriFusion, int2", "DistriFusion"),
+    ("DistriFusion, last step synchronous", "DistriFusion"),
+    ("ring, int2, last step raw", "ring, int2"),
+    ("ring, int2, last step int8", "ring, int2"),
+    ("ring, binary, last step raw", "ring, binary"),
+    ("patch, int2, own chunk as others see it", "patch, int2"),
+]
+
 
 def measure(seeds: int) -> list[dict[str, Any]]:
     """All variants over all seeds; empty on the rank without pictures."""
@@ -96,19 +110,39 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def paired(rows: list[dict[str, Any]]) -> str:
+    """Errors of one variant over those of another at the same noise: median (range) over the seeds."""
+    errors = {row["variant"]: row["errors"] for row in rows}
+    lines = []
+    for one, other in PAIRS:
+        ratios = [a / b for a, b in zip(errors[one], errors[other], strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(f"| {one} | {other} | {spread} |")
+    return "\n".join(["| error of | over error of | ratio: median (range) |", "|---|---|---|", *lines])
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print both tables."""
+    sys.stdout.write(f"{table(rows)}\n\n{paired(rows)}\n")
+
+
 def main() -> None:
     """Start the ranks, or be one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--show", type=Path, help="print these results instead of measuring")
     args = parser.parse_args()
+    if args.show is not None:
+        show(json.loads(args.show.read_text())["rows"])
+        return
     if "RANK" not in os.environ:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
         command += ["-m", "benchmarks.methods_quality", *sys.argv[1:]]
         sys.exit(subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode)
     rows = measure(args.seeds)
     if rows:
-        sys.stdout.write(table(rows) + "\n")
+        show(rows)
         if args.json is not None:
             command = f"python -m benchmarks.methods_quality --seeds {args.seeds}"
             record = {"command": command, "steps": STEPS, "ranks": RANKS, "torch": torch.__version__, "rows": rows}
