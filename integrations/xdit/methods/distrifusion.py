@@ -125,7 +125,8 @@ class DistriFusion(GatheringMethod):
     def _drain(self, place: Place, site: _Site) -> None:
         """Wait for a gather whose data will not be used. An error in it spoils no result, so it is only reported."""
         try:
-            self.counts["drained"] += site.settle()
+            if site.settle():
+                self.counts["drained"] += 1
         except Exception as error:
             self.counts["drained"] += 1
             self.counts["failed while drained"] += 1
