@@ -74,10 +74,12 @@ clean: ## remove everything that was made, the virtual environment too
 define CHECK_PACKAGES
 import setuptools
 from setuptools.config.pyprojecttoml import read_configuration
-listed = set(read_configuration("pyproject.toml", expand=False)["tool"]["setuptools"]["packages"])
-found = set(setuptools.find_packages(include=["compactdist", "compactdist.*"]))
-wrong = found ^ {name for name in listed if name.split(".")[0] == "compactdist"}
+setup = read_configuration("pyproject.toml", expand=False)["tool"]["setuptools"]
+adapters = {f"compactdist_{name}": f"integrations/{name}" for name in setuptools.find_packages("integrations")}
+wrong = {*setuptools.find_packages(include=["compactdist", "compactdist.*"]), *adapters} ^ set(setup["packages"])
 if wrong:
     raise SystemExit(f"pyproject.toml, tool.setuptools.packages: not as on disk: {sorted(wrong)}")
+if setup["package-dir"] != {name: path for name, path in adapters.items() if "." not in name}:
+    raise SystemExit(f"pyproject.toml, tool.setuptools.package-dir: not as on disk: {adapters}")
 endef
 export CHECK_PACKAGES

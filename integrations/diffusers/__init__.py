@@ -1,0 +1,1 @@
+"""compactdist for diffusers: compressed context parallelism."""

@@ -1,0 +1,173 @@
+"""Tiny text-to-picture pipelines; what they are for: `compactdist_diffusers.tiny`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compactdist_diffusers._tiny_parts import HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Noise, randomised
+
+SIDE = 128  # pixels, of height and width
+
+
+def _vae() -> Any:
+    """Never called; pipelines read its scale factor of 8 and its numbers."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=SIDE,
+    ).eval()
+
+
+def flux(noise: Noise) -> tuple[Any, dict[str, Any]]:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT_CHANNELS,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=randomised(transformer),
+    )
+    return pipe, {
+        "prompt_embeds": noise.text(),
+        "pooled_prompt_embeds": noise(32),
+        "latents": noise(64, 16),
+        "height": SIDE,
+        "width": SIDE,
+        "guidance_scale": 3.5,
+        "max_sequence_length": TEXT_TOKENS,
+    }
+
+
+def sd3(noise: Noise) -> tuple[Any, dict[str, Any]]:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT_CHANNELS,
+        caption_projection_dim=HEADS * HEAD_DIM,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=randomised(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    return pipe, {
+        "prompt_embeds": noise.text(),
+        "negative_prompt_embeds": noise.text(),
+        "pooled_prompt_embeds": noise(32),
+        "negative_pooled_prompt_embeds": noise(32),
+        "latents": noise(4, 16, 16),
+        "height": SIDE,
+        "width": SIDE,
+        "guidance_scale": 4.0,
+    }
+
+
+def pixart(noise: Noise) -> tuple[Any, dict[str, Any]]:
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    transformer = PixArtTransformer2DModel(
+        sample_size=16,
+        num_layers=4,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        cross_attention_dim=HEADS * HEAD_DIM,
+        caption_channels=TEXT_CHANNELS,
+        use_additional_conditions=False,
+    )
+    pipe = PixArtAlphaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=_vae(),
+        transformer=randomised(transformer),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+    return pipe, {
+        # xDiT's wrapper has no default for these two.
+        "prompt": None,
+        "negative_prompt": None,
+        "prompt_embeds": noise.text(),
+        "prompt_attention_mask": noise.mask(),
+        "negative_prompt_embeds": noise.text(),
+        "negative_prompt_attention_mask": noise.mask(),
+        "latents": noise(4, 16, 16),
+        "height": SIDE,
+        "width": SIDE,
+        "guidance_scale": 4.5,
+        "use_resolution_binning": False,
+    }
+
+
+def qwenimage(noise: Noise) -> tuple[Any, dict[str, Any]]:
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT_CHANNELS,
+        axes_dims_rope=(8, 12, 12),
+    )
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKLQwenImage(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=randomised(transformer),
+    )
+    return pipe, {
+        "prompt_embeds": noise.text(),
+        "prompt_embeds_mask": noise.mask(),
+        "negative_prompt_embeds": noise.text(),
+        "negative_prompt_embeds_mask": noise.mask(),
+        "latents": noise(64, 16),
+        "height": SIDE,
+        "width": SIDE,
+        "true_cfg_scale": 4.0,
+    }
