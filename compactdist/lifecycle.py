@@ -132,10 +132,15 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
 
     # --- steps and keys -----------------------------------------------------------------------------------------------
 
-    def step(self) -> AbstractContextManager[None]:
-        """Begin the next step: calls are counted from the first again. Use it as ``with dist.step():`` or alone."""
+    def step(self, index: int | None = None) -> AbstractContextManager[None]:
+        """Begin the next step: calls are counted from the first again. Use it as ``with dist.step():`` or alone.
+
+        Args:
+            index: which step, for a pipeline whose ends run ahead of one another: both name the step that a message
+                belongs to. ``None``: the one after the last.
+        """
         self._ready()
-        self._ctx.keys.tick()
+        self._ctx.keys.tick(index)
         return nullcontext()
 
     def key(self, name: str) -> AbstractContextManager[None]:
