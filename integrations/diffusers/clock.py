@@ -1,8 +1,8 @@
 """Steps, requests and guidance branches of a diffusers model, read off its calls.
 
-A step begins when the model is called with another `timestep`, or, where the number of forwards in a step is given, when
-so many have been counted in a branch. A request begins at `scheduler.set_timesteps`; without a pipeline, or with a
-scheduler other than the one that was there at first, when the timesteps turn back, and whenever `new_request` is called.
+A step begins when the model is called with another `timestep`, or, where the number of forwards in a step is given,
+when so many have been counted in a branch. A request begins at `scheduler.set_timesteps`; without a pipeline, or with a
+scheduler other than the one that was there at first, when the timesteps turn back; and at every `new_request`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import torch
 
 Undo = list[Callable[[], None]]
 
-_LATE_COMPILE = (
-    "compactdist_diffusers counts steps here; compile the model before enable() to keep this out of its graph"
-)
+_LATE_COMPILE = "compactdist_diffusers counts steps here; compile the model before enable() to keep it out of the graph"
 
 
 class Clock:

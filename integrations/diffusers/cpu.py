@@ -3,7 +3,8 @@
     import compactdist_diffusers.cpu
     compactdist_diffusers.cpu.install()      # before enable_parallelism()
 
-diffusers expects an accelerator in two places; `install` fills both from outside. Where CUDA is available it does nothing.
+diffusers expects an accelerator in two places; `install` fills both from outside. Where CUDA is available it does
+nothing.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ inside named call sites, and the layout of the buffer about to be sent is known 
 | q, k, v | all_to_all_single_any_qkv_async            | (S, B, H/P, D), heads padded                                |
 | out     | all_to_all_single_any_o_async              | (S of the receiver, B, H/P, D)                              |
 
-Tokens become rows and the joined heads become channels, as in `compactdist_xdit`. A function that a version of diffusers
-does not have is left alone; then the codec finds a layout by itself. In compiled code there are neither names nor hints:
-these are Python's doing, and a graph has none; calls are told apart by their order.
+Tokens become rows and the joined heads become channels, as in `compactdist_xdit`. A function that a version of
+diffusers does not have is left alone; then the codec finds a layout by itself. Compiled code has neither names nor
+hints, for nothing of Python runs in it: there, calls are told apart by their order and encoders look for layouts.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Sites:
     `layout_of` is meant to be passed to `compactdist.wrap(layouts=...)`.
 
     Attributes:
-        groups: of each context parallel configuration of ours (by identity), its wrapped groups by route.
+        groups: each context parallel configuration of ours, with its wrapped groups by route.
     """
 
     def __init__(self) -> None:
@@ -90,6 +90,8 @@ class Sites:
     def owns(self, group: Any) -> bool:
         return any(group is mine for _, groups in self.groups for mine in groups.values())
 
+    # Dynamo, where it meets these outside a graph, must not try to compile them.
+    @torch.compiler.disable(recursive=False)
     def attention(self, call: Callable[[], Any], key: Tensor, config: Any) -> Any:
         """Run one attention; what its ring group sends meanwhile is `kv`."""
         groups = self.find(config) or {}
@@ -100,6 +102,7 @@ class Sites:
         with ring.key("kv"):
             return self._guessing(ring_guess(key, config.ulysses_degree), call)
 
+    @torch.compiler.disable(recursive=False)
     def exchange(self, call: Callable[[], Any], group: Any, buffer: Tensor) -> Any:
         """Run one exchange of equal parts, `buffer` `(P, ...)`; an attention has four, and one for the log-sum-exp."""
         site = _EXCHANGES[min(self._exchanges, len(_EXCHANGES) - 1)]
@@ -112,6 +115,7 @@ class Sites:
         with group.key(site):
             return self._guessing(guess, call)
 
+    @torch.compiler.disable(recursive=False)
     def uneven_exchange(self, call: Callable[[], Any], group: Any, x: Tensor, out: bool) -> Any:
         """Run one exchange of the "Ulysses anything" kind, `x` `(B, S, H, D)`."""
         site = "out" if out else _EXCHANGES[min(self._exchanges, 2)]
@@ -136,7 +140,8 @@ class Sites:
             if function is None:
                 continue
             if not hasattr(function, "active_sites"):
-                original, function = function, make(function, active := [])
+                active: list[Sites] = []
+                original, function = function, make(function, active)
                 function.active_sites, function.original = active, original
                 setattr(attention_dispatch, name, function)
             function.active_sites.append(self)
