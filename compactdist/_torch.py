@@ -123,8 +123,7 @@ def swap_mesh_dim(mesh: Any, dim: int, group: Any) -> Any:
     """Put ``group`` behind dimension ``dim`` of a DeviceMesh in place; returns the name that was there (2.13)."""
     old = mesh._dim_group_names[dim]
     mesh._dim_group_names[dim] = group.group_name
-    registry = getattr(mesh, "_pg_registry", None)
-    if registry is not None:
+    for registry in _mesh_registries(mesh):
         registry[group.group_name] = group
     return old
 
@@ -133,9 +132,15 @@ def restore_mesh_dim(mesh: Any, dim: int, name: str, group: Any) -> None:
     """Undo ``swap_mesh_dim`` (2.13)."""
     if mesh._dim_group_names[dim] == group.group_name:
         mesh._dim_group_names[dim] = name
-    registry = getattr(mesh, "_pg_registry", None)
-    if registry is not None:
+    for registry in _mesh_registries(mesh):
         registry.pop(group.group_name, None)
+
+
+def _mesh_registries(mesh: Any) -> list[Any]:
+    """Where compiled code looks for a mesh's groups by name: in the root of a sliced mesh (2.13)."""
+    root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
+    registries = (getattr(owner, "_pg_registry", None) for owner in (mesh, root))
+    return [registry for registry in registries if registry is not None]
 
 
 def inner_call(inner: Any, names: tuple[str, ...], *args: Any) -> Any:

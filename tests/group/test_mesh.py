@@ -109,3 +109,25 @@ def test_wrong_dimensions_change_nothing():
             compactdist.wrap_mesh(mesh, "a")
 
     run_ranks(body, 1)
+
+
+def test_compiled_code_finds_the_group_of_a_sliced_mesh():
+    """Compiled code looks groups up in the mesh that a slice was cut from."""
+
+    def body(rank, size):
+        mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "cp"))["cp"]
+        (group,) = compactdist.wrap_mesh(mesh, 0, **OPTIONS).values()
+
+        @torch.compile(backend="eager", fullgraph=True)
+        def gathered(x):
+            return funcol.all_gather_tensor(x * 2, 0, mesh.get_group()) + 1
+
+        for _ in range(2):
+            group.step()
+            with Counted(group) as counted:
+                assert close(gathered(data(rank)), torch.cat([2 * data(r) + 1 for r in range(size)]))
+            assert counted.compressed == 1
+        group.close()
+        assert torch.equal(gathered(data(rank)), torch.cat([2 * data(r) + 1 for r in range(size)]))
+
+    run_ranks(body, timeout=60, pg_timeout=30)

@@ -1,0 +1,75 @@
+"""Let diffusers' context parallelism (0.42) run on a CPU with gloo, for tests and examples. Nothing else imports this.
+
+    import compactdist_diffusers.cpu
+    compactdist_diffusers.cpu.install()      # before enable_parallelism()
+
+diffusers expects an accelerator in two places; `install` fills both from outside. Where CUDA is available it does
+nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MARK = "_compactdist_cpu"
+
+
+def install() -> None:
+    """Make `enable_parallelism` and ring attention work on CPU tensors. Calling it again does nothing."""
+    if torch.cuda.is_available():
+        return
+    from diffusers.models import attention_dispatch
+
+    # enable_parallelism() computes `rank % torch.accelerator.device_count()`, and a CPU counts as no device.
+    if torch.accelerator.device_count() == 0:
+        torch.accelerator.device_count = lambda: 1
+
+    # Ring attention merges blocks by their log-sum-exp. The native backend, the only one for CPU tensors, returns none.
+    native = attention_dispatch._native_attention_forward_op
+    if hasattr(native, _MARK):
+        return
+
+    def native_with_lse(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+        _save_ctx: bool = True,
+        _parallel_config: Any = None,
+    ) -> Any:
+        """Query, key, value `(B, S, H, D)` -> output `(B, S, H, D)`, and log-sum-exp `(B, S, H)` where asked for."""
+        if not return_lse:
+            return native(
+                ctx,
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale,
+                enable_gqa,
+                return_lse,
+                _save_ctx,
+                _parallel_config,
+            )
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            # This kernel adds its mask to the scores.
+            attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
+        heads_first = [x.permute(0, 2, 1, 3) for x in (query, key, value)]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *heads_first, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )
+        return out.permute(0, 2, 1, 3), lse.permute(0, 2, 1)
+
+    setattr(native_with_lse, _MARK, True)
+    attention_dispatch._native_attention_forward_op = native_with_lse
