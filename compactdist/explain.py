@@ -56,13 +56,13 @@ def explain(group: GroupLifecycle) -> str:
             "codec",
             "calls",
             "key",
-            "fwd",
             "raw B",
             "wire B",
             "ratio",
             "bits",
             "NMSE dB",
             "state B",
+            "fwd",
             "passed",
         )
         rows: list[tuple[str, ...]] = [head]
@@ -73,13 +73,13 @@ def explain(group: GroupLifecycle) -> str:
                     site.codec or "-",
                     str(site.calls),
                     str(site.keyframes),
-                    str(site.forwarded),
                     str(site.raw_bytes),
                     str(site.wire_bytes),
                     _number(site.ratio),
                     _number(site.last_wire_bits_per_element),
                     _number(site.nmse_db, 1),
                     str(site.state_bytes),
+                    str(site.forwarded),
                     ", ".join(f"{count} x {reason}" for reason, count in site.passed.items()) or "-",
                 )
             )
