@@ -72,6 +72,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
             lock=threading.RLock(),
             outbox=Outbox(),
             future_pool=self._future_pool,
+            forward=options.forward,
         )
 
     # --- identity: the C++ name lives in the first backend, which is shared with the inner group, so it is shadowed ---
@@ -198,7 +199,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
                 ``explain()`` shows the sites' counts in one line from now on.
         """
         self._ready()
-        self._ctx.store.reset(prefix)
+        self._ctx.forget(prefix)
         if prefix is None:
             self._ctx.keys.restart()
             for attachment in self._attachments:
@@ -211,7 +212,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
 
     def stats(self) -> Stats:
         """Totals and per-site counters of this rank."""
-        return self._ctx.stats.snapshot(self._ctx.store.state_bytes())
+        return self._ctx.stats.snapshot(self._ctx.state_bytes())
 
     def reset_stats(self) -> None:
         """Start counting again; the history is untouched."""
@@ -265,7 +266,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
 
     def _retire(self) -> None:
         self._closed = True
-        self._ctx.store.reset()
+        self._ctx.forget()
         with self._pool_lock:
             if self._pool is not None:
                 self._pool.shutdown(wait=False)
