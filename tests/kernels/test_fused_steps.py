@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -265,3 +268,23 @@ def test_strided_and_inference_tensors():
     for kernels in ("reference", "cpu"):
         with use(kernels):
             codec.decode_residual(payload, base, cut, base)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_same_bytes_on_a_processor_without_vector_extensions(tmp_path):
+    """What Numba compiles for a plain processor: no AVX-512 permutation, no float16 conversion."""
+    script = """
+import torch
+from compactdist.codecs.kernels.cpu_vectors import HOST
+from tests.kernels.test_fused_steps import _both, blocks, plain
+assert not any(HOST.values())
+for cut in (plain(70 * 264, 1, 264), blocks(128 * 70 + 3)):
+    for dtype in (torch.float16, torch.bfloat16):
+        base = torch.randn(cut.numel, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x = base + torch.randn(cut.numel, generator=torch.Generator().manual_seed(1)).to(dtype) / 8
+        for spec in ("binary", "int4", "int8", {"id": "int4", "scales": "block"}):
+            _both(spec, x, base, cut)
+"""
+    plain_processor = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, **plain_processor}, timeout=280)

@@ -173,8 +173,9 @@ def settle_channels(
         two = second[group * tiles * channels : (group + 1) * tiles * channels] if second.size else second
         norm, weight = norms[group], _f32(0)
         if kind == LINEAR:
-            for j in range(channels, tiles * channels):
-                one[j % channels] = max(one[j % channels], one[j])
+            for tile in range(1, tiles):
+                for j in range(channels):
+                    one[_at(j)] = max(one[_at(j)], one[_at(tile * channels + j)])
         else:
             fold(one, tiles * channels, channels)
             weight = _weight_of(stat, weighted, rows, group, weights) * norm * norm
@@ -210,8 +211,10 @@ def read_scales(stored: Array, repeat: int, largest: Any, c: Array) -> bool:
     for j in range(stored.size):
         scale = _u32(_u32(stored[j]) << _u32(16)).view(_f32)
         bad += 0 if scale >= _f32(0) and scale <= largest else 1
-        for k in range(j * repeat, (j + 1) * repeat):
-            c[k] = scale
+        c[_at(j * repeat)] = scale
+    if repeat > 1:
+        for j in range(stored.size * repeat):
+            c[j] = c[j // repeat * repeat]
     return bad == 0
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Place", "place_of", "place_of_blocks"]
 
 WIDTH = 256
-"""Longest chunk of channels; no longer than the buffers that the loops keep on the stack."""
+"""Longest chunk of channels; the buffers of ``cpu_lowrank.py`` are as long."""
 
 
 class Place(NamedTuple):
@@ -60,9 +60,9 @@ def place_of(cut: Cut) -> Place:
 
 @lru_cache(maxsize=64)
 def place_of_blocks(cut: Cut, blocks: int, length: int) -> Place | None:
-    """Blocks as the rows of one group; ``None`` where it is not consecutive in memory, or too long."""
+    """Blocks as the rows of one group; ``None`` where it is not consecutive in memory."""
     groups, rows, channels = cut.shape
-    if cut.axes is not None or length > WIDTH or (groups > 1 and rows * channels % length):
+    if cut.axes is not None or (groups > 1 and rows * channels % length):
         return None
     zero, whole = np.zeros(1, dtype=np.int64), np.full(1, length, dtype=np.int64)
     return Place(np.arange(blocks, dtype=np.int64) * length, zero, zero, whole, blocks, length, cut.numel)

@@ -24,6 +24,9 @@ __all__ = ["PARALLEL_ELEMENTS", "spread"]
 PARALLEL_ELEMENTS = 1 << 16
 """Below this a second thread takes longer to wake than it saves."""
 
+PART_ELEMENTS = 1 << 20
+"""Parts are about this large: a thread that starts late or has to wait leaves the rest to the others."""
+
 _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None
 _forked = False
@@ -47,7 +50,7 @@ def spread(work: Callable[[int, int], None], count: int, elements: int) -> None:
     if team is None:
         _in_our_pool(work, count, threads)
     else:
-        _in_team(team, work, count, threads)
+        _in_team(team, work, count, threads, min(count, max(threads, elements // PART_ELEMENTS)))
 
 
 @cache
@@ -64,18 +67,18 @@ def _openmp() -> Any:
     return None
 
 
-def _in_team(team: Any, work: Callable[[int, int], None], count: int, threads: int) -> None:
+def _in_team(team: Any, work: Callable[[int, int], None], count: int, threads: int, parts: int) -> None:
     raised: list[BaseException] = []
+    numbers = iter(range(parts))
 
-    def part(_: Any) -> None:
-        # a team may come out smaller than asked for
-        index, size = team.omp_get_thread_num(), team.omp_get_num_threads()
+    def take_parts(_: Any) -> None:
         try:
-            work(count * index // size, count * (index + 1) // size)
+            for i in numbers:  # shared: the interpreter lock sees to it that each number comes once
+                work(count * i // parts, count * (i + 1) // parts)
         except BaseException as error:  # must not end in a foreign frame; raised below
             raised.append(error)
 
-    team.GOMP_parallel(_Body(part), None, threads, 0)
+    team.GOMP_parallel(_Body(take_parts), None, threads, 0)
     if raised:
         raise raised[0]
 
