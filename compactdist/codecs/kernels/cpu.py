@@ -184,7 +184,7 @@ def _encode_rows(call: _Call, payload: Tensor) -> bool:
 
     def survey(loop: Callable[..., None], *after: Any) -> None:
         spread(
-            lambda lo, hi: loop(call.source, place, weighted, lo, hi, np.empty(channels, np.float32), stat, *after),
+            lambda lo, hi: loop(call.source, place, weighted, lo, hi, np.empty(channels + reference.LANES, np.float32), stat, *after),
             groups * tiles,
             layout.elements,
         )
@@ -213,6 +213,6 @@ def _encode_rows(call: _Call, payload: Tensor) -> bool:
         how = call.bits, codec.borders(), codec.level_table(), codec.fused == "trits"
         call.over_rows(loops.code_nearest, *how, *settled)
     elif call.out.size:
-        rest = t, c, *call.source[1:], tuple(call.place), call.limit
+        rest = 1, codec.level_table(), t, c, *call.source[1:], tuple(call.place), call.limit
         spread(lambda lo, hi: loops.apply_signs(call.packed, *rest, lo, hi, call.out), groups * rows, layout.elements)
     return True

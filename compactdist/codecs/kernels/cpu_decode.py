@@ -22,6 +22,13 @@ __all__ = ["decode_residual"]
 _LARGEST_SCALE = 2.0**90
 """With channel scales up to this, and t below 2, no product of the decoder leaves float32."""
 
+_LOOPS = {
+    "sign": loops.apply_signs,
+    "linear": loops.apply_integers,
+    "nearest": loops.apply_levels,
+    "trits": loops.apply_levels,
+}
+
 
 def decode_residual(
     codec: ScalarQuantizer,
@@ -61,14 +68,9 @@ def decode_residual(
     codes, bits = payload[: layout.codes_nbytes].numpy(), loop_bits(codec, place)
     if bits != codec.bits or codec.base3:
         codes = unpack_apart(codec, codes, layout.elements)
-    how: tuple[Any, ...]
-    if codec.fused == "sign":
-        loop, how = loops.apply_signs, ()
-    elif codec.fused == "linear":
-        loop, how = loops.apply_integers, ()
-    else:
-        loop, how = loops.apply_levels, (bits, codec.level_table())
+    loop = _LOOPS[codec.fused]
+    table = codec.level_table()
     rest = (t, wide, *expectation(base, velocity, out.dtype), tuple(place))
     limit, target = np.float32(torch.finfo(out.dtype).max), bits_of(out, out.dtype)
-    spread(lambda lo, hi: loop(codes, *how, *rest, limit, lo, hi, target), place.row_at.size, layout.elements)
+    spread(lambda lo, hi: loop(codes, bits, table, *rest, limit, lo, hi, target), place.row_at.size, layout.elements)
     return True

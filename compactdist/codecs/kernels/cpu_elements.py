@@ -14,7 +14,6 @@ import numba
 import numpy as np
 from numba.extending import overload
 
-from compactdist.codecs.kernels.cpu_vectors import as_u32
 from compactdist.codecs.kernels.reference import LANES
 
 Array = Any
@@ -50,7 +49,7 @@ def _widen_bf16(v: Any) -> Any:
     return _u32(_u32(v) << _u32(16)).view(_f32)
 
 
-def _widen_f16(v: Any) -> Any:
+def widen_f16(v: Any) -> Any:
     bits = _u32(_u32(v) & _u32(0xFFFF))
     sign = _u32(_u32(bits & _u32(0x8000)) << _u32(16))
     body = _u32(_u32(bits & _u32(0x7FFF)) << _u32(13))
@@ -77,7 +76,7 @@ def _narrow_finite_bf16(v: Any, like: Any) -> Any:
     return np.uint16(_u32(bits + _u32(0x7FFF) + _u32(_u32(bits >> _u32(16)) & _u32(1))) >> _u32(16))
 
 
-def _narrow_f16(v: Any, like: Any) -> Any:
+def narrow_f16(v: Any, like: Any) -> Any:
     bits = _f32(v).view(_u32)
     sign = _u32(_u32(bits >> _u32(16)) & _u32(0x8000))
     body = _u32(bits & _u32(0x7FFFFFFF))
@@ -90,8 +89,8 @@ def _narrow_f16(v: Any, like: Any) -> Any:
     return np.int16(np.uint16(out | sign))
 
 
-_WIDEN = {numba.float32: _widen_f32, numba.uint16: _widen_bf16, numba.int16: _widen_f16}
-_NARROW = {numba.float32: _narrow_f32, numba.uint16: _narrow_bf16, numba.int16: _narrow_f16}
+_WIDEN = {numba.float32: _widen_f32, numba.uint16: _widen_bf16, numba.int16: widen_f16}
+_NARROW = {numba.float32: _narrow_f32, numba.uint16: _narrow_bf16, numba.int16: narrow_f16}
 _NARROW_FINITE = {**_NARROW, numba.uint16: _narrow_finite_bf16}
 
 
@@ -164,17 +163,6 @@ def residual(
 
 
 @inlined
-def subtract(x: Pointer, at: int, limit: int, expected: Pointer, out: Pointer, n: int) -> None:
-    """``x`` less ``expected``, ``n`` elements from ``at`` on; zero past ``limit``."""
-    valid = max(0, min(n, limit - at))
-    a = _at(at)
-    for j in range(valid):
-        out[_at(j)] = _widen(x[a + _at(j)]) - expected[_at(j)]
-    for j in range(valid, n):
-        out[_at(j)] = _f32(0)
-
-
-@inlined
 def finish(expected: Pointer, change: Pointer, limit: Any, out: Pointer, at: int, end: int, n: int) -> None:
     """``out = expected + change``, ``n`` elements from ``at`` on that lie before ``end``, kept within ``limit``."""
     valid = max(0, min(n, end - at))
@@ -206,21 +194,6 @@ def _folded(lanes: Pointer) -> Any:
 
 
 @inlined
-def lane_sum(values: Pointer, at: int, n: int, lanes: Pointer) -> Any:
-    """Sum of the magnitudes of ``n`` values, in the order of ``reference.row_sums``."""
-    _clear(lanes)
-    whole = n // LANES
-    for k in range(whole):
-        o = _at(at + k * LANES)
-        for i in range(LANES):
-            lanes[_at(i)] += abs(values[o + _at(i)])
-    o = _at(at + whole * LANES)
-    for i in range(n - whole * LANES):
-        lanes[_at(i)] += abs(values[o + _at(i)])
-    return _folded(lanes)
-
-
-@inlined
 def lane_product(one: Pointer, other: Pointer, at: int, n: int, lanes: Pointer) -> Any:
     """Sum of the products of ``n`` values, in the same order."""
     _clear(lanes)
@@ -233,23 +206,6 @@ def lane_product(one: Pointer, other: Pointer, at: int, n: int, lanes: Pointer) 
     for i in range(n - whole * LANES):
         lanes[_at(i)] += one[o + _at(i)] * other[o + _at(i)]
     return _folded(lanes)
-
-
-@inlined
-def largest_of(bits: Pointer, at: int, n: int, cell: Pointer) -> Any:
-    """Largest magnitude of ``n`` values; infinity and NaN, which count as larger, come through.
-
-    Args:
-        bits: the values as uint32, whose order is that of magnitudes.
-        at: the first.
-        n: how many.
-        cell: a float32 to work with.
-    """
-    top = _u32(0)
-    for j in range(n):
-        top = max(top, _u32(bits[_at(at) + _at(j)] & _u32(0x7FFFFFFF)))
-    as_u32(cell)[0] = top
-    return cell[0]
 
 
 @inlined

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_elements import Array, Pointer, fold, inlined, jit, lane_sum, round_3_bits
-from compactdist.codecs.kernels.cpu_vectors import data_of, stack_floats
+from compactdist.codecs.kernels.cpu_elements import Array, Pointer, fold, inlined, jit, round_3_bits
+from compactdist.codecs.kernels.cpu_memory import data_of, load_first
+from compactdist.codecs.kernels.cpu_vectors import folded, magnitude, zeros
+from compactdist.codecs.kernels.reference import LANES
 from compactdist.codecs.kernels.reference import BF16_MAX_BITS, UE5M3_BIAS, UE5M3_FIRST_NONZERO_BITS
 from compactdist.codecs.kernels.reference import TILE_ROWS as TILE
 from compactdist.codecs.scales import LEVEL_OF_TRITS, SAFE_STATISTIC, SIGMA_OF_MEAN_MAGNITUDE, SMALLEST_SCALE
@@ -103,6 +105,15 @@ def _weight_of(stat: Array, weighted: bool, rows: int, group: int, sums: Array) 
 
 
 @inlined
+def sum_of(values: Pointer, n: int) -> Any:
+    """Sum of the magnitudes of ``n`` values, in the order of ``reference.row_sums``."""
+    lanes = zeros()
+    for j in range(0, n, LANES):
+        lanes = lanes + magnitude(load_first(values, j, n - j))
+    return folded(lanes)
+
+
+@inlined
 def _largest(values: Pointer, n: int) -> Any:
     top = _f32(0)
     for j in range(n):
@@ -146,7 +157,7 @@ def settle_channels(
         stored: uint16 bits of bfloat16, one for each scale.
     """
     tiles = (rows + TILE - 1) // TILE
-    weights, lanes = np.empty(tiles, np.float32), stack_floats()
+    weights = np.empty(tiles, np.float32)
     for group in range(norms.size):
         one = first[group * tiles * channels : (group + 1) * tiles * channels]
         two = second[group * tiles * channels : (group + 1) * tiles * channels] if second.size else second
@@ -162,10 +173,10 @@ def settle_channels(
         count = channels
         if shared:
             count, pointer = 1, data_of(one)
-            one[0] = _largest(pointer, channels) if kind == LINEAR else lane_sum(pointer, 0, channels, lanes)
+            one[0] = _largest(pointer, channels) if kind == LINEAR else sum_of(pointer, channels)
             weight = weight * _f32(channels)
             if two.size:
-                two[0] = lane_sum(data_of(two), 0, channels, lanes)
+                two[0] = sum_of(data_of(two), channels)
         for j in range(count):
             if kind == LINEAR:
                 scale = storable(one[j] / norm / _STEPS, True)
