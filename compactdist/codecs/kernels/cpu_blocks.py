@@ -13,17 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_elements import Array, Pointer, inlined, jit
-from compactdist.codecs.kernels.cpu_memory import (
-    data_of,
-    load_first,
-    pointers_of,
-    stack_floats,
-    store_codes,
-    store_mask,
-    table_at,
-)
-from compactdist.codecs.kernels.cpu_settle import gaussian, is_safe, over, storable
+from compactdist.codecs.kernels.cpu_elements import ROUNDING, Array, Pointer, inlined, jit
+from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, stack_floats, table_at
+from compactdist.codecs.kernels.cpu_packing import store_codes, store_mask
+from compactdist.codecs.kernels.cpu_settle import bf16_bits, gaussian, is_safe, over, storable
 from compactdist.codecs.kernels.cpu_steps import (
     change_by_level,
     change_by_sign,
@@ -35,6 +28,7 @@ from compactdist.codecs.kernels.cpu_steps import (
 )
 from compactdist.codecs.kernels.cpu_vectors import (
     as_floats,
+    bits_of,
     bits_of_magnitude,
     chosen,
     folded,
@@ -45,7 +39,6 @@ from compactdist.codecs.kernels.cpu_vectors import (
     no_bits,
     table_of,
     where,
-    whole_number,
     zeros,
 )
 from compactdist.codecs.kernels.reference import LANES
@@ -75,7 +68,6 @@ def _restore(
     n: int,
     at: int,
     numel: int,
-    limit: Any,
     out: Pointer,
 ) -> None:
     """What the receiver makes of the block of ``n`` elements that begins at ``at``."""
@@ -83,16 +75,16 @@ def _restore(
         have = min(n, numel - at) - j
         change = change_by(as_floats(c), packed, bits, table, at + j, n - j)
         expected = expected_at(source, at + j, have)
-        put(expected, change, limit, out, at + j, have)
+        put(expected, change, out, at + j, have)
 
 
 @jit
 def block_signs(
-    source: Any, place: Any, limit: Any, lo: int, hi: int, packed: Array, scales: Array, bad: Array, out: Array
+    lo: int, hi: int, source: Any, place: Any, packed: Array, stored: Array, bad: Array, out: Array
 ) -> None:
     """Blocks ``lo`` to ``hi``: sign codes, scales, and what the receiver makes of them; ``bad[0]`` for unsafe ones."""
     given = pointers_of(source)
-    n, numel, stats, table = place[5], place[6], stack_floats(), table_of((_f32(0),))
+    n, numel, stats, cs, table = place[5], place[6], stack_floats(), stack_floats(), table_of((_f32(0),))
     bytes_, outs = data_of(packed), data_of(out)
     unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
     for first in range(lo, hi, _BATCH):
@@ -106,30 +98,30 @@ def block_signs(
             stats[b] = folded(lanes)
         unsafe += _unsafe(stats, blocks)
         for b in range(blocks):
-            scales[first + b] = storable(stats[b] / _f32(n), False)
+            cs[b] = storable(stats[b] / _f32(n), False)
+            stored[first + b] = bf16_bits(cs[b])
         if out.size:
-            for b in range(first, first + blocks):
-                _restore(change_by_sign, bytes_, 1, table, scales[b], given, n, b * n, numel, limit, outs)
+            for b in range(blocks):
+                _restore(change_by_sign, bytes_, 1, table, cs[b], given, n, (first + b) * n, numel, outs)
     if unsafe:
         bad[0] = 1
 
 
 @jit
 def block_nearest(
+    lo: int,
+    hi: int,
     source: Any,
     place: Any,
+    packed: Array,
+    stored: Array,
+    bad: Array,
+    out: Array,
     bits: int,
     borders: Any,
     table: Array,
     widening: int,
     bound: Any,
-    limit: Any,
-    lo: int,
-    hi: int,
-    packed: Array,
-    scales: Array,
-    bad: Array,
-    out: Array,
 ) -> None:
     """The same for sign and magnitude; ``bound`` is what ``gaussian_scale`` holds c below, in mean magnitudes."""
     given = pointers_of(source)
@@ -160,30 +152,30 @@ def block_nearest(
             means[b], others[b] = folded(lanes), folded(squares)
         for b in range(blocks):
             fitted = storable(over(means[b], others[b]), False)
-            scales[first + b] = fitted if cs[b] > _f32(0) else cs[b]
+            cs[b] = fitted if cs[b] > _f32(0) else cs[b]
+            stored[first + b] = bf16_bits(cs[b])
         if out.size:
-            for b in range(first, first + blocks):
-                _restore(change_by_level, bytes_, bits, levels, scales[b], given, n, b * n, numel, limit, outs)
+            for b in range(blocks):
+                _restore(change_by_level, bytes_, bits, levels, cs[b], given, n, (first + b) * n, numel, outs)
     if unsafe:
         bad[0] = 1
 
 
 @jit
 def block_linear(
-    source: Any,
-    place: Any,
-    steps: Any,
-    limit: Any,
     lo: int,
     hi: int,
+    source: Any,
+    place: Any,
     packed: Array,
-    scales: Array,
+    stored: Array,
     bad: Array,
     out: Array,
+    steps: Any,
 ) -> None:
     """The same for integers up to ``steps``."""
     given = pointers_of(source)
-    n, numel, stats, table = place[5], place[6], stack_floats(), table_of((_f32(0),))
+    n, numel, stats, cs = place[5], place[6], stack_floats(), stack_floats()
     bytes_, outs = data_of(packed), data_of(out)
     unsafe = 0
     for first in range(lo, hi, _BATCH):
@@ -196,17 +188,18 @@ def block_linear(
             stats[b] = largest(bits)
         unsafe += _unsafe(stats, blocks)
         for b in range(blocks):
-            scales[first + b] = storable(stats[b] / steps, True)
-        for b in range(first, first + blocks):
-            at, c = b * n, scales[b]
+            cs[b] = storable(stats[b] / steps, True)
+            stored[first + b] = bf16_bits(cs[b])
+        for b in range(blocks):
+            at, c = (first + b) * n, cs[b]
             inverse = over(_f32(1), c)
             for j in range(0, n, LANES):
                 have = min(n, numel - at) - j
                 expected = expected_at(given, at + j, have)
                 value = load_first(given[0], at + j, have) - expected
-                whole = nearest_steps(magnitude(value) * inverse, value < _f32(0), steps)
-                store_codes(whole_number(whole), 8, bytes_, at + j, n - j)
+                whole = nearest_steps(value * inverse, steps)
+                store_codes(bits_of(whole), 8, bytes_, at + j, n - j)
                 if out.size:
-                    put(expected, (whole + _f32(0)) * c, limit, outs, at + j, have)
+                    put(expected, (whole - ROUNDING) * c, outs, at + j, have)
     if unsafe:
         bad[0] = 1

@@ -1,7 +1,7 @@
 """The second pass over the elements where scales belong to rows and channels, and the receiver's only one.
 
-What both ends compute is in the order of ``reference.py`` to the bit, so ``fastmath`` is out of the question. Sixty-four
-elements are read before any is written, for input and output may be the same memory.
+What both ends compute is in the order of ``reference.py`` to the bit, so ``fastmath`` is out of the question.
+Sixty-four elements are read before any is written, for input and output may be the same memory.
 
 A *place* is what tells where matrix elements lie: ``(row_at, chunk_at, chunk_from, chunk_len, rows, channels,
 numel)``, see ``places.py``. A *source* is ``(x, base, velocity, terms)``: bits, of which the first ``1 + terms`` are
@@ -17,9 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_elements import Array, inlined, jit
-from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, store_codes, table_at
+from compactdist.codecs.kernels.cpu_elements import ROUNDING, Array, inlined, jit
+from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, table_at
+from compactdist.codecs.kernels.cpu_packing import store_codes
 from compactdist.codecs.kernels.cpu_steps import (
+    AHEAD,
+    ask_for,
     change_by_integer,
     change_by_level,
     change_by_sign,
@@ -28,7 +31,7 @@ from compactdist.codecs.kernels.cpu_steps import (
     nearest_steps,
     put,
 )
-from compactdist.codecs.kernels.cpu_vectors import chosen, magnitude, whole_number
+from compactdist.codecs.kernels.cpu_vectors import bits_of, chosen, magnitude
 from compactdist.codecs.kernels.reference import LANES
 
 _f32 = np.float32
@@ -36,21 +39,20 @@ _f32 = np.float32
 
 @jit
 def code_nearest(
+    lo: int,
+    hi: int,
     source: Any,
     place: Any,
-    bits: int,
-    borders: Any,
-    table: Array,
-    trits: bool,
+    packed: Array,
+    out: Array,
     t: Array,
     inverse_t: Array,
     c: Array,
     inverse_c: Array,
-    limit: Any,
-    lo: int,
-    hi: int,
-    packed: Array,
-    out: Array,
+    bits: int,
+    borders: Any,
+    table: Array,
+    trits: bool,
 ) -> None:
     """For rows ``lo`` to ``hi``: codes of the nearest magnitude and the sign, and what the receiver makes of them.
 
@@ -65,6 +67,7 @@ def code_nearest(
             n, left, at = chunk_len[k], chunk_at[k], row_at[row] + chunk_from[k]
             for j in range(0, n, LANES):
                 count, have, s = n - j, min(n, numel - at) - j, first + left + j
+                ask_for(given, at + j + AHEAD)
                 expected = expected_at(given, at + j, have)
                 value = load_first(given[0], at + j, have) - expected
                 u = magnitude(value) * load_first(inverses, s, count) * inverse_weight
@@ -72,23 +75,22 @@ def code_nearest(
                 store_codes(codes, bits, bytes_, row * channels + left + j, count)
                 if out.size:
                     change = (load_first(cs, s, count) * weight) * chosen(levels, codes)
-                    put(expected, change, limit, outs, at + j, have)
+                    put(expected, change, outs, at + j, have)
 
 
 @jit
 def code_linear(
+    lo: int,
+    hi: int,
     source: Any,
     place: Any,
-    largest: Any,
+    packed: Array,
+    out: Array,
     t: Array,
     inverse_t: Array,
     c: Array,
     inverse_c: Array,
-    limit: Any,
-    lo: int,
-    hi: int,
-    packed: Array,
-    out: Array,
+    largest: Any,
 ) -> None:
     """For rows ``lo`` to ``hi``: the nearest integer of ``m / (t * c)`` with the sign of the element, in a byte."""
     given, bytes_, outs = pointers_of(source), data_of(packed), data_of(out)
@@ -100,35 +102,21 @@ def code_linear(
             n, left, at = chunk_len[k], chunk_at[k], row_at[row] + chunk_from[k]
             for j in range(0, n, LANES):
                 count, have, s = n - j, min(n, numel - at) - j, first + left + j
+                ask_for(given, at + j + AHEAD)
                 expected = expected_at(given, at + j, have)
                 value = load_first(given[0], at + j, have) - expected
-                u = magnitude(value) * load_first(inverses, s, count) * inverse_weight
-                steps = nearest_steps(u, value < _f32(0), largest)
-                store_codes(whole_number(steps), 8, bytes_, row * channels + left + j, count)
+                steps = nearest_steps(value * load_first(inverses, s, count) * inverse_weight, largest)
+                store_codes(bits_of(steps), 8, bytes_, row * channels + left + j, count)
                 if out.size:
-                    change = (load_first(cs, s, count) * weight) * (steps + _f32(0))  # a code has no -0
-                    put(expected, change, limit, outs, at + j, have)
+                    change = (load_first(cs, s, count) * weight) * (steps - ROUNDING)
+                    put(expected, change, outs, at + j, have)
 
 
 @inlined
-def _apply(
-    change_by: Any,
-    packed: Array,
-    bits: int,
-    table: Array,
-    t: Array,
-    c: Array,
-    base: Array,
-    velocity: Array,
-    terms: int,
-    place: Any,
-    limit: Any,
-    lo: int,
-    hi: int,
-    out: Array,
-) -> None:
+def _apply(lo: int, hi: int, change_by: Any, given: Any, place: Any, out: Array) -> None:
+    packed, bits, table, t, c, base, velocity, terms = given
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    given = data_of(base), data_of(base), data_of(velocity), terms
+    source = data_of(base), data_of(base), data_of(velocity), terms
     bytes_, outs, cs, levels = data_of(packed), data_of(out), data_of(c), table_at(data_of(table), 0)
     for row in range(lo, hi):
         weight, first = t[row], row // rows * channels
@@ -138,22 +126,25 @@ def _apply(
                 count, have = n - j, min(n, numel - at) - j
                 scale = load_first(cs, first + left + j, count) * weight
                 change = change_by(scale, bytes_, bits, levels, row * channels + left + j, count)
-                put(expected_at(given, at + j, have), change, limit, outs, at + j, have)
+                put(expected_at(source, at + j, have), change, outs, at + j, have)
 
 
 @jit
-def apply_signs(packed: Array, bits: int, table: Array, t: Array, c: Array, base: Array, velocity: Array, terms: int, place: Any, limit: Any, lo: int, hi: int, out: Array) -> None:
-    """For rows ``lo`` to ``hi``: ``out = expected + t * c`` or ``- t * c``, kept within ``limit`` and rounded."""
-    _apply(change_by_sign, packed, bits, table, t, c, base, velocity, terms, place, limit, lo, hi, out)
+def apply_signs(lo: int, hi: int, given: Any, place: Any, out: Array) -> None:
+    """For rows ``lo`` to ``hi``: ``out = expected + t * c`` or ``- t * c``, rounded and kept finite.
+
+    What is given: packed codes, their bits, the table of levels, t, c, base, velocity, and how many of the latter.
+    """
+    _apply(lo, hi, change_by_sign, given, place, out)
 
 
 @jit
-def apply_levels(packed: Array, bits: int, table: Array, t: Array, c: Array, base: Array, velocity: Array, terms: int, place: Any, limit: Any, lo: int, hi: int, out: Array) -> None:
+def apply_levels(lo: int, hi: int, given: Any, place: Any, out: Array) -> None:
     """The same for ``(t * c) * level``; codes below 16 choose among 16 levels."""
-    _apply(change_by_level, packed, bits, table, t, c, base, velocity, terms, place, limit, lo, hi, out)
+    _apply(lo, hi, change_by_level, given, place, out)
 
 
 @jit
-def apply_integers(packed: Array, bits: int, table: Array, t: Array, c: Array, base: Array, velocity: Array, terms: int, place: Any, limit: Any, lo: int, hi: int, out: Array) -> None:
+def apply_integers(lo: int, hi: int, given: Any, place: Any, out: Array) -> None:
     """The same for codes that are integers, a byte each, in two's complement."""
-    _apply(change_by_integer, packed, bits, table, t, c, base, velocity, terms, place, limit, lo, hi, out)
+    _apply(lo, hi, change_by_integer, given, place, out)

@@ -17,7 +17,17 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from compactdist.codecs.kernels.cpu_elements import inlined, narrow_f16, widen_f16
-from compactdist.codecs.kernels.cpu_vectors import FLOATS, HOST, INTS, MASK, TABLE, call, first_lanes, full
+from compactdist.codecs.kernels.cpu_vectors import (
+    FLOATS,
+    HALVES,
+    HOST,
+    INTS,
+    TABLE,
+    call,
+    every_nth,
+    first_lanes,
+    full,
+)
 from compactdist.codecs.kernels.reference import LANES
 
 _byte, _i16, _i64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
@@ -51,7 +61,7 @@ def stack_floats(typing_context: Any) -> Any:
     return types.CPointer(types.float32)(), build
 
 
-def _read(builder: Any, pointer: Any, kind: Any, count: Any = None) -> Any:
+def read(builder: Any, pointer: Any, kind: Any, count: Any = None) -> Any:
     """``kind`` from a pointer, or its first ``count`` elements and zeros."""
     pointer = builder.bitcast(pointer, kind.as_pointer())
     if count is None:
@@ -62,7 +72,8 @@ def _read(builder: Any, pointer: Any, kind: Any, count: Any = None) -> Any:
     return call(builder, f"llvm.masked.load.{_name(kind)}.p0", kind, pointer, mask, zeros)
 
 
-def _write(builder: Any, value: Any, pointer: Any, count: Any = None) -> None:
+def write(builder: Any, value: Any, pointer: Any, count: Any = None) -> None:
+    """Undo ``read``."""
     pointer = builder.bitcast(pointer, value.type.as_pointer())
     if count is None:
         builder.store(value, pointer).align = 1
@@ -80,15 +91,16 @@ def _by_lane(context: Any, builder: Any, function: Any, sig: Any, values: Any, r
     out = ir.Constant(ir.VectorType(result, LANES), ir.Undefined)
     for lane in range(LANES):
         at = ir.Constant(ir.IntType(32), lane)
-        one = context.compile_internal(builder, function, sig, [builder.extract_element(values, at)] * len(sig.args))
+        one = context.compile_internal(builder, function, sig, [builder.extract_element(values, at)])
         out = builder.insert_element(out, one, at)
     return out
 
 
 def _widened(context: Any, builder: Any, element: Any, loaded: Any) -> Any:
     if element == types.uint16:
-        wide = builder.zext(loaded, INTS.of)
-        return builder.bitcast(builder.shl(wide, full(16, INTS)), FLOATS.of)
+        zeros, lanes = ir.Constant(loaded.type, None), [at for j in range(LANES) for at in (LANES + j, j)]
+        lanes = ir.Constant(ir.VectorType(ir.IntType(32), 2 * LANES), lanes)
+        return builder.bitcast(builder.shuffle_vector(loaded, zeros, lanes), FLOATS.of)
     if element == types.int16 and HOST.get("f16c", False):
         return builder.fpext(builder.bitcast(loaded, ir.VectorType(ir.HalfType(), LANES)), FLOATS.of)
     if element == types.int16:
@@ -97,23 +109,37 @@ def _widened(context: Any, builder: Any, element: Any, loaded: Any) -> Any:
 
 
 def _narrowed(context: Any, builder: Any, element: Any, value: Any) -> Any:
+    if element == types.float32:
+        bits = builder.bitcast(value, INTS.of)
+        return builder.bitcast(_within(builder, bits, 0x7F7FFFFF), FLOATS.of)
     if element == types.uint16:
         bits = builder.bitcast(value, INTS.of)
         odd = builder.and_(builder.lshr(bits, full(16, INTS)), full(1, INTS))
-        rounded = builder.add(builder.add(bits, odd), full(0x7FFF, INTS))
-        return builder.trunc(builder.lshr(rounded, full(16, INTS)), ir.VectorType(_i16, LANES))
-    if element == types.int16 and HOST.get("f16c", False):
+        rounded = builder.add(builder.add(bits, full(0x7FFF, INTS)), odd)
+        return _within(builder, every_nth(builder, rounded, 16, 1), 0x7F7F)
+    if HOST.get("f16c", False):
         half = builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES))
-        return builder.bitcast(half, ir.VectorType(_i16, LANES))
-    if element == types.int16:
-        return _by_lane(context, builder, narrow_f16, types.int16(types.float32, types.float32), value, _i16)
-    return value
+        half = builder.bitcast(half, ir.VectorType(_i16, LANES))
+    else:
+        half = _by_lane(context, builder, narrow_f16, types.int16(types.float32), value, _i16)
+    return _within(builder, half, 0x7BFF)
+
+
+def _within(builder: Any, bits: Any, largest: int) -> Any:
+    """Bits of floats, infinities replaced by the largest numbers."""
+    width = bits.type.element.width
+    name = f"v{LANES}i{width}"
+    positive = ir.Constant(bits.type, [largest] * LANES)
+    negative = ir.Constant(bits.type, [largest | 1 << (width - 1)] * LANES)
+    # as signed integers negative floats are below all others, as unsigned ones above
+    bits = call(builder, f"llvm.smin.{name}", bits.type, bits, positive)
+    return call(builder, f"llvm.umin.{name}", bits.type, bits, negative)
 
 
 def _load(typing_context: Any, pointer: Any, at: Any, *count: Any) -> Any:
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         kind = ir.VectorType(context.get_value_type(pointer.dtype), LANES)
-        loaded = _read(builder, builder.gep(arguments[0], [arguments[1]]), kind, *arguments[2:])
+        loaded = read(builder, builder.gep(arguments[0], [arguments[1]]), kind, *arguments[2:])
         return _widened(context, builder, pointer.dtype, loaded)
 
     return signature(FLOATS, pointer, types.uintp, *count), build
@@ -121,11 +147,10 @@ def _load(typing_context: Any, pointer: Any, at: Any, *count: Any) -> Any:
 
 def _store(typing_context: Any, value: Any, pointer: Any, at: Any, *count: Any) -> Any:
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        narrow = _narrowed(context, builder, pointer.dtype, arguments[0])
-        _write(builder, narrow, builder.gep(arguments[1], [arguments[2]]), *arguments[3:])
+        write(builder, arguments[0], builder.gep(arguments[1], [arguments[2]]), *arguments[3:])
         return context.get_dummy_value()
 
-    return signature(types.void, FLOATS, pointer, types.uintp, *count), build
+    return signature(types.void, value, pointer, types.uintp, *count), build
 
 
 @intrinsic
@@ -141,13 +166,23 @@ def _load_first(typing_context: Any, pointer: Any, at: Any, count: Any) -> Any:
 
 @intrinsic
 def store(typing_context: Any, value: Any, pointer: Any, at: Any) -> Any:
-    """Sixty-four float32 to ``at`` and on, rounded to nearest even; finite in the type of the elements."""
+    """Sixty-four values to ``at`` and on: float32, or what ``rounded_for`` made for the type of the elements."""
     return _store(typing_context, value, pointer, at)
 
 
 @intrinsic
 def _store_first(typing_context: Any, value: Any, pointer: Any, at: Any, count: Any) -> Any:
     return _store(typing_context, value, pointer, at, types.int64)
+
+
+@intrinsic
+def rounded_for(typing_context: Any, pointer: Any, value: Any) -> Any:
+    """Float32 values rounded to nearest even to the type of the elements; infinities become its largest numbers."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return _narrowed(context, builder, pointer.dtype, arguments[1])
+
+    return signature(FLOATS if pointer.dtype == types.float32 else HALVES, pointer, FLOATS), build
 
 
 @inlined
@@ -166,117 +201,26 @@ def store_first(value: Any, pointer: Any, at: Any, count: int) -> None:
 
 
 @intrinsic
+def prefetch(typing_context: Any, pointer: Any, at: Any) -> Any:
+    """Ask for the cache lines of sixty-four elements; they need not exist."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        line = 64 // context.get_abi_sizeof(context.get_value_type(pointer.dtype))
+        numbers = [ir.Constant(ir.IntType(32), n) for n in (0, 3, 1)]  # to read, often, data
+        for start in range(0, LANES, line):
+            at = builder.add(arguments[1], ir.Constant(_i64, start))
+            where = builder.bitcast(builder.gep(arguments[0], [at]), _byte.as_pointer())
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), where, *numbers)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.uintp), build
+
+
+@intrinsic
 def table_at(typing_context: Any, pointer: Any, at: Any) -> Any:
     """Sixteen float32 from ``at`` on."""
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        return _read(builder, builder.gep(arguments[0], [arguments[1]]), TABLE.of)
+        return read(builder, builder.gep(arguments[0], [arguments[1]]), TABLE.of)
 
     return TABLE(types.CPointer(types.float32), types.uintp), build
-
-
-def _packed(builder: Any, bits: int, codes: Any) -> Any:
-    """Ints below ``2 ** bits``, or a mask, as bytes."""
-    if bits == 1:
-        return builder.bitcast(codes, ir.VectorType(_byte, LANES // 8))
-    count = LANES * bits // 8
-    narrow = builder.trunc(codes, ir.VectorType(_byte, LANES))
-    if bits == 8:
-        return narrow
-    groups = ir.VectorType(ir.IntType(64 // bits), count)
-    group = builder.bitcast(narrow, groups)
-    together = group
-    for k in range(1, 8 // bits):
-        shift = ir.Constant(groups, [k * (8 - bits)] * count)
-        together = builder.or_(together, builder.lshr(group, shift))
-    return builder.trunc(together, ir.VectorType(_byte, count))
-
-
-def _unpacked(builder: Any, bits: int, data: Any) -> Any:
-    if bits == 1:
-        return builder.bitcast(data, MASK.of)
-    if bits < 8:
-        count, width = LANES * bits // 8, 64 // bits
-        groups = ir.VectorType(ir.IntType(width), count)
-        group = builder.zext(data, groups)
-        apart = group
-        for k in range(1, 8 // bits):
-            shift = ir.Constant(groups, [k * (8 - bits)] * count)
-            apart = builder.or_(apart, builder.shl(group, shift))
-        kept = sum(((1 << bits) - 1) << at for at in range(0, width, 8))
-        data = builder.bitcast(builder.and_(apart, ir.Constant(groups, [kept] * count)), ir.VectorType(_byte, LANES))
-    return builder.zext(data, INTS.of)
-
-
-@intrinsic(prefer_literal=True)
-def _pack(typing_context: Any, codes: Any, bits: Any, pointer: Any, at: Any, count: Any) -> Any:
-    width = bits.literal_value
-
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        codes, _, pointer, at, count = arguments
-        data, where = _packed(builder, width, codes), builder.gep(pointer, [at])
-        whole = builder.icmp_signed(">=", count, ir.Constant(_i64, LANES))
-        with builder.if_else(whole, likely=True) as (all_lanes, some):
-            with all_lanes:
-                _write(builder, data, where)
-            with some:
-                _write(builder, data, where, builder.ashr(builder.mul(count, ir.Constant(_i64, width)), ir.Constant(_i64, 3)))
-        return context.get_dummy_value()
-
-    return signature(types.void, codes, bits, pointer, types.uintp, types.int64), build
-
-
-@intrinsic(prefer_literal=True)
-def _unpack(typing_context: Any, bits: Any, pointer: Any, at: Any, count: Any) -> Any:
-    width = bits.literal_value
-    kind = ir.VectorType(_byte, LANES * width // 8)
-
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        _, pointer, at, count = arguments
-        where = builder.gep(pointer, [at])
-        whole = builder.icmp_signed(">=", count, ir.Constant(_i64, LANES))
-        with builder.if_else(whole, likely=True) as (all_lanes, some):
-            with all_lanes:
-                one, after_one = _read(builder, where, kind), builder.block
-            with some:
-                size = builder.ashr(builder.mul(count, ir.Constant(_i64, width)), ir.Constant(_i64, 3))
-                other, after_other = _read(builder, where, kind, size), builder.block
-        data = builder.phi(kind)
-        data.add_incoming(one, after_one)
-        data.add_incoming(other, after_other)
-        return _unpacked(builder, width, data)
-
-    return signature(MASK if width == 1 else INTS, bits, pointer, types.uintp, types.int64), build
-
-
-@inlined
-def store_mask(mask: Any, out: Any, element: int, count: int) -> None:
-    """A bit for each of the first ``count`` lanes, to position ``element`` and on; both must fill their bytes."""
-    _pack(mask, 1, out, element >> 3, count)
-
-
-@inlined
-def mask_at(packed: Any, element: int, count: int) -> Any:
-    """Undo ``store_mask``."""
-    return _unpack(1, packed, element >> 3, count)
-
-
-@inlined
-def store_codes(codes: Any, bits: int, out: Any, element: int, count: int) -> None:
-    """Pack ints to 2, 4 or 8 bits each, the first lowest, as ``store_mask`` does."""
-    if bits == 2:
-        _pack(codes, 2, out, element >> 2, count)
-    elif bits == 4:
-        _pack(codes, 4, out, element >> 1, count)
-    else:
-        _pack(codes, 8, out, element, count)
-
-
-@inlined
-def codes_at(packed: Any, bits: int, element: int, count: int) -> Any:
-    """Undo ``store_codes``."""
-    if bits == 2:
-        return _unpack(2, packed, element >> 2, count)
-    if bits == 4:
-        return _unpack(4, packed, element >> 1, count)
-    return _unpack(8, packed, element, count)

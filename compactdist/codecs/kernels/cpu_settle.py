@@ -13,8 +13,7 @@ import numpy as np
 from compactdist.codecs.kernels.cpu_elements import Array, Pointer, fold, inlined, jit, round_3_bits
 from compactdist.codecs.kernels.cpu_memory import data_of, load_first
 from compactdist.codecs.kernels.cpu_vectors import folded, magnitude, zeros
-from compactdist.codecs.kernels.reference import LANES
-from compactdist.codecs.kernels.reference import BF16_MAX_BITS, UE5M3_BIAS, UE5M3_FIRST_NONZERO_BITS
+from compactdist.codecs.kernels.reference import BF16_MAX_BITS, LANES, UE5M3_BIAS, UE5M3_FIRST_NONZERO_BITS
 from compactdist.codecs.kernels.reference import TILE_ROWS as TILE
 from compactdist.codecs.scales import LEVEL_OF_TRITS, SAFE_STATISTIC, SIGMA_OF_MEAN_MAGNITUDE, SMALLEST_SCALE
 
@@ -39,6 +38,12 @@ def storable(c: Any, up: Any) -> Any:
 
 
 @inlined
+def bf16_bits(c: Any) -> Any:
+    """What is stored of a scale that ``storable`` gave."""
+    return np.uint16(min(_u32(_f32(c).view(_u32) >> _u32(16)), _BF16_MAX_BITS))
+
+
+@inlined
 def over(above: Any, below: Any) -> Any:
     """The quotient; 0 where there is nothing to divide by."""
     return above / below if below > _f32(0) else _f32(0)
@@ -57,6 +62,11 @@ def gaussian(energy: Any, mean: Any, weight: Any, bound: Any, widening: int) -> 
     overstated = np.sqrt(over(sigma * sigma * weight, energy))
     overstated = np.sqrt(overstated) if widening == 2 else overstated
     return storable(min(sigma * overstated, over(mean, weight) * bound), False)
+
+
+@inlined
+def _row_scale(code: int) -> Any:
+    return _u32((code + UE5M3_BIAS) << 20).view(_f32) if code else _f32(0)
 
 
 @jit
@@ -85,7 +95,7 @@ def settle_rows(stat: Array, weighted: bool, rows: int, codes: Array, t: Array, 
             code = ((bits + (1 << 19)) >> 20) - UE5M3_BIAS
             code = min(max(code, 1 if bits >= UE5M3_FIRST_NONZERO_BITS else 0), 255)
             codes[row] = np.uint8(code)
-            value = _u32((code + UE5M3_BIAS) << 20).view(_f32) if code else _f32(0)
+            value = _row_scale(code)
             t[row] = value
             inverse_t[row] = over(_f32(1), value)
     return True
@@ -187,8 +197,26 @@ def settle_channels(
             else:
                 sigma = storable(over(two[j], (one[j] * norm) * _SIGMA_OF_MEAN_MAGNITUDE), False)
                 scale = storable(sigma * _LEVEL_OF_TRITS, False)
-            bits = _u32(_f32(scale).view(_u32) >> _u32(16))
-            stored[group * count + j] = np.uint16(min(bits, _BF16_MAX_BITS))
+            stored[group * count + j] = bf16_bits(scale)
             for k in range(j, channels if shared else j + 1):
                 c[group * channels + k] = scale
                 inverse_c[group * channels + k] = over(_f32(1), scale)
+
+
+@jit
+def read_scales(stored: Array, repeat: int, largest: Any, c: Array) -> bool:
+    """Scales from bits of bfloat16, uint16, each ``repeat`` times; whether all lie between 0 and ``largest``."""
+    bad = 0
+    for j in range(stored.size):
+        scale = _u32(_u32(stored[j]) << _u32(16)).view(_f32)
+        bad += 0 if scale >= _f32(0) and scale <= largest else 1
+        for k in range(j * repeat, (j + 1) * repeat):
+            c[k] = scale
+    return bad == 0
+
+
+@jit
+def read_row_scales(codes: Array, t: Array) -> None:
+    """Row scales from their bytes, as ``reference.decode_ue5m3``."""
+    for row in range(codes.size):
+        t[row] = _row_scale(np.int64(codes[row]))

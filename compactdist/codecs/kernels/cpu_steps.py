@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from compactdist.codecs.kernels.cpu_elements import ROUNDING, Pointer, inlined
-from compactdist.codecs.kernels.cpu_memory import codes_at, load_first, mask_at, store_first
+from compactdist.codecs.kernels.cpu_memory import load_first, prefetch, rounded_for, store_first
+from compactdist.codecs.kernels.cpu_packing import codes_at, mask_at
 from compactdist.codecs.kernels.cpu_vectors import (
     HOST,
     chosen,
-    ints_of,
-    magnitude,
     negative,
+    no_bits,
     raised,
     signed_floats,
     table_of,
@@ -26,6 +26,9 @@ from compactdist.codecs.kernels.cpu_vectors import (
 )
 
 _u32, _f32 = np.uint32, np.float32
+
+AHEAD = 2048
+"""Elements between those that are computed and those that are asked for; measured, and anything near does."""
 _SEARCHES = HOST.get("avx512f", False)
 
 
@@ -48,32 +51,41 @@ def residual_at(source: Any, at: int, have: int) -> Any:
 
 
 @inlined
-def put(expected: Any, change: Any, limit: Any, out: Pointer, at: int, have: int) -> None:
-    """``out = expected + change``, kept within ``limit`` and rounded."""
-    y = expected + change
-    y = where(y > limit, limit, y)
-    store_first(where(y < -limit, -limit, y), out, at, have)
+def ask_for(source: Any, at: int) -> None:
+    """Ask for elements that are about to be needed: memory is read while the processor computes."""
+    x, base, velocity, terms = source
+    prefetch(x, at)
+    if terms:
+        prefetch(base, at)
+    if terms > 1:
+        prefetch(velocity, at)
+
+
+@inlined
+def put(expected: Any, change: Any, out: Pointer, at: int, have: int) -> None:
+    """``out = expected + change``, rounded and kept finite."""
+    store_first(rounded_for(out, expected + change), out, at, have)
 
 
 @inlined
 def nearest_codes(u: Any, below: Any, borders: Any, trits: bool) -> Any:
     """How many borders, a tuple, lie below ``u``, and the sign where ``below``: the bit above, or for trits 2 for 1."""
+    index = no_bits()
     if len(borders) == 7 and _SEARCHES:
-        index = raised(ints_of(u > borders[3]), u > borders[3], _u32(3))
+        index = raised(index, u > borders[3], _u32(4))
         index = raised(index, u > chosen(table_of(borders[1:]), index), _u32(2))
         index = raised(index, u > chosen(table_of(borders), index), _u32(1))
     else:
-        index = ints_of(u > borders[0])
-        for i in range(1, len(borders)):
+        for i in range(len(borders)):
             index = raised(index, u > borders[i], _u32(1))
     return raised(index, below, index) if trits else raised(index, below, _u32(len(borders) + 1))
 
 
 @inlined
-def nearest_steps(u: Any, below: Any, largest: Any) -> Any:
-    """The integers nearest to ``u``, at most ``largest``, negative where ``below``; still float32."""
-    steps = (where(u > largest, largest, u) + ROUNDING) - ROUNDING
-    return where(below, negative(steps), steps)
+def nearest_steps(u: Any, largest: Any) -> Any:
+    """The nearest integers, at most ``largest`` in magnitude, plus ``ROUNDING``: the lowest byte is the code."""
+    u = where(u > largest, largest, u)
+    return where(u < -largest, -largest, u) + ROUNDING
 
 
 @inlined

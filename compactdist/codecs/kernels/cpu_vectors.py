@@ -15,20 +15,20 @@ from typing import Any
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.core.datamodel import models
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, lower_cast, register_model
 
 from compactdist.codecs.kernels.reference import LANES
 
-HOST: dict[str, bool] = get_host_cpu_features()
-"""What this processor can do, by LLVM's names."""
+HOST: dict[str, bool] = get_host_cpu_features() if config.CPU_NAME is None else {}
+"""What this processor can do, by LLVM's names; nothing is assumed of one that the user names to Numba."""
 
 _float, _i32 = ir.FloatType(), ir.IntType(32)
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """The type of a vector of ``count`` LLVM values."""
 
     def __init__(self, name: str, element: Any, count: int) -> None:
@@ -37,13 +37,14 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Vector) -> None:
         super().__init__(manager, kind, kind.of)
 
 
 FLOATS = Vector("floats", _float, LANES)
 INTS = Vector("ints", _i32, LANES)
+HALVES = Vector("halves", ir.IntType(16), LANES)
 MASK = Vector("mask", ir.IntType(1), LANES)
 TABLE = Vector("table", _float, 16)
 
@@ -69,7 +70,7 @@ def _operator(symbol: Any, result: Vector, build: Callable[..., Any]) -> None:
     """Give a binary operator a meaning for floats, of which one may be a scalar."""
 
     @infer_global(symbol)
-    class _Typed(AbstractTemplate):  # type: ignore[misc]
+    class _Typed(AbstractTemplate):
         def generic(self, arguments: Any, keywords: Any) -> Any:
             known = FLOATS in arguments and set(arguments) <= {FLOATS, types.float32}
             return signature(result, FLOATS, FLOATS) if known else None
@@ -97,6 +98,14 @@ def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
 def _part(builder: Any, vector: Any, lanes: Any) -> Any:
     lanes = ir.Constant(ir.VectorType(_i32, len(lanes)), list(lanes))
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), lanes)
+
+
+def every_nth(builder: Any, vector: Any, width: int, first: int) -> Any:
+    """Half of each integer: of elements of ``width`` bits the ``first`` of every two."""
+    # one permutation of two registers where a truncation would take three steps
+    count = vector.type.count
+    halves = builder.bitcast(vector, ir.VectorType(ir.IntType(width), 2 * count))
+    return _part(builder, halves, range(first, 2 * count, 2))
 
 
 @intrinsic
@@ -158,24 +167,6 @@ def where(typing_context: Any, mask: Any, x: Any, y: Any) -> Any:
     """By lanes of the mask, ``x`` where set, else ``y``; floats, of which one may be a scalar, or ints."""
     kind = INTS if INTS in (x, y) else FLOATS
     return kind(MASK, kind, kind), lambda context, builder, sig, arguments: builder.select(*arguments)
-
-
-@intrinsic
-def word_of(typing_context: Any, mask: Any) -> Any:
-    """A mask as uint64, the first lane lowest."""
-    return types.uint64(MASK), lambda context, builder, sig, arguments: builder.bitcast(*arguments, ir.IntType(64))
-
-
-@intrinsic
-def mask_of(typing_context: Any, word: Any) -> Any:
-    """Undo ``word_of``."""
-    return MASK(types.uint64), lambda context, builder, sig, arguments: builder.bitcast(*arguments, MASK.of)
-
-
-@intrinsic
-def ints_of(typing_context: Any, mask: Any) -> Any:
-    """1 in the lanes of a mask, 0 in others."""
-    return INTS(MASK), lambda context, builder, sig, arguments: builder.zext(*arguments, INTS.of)
 
 
 @intrinsic
@@ -248,9 +239,9 @@ def folded(typing_context: Any, x: Any) -> Any:
 
 
 @intrinsic
-def whole_number(typing_context: Any, x: Any) -> Any:
-    """Floats that are integers as ints."""
-    return INTS(FLOATS), lambda context, builder, sig, arguments: builder.fptosi(*arguments, INTS.of)
+def bits_of(typing_context: Any, x: Any) -> Any:
+    """The bits of floats."""
+    return INTS(FLOATS), lambda context, builder, sig, arguments: builder.bitcast(*arguments, INTS.of)
 
 
 @intrinsic
