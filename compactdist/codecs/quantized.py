@@ -14,12 +14,9 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from compactdist.codecs import affine
@@ -237,20 +234,6 @@ class ScalarQuantizer(Codec):
 
     def _whole(self, shape: Sequence[int]) -> WholeTensor:
         return WholeTensor.of(shape, in_blocks=self.scales == "block")
-
-    def level_table(self) -> NDArray[np.float32]:
-        """The level of every code of a table codec, float32 ``(16,)``; zero past the last code."""
-        table, count = np.zeros(16, np.float32), len(self.magnitudes)
-        levels = np.array(self.magnitudes, np.float32)
-        if self.fused == "trits":
-            table[:3] = levels[0], levels[1], -levels[1]
-        else:
-            table[:count], table[count : 2 * count] = levels, -levels
-        return table
-
-    def borders(self) -> tuple[np.float32, ...]:
-        """The borders between the magnitudes."""
-        return tuple(np.float32((low + high) / 2) for low, high in pairwise(self.magnitudes))
 
     def channel_scale(self, energy: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
         """The channel scale for a table of magnitudes, from sums as ``scales.gaussian_scale`` takes them."""

@@ -101,7 +101,7 @@ def gaussian_scale(
         overstated = kernels.divide_or_zero(sigma * sigma * weight, energy)
         limit = kernels.divide_or_zero(mean, weight) * (LARGEST_OF_MEAN / smallest_level)
         for _ in range(widening):
-            overstated = overstated.sqrt()
+            overstated = overstated.double().sqrt().float()  # torch's in float32 is not always rounded to nearest
         sigma = torch.minimum(sigma * overstated, limit)
     return storable_scale(sigma)
 

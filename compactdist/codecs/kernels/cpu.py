@@ -16,14 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compactdist.codecs import scales
 from compactdist.codecs.kernels import cpu_blocks, reference
 from compactdist.codecs.kernels import cpu_loops as loops
 from compactdist.codecs.kernels import cpu_surveys as surveys
-from compactdist.codecs.kernels.cpu_common import BIT_TYPES, bits_of, expectation, loop_bits, pack_apart, place_for
+from compactdist.codecs.kernels.cpu_common import BIT_TYPES, Plan, bits_of, expectation, pack_apart, plan_for
 from compactdist.codecs.kernels.cpu_decode import decode_residual
 from compactdist.codecs.kernels.cpu_settle import LINEAR, NEAREST, SIGN, TRITS, settle_channels, settle_rows
-from compactdist.codecs.kernels.places import Place
 from compactdist.codecs.kernels.threads import spread
 from compactdist.codecs.layout import Layout
 
@@ -39,23 +37,22 @@ _KINDS = {"sign": SIGN, "nearest": NEAREST, "trits": TRITS, "linear": LINEAR}
 
 class _Call(NamedTuple):
     codec: ScalarQuantizer
-    layout: Layout
-    place: Place
+    plan: Plan
     source: tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]
     packed: NDArray[np.uint8]
+    written: NDArray[np.uint8]
     out: NDArray[Any]
-    limit: np.float32
 
     @property
-    def bits(self) -> int:
-        """Width of the codes that the loops write."""
-        return loop_bits(self.codec, self.place)
+    def stored(self) -> NDArray[np.uint16]:
+        """Where the channel scales belong in the payload."""
+        layout = self.plan.layout
+        nbytes = 2 * layout.groups * layout.channel_scales_per_group
+        return self.written[layout.channel_scales_at :][:nbytes].view(np.uint16)
 
-    def over_rows(self, loop: Callable[..., None], *before: Any) -> None:
-        """Run a loop that goes by rows, all of them."""
-        count, size = self.place.row_at.size, self.layout.elements
-        source, place = self.source, tuple(self.place)
-        spread(lambda lo, hi: loop(source, place, *before, lo, hi, self.packed, self.out), count, size)
+    def spread(self, loop: Callable[..., None], *arguments: Any) -> None:
+        """Run a loop that goes by rows or blocks, all of them; ``(lo, hi)`` come first among its arguments."""
+        spread(lambda lo, hi: loop(lo, hi, *arguments), self.plan.row_count, self.plan.layout.elements)
 
 
 def supports(codec: ScalarQuantizer, cut: Cut, *tensors: Tensor | None) -> bool:
@@ -65,13 +62,11 @@ def supports(codec: ScalarQuantizer, cut: Cut, *tensors: Tensor | None) -> bool:
         return False
     if given[0].dtype not in BIT_TYPES or any(tensor.dtype != given[0].dtype for tensor in given):
         return False
-    place = place_for(codec, cut)
-    if place is None:
-        return False
-    if codec.layout_of(cut.shape).rows == 1 and codec.base3:
+    plan = plan_for(codec, cut)
+    if plan is None or (plan.layout.rows == 1 and codec.base3):
         return False
     # signs are packed as they are found, so they have to fill their bytes
-    return codec.fused != "sign" or loop_bits(codec, place) == 1
+    return codec.fused != "sign" or not plan.apart
 
 
 def encode_residual(
@@ -98,96 +93,64 @@ def encode_residual(
         The payload, or ``None`` if the residual is not finite or too close to the ends of float32. ``out`` may have
         been written to then, unless it is ``base``.
     """
-    layout = codec.layout_of(cut.shape)
-    place = place_for(codec, cut)
-    assert place is not None  # supports() said so
+    plan = plan_for(codec, cut)
+    assert plan is not None  # supports() said so
+    layout = plan.layout
     if payload is None:
         payload = torch.empty(layout.total_nbytes, dtype=torch.uint8)
-    _clear_padding(payload, layout)
-    codes = payload[: layout.codes_nbytes].numpy()
-    own = loop_bits(codec, place) == codec.bits and not codec.base3
-    call = _Call(
-        codec,
-        layout,
-        place,
-        (bits_of(x, x.dtype), *expectation(base, velocity, x.dtype)),
-        codes if own else np.empty(layout.elements, np.uint8),
-        bits_of(out, x.dtype),
-        np.float32(torch.finfo(x.dtype).max),
-    )
-    if layout.rows == 1:
-        in_place = out is not None and base is not None and out.data_ptr() == base.data_ptr()
-        return _encode_blocks(call, payload, codes, base, cut, out, in_place, velocity)
-    if not _encode_rows(call, payload):
+    written = payload.numpy()
+    _clear_padding(written, layout)
+    codes = written[: layout.codes_nbytes]
+    packed = np.empty(layout.elements, np.uint8) if plan.apart else codes
+    source = bits_of(x, x.dtype), *expectation(base, velocity, x.dtype)
+    call = _Call(codec, plan, source, packed, written, bits_of(out, x.dtype))
+    in_place = out is not None and base is not None and out.data_ptr() == base.data_ptr()
+    if not (_encode_blocks(call, in_place) if layout.rows == 1 else _encode_rows(call)):
         return None
-    if not own:
-        pack_apart(codec, call.packed, codes)
-    return payload
-
-
-def _encode_blocks(
-    call: _Call,
-    payload: Tensor,
-    codes: NDArray[np.uint8],
-    base: Tensor | None,
-    cut: Cut,
-    out: Tensor | None,
-    in_place: bool,
-    velocity: Tensor | None,
-) -> Tensor | None:
-    codec, place = call.codec, call.place
-    found, bad = np.empty(place.row_at.size, np.float32), np.zeros(1, np.uint8)
-    # the base must be whole if a later block turns out not to be finite
-    target = call.out[:0] if in_place else call.out
-    rounding: tuple[Any, ...]
-    if codec.fused == "sign":
-        loop, rounding = cpu_blocks.block_signs, ()
-    elif codec.fused == "linear":
-        loop, rounding = cpu_blocks.block_linear, (_LARGEST_STEP,)
-    else:
-        bound = np.float32(scales.LARGEST_OF_MEAN / codec.magnitudes[0])
-        loop = cpu_blocks.block_nearest
-        rounding = call.bits, codec.borders(), codec.level_table(), codec.widening, bound
-    given = call.source, tuple(place), *rounding, call.limit
-    spread(
-        lambda lo, hi: loop(*given, lo, hi, call.packed, found, bad, target), place.row_at.size, call.layout.elements
-    )
-    if bad[0]:
-        return None
-    if call.packed is not codes:
-        pack_apart(codec, call.packed, codes)
-    _put_channel_scales(payload, call.layout, torch.from_numpy(found))
-    if in_place and out is not None:
+    if plan.apart:
+        pack_apart(codec, packed, codes)
+    if layout.rows == 1 and in_place and out is not None:
         decode_residual(codec, payload, base, cut, out, velocity)
     return payload
 
 
-def _put_channel_scales(payload: Tensor, layout: Layout, c: Tensor) -> None:
-    c_bytes = reference.encode_bf16(c)
-    payload[layout.channel_scales_at :][: c_bytes.numel()] = c_bytes
+def _clear_padding(written: NDArray[np.uint8], layout: Layout) -> None:
+    written[layout.codes_nbytes : layout.row_scales_at] = 0
+    written[layout.row_scales_at + layout.row_scale_count : layout.channel_scales_at] = 0
+    written[layout.channel_scales_at + 2 * layout.groups * layout.channel_scales_per_group :] = 0
 
 
-def _clear_padding(payload: Tensor, layout: Layout) -> None:
-    payload[layout.codes_nbytes : layout.row_scales_at].zero_()
-    payload[layout.row_scales_at + layout.row_scale_count : layout.channel_scales_at].zero_()
-    payload[layout.channel_scales_at + 2 * layout.groups * layout.channel_scales_per_group :].zero_()
+def _encode_blocks(call: _Call, in_place: bool) -> bool:
+    """Fill in codes and scales and, unless in place, the receiver's values; false to decline."""
+    codec, plan, bad = call.codec, call.plan, np.zeros(1, np.uint8)
+    # the base must be whole if a later block turns out not to be finite
+    given = call.source, plan.place, call.packed, call.stored, bad, call.out[:0] if in_place else call.out
+    if codec.fused == "sign":
+        call.spread(cpu_blocks.block_signs, *given)
+    elif codec.fused == "linear":
+        call.spread(cpu_blocks.block_linear, *given, _LARGEST_STEP)
+    else:
+        call.spread(cpu_blocks.block_nearest, *given, plan.bits, plan.borders, plan.table, codec.widening, plan.bound)
+    return not bad[0]
 
 
-def _encode_rows(call: _Call, payload: Tensor) -> bool:
+def _encode_rows(call: _Call) -> bool:
     """Fill in codes, scales and the receiver's values; false to decline."""
-    codec, layout, place = call.codec, call.layout, tuple(call.place)
+    codec, plan = call.codec, call.plan
+    layout, place = plan.layout, plan.place
     groups, rows, channels = layout.groups, layout.rows, layout.channels
     tiles = -(-rows // reference.TILE_ROWS)
     stat, weighted = np.empty(groups * rows, np.float32), bool(layout.row_scale_count)
-    first = np.empty(groups * tiles * channels, np.float32)
-    second = np.empty(first.size if codec.fused in ("nearest", "trits") else 0, np.float32)
+    # arrays of torch begin a cache line, those of NumPy need not
+    first = torch.empty(groups * tiles * channels).numpy()
+    second = torch.empty(first.size if codec.fused in ("nearest", "trits") else 0).numpy()
 
     def survey(loop: Callable[..., None], *after: Any) -> None:
-        spread(
-            lambda lo, hi: loop(call.source, place, weighted, lo, hi, np.empty(channels, np.float32), stat, *after),
-            groups * tiles,
-            layout.elements,
-        )
+        def some_tiles(lo: int, hi: int) -> None:
+            row = torch.empty(channels + reference.LANES).numpy()
+            loop(lo, hi, call.source, place, weighted, row, stat, *after)
+
+        spread(some_tiles, groups * tiles, layout.elements)
 
     if codec.fused == "sign":
         survey(surveys.survey_signs, first, call.packed)
@@ -196,23 +159,18 @@ def _encode_rows(call: _Call, payload: Tensor) -> bool:
     else:
         survey(surveys.survey_moments, first, second)
     t, inverse_t = np.ones(groups * rows, np.float32), np.ones(groups * rows, np.float32)
-    norms, written = np.empty(groups, np.float32), payload.numpy()
-    row_bytes = written[layout.row_scales_at : layout.row_scales_at + layout.row_scale_count]
+    norms, stored = np.empty(groups, np.float32), call.stored
+    row_bytes = call.written[layout.row_scales_at : layout.row_scales_at + layout.row_scale_count]
     if not settle_rows(stat, weighted, rows, row_bytes, t, inverse_t, norms):
         return False
-    per_group = layout.channel_scales_per_group
-    stored = written[layout.channel_scales_at :][: 2 * groups * per_group].view(np.uint16)
-    c, inverse_c = np.empty(groups * channels, np.float32), np.empty(groups * channels, np.float32)
-    bound = np.float32(scales.LARGEST_OF_MEAN / codec.magnitudes[0] if codec.fused == "nearest" else 0)
-    sums = stat, weighted, rows, channels, norms, first, second, bound, codec.widening
-    settle_channels(_KINDS[codec.fused], *sums, per_group == 1, c, inverse_c, stored)
-    settled = t, inverse_t, c, inverse_c, call.limit
+    c, inverse_c = torch.empty(2, groups * channels).numpy()
+    sums, shared = (norms, first, second, plan.bound, codec.widening), layout.channel_scales_per_group == 1
+    settle_channels(_KINDS[codec.fused], stat, weighted, rows, channels, *sums, shared, c, inverse_c, stored)
+    given, settled = (call.source, place, call.packed, call.out), (t, inverse_t, c, inverse_c)
     if codec.fused == "linear":
-        call.over_rows(loops.code_linear, _LARGEST_STEP, *settled)
+        call.spread(loops.code_linear, *given, *settled, _LARGEST_STEP)
     elif codec.fused != "sign":
-        how = call.bits, codec.borders(), codec.level_table(), codec.fused == "trits"
-        call.over_rows(loops.code_nearest, *how, *settled)
+        call.spread(loops.code_nearest, *given, *settled, plan.bits, plan.borders, plan.table, codec.fused == "trits")
     elif call.out.size:
-        rest = t, c, *call.source[1:], tuple(call.place), call.limit
-        spread(lambda lo, hi: loops.apply_signs(call.packed, *rest, lo, hi, call.out), groups * rows, layout.elements)
+        call.spread(loops.apply_signs, (call.packed, 1, plan.table, t, c, *call.source[1:]), place, call.out)
     return True

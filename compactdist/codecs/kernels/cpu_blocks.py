@@ -13,26 +13,39 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_codes import look_up, nearest_index, nearest_step, pack, pack_signs
-from compactdist.codecs.kernels.cpu_elements import (
-    Array,
-    Pointer,
-    finish,
-    inlined,
-    jit,
-    lane_product,
-    lane_sum,
-    largest_of,
-    predict,
-    subtract,
+from compactdist.codecs.kernels.cpu_elements import ROUNDING, Array, Pointer, inlined, jit
+from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, stack_floats, table_at
+from compactdist.codecs.kernels.cpu_packing import store_codes, store_mask
+from compactdist.codecs.kernels.cpu_settle import bf16_bits, gaussian, is_safe, over, storable
+from compactdist.codecs.kernels.cpu_steps import (
+    change_by_level,
+    change_by_sign,
+    expected_at,
+    nearest_codes,
+    nearest_steps,
+    put,
+    residual_at,
 )
-from compactdist.codecs.kernels.cpu_settle import gaussian, is_safe, over, storable
-from compactdist.codecs.kernels.cpu_vectors import STACK_ELEMENTS, as_u32, data_of, stack_codes, stack_floats
+from compactdist.codecs.kernels.cpu_vectors import (
+    as_floats,
+    bits_of,
+    bits_of_magnitude,
+    chosen,
+    folded,
+    lane_mask,
+    larger,
+    largest,
+    magnitude,
+    no_bits,
+    table_of,
+    where,
+    zeros,
+)
+from compactdist.codecs.kernels.reference import LANES
 
 _BATCH = 16
-_USUAL = 128
 
-_u32, _f32, _at = np.uint32, np.float32, np.uintp
+_f32 = np.float32
 
 
 @inlined
@@ -40,193 +53,153 @@ def _unsafe(stats: Pointer, count: int) -> Any:
     """Whether sums and squares of some block leave float32, or are not finite."""
     unsafe = 0
     for b in range(count):
-        unsafe += 0 if is_safe(stats[_at(b)]) else 1
+        unsafe += 0 if is_safe(stats[b]) else 1
     return unsafe
 
 
 @inlined
-def _signs(
-    source: Any, place: Any, limit: Any, lo: int, hi: int, packed: Array, scales: Array, bad: Array, out: Array, n: int
+def _restore(
+    change_by: Any,
+    packed: Pointer,
+    bits: int,
+    table: Any,
+    c: Any,
+    source: Any,
+    n: int,
+    at: int,
+    numel: int,
+    out: Pointer,
 ) -> None:
-    x, base, velocity, terms = source
-    numel = place[6]
-    xs, bases, velocities, bytes_, outs = data_of(x), data_of(base), data_of(velocity), data_of(packed), data_of(out)
-    values, expected, lanes, codes = stack_floats(), stack_floats(), stack_floats(), stack_codes()
-    stats, step = stack_floats(), min(_BATCH, STACK_ELEMENTS // n)
-    unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
-    for first in range(lo, hi, step):
-        blocks, at = min(step, hi - first), first * n
-        predict(bases, velocities, terms, at, numel, expected, blocks * n)
-        subtract(xs, at, numel, expected, values, blocks * n)
-        for b in range(blocks):
-            stats[_at(b)] = lane_sum(values, b * n, n, lanes)
-        unsafe += _unsafe(stats, blocks)
-        pack_signs(values, blocks * n, bytes_, at, codes)
-        for b in range(blocks):
-            c, o = storable(stats[_at(b)] / _f32(n), False), _at(b * n)
-            scales[first + b] = c
-            for j in range(n):
-                values[o + _at(j)] = c if values[o + _at(j)] >= _f32(0) else -c
-        if out.size:
-            finish(expected, values, limit, outs, at, numel, blocks * n)
-    if unsafe:
-        bad[0] = 1
+    """What the receiver makes of the block of ``n`` elements that begins at ``at``."""
+    for j in range(0, n, LANES):
+        have = min(n, numel - at) - j
+        change = change_by(as_floats(c), packed, bits, table, at + j, n - j)
+        expected = expected_at(source, at + j, have)
+        put(expected, change, out, at + j, have)
 
 
 @jit
 def block_signs(
-    source: Any, place: Any, limit: Any, lo: int, hi: int, packed: Array, scales: Array, bad: Array, out: Array
+    lo: int, hi: int, source: Any, place: Any, packed: Array, stored: Array, bad: Array, out: Array
 ) -> None:
     """Blocks ``lo`` to ``hi``: sign codes, scales, and what the receiver makes of them; ``bad[0]`` for unsafe ones."""
-    if place[5] == _USUAL:  # loops of a length that the compiler knows are a quarter faster
-        _signs(source, place, limit, lo, hi, packed, scales, bad, out, _USUAL)
-    else:
-        _signs(source, place, limit, lo, hi, packed, scales, bad, out, place[5])
-
-
-@inlined
-def _nearest(
-    source: Any,
-    place: Any,
-    bits: int,
-    borders: Any,
-    table: Array,
-    widening: int,
-    bound: Any,
-    limit: Any,
-    lo: int,
-    hi: int,
-    packed: Array,
-    scales: Array,
-    bad: Array,
-    out: Array,
-    n: int,
-) -> None:
-    x, base, velocity, terms = source
-    numel = place[6]
-    xs, bases, velocities, bytes_, outs = data_of(x), data_of(base), data_of(velocity), data_of(packed), data_of(out)
-    values, expected, lanes, codes = stack_floats(), stack_floats(), stack_floats(), stack_codes()
-    levels, every, length, sign = stack_floats(), data_of(table), _f32(n), _u32(len(borders) + 1)
-    means, others, cs, step = stack_floats(), stack_floats(), stack_floats(), min(_BATCH, STACK_ELEMENTS // n)
+    given = pointers_of(source)
+    n, numel, stats, cs, table = place[5], place[6], stack_floats(), stack_floats(), table_of((_f32(0),))
+    bytes_, outs = data_of(packed), data_of(out)
     unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
-    for first in range(lo, hi, step):
-        blocks, at = min(step, hi - first), first * n
-        predict(bases, velocities, terms, at, numel, expected, blocks * n)
-        subtract(xs, at, numel, expected, values, blocks * n)
+    for first in range(lo, hi, _BATCH):
+        blocks = min(_BATCH, hi - first)
         for b in range(blocks):
-            means[_at(b)] = lane_sum(values, b * n, n, lanes)
-            others[_at(b)] = lane_product(values, values, b * n, n, lanes)
-        unsafe += _unsafe(means, blocks)
+            at, lanes = (first + b) * n, zeros()
+            for j in range(0, n, LANES):
+                value = residual_at(given, at + j, min(n, numel - at) - j)
+                lanes = lanes + magnitude(value)
+                store_mask(value >= _f32(0), bytes_, at + j, n - j)
+            stats[b] = folded(lanes)
+        unsafe += _unsafe(stats, blocks)
         for b in range(blocks):
-            mean, energy = means[_at(b)], others[_at(b)]
-            cs[_at(b)] = gaussian(energy, mean, length, bound, widening)
-        for b in range(blocks):
-            inverse, o = over(_f32(1), cs[_at(b)]), _at(b * n)
-            for j in range(n):
-                index = nearest_index(abs(values[o + _at(j)]) * inverse, borders)
-                codes[o + _at(j)] = np.uint8(_u32(index | sign) if values[o + _at(j)] < _f32(0) else index)
-        look_up(codes, every, blocks * n, levels)
-        pack(codes, bits, blocks * n, bytes_, at)
-        for b in range(blocks):
-            means[_at(b)] = lane_product(values, levels, b * n, n, lanes)
-            others[_at(b)] = lane_product(levels, levels, b * n, n, lanes)
-        for b in range(blocks):
-            fitted = storable(over(means[_at(b)], others[_at(b)]), False)
-            cs[_at(b)] = fitted if cs[_at(b)] > _f32(0) else cs[_at(b)]
-        for b in range(blocks):
-            c, o = cs[_at(b)], _at(b * n)
-            scales[first + b] = c
-            for j in range(n):
-                levels[o + _at(j)] = c * levels[o + _at(j)]
+            cs[b] = storable(stats[b] / _f32(n), False)
+            stored[first + b] = bf16_bits(cs[b])
         if out.size:
-            finish(expected, levels, limit, outs, at, numel, blocks * n)
+            for b in range(blocks):
+                _restore(change_by_sign, bytes_, 1, table, cs[b], given, n, (first + b) * n, numel, outs)
     if unsafe:
         bad[0] = 1
 
 
 @jit
 def block_nearest(
+    lo: int,
+    hi: int,
     source: Any,
     place: Any,
+    packed: Array,
+    stored: Array,
+    bad: Array,
+    out: Array,
     bits: int,
     borders: Any,
     table: Array,
     widening: int,
     bound: Any,
-    limit: Any,
-    lo: int,
-    hi: int,
-    packed: Array,
-    scales: Array,
-    bad: Array,
-    out: Array,
 ) -> None:
     """The same for sign and magnitude; ``bound`` is what ``gaussian_scale`` holds c below, in mean magnitudes."""
-    if place[5] == _USUAL:  # loops of a length that the compiler knows are a quarter faster
-        _nearest(source, place, bits, borders, table, widening, bound, limit, lo, hi, packed, scales, bad, out, _USUAL)
-    else:
-        _nearest(
-            source, place, bits, borders, table, widening, bound, limit, lo, hi, packed, scales, bad, out, place[5]
-        )
-
-
-@inlined
-def _linear(
-    source: Any,
-    place: Any,
-    largest: Any,
-    limit: Any,
-    lo: int,
-    hi: int,
-    packed: Array,
-    scales: Array,
-    bad: Array,
-    out: Array,
-    n: int,
-) -> None:
-    x, base, velocity, terms = source
-    numel = place[6]
-    xs, bases, velocities, bytes_, outs = data_of(x), data_of(base), data_of(velocity), data_of(packed), data_of(out)
-    values, expected, cell, stats = stack_floats(), stack_floats(), stack_floats(), stack_floats()
-    pattern, step = as_u32(values), min(_BATCH, STACK_ELEMENTS // n)
-    unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
-    for first in range(lo, hi, step):
-        blocks, at = min(step, hi - first), first * n
-        predict(bases, velocities, terms, at, numel, expected, blocks * n)
-        subtract(xs, at, numel, expected, values, blocks * n)
+    given = pointers_of(source)
+    n, numel, means, others, levels = place[5], place[6], stack_floats(), stack_floats(), table_at(data_of(table), 0)
+    bytes_, outs = data_of(packed), data_of(out)
+    cs, unsafe = stack_floats(), 0
+    for first in range(lo, hi, _BATCH):
+        blocks = min(_BATCH, hi - first)
         for b in range(blocks):
-            stats[_at(b)] = largest_of(pattern, b * n, n, cell)
-        unsafe += _unsafe(stats, blocks)
+            at, lanes, squares = (first + b) * n, zeros(), zeros()
+            for j in range(0, n, LANES):
+                value = residual_at(given, at + j, min(n, numel - at) - j)
+                lanes, squares = lanes + magnitude(value), squares + value * value
+            means[b], others[b] = folded(lanes), folded(squares)
+        unsafe += _unsafe(means, blocks)
         for b in range(blocks):
-            c, o = storable(stats[_at(b)] / largest, True), _at(b * n)
-            scales[first + b] = c
-            inverse, p = over(_f32(1), c), _at(at) + o
-            for j in range(n):
-                value = values[o + _at(j)]
-                steps = nearest_step(abs(value) * inverse, largest, value)
-                bytes_[p + _at(j)] = np.uint8(np.int32(steps))
-                values[o + _at(j)] = c * (steps + _f32(0))
+            cs[b] = gaussian(others[b], means[b], _f32(n), bound, widening)
+        for b in range(blocks):
+            at, inverse, lanes, squares = (first + b) * n, over(_f32(1), cs[b]), zeros(), zeros()
+            for j in range(0, n, LANES):
+                value = residual_at(given, at + j, min(n, numel - at) - j)
+                codes = nearest_codes(magnitude(value) * inverse, value < _f32(0), borders, False)
+                store_codes(codes, bits, bytes_, at + j, n - j)
+                level = chosen(levels, codes)
+                if n - j < LANES:
+                    level = where(lane_mask(n - j), level, zeros())
+                lanes, squares = lanes + value * level, squares + level * level
+            means[b], others[b] = folded(lanes), folded(squares)
+        for b in range(blocks):
+            fitted = storable(over(means[b], others[b]), False)
+            cs[b] = fitted if cs[b] > _f32(0) else cs[b]
+            stored[first + b] = bf16_bits(cs[b])
         if out.size:
-            finish(expected, values, limit, outs, at, numel, blocks * n)
+            for b in range(blocks):
+                _restore(change_by_level, bytes_, bits, levels, cs[b], given, n, (first + b) * n, numel, outs)
     if unsafe:
         bad[0] = 1
 
 
 @jit
 def block_linear(
-    source: Any,
-    place: Any,
-    largest: Any,
-    limit: Any,
     lo: int,
     hi: int,
+    source: Any,
+    place: Any,
     packed: Array,
-    scales: Array,
+    stored: Array,
     bad: Array,
     out: Array,
+    steps: Any,
 ) -> None:
-    """The same for integers up to ``largest``."""
-    if place[5] == _USUAL:  # loops of a length that the compiler knows are a quarter faster
-        _linear(source, place, largest, limit, lo, hi, packed, scales, bad, out, _USUAL)
-    else:
-        _linear(source, place, largest, limit, lo, hi, packed, scales, bad, out, place[5])
+    """The same for integers up to ``steps``."""
+    given = pointers_of(source)
+    n, numel, stats, cs = place[5], place[6], stack_floats(), stack_floats()
+    bytes_, outs = data_of(packed), data_of(out)
+    unsafe = 0
+    for first in range(lo, hi, _BATCH):
+        blocks = min(_BATCH, hi - first)
+        for b in range(blocks):
+            at, bits = (first + b) * n, no_bits()
+            for j in range(0, n, LANES):
+                value = residual_at(given, at + j, min(n, numel - at) - j)
+                bits = larger(bits, bits_of_magnitude(value))
+            stats[b] = largest(bits)
+        unsafe += _unsafe(stats, blocks)
+        for b in range(blocks):
+            cs[b] = storable(stats[b] / steps, True)
+            stored[first + b] = bf16_bits(cs[b])
+        for b in range(blocks):
+            at, c = (first + b) * n, cs[b]
+            inverse = over(_f32(1), c)
+            for j in range(0, n, LANES):
+                have = min(n, numel - at) - j
+                expected = expected_at(given, at + j, have)
+                value = load_first(given[0], at + j, have) - expected
+                whole = nearest_steps(value * inverse, steps)
+                store_codes(bits_of(whole), 8, bytes_, at + j, n - j)
+                if out.size:
+                    put(expected, (whole - ROUNDING) * c, outs, at + j, have)
+    if unsafe:
+        bad[0] = 1

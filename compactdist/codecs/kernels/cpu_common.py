@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compactdist.codecs.kernels.cpu_codes import pack_eights, pack_trits, unpack_eights, unpack_trits
-from compactdist.codecs.kernels.places import Place, place_of, place_of_blocks
+from compactdist.codecs.kernels.places import place_of, place_of_blocks
 from compactdist.codecs.kernels.threads import spread
+from compactdist.codecs.layout import Layout
+from compactdist.codecs.scales import LARGEST_OF_MEAN
 
 if TYPE_CHECKING:
     from compactdist.codecs.base import Cut
@@ -20,16 +24,50 @@ if TYPE_CHECKING:
 BIT_TYPES = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
-def loop_bits(codec: ScalarQuantizer, place: Place) -> int:
-    """Width of the codes that the loops write: their own where they fill the bytes of every chunk, else 8."""
-    whole = codec.bits in (1, 2, 4, 8) and not codec.base3 and not ((place.chunk_len * codec.bits) % 8).any()
-    return codec.bits if whole else 8
+class Plan(NamedTuple):
+    """What the loops need to know of a codec and an arrangement.
+
+    Attributes:
+        layout: of the payload.
+        place: a *place*, see ``cpu_loops.py``; rows are blocks where a scale covers one row or less.
+        row_count: rows, or blocks, of all groups.
+        bits: width of the codes that the loops write: their own where they fill the bytes of every chunk, else 8.
+        apart: codes are packed in a step of its own.
+        borders: between the magnitudes.
+        table: the level of every code of a table codec, float32 ``(16,)``; zero past the last code.
+        bound: see ``gaussian`` in ``cpu_settle.py``.
+    """
+
+    layout: Layout
+    place: tuple[Any, ...]
+    row_count: int
+    bits: int
+    apart: bool
+    borders: tuple[np.float32, ...]
+    table: NDArray[np.float32]
+    bound: np.float32
 
 
-def place_for(codec: ScalarQuantizer, cut: Cut) -> Place | None:
-    """Rows, or blocks where a scale covers one row or less."""
-    layout = codec.layout_of(cut.shape)
-    return place_of_blocks(cut, layout.groups, layout.channels) if layout.rows == 1 else place_of(cut)
+def plan_for(codec: ScalarQuantizer, cut: Cut) -> Plan | None:
+    """The plan; ``None`` where blocks are not consecutive in memory. Worked out once: it is asked for at every step."""
+    return _plan(cut, codec.layout_of(cut.shape), codec.fused, codec.magnitudes)
+
+
+@lru_cache(maxsize=64)
+def _plan(cut: Cut, layout: Layout, fused: str, magnitudes: tuple[float, ...]) -> Plan | None:
+    place = place_of_blocks(cut, layout.groups, layout.channels) if layout.rows == 1 else place_of(cut)
+    if place is None:
+        return None
+    apart = layout.base3 or layout.bits not in (1, 2, 4, 8) or bool(((place.chunk_len * layout.bits) % 8).any())
+    borders = tuple(np.float32((low + high) / 2) for low, high in pairwise(magnitudes))
+    table, count, levels = np.zeros(16, np.float32), len(magnitudes), np.array(magnitudes, np.float32)
+    if fused == "trits":
+        table[:3] = levels[0], levels[1], -levels[1]
+    else:
+        table[:count], table[count : 2 * count] = levels, -levels
+    bound = np.float32(LARGEST_OF_MEAN / magnitudes[0] if fused == "nearest" else 0)
+    bits = 8 if apart else layout.bits
+    return Plan(layout, tuple(place), place.row_at.size, bits, apart, borders, table, bound)
 
 
 def bits_of(x: Tensor | None, dtype: torch.dtype) -> NDArray[Any]:

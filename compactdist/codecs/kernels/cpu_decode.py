@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from compactdist.codecs.kernels import cpu_loops as loops
-from compactdist.codecs.kernels import reference
-from compactdist.codecs.kernels.cpu_common import bits_of, expectation, loop_bits, place_for, unpack_apart
+from compactdist.codecs.kernels.cpu_common import bits_of, expectation, plan_for, unpack_apart
+from compactdist.codecs.kernels.cpu_settle import read_row_scales, read_scales
 from compactdist.codecs.kernels.threads import spread
 
 if TYPE_CHECKING:
@@ -19,8 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["decode_residual"]
 
-_LARGEST_SCALE = 2.0**90
+_LARGEST_SCALE = np.float32(2.0**90)
 """With channel scales up to this, and t below 2, no product of the decoder leaves float32."""
+
+_LOOPS = {
+    "sign": loops.apply_signs,
+    "linear": loops.apply_integers,
+    "nearest": loops.apply_levels,
+    "trits": loops.apply_levels,
+}
 
 
 def decode_residual(
@@ -44,31 +50,24 @@ def decode_residual(
     Returns:
         Whether it was done; not if scales come close to the ends of float32.
     """
-    layout, place = codec.layout_of(cut.shape), place_for(codec, cut)
-    assert place is not None  # supports() said so
-    groups, channels = layout.groups, layout.channels
-    per_group = layout.channel_scales_per_group
-    c = reference.decode_bf16(payload[layout.channel_scales_at :][: 2 * groups * per_group])
-    if not (c.numel() and float(c.max()) <= _LARGEST_SCALE and float(c.min()) >= 0):
-        return False
+    plan = plan_for(codec, cut)
+    assert plan is not None  # supports() said so
+    layout, data = plan.layout, payload.numpy()
+    groups, channels, per_group = layout.groups, layout.channels, layout.channel_scales_per_group
+    stored = data[layout.channel_scales_at :][: 2 * groups * per_group].view(np.uint16)
     if layout.rows == 1:  # blocks are the rows of one group here
-        t, wide = c.numpy(), np.ones(channels, np.float32)
+        c, t = np.ones(channels, np.float32), np.empty(plan.row_count, np.float32)
+        safe = read_scales(stored, 1, _LARGEST_SCALE, t)
     else:
-        wide = c.view(groups, per_group).expand(groups, channels).contiguous().view(-1).numpy()
-        t = np.ones(place.row_at.size, np.float32)
-        if layout.row_scale_count:
-            t = reference.decode_ue5m3(payload[layout.row_scales_at :][: layout.row_scale_count]).numpy()
-    codes, bits = payload[: layout.codes_nbytes].numpy(), loop_bits(codec, place)
-    if bits != codec.bits or codec.base3:
+        c, t = np.empty(groups * channels, np.float32), np.ones(plan.row_count, np.float32)
+        safe = read_scales(stored, channels // per_group, _LARGEST_SCALE, c)
+        read_row_scales(data[layout.row_scales_at :][: layout.row_scale_count], t)
+    if not safe:
+        return False
+    codes = data[: layout.codes_nbytes]
+    if plan.apart:
         codes = unpack_apart(codec, codes, layout.elements)
-    how: tuple[Any, ...]
-    if codec.fused == "sign":
-        loop, how = loops.apply_signs, ()
-    elif codec.fused == "linear":
-        loop, how = loops.apply_integers, ()
-    else:
-        loop, how = loops.apply_levels, (bits, codec.level_table())
-    rest = (t, wide, *expectation(base, velocity, out.dtype), tuple(place))
-    limit, target = np.float32(torch.finfo(out.dtype).max), bits_of(out, out.dtype)
-    spread(lambda lo, hi: loop(codes, *how, *rest, limit, lo, hi, target), place.row_at.size, layout.elements)
+    loop, given = _LOOPS[codec.fused], (codes, plan.bits, plan.table, t, c, *expectation(base, velocity, out.dtype))
+    target = bits_of(out, out.dtype)
+    spread(lambda lo, hi: loop(lo, hi, given, plan.place, target), plan.row_count, layout.elements)
     return True

@@ -1,14 +1,14 @@
 """The second pass over the elements where scales belong to rows and channels, and the receiver's only one.
 
-What both ends compute is in the order of ``reference.py`` to the bit, so ``fastmath`` is out of the question. Loops
-read into a small buffer before they write, for input and output may be the same memory.
+What both ends compute is in the order of ``reference.py`` to the bit, so ``fastmath`` is out of the question.
+Sixty-four elements are read before any is written, for input and output may be the same memory.
 
 A *place* is what tells where matrix elements lie: ``(row_at, chunk_at, chunk_from, chunk_len, rows, channels,
 numel)``, see ``places.py``. A *source* is ``(x, base, velocity, terms)``: bits, of which the first ``1 + terms`` are
 there. A *tile* is 64 rows of one group. All arrays are flat.
 
 Numba looks at one file's date to tell whether its cache on disk still holds, and does not see what the file imports:
-after a change in ``cpu_elements.py``, ``cpu_codes.py`` or ``cpu_vectors.py``, touch this one.
+after a change in the files this one imports, touch it.
 """
 
 from __future__ import annotations
@@ -17,204 +17,134 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_codes import look_up, nearest_index, nearest_step, pack, unpack
-from compactdist.codecs.kernels.cpu_elements import (
-    Array,
-    finish,
-    jit,
-    predict,
-    subtract,
+from compactdist.codecs.kernels.cpu_elements import ROUNDING, Array, inlined, jit
+from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, table_at
+from compactdist.codecs.kernels.cpu_packing import store_codes
+from compactdist.codecs.kernels.cpu_steps import (
+    AHEAD,
+    ask_for,
+    change_by_integer,
+    change_by_level,
+    change_by_sign,
+    expected_at,
+    nearest_codes,
+    nearest_steps,
+    put,
 )
-from compactdist.codecs.kernels.cpu_vectors import (
-    data_of,
-    load_word,
-    negate_where_clear,
-    stack_codes,
-    stack_floats,
-)
+from compactdist.codecs.kernels.cpu_vectors import bits_of, chosen, magnitude
 from compactdist.codecs.kernels.reference import LANES
 
-_u32, _f32, _at = np.uint32, np.float32, np.uintp
+_f32 = np.float32
 
 
 @jit
 def code_nearest(
+    lo: int,
+    hi: int,
     source: Any,
     place: Any,
+    packed: Array,
+    out: Array,
+    t: Array,
+    inverse_t: Array,
+    c: Array,
+    inverse_c: Array,
     bits: int,
     borders: Any,
     table: Array,
     trits: bool,
-    t: Array,
-    inverse_t: Array,
-    c: Array,
-    inverse_c: Array,
-    limit: Any,
-    lo: int,
-    hi: int,
-    packed: Array,
-    out: Array,
 ) -> None:
     """For rows ``lo`` to ``hi``: codes of the nearest magnitude and the sign, and what the receiver makes of them.
 
-    Borders are a tuple, so that the search among them is unrolled. ``out`` may be empty. The sign is the bit above the
-    index; trits are 0, or 1 and 2 for a sign.
+    Borders are a tuple, so that the search among them is unrolled. ``out`` may be empty.
     """
-    x, base, velocity, terms = source
+    given, bytes_, outs = pointers_of(source), data_of(packed), data_of(out)
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    values, expected, code = stack_floats(), stack_floats(), stack_codes()
-    xs, bases, velocities, bytes_, outs = data_of(x), data_of(base), data_of(velocity), data_of(packed), data_of(out)
-    cs, inverses, levels = data_of(c), data_of(inverse_c), data_of(table)
-    sign = _u32(len(borders) + 1)
+    cs, inverses, levels = data_of(c), data_of(inverse_c), table_at(data_of(table), 0)
     for row in range(lo, hi):
-        weight, inverse_weight = t[row], inverse_t[row]
+        weight, inverse_weight, first = t[row], inverse_t[row], row // rows * channels
         for k in range(chunk_at.size):
-            n, s, at = chunk_len[k], _at(row // rows * channels + chunk_at[k]), row_at[row] + chunk_from[k]
-            predict(bases, velocities, terms, at, numel, expected, n)
-            subtract(xs, at, numel, expected, values, n)
-            for j in range(n):
-                value = values[_at(j)]
-                u = abs(value) * inverses[s + _at(j)] * inverse_weight
-                index = nearest_index(u, borders)
-                below = _u32(index << _u32(1)) if trits else _u32(index | sign)
-                code[_at(j)] = np.uint8(below if value < _f32(0) else index)
-            look_up(code, levels, n, values)
-            for j in range(n):
-                values[_at(j)] = (weight * cs[s + _at(j)]) * values[_at(j)]
-            if out.size:
-                finish(expected, values, limit, outs, at, numel, n)
-            pack(code, bits, n, bytes_, row * channels + chunk_at[k])
+            n, left, at = chunk_len[k], chunk_at[k], row_at[row] + chunk_from[k]
+            for j in range(0, n, LANES):
+                count, have, s = n - j, min(n, numel - at) - j, first + left + j
+                ask_for(given, at + j + AHEAD)
+                expected = expected_at(given, at + j, have)
+                value = load_first(given[0], at + j, have) - expected
+                u = magnitude(value) * load_first(inverses, s, count) * inverse_weight
+                codes = nearest_codes(u, value < _f32(0), borders, trits)
+                store_codes(codes, bits, bytes_, row * channels + left + j, count)
+                if out.size:
+                    change = (load_first(cs, s, count) * weight) * chosen(levels, codes)
+                    put(expected, change, outs, at + j, have)
 
 
 @jit
 def code_linear(
+    lo: int,
+    hi: int,
     source: Any,
     place: Any,
-    largest: Any,
+    packed: Array,
+    out: Array,
     t: Array,
     inverse_t: Array,
     c: Array,
     inverse_c: Array,
-    limit: Any,
-    lo: int,
-    hi: int,
-    packed: Array,
-    out: Array,
+    largest: Any,
 ) -> None:
     """For rows ``lo`` to ``hi``: the nearest integer of ``m / (t * c)`` with the sign of the element, in a byte."""
-    x, base, velocity, terms = source
+    given, bytes_, outs = pointers_of(source), data_of(packed), data_of(out)
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    values, expected = stack_floats(), stack_floats()
-    xs, bases, velocities, bytes_, outs = data_of(x), data_of(base), data_of(velocity), data_of(packed), data_of(out)
     cs, inverses = data_of(c), data_of(inverse_c)
     for row in range(lo, hi):
-        weight, inverse_weight = t[row], inverse_t[row]
+        weight, inverse_weight, first = t[row], inverse_t[row], row // rows * channels
         for k in range(chunk_at.size):
-            n, s, at = chunk_len[k], _at(row // rows * channels + chunk_at[k]), row_at[row] + chunk_from[k]
-            predict(bases, velocities, terms, at, numel, expected, n)
-            subtract(xs, at, numel, expected, values, n)
-            p = _at(row * channels + chunk_at[k])
-            for j in range(n):
-                value = values[_at(j)]
-                steps = nearest_step(abs(value) * inverses[s + _at(j)] * inverse_weight, largest, value)
-                bytes_[p + _at(j)] = np.uint8(np.int32(steps))
-                values[_at(j)] = (weight * cs[s + _at(j)]) * (steps + _f32(0))  # a code has no -0
-            if out.size:
-                finish(expected, values, limit, outs, at, numel, n)
+            n, left, at = chunk_len[k], chunk_at[k], row_at[row] + chunk_from[k]
+            for j in range(0, n, LANES):
+                count, have, s = n - j, min(n, numel - at) - j, first + left + j
+                ask_for(given, at + j + AHEAD)
+                expected = expected_at(given, at + j, have)
+                value = load_first(given[0], at + j, have) - expected
+                steps = nearest_steps(value * load_first(inverses, s, count) * inverse_weight, largest)
+                store_codes(bits_of(steps), 8, bytes_, row * channels + left + j, count)
+                if out.size:
+                    change = (load_first(cs, s, count) * weight) * (steps - ROUNDING)
+                    put(expected, change, outs, at + j, have)
 
 
-@jit
-def apply_signs(
-    packed: Array,
-    t: Array,
-    c: Array,
-    base: Array,
-    velocity: Array,
-    terms: int,
-    place: Any,
-    limit: Any,
-    lo: int,
-    hi: int,
-    out: Array,
-) -> None:
-    """For rows ``lo`` to ``hi``: ``out = expected + t * c`` or ``- t * c``, kept within ``limit`` and rounded."""
+@inlined
+def _apply(lo: int, hi: int, change_by: Any, given: Any, place: Any, out: Array) -> None:
+    packed, bits, table, t, c, base, velocity, terms = given
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    change, expected, one = stack_floats(), stack_floats(), stack_codes()
-    bases, velocities, bytes_, outs, cs = data_of(base), data_of(velocity), data_of(packed), data_of(out), data_of(c)
+    source = data_of(base), data_of(base), data_of(velocity), terms
+    bytes_, outs, cs, levels = data_of(packed), data_of(out), data_of(c), table_at(data_of(table), 0)
     for row in range(lo, hi):
-        weight = t[row]
+        weight, first = t[row], row // rows * channels
         for k in range(chunk_at.size):
-            n, s, at = chunk_len[k], _at(row // rows * channels + chunk_at[k]), row_at[row] + chunk_from[k]
-            element, whole = row * channels + chunk_at[k], n // LANES
-            for j in range(n):
-                change[_at(j)] = weight * cs[s + _at(j)]
-            for i in range(whole):
-                negate_where_clear(load_word(bytes_, _at((element >> 3) + 8 * i)), change, _at(i * LANES))
-            rest, o = n - whole * LANES, _at(whole * LANES)
-            unpack(bytes_, 1, element + whole * LANES, one, rest)
-            for j in range(rest):
-                change[o + _at(j)] = change[o + _at(j)] if one[_at(j)] else -change[o + _at(j)]
-            predict(bases, velocities, terms, at, numel, expected, n)
-            finish(expected, change, limit, outs, at, numel, n)
+            n, left, at = chunk_len[k], chunk_at[k], row_at[row] + chunk_from[k]
+            for j in range(0, n, LANES):
+                count, have = n - j, min(n, numel - at) - j
+                scale = load_first(cs, first + left + j, count) * weight
+                change = change_by(scale, bytes_, bits, levels, row * channels + left + j, count)
+                put(expected_at(source, at + j, have), change, outs, at + j, have)
 
 
 @jit
-def apply_levels(
-    packed: Array,
-    bits: int,
-    table: Array,
-    t: Array,
-    c: Array,
-    base: Array,
-    velocity: Array,
-    terms: int,
-    place: Any,
-    limit: Any,
-    lo: int,
-    hi: int,
-    out: Array,
-) -> None:
-    """For rows ``lo`` to ``hi``: ``out = expected + (t * c) * level``; codes below 16 choose among 16 levels."""
-    levels = data_of(table)
-    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    change, expected, code = stack_floats(), stack_floats(), stack_codes()
-    bases, velocities, bytes_, outs, cs = data_of(base), data_of(velocity), data_of(packed), data_of(out), data_of(c)
-    for row in range(lo, hi):
-        weight = t[row]
-        for k in range(chunk_at.size):
-            n, s, at = chunk_len[k], _at(row // rows * channels + chunk_at[k]), row_at[row] + chunk_from[k]
-            unpack(bytes_, bits, row * channels + chunk_at[k], code, n)
-            look_up(code, levels, n, change)
-            for j in range(n):
-                change[_at(j)] = (weight * cs[s + _at(j)]) * change[_at(j)]
-            predict(bases, velocities, terms, at, numel, expected, n)
-            finish(expected, change, limit, outs, at, numel, n)
+def apply_signs(lo: int, hi: int, given: Any, place: Any, out: Array) -> None:
+    """For rows ``lo`` to ``hi``: ``out = expected + t * c`` or ``- t * c``, rounded and kept finite.
+
+    What is given: packed codes, their bits, the table of levels, t, c, base, velocity, and how many of the latter.
+    """
+    _apply(lo, hi, change_by_sign, given, place, out)
 
 
 @jit
-def apply_integers(
-    packed: Array,
-    t: Array,
-    c: Array,
-    base: Array,
-    velocity: Array,
-    terms: int,
-    place: Any,
-    limit: Any,
-    lo: int,
-    hi: int,
-    out: Array,
-) -> None:
+def apply_levels(lo: int, hi: int, given: Any, place: Any, out: Array) -> None:
+    """The same for ``(t * c) * level``; codes below 16 choose among 16 levels."""
+    _apply(lo, hi, change_by_level, given, place, out)
+
+
+@jit
+def apply_integers(lo: int, hi: int, given: Any, place: Any, out: Array) -> None:
     """The same for codes that are integers, a byte each, in two's complement."""
-    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    change, expected = stack_floats(), stack_floats()
-    bases, velocities, bytes_, outs, cs = data_of(base), data_of(velocity), data_of(packed), data_of(out), data_of(c)
-    for row in range(lo, hi):
-        weight = t[row]
-        for k in range(chunk_at.size):
-            n, s, at = chunk_len[k], _at(row // rows * channels + chunk_at[k]), row_at[row] + chunk_from[k]
-            p = _at(row * channels + chunk_at[k])
-            for j in range(n):
-                change[_at(j)] = (weight * cs[s + _at(j)]) * _f32(np.int8(bytes_[p + _at(j)]))
-            predict(bases, velocities, terms, at, numel, expected, n)
-            finish(expected, change, limit, outs, at, numel, n)
+    _apply(lo, hi, change_by_integer, given, place, out)

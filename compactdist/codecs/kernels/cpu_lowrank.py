@@ -15,16 +15,10 @@ import torch
 from torch import Tensor
 
 from compactdist.codecs.kernels.cpu_common import BIT_TYPES, bits_of, expectation
-from compactdist.codecs.kernels.cpu_elements import (
-    Array,
-    _narrow_finite,
-    finish,
-    fold,
-    jit,
-    lane_product,
-    predict,
-    residual,
-)
+from compactdist.codecs.kernels.cpu_elements import Array, fold, jit
+from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, rounded_for, store_first
+from compactdist.codecs.kernels.cpu_steps import expected_at, put, residual_at
+from compactdist.codecs.kernels.cpu_vectors import folded, magnitude, where, zeros
 from compactdist.codecs.kernels.places import WIDTH, Place, place_of
 from compactdist.codecs.kernels.reference import LANES
 from compactdist.codecs.kernels.threads import spread
@@ -54,7 +48,7 @@ def take_in(x: Tensor, base: Tensor | None, velocity: Tensor | None, cut: Cut, o
     squares, place = np.empty(groups * rows, np.float32), tuple(place_of(cut))
     source = (bits_of(x, x.dtype), *expectation(base, velocity, x.dtype))
     target = bits_of(out.view(-1), torch.bfloat16)
-    spread(lambda lo, hi: _take_in(*source, place, lo, hi, squares, target), groups * rows, cut.numel)
+    spread(lambda lo, hi: _take_in(source, place, lo, hi, squares, target), groups * rows, cut.numel)
     norms = np.sqrt(squares.reshape(groups, rows).sum(1, dtype=np.float64))
     return torch.from_numpy(norms.astype(np.float32))
 
@@ -97,14 +91,14 @@ def add_product(
 
 def _apply_all(u: Tensor, v: Tensor, smallest: float, gain: Tensor, expected: Any, place: Place, out: Tensor) -> None:
     rank, rows, at = u.shape[1], u.shape[2], tuple(place)
-    gains, limit, least = gain.reshape(-1).numpy(), np.float32(torch.finfo(out.dtype).max), np.float32(smallest)
+    gains, least = gain.reshape(-1).numpy(), np.float32(smallest)
     nothing, target = np.empty(0, np.float32), bits_of(out, out.dtype)
     before = (nothing, nothing, -1) if expected is None else expected
     for group in range(u.shape[0]):
         factors = u[group].contiguous().numpy(), v[group].contiguous().numpy()
 
         def work(lo: int, hi: int, group: int = group, factors: Any = factors) -> None:
-            _apply(*factors, least, gains[group], *before, at, limit, group * rows, lo, hi, target)
+            _apply(*factors, least, gains[group], *before, at, group * rows, lo, hi, target)
 
         spread(work, rows, rows * v.shape[2] * rank)
 
@@ -127,21 +121,19 @@ def fit_levels(
 
 
 @jit
-def _take_in(
-    x: Array, base: Array, velocity: Array, terms: int, place: Any, lo: int, hi: int, squares: Array, out: Array
-) -> None:
+def _take_in(source: Any, place: Any, lo: int, hi: int, squares: Array, out: Array) -> None:
     """Rows ``lo`` to ``hi`` of all groups: the residual, rounded, and the sum of its squares."""
     row_at, chunk_at, chunk_from, chunk_len, _, channels, numel = place
-    buffer, lanes = np.empty(WIDTH, np.float32), np.zeros(LANES, np.float32)
+    given, outs = pointers_of(source), data_of(out)
     for row in range(lo, hi):
-        total = _f32(0)
+        lanes = zeros()
         for k in range(chunk_at.size):
-            n, o = chunk_len[k], _at(row) * _at(channels) + _at(chunk_at[k])
-            residual(x, base, velocity, terms, row_at[row] + chunk_from[k], numel, buffer, 0, n)
-            for j in range(n):
-                out[o + _at(j)] = _narrow_finite(buffer[_at(j)], out)
-            total += lane_product(buffer, buffer, 0, n, lanes)
-        squares[row] = total
+            n, o, at = chunk_len[k], row * channels + chunk_at[k], row_at[row] + chunk_from[k]
+            for j in range(0, n, LANES):
+                value = residual_at(given, at + j, min(n, numel - at) - j)
+                lanes = lanes + value * value
+                store_first(rounded_for(outs, value), outs, o + j, n - j)
+        squares[row] = folded(lanes)
 
 
 @jit
@@ -154,7 +146,6 @@ def _apply(
     velocity: Array,
     terms: int,
     place: Any,
-    limit: Any,
     first: int,
     lo: int,
     hi: int,
@@ -167,7 +158,12 @@ def _apply(
     """
     row_at, chunk_at, chunk_from, chunk_len, _, _, numel = place
     rank = v.shape[0]
-    sums, expected = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32)
+    sums, given, outs = (
+        np.empty(WIDTH, np.float32),
+        (data_of(base), data_of(base), data_of(velocity), terms),
+        data_of(out),
+    )
+    summed = data_of(sums)
     for chunk in range(chunk_at.size):
         left, width = _at(chunk_at[chunk]), chunk_len[chunk]
         for row in range(lo, hi):
@@ -189,18 +185,16 @@ def _apply(
                 for j in range(width):
                     sums[_at(j)] += a * v[_at(k), left + _at(j)]
                 k += 1
-            for j in range(width):
-                s = sums[_at(j)]
-                s = (s if abs(s) >= smallest else _f32(0)) * gain
-                s = _LARGEST if s > _LARGEST else s
-                sums[_at(j)] = -_LARGEST if s < -_LARGEST else s
             start = row_at[first + row] + chunk_from[chunk]
-            if terms < 0:
-                for j in range(width):
-                    out[_at(start) + _at(j)] = sums[_at(j)]
-            else:
-                predict(base, velocity, terms, start, numel, expected, width)
-                finish(expected, sums, limit, out, start, numel, width)
+            for j in range(0, width, LANES):
+                s, have = load_first(summed, j, width - j), min(width, numel - start) - j
+                s = where(magnitude(s) >= smallest, s, zeros()) * gain
+                s = where(s > _LARGEST, _LARGEST, s)
+                s = where(s < -_LARGEST, -_LARGEST, s)
+                if terms < 0:
+                    store_first(rounded_for(outs, s), outs, start + j, have)
+                else:
+                    put(expected_at(given, start + j, have), s, outs, start + j, have)
 
 
 @jit

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_elements import Array, Pointer, fold, inlined, jit, lane_sum, round_3_bits
-from compactdist.codecs.kernels.cpu_vectors import data_of, stack_floats
-from compactdist.codecs.kernels.reference import BF16_MAX_BITS, UE5M3_BIAS, UE5M3_FIRST_NONZERO_BITS
+from compactdist.codecs.kernels.cpu_elements import Array, Pointer, fold, inlined, jit, round_3_bits
+from compactdist.codecs.kernels.cpu_memory import data_of, load_first
+from compactdist.codecs.kernels.cpu_vectors import folded, magnitude, zeros
+from compactdist.codecs.kernels.reference import BF16_MAX_BITS, LANES, UE5M3_BIAS, UE5M3_FIRST_NONZERO_BITS
 from compactdist.codecs.kernels.reference import TILE_ROWS as TILE
 from compactdist.codecs.scales import LEVEL_OF_TRITS, SAFE_STATISTIC, SIGMA_OF_MEAN_MAGNITUDE, SMALLEST_SCALE
 
@@ -37,6 +38,12 @@ def storable(c: Any, up: Any) -> Any:
 
 
 @inlined
+def bf16_bits(c: Any) -> Any:
+    """What is stored of a scale that ``storable`` gave."""
+    return np.uint16(min(_u32(_f32(c).view(_u32) >> _u32(16)), _BF16_MAX_BITS))
+
+
+@inlined
 def over(above: Any, below: Any) -> Any:
     """The quotient; 0 where there is nothing to divide by."""
     return above / below if below > _f32(0) else _f32(0)
@@ -55,6 +62,11 @@ def gaussian(energy: Any, mean: Any, weight: Any, bound: Any, widening: int) -> 
     overstated = np.sqrt(over(sigma * sigma * weight, energy))
     overstated = np.sqrt(overstated) if widening == 2 else overstated
     return storable(min(sigma * overstated, over(mean, weight) * bound), False)
+
+
+@inlined
+def _row_scale(code: int) -> Any:
+    return _u32((code + UE5M3_BIAS) << 20).view(_f32) if code else _f32(0)
 
 
 @jit
@@ -83,7 +95,7 @@ def settle_rows(stat: Array, weighted: bool, rows: int, codes: Array, t: Array, 
             code = ((bits + (1 << 19)) >> 20) - UE5M3_BIAS
             code = min(max(code, 1 if bits >= UE5M3_FIRST_NONZERO_BITS else 0), 255)
             codes[row] = np.uint8(code)
-            value = _u32((code + UE5M3_BIAS) << 20).view(_f32) if code else _f32(0)
+            value = _row_scale(code)
             t[row] = value
             inverse_t[row] = over(_f32(1), value)
     return True
@@ -100,6 +112,15 @@ def _weight_of(stat: Array, weighted: bool, rows: int, group: int, sums: Array) 
         sums[tile] = total
     fold(sums, tiles, 1)
     return sums[0]
+
+
+@inlined
+def sum_of(values: Pointer, n: int) -> Any:
+    """Sum of the magnitudes of ``n`` values, in the order of ``reference.row_sums``."""
+    lanes = zeros()
+    for j in range(0, n, LANES):
+        lanes = lanes + magnitude(load_first(values, j, n - j))
+    return folded(lanes)
 
 
 @inlined
@@ -146,7 +167,7 @@ def settle_channels(
         stored: uint16 bits of bfloat16, one for each scale.
     """
     tiles = (rows + TILE - 1) // TILE
-    weights, lanes = np.empty(tiles, np.float32), stack_floats()
+    weights = np.empty(tiles, np.float32)
     for group in range(norms.size):
         one = first[group * tiles * channels : (group + 1) * tiles * channels]
         two = second[group * tiles * channels : (group + 1) * tiles * channels] if second.size else second
@@ -162,10 +183,10 @@ def settle_channels(
         count = channels
         if shared:
             count, pointer = 1, data_of(one)
-            one[0] = _largest(pointer, channels) if kind == LINEAR else lane_sum(pointer, 0, channels, lanes)
+            one[0] = _largest(pointer, channels) if kind == LINEAR else sum_of(pointer, channels)
             weight = weight * _f32(channels)
             if two.size:
-                two[0] = lane_sum(data_of(two), 0, channels, lanes)
+                two[0] = sum_of(data_of(two), channels)
         for j in range(count):
             if kind == LINEAR:
                 scale = storable(one[j] / norm / _STEPS, True)
@@ -176,8 +197,26 @@ def settle_channels(
             else:
                 sigma = storable(over(two[j], (one[j] * norm) * _SIGMA_OF_MEAN_MAGNITUDE), False)
                 scale = storable(sigma * _LEVEL_OF_TRITS, False)
-            bits = _u32(_f32(scale).view(_u32) >> _u32(16))
-            stored[group * count + j] = np.uint16(min(bits, _BF16_MAX_BITS))
+            stored[group * count + j] = bf16_bits(scale)
             for k in range(j, channels if shared else j + 1):
                 c[group * channels + k] = scale
                 inverse_c[group * channels + k] = over(_f32(1), scale)
+
+
+@jit
+def read_scales(stored: Array, repeat: int, largest: Any, c: Array) -> bool:
+    """Scales from bits of bfloat16, uint16, each ``repeat`` times; whether all lie between 0 and ``largest``."""
+    bad = 0
+    for j in range(stored.size):
+        scale = _u32(_u32(stored[j]) << _u32(16)).view(_f32)
+        bad += 0 if scale >= _f32(0) and scale <= largest else 1
+        for k in range(j * repeat, (j + 1) * repeat):
+            c[k] = scale
+    return bad == 0
+
+
+@jit
+def read_row_scales(codes: Array, t: Array) -> None:
+    """Row scales from their bytes, as ``reference.decode_ue5m3``."""
+    for row in range(codes.size):
+        t[row] = _row_scale(np.int64(codes[row]))

@@ -12,117 +12,136 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_codes import pack_signs
-from compactdist.codecs.kernels.cpu_elements import (
-    Array,
-    Pointer,
-    inlined,
-    jit,
-    lane_sum,
-    largest_of,
-    residual,
-    round_3_bits,
+from compactdist.codecs.kernels.cpu_elements import Array, Pointer, inlined, jit, round_3_bits
+from compactdist.codecs.kernels.cpu_memory import data_of, load, load_first, pointers_of, store, store_first
+from compactdist.codecs.kernels.cpu_packing import store_mask
+from compactdist.codecs.kernels.cpu_settle import sum_of
+from compactdist.codecs.kernels.cpu_steps import ask_for, residual_at
+from compactdist.codecs.kernels.cpu_vectors import (
+    bits_of_magnitude,
+    folded,
+    larger,
+    largest,
+    magnitude,
+    no_bits,
+    where,
+    zeros,
 )
-from compactdist.codecs.kernels.cpu_vectors import as_u32, data_of, stack_codes, stack_floats
+from compactdist.codecs.kernels.reference import LANES
 from compactdist.codecs.kernels.reference import TILE_ROWS as TILE
 
-_u32, _f32, _at = np.uint32, np.float32, np.uintp
+_f32 = np.float32
 
 
 @inlined
-def _load_row(
-    x: Pointer,
-    base: Pointer,
-    velocity: Pointer,
-    terms: int,
-    at: int,
-    chunks: int,
-    chunk_at: Pointer,
-    chunk_from: Pointer,
-    chunk_len: Pointer,
-    numel: int,
-    buffer: Pointer,
-) -> None:
-    for k in range(chunks):
-        residual(x, base, velocity, terms, at + chunk_from[k], numel, buffer, chunk_at[k], chunk_len[k])
+def _pointers_of(place: Any) -> Any:
+    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
+    chunks = data_of(chunk_at), data_of(chunk_from), data_of(chunk_len), chunk_at.size
+    return data_of(row_at), chunks, rows, channels, numel
+
+
+@inlined
+def _read_row(source: Any, at: int, chunks: Any, numel: int, values: Pointer) -> Any:
+    """Residuals of a row, in the order of its channels, of which up to 63 zeros follow.
+
+    Returns:
+        By lanes, sums of magnitudes, good where all chunks but the last fill the lanes, and bits of the largest.
+    """
+    chunk_at, chunk_from, chunk_len, count = chunks
+    lanes, bits = zeros(), no_bits()
+    for k in range(count):
+        n, left, start = chunk_len[k], chunk_at[k], at + chunk_from[k]
+        for j in range(0, n, LANES):
+            value = residual_at(source, start + j, min(n, numel - start) - j)
+            lanes, bits = lanes + magnitude(value), larger(bits, bits_of_magnitude(value))
+            store(value, values, left + j)
+    return lanes, bits
+
+
+@inlined
+def _fill_lanes(chunks: Any) -> bool:
+    _, _, chunk_len, count = chunks
+    filled = True
+    for k in range(count - 1):
+        filled = filled and chunk_len[k] % LANES == 0
+    return filled
+
+
+@inlined
+def _clear(sums: Pointer, at: int, n: int) -> None:
+    for j in range(0, n, LANES):
+        store_first(zeros(), sums, at + j, n - j)
 
 
 @jit
 def survey_signs(
-    source: Any, place: Any, weighted: bool, lo: int, hi: int, buffer: Array, stat: Array, sums: Array, packed: Array
+    lo: int, hi: int, source: Any, place: Any, weighted: bool, buffer: Array, stat: Array, sums: Array, packed: Array
 ) -> None:
     """For tiles ``lo`` to ``hi``: sums of magnitudes by row, of ``m * weight`` by channel, and sign codes."""
-    x, base, velocity, terms = source
-    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    xs, bases, velocities, values = data_of(x), data_of(base), data_of(velocity), data_of(buffer)
-    starts, froms, lengths, count = data_of(chunk_at), data_of(chunk_from), data_of(chunk_len), chunk_at.size
-    tiles = (rows + TILE - 1) // TILE
-    lanes, codes, bytes_ = stack_floats(), stack_codes(), data_of(packed)
+    given, (row_at, chunks, rows, channels, numel) = pointers_of(source), _pointers_of(place)
+    values, total, bytes_ = data_of(buffer), data_of(sums), data_of(packed)
+    tiles, filled = (rows + TILE - 1) // TILE, _fill_lanes(chunks)
     for tile in range(lo, hi):
-        first, s = tile // tiles * rows + tile % tiles * TILE, _at(tile * channels)
-        for j in range(channels):
-            sums[s + _at(j)] = _f32(0)
+        first, s = tile // tiles * rows + tile % tiles * TILE, tile * channels
+        _clear(total, s, channels)
         for row in range(first, min(first + TILE, (tile // tiles + 1) * rows)):
-            at = row_at[row]
-            _load_row(xs, bases, velocities, terms, at, count, starts, froms, lengths, numel, values)
-            total = lane_sum(values, 0, channels, lanes)
-            stat[row] = total
-            weight = round_3_bits(total) if weighted else _f32(1)
-            for j in range(channels):
-                sums[s + _at(j)] += abs(values[_at(j)]) * weight
-            pack_signs(values, channels, bytes_, row * channels, codes)
+            lanes, _ = _read_row(given, row_at[row], chunks, numel, values)
+            stat[row] = folded(lanes) if filled else sum_of(values, channels)
+            weight = round_3_bits(stat[row]) if weighted else _f32(1)
+            coming = row_at[min(row + 1, place[0].size - 1)]
+            for j in range(0, channels, LANES):
+                ask_for(given, coming + j)
+                value, count = load(values, j), channels - j
+                store_first(load_first(total, s + j, count) + magnitude(value) * weight, total, s + j, count)
+                store_mask(value >= _f32(0), bytes_, row * channels + j, count)
 
 
 @jit
 def survey_moments(
-    source: Any, place: Any, weighted: bool, lo: int, hi: int, buffer: Array, stat: Array, sums: Array, squares: Array
+    lo: int, hi: int, source: Any, place: Any, weighted: bool, buffer: Array, stat: Array, sums: Array, squares: Array
 ) -> None:
     """For tiles ``lo`` to ``hi``: sums of magnitudes by row, of ``m * weight`` and of ``m * m`` by channel."""
-    x, base, velocity, terms = source
-    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    xs, bases, velocities, values = data_of(x), data_of(base), data_of(velocity), data_of(buffer)
-    starts, froms, lengths, count = data_of(chunk_at), data_of(chunk_from), data_of(chunk_len), chunk_at.size
-    tiles = (rows + TILE - 1) // TILE
-    lanes = stack_floats()
+    given, (row_at, chunks, rows, channels, numel) = pointers_of(source), _pointers_of(place)
+    values, total, energy = data_of(buffer), data_of(sums), data_of(squares)
+    tiles, filled = (rows + TILE - 1) // TILE, _fill_lanes(chunks)
     for tile in range(lo, hi):
-        first, s = tile // tiles * rows + tile % tiles * TILE, _at(tile * channels)
-        for j in range(channels):
-            sums[s + _at(j)] = _f32(0)
-            squares[s + _at(j)] = _f32(0)
+        first, s = tile // tiles * rows + tile % tiles * TILE, tile * channels
+        _clear(total, s, channels)
+        _clear(energy, s, channels)
         for row in range(first, min(first + TILE, (tile // tiles + 1) * rows)):
-            at = row_at[row]
-            _load_row(xs, bases, velocities, terms, at, count, starts, froms, lengths, numel, values)
-            total = lane_sum(values, 0, channels, lanes)
-            stat[row] = total
-            weight = round_3_bits(total) if weighted else _f32(1)
-            for j in range(channels):
-                m = abs(values[_at(j)])
-                sums[s + _at(j)] += m * weight
-                squares[s + _at(j)] += m * m
+            lanes, _ = _read_row(given, row_at[row], chunks, numel, values)
+            stat[row] = folded(lanes) if filled else sum_of(values, channels)
+            weight = round_3_bits(stat[row]) if weighted else _f32(1)
+            coming = row_at[min(row + 1, place[0].size - 1)]
+            for j in range(0, channels, LANES):
+                ask_for(given, coming + j)
+                m, count = magnitude(load(values, j)), channels - j
+                store_first(load_first(total, s + j, count) + m * weight, total, s + j, count)
+                store_first(load_first(energy, s + j, count) + m * m, energy, s + j, count)
 
 
 @jit
 def survey_reach(
-    source: Any, place: Any, weighted: bool, lo: int, hi: int, buffer: Array, stat: Array, reach: Array
+    lo: int, hi: int, source: Any, place: Any, weighted: bool, buffer: Array, stat: Array, reach: Array
 ) -> None:
     """For tiles ``lo`` to ``hi``: bits of the largest magnitude by row, and the largest ``m / weight`` by channel."""
-    x, base, velocity, terms = source
-    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    xs, bases, velocities, values = data_of(x), data_of(base), data_of(velocity), data_of(buffer)
-    starts, froms, lengths, count = data_of(chunk_at), data_of(chunk_from), data_of(chunk_len), chunk_at.size
+    given, (row_at, chunks, rows, channels, numel) = pointers_of(source), _pointers_of(place)
+    values, top = data_of(buffer), data_of(reach)
     tiles = (rows + TILE - 1) // TILE
-    bits, cell = as_u32(values), stack_floats()
     for tile in range(lo, hi):
-        first, s = tile // tiles * rows + tile % tiles * TILE, _at(tile * channels)
-        for j in range(channels):
-            reach[s + _at(j)] = _f32(0)
+        first, s = tile // tiles * rows + tile % tiles * TILE, tile * channels
+        _clear(top, s, channels)
         for row in range(first, min(first + TILE, (tile // tiles + 1) * rows)):
-            at = row_at[row]
-            _load_row(xs, bases, velocities, terms, at, count, starts, froms, lengths, numel, values)
-            largest = largest_of(bits, 0, channels, cell)
-            stat[row] = largest
-            weight = round_3_bits(largest) if weighted else _f32(1)
+            _, bits = _read_row(given, row_at[row], chunks, numel, values)
+            stat[row] = largest(bits)
+            weight = round_3_bits(stat[row]) if weighted else _f32(1)
             inverse = _f32(1) / weight if weight > _f32(0) else _f32(0)
-            for j in range(channels):
-                value = abs(values[_at(j)]) * inverse
-                reach[s + _at(j)] = value if value > reach[s + _at(j)] else reach[s + _at(j)]
+            coming = row_at[min(row + 1, place[0].size - 1)]
+            for j in range(0, channels, LANES):
+                ask_for(given, coming + j)
+                value, so_far, count = (
+                    magnitude(load(values, j)) * inverse,
+                    load_first(top, s + j, channels - j),
+                    channels - j,
+                )
+                store_first(where(value > so_far, value, so_far), top, s + j, count)

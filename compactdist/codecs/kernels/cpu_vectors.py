@@ -1,176 +1,280 @@
-"""What Numba lacks: bare pointers, buffers on the stack, and sixty-four signs at a time.
+"""Sixty-four lanes as one value: what Numba lacks to keep a whole step in registers, and arithmetic on it.
 
-An array handed to a function, inlined or not, has its reference count raised and lowered, which is an atomic operation
-on memory that all threads share; pointers have none. LLVM knows that buffers on the stack overlap with nothing.
+LLVM takes vectors of any length on every processor and splits them as it must: with AVX-512, 64 float32 are four
+registers. Loops over such values are straight lines without stores in between, and no cost model decides about them.
 
-Vectors of any length are legal in LLVM on every processor; where there are mask registers those of signs become a
-comparison and a move.
+Every operation is the one that the scalar expression would be, rounded by itself: nothing is contracted or reordered.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.core import cgutils, config
+from numba.core.datamodel import models
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, lower_cast, register_model
 
-LENGTH = 64
+from compactdist.codecs.kernels.reference import LANES
 
-STACK_ELEMENTS = 1024
-"""Length of the buffers on the stack."""
+HOST: dict[str, bool] = get_host_cpu_features() if config.CPU_NAME is None else {}
+"""What this processor can do, by LLVM's names; nothing is assumed of one that the user names to Numba."""
 
-_Floats = ir.VectorType(ir.FloatType(), LENGTH)
-_Mask = ir.VectorType(ir.IntType(1), LENGTH)
-_Word = ir.IntType(64)
-_Sixteen = ir.VectorType(ir.FloatType(), 16)
-
-HAS_LOOK_UP: bool = get_host_cpu_features().get("avx512f", False)
-"""Whether ``look_up_64`` exists on this processor."""
+_float, _i32 = ir.FloatType(), ir.IntType(32)
 
 
-def _pointer(builder: Any, pointer: Any, at: Any, pointee: Any) -> Any:
-    return builder.bitcast(builder.gep(pointer, [at]), pointee.as_pointer())
+class Vector(types.Type):
+    """The type of a vector of ``count`` LLVM values."""
+
+    def __init__(self, name: str, element: Any, count: int) -> None:
+        self.of = ir.VectorType(element, count)
+        super().__init__(name=f"Vector({name})")
 
 
-@intrinsic
-def data_of(typing_context: Any, array: Any) -> Any:
-    """Where an array's elements are. The array must outlive the pointer: take those of arguments only."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return context.make_array(signature.args[0])(context, builder, arguments[0]).data
-
-    return types.CPointer(array.dtype)(array), build
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, kind.of)
 
 
-def _on_the_stack(element: Any) -> Any:
-    def typed(typing_context: Any) -> Any:
-        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            kind = context.get_value_type(element)
-            count = ir.Constant(ir.IntType(32), STACK_ELEMENTS)
-            with builder.goto_entry_block():
-                memory = builder.alloca(kind, count)
-            memory.align = 64
-            return memory
-
-        return types.CPointer(element)(), build
-
-    return typed
+FLOATS = Vector("floats", _float, LANES)
+INTS = Vector("ints", _i32, LANES)
+HALVES = Vector("halves", ir.IntType(16), LANES)
+MASK = Vector("mask", ir.IntType(1), LANES)
+TABLE = Vector("table", _float, 16)
 
 
-@intrinsic
-def stack_floats(typing_context: Any) -> Any:
-    """``STACK_ELEMENTS`` float32, until the function returns."""
-    return _on_the_stack(types.float32)(typing_context)
+def full(value: Any, kind: Any = FLOATS) -> Any:
+    """A constant in every lane."""
+    return ir.Constant(kind.of, [value] * kind.of.count)
 
 
-@intrinsic
-def stack_codes(typing_context: Any) -> Any:
-    """``STACK_ELEMENTS`` uint8, until the function returns."""
-    return _on_the_stack(types.uint8)(typing_context)
+def _spread(builder: Any, scalar: Any, kind: Vector) -> Any:
+    one = builder.insert_element(ir.Constant(kind.of, ir.Undefined), scalar, ir.Constant(_i32, 0))
+    lanes = ir.Constant(ir.VectorType(_i32, kind.of.count), [0] * kind.of.count)
+    return builder.shuffle_vector(one, ir.Constant(kind.of, ir.Undefined), lanes)
 
 
-def _recast(element: Any, pointer: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(element)(pointer), build
-
-
-@intrinsic
-def as_u16(typing_context: Any, pointer: Any) -> Any:
-    """The same memory as uint16."""
-    return _recast(types.uint16, pointer)
+@lower_cast(types.float32, FLOATS)
+@lower_cast(types.uint32, INTS)
+def _to_lanes(context: Any, builder: Any, given: Any, wanted: Any, value: Any) -> Any:
+    return _spread(builder, value, wanted)
 
 
-@intrinsic
-def as_u32(typing_context: Any, pointer: Any) -> Any:
-    """The same memory as uint32."""
-    return _recast(types.uint32, pointer)
+def _operator(symbol: Any, result: Vector, build: Callable[..., Any]) -> None:
+    """Give a binary operator a meaning for floats, of which one may be a scalar."""
+
+    @infer_global(symbol)
+    class _Typed(AbstractTemplate):
+        def generic(self, arguments: Any, keywords: Any) -> Any:
+            known = FLOATS in arguments and set(arguments) <= {FLOATS, types.float32}
+            return signature(result, FLOATS, FLOATS) if known else None
+
+    @lower_builtin(symbol, FLOATS, FLOATS)
+    def _lower(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return build(builder, *arguments)
 
 
-@intrinsic
-def as_u64(typing_context: Any, pointer: Any) -> Any:
-    """The same memory as uint64."""
-    return _recast(types.uint64, pointer)
+_operator(operator.add, FLOATS, lambda b, x, y: b.fadd(x, y))
+_operator(operator.iadd, FLOATS, lambda b, x, y: b.fadd(x, y))
+_operator(operator.sub, FLOATS, lambda b, x, y: b.fsub(x, y))
+_operator(operator.mul, FLOATS, lambda b, x, y: b.fmul(x, y))
+_operator(operator.gt, MASK, lambda b, x, y: b.fcmp_ordered(">", x, y))
+_operator(operator.lt, MASK, lambda b, x, y: b.fcmp_ordered("<", x, y))
+_operator(operator.ge, MASK, lambda b, x, y: b.fcmp_ordered(">=", x, y))
 
 
-@intrinsic
-def not_negative(typing_context: Any, values: Any, at: Any) -> Any:
-    """Bit i of the result tells whether ``values[at + i] >= 0``; float32, uint64."""
+def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """Call one of LLVM's own functions."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _pointer(builder, arguments[0], arguments[1], _Floats)
-        loaded = builder.load(pointer)
-        loaded.align = 4
-        zero = ir.Constant(_Floats, [0.0] * LENGTH)
-        return builder.bitcast(builder.fcmp_ordered(">=", loaded, zero), _Word)
 
-    return types.uint64(values, types.uintp), build
+def _part(builder: Any, vector: Any, lanes: Any) -> Any:
+    lanes = ir.Constant(ir.VectorType(_i32, len(lanes)), list(lanes))
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), lanes)
+
+
+def every_nth(builder: Any, vector: Any, width: int, first: int) -> Any:
+    """Half of each integer: of elements of ``width`` bits the ``first`` of every two."""
+    # one permutation of two registers where a truncation would take three steps
+    count = vector.type.count
+    halves = builder.bitcast(vector, ir.VectorType(ir.IntType(width), 2 * count))
+    return _part(builder, halves, range(first, 2 * count, 2))
 
 
 @intrinsic
-def negate_where_clear(typing_context: Any, mask: Any, values: Any, at: Any) -> Any:
-    """Negate ``values[at + i]``, float32, where bit i of the uint64 is clear."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        mask, array, at = arguments
-        pointer = _pointer(builder, array, at, _Floats)
-        loaded = builder.load(pointer)
-        loaded.align = 4
-        chosen = builder.select(builder.bitcast(mask, _Mask), loaded, builder.fneg(loaded))
-        builder.store(chosen, pointer).align = 4
-        return context.get_dummy_value()
-
-    return types.void(types.uint64, values, types.uintp), build
+def zeros(typing_context: Any) -> Any:
+    """Sixty-four zeros."""
+    return FLOATS(), lambda context, builder, sig, arguments: full(0.0)
 
 
 @intrinsic
-def load_word(typing_context: Any, data: Any, at: Any) -> Any:
-    """Bytes ``at`` to ``at + 8`` of uint8 data, the first lowest; uint64."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        loaded = builder.load(_pointer(builder, arguments[0], arguments[1], _Word))
-        loaded.align = 1
-        return loaded
-
-    return types.uint64(data, types.uintp), build
+def as_floats(typing_context: Any, x: Any) -> Any:
+    """A scalar in every lane."""
+    return FLOATS(FLOATS), lambda context, builder, sig, arguments: arguments[0]
 
 
 @intrinsic
-def store_word(typing_context: Any, word: Any, data: Any, at: Any) -> Any:
-    """Undo ``load_word``."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word, array, at = arguments
-        builder.store(word, _pointer(builder, array, at, _Word)).align = 1
-        return context.get_dummy_value()
-
-    return types.void(types.uint64, data, types.uintp), build
-
-
-def _permute(builder: Any, table: Any, index: Any) -> Any:
-    kind = ir.FunctionType(_Sixteen, [_Sixteen, ir.VectorType(ir.IntType(32), 16)])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
-    return builder.call(function, [table, index])
+def no_bits(typing_context: Any) -> Any:
+    """Sixty-four ints of 0."""
+    return INTS(), lambda context, builder, sig, arguments: full(0, INTS)
 
 
 @intrinsic
-def look_up_64(typing_context: Any, codes: Any, table: Any, out: Any, at: Any) -> Any:
-    """``out[at + i] = table[codes[at + i]]`` for 64 uint8 codes below 16 and 16 float32."""
+def lane_mask(typing_context: Any, count: Any) -> Any:
+    """The first ``count`` lanes, int64; all from 64 on."""
 
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, table, out, at = arguments
-        values = builder.load(builder.bitcast(table, _Sixteen.as_pointer()))
-        values.align = 4
-        for part in range(0, LENGTH, 16):
-            here = builder.add(at, ir.Constant(at.type, part))
-            index = builder.load(_pointer(builder, codes, here, ir.VectorType(ir.IntType(8), 16)))
-            index.align = 1
-            wide = builder.zext(index, ir.VectorType(ir.IntType(32), 16))
-            builder.store(_permute(builder, values, wide), _pointer(builder, out, here, _Sixteen)).align = 4
-        return context.get_dummy_value()
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return first_lanes(builder, arguments[0], LANES)
 
-    return types.void(codes, table, out, types.uintp), build
+    return MASK(types.int64), build
+
+
+def first_lanes(builder: Any, count: Any, length: int) -> Any:
+    """The mask of the first ``count`` of ``length`` lanes."""
+    limit, none = ir.Constant(count.type, length), ir.Constant(count.type, 0)
+    count = builder.select(builder.icmp_signed("<", count, limit), count, limit)
+    count = builder.select(builder.icmp_signed(">", count, none), count, none)
+    count = builder.trunc(count, ir.IntType(8))
+    lanes = Vector("", ir.IntType(8), length)
+    return builder.icmp_unsigned("<", ir.Constant(lanes.of, list(range(length))), _spread(builder, count, lanes))
+
+
+@intrinsic
+def magnitude(typing_context: Any, x: Any) -> Any:
+    """Absolute values of floats."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return call(builder, f"llvm.fabs.v{LANES}f32", FLOATS.of, *arguments)
+
+    return FLOATS(FLOATS), build
+
+
+@intrinsic
+def negative(typing_context: Any, x: Any) -> Any:
+    """Floats with the other sign."""
+    return FLOATS(FLOATS), lambda context, builder, sig, arguments: builder.fneg(*arguments)
+
+
+@intrinsic
+def where(typing_context: Any, mask: Any, x: Any, y: Any) -> Any:
+    """By lanes of the mask, ``x`` where set, else ``y``; floats, of which one may be a scalar, or ints."""
+    kind = INTS if INTS in (x, y) else FLOATS
+    return kind(MASK, kind, kind), lambda context, builder, sig, arguments: builder.select(*arguments)
+
+
+@intrinsic
+def raised(typing_context: Any, index: Any, mask: Any, by: Any) -> Any:
+    """Ints, in the lanes of a mask more by other ints or a uint32."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        index, mask, by = arguments
+        return builder.select(mask, builder.add(index, by), index)
+
+    return INTS(INTS, MASK, INTS), build
+
+
+@intrinsic
+def table_of(typing_context: Any, values: Any) -> Any:
+    """A tuple of at most 16 float32 as a table."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        table = ir.Constant(TABLE.of, None)
+        for at, value in enumerate(cgutils.unpack_tuple(builder, arguments[0])):
+            table = builder.insert_element(table, value, ir.Constant(_i32, at))
+        return table
+
+    return TABLE(values), build
+
+
+@intrinsic
+def bits_of_magnitude(typing_context: Any, x: Any) -> Any:
+    """The bits of absolute values, whose order is that of magnitudes, and infinity and NaN above."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return builder.and_(builder.bitcast(*arguments, INTS.of), full(0x7FFFFFFF, INTS))
+
+    return INTS(FLOATS), build
+
+
+@intrinsic
+def larger(typing_context: Any, x: Any, y: Any) -> Any:
+    """The larger of unsigned ints, lane by lane."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return builder.select(builder.icmp_unsigned(">", *arguments), *arguments)
+
+    return INTS(INTS, INTS), build
+
+
+@intrinsic
+def largest(typing_context: Any, x: Any) -> Any:
+    """The largest of unsigned ints, read as the bits of a float32."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        top = call(builder, f"llvm.vector.reduce.umax.v{LANES}i32", _i32, *arguments)
+        return builder.bitcast(top, _float)
+
+    return types.float32(INTS), build
+
+
+@intrinsic
+def folded(typing_context: Any, x: Any) -> Any:
+    """The sum of all lanes: upper half onto lower, until one is left, as in the reference."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        (sums,), half = arguments, LANES // 2
+        while half:
+            sums = builder.fadd(_part(builder, sums, range(half)), _part(builder, sums, range(half, 2 * half)))
+            half //= 2
+        return builder.extract_element(sums, ir.Constant(_i32, 0))
+
+    return types.float32(FLOATS), build
+
+
+@intrinsic
+def bits_of(typing_context: Any, x: Any) -> Any:
+    """The bits of floats."""
+    return INTS(FLOATS), lambda context, builder, sig, arguments: builder.bitcast(*arguments, INTS.of)
+
+
+@intrinsic
+def signed_floats(typing_context: Any, x: Any) -> Any:
+    """Ints whose lowest byte is a number in two's complement, as floats."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        narrow = builder.trunc(*arguments, ir.VectorType(ir.IntType(8), LANES))
+        return builder.sitofp(narrow, FLOATS.of)
+
+    return FLOATS(INTS), build
+
+
+@intrinsic
+def chosen(typing_context: Any, table: Any, index: Any) -> Any:
+    """Elements of a table of 16 at ints below 16."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        table, index = arguments
+        out = ir.Constant(FLOATS.of, ir.Undefined)
+        if not HOST.get("avx512f", False):
+            for lane in range(LANES):
+                at = builder.extract_element(index, ir.Constant(_i32, lane))
+                out = builder.insert_element(out, builder.extract_element(table, at), ir.Constant(_i32, lane))
+            return out
+        parts = [
+            call(builder, "llvm.x86.avx512.permvar.sf.512", TABLE.of, table, _part(builder, index, range(at, at + 16)))
+            for at in range(0, LANES, 16)
+        ]
+        while len(parts) > 1:
+            every = range(2 * parts[0].type.count)
+            lanes = ir.Constant(ir.VectorType(_i32, len(every)), list(every))
+            parts = [builder.shuffle_vector(a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    return FLOATS(TABLE, INTS), build

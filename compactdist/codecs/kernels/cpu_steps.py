@@ -1,0 +1,106 @@
+"""Steps on sixty-four elements at a time, from which the loops are made; compiled by Numba.
+
+A *source* is ``(x, base, velocity, terms)``, pointers, of which the first ``1 + terms`` are good. Elements from
+``have`` on are not there: they count as zero and are not written. ``have`` may be negative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from compactdist.codecs.kernels.cpu_elements import ROUNDING, Pointer, inlined
+from compactdist.codecs.kernels.cpu_memory import load_first, prefetch, rounded_for, store_first
+from compactdist.codecs.kernels.cpu_packing import codes_at, mask_at
+from compactdist.codecs.kernels.cpu_vectors import (
+    HOST,
+    chosen,
+    negative,
+    no_bits,
+    raised,
+    signed_floats,
+    table_of,
+    where,
+    zeros,
+)
+
+_u32, _f32 = np.uint32, np.float32
+
+AHEAD = 2048
+"""Elements between those that are computed and those that are asked for; measured, and anything near does."""
+_SEARCHES = HOST.get("avx512f", False)
+
+
+@inlined
+def expected_at(source: Any, at: int, have: int) -> Any:
+    """What was expected: the sum of those of base and velocity that are there."""
+    _, base, velocity, terms = source
+    if terms == 0:
+        return zeros()
+    one = load_first(base, at, have)
+    if terms > 1:
+        one = one + load_first(velocity, at, have)
+    return one
+
+
+@inlined
+def residual_at(source: Any, at: int, have: int) -> Any:
+    """``x`` less what was expected."""
+    return load_first(source[0], at, have) - expected_at(source, at, have)
+
+
+@inlined
+def ask_for(source: Any, at: int) -> None:
+    """Ask for elements that are about to be needed: memory is read while the processor computes."""
+    x, base, velocity, terms = source
+    prefetch(x, at)
+    if terms:
+        prefetch(base, at)
+    if terms > 1:
+        prefetch(velocity, at)
+
+
+@inlined
+def put(expected: Any, change: Any, out: Pointer, at: int, have: int) -> None:
+    """``out = expected + change``, rounded and kept finite."""
+    store_first(rounded_for(out, expected + change), out, at, have)
+
+
+@inlined
+def nearest_codes(u: Any, below: Any, borders: Any, trits: bool) -> Any:
+    """How many borders, a tuple, lie below ``u``, and the sign where ``below``: the bit above, or for trits 2 for 1."""
+    index = no_bits()
+    if len(borders) == 7 and _SEARCHES:
+        index = raised(index, u > borders[3], _u32(4))
+        index = raised(index, u > chosen(table_of(borders[1:]), index), _u32(2))
+        index = raised(index, u > chosen(table_of(borders), index), _u32(1))
+    else:
+        for i in range(len(borders)):
+            index = raised(index, u > borders[i], _u32(1))
+    return raised(index, below, index) if trits else raised(index, below, _u32(len(borders) + 1))
+
+
+@inlined
+def nearest_steps(u: Any, largest: Any) -> Any:
+    """The nearest integers, at most ``largest`` in magnitude, plus ``ROUNDING``: the lowest byte is the code."""
+    u = where(u > largest, largest, u)
+    return where(u < -largest, -largest, u) + ROUNDING
+
+
+@inlined
+def change_by_sign(scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
+    """What the receiver adds for a bit."""
+    return where(mask_at(packed, element, count), scale, negative(scale))
+
+
+@inlined
+def change_by_level(scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
+    """What it adds for a code of ``bits`` that chooses from a table."""
+    return scale * chosen(table, codes_at(packed, bits, element, count))
+
+
+@inlined
+def change_by_integer(scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
+    """What it adds for a byte in two's complement."""
+    return scale * signed_floats(codes_at(packed, 8, element, count))
