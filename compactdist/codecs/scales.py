@@ -23,6 +23,9 @@ SAFE_STATISTIC = (2.0**-50, 2.0**50)
 LARGEST_OF_MEAN = 1.5
 """A scale beyond twice the mean magnitude, over the smallest level, would send more energy than there is."""
 
+LEVEL_OF_TRITS = 1.224006361924962
+"""The Lloyd-Max quantizer of three levels for the unit Gaussian (NMSE 0.190174); its border is half of it."""
+
 
 class RowScales(NamedTuple):
     """The scales of the rows, all float32 ``(G, R, 1)`` but for the codes.

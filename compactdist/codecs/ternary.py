@@ -10,10 +10,7 @@ from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.quantized import ScalarQuantizer
 from compactdist.codecs.registry import register
-from compactdist.codecs.scales import RowScales, gaussian_scale, moments, refitted_scale, storable_scale
-
-# The level of the Lloyd-Max quantizer of three levels for the unit Gaussian (NMSE 0.190174); its border is half of it.
-_LEVEL_OF_SIGMA = 1.224006361924962
+from compactdist.codecs.scales import LEVEL_OF_TRITS, RowScales, gaussian_scale, moments, refitted_scale, storable_scale
 
 
 @register
@@ -36,7 +33,7 @@ class Ternary(ScalarQuantizer):
 
     def channel_scale(self, energy: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
         # The largest element of a channel lies above the border, so something is sent wherever there is something.
-        return storable_scale(gaussian_scale(energy, mean, weight) * _LEVEL_OF_SIGMA)
+        return storable_scale(gaussian_scale(energy, mean, weight) * LEVEL_OF_TRITS)
 
     def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
         c = self.channel_scale(*moments(magnitude, rows, layout))

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import compactdist
+from compactdist_xdit import methods
 from compactdist_xdit.sites import Sites
 
 _ROUTES = {"ring": "RING_PG", "ulysses": "ULYSSES_PG"}
@@ -32,11 +33,18 @@ class Handle:
     """What `enable` returns: the wrapped groups and the way back. Also a context manager.
 
     Attributes:
-        groups: wrapped group by route, `"ring"` and/or `"ulysses"`.
+        groups: wrapped group by route, `"ring"` and/or `"ulysses"`; empty without a codec.
+        method: the parallel method, if one was asked for.
     """
 
-    def __init__(self, groups: dict[str, Any], undo: list[Callable[[], None]]) -> None:
+    def __init__(
+        self,
+        groups: dict[str, Any],
+        undo: list[Callable[[], None]],
+        method: methods.GatheringMethod | None = None,
+    ) -> None:
         self.groups = groups
+        self.method = method
         self._undo = undo
 
     def stats(self) -> dict[str, Any]:
@@ -44,8 +52,11 @@ class Handle:
         return {route: group.stats() for route, group in self.groups.items()}
 
     def explain(self) -> str:
-        """What was sent at every call site, as a table for each route."""
-        return "\n\n".join(f"{route}\n{group.explain()}" for route, group in self.groups.items())
+        """What was sent at every call site, as a table for each route, and what the parallel method did."""
+        parts = [f"{route}\n{group.explain()}" for route, group in self.groups.items()]
+        if self.method is not None:
+            parts.append(self.method.describe())
+        return "\n\n".join(parts)
 
     def disable(self) -> None:
         """Give xfuser its own groups and functions back. Calling it again does nothing."""
@@ -68,8 +79,9 @@ class _Clock:
     value of `timestep` changes.
     """
 
-    def __init__(self, groups: dict[str, Any]) -> None:
+    def __init__(self, groups: dict[str, Any], method: methods.GatheringMethod | None = None) -> None:
         self._groups = list(groups.values())
+        self._method = method
         self._timestep: float | None = None
 
     def before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -83,9 +95,15 @@ class _Clock:
             self._timestep = value
             for group in self._groups:
                 group.step()
+            if self._method is not None:
+                self._method.begin_step()
+        if self._method is not None:
+            self._method.before_forward(module)
 
     def new_request(self) -> None:
         self._timestep = None
+        if self._method is not None:  # its gathers are under way in the groups that are reset next
+            self._method.new_request()
         for group in self._groups:
             group.reset()
 
@@ -97,17 +115,31 @@ def _unwrapped(thing: Any) -> Any:
     return thing
 
 
-def enable(pipe: Any, codec: Any = "int2", *, route: str | None = None, **wrap_options: Any) -> Handle:
+def enable(
+    pipe: Any,
+    codec: Any = "int2",
+    *,
+    route: str | None = None,
+    parallel_method: str | None = None,
+    method_warmup_steps: int = 1,
+    method_sync_from_step: int | None = None,
+    exact_own: bool = True,
+    **wrap_options: Any,
+) -> Handle:
     """Compress the sequence-parallel traffic of `pipe` from now on. Collective: every rank must call it.
 
     Args:
         pipe: an xDiT pipeline wrapper, or a diffusers pipeline whose transformer xfuser has parallelised.
-        codec: a codec or its name, for `compactdist.wrap`.
+        codec: a codec or its name, for `compactdist.wrap`; `None` compresses nothing (for a parallel method alone).
         route: `"ring"` or `"ulysses"` to compress only that one; by default all that span more than one rank.
+        parallel_method: `"patch"` or `"distrifusion"` in place of ring attention; see `compactdist_xdit.methods`.
+        method_warmup_steps, method_sync_from_step: of DistriFusion, the synchronous first and last steps.
+        exact_own: a rank attends to its own keys and values as they are, not as the others see them.
         wrap_options: further arguments of `compactdist.wrap` (`policy`, `order`, `warmup_steps`, ...).
 
     Raises:
-        ValueError: there is nothing to compress, or `route` is unknown.
+        ValueError: there is nothing to compress, `route` or `parallel_method` is unknown, or the method cannot run
+            with this parallel configuration.
     """
     from yunchang.globals import PROCESS_GROUP
 
@@ -124,13 +156,24 @@ def enable(pipe: Any, codec: Any = "int2", *, route: str | None = None, **wrap_o
         raise ValueError(f"no {wanted} group with more than one rank: set ring_degree or ulysses_degree")
     if any(isinstance(group, compactdist.CompressedProcessGroup) for group in inner.values()):
         raise ValueError("compression is already enabled; call disable() on its handle first")
+    method = None
+    if parallel_method is not None:
+        choices = {"warmup_steps": method_warmup_steps, "sync_from_step": method_sync_from_step, "exact_own": exact_own}
+        method = methods.create(parallel_method, **choices)
+    if codec is None:
+        if method is None:
+            raise ValueError("codec=None compresses nothing; name a codec, or a parallel_method to run without one")
+        if wrap_options:
+            raise ValueError(f"{', '.join(wrap_options)}: of no use with codec=None, where nothing is wrapped")
+        inner = {}
 
     sites = Sites()
     undo: list[Callable[[], None]] = []
-    handle = Handle({}, undo)
+    handle = Handle({}, undo, method)
     # Exact: attention uses its own keys and values as they are and only those of other ranks are
     # reconstructed.
-    options: dict[str, Any] = {"local": "exact", "layouts": sites.layout_of} | wrap_options
+    local = "exact" if exact_own else "reconstructed"
+    options: dict[str, Any] = {"local": local, "layouts": sites.layout_of} | wrap_options
     try:
         for name, group in inner.items():
             wrapped = compactdist.wrap(group, codec, **options)
@@ -139,20 +182,28 @@ def enable(pipe: Any, codec: Any = "int2", *, route: str | None = None, **wrap_o
         for name, wrapped in handle.groups.items():
             undo.append(functools.partial(setattr, PROCESS_GROUP, _ROUTES[name], inner[name]))
             setattr(PROCESS_GROUP, _ROUTES[name], wrapped)
+        if method is not None:
+            undo.append(method.remove)
+            method.install()
         sites.groups = handle.groups
         undo.append(sites.remove)
-        sites.install()
-        _follow(pipe, handle.groups, undo)
+        sites.install()  # after the method: names and layouts belong to whatever stands at `ring_attn`
+        _follow(pipe, handle.groups, undo, method)
     except BaseException:
         handle.disable()
         raise
     return handle
 
 
-def _follow(pipe: Any, groups: dict[str, Any], undo: list[Callable[[], None]]) -> None:
+def _follow(
+    pipe: Any,
+    groups: dict[str, Any],
+    undo: list[Callable[[], None]],
+    method: methods.GatheringMethod | None = None,
+) -> None:
     """Let the transformers of `pipe` name the call sites and advance the steps, and every request begin anew."""
     inner = _unwrapped(pipe)
-    clock = _Clock(groups)
+    clock = _Clock(groups, method)
     transformers = [getattr(inner, name, None) for name in ("transformer", "transformer_2")]
     if not any(isinstance(transformer, torch.nn.Module) for transformer in transformers):
         raise ValueError(f"{type(inner).__name__} has no transformer")

@@ -177,7 +177,7 @@ def _encode_rows(call: _Call, payload: Tensor) -> bool:
     """Fill in codes, scales and the receiver's values; false to decline."""
     codec, layout, place = call.codec, call.layout, tuple(call.place)
     groups, rows, channels = layout.groups, layout.rows, layout.channels
-    tiles = -(-rows // surveys.TILE)
+    tiles = -(-rows // reference.TILE_ROWS)
     stat, weighted = np.empty(groups * rows, np.float32), bool(layout.row_scale_count)
     first = np.empty(groups * tiles * channels, np.float32)
     second = np.empty(first.size if codec.fused in ("nearest", "trits") else 0, np.float32)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_codes import look_up, pack, pack_signs
+from compactdist.codecs.kernels.cpu_codes import look_up, nearest_index, nearest_step, pack, pack_signs
 from compactdist.codecs.kernels.cpu_elements import (
     Array,
     Pointer,
@@ -33,7 +33,6 @@ _BATCH = 16
 _USUAL = 128
 
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
-_ROUNDING = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, half to even
 
 
 @inlined
@@ -124,9 +123,7 @@ def _nearest(
         for b in range(blocks):
             inverse, o = over(_f32(1), cs[_at(b)]), _at(b * n)
             for j in range(n):
-                u, index = abs(values[o + _at(j)]) * inverse, _u32(0)
-                for i in range(len(borders)):
-                    index = _u32(index + _u32(1)) if u > borders[i] else index
+                index = nearest_index(abs(values[o + _at(j)]) * inverse, borders)
                 codes[o + _at(j)] = np.uint8(_u32(index | sign) if values[o + _at(j)] < _f32(0) else index)
         look_up(codes, every, blocks * n, levels)
         pack(codes, bits, blocks * n, bytes_, at)
@@ -206,10 +203,7 @@ def _linear(
             inverse, p = over(_f32(1), c), _at(at) + o
             for j in range(n):
                 value = values[o + _at(j)]
-                steps = abs(value) * inverse
-                steps = largest if steps > largest else steps
-                steps = (steps + _ROUNDING) - _ROUNDING
-                steps = -steps if value < _f32(0) else steps
+                steps = nearest_step(abs(value) * inverse, largest, value)
                 bytes_[p + _at(j)] = np.uint8(np.int32(steps))
                 values[o + _at(j)] = c * (steps + _f32(0))
         if out.size:

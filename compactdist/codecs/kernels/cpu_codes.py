@@ -5,9 +5,11 @@ Codes meet the elements one to a byte, in buffers on the stack.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_elements import LANES, Array, Pointer, inlined, jit
+from compactdist.codecs.kernels.cpu_elements import ROUNDING, Array, Pointer, inlined, jit
 from compactdist.codecs.kernels.cpu_vectors import (
     HAS_LOOK_UP,
     as_u16,
@@ -17,10 +19,39 @@ from compactdist.codecs.kernels.cpu_vectors import (
     not_negative,
     store_word,
 )
+from compactdist.codecs.kernels.reference import LANES
 
-__all__ = ["look_up", "pack", "pack_signs", "pack_eights", "pack_trits", "unpack", "unpack_eights", "unpack_trits"]
+__all__ = [
+    "look_up",
+    "nearest_index",
+    "nearest_step",
+    "pack",
+    "pack_signs",
+    "pack_eights",
+    "pack_trits",
+    "unpack",
+    "unpack_eights",
+    "unpack_trits",
+]
 
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
+
+
+@inlined
+def nearest_index(u: Any, borders: Any) -> Any:
+    """How many of the borders, a tuple, lie below u; the search is unrolled."""
+    index = _u32(0)
+    for i in range(len(borders)):
+        index = _u32(index + _u32(1)) if u > borders[i] else index
+    return index
+
+
+@inlined
+def nearest_step(u: Any, largest: Any, value: Any) -> Any:
+    """The integer nearest to u, at most ``largest``, with the sign of ``value``; still a float32."""
+    steps = largest if u > largest else u
+    steps = (steps + ROUNDING) - ROUNDING
+    return -steps if value < _f32(0) else steps
 
 
 @inlined

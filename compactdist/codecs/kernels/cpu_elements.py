@@ -15,6 +15,7 @@ import numpy as np
 from numba.extending import overload
 
 from compactdist.codecs.kernels.cpu_vectors import as_u32
+from compactdist.codecs.kernels.reference import LANES
 
 Array = Any
 Pointer = Any
@@ -22,8 +23,8 @@ jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 inlined = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
 
-LANES = 64
-"""Running sums for each row, as in the reference."""
+ROUNDING = np.float32(12582912.0)
+"""1.5 * 2**23: adding it to what is below 2**22 rounds to an integer, half to even."""
 
 
 def _widen(v: Any) -> Any:
@@ -91,8 +92,6 @@ def _narrow_f16(v: Any, like: Any) -> Any:
 
 _WIDEN = {numba.float32: _widen_f32, numba.uint16: _widen_bf16, numba.int16: _widen_f16}
 _NARROW = {numba.float32: _narrow_f32, numba.uint16: _narrow_bf16, numba.int16: _narrow_f16}
-
-
 _NARROW_FINITE = {**_NARROW, numba.uint16: _narrow_finite_bf16}
 
 

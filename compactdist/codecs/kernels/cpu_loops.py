@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_codes import look_up, pack, unpack
+from compactdist.codecs.kernels.cpu_codes import look_up, nearest_index, nearest_step, pack, unpack
 from compactdist.codecs.kernels.cpu_elements import (
-    LANES,
     Array,
     finish,
     jit,
@@ -33,9 +32,9 @@ from compactdist.codecs.kernels.cpu_vectors import (
     stack_codes,
     stack_floats,
 )
+from compactdist.codecs.kernels.reference import LANES
 
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
-_ROUNDING = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, half to even
 
 
 @jit
@@ -76,9 +75,7 @@ def code_nearest(
             for j in range(n):
                 value = values[_at(j)]
                 u = abs(value) * inverses[s + _at(j)] * inverse_weight
-                index = _u32(0)
-                for i in range(len(borders)):
-                    index = _u32(index + _u32(1)) if u > borders[i] else index
+                index = nearest_index(u, borders)
                 below = _u32(index << _u32(1)) if trits else _u32(index | sign)
                 code[_at(j)] = np.uint8(below if value < _f32(0) else index)
             look_up(code, levels, n, values)
@@ -119,10 +116,7 @@ def code_linear(
             p = _at(row * channels + chunk_at[k])
             for j in range(n):
                 value = values[_at(j)]
-                steps = abs(value) * inverses[s + _at(j)] * inverse_weight
-                steps = largest if steps > largest else steps
-                steps = (steps + _ROUNDING) - _ROUNDING
-                steps = -steps if value < _f32(0) else steps
+                steps = nearest_step(abs(value) * inverses[s + _at(j)] * inverse_weight, largest, value)
                 bytes_[p + _at(j)] = np.uint8(np.int32(steps))
                 values[_at(j)] = (weight * cs[s + _at(j)]) * (steps + _f32(0))  # a code has no -0
             if out.size:

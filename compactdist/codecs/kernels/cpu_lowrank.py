@@ -16,7 +16,6 @@ from torch import Tensor
 
 from compactdist.codecs.kernels.cpu_common import BIT_TYPES, bits_of, expectation
 from compactdist.codecs.kernels.cpu_elements import (
-    LANES,
     Array,
     _narrow_finite,
     finish,
@@ -27,6 +26,7 @@ from compactdist.codecs.kernels.cpu_elements import (
     residual,
 )
 from compactdist.codecs.kernels.places import WIDTH, Place, place_of
+from compactdist.codecs.kernels.reference import LANES
 from compactdist.codecs.kernels.threads import spread
 
 if TYPE_CHECKING:

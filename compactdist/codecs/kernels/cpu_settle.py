@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 
 from compactdist.codecs.kernels.cpu_elements import Array, Pointer, fold, inlined, jit, lane_sum, round_3_bits
-from compactdist.codecs.kernels.cpu_surveys import TILE
 from compactdist.codecs.kernels.cpu_vectors import data_of, stack_floats
+from compactdist.codecs.kernels.reference import BF16_MAX_BITS, UE5M3_BIAS, UE5M3_FIRST_NONZERO_BITS
+from compactdist.codecs.kernels.reference import TILE_ROWS as TILE
+from compactdist.codecs.scales import LEVEL_OF_TRITS, SAFE_STATISTIC, SIGMA_OF_MEAN_MAGNITUDE, SMALLEST_SCALE
 
 SIGN, NEAREST, TRITS, LINEAR = range(4)
 
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
-_SMALLEST_SCALE = np.float32(2.0**-87)
-_SIGMA_OF_MEAN_MAGNITUDE = np.float32(1.2533141373155003)
-_LOWEST, _HIGHEST = np.float32(2.0**-50), np.float32(2.0**50)
-_TRIT_OF_SIGMA = np.float32(1.224006361924962)
+_SMALLEST_SCALE = np.float32(SMALLEST_SCALE)
+_SIGMA_OF_MEAN_MAGNITUDE = np.float32(SIGMA_OF_MEAN_MAGNITUDE)
+_LOWEST, _HIGHEST = map(np.float32, SAFE_STATISTIC)
+_LEVEL_OF_TRITS = np.float32(LEVEL_OF_TRITS)
 _STEPS = np.float32(127)
-_BF16_MAX = np.uint32(0x7F7F)
-_UE5M3_BIAS = (127 - 31) << 3
-_UE5M3_FIRST_NONZERO_BITS = 0x2F900000
+_BF16_MAX_BITS = np.uint32(BF16_MAX_BITS)
 
 
 @inlined
@@ -80,10 +80,10 @@ def settle_rows(stat: Array, weighted: bool, rows: int, codes: Array, t: Array, 
         norms[group] = norm
         for row in range(group * rows, (group + 1) * rows):
             bits = np.int64(_f32(round_3_bits(stat[row]) * norm).view(_u32))
-            code = ((bits + (1 << 19)) >> 20) - _UE5M3_BIAS
-            code = min(max(code, 1 if bits >= _UE5M3_FIRST_NONZERO_BITS else 0), 255)
+            code = ((bits + (1 << 19)) >> 20) - UE5M3_BIAS
+            code = min(max(code, 1 if bits >= UE5M3_FIRST_NONZERO_BITS else 0), 255)
             codes[row] = np.uint8(code)
-            value = _u32((code + _UE5M3_BIAS) << 20).view(_f32) if code else _f32(0)
+            value = _u32((code + UE5M3_BIAS) << 20).view(_f32) if code else _f32(0)
             t[row] = value
             inverse_t[row] = over(_f32(1), value)
     return True
@@ -175,9 +175,9 @@ def settle_channels(
                 scale = gaussian(two[j], one[j] * norm, weight, bound, widening)
             else:
                 sigma = storable(over(two[j], (one[j] * norm) * _SIGMA_OF_MEAN_MAGNITUDE), False)
-                scale = storable(sigma * _TRIT_OF_SIGMA, False)
+                scale = storable(sigma * _LEVEL_OF_TRITS, False)
             bits = _u32(_f32(scale).view(_u32) >> _u32(16))
-            stored[group * count + j] = np.uint16(min(bits, _BF16_MAX))
+            stored[group * count + j] = np.uint16(min(bits, _BF16_MAX_BITS))
             for k in range(j, channels if shared else j + 1):
                 c[group * channels + k] = scale
                 inverse_c[group * channels + k] = over(_f32(1), scale)

@@ -24,9 +24,7 @@ from compactdist.codecs.kernels.cpu_elements import (
     round_3_bits,
 )
 from compactdist.codecs.kernels.cpu_vectors import as_u32, data_of, stack_codes, stack_floats
-
-TILE = 64
-"""Rows that share running sums, as in the reference."""
+from compactdist.codecs.kernels.reference import TILE_ROWS as TILE
 
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
 

@@ -21,6 +21,7 @@ from compactdist.codecs.kernels.gpu_elements import (
     round_half_even,
     storable_scale,
 )
+from compactdist.codecs.scales import SIGMA_OF_MEAN_MAGNITUDE
 
 SIGN = tl.constexpr(0)
 NEAREST = tl.constexpr(1)
@@ -28,7 +29,7 @@ TERNARY = tl.constexpr(2)
 LINEAR = tl.constexpr(3)
 FLOAT8 = tl.constexpr(4)
 
-_SIGMA_OF_MEAN_MAGNITUDE = tl.constexpr(1.2533141373155001)  # sqrt(pi / 2)
+_SIGMA_OF_MEAN_MAGNITUDE = tl.constexpr(SIGMA_OF_MEAN_MAGNITUDE)
 _LARGEST_STEP = tl.constexpr(127)
 
 

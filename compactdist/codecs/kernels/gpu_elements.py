@@ -11,6 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from compactdist.codecs import scales
+from compactdist.codecs.kernels import reference
+
 CONSECUTIVE = tl.constexpr(0)
 """Rows lie one behind the other in memory."""
 EIGHTS = tl.constexpr(1)
@@ -19,15 +22,14 @@ SCATTERED = tl.constexpr(2)
 """Rows and channels are permuted, and every channel is looked up."""
 
 INFINITY_BITS = tl.constexpr(0x7F800000)
-_UE5M3_BIAS = tl.constexpr((127 - 31) << 3)
-_UE5M3_FIRST_NONZERO_BITS = tl.constexpr(0x2F900000)
-_BF16_MAX_BITS = tl.constexpr(0x7F7F)
+_UE5M3_BIAS = tl.constexpr(reference.UE5M3_BIAS)
+_UE5M3_FIRST_NONZERO_BITS = tl.constexpr(reference.UE5M3_FIRST_NONZERO_BITS)
+_BF16_MAX_BITS = tl.constexpr(reference.BF16_MAX_BITS)
 _F32_MAX = tl.constexpr(3.4028234663852886e38)
 _BF16_MAX = tl.constexpr(3.3895313892515355e38)
 _F16_MAX = tl.constexpr(65504.0)
-_SMALLEST_SCALE = tl.constexpr(2.0**-87)
-_SAFE_LOW = tl.constexpr(2.0**-50)
-_SAFE_HIGH = tl.constexpr(2.0**50)
+_SMALLEST_SCALE = tl.constexpr(scales.SMALLEST_SCALE)
+_SAFE_LOW, _SAFE_HIGH = map(tl.constexpr, scales.SAFE_STATISTIC)
 _TO_LOW = tl.constexpr(2.0**-64)
 _FROM_LOW = tl.constexpr(2.0**64)
 _ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, half to even

@@ -28,8 +28,8 @@ from compactdist.codecs.kernels import gpu_elements as elements
 from compactdist.codecs.kernels.places import place_of
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.lloyd_max import LloydMaxQuantizer
-from compactdist.codecs.scales import LARGEST_OF_MEAN
-from compactdist.codecs.ternary import _LEVEL_OF_SIGMA, Ternary
+from compactdist.codecs.scales import LARGEST_OF_MEAN, LEVEL_OF_TRITS
+from compactdist.codecs.ternary import Ternary
 
 if TYPE_CHECKING:
     from compactdist.codecs.base import Cut
@@ -178,7 +178,7 @@ def _constant(codec: ScalarQuantizer) -> float:
         return LARGEST_OF_MEAN / codec.magnitudes[0]
     if isinstance(codec, Fp8):
         return _FORMATS[codec.format].units
-    return _LEVEL_OF_SIGMA if isinstance(codec, Ternary) else 127.0
+    return LEVEL_OF_TRITS if isinstance(codec, Ternary) else 127.0
 
 
 def _place(cut: Cut, device: torch.device, *, look_up_all: bool = False) -> Place:

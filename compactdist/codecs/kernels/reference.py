@@ -24,9 +24,9 @@ TILE_ROWS = 64
 LANES = 64
 """Running sums for each row: a kernel keeps them in vector registers."""
 
-_UE5M3_BIAS = (127 - 31) << 3
-_UE5M3_FIRST_NONZERO_BITS = 0x2F900000  # 0.5625 * 2**-31, midway between 0 and the smallest nonzero value
-_BF16_MAX_BITS = 0x7F7F
+UE5M3_BIAS = (127 - 31) << 3
+UE5M3_FIRST_NONZERO_BITS = 0x2F900000  # 0.5625 * 2**-31, midway between 0 and the smallest nonzero value
+BF16_MAX_BITS = 0x7F7F
 
 
 def fold_sum(x: Tensor, dim: int) -> Tensor:
@@ -89,15 +89,15 @@ def round_3_bits(value: Tensor) -> Tensor:
 def encode_ue5m3(value: Tensor) -> Tensor:
     """Round non-negative float32 to the nearest UE5M3 code (uint8); halfway goes up, too large saturates."""
     bits = value.contiguous().view(torch.int32)
-    code = ((bits + (1 << 19)) >> 20) - _UE5M3_BIAS
+    code = ((bits + (1 << 19)) >> 20) - UE5M3_BIAS
     # Code 0 means 0, not 2**-31, so the lowest step is wider than the formula knows.
-    smallest = (bits >= _UE5M3_FIRST_NONZERO_BITS).to(torch.int32)
+    smallest = (bits >= UE5M3_FIRST_NONZERO_BITS).to(torch.int32)
     return torch.maximum(code, smallest).clamp(max=255).to(torch.uint8)
 
 
 def decode_ue5m3(code: Tensor) -> Tensor:
     """Expand UE5M3 codes (uint8) to float32, exactly."""
-    bits = (code.to(torch.int32) + _UE5M3_BIAS) << 20
+    bits = (code.to(torch.int32) + UE5M3_BIAS) << 20
     return torch.where(code == 0, torch.zeros_like(bits), bits).view(torch.float32)
 
 
@@ -110,14 +110,14 @@ def round_bf16(value: Tensor, *, up: bool = False) -> Tensor:
 
 def encode_bf16(value: Tensor) -> Tensor:
     """Store non-negative bfloat16 values held in float32 as bytes ``(2 * n,)``, low byte first; saturates."""
-    bits = (value.reshape(-1).view(torch.int32) >> 16).clamp(max=_BF16_MAX_BITS)
+    bits = (value.reshape(-1).view(torch.int32) >> 16).clamp(max=BF16_MAX_BITS)
     return torch.stack([bits & 0xFF, bits >> 8], 1).reshape(-1).to(torch.uint8)
 
 
 def encode_signed_bf16(value: Tensor) -> Tensor:
     """Store bfloat16 values of either sign held in float32 as bytes ``(2 * n,)``, low byte first; saturates."""
     bits = value.reshape(-1).view(torch.int32) >> 16
-    bits = (bits & 0x7FFF).clamp(max=_BF16_MAX_BITS) | (bits & 0x8000)
+    bits = (bits & 0x7FFF).clamp(max=BF16_MAX_BITS) | (bits & 0x8000)
     return torch.stack([bits & 0xFF, bits >> 8], 1).reshape(-1).to(torch.uint8)
 
 
