@@ -57,13 +57,15 @@ class Attachment:
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any) -> None:
-            self._keys.push_module(name)
+            if not torch.compiler.is_compiling():  # a compiled graph holds no names: its calls are told by their order
+                self._keys.push_module(name)
 
         return hook
 
     def _leaving(self, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            self._keys.pop_module(name)
+            if not torch.compiler.is_compiling():
+                self._keys.pop_module(name)
 
         return hook
 

@@ -41,6 +41,8 @@ class Options:
         find_layout: let encoders search the layout of buffers without a hint.
         state: ``"exact"``: reconstructions are remembered in the tensors' dtype; ``"int8"`` or ``"fp8"``: in one byte
             for each element and a scale for every 128.
+        forward: a received tensor that is sent again untouched goes on in the frame it arrived in, instead of being
+            encoded once more (:mod:`compactdist.exchange.forward`). The sender alone decides, so ranks may differ.
         state_budget_bytes: cap on history tensors of this rank; new sites beyond it pass through on all ranks
             concerned. A receiver of ``send`` or ``broadcast`` has no way to refuse and follows the sender, even beyond
             its cap. What the encoders of low-rank codecs remember for themselves is beside it. ``None``: no cap.
@@ -61,6 +63,7 @@ class Options:
     layouts: Layouts = None
     find_layout: bool = True
     state: StateForm = "exact"
+    forward: bool = True
     state_budget_bytes: int | None = None
     sample_errors_every: int = 0
     _codec: Codec = field(init=False, repr=False)

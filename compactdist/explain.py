@@ -41,8 +41,9 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 def explain(group: GroupLifecycle) -> str:
     """Per call site: calls, codec, bytes, ratio, error; then why calls passed through; then totals.
 
-    Bits are wire bits per element of the last compressed call, header and scales included; the ratio is over all calls,
-    keyframes included; NMSE is of the sampled calls (``sample_errors_every``), ``-`` if none was.
+    ``fwd`` counts calls that passed on what they had received. Bits are wire bits per element of the last compressed
+    call, header and scales included; the ratio is over all calls, keyframes included; NMSE is of the sampled calls
+    (``sample_errors_every``; what is passed on is not sampled), ``-`` if none was.
     """
     stats = group.stats()
     ctx = group._ctx
@@ -50,7 +51,20 @@ def explain(group: GroupLifecycle) -> str:
         f"{group!r}: {'no' if ctx.keys.step < 0 else ctx.keys.step + 1} steps since reset, epoch {ctx.keys.epoch}",
     ]
     if stats.sites:
-        head = ("site", "codec", "calls", "key", "raw B", "wire B", "ratio", "bits", "NMSE dB", "state B", "passed")
+        head = (
+            "site",
+            "codec",
+            "calls",
+            "key",
+            "raw B",
+            "wire B",
+            "ratio",
+            "bits",
+            "NMSE dB",
+            "state B",
+            "fwd",
+            "passed",
+        )
         rows: list[tuple[str, ...]] = [head]
         for site in stats.sites.values():
             rows.append(
@@ -65,6 +79,7 @@ def explain(group: GroupLifecycle) -> str:
                     _number(site.last_wire_bits_per_element),
                     _number(site.nmse_db, 1),
                     str(site.state_bytes),
+                    str(site.forwarded),
                     ", ".join(f"{count} x {reason}" for reason, count in site.passed.items()) or "-",
                 )
             )

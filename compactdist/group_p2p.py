@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from compactdist import _torch
 from compactdist.api import TorchDistributedAPI, shared_name
 from compactdist.codecs import Codec
+from compactdist.errors import ConfigError
 from compactdist.exchange.context import Call
 from compactdist.exchange.point_to_point import receive, send, stream_name
 from compactdist.group_core import GroupCore, nbytes_of, override
@@ -20,6 +22,23 @@ __all__ = ["PointToPointMethods"]
 
 class PointToPointMethods(GroupCore, TorchDistributedAPI):
     """ProcessGroup's point-to-point methods; ranks are group ranks."""
+
+    def forwarding(self) -> AbstractContextManager[None]:
+        """Promise that tensors received and sent again inside the block were not written to in between.
+
+        On a CPU untouched tensors are recognised by their bytes, and this saves the comparison. Elsewhere nothing but
+        this lets a tensor go on in the frame it arrived in. It counts for this thread and for tensors that are where
+        they were received: same storage, offset, shape and strides. A broken promise sends what was received.
+
+        Raises:
+            ConfigError: the group was wrapped with ``forward=False``.
+        """
+        self._ready()
+        if not self._ctx.forward:
+            raise ConfigError(
+                f"{self._ctx.label}: forwarding() in a group wrapped with forward=False; drop one of them"
+            )
+        return self._ctx.arrivals.trust()
 
     def _send_job(self, x: Tensor, peer: int, tag: int) -> Job | None:
         if not 0 <= peer < self._ctx.size:

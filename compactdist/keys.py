@@ -71,11 +71,17 @@ class KeyBook:
         """Whether calls can be told apart across steps: a step, a key or an attached module has been seen."""
         return self.engaged
 
-    def tick(self) -> None:
-        """Begin the next step: every counter starts again."""
+    def tick(self, index: int | None = None) -> None:
+        """Begin the next step, or step ``index``: every counter starts again.
+
+        Raises:
+            ConfigError: a negative index.
+        """
+        if index is not None and index < 0:
+            raise ConfigError(f"steps are counted from 0, got {index}")
         with self._lock:
             self.engaged = True
-            self.step += 1
+            self.step = self.step + 1 if index is None else index
             self._counts.clear()
 
     def restart(self) -> None:

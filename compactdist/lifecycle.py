@@ -72,6 +72,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
             lock=threading.RLock(),
             outbox=Outbox(),
             future_pool=self._future_pool,
+            forward=options.forward,
         )
 
     # --- identity: the C++ name lives in the first backend, which is shared with the inner group, so it is shadowed ---
@@ -132,10 +133,15 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
 
     # --- steps and keys -----------------------------------------------------------------------------------------------
 
-    def step(self) -> AbstractContextManager[None]:
-        """Begin the next step: calls are counted from the first again. Use it as ``with dist.step():`` or alone."""
+    def step(self, index: int | None = None) -> AbstractContextManager[None]:
+        """Begin the next step: calls are counted from the first again. Use it as ``with dist.step():`` or alone.
+
+        Args:
+            index: which step, for a pipeline whose ends run ahead of one another: both name the step that a message
+                belongs to. ``None``: the one after the last.
+        """
         self._ready()
-        self._ctx.keys.tick()
+        self._ctx.keys.tick(index)
         return nullcontext()
 
     def key(self, name: str) -> AbstractContextManager[None]:
@@ -193,7 +199,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
                 ``explain()`` shows the sites' counts in one line from now on.
         """
         self._ready()
-        self._ctx.store.reset(prefix)
+        self._ctx.forget(prefix)
         if prefix is None:
             self._ctx.keys.restart()
             for attachment in self._attachments:
@@ -206,7 +212,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
 
     def stats(self) -> Stats:
         """Totals and per-site counters of this rank."""
-        return self._ctx.stats.snapshot(self._ctx.store.state_bytes())
+        return self._ctx.stats.snapshot(self._ctx.state_bytes())
 
     def reset_stats(self) -> None:
         """Start counting again; the history is untouched."""
@@ -260,7 +266,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
 
     def _retire(self) -> None:
         self._closed = True
-        self._ctx.store.reset()
+        self._ctx.forget()
         with self._pool_lock:
             if self._pool is not None:
                 self._pool.shutdown(wait=False)

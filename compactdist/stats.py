@@ -47,6 +47,7 @@ class SiteStats:
     codec: str = ""
     calls: int = 0
     keyframes: int = 0
+    forwarded: int = 0
     raw_bytes: int = 0
     wire_bytes: int = 0
     last_wire_bits_per_element: float = math.nan
@@ -75,6 +76,8 @@ class Stats:
         raw_bytes: bytes the calls would have sent uncompressed, passed-through calls included.
         wire_bytes: bytes really sent, headers, scales, padding and passed-through calls included.
         compressed_calls: calls that went through a codec (keyframes included).
+        forwarded: those of them that passed on what was received, to the bit, in the frame it arrived in (or, where a
+            keyframe was due, in one of its own); no encoder added an error.
         passed_through: calls that went to the inner group unchanged.
         passed_reasons: how often for which reason.
         state_bytes: bytes of history tensors held now, and of what encoders remember for themselves.
@@ -84,6 +87,7 @@ class Stats:
     raw_bytes: int
     wire_bytes: int
     compressed_calls: int
+    forwarded: int
     passed_through: int
     passed_reasons: dict[str, int]
     state_bytes: int
@@ -112,13 +116,16 @@ class GroupStats:
                 found = self._sites.setdefault(key, SiteStats(key, op))
         return found
 
-    def sent(self, key: str, op: str, codec: str, *, raw: int, wire: int, keyframe: bool, numel: int) -> None:
+    def sent(
+        self, key: str, op: str, codec: str, *, raw: int, wire: int, keyframe: bool, numel: int, forwarded: bool = False
+    ) -> None:
         """Count one compressed call: ``raw`` and ``wire`` bytes on the link, ``numel`` elements in all messages."""
         site = self.site(key, op)
         with self._lock:
             site.codec = codec
             site.calls += 1
             site.keyframes += keyframe
+            site.forwarded += forwarded
             site.raw_bytes += raw
             site.wire_bytes += wire
             if numel and not keyframe:
@@ -159,6 +166,7 @@ class GroupStats:
                 total.codec = site.codec or total.codec
                 total.calls += site.calls
                 total.keyframes += site.keyframes
+                total.forwarded += site.forwarded
                 total.raw_bytes += site.raw_bytes
                 total.wire_bytes += site.wire_bytes
                 total.passed += site.passed
@@ -187,6 +195,7 @@ class GroupStats:
                 raw_bytes=sum(s.raw_bytes for s in self._sites.values()) + passed_bytes,
                 wire_bytes=sum(s.wire_bytes for s in self._sites.values()) + passed_bytes,
                 compressed_calls=sum(s.calls for s in self._sites.values()),
+                forwarded=sum(s.forwarded for s in self._sites.values()),
                 passed_through=sum(reasons.values()),
                 passed_reasons=dict(reasons),
                 state_bytes=sum(state_bytes_of.values()),

@@ -16,8 +16,10 @@ from torch import Tensor
 from compactdist import _torch
 from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
+from compactdist.exchange.arrivals import Arrival
 from compactdist.exchange.context import Call, Context, waits_at_once, write
-from compactdist.state import Arrangement, Staged, StreamEncoder, state_nbytes
+from compactdist.exchange.forward import Message
+from compactdist.state import Arrangement, Staged, state_nbytes
 from compactdist.state.store import Site
 from compactdist.stats import PassReason
 from compactdist.wire import from_raw, raw_payload
@@ -30,7 +32,7 @@ __all__ = ["all_to_all"]
 class _Outgoing:
     peer: int
     payload: Tensor
-    encoder: StreamEncoder | None = None
+    message: Message | None = None
     staged: Staged | None = None
     hint: Arrangement | None = None
     codec: Codec | None = None
@@ -81,7 +83,10 @@ def all_to_all(ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequ
     receiving: list[_Incoming] = []
     refusing: set[int] = set()
     any_residual = compressed = False
-    with ctx.lock:
+    rotates = _rotates(me, inputs) and _rotates(me, outputs)
+    arrivals = ctx.arrivals
+    latest = arrivals.latest(max(inputs, key=Tensor.numel)) if rotates else None
+    with ctx.lock, arrivals.held(latest, ctx.store) as arrival:
         for peer in peers:
             out_codec = codec_for(peer, inputs[peer].numel())
             in_codec = codec_for(peer, outputs[peer].numel())
@@ -96,7 +101,8 @@ def all_to_all(ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequ
                 exact = inputs[peer].numel() * dtype.itemsize
                 sending.append(_Outgoing(peer, raw_payload(inputs[peer])[:exact]))
             else:
-                outgoing, error = _encode(ctx, call, site, peer, inputs[peer], out_codec, peer in refusing)
+                refuse = peer in refusing
+                outgoing, error = _encode(ctx, call, site, peer, inputs[peer], out_codec, arrival, refuse)
                 failure = failure or error
                 any_residual |= not (outgoing.staged and outgoing.staged.header.is_key)
                 compressed = True
@@ -112,18 +118,25 @@ def all_to_all(ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequ
         arrived = torch.empty(sum(recv_sizes), dtype=torch.uint8, device=inputs[me].device)
         inner = _torch.all_to_all_single(ctx.inner, arrived, wire, recv_sizes, send_sizes, opts)
         for o in sending:
-            if o.encoder is not None and o.staged is not None:
-                o.encoder.commit(o.staged, o.hint)
+            if o.message is not None and o.staged is not None:
+                o.message.commit(o.staged, o.hint)
     name = call.key.name
     if compressed:
         shown = next(o.codec for o in sending if o.codec is not None)
         numel = sum(inputs[p].numel() for p in peers)
         ctx.stats.sent(
-            name, call.op, shown.codec_id, raw=raw_total, wire=wire.numel(), keyframe=not any_residual, numel=numel
+            name,
+            call.op,
+            shown.codec_id,
+            raw=raw_total,
+            wire=wire.numel(),
+            keyframe=not any_residual,
+            numel=numel,
+            forwarded=any(o.message is not None and o.message.forwarded for o in sending),
         )
         for o in sending:
-            if o.staged is not None and o.encoder is not None:
-                ctx.sample_error(call, o.encoder.sequence, inputs[o.peer], o.staged)
+            if o.staged is not None and o.message is not None and not o.message.passes:
+                ctx.sample_error(call, site.encoder(o.peer).sequence, inputs[o.peer], o.staged)
     else:
         reasons = {c for c in pick.values() if isinstance(c, str)} or {PassReason.BUDGET}
         ctx.stats.passed(call.op, "+".join(sorted(reasons)), raw_total, name, wire=wire.numel())
@@ -148,6 +161,7 @@ def all_to_all(ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequ
                     write(target, from_raw(data, target.numel(), dtype))
                 continue
             decoder = site.decoder(part.peer)
+            arrivals.forget(site, part.peer)
             try:
                 value = decoder.decode(
                     data,
@@ -165,6 +179,8 @@ def all_to_all(ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequ
                 refused.add(part.peer)
             if may_write:
                 write(target, value)
+                if rotates:
+                    arrivals.put(site, part.peer, target, data, by_size=True)
         for peer in refused:
             ctx.store.refuse(site, peer)
         if error is not None:
@@ -177,26 +193,28 @@ def _pair_need(ctx: Context, chunk: Tensor, codec: Codec | None, *, sender: bool
     return 0 if codec is None else state_nbytes(ctx.config, chunk.numel(), chunk.dtype, sender=sender)
 
 
+def _rotates(me: int, chunks: Sequence[Tensor]) -> bool:
+    """Whether there is one chunk only and it is another rank's: a rotation, which a ring is made of."""
+    return [rank for rank, chunk in enumerate(chunks) if chunk.numel()][1:] == [] and not chunks[me].numel()
+
+
 def _encode(
-    ctx: Context, call: Call, site: Site, peer: int, chunk: Tensor, codec: Codec, refuse: bool
+    ctx: Context,
+    call: Call,
+    site: Site,
+    peer: int,
+    chunk: Tensor,
+    codec: Codec,
+    arrival: Arrival | None,
+    refuse: bool,
 ) -> tuple[_Outgoing, NonFiniteError | None]:
     encoder = site.encoder(peer)
     numel, dtype = chunk.numel(), chunk.dtype
     hint = ctx.hint(call, numel)
     keyframe = codec.lossless or ctx.in_warmup(call) or encoder.is_fresh(numel, dtype)
-    size = encoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe)
-    staged, failure = ctx.stage(
-        encoder,
-        call,
-        peer,
-        chunk,
-        codec,
-        keyframe=keyframe,
-        hint=hint,
-        frame_nbytes=size,
-        refuse_state=refuse,
-    )
-    return _Outgoing(peer, staged.frame, encoder, staged, hint, codec), failure
+    message = Message(ctx, call, encoder, chunk, codec, due=keyframe, arrival=arrival)
+    staged, failure = message.stage(peer, hint, refuse_state=refuse)
+    return _Outgoing(peer, staged.frame, message, staged, hint, codec), failure
 
 
 def _expect(ctx: Context, call: Call, site: Site, peer: int, chunk: Tensor, codec: Codec | None) -> _Incoming:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from compactdist import _torch, codecs
 from compactdist.codecs import Codec
 from compactdist.errors import BadOutputError, ConfigError, LayoutError, NonFiniteError
+from compactdist.exchange.arrivals import Arrivals
 from compactdist.keys import CallKey, KeyBook
 from compactdist.policy import PASS, CallInfo, Policy
 from compactdist.state import COMPRESSIBLE_DTYPES, Arrangement, Layout, Staged, StateStore, StreamConfig, StreamEncoder
@@ -57,8 +58,11 @@ class Context:
         exact_local: all-gather leaves one's own chunk exact.
         sample_every: measure the reconstruction error of every n-th call of a site; 0 never.
         lock: held while a call is encoded and handed to the inner group.
-        tap: shown every tensor right before it is encoded: call, the peer it goes to (the sender itself where all
-            ranks get the same), tensor, and the arrangement of its layout hint. It must not raise or change anything.
+        forward: pass on what was received and is sent again untouched.
+        tap: shown every tensor right before it is encoded or passed on: call, the peer it goes to (the sender itself
+            where all ranks get the same), tensor, and the arrangement of its layout hint. It must not raise or change
+            anything.
+        arrivals: what was received and may be passed on.
     """
 
     inner: Any
@@ -78,7 +82,24 @@ class Context:
     lock: threading.RLock
     outbox: Outbox
     future_pool: Callable[[], ThreadPoolExecutor]
+    forward: bool
     tap: Tap | None = None
+    arrivals: Arrivals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.arrivals = Arrivals(self.forward)
+
+    def forget(self, prefix: str | None = None) -> None:
+        """Drop all history, or that of the sites under a prefix."""
+        self.store.reset(prefix)
+        self.arrivals.clear(prefix)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes held per key: histories, what encoders remember, and payloads kept to be passed on."""
+        held = self.store.state_bytes()
+        for key, nbytes in self.arrivals.kept_bytes().items():
+            held[key] = held.get(key, 0) + nbytes
+        return held
 
     def refusal(self, tensor: Tensor, autograd: AutogradRule = "tensor") -> str | None:
         """Why no call of this kind can be compressed, whatever its size; ``None`` if it can. Takes no ordinal.

@@ -15,6 +15,7 @@ from torch import Tensor
 from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
 from compactdist.exchange.context import Call, Context, write
+from compactdist.exchange.forward import Message
 from compactdist.state import Arrangement, blocks, state_nbytes
 from compactdist.stats import PassReason
 from compactdist.wire import HEADER_NBYTES, MAGIC, from_raw, raw_nbytes
@@ -31,6 +32,8 @@ def stream_name(source: int, target: int, tag: int) -> str:
 def send(ctx: Context, call: Call, codec: Codec, x: Tensor, peer: int, tag: int) -> Job:
     """Send ``x`` to group rank ``peer``; the frame is complete when this returns.
 
+    What was received and is untouched goes on in the frame it arrived in (:mod:`compactdist.exchange.forward`).
+
     A differentiable tensor, or one for which there is no state budget, travels as it is in a frame that touches no
     history: the receiver cannot foresee either.
     """
@@ -39,37 +42,44 @@ def send(ctx: Context, call: Call, codec: Codec, x: Tensor, peer: int, tag: int)
     hint, epoch = ctx.hint(call, numel), call.key.epoch
     failure: NonFiniteError | None = None
     passed: str | None = None
-    with ctx.lock:
+    arrivals = ctx.arrivals
+    with ctx.lock, arrivals.held(arrivals.found(x), ctx.store) as arrival:
         encoder = site.encoder(peer)
-        keyframe = codec.lossless or ctx.in_warmup(call) or encoder.is_fresh(numel, dtype)
+        message: Message | None = None
         if ctx.under_autograd(x):
             passed = PassReason.AUTOGRAD
-        elif keyframe and not ctx.store.reserve(
-            site, peer, (numel, dtype), state_nbytes(ctx.config, numel, dtype, sender=True)
-        ):
-            passed = PassReason.BUDGET
-        if passed is not None:
+        else:
+            due = codec.lossless or ctx.in_warmup(call) or encoder.is_fresh(numel, dtype)
+            follows = x.device.type == "cpu"
+            message = Message(ctx, call, encoder, x, codec, due=due, arrival=arrival, follows=follows)
+            need = state_nbytes(ctx.config, numel, dtype, sender=True)
+            starts = message.keyframe and not message.passes
+            if starts and not ctx.store.reserve(site, peer, (numel, dtype), need):
+                passed, message = PassReason.BUDGET, None
+        if message is None:
             staged = encoder.stage_stateless(x, codec, epoch=epoch)
         else:
-            size = encoder.frame_nbytes(codec, numel, dtype, keyframe=keyframe)
-            staged, failure = ctx.stage(
-                encoder,
-                call,
-                peer,
-                x,
-                codec,
-                keyframe=keyframe,
-                hint=hint,
-                frame_nbytes=size,
-            )
+            staged, failure = message.stage(peer, hint)
         inner = ctx.inner.send([staged.frame], peer, tag)
-        encoder.commit(staged, hint)
+        if message is not None:
+            message.commit(staged, hint)
+            if encoder.relay is not None and encoder.relay.shared:
+                ctx.store.reserve(site, peer, "shared", 0)
     raw, wire = numel * x.element_size(), staged.frame.numel()
     if passed is not None:
         ctx.stats.passed(call.op, passed, raw, call.key.name, wire=wire)
-    else:
-        ctx.stats.sent(call.key.name, call.op, codec.codec_id, raw=raw, wire=wire, keyframe=keyframe, numel=numel)
-        if failure is None:
+    elif message is not None:
+        ctx.stats.sent(
+            call.key.name,
+            call.op,
+            codec.codec_id,
+            raw=raw,
+            wire=wire,
+            keyframe=staged.header.is_key,
+            numel=numel,
+            forwarded=message.forwarded,
+        )
+        if failure is None and not message.passes:
             ctx.sample_error(call, encoder.sequence, x, staged)
 
     def finish(may_write: bool) -> None:
@@ -127,10 +137,12 @@ def receive(
 
         def finish(may_write: bool) -> None:
             decoder = site.decoder(source)
+            ctx.arrivals.forget(site, source)
             value = decoder.decode(frame, codec, numel, dtype, epoch=known_call.key.epoch, hint=hint)
             ctx.store.reserve(site, source, (numel, dtype), decoder.state_bytes, force=True)
             if may_write:
                 write(x, value)
+                ctx.arrivals.put(site, source, x, frame)
 
         return Job(known_inner, finish, site, (frame,))
 
@@ -149,6 +161,7 @@ def receive(
         site = ctx.store.site(actual.key.name)
         drain(site)
         decoder = site.decoder(source)
+        ctx.arrivals.forget(site, source)
         value = decoder.decode(
             frame,
             codec_of(actual),
@@ -160,5 +173,6 @@ def receive(
         ctx.store.reserve(site, source, (numel, dtype), decoder.state_bytes, force=True)
         if may_write:
             write(x, value)
+            ctx.arrivals.put(site, source, x, frame)
 
     return Job(inner, finish_any, None, (frame,))

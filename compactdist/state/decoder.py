@@ -17,13 +17,19 @@ _RESET = "call reset() on all ranks to start again from keyframes"
 
 
 class StreamDecoder(StreamState):
-    """Decoder of one directed stream inside a group."""
+    """Decoder of one directed stream inside a group.
 
-    __slots__ = ("refused",)
+    Attributes:
+        refused: the last keyframe said that the sender keeps no history.
+        header: of the last frame decoded.
+    """
+
+    __slots__ = ("header", "refused")
 
     def __init__(self, config: StreamConfig, key: int, where: str) -> None:
         super().__init__(config, key, where)
         self.refused = False
+        self.header: Header | None = None
 
     @torch.no_grad()
     def decode(
@@ -58,6 +64,7 @@ class StreamDecoder(StreamState):
         header = unpack(frame, self.where)
         self._check(header, codec, numel, dtype, epoch, hint)
         payload = payload_of(frame, header)
+        self.header = header
         if header.flags & STATELESS:
             return from_raw(payload, numel, dtype)
         if header.flags & KEY:
@@ -99,6 +106,7 @@ class StreamDecoder(StreamState):
         self.start(numel, dtype, hint)
         if self.config.order > 0:
             self.history.advance(value.clone())
+        self.follow(header.next_groups, header.next_channels)
         return value
 
     def _check(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,33 +14,12 @@ from compactdist.errors import LayoutError, NonFiniteError
 from compactdist.state.find_layout import find_arrangement
 from compactdist.state.layout import Arrangement
 from compactdist.state.quantized_history import make_history
+from compactdist.state.relay import Relay, stop_sharing
+from compactdist.state.staged import Staged
 from compactdist.state.stream import Memory, Spares, StreamConfig, StreamState
 from compactdist.wire import KEY, NO_STATE, NONFINITE, STATELESS, Header, empty_frame, pack, raw_payload, seal
 
 __all__ = ["Staged", "StreamEncoder"]
-
-
-@dataclass(slots=True)
-class Staged:
-    """A frame that has been made but not yet committed.
-
-    Attributes:
-        frame: 1-D uint8, header and payload, padded to the agreed size.
-        value: what the receiver will reconstruct, flat, the sender's dtype; ``None`` if not needed.
-        header: the frame's header.
-        exact: the sender's own values, flat; kept by an open-loop sender only.
-        next_arrangement: the arrangement announced for the next frame, or ``None``.
-        searched: this frame's residual was searched for an arrangement.
-        memory: what the codec will find at the next residual.
-    """
-
-    frame: Tensor
-    value: Tensor | None
-    header: Header
-    exact: Tensor | None = None
-    next_arrangement: Arrangement | None = None
-    searched: bool = False
-    memory: Memory | None = None
 
 
 def _references_of_a_fresh_object() -> int:
@@ -66,24 +45,32 @@ def _bounded(residual: Tensor) -> Tensor:
 class StreamEncoder(StreamState):
     """Encoder of one directed stream inside a group: stages a frame, and commits once it is on its way."""
 
-    __slots__ = ("_memory", "_open_loop", "_searched", "_spares")
+    __slots__ = ("_memory", "_open_loop", "_searched", "_spares", "relay")
 
     def __init__(self, config: StreamConfig, key: int, where: str, spares: Spares | None = None) -> None:
         super().__init__(config, key, where)
         self._searched = False
         self._memory: Memory | None = None
+        self.relay: Relay | None = None
         self._spares = spares
         open_loop = config.order > 0 and not config.closed_loop
         self._open_loop = make_history(config.order, config.damping, config.state) if open_loop else None
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of tensors held; an open-loop sender's true values and the codec's memory included."""
-        held = self.history.state_bytes + (self._memory.nbytes if self._memory else 0)
+        """Bytes of tensors held; an open-loop sender's true values and the codec's memory included.
+
+        A history that is another stream's counts there.
+        """
+        shared = self.relay is not None and self.relay.shared
+        held = (0 if shared else self.history.state_bytes) + (self._memory.nbytes if self._memory else 0)
         return held + (self._open_loop.state_bytes if self._open_loop else 0)
 
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
+        if self.relay is not None:
+            stop_sharing(self, self.relay)
+            self.relay.source, self.relay.owes_key = None, False
         super().drop()
         self._searched = False
         self._memory = None
@@ -297,6 +284,8 @@ class StreamEncoder(StreamState):
             return
         if header.flags & KEY:
             self.start(header.numel, header.dtype, hint)
+            if self.relay is not None:
+                self.relay.owes_key = False
         self._searched = self._searched or staged.searched
         if staged.value is not None:
             last = self.history.advance(staged.value)

@@ -1,5 +1,4 @@
-"""compactdist for xDiT (xfuser): compressed ring and Ulysses sequence parallelism, without a change to
-xfuser.
+"""compactdist for xDiT (xfuser): compressed sequence, pipeline and CFG parallelism, without a change to xfuser.
 
     import compactdist_xdit
 
@@ -16,5 +15,6 @@ them is called.
 from compactdist_xdit import cpu
 from compactdist_xdit.adapter import Handle, enable
 from compactdist_xdit.digits import decode_latents, load_digits_pipeline
+from compactdist_xdit.flags import add_cli_args, options_from
 
-__all__ = ["Handle", "cpu", "decode_latents", "enable", "load_digits_pipeline"]
+__all__ = ["Handle", "add_cli_args", "cpu", "decode_latents", "enable", "load_digits_pipeline", "options_from"]

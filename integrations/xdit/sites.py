@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import compactdist
@@ -93,7 +94,7 @@ class Sites:
         }
         for function, (group, site, guess) in sites.items():
             original = getattr(usp, function, None)
-            if original is not None and group in self.groups:
+            if original is not None and group in self.groups and function not in self._originals:
                 self._originals[function] = original
                 setattr(usp, function, self._named(original, self.groups[group], site, guess))
 
@@ -108,6 +109,8 @@ class Sites:
     def _named(self, original: Callable[..., Any], group: Any, site: str, guess: Guess) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # names and layouts are Python's business, a graph holds none
+                return original(*args, **kwargs)
             before, self._current = self._current, guess(*args, **kwargs)
             try:
                 with group.key(site) if hasattr(group, "key") else nullcontext():

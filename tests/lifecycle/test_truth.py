@@ -136,6 +136,7 @@ def test_explain_names_codec_ratio_and_reasons():
         assert row[7] == f"{site.last_wire_bits_per_element:.2f}"
         assert row[8] == f"{site.nmse_db:.1f}"
         assert row[9] == str(2 * 4 * kit.N)
+        assert row[10] == "0"  # forwarded
         for fact in ("1 x all_gather: no-step", "4 x all_gather: small", "4 x all_reduce: op", "4 steps"):
             assert fact in text, text
         assert f"{stats.raw_bytes} raw bytes as {stats.wire_bytes} wire bytes" in text

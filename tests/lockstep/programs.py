@@ -28,6 +28,8 @@ OPS = (
     "pair",
     "ring",
     "batch",
+    "relay",
+    "rotate",
 )
 
 call = st.fixed_dictionaries(
@@ -218,6 +220,8 @@ class Runner:
                 x.fill_(-1)  # the frame is complete
             else:
                 self.keep = [*getattr(self, "keep", []), x]
+        elif what in ("relay", "rotate"):
+            works, outputs = [], self.around(a, x)
         else:
             y = out(n)
             ops = [
@@ -226,3 +230,27 @@ class Runner:
             ]
             works, outputs = list(dist.batch_isend_irecv(ops)), [y]
         return works, outputs
+
+    def around(self, a: dict[str, Any], x: torch.Tensor) -> list[torch.Tensor]:
+        """A whole round of a ring: each rank sends its own, then what it received; one may write to that before."""
+        g, me, world = self.group, self.rank, self.world
+        after, before = (me + 1) % world, (me - 1) % world
+        outputs = []
+        for hop in range(world):
+            y = torch.full_like(x, 7.0)
+            if a["do"] == "rotate":
+                out_of, into = [0] * world, [0] * world
+                out_of[before], into[after] = len(y), len(x)
+                dist.all_to_all_single(y, x.clone(), out_of, into, group=g)
+            else:
+                ops = [
+                    dist.P2POp(dist.isend, x, group=g, group_peer=after, tag=a["tag"]),
+                    dist.P2POp(dist.irecv, y, group=g, group_peer=before, tag=a["tag"]),
+                ]
+                for work in dist.batch_isend_irecv(ops):
+                    work.wait()
+            if a["drop"] and me == a["root"] and hop == 0:
+                y.neg_()
+            outputs.append(y.clone())
+            x = y
+        return outputs

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compactdist_xdit import adapter, methods
+from compactdist_xdit import methods, routes
+from compactdist_xdit.session import Session
 
 SHAPE = (2, 3, 4, 8)
 
@@ -148,7 +149,7 @@ def test_install_refuses(monkeypatch: pytest.MonkeyPatch, ring: Any, stages: int
     assert usp.ring_attn is before
 
 
-def test_clock_tells_the_method_of_steps_forwards_and_requests() -> None:
+def test_the_session_tells_the_method_of_steps_forwards_and_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request ends for the method before the groups forget: its gathers are under way in them."""
     told: list[str] = []
     group = SimpleNamespace(step=lambda: told.append("group.step"), reset=lambda: told.append("group.reset"))
@@ -157,10 +158,14 @@ def test_clock_tells_the_method_of_steps_forwards_and_requests() -> None:
         begin_step=lambda: told.append("begin_step"),
         before_forward=lambda module: told.append(type(module).__name__),
     )
-    clock = adapter._Clock({"ring": group}, method)
-    clock.new_request()
+    session = Session(SimpleNamespace(), "int4", ("ring",), method, True, {})
+    monkeypatch.setattr(session, "activate", lambda: None)
+    monkeypatch.setattr(session, "bind", lambda: None)
+    monkeypatch.setattr("compactdist_xdit.session._has_stages", lambda: False)
+    session.groups, session._slots = {"ring": group}, [(routes.Slot("ring", None, ""), None, group)]
+    session._begin_request()
     for t in (9.0, 9.0, 8.0):
-        clock.before_forward(torch.nn.Identity(), (), {"timestep": torch.tensor(t)})
+        session._before_forward(torch.nn.Identity(), (), {"timestep": torch.tensor(t)})
     assert told[:2] == ["new_request", "group.reset"]
     assert told[2:] == ["group.step", "begin_step", "Identity", "Identity", "group.step", "begin_step", "Identity"]
 

@@ -131,12 +131,16 @@ class GatheringMethod:
 
     def remove(self) -> None:
         """Give xfuser its `ring_attn` back, and finish and forget what is under way. A second call does nothing."""
+        self.stand_back()
+        self.new_request()
+
+    def stand_back(self) -> None:
+        """Give xfuser its `ring_attn` back, but remember the request: it goes on after the next `install()`."""
         if self._replaced is not None:
             from xfuser.model_executor.layers import usp
 
             usp.ring_attn = self._replaced
             self._replaced = None
-        self.new_request()
 
     def _ring_attn(self, *args: Any, **kwargs: Any) -> Tensor:
         from xfuser.model_executor.layers import usp

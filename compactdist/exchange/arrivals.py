@@ -1,0 +1,208 @@
+"""What arrived last on every stream, as far as it may be sent on: found again by the tensor it was written to.
+
+Nothing here keeps a user's tensor alive: storages are referred to weakly, and what was kept for one goes with it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactdist.state import Site, StateStore
+from compactdist.state.relay import Received, digest_of, remembers_values
+from compactdist.wire import NO_STATE, NONFINITE, STATELESS, payload_of
+
+__all__ = ["Arrival", "Arrivals"]
+
+_Stream = tuple[str, int]
+
+
+@dataclass(slots=True)
+class Arrival:
+    """The last frame of an incoming stream and the tensor it was decoded to.
+
+    Attributes:
+        received: the frame.
+        site: of the stream; its lock keeps the decoder where it is.
+        stream: key of the site and group rank of the sender.
+        storage: the tensor's, weakly.
+        address, shape, strides, dtype: what else identifies it.
+    """
+
+    received: Received
+    site: Site
+    stream: _Stream
+    storage: weakref.ref[Any]
+    address: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def is_in(self, x: Tensor) -> bool:
+        """Whether ``x`` is this tensor: same storage, place, shape, strides and dtype."""
+        return (
+            (self.shape, self.strides, self.dtype) == (x.shape, x.stride(), x.dtype)
+            and self.address == x.data_ptr()
+            and self.storage() is x.untyped_storage()
+        )
+
+
+class _Trust(threading.local):
+    depth = 0
+
+
+class Arrivals:
+    """The arrivals of one group.
+
+    Args:
+        enabled: remember anything at all.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._lock = threading.RLock()  # a storage may be collected, and its arrival with it, while this is held
+        self._by_stream: dict[_Stream, Arrival] = {}
+        self._by_address: dict[int, Arrival] = {}
+        self._by_size: dict[tuple[int, torch.dtype], Arrival] = {}
+        self._relayed: set[_Stream] = set()
+        self._trust = _Trust()
+
+    @property
+    def trusted(self) -> bool:
+        """Whether this thread's caller vouches for it that received tensors are sent on untouched."""
+        return self._trust.depth > 0
+
+    @contextmanager
+    def trust(self) -> Iterator[None]:
+        """Let this thread's caller vouch for it."""
+        self._trust.depth += 1
+        try:
+            yield
+        finally:
+            self._trust.depth -= 1
+
+    def put(self, site: Site, source: int, x: Tensor, frame: Tensor, *, by_size: bool = False) -> None:
+        """Remember the frame that the site's decoder for ``source`` has just decoded, and that ``x`` holds its value.
+
+        Args:
+            site: the call site, locked.
+            source: group rank of the sender.
+            x: the user's tensor.
+            frame: 1-D uint8.
+            by_size: let :meth:`latest` find it.
+        """
+        decoder = site.decoder(source)
+        header = decoder.header
+        if not self.enabled or header is None or header.flags & (STATELESS | NONFINITE | NO_STATE):
+            return
+        received = Received(decoder, decoder.sequence, header)
+        stream = (site.key, source)
+        if stream in self._relayed:
+            if not header.is_key:
+                received.payload = payload_of(frame, header).clone()
+            if x.device.type == "cpu" and not remembers_values(decoder.config):
+                received.digest = digest_of(x)
+        try:
+            storage = x.untyped_storage()
+        except NotImplementedError:  # a subclass that has none
+            return
+        arrival = Arrival(
+            received,
+            site,
+            stream,
+            weakref.ref(storage, lambda ref: self._collected(stream, ref)),
+            x.data_ptr(),
+            x.shape,
+            x.stride(),
+            x.dtype,
+        )
+        with self._lock:
+            self._by_stream[stream] = arrival
+            self._by_address[arrival.address] = arrival
+            if by_size:
+                self._by_size[x.numel(), x.dtype] = arrival
+
+    def forget(self, site: Site, source: int) -> None:
+        """The stream's decoder is about to move on."""
+        if self.enabled:
+            with self._lock:
+                arrival = self._by_stream.get((site.key, source))
+                if arrival is not None:
+                    self._remove(arrival)
+
+    def _collected(self, stream: _Stream, ref: weakref.ref[Any]) -> None:
+        with self._lock:
+            arrival = self._by_stream.get(stream)
+            if arrival is not None and arrival.storage is ref:
+                self._remove(arrival)
+
+    def _remove(self, arrival: Arrival) -> None:
+        del self._by_stream[arrival.stream]
+        if self._by_address.get(arrival.address) is arrival:
+            del self._by_address[arrival.address]
+        size = (arrival.shape.numel(), arrival.dtype)
+        if self._by_size.get(size) is arrival:
+            del self._by_size[size]
+
+    def clear(self, prefix: str | None = None) -> None:
+        """Forget everything, or what arrived at sites under a prefix."""
+
+        def gone(stream: _Stream) -> bool:
+            return prefix is None or stream[0].startswith(prefix + "/")
+
+        with self._lock:
+            for arrival in list(self._by_stream.values()):
+                if gone(arrival.stream):
+                    self._remove(arrival)
+            self._relayed = {stream for stream in self._relayed if not gone(stream)}
+
+    def relayed(self, arrival: Arrival) -> None:
+        """Another stream stands on this one: keep what passing on its next frames takes."""
+        with self._lock:
+            self._relayed.add(arrival.stream)
+
+    def found(self, x: Tensor) -> Arrival | None:
+        """What was received into this very tensor; off the CPU, where nothing proves it untouched, only on trust."""
+        if not self._by_address or (x.device.type != "cpu" and not self.trusted):
+            return None
+        arrival = self._by_address.get(x.data_ptr())
+        return arrival if arrival is not None and arrival.is_in(x) else None
+
+    def latest(self, x: Tensor) -> Arrival | None:
+        """What of this size and dtype was put last with ``by_size``, wherever its values are now (on the CPU)."""
+        return self._by_size.get((x.numel(), x.dtype)) if x.device.type == "cpu" else None
+
+    @contextmanager
+    def held(self, arrival: Arrival | None, store: StateStore) -> Iterator[Arrival | None]:
+        """Keep an arrival's decoder where it is; ``None`` if it has moved on, or another thread is about to move it.
+
+        The same where its site was forgotten by a reset while the receive was under way.
+
+        Waiting for that thread could block for ever: what it waits for may depend on what this one is about to send.
+        """
+        known = arrival is not None and store.site(arrival.site.key) is arrival.site
+        if arrival is None or not known or not arrival.site.lock.acquire(blocking=False):
+            yield None
+            return
+        try:
+            received = arrival.received
+            yield arrival if received.decoder.sequence == received.sequence else None
+        finally:
+            arrival.site.lock.release()
+
+    def kept_bytes(self) -> dict[str, int]:
+        """Bytes of payloads kept, by key of the site they arrived at."""
+        kept: dict[str, int] = {}
+        with self._lock:
+            for arrival in list(self._by_stream.values()):
+                if arrival.received.payload is not None:
+                    key = arrival.site.key
+                    kept[key] = kept.get(key, 0) + arrival.received.payload.nbytes
+        return kept

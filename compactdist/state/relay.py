@@ -1,0 +1,221 @@
+"""Forward once: a frame that arrived on one stream goes on in another as it is, under a new header.
+
+That is right if and only if two things hold: before the frame, the two streams' receivers held the same state; and the
+tensor to be sent is what the frame was decoded to. The first is an invariant that begins where both states are seen to
+be equal (:func:`same_state`) and lasts as long as every frame of the one stream is passed on in the other. The second
+is proved for each tensor (:func:`is_untouched`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compactdist.codecs import Codec
+from compactdist.state.layout import Arrangement, plain
+from compactdist.state.quantized_history import make_history
+from compactdist.state.staged import Staged
+from compactdist.wire import Header, pack, raw_payload, seal
+
+if TYPE_CHECKING:
+    from compactdist.state.decoder import StreamDecoder
+    from compactdist.state.encoder import StreamEncoder
+    from compactdist.state.stream import StreamConfig
+
+__all__ = [
+    "Received",
+    "Relay",
+    "announce",
+    "can_announce",
+    "digest_of",
+    "is_untouched",
+    "join",
+    "leave",
+    "pass_on",
+    "remembers_values",
+    "same_state",
+    "stop_sharing",
+]
+
+
+@dataclass(slots=True)
+class Received:
+    """The last frame of an incoming stream.
+
+    Attributes:
+        decoder: of the stream, which has applied the frame.
+        sequence: the decoder's after the frame; when it has moved on, this is of no use any more.
+        header: the frame's.
+        payload: a residual's, where it may be passed on; 1-D uint8.
+        digest: of the decoded tensor's bytes, where the decoder does not keep them and it may be passed on.
+    """
+
+    decoder: StreamDecoder
+    sequence: int
+    header: Header
+    payload: Tensor | None = None
+    digest: bytes | None = None
+
+
+@dataclass(slots=True)
+class Relay:
+    """How an outgoing stream stands to the incoming one whose frames it passes on.
+
+    Attributes:
+        source: the incoming stream; ``None`` while this one encodes by itself.
+        passed: its sequence after the last frame that was passed on.
+        shared: this end looks at the decoder's history and keeps none; then going back to encoding takes a keyframe.
+        owes_key: history was given up; the next frame must be a keyframe.
+        streak: residuals encoded in a row although they could have been passed on after a keyframe.
+        patience: how long such a row must be to be worth the keyframe. Doubled at each way back, so that a call site
+            that keeps changing its mind pays for few of them.
+    """
+
+    source: StreamDecoder | None = None
+    passed: int = 0
+    shared: bool = False
+    owes_key: bool = False
+    streak: int = 0
+    patience: int = 1
+
+    def expects(self, received: Received) -> bool:
+        """Whether this is the frame that follows the last one passed on, of the same stream."""
+        return self.source is received.decoder and self.passed + 1 == received.sequence
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def _words(x: Tensor) -> Tensor:
+    """The bytes of a tensor as integers of its elements' size, which compare faster than bytes: flat, contiguous."""
+    flat = x.detach().reshape(-1)
+    if flat.stride(0) != 1:  # contiguous() leaves the strides of tensors with at most one element as they are
+        flat = _copy(flat)
+    return flat.view(_WORDS[flat.element_size()])
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same bytes, in order; -0 is not 0 here."""
+    return a.dtype == b.dtype and torch.equal(_words(a), _words(b))
+
+
+def digest_of(x: Tensor) -> bytes:
+    """128 bits that two tensors with different bytes do not share (CPU)."""
+    return hashlib.blake2b(_words(x).numpy().data, digest_size=16).digest()
+
+
+def remembers_values(config: StreamConfig) -> bool:
+    """Whether a decoder's state holds the bytes of what it decoded last."""
+    return config.order > 0 and config.state == "exact"
+
+
+def is_untouched(received: Received, x: Tensor) -> bool:
+    """Whether a CPU tensor has the bytes the frame was decoded to.
+
+    Compared with the decoder's state where that holds them, else by the digest taken on arrival.
+    """
+    if remembers_values(received.decoder.config):
+        base = received.decoder.history.base
+        return base is not None and _equal(x, base)
+    return received.digest is not None and received.digest == digest_of(x)
+
+
+def same_state(encoder: StreamEncoder, decoder: StreamDecoder, *, compare: bool = True) -> bool:
+    """Whether the receiver of one stream holds what this end's receiver of another holds.
+
+    Args:
+        encoder: of the outgoing stream, with a history of its own.
+        decoder: of the incoming stream.
+        compare: look at the bytes; without it, only at what the host knows of them.
+    """
+    if encoder.live is None or (encoder.live, encoder.arrangement) != (decoder.live, decoder.arrangement):
+        return False
+    ours, theirs = encoder.history.held, decoder.history.held
+    return len(ours) == len(theirs) and (not compare or all(map(_equal, ours, theirs)))
+
+
+def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec, epoch: int) -> Staged:
+    """The frame as it arrived, for another stream.
+
+    Args:
+        encoder: of the outgoing stream; commit the result with it.
+        received: the frame; ``payload`` must be there unless it is a keyframe.
+        x: the tensor it was decoded to.
+        codec: the outgoing stream's.
+        epoch: resets of the group so far.
+    """
+    header = replace(
+        received.header, key=encoder.key, epoch=epoch, sequence=encoder.sequence, codec=codec.fingerprint()
+    )
+    payload = raw_payload(x) if header.is_key else received.payload
+    assert payload is not None
+    value = exact = None
+    config = encoder.config
+    if config.order > 0 and not (encoder.relay and encoder.relay.shared):
+        value = _copy(x)
+        exact = None if config.closed_loop else _copy(x)
+    return Staged(pack(header, payload), value, header, exact, announced(header))
+
+
+def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Relay:
+    """Let the next frame of an incoming stream, whose state is the same as ours, be passed on.
+
+    Args:
+        encoder: of the outgoing stream.
+        decoder: of the incoming one.
+        share: look at the decoder's history from now on and keep none.
+    """
+    relay = encoder.relay = encoder.relay or Relay()
+    if share and not relay.shared:
+        live, arrangement = encoder.live, encoder.arrangement
+        encoder.drop()  # with all that encoding needs besides
+        encoder.live, encoder.arrangement, encoder.history = live, arrangement, decoder.history
+    relay.source, relay.passed, relay.shared, relay.owes_key = decoder, decoder.sequence, share, False
+    return relay
+
+
+def leave(encoder: StreamEncoder, relay: Relay) -> None:
+    """Encode by oneself again; after sharing, from a keyframe on."""
+    if relay.shared:
+        stop_sharing(encoder, relay)
+        relay.owes_key = True
+        relay.patience *= 2
+    relay.source, relay.streak = None, 0
+
+
+def stop_sharing(encoder: StreamEncoder, relay: Relay) -> None:
+    """Give an encoder an empty history of its own, if it has none."""
+    if relay.shared:
+        relay.shared = False
+        config = encoder.config
+        encoder.history = make_history(config.order, config.damping, config.state)
+
+
+def announced(header: Header) -> Arrangement | None:
+    """The arrangement a frame announces."""
+    return plain(header.numel, header.next_groups, header.next_channels) if header.next_channels else None
+
+
+def can_announce(arrangement: Arrangement | None) -> bool:
+    """Whether a header has words for the arrangement: consecutive rows without padding, no hint."""
+    return (
+        arrangement is not None
+        and not arrangement.hint
+        and arrangement.axes is None
+        and arrangement.groups * arrangement.rows * arrangement.channels == arrangement.numel
+    )
+
+
+def announce(staged: Staged, arrangement: Arrangement) -> None:
+    """Let a keyframe announce an arrangement for the frames after it."""
+    staged.header = replace(staged.header, next_groups=arrangement.groups, next_channels=arrangement.channels)
+    staged.next_arrangement = arrangement
+    seal(staged.frame, staged.header)

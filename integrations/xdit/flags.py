@@ -1,0 +1,106 @@
+"""The adapter's options as command-line flags, and as one environment variable that holds such flags."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import compactdist
+from compactdist_xdit import routes
+
+VARIABLE = "COMPACTDIST_XDIT"
+_PREFIX = "COMPACTDIST_X"
+
+
+def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `--compact_*` flags and `--parallel_method`; stands beside `xFuserArgs.add_cli_args`."""
+    group = parser.add_argument_group("compactdist", "residual compression of what the ranks send each other")
+    add = group.add_argument
+    add("--compact_codec", help="codec: an id (int2, binary, ...) or a JSON object with its configuration")
+    add("--compact_order", type=int, choices=(0, 1, 2), help="prediction: 0 none, 1 last value, 2 velocity")
+    add("--compact_warmup_steps", type=int, help="steps of a request that are sent as keyframes")
+    add("--compact_routes", help=f"comma-separated, of {','.join(routes.ROUTES)} (usually {','.join(routes.USUAL)})")
+    add("--compact_policy", type=Path, metavar="FILE", help="JSON list of compactdist.Rule objects")
+    add("--compact_explain", action="store_true", help="print at the end what was sent at every call site")
+    add("--parallel_method", choices=("patch", "distrifusion"), help="in place of ring attention")
+    add("--method_warmup_steps", type=int, help="synchronous steps before DistriFusion gets stale")
+    return parser
+
+
+def options_from(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Arguments for `enable`; `None` where neither a codec nor a parallel method was asked for.
+
+    Raises:
+        ValueError: flags that are of no use without a codec, or a policy file that is none.
+    """
+    options: dict[str, Any] = {
+        "order": args.compact_order,
+        "warmup_steps": args.compact_warmup_steps,
+        "routes": args.compact_routes,
+        "policy": None if args.compact_policy is None else read_policy(args.compact_policy),
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    if args.compact_codec is None:
+        if options:
+            flags = ", ".join(f"--compact_{name}" for name in options)
+            raise ValueError(f"{flags}: of no use without --compact_codec")
+        if args.parallel_method is None:
+            return None
+    codec: Any = args.compact_codec
+    if codec is not None and codec.lstrip().startswith("{"):
+        codec = json.loads(codec)
+    options["codec"] = codec
+    if args.parallel_method is not None:
+        options["parallel_method"] = args.parallel_method
+        if args.method_warmup_steps is not None:
+            options["method_warmup_steps"] = args.method_warmup_steps
+    return options
+
+
+def read_policy(path: Path) -> list[compactdist.Rule]:
+    """Rules from a JSON list such as `[{"codec": "int4", "key": "*attn*", "first_step": 25}]`.
+
+    Raises:
+        ValueError: the file, and what is wrong in it.
+    """
+    try:
+        entries = json.loads(path.read_text())
+        if not isinstance(entries, list):
+            raise TypeError("expected a list of rules")
+        rules = []
+        for entry in entries:
+            dtype = entry.get("dtype")
+            rules.append(compactdist.Rule(**entry | ({} if dtype is None else {"dtype": getattr(torch, dtype)})))
+        return rules
+    except (OSError, json.JSONDecodeError, TypeError, AttributeError, compactdist.CompactDistError) as error:
+        raise ValueError(f"--compact_policy {path}: {error}") from error
+
+
+def arguments_from(environment: Mapping[str, str] = os.environ) -> argparse.Namespace | None:
+    """What `COMPACTDIST_XDIT="--compact_codec int2 ..."` asks for; `None` where it is not set.
+
+    Raises:
+        ValueError: an unknown flag or value in it, or a variable whose name looks like a misspelling of it.
+    """
+    alike = difflib.get_close_matches(VARIABLE, [name for name in environment if name != VARIABLE], n=1, cutoff=0.85)
+    strangers = [n for n in environment if n.startswith(_PREFIX) and n != VARIABLE] or alike
+    if strangers:
+        raise ValueError(f"environment variable {strangers[0]} is unknown; did you mean {VARIABLE}?")
+    if VARIABLE not in environment:
+        return None
+    parser = add_cli_args(argparse.ArgumentParser(VARIABLE, allow_abbrev=False, add_help=False, exit_on_error=False))
+    try:
+        known, unknown = parser.parse_known_args(shlex.split(environment[VARIABLE]))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{VARIABLE}: {error}") from error
+    if unknown:
+        raise ValueError(f"{VARIABLE}: unknown: {' '.join(unknown)}")
+    return known

@@ -1,0 +1,245 @@
+"""One pipeline's wrapped groups, and their turn in xfuser's global places.
+
+xfuser keeps its groups in singletons, so two pipelines in one process take turns: whichever begins a request or calls
+its transformer puts its own groups in, and takes the other's out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import compactdist
+from compactdist_xdit import methods, probe, routes
+from compactdist_xdit.clock import Clock
+from compactdist_xdit.pipefusion import PipelineMessages
+from compactdist_xdit.sites import Sites
+
+_ACTIVE = "compactdist_session"  # an attribute of the singleton that the groups themselves live in
+
+
+class Session:
+    """What `enable` keeps for one pipeline.
+
+    Args:
+        pipe: the diffusers pipeline.
+        codec: for `compactdist.wrap`; `None` wraps nothing.
+        wanted: names of routes.
+        method: a parallel method, or `None`.
+        exact_own: a rank attends to its own keys and values as they are.
+        options: further arguments of `compactdist.wrap`.
+
+    Attributes:
+        groups: wrapped group by the name of its slot; empty until xfuser has made its groups.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        codec: Any,
+        wanted: Sequence[str],
+        method: methods.GatheringMethod | None,
+        exact_own: bool,
+        options: dict[str, Any],
+    ) -> None:
+        self.pipe = pipe
+        self.groups: dict[str, Any] = {}
+        self.method = method
+        self._codec = codec
+        self._wanted = tuple(wanted)
+        self._exact_own = exact_own
+        self._options = options
+        self._slots: list[tuple[routes.Slot, Any, Any]] = []  # slot, plain group, wrapped group
+        self._sites = Sites()
+        self._messages: PipelineMessages | None = None
+        self._attachments: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
+        self._clock = Clock(self._begin_step, self._begin_request)
+
+    # --- groups -----------------------------------------------------------------------------------------------------
+
+    def bind(self) -> None:
+        """Wrap xfuser's groups of today. Does nothing where they are the ones wrapped already.
+
+        Raises:
+            ValueError: none of the routes spans more than one rank, or something stands in the way.
+        """
+        found = [(slot, _plain(slot.get())) for slot in routes.slots(self._wanted)]
+        if self._codec is None:
+            found = []
+        elif not found:
+            raise ValueError(
+                f"no group of {', '.join(self._wanted)} spans more than one rank: set ring_degree, ulysses_degree or "
+                "pipefusion_parallel_degree, or name the routes cfg and sp where those are what is parallel"
+            )
+        if self._slots and [plain for _, plain in found] == [plain for _, plain, _ in self._slots]:
+            return
+        probe.refuse(self.pipe, [slot.route for slot, _ in found])
+        self.unbind()
+        try:
+            for slot, plain in found:
+                self._slots.append((slot, plain, self._wrap(slot, plain)))
+        except BaseException:
+            self.unbind()
+            raise
+        self.groups = {slot.name: wrapped for slot, _, wrapped in self._slots}
+        self._sites.groups = self.groups
+        if self._messages is not None:
+            self._messages.use({s.index: wrapped for s, _, wrapped in self._slots if s.route == "pipefusion"})
+        for transformer in self.transformers():
+            # xfuser wraps the transformer in a module of its own; its layers keep their names inside.
+            layers = getattr(transformer, "module", transformer)
+            self._attachments += [self.groups[name].attach(layers, step_module=None) for name in self._stepped()]
+
+    def _wrap(self, slot: routes.Slot, plain: Any) -> Any:
+        # Attention takes its own keys and values as they are. Predictions and latents must be the same on all ranks,
+        # or the ranks' pictures drift apart.
+        exact = self._exact_own and slot.route in ("ring", "ulysses")
+        options: dict[str, Any] = {"local": "exact" if exact else "reconstructed"}
+        if slot.route in ("ring", "ulysses"):
+            options["layouts"] = self._sites.layout_of
+        elif slot.route == "pipefusion":
+            self._messages = self._messages or PipelineMessages(slot.owner)
+            options["layouts"] = self._messages.layout_of
+        last = self._messages.last_stage if slot.route == "pipefusion" and self._messages is not None else None
+        if not compactdist.codecs.get(self._codec).lossless:
+            options["policy"] = functools.partial(_finer, slot.route, last)
+        return compactdist.wrap(plain, self._codec, **options | self._options)
+
+    def unbind(self) -> None:
+        """Close the wrapped groups; xfuser has its own back before."""
+        self.deactivate()
+        for attachment in self._attachments:
+            attachment.detach()
+        for _, _, wrapped in self._slots:
+            wrapped.close()
+        self._attachments.clear()
+        self._slots.clear()
+        self.groups = {}
+        self._messages = None
+
+    def _stepped(self) -> list[str]:
+        """Groups whose steps are the pipeline's; PipeFusion's messages carry their own."""
+        return [slot.name for slot, _, _ in self._slots if slot.route != "pipefusion"]
+
+    # --- taking turns -----------------------------------------------------------------------------------------------
+
+    def activate(self) -> None:
+        """Put the wrapped groups where xfuser looks for groups."""
+        from yunchang.globals import PROCESS_GROUP
+
+        before = getattr(PROCESS_GROUP, _ACTIVE, None)
+        if before is self:
+            return
+        if before is not None:
+            before.deactivate()
+        setattr(PROCESS_GROUP, _ACTIVE, self)
+        for slot, _, wrapped in self._slots:
+            if slot.route != "pipefusion":  # there only activations travel wrapped, see PipelineMessages
+                setattr(slot.owner, slot.attribute, wrapped)
+        if self.method is not None:
+            self.method.install()
+        self._sites.install()  # after the method: names and layouts belong to whatever stands at `ring_attn`
+        if self._messages is not None:
+            self._messages.install()
+
+    def deactivate(self) -> None:
+        """Put xfuser's own groups and functions back, if it is this session's turn."""
+        from yunchang.globals import PROCESS_GROUP
+
+        if getattr(PROCESS_GROUP, _ACTIVE, None) is not self:
+            return
+        delattr(PROCESS_GROUP, _ACTIVE)
+        if self._messages is not None:
+            self._messages.remove()
+        self._sites.remove()
+        if self.method is not None:
+            self.method.stand_back()
+        for slot, plain, _ in self._slots:
+            if slot.route != "pipefusion":
+                setattr(slot.owner, slot.attribute, plain)
+
+    # --- steps and requests -----------------------------------------------------------------------------------------
+
+    def transformers(self) -> list[torch.nn.Module]:
+        """The pipeline's, one or two."""
+        found = [getattr(self.pipe, name, None) for name in ("transformer", "transformer_2")]
+        return [module for module in found if isinstance(module, torch.nn.Module)]
+
+    def follow(self) -> None:
+        """Let the transformers advance the steps and the scheduler begin the requests.
+
+        Raises:
+            ValueError: the pipeline has no transformer.
+        """
+        transformers = self.transformers()
+        if not transformers:
+            raise ValueError(f"{type(self.pipe).__name__} has no transformer")
+        for transformer in transformers:
+            hooks = transformer.register_forward_pre_hook
+            self._undo.append(hooks(self._before_forward, with_kwargs=True).remove)
+        self._undo.append(self._clock.follow(self.pipe.scheduler))
+
+    def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.activate()
+        self._clock.before_forward(module, args, kwargs)
+        if self.method is not None:
+            self.method.before_forward(module)
+
+    def _begin_step(self) -> None:
+        for name in self._stepped():
+            self.groups[name].step()
+        if self.method is not None:
+            self.method.begin_step()
+
+    def _begin_request(self) -> None:
+        if self.method is not None:  # its gathers are under way in groups that are reset next
+            self.method.new_request()
+        self.bind()
+        self._clock.patch = _patch_of if _has_stages() else None
+        for group in self.groups.values():
+            group.reset()
+        if self._messages is not None:
+            self._messages.new_request()
+        self.activate()
+
+    def close(self) -> None:
+        """Undo everything."""
+        while self._undo:
+            self._undo.pop()()
+        if self.method is not None:
+            self.method.new_request()
+        self.unbind()
+
+
+_FINE = "int8"
+
+
+def _finer(route: str, last_stage: int | None, call: compactdist.CallInfo) -> str | None:
+    """The policy where the caller has none: what feeds the scheduler or the model's input is small and no attention
+    averages its errors out, so it travels with eight bits whatever the codec.
+    """
+    latents = last_stage is not None and f"/send/{last_stage}>0/" in call.key
+    return _FINE if latents or route in ("cfg", "sp") else None
+
+
+def _plain(group: Any) -> Any:
+    """The group itself, also while another session's is in its place."""
+    return group.inner if isinstance(group, compactdist.CompressedProcessGroup) else group
+
+
+def _has_stages() -> bool:
+    from xfuser.core.distributed import parallel_state
+
+    return routes.initialized() and parallel_state.get_pipeline_parallel_world_size() > 1
+
+
+def _patch_of() -> int | None:
+    """PipeFusion's patch about to be computed; `None` in its synchronous steps."""
+    from xfuser.core.distributed import get_runtime_state
+
+    state = get_runtime_state()
+    return int(state.pipeline_patch_idx) if state.patch_mode else None

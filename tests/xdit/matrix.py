@@ -1,0 +1,80 @@
+"""The compatibility table: runs its columns and renders docs/integrations.md.
+
+python -m tests.xdit.matrix            # every column, about three minutes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+JSON = ROOT / "benchmarks" / "results" / "integrations.json"
+PAGE = ROOT / "docs" / "integrations.md"
+START, END = "<!-- table: python -m tests.xdit.matrix -->", "<!-- end of table -->"
+ALL = ("flux", "sd3", "pixart", "cogvideox", "wan")
+COLUMNS: dict[str, tuple[int, tuple[str, ...]]] = {  # ranks, models
+    "ulysses 2": (2, ALL),
+    "ring 2": (2, ALL),
+    "pipefusion 2": (2, ("flux", "pixart")),
+    "cfg 2": (2, ("sd3", "pixart", "cogvideox")),
+    "ulysses 2 x ring 2": (4, ("flux",)),
+    "ring 4": (4, ("flux",)),
+}
+
+
+def run(column: str) -> dict[str, Any]:
+    """The records of one column, by model; raises if a rank failed."""
+    ranks, models = COLUMNS[column]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.json")
+        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(ranks), str(Path(__file__).with_name("matrix_worker.py"))]
+        done = subprocess.run(
+            [*command, str(out), column, *models],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            timeout=240,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+        records: dict[str, Any] = json.loads(out.read_text())
+    assert set(records) == set(models), records
+    return records
+
+
+def render(records: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| pipeline | route | runs | latent error, raw | latent error, int4 | ratio, int4 | state, int4 | calls |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for column, models in records.items():
+        for model, record in models.items():
+            raw, int4 = record["raw"], record["int4"]
+            lines.append(
+                f"| {model} | {column} | yes | {raw['error']:.0e} | {int4['error']:.1e} | {int4['ratio']:.2f} |"
+                f" {int4['state_bytes'] / 1024:.0f} KiB | {int4['calls']} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    records = {column: run(column) for column in COLUMNS}
+    for models in records.values():
+        for record in models.values():
+            for codec in ("raw", "int4"):
+                del record[codec]["explain"]
+    JSON.write_text(json.dumps({"command": "python -m tests.xdit.matrix", "columns": records}, indent=1) + "\n")
+    before, _, rest = PAGE.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{START}\n\n{render(records)}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
