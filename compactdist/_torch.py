@@ -96,7 +96,8 @@ def register(wrapper: Any, inner: Any, name: str) -> None:
         group_name=group_name(name),
         backend_config=world.pg_backend_config[inner],
         rank_mapping={global_rank: i for i, global_rank in enumerate(ranks)},
-        pg_tag=f"compactdist:{name}",
+        # without this prefix torch would not find the group by its tag; permute_tensor would make one to learn a rank
+        pg_tag=f"user:{name}",
     )
 
 

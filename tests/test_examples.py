@@ -7,19 +7,66 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+XDIT = ["flux", "sd3", "pixart_alpha", "cogvideox", "wan"]
 
 
-def test_quickstart():
+def run(example: str, *flags: str) -> str:
+    """What an example prints on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(ROOT / "examples" / "quickstart.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [*command, str(ROOT / "examples" / f"{example}.py"), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=110,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "all_gather#0" in done.stdout
-    assert "20 x all_reduce: op" in done.stdout
+    return done.stdout
+
+
+def test_quickstart() -> None:
+    shown = run("quickstart")
+    assert "all_gather#0" in shown
+    assert "20 x all_reduce: op" in shown
+
+
+def test_any_framework() -> None:
+    shown = run("any_framework")
+    assert "total: 100 compressed and 0 passed-through calls" in shown
+    assert float(shown.rpartition("relative error of the model: ")[2]) < 5e-3
+
+
+@pytest.mark.xdit
+@pytest.mark.parametrize(
+    ("flags", "calls"),
+    [
+        (["--tiny", "flux"], 4 * 8),
+        pytest.param(["--tiny", "wan", "--ulysses", "2", "--codec", "int4"], 4 * 3 * 2 * 8, marks=pytest.mark.slow),
+    ],
+)
+def test_diffusers(flags: list[str], calls: int) -> None:
+    shown = run("diffusers_context_parallel", *flags)
+    assert "steps: 8; requests begun: set_timesteps 1" in shown
+    assert f"total: {calls} compressed and 0 passed-through calls" in shown
+    assert "latents (1, " in shown
+
+
+@pytest.mark.xdit
+@pytest.mark.parametrize("model", [XDIT[0], *(pytest.param(model, marks=pytest.mark.slow) for model in XDIT[1:])])
+def test_xdit(model: str) -> None:
+    shown = run(f"{model}_example", "--tiny", "--ring_degree", "2", "--compact_codec", "int4")
+    calls = 3 * 2 * 8 if model == "wan" else 4 * 8
+    assert f"total: {calls} compressed and 0 passed-through calls" in shown
+    assert "latents (1, " in shown
+
+
+@pytest.mark.xdit
+@pytest.mark.slow
+def test_xdit_without_compression() -> None:
+    shown = run("flux_example", "--tiny", "--ulysses_degree", "2")
+    assert "compressed" not in shown
+    assert "latents (1, 64, 16)" in shown

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import compactdist
 from compactdist.errors import ConfigError, NonFiniteError
 from tests.group.rings import N, chunk, counts, hop, relative, ring, site, wrap
 from tests.launch import run_ranks
@@ -422,3 +423,17 @@ def test_a_tensor_that_requires_grad_goes_as_it_is():
     for sent, passed in run_ranks(body, 2):
         assert passed == {"autograd": 1}
         assert sent == (3, 2, 3)
+
+
+def test_what_is_passed_on_is_recorded_and_its_error_is_not_sampled(tmp_path):
+    def body(rank, size):
+        g = wrap(sample_errors_every=1)
+        with compactdist.record(g, tmp_path / "{rank}.safetensors", sites="send/*#1") as recording:
+            for t in range(STEPS):
+                g.step()
+                ring(g, [chunk(rank, t)])
+        own, passed_on = (g.stats().sites[site(g, h)].sampled for h in (0, 1))
+        return recording.written[site(g, 1)][0], own, passed_on
+
+    # the first frame of all is a keyframe of its own
+    assert run_ranks(body, 3) == [(STEPS, STEPS, 1)] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch.distributed.tensor.experimental import _attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -117,6 +118,24 @@ def test_torchs_ring_attention_with_the_alltoall_rotater(size):
     for worst in run_ranks(body, size):
         assert worst["raw"] < 1e-6
         assert 0 < worst["int4"] < 0.05
+
+
+def test_torch_finds_the_group_of_some_ranks_by_its_tag():
+    """Otherwise permute_tensor makes a plain group to learn a rank, and waits for ranks that are not in this one."""
+
+    def body(rank, size):
+        halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        inner = halves[rank // 2]
+        known = len(dist.distributed_c10d._world.pg_map)
+        with wrap(group=inner) as g:
+            assert g.size() == 2
+            for t in range(3):
+                g.step()
+                assert relative(turn(g, chunk(rank, t)), chunk(rank ^ 1, t)) < 0.1
+            assert len(dist.distributed_c10d._world.pg_map) == known + 1
+        assert len(dist.distributed_c10d._world.pg_map) == known
+
+    run_ranks(body, 4, timeout=20)
 
 
 def test_an_ordinary_exchange_does_not_look_for_anything_to_pass_on():

@@ -1,0 +1,102 @@
+"""What the xDiT examples share: flags, a tiny pipeline instead of a checkpoint, and the end of a run.
+
+Import it before xfuser: with `--tiny` it prepares xfuser for a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import compactdist_xdit
+from compactdist_diffusers import tiny
+
+TINY = "--tiny" in sys.argv
+if TINY:
+    os.environ.setdefault("LOG_LEVEL", "error")  # read by xfuser at import
+    compactdist_xdit.cpu.install()
+
+
+def start(model: str, prompt: str, **defaults: Any) -> tuple[argparse.Namespace, Any, Any]:
+    """Read the command line; the arguments, and xfuser's engine and input configurations.
+
+    Args:
+        model, prompt: used where the command line has none.
+        defaults: of other flags of xfuser, for instance `height=1024`.
+    """
+    from xfuser import xFuserArgs
+    from xfuser.config import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(description=f"{model} on xDiT, compressed")
+    xFuserArgs.add_cli_args(parser)
+    compactdist_xdit.add_cli_args(parser)
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model on CPU ranks instead of a checkpoint")
+    given = [f"--{name}={value}" for name, value in defaults.items()]
+    args = parser.parse_args(["--model", model, "--prompt", prompt, *given, *sys.argv[1:]])
+    if args.tiny:
+        if args.ring_degree * args.ulysses_degree * args.pipefusion_parallel_degree == 1 and not args.use_cfg_parallel:
+            args.ring_degree = int(os.environ["WORLD_SIZE"])
+        # Ring attention needs a kernel that returns the log-sum-exp; on a CPU there is one.
+        args.attention_backend = args.attention_backend or ("SDPA_FLASH" if args.ring_degree > 1 else "SDPA")
+    engine_config, input_config = xFuserArgs.from_cli_args(args).create_config()
+    engine_config.runtime_config.dtype = torch.float32 if args.tiny else torch.bfloat16
+    return args, engine_config, input_config
+
+
+def tiny_pipeline(name: str, engine_config: Any) -> tuple[Any, dict[str, Any]]:
+    """A tiny pipeline as xfuser wraps it, and the arguments to call it with."""
+    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+
+    pipe, call_kwargs = tiny.build(name)
+    return xFuserPipelineWrapperRegister.get_class(pipe)(pipeline=pipe, engine_config=engine_config), call_kwargs
+
+
+def load(wrapper: Any, args: argparse.Namespace, engine_config: Any) -> Any:
+    """The checkpoint of the command line as one of xfuser's pipelines, on this rank's GPU."""
+    return wrapper.from_pretrained(args.model, engine_config=engine_config, torch_dtype=torch.bfloat16).to(device())
+
+
+def device() -> str:
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+def generator(input_config: Any) -> torch.Generator:
+    return torch.Generator(device="cuda").manual_seed(input_config.seed)
+
+
+@contextlib.contextmanager
+def compressed(pipe: Any, args: argparse.Namespace) -> Iterator[None]:
+    """Run requests inside: compressed as the command line says, not at all where it says nothing."""
+    options = compactdist_xdit.options_from(args)
+    if options is None:
+        yield
+        return
+    with compactdist_xdit.enable(pipe, **options) as handle:
+        yield
+        if dist.get_rank() == 0:
+            print(handle.explain())
+
+
+def finish(output: Any, path: str) -> None:
+    """Save what came out, on the last of the ranks that have it, and leave xfuser's groups."""
+    from xfuser.core.distributed import get_runtime_state
+
+    if output is not None and dist.get_rank() == dist.get_world_size() - 1:
+        if TINY:
+            latents = output[0]
+            print(f"latents {tuple(latents.shape)}, mean {latents.mean():.4f}, standard deviation {latents.std():.4f}")
+        elif path.endswith(".mp4"):
+            from diffusers.utils import export_to_video
+
+            export_to_video(output.frames[0], path, fps=8)
+        else:
+            output.images[0].save(path)
+    dist.barrier()
+    get_runtime_state().destroy_distributed_env()
