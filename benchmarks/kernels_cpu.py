@@ -3,7 +3,8 @@
     python -m benchmarks.kernels_cpu --json benchmarks/results/kernels_cpu.json
 
 For each case, codec and form of scales: ``encode_residual`` with payload and new base in memory of their own, and
-``decode_residual`` in place. The runs of one line take turns, every one next to a copy; medians of the ratios.
+``decode_residual`` in place. The runs of one line take turns, every one next to a copy; medians of the ratios. Beside
+them torch's sum of the two tensors into a third, which reads and writes what a step with scales in blocks does.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rou
     g = torch.Generator().manual_seed(0)
     base = torch.randn(cut.numel, generator=g).to(dtype)
     x = base + (0.1 * torch.randn(cut.numel, generator=g)).to(dtype)
-    out, held, copied = torch.empty_like(x), base.clone(), torch.empty_like(x)
+    out, held, copied, added = torch.empty_like(x), base.clone(), torch.empty_like(x), torch.empty_like(x)
     payload = codec.encode_residual(x, base, cut, out)
     room = torch.empty_like(payload)
 
@@ -60,6 +61,7 @@ def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rou
         codec.decode_residual(payload, held, cut, held)
 
     copies: list[float] = []
+    sums: list[float] = []
     samples: dict[str, list[float]] = {name: [] for name in ("encode", "decode", "eager_encode", "eager_decode")}
     ratios: dict[str, list[float]] = {"encode": [], "decode": []}
     for round_ in range(rounds + 2):
@@ -70,6 +72,9 @@ def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rou
                 copies.append(copy)
                 samples[name].append(taken)
                 ratios[name].append(taken / copy)
+        copy = _timed(lambda: copied.copy_(x))
+        if round_ > 1:
+            sums.append(_timed(lambda: torch.add(x, base, out=added)) / copy)
         if round_ % 5 == 2:
             held.copy_(base)
             with use("reference"):
@@ -83,6 +88,7 @@ def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rou
         "dtype": str(dtype).removeprefix("torch."),
         "threads": threads,
         "copy_ms": round(statistics.median(copies), 2),
+        "sum_copies": round(statistics.median(sums), 2),
     }
     for name in ("encode", "decode"):
         low, middle, high = statistics.quantiles(ratios[name], n=4, method="inclusive")
@@ -107,7 +113,7 @@ def main() -> None:
         lines.append(line)
         print(
             f"[{rows}, {CHANNELS}] {line['dtype']:8} {threads} thread(s)  {line['codec']:7} {line['scales']:13}"
-            f" copy {line['copy_ms']:5.2f} ms"
+            f" copy {line['copy_ms']:5.2f} ms  sum {line['sum_copies']:4.1f} copies"
             + "".join(
                 f"  {what} {line[f'{what}_ms']:6.2f} ms = {line[f'{what}_copies']:4.1f} copies,"
                 f" {line[f'{what}_speedup']:3.0f} x faster than eager"

@@ -161,6 +161,25 @@ def test_same_bytes_in_every_arrangement(codec_id, dtype):
         _both(codec_id, (base.float() + _special("L", cut, g)).to(dtype), base, cut)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", FORMS, ids=str)
+def test_same_bytes_past_the_caches(spec, dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "STREAMED_NBYTES", 0)
+    g = torch.Generator().manual_seed(5)
+    for cut in (plain(70 * 200, 1, 200), blocks(128 * 70 + 3), CUTS[-2]):
+        x, base = (torch.randn(cut.numel, generator=g).to(dtype) for _ in range(2))
+        _both(spec, x, base, cut)
+
+
+def test_what_is_large_and_begins_a_cache_line_goes_past_the_caches():
+    large = torch.empty(cpu.STREAMED_NBYTES // 4 + 1)
+    assert large.data_ptr() % 64 == 0
+    assert cpu._streams(large)
+    assert not cpu._streams(large[1:])
+    assert not cpu._streams(large[:-2])
+    assert not cpu._streams(None)
+
+
 @pytest.mark.parametrize("codec_id", CODECS)
 def test_same_reconstruction_of_any_payload(codec_id):
     """Bytes no encoder makes: scales beyond one, infinite and negative ones. NaN may differ in its bits only."""

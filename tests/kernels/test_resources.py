@@ -105,6 +105,10 @@ def test_parts_cover_the_range_and_raise(threads, monkeypatch, openmp):
     done = []
     spread(lambda lo, hi: done.append((lo, hi)), 10, 100)
     assert done == [(0, 10)], "too little for two threads"
+    threads(1)
+    done = []
+    spread(lambda lo, hi: done.append((lo, hi)), 10, 5 << 20, backwards=True)
+    assert done == [(8, 10), (6, 8), (4, 6), (2, 4), (0, 2)]
 
 
 def _resident() -> int:

@@ -8,6 +8,7 @@ near the ends of float32 the steps decline, and the reference does the work.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,7 @@ from compactdist.codecs.kernels import cpu_loops as loops
 from compactdist.codecs.kernels import cpu_surveys as surveys
 from compactdist.codecs.kernels.cpu_common import BIT_TYPES, Plan, bits_of, expectation, pack_apart, plan_for
 from compactdist.codecs.kernels.cpu_decode import decode_residual
+from compactdist.codecs.kernels.cpu_memory import CACHE_LINE
 from compactdist.codecs.kernels.cpu_settle import LINEAR, NEAREST, SIGN, TRITS, settle_channels, settle_rows
 from compactdist.codecs.kernels.threads import spread
 from compactdist.codecs.layout import Layout
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from compactdist.codecs.quantized import ScalarQuantizer
 
 __all__ = ["decode_residual", "encode_residual", "supports"]
+
+STREAMED_NBYTES = 1 << 21
+"""Below this, what is written may still lie in a cache when it is read again."""
 
 _LARGEST_STEP = np.float32(127)
 _KINDS = {"sign": SIGN, "nearest": NEAREST, "trits": TRITS, "linear": LINEAR}
@@ -42,6 +47,7 @@ class _Call(NamedTuple):
     packed: NDArray[np.uint8]
     written: NDArray[np.uint8]
     out: NDArray[Any]
+    streams: bool
 
     @property
     def stored(self) -> NDArray[np.uint16]:
@@ -50,9 +56,10 @@ class _Call(NamedTuple):
         nbytes = 2 * layout.groups * layout.channel_scales_per_group
         return self.written[layout.channel_scales_at :][:nbytes].view(np.uint16)
 
-    def spread(self, loop: Callable[..., None], *arguments: Any) -> None:
+    def spread(self, loop: Callable[..., None], *arguments: Any, backwards: bool = False) -> None:
         """Run a loop that goes by rows or blocks, all of them; ``(lo, hi)`` come first among its arguments."""
-        spread(lambda lo, hi: loop(lo, hi, *arguments), self.plan.row_count, self.plan.layout.elements)
+        elements = self.plan.layout.elements
+        spread(lambda lo, hi: loop(lo, hi, *arguments), self.plan.row_count, elements, backwards=backwards)
 
 
 def supports(codec: ScalarQuantizer, cut: Cut, *tensors: Tensor | None) -> bool:
@@ -103,8 +110,8 @@ def encode_residual(
     codes = written[: layout.codes_nbytes]
     packed = np.empty(layout.elements, np.uint8) if plan.apart else codes
     source = bits_of(x, x.dtype), *expectation(base, velocity, x.dtype)
-    call = _Call(codec, plan, source, packed, written, bits_of(out, x.dtype))
     in_place = out is not None and base is not None and out.data_ptr() == base.data_ptr()
+    call = _Call(codec, plan, source, packed, written, bits_of(out, x.dtype), not in_place and _streams(out))
     if not (_encode_blocks(call, in_place) if layout.rows == 1 else _encode_rows(call)):
         return None
     if plan.apart:
@@ -112,6 +119,13 @@ def encode_residual(
     if layout.rows == 1 and in_place and out is not None:
         decode_residual(codec, payload, base, cut, out, velocity)
     return payload
+
+
+def _streams(out: Tensor | None) -> bool:
+    """Whether to write a new base past the caches. It is read in the next step, and a line that is written without
+    having been read need not be fetched: a quarter less to move for a loop that reads two tensors and writes one.
+    """
+    return out is not None and out.nbytes >= STREAMED_NBYTES and out.data_ptr() % CACHE_LINE == 0
 
 
 def _clear_padding(written: NDArray[np.uint8], layout: Layout) -> None:
@@ -124,7 +138,7 @@ def _encode_blocks(call: _Call, in_place: bool) -> bool:
     """Fill in codes and scales and, unless in place, the receiver's values; false to decline."""
     codec, plan, bad = call.codec, call.plan, np.zeros(1, np.uint8)
     # the base must be whole if a later block turns out not to be finite
-    given = call.source, plan.place, call.packed, call.stored, bad, call.out[:0] if in_place else call.out
+    given = call.source, plan.place, call.packed, call.stored, bad, call.out[:0] if in_place else call.out, call.streams
     if codec.fused == "sign":
         call.spread(cpu_blocks.block_signs, *given)
     elif codec.fused == "linear":
@@ -166,11 +180,12 @@ def _encode_rows(call: _Call) -> bool:
     c, inverse_c = torch.empty(2, groups * channels).numpy()
     sums, shared = (norms, first, second, plan.bound, codec.widening), layout.channel_scales_per_group == 1
     settle_channels(_KINDS[codec.fused], stat, weighted, rows, channels, *sums, shared, c, inverse_c, stored)
-    given, settled = (call.source, place, call.packed, call.out), (t, inverse_t, c, inverse_c)
+    again = functools.partial(call.spread, backwards=True)
+    given, settled = (call.source, place, call.packed, call.out, call.streams), (t, inverse_t, c, inverse_c)
     if codec.fused == "linear":
-        call.spread(loops.code_linear, *given, *settled, _LARGEST_STEP)
+        again(loops.code_linear, *given, *settled, _LARGEST_STEP)
     elif codec.fused != "sign":
-        call.spread(loops.code_nearest, *given, *settled, plan.bits, plan.borders, plan.table, codec.fused == "trits")
+        again(loops.code_nearest, *given, *settled, plan.bits, plan.borders, plan.table, codec.fused == "trits")
     elif call.out.size:
-        call.spread(loops.apply_signs, (call.packed, 1, plan.table, t, c, *call.source[1:]), place, call.out)
+        again(loops.apply_signs, (call.packed, 1, plan.table, t, c, *call.source[1:]), place, call.out, call.streams)
     return True

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from compactdist.codecs.kernels.cpu_elements import ROUNDING, Array, Pointer, inlined, jit
-from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, stack_floats, table_at
+from compactdist.codecs.kernels.cpu_memory import (
+    data_of,
+    load_first,
+    pointers_of,
+    settle_streams,
+    stack_floats,
+    table_at,
+)
 from compactdist.codecs.kernels.cpu_packing import store_codes, store_mask
 from compactdist.codecs.kernels.cpu_settle import bf16_bits, gaussian, is_safe, over, storable
 from compactdist.codecs.kernels.cpu_steps import (
@@ -68,24 +75,32 @@ def _restore(
     n: int,
     at: int,
     numel: int,
-    out: Pointer,
+    target: Any,
 ) -> None:
     """What the receiver makes of the block of ``n`` elements that begins at ``at``."""
     for j in range(0, n, LANES):
         have = min(n, numel - at) - j
         change = change_by(as_floats(c), packed, bits, table, at + j, n - j)
         expected = expected_at(source, at + j, have)
-        put(expected, change, out, at + j, have)
+        put(expected, change, target, at + j, have)
 
 
 @jit
 def block_signs(
-    lo: int, hi: int, source: Any, place: Any, packed: Array, stored: Array, bad: Array, out: Array
+    lo: int,
+    hi: int,
+    source: Any,
+    place: Any,
+    packed: Array,
+    stored: Array,
+    bad: Array,
+    out: Array,
+    streams: bool,
 ) -> None:
     """Blocks ``lo`` to ``hi``: sign codes, scales, and what the receiver makes of them; ``bad[0]`` for unsafe ones."""
     given = pointers_of(source)
     n, numel, stats, cs, table = place[5], place[6], stack_floats(), stack_floats(), table_of((_f32(0),))
-    bytes_, outs = data_of(packed), data_of(out)
+    bytes_, target = data_of(packed), (data_of(out), streams)
     unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
     for first in range(lo, hi, _BATCH):
         blocks = min(_BATCH, hi - first)
@@ -102,7 +117,8 @@ def block_signs(
             stored[first + b] = bf16_bits(cs[b])
         if out.size:
             for b in range(blocks):
-                _restore(change_by_sign, bytes_, 1, table, cs[b], given, n, (first + b) * n, numel, outs)
+                _restore(change_by_sign, bytes_, 1, table, cs[b], given, n, (first + b) * n, numel, target)
+    settle_streams()
     if unsafe:
         bad[0] = 1
 
@@ -117,6 +133,7 @@ def block_nearest(
     stored: Array,
     bad: Array,
     out: Array,
+    streams: bool,
     bits: int,
     borders: Any,
     table: Array,
@@ -126,7 +143,7 @@ def block_nearest(
     """The same for sign and magnitude; ``bound`` is what ``gaussian_scale`` holds c below, in mean magnitudes."""
     given = pointers_of(source)
     n, numel, means, others, levels = place[5], place[6], stack_floats(), stack_floats(), table_at(data_of(table), 0)
-    bytes_, outs = data_of(packed), data_of(out)
+    bytes_, target = data_of(packed), (data_of(out), streams)
     cs, unsafe = stack_floats(), 0
     for first in range(lo, hi, _BATCH):
         blocks = min(_BATCH, hi - first)
@@ -156,7 +173,8 @@ def block_nearest(
             stored[first + b] = bf16_bits(cs[b])
         if out.size:
             for b in range(blocks):
-                _restore(change_by_level, bytes_, bits, levels, cs[b], given, n, (first + b) * n, numel, outs)
+                _restore(change_by_level, bytes_, bits, levels, cs[b], given, n, (first + b) * n, numel, target)
+    settle_streams()
     if unsafe:
         bad[0] = 1
 
@@ -171,12 +189,13 @@ def block_linear(
     stored: Array,
     bad: Array,
     out: Array,
+    streams: bool,
     steps: Any,
 ) -> None:
     """The same for integers up to ``steps``."""
     given = pointers_of(source)
     n, numel, stats, cs = place[5], place[6], stack_floats(), stack_floats()
-    bytes_, outs = data_of(packed), data_of(out)
+    bytes_, target = data_of(packed), (data_of(out), streams)
     unsafe = 0
     for first in range(lo, hi, _BATCH):
         blocks = min(_BATCH, hi - first)
@@ -200,6 +219,7 @@ def block_linear(
                 whole = nearest_steps(value * inverse, steps)
                 store_codes(bits_of(whole), 8, bytes_, at + j, n - j)
                 if out.size:
-                    put(expected, (whole - ROUNDING) * c, outs, at + j, have)
+                    put(expected, (whole - ROUNDING) * c, target, at + j, have)
+    settle_streams()
     if unsafe:
         bad[0] = 1

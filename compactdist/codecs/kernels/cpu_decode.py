@@ -69,5 +69,5 @@ def decode_residual(
         codes = unpack_apart(codec, codes, layout.elements)
     loop, given = _LOOPS[codec.fused], (codes, plan.bits, plan.table, t, c, *expectation(base, velocity, out.dtype))
     target = bits_of(out, out.dtype)
-    spread(lambda lo, hi: loop(lo, hi, given, plan.place, target), plan.row_count, layout.elements)
+    spread(lambda lo, hi: loop(lo, hi, given, plan.place, target, False), plan.row_count, layout.elements)
     return True

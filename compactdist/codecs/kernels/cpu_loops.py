@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from compactdist.codecs.kernels.cpu_elements import ROUNDING, Array, inlined, jit
-from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, table_at
+from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, settle_streams, table_at
 from compactdist.codecs.kernels.cpu_packing import store_codes
 from compactdist.codecs.kernels.cpu_steps import (
     AHEAD,
@@ -45,6 +45,7 @@ def code_nearest(
     place: Any,
     packed: Array,
     out: Array,
+    streams: bool,
     t: Array,
     inverse_t: Array,
     c: Array,
@@ -58,7 +59,7 @@ def code_nearest(
 
     Borders are a tuple, so that the search among them is unrolled. ``out`` may be empty.
     """
-    given, bytes_, outs = pointers_of(source), data_of(packed), data_of(out)
+    given, bytes_, target = pointers_of(source), data_of(packed), (data_of(out), streams)
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
     cs, inverses, levels = data_of(c), data_of(inverse_c), table_at(data_of(table), 0)
     for row in range(lo, hi):
@@ -75,7 +76,8 @@ def code_nearest(
                 store_codes(codes, bits, bytes_, row * channels + left + j, count)
                 if out.size:
                     change = (load_first(cs, s, count) * weight) * chosen(levels, codes)
-                    put(expected, change, outs, at + j, have)
+                    put(expected, change, target, at + j, have)
+    settle_streams()
 
 
 @jit
@@ -86,6 +88,7 @@ def code_linear(
     place: Any,
     packed: Array,
     out: Array,
+    streams: bool,
     t: Array,
     inverse_t: Array,
     c: Array,
@@ -93,7 +96,7 @@ def code_linear(
     largest: Any,
 ) -> None:
     """For rows ``lo`` to ``hi``: the nearest integer of ``m / (t * c)`` with the sign of the element, in a byte."""
-    given, bytes_, outs = pointers_of(source), data_of(packed), data_of(out)
+    given, bytes_, target = pointers_of(source), data_of(packed), (data_of(out), streams)
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
     cs, inverses = data_of(c), data_of(inverse_c)
     for row in range(lo, hi):
@@ -109,15 +112,16 @@ def code_linear(
                 store_codes(bits_of(steps), 8, bytes_, row * channels + left + j, count)
                 if out.size:
                     change = (load_first(cs, s, count) * weight) * (steps - ROUNDING)
-                    put(expected, change, outs, at + j, have)
+                    put(expected, change, target, at + j, have)
+    settle_streams()
 
 
 @inlined
-def _apply(lo: int, hi: int, change_by: Any, given: Any, place: Any, out: Array) -> None:
+def _apply(lo: int, hi: int, change_by: Any, given: Any, place: Any, out: Array, streams: bool) -> None:
     packed, bits, table, t, c, base, velocity, terms = given
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
     source = data_of(base), data_of(base), data_of(velocity), terms
-    bytes_, outs, cs, levels = data_of(packed), data_of(out), data_of(c), table_at(data_of(table), 0)
+    bytes_, target, cs, levels = data_of(packed), (data_of(out), streams), data_of(c), table_at(data_of(table), 0)
     for row in range(lo, hi):
         weight, first = t[row], row // rows * channels
         for k in range(chunk_at.size):
@@ -126,25 +130,26 @@ def _apply(lo: int, hi: int, change_by: Any, given: Any, place: Any, out: Array)
                 count, have = n - j, min(n, numel - at) - j
                 scale = load_first(cs, first + left + j, count) * weight
                 change = change_by(scale, bytes_, bits, levels, row * channels + left + j, count)
-                put(expected_at(source, at + j, have), change, outs, at + j, have)
+                put(expected_at(source, at + j, have), change, target, at + j, have)
+    settle_streams()
 
 
 @jit
-def apply_signs(lo: int, hi: int, given: Any, place: Any, out: Array) -> None:
+def apply_signs(lo: int, hi: int, given: Any, place: Any, out: Array, streams: bool) -> None:
     """For rows ``lo`` to ``hi``: ``out = expected + t * c`` or ``- t * c``, rounded and kept finite.
 
     What is given: packed codes, their bits, the table of levels, t, c, base, velocity, and how many of the latter.
     """
-    _apply(lo, hi, change_by_sign, given, place, out)
+    _apply(lo, hi, change_by_sign, given, place, out, streams)
 
 
 @jit
-def apply_levels(lo: int, hi: int, given: Any, place: Any, out: Array) -> None:
+def apply_levels(lo: int, hi: int, given: Any, place: Any, out: Array, streams: bool) -> None:
     """The same for ``(t * c) * level``; codes below 16 choose among 16 levels."""
-    _apply(lo, hi, change_by_level, given, place, out)
+    _apply(lo, hi, change_by_level, given, place, out, streams)
 
 
 @jit
-def apply_integers(lo: int, hi: int, given: Any, place: Any, out: Array) -> None:
+def apply_integers(lo: int, hi: int, given: Any, place: Any, out: Array, streams: bool) -> None:
     """The same for codes that are integers, a byte each, in two's complement."""
-    _apply(lo, hi, change_by_integer, given, place, out)
+    _apply(lo, hi, change_by_integer, given, place, out, streams)

@@ -194,7 +194,7 @@ def _apply(
                 if terms < 0:
                     store_first(rounded_for(outs, s), outs, start + j, have)
                 else:
-                    put(expected_at(given, start + j, have), s, outs, start + j, have)
+                    put(expected_at(given, start + j, have), s, (outs, False), start + j, have)
 
 
 @jit

@@ -30,6 +30,9 @@ from compactdist.codecs.kernels.cpu_vectors import (
 )
 from compactdist.codecs.kernels.reference import LANES
 
+CACHE_LINE = 64
+"""Bytes."""
+
 _byte, _i16, _i64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 
 
@@ -183,6 +186,31 @@ def rounded_for(typing_context: Any, pointer: Any, value: Any) -> Any:
         return _narrowed(context, builder, pointer.dtype, arguments[1])
 
     return signature(FLOATS if pointer.dtype == types.float32 else HALVES, pointer, FLOATS), build
+
+
+@intrinsic
+def stream(typing_context: Any, value: Any, pointer: Any, at: Any) -> Any:
+    """``store`` past the caches, to the beginning of a cache line; ``settle_streams`` before another thread reads."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        value, pointer, at = arguments
+        stored = builder.store(value, builder.bitcast(builder.gep(pointer, [at]), value.type.as_pointer()))
+        stored.align = CACHE_LINE
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return signature(types.void, value, pointer, types.uintp), build
+
+
+@intrinsic
+def settle_streams(typing_context: Any) -> Any:
+    """Let what was streamed be seen by other threads."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), build
 
 
 @inlined

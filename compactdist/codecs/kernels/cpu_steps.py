@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from compactdist.codecs.kernels.cpu_elements import ROUNDING, Pointer, inlined
-from compactdist.codecs.kernels.cpu_memory import load_first, prefetch, rounded_for, store_first
+from compactdist.codecs.kernels.cpu_memory import load_first, prefetch, rounded_for, store_first, stream
 from compactdist.codecs.kernels.cpu_packing import codes_at, mask_at
 from compactdist.codecs.kernels.cpu_vectors import (
     HOST,
@@ -24,6 +24,7 @@ from compactdist.codecs.kernels.cpu_vectors import (
     where,
     zeros,
 )
+from compactdist.codecs.kernels.reference import LANES
 
 _u32, _f32 = np.uint32, np.float32
 
@@ -62,9 +63,17 @@ def ask_for(source: Any, at: int) -> None:
 
 
 @inlined
-def put(expected: Any, change: Any, out: Pointer, at: int, have: int) -> None:
-    """``out = expected + change``, rounded and kept finite."""
-    store_first(rounded_for(out, expected + change), out, at, have)
+def put(expected: Any, change: Any, target: Any, at: int, have: int) -> None:
+    """``out = expected + change``, rounded and kept finite.
+
+    A *target* is ``(out, streams)``: whether ``out`` begins a cache line and is written past the caches.
+    """
+    out, streams = target
+    value = rounded_for(out, expected + change)
+    if streams and have >= LANES and at % LANES == 0:
+        stream(value, out, at)
+    else:
+        store_first(value, out, at, have)
 
 
 @inlined

@@ -40,17 +40,23 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def spread(work: Callable[[int, int], None], count: int, elements: int) -> None:
-    """Run ``work(lo, hi)`` on consecutive parts of ``range(count)`` that cover it; raise what one of them raised."""
+def spread(work: Callable[[int, int], None], count: int, elements: int, *, backwards: bool = False) -> None:
+    """Run ``work(lo, hi)`` on consecutive parts of ``range(count)`` that cover it; raise what one of them raised.
+
+    ``backwards`` begins with the last part: it is in a cache still after a loop that went forwards.
+    """
     threads = min(torch.get_num_threads(), count) if elements >= PARALLEL_ELEMENTS else 1
+    parts = max(1, min(count, max(threads, elements // PART_ELEMENTS)))
+    order = range(parts)[::-1] if backwards else range(parts)
     if threads <= 1:
-        work(0, count)
+        for i in order:
+            work(count * i // parts, count * (i + 1) // parts)
         return
     team = None if _forked else _openmp()
     if team is None:
         _in_our_pool(work, count, threads)
     else:
-        _in_team(team, work, count, threads, min(count, max(threads, elements // PART_ELEMENTS)))
+        _in_team(team, work, count, threads, order)
 
 
 @cache
@@ -67,9 +73,9 @@ def _openmp() -> Any:
     return None
 
 
-def _in_team(team: Any, work: Callable[[int, int], None], count: int, threads: int, parts: int) -> None:
+def _in_team(team: Any, work: Callable[[int, int], None], count: int, threads: int, order: range) -> None:
     raised: list[BaseException] = []
-    numbers = iter(range(parts))
+    numbers, parts = iter(order), len(order)
 
     def take_parts(_: Any) -> None:
         try:
