@@ -75,6 +75,4 @@ def _offsets_at(layout: Layout) -> int:
 
 def _rounded(value: Tensor, factor: Tensor) -> Tensor:
     """Round to bfloat16, to nearest; what would come close to a subnormal on the wire is zero."""
-    size = value.abs()
-    size = torch.where(size / factor < _SMALLEST, torch.zeros_like(size), kernels.round_bf16(size))
-    return torch.where(value < 0, -size, size)
+    return kernels.round_signed_bf16(value, _SMALLEST * factor)

@@ -17,7 +17,7 @@ from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.scales import SIGMA_OF_MEAN_MAGNITUDE, storable_scale
 
 REFITS = 5
-_SMALLEST_FACTOR = 2.0**-40
+SMALLEST_FACTOR = 2.0**-40
 
 
 class Fitted(NamedTuple):
@@ -52,7 +52,7 @@ def fit(factor: Tensor, magnitudes: Sequence[float], refits: int = REFITS) -> Fi
         from compactdist.codecs.kernels import cpu_lowrank
 
         codes, level, scale, near = cpu_lowrank.fit_levels(
-            factor, _SMALLEST_FACTOR, borders, magnitudes, SIGMA_OF_MEAN_MAGNITUDE, refits
+            factor, SMALLEST_FACTOR, borders, magnitudes, SIGMA_OF_MEAN_MAGNITUDE, refits
         )
     else:
         codes, level, scale, near = _fit(factor, borders, magnitudes, refits)
@@ -69,7 +69,7 @@ def _fit(
         Codes; their levels with signs; scales, for rows times ``near``; ``near``, powers of two.
     """
     size = factor.abs()
-    size = torch.where(size < _SMALLEST_FACTOR, torch.zeros_like(size), size)
+    size = torch.where(size < SMALLEST_FACTOR, torch.zeros_like(size), size)
     near = kernels.power_of_two_near_inverse(size.amax(1, keepdim=True))
     size = size.mul_(near)
     table = torch.tensor(magnitudes, dtype=torch.float32, device=size.device)

@@ -12,11 +12,11 @@ from compactdist.codecs import allocation as by_energy
 from compactdist.codecs.base import About
 from compactdist.codecs.factors import Fitted, fit
 from compactdist.codecs.kernels import reference as kernels
-from compactdist.codecs.lowrank import LowRankCodec
 from compactdist.codecs.options import check_choice
 from compactdist.codecs.products import Products
 from compactdist.codecs.registry import register
 from compactdist.codecs.shapes import matrix_shape
+from compactdist.codecs.thin_factors import LowRankCodec
 from compactdist.codecs.with_zero import MAGNITUDES, Int4WithZero
 
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compactdist.codecs.factors import SMALLEST_FACTOR
 from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.layout import Layout
 from compactdist.codecs.options import check_integer
@@ -44,7 +45,6 @@ _BITS_OF_A_FACTOR = 16
 _SPARE_DIRECTIONS = 4
 _ITERATIONS = 2
 _SEED = 0x5EED
-_SMALLEST_FACTOR = 2.0**-40
 _SMALLEST_GAIN = 2.0**-87
 _SMALLEST_SUM = 2.0**-30
 
@@ -122,8 +122,8 @@ def encode(values: Tensor, magnitude: Tensor, amax: Tensor, layout: RankLayout) 
     start = start.to(values.device)
     u_parts, v_parts, gains = [], [], []
     for m in magnitude:  # group by group: a batched product may round otherwise than a single one
-        u = _storable(_strongest_left(m, start, layout.rank))
-        v = _storable(_least_squares_right(m, u))
+        u = kernels.round_signed_bf16(_strongest_left(m, start, layout.rank), SMALLEST_FACTOR)
+        v = kernels.round_signed_bf16(_least_squares_right(m, u), SMALLEST_FACTOR)
         s = _sums(u.unsqueeze(0), v.unsqueeze(0))[0]
         gains.append(kernels.divide_or_zero((m * s).sum(), (s * s).sum()))
         u_parts.append(u)
@@ -181,10 +181,3 @@ def _least_squares_right(m: Tensor, u: Tensor) -> Tensor:
     ridge = torch.eye(gram.shape[0], device=m.device) * (gram.diagonal().amax() * 1e-6 + 1e-30)
     v = torch.linalg.solve(gram + ridge, u @ m)
     return torch.where(m.any(0, keepdim=True), v, torch.zeros_like(v))
-
-
-def _storable(factor: Tensor) -> Tensor:
-    """Round to bfloat16, to nearest even; what is below ``2**-40`` is zero."""
-    size = factor.abs()
-    size = torch.where(size < _SMALLEST_FACTOR, torch.zeros_like(size), kernels.round_bf16(size))
-    return torch.where(factor < 0, -size, size)

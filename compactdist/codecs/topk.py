@@ -124,9 +124,7 @@ class TopK(_OneOfM):
         return padded_nbytes(2 * groups * runs)
 
     def _encode_values(self, kept: Tensor) -> Tensor:
-        size = kept.abs()
-        size = torch.where(size < _SMALLEST_VALUE, torch.zeros_like(size), kernels.round_bf16(size))
-        return kernels.encode_signed_bf16(torch.where(kept < 0, -size, size))
+        return kernels.encode_signed_bf16(kernels.round_signed_bf16(kept, _SMALLEST_VALUE))
 
     def _decode_values(self, data: Tensor, groups: int, runs: int) -> Tensor:
         return kernels.decode_bf16(data[: 2 * groups * runs])

@@ -108,6 +108,13 @@ def round_bf16(value: Tensor, *, up: bool = False) -> Tensor:
     return (bits & -0x10000).view(torch.float32)
 
 
+def round_signed_bf16(value: Tensor, smallest: float | Tensor) -> Tensor:
+    """Round float32 to a bfloat16 value, to nearest even; what is below ``smallest`` in magnitude is zero."""
+    size = value.abs()
+    size = torch.where(size < smallest, torch.zeros_like(size), round_bf16(size))
+    return torch.where(value < 0, -size, size)
+
+
 def encode_bf16(value: Tensor) -> Tensor:
     """Store non-negative bfloat16 values held in float32 as bytes ``(2 * n,)``, low byte first; saturates."""
     bits = (value.reshape(-1).view(torch.int32) >> 16).clamp(max=BF16_MAX_BITS)
