@@ -4,10 +4,10 @@
 
 Three encoders: CompactFusion's recipe (``reference_formulas.py``: two subspace iterations in float32 from random
 directions), ours without a memory (cold), and ours with the memory a stream keeps (warm). Each plays the same values
-through its own closed loop of order 1; at every step each goes from the new value and its own base, both float32, to
-codes and scales, one after the other, and only that is timed. The first stream is synthetic at [1088, 3072]
-(CompactFusion's FLUX cell): changes in slowly turning directions of falling strength, plus white noise. The second is
-the recorded trace, for quality: its matrices of [102, 128] say nothing about time.
+through its own closed loop of order 1; at every step each goes from the new value and its own base, in the dtype of the
+stream, to codes and scales, one after the other, and only that is timed. The first stream is synthetic at [1088, 3072]
+in bfloat16 (CompactFusion's FLUX cell): changes in slowly turning directions of falling strength, plus white noise. The
+second is the recorded trace in float32, for quality: its matrices of [102, 128] say nothing about time.
 
 Error: the root of error energy over energy of the steps' changes, summed over the stream, with the quartiles of the
 encoding times in milliseconds over all steps but the first two.
@@ -68,7 +68,9 @@ class Encoder:
         flat, base = x.reshape(-1), self.base.reshape(-1)
         cut = plain(flat.numel(), 1, x.shape[1])
         encode: dict[str, Callable[[], Any]] = {
-            "reference": lambda: reference_formulas.encode_lowrank_int4(x - self.base, RANK, self.generator),
+            "reference": lambda: reference_formulas.encode_lowrank_int4(
+                x.float() - self.base.float(), RANK, self.generator
+            ),
             "cold": lambda: self.codec.encode_residual(flat, base, cut),
             "warm": lambda: self.codec.encode_residual(flat, base, cut, memory=self.memory),
         }
@@ -81,8 +83,8 @@ class Encoder:
         else:
             assert isinstance(self.codec, LowRankInt4)
             decoded = self.codec.decode(coded, x.shape, torch.float32)
-        self.base = self.base + decoded
-        self.error += float((x - self.base).double().square().sum())
+        self.base = (self.base.float() + decoded).to(x.dtype)
+        self.error += float((x.double() - self.base.double()).square().sum())
 
 
 def play(streams: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def play(streams: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
     for values in streams:
         encoders = [Encoder(name, values[0]) for name in NAMES]
         for last, x in pairwise(values):
-            energy += float((x - last).double().square().sum())
+            energy += float((x.double() - last.double()).square().sum())
             for encoder in encoders:
                 encoder.step(x)
         for encoder in encoders:
@@ -133,8 +135,8 @@ def main() -> None:
     args = made.parse_args()
     check_load(args.max_load)
     torch.set_num_threads(args.threads)
-    cell = play([synthetic(SHAPE, args.steps, 64, 0.1, 0.1)])
-    show(f"synthetic stream, {list(SHAPE)}, rank {RANK}, {args.steps} steps, {args.threads} thread(s)", cell)
+    cell = play([[x.bfloat16() for x in synthetic(SHAPE, args.steps, 64, 0.1, 0.1)]])
+    show(f"synthetic stream, bfloat16 {list(SHAPE)}, rank {RANK}, {args.steps} steps, {args.threads} thread(s)", cell)
     trace = play(trace_streams())
     show(f"{TRACE.name}, rank {RANK}", trace)
     finish(

@@ -77,7 +77,8 @@ class Products:
         """``(p, R)`` to ``(p, C)``: every column of the matrix times every row given."""
         if self.weights is not None:
             rows = rows * self.weights
-        return (rows.to(self.a.dtype) @ self.a).float() * self.factor
+        # Scaling by a power of two commutes with rounding, and the rows are fewer than the products.
+        return ((rows * self.factor).to(self.a.dtype) @ self.a).float()
 
     def doubt(self, u: Tensor, v: Tensor, v_gram: Tensor, energy: Tensor, products: Tensor) -> Tensor:
         """How far ``(v * with_columns(u)).sum()`` may be off, at most, for what bfloat16 rounded away.

@@ -103,7 +103,7 @@ class Starts:
 
     def of_group(self, group: int) -> Tensor:
         """Directions ``(p, channels)`` to begin with."""
-        return self._random if self._held is None else torch.cat([self._held[group].float(), self._random])
+        return self._random if self._held is None else torch.cat([self._held[group], self._random.bfloat16()])
 
     def disappoint(self, group: int, along: Tensor, norm: Tensor) -> bool:
         """Whether what was found carries less than half the share of energy it did at the last call.
@@ -120,7 +120,8 @@ class Starts:
             self._next_shares.append(0.0)
             return True
         self._next_shares[group:] = [share]
-        self._next.append(evened(torch.cat([along[self._rank :], along])[: self._kept]))
+        others = along[self._rank :][: self._kept]
+        self._next.append(evened(torch.cat([others, along[: self._kept - len(others)]])))
         return False
 
     def remember(self) -> None:
