@@ -4,7 +4,7 @@
 
 is how it is used, and the only use. It is for trying out and for tests: times are wall-clock times and memory counters
 stay at zero, so nothing that such a script reports about speed or memory means anything. `torch.cuda.is_available()`
-stays false, so that whoever asks keeps away from CUDA kernels; streams, graphs and properties of the device stay errors.
+stays false, so that whoever asks keeps away from CUDA kernels; streams, graphs and device properties stay errors.
 """
 
 from __future__ import annotations

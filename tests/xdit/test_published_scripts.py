@@ -28,7 +28,7 @@ PICTURE = ["--height", "128", "--width", "128"]
 VIDEO = ["--height", "64", "--width", "64", "--num_frames", "9"]
 RING = ["--ring_degree", "2", "--attention_backend", "SDPA_FLASH"]
 ULYSSES = ["--ulysses_degree", "2", "--attention_backend", "SDPA"]
-# Script -> checkpoint, size, and forwards of the transformer: each runs its request twice, CogVideoX's first has one step.
+# Script -> checkpoint, size, and forwards of the transformer: a request is run twice, CogVideoX's first with one step.
 EXAMPLES = {
     "flux": ("flux", PICTURE, 2 * STEPS),
     "pixartalpha": ("pixart", [*PICTURE, "--no_use_resolution_binning"], 2 * STEPS),
