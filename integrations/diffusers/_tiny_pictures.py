@@ -10,7 +10,7 @@ SIDE = 128  # pixels, of height and width
 
 
 def _vae() -> Any:
-    """Never called; pipelines read its scale factor of 8 and its numbers."""
+    """Called for pictures only; pipelines read its scale factor of 8 and its numbers."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -21,6 +21,7 @@ def _vae() -> Any:
         norm_num_groups=4,
         latent_channels=4,
         sample_size=SIDE,
+        shift_factor=0.0,
     ).eval()
 
 

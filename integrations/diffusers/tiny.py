@@ -3,19 +3,23 @@
     pipe, call_kwargs = build("flux", steps=8)
     latents = pipe(**call_kwargs)[0]
 
+    python -m compactdist_diffusers.tiny FOLDER --model flux     # or save("flux", FOLDER): for from_pretrained(FOLDER)
+
 They are for tests and examples of context parallelism: a few layers, at most 80 tokens, float32, a second on a CPU.
 Every call gives the same latents, in every process: weights, text embeddings and the initial noise come from fixed
 seeds, and the noise is passed as `latents`. There are no text encoders (embeddings are passed) and the VAE is never
-called. Pictures drawn by random weights mean nothing: judge quality with a trained model.
+called; a saved folder has both. Pictures drawn by random weights mean nothing: judge quality with a trained model.
 """
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from compactdist_diffusers import _tiny_pictures, _tiny_videos
+from compactdist_diffusers import _tiny_folder, _tiny_pictures, _tiny_videos
 from compactdist_diffusers._tiny_parts import Noise
 
 _BUILDERS = {
@@ -27,6 +31,7 @@ _BUILDERS = {
     "qwenimage": _tiny_pictures.qwenimage,
 }
 MODELS = tuple(_BUILDERS)
+SAVABLE = tuple(_tiny_folder.TEXTS)
 
 
 def build(model: str, *, steps: int = 8, batch: int = 1) -> tuple[Any, dict[str, Any]]:
@@ -67,3 +72,37 @@ def build(model: str, *, steps: int = 8, batch: int = 1) -> tuple[Any, dict[str,
         "output_type": "latent",
         "return_dict": False,
     }
+
+
+def save(model: str, folder: Path | str) -> None:
+    """Write a complete pipeline folder, as published checkpoints are: about 2 MB, read by `from_pretrained(folder)`.
+
+    Beside the transformer of `build` it holds text encoders, tokenizers (a token for each character) and a VAE, all
+    small and random, the same in every process.
+
+    Args:
+        model: one of `SAVABLE`.
+        folder: made if it does not exist.
+
+    Raises:
+        ValueError: a model that is not in `SAVABLE`.
+        ImportError: diffusers or transformers is not installed.
+    """
+    if model not in SAVABLE:
+        raise ValueError(f"no tiny checkpoint of {model!r}; there are {', '.join(SAVABLE)}")
+    pipe, _ = build(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _tiny_folder.save(pipe, model, Path(folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("compactdist_diffusers.tiny", description="Write a tiny random checkpoint folder.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", choices=SAVABLE, required=True)
+    args = parser.parse_args()
+    save(args.model, args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,12 +7,11 @@ torchrun --nproc-per-node 2 -m compactdist_xdit -m xfuser.runner --model ... --c
 from __future__ import annotations
 
 import argparse
-import runpy
 import sys
-from pathlib import Path
 
 from compactdist_xdit.auto import Automatic
 from compactdist_xdit.flags import VARIABLE, add_cli_args, arguments_from, options_from
+from compactdist_xdit.launch import run_as_main
 
 _USAGE = "python -m compactdist_xdit (SCRIPT | -m MODULE) [its own arguments] [--compact_codec CODEC ...]"
 
@@ -21,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Take out the flags that are ours, install what they ask for, and run the rest as `__main__`."""
     parser = add_cli_args(argparse.ArgumentParser("compactdist_xdit", usage=_USAGE, allow_abbrev=False, add_help=False))
     args, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    strangers = [word for word in rest if word.startswith(("--compact", "--compact-"))]
+    strangers = [word for word in rest if word.startswith("--compact")]
     if strangers:
         parser.error(f"unknown flag {strangers[0]}")
     if not rest or rest == ["-m"]:
@@ -38,16 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"nothing to do: give --compact_codec or --parallel_method, or set {VARIABLE}")
     automatic = Automatic(options, explain=args.compact_explain)
     automatic.install()
-    script = rest[0]
     seen = automatic.handles
     try:
-        if script == "-m":
-            sys.argv = rest[1:]
-            runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = rest
-            sys.path.insert(0, str(Path(script).resolve().parent))
-            runpy.run_path(script, run_name="__main__")
+        run_as_main(rest)
     finally:
         nothing = not seen and not automatic.finished
         automatic.finish()

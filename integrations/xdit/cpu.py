@@ -7,6 +7,11 @@ it. Where CUDA is available it does nothing.
     from compactdist_xdit import cpu
     cpu.install()            # before the first import of xfuser
     import xfuser
+
+Scripts that were not written with this in mind run as they are, with CUDA devices taken for the CPU (`pretend_cuda`):
+
+    torchrun --nproc-per-node 2 -m compactdist_xdit.cpu SCRIPT ...
+    torchrun --nproc-per-node 2 -m compactdist_xdit.cpu -m compactdist_xdit SCRIPT ... --compact_codec int2
 """
 
 from __future__ import annotations
@@ -166,3 +171,20 @@ def _fix_pipefusion() -> None:
 
     coordinator._pipeline_isend = pipeline_isend
     coordinator._communicate_shapes = communicate_shapes
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run a script or a module with everything of this file, and with `pretend_cuda`, installed."""
+    from compactdist_xdit import pretend_cuda
+    from compactdist_xdit.launch import run_as_main
+
+    words = sys.argv[1:] if words is None else words
+    if not words or words == ["-m"]:
+        raise SystemExit("usage: python -m compactdist_xdit.cpu (SCRIPT | -m MODULE) [its own arguments]")
+    install()
+    pretend_cuda.install()
+    run_as_main(words)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Run a script or a module as `python` itself would, in this process, after something else has been installed."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+
+def run_as_main(words: list[str]) -> None:
+    """`["SCRIPT", *arguments]` or `["-m", "MODULE", *arguments]`, as `__main__` and with its own `sys.argv`."""
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name="__main__")
