@@ -53,6 +53,8 @@ class Session:
         self._exact_own = exact_own
         self._options = options
         self._slots: list[tuple[routes.Slot, Any, Any]] = []  # slot, plain group, wrapped group
+        self._attached: list[torch.nn.Module] = []
+        self._followed: list[Any] = []  # transformers and scheduler
         self._sites = Sites()
         self._messages: PipelineMessages | None = None
         self._attachments: list[Any] = []
@@ -67,15 +69,13 @@ class Session:
         Raises:
             ValueError: none of the routes spans more than one rank, or something stands in the way.
         """
-        found = [(slot, _plain(slot.get())) for slot in routes.slots(self._wanted)]
-        if self._codec is None:
-            found = []
-        elif not found:
+        found = self._found()
+        if self._codec is not None and not found:
             raise ValueError(
                 f"no group of {', '.join(self._wanted)} spans more than one rank: set ring_degree, ulysses_degree or "
                 "pipefusion_parallel_degree, or name the routes cfg and sp where those are what is parallel"
             )
-        if self._slots and [plain for _, plain in found] == [plain for _, plain, _ in self._slots]:
+        if self._slots and self._is_bound(found) and _same(self._attached, self.transformers()):
             return
         probe.refuse(self.pipe, [slot.route for slot, _ in found])
         self.unbind()
@@ -89,10 +89,20 @@ class Session:
         self._sites.groups = self.groups
         if self._messages is not None:
             self._messages.use({s.index: wrapped for s, _, wrapped in self._slots if s.route == "pipefusion"})
-        for transformer in self.transformers():
+        self._attached = self.transformers()
+        for transformer in self._attached:
             # xfuser wraps the transformer in a module of its own; its layers keep their names inside.
             layers = getattr(transformer, "module", transformer)
             self._attachments += [self.groups[name].attach(layers, step_module=None) for name in self._stepped()]
+
+    def _found(self) -> list[tuple[routes.Slot, Any]]:
+        """Where xfuser keeps its groups of today, and the plain groups."""
+        if self._codec is None:
+            return []
+        return [(slot, _plain(slot.get())) for slot in routes.slots(self._wanted)]
+
+    def _is_bound(self, found: list[tuple[routes.Slot, Any]]) -> bool:
+        return _same([plain for _, plain in found], [plain for _, plain, _ in self._slots])
 
     def _wrap(self, slot: routes.Slot, plain: Any) -> Any:
         # Attention takes its own keys and values as they are. Predictions and latents must be the same on all ranks,
@@ -158,8 +168,9 @@ class Session:
         self._sites.remove()
         if self.method is not None:
             self.method.stand_back()
-        for slot, plain, _ in self._slots:
-            if slot.route != "pipefusion":
+        for slot, plain, wrapped in self._slots:
+            # xfuser may have made its groups anew meanwhile: those stay
+            if slot.route != "pipefusion" and slot.get() is wrapped:
                 setattr(slot.owner, slot.attribute, plain)
 
     # --- steps and requests -----------------------------------------------------------------------------------------
@@ -172,22 +183,39 @@ class Session:
     def follow(self) -> None:
         """Let the transformers advance the steps and the scheduler begin the requests.
 
+        Both may be replaced later, by xfuser's wrappers or by a script that wants another scheduler. So this is called
+        again when a request begins, and does nothing where they are the ones followed already.
+
         Raises:
             ValueError: the pipeline has no transformer.
         """
         transformers = self.transformers()
         if not transformers:
             raise ValueError(f"{type(self.pipe).__name__} has no transformer")
+        if _same(self._followed, [*transformers, self.pipe.scheduler]):
+            return
+        while self._undo:
+            self._undo.pop()()
+        self._followed = [*transformers, self.pipe.scheduler]
         for transformer in transformers:
             hooks = transformer.register_forward_pre_hook
             self._undo.append(hooks(self._before_forward, with_kwargs=True).remove)
         self._undo.append(self._clock.follow(self.pipe.scheduler))
 
     def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._missed_a_beginning():
+            self._clock.restart()
+            self._begin_request()
         self.activate()
         self._clock.before_forward(module, args, kwargs)
         if self.method is not None:
             self.method.before_forward(module)
+
+    def _missed_a_beginning(self) -> bool:
+        """Whether the pipeline has another scheduler, or xfuser other groups, since the last request began."""
+        if self.pipe.scheduler is not self._followed[-1]:
+            return True
+        return self._codec is not None and routes.initialized() and not self._is_bound(self._found())
 
     def _begin_step(self) -> None:
         for name in self._stepped():
@@ -198,6 +226,7 @@ class Session:
     def _begin_request(self) -> None:
         if self.method is not None:  # its gathers are under way in groups that are reset next
             self.method.new_request()
+        self.follow()
         self.bind()
         self._clock.patch = _patch_of if _has_stages() else None
         for group in self.groups.values():
@@ -229,6 +258,10 @@ def _finer(route: str, last_stage: int | None, call: compactdist.CallInfo) -> st
 def _plain(group: Any) -> Any:
     """The group itself, also while another session's is in its place."""
     return group.inner if isinstance(group, compactdist.CompressedProcessGroup) else group
+
+
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 def _has_stages() -> bool:
