@@ -6,7 +6,6 @@ its transformer puts its own groups in, and takes the other's out.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 import compactdist
 from compactdist_xdit import methods, probe, routes
 from compactdist_xdit.clock import Clock
+from compactdist_xdit.fine import Fine, ends
 from compactdist_xdit.pipefusion import PipelineMessages
 from compactdist_xdit.sites import Sites
 
@@ -114,10 +114,15 @@ class Session:
         elif slot.route == "pipefusion":
             self._messages = self._messages or PipelineMessages(slot.owner)
             options["layouts"] = self._messages.layout_of
-        last = self._messages.last_stage if slot.route == "pipefusion" and self._messages is not None else None
         if not compactdist.codecs.get(self._codec).lossless:
-            options["policy"] = functools.partial(_finer, slot.route, last)
+            options["policy"] = self._policy(slot.route)
         return compactdist.wrap(plain, self._codec, **options | self._options)
+
+    def _policy(self, route: str) -> Fine:
+        if route != "pipefusion" or self._messages is None:
+            return Fine(route)
+        keyframes = int(self._options.get("warmup_steps", 1))
+        return Fine(route, self._messages.last_stage, lambda: ends(keyframes, self.timesteps(), _whole_steps()))
 
     def unbind(self) -> None:
         """Close the wrapped groups; xfuser has its own back before."""
@@ -179,6 +184,11 @@ class Session:
         """The pipeline's, one or two."""
         found = [getattr(self.pipe, name, None) for name in ("transformer", "transformer_2")]
         return [module for module in found if isinstance(module, torch.nn.Module)]
+
+    def timesteps(self) -> int | None:
+        """Timesteps of the request, as the scheduler has them on every rank; `None` where it does not say."""
+        timesteps = getattr(self.pipe.scheduler, "timesteps", None)
+        return None if timesteps is None else len(timesteps)
 
     def follow(self) -> None:
         """Let the transformers advance the steps and the scheduler begin the requests.
@@ -244,17 +254,6 @@ class Session:
         self.unbind()
 
 
-_FINE = "int8"
-
-
-def _finer(route: str, last_stage: int | None, call: compactdist.CallInfo) -> str | None:
-    """The policy where the caller has none: what feeds the scheduler or the model's input is small and no attention
-    averages its errors out, so it travels with eight bits whatever the codec.
-    """
-    latents = last_stage is not None and f"/send/{last_stage}>0/" in call.key
-    return _FINE if latents or route in ("cfg", "sp") else None
-
-
 def _plain(group: Any) -> Any:
     """The group itself, also while another session's is in its place."""
     return group.inner if isinstance(group, compactdist.CompressedProcessGroup) else group
@@ -268,6 +267,13 @@ def _has_stages() -> bool:
     from xfuser.core.distributed import parallel_state
 
     return routes.initialized() and parallel_state.get_pipeline_parallel_world_size() > 1
+
+
+def _whole_steps() -> int:
+    """PipeFusion's synchronous steps at the beginning of a request."""
+    from xfuser.core.distributed import get_runtime_state
+
+    return int(get_runtime_state().runtime_config.warmup_steps)
 
 
 def _patch_of() -> int | None:
