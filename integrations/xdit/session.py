@@ -13,8 +13,10 @@ import torch
 
 import compactdist
 from compactdist_xdit import methods, probe, routes
+from compactdist_xdit.captured import Captured, holders
 from compactdist_xdit.clock import Clock
 from compactdist_xdit.fine import Fine, ends
+from compactdist_xdit.long_context import LongContextSites
 from compactdist_xdit.pipefusion import PipelineMessages
 from compactdist_xdit.sites import Sites
 
@@ -56,6 +58,9 @@ class Session:
         self._attached: list[torch.nn.Module] = []
         self._followed: list[Any] = []  # transformers and scheduler
         self._sites = Sites()
+        self._long_context = LongContextSites()
+        self._layers: list[Any] = []  # that keep groups of their own
+        self._captured = Captured()
         self._messages: PipelineMessages | None = None
         self._attachments: list[Any] = []
         self._undo: list[Callable[[], None]] = []
@@ -86,10 +91,11 @@ class Session:
             self.unbind()
             raise
         self.groups = {slot.name: wrapped for slot, _, wrapped in self._slots}
-        self._sites.groups = self.groups
+        self._sites.groups = self._long_context.groups = self.groups
         if self._messages is not None:
             self._messages.use({s.index: wrapped for s, _, wrapped in self._slots if s.route == "pipefusion"})
         self._attached = self.transformers()
+        self._layers = holders(module for transformer in self._attached for module in transformer.modules())
         for transformer in self._attached:
             # xfuser wraps the transformer in a module of its own; its layers keep their names inside.
             layers = getattr(transformer, "module", transformer)
@@ -110,13 +116,16 @@ class Session:
         exact = self._exact_own and slot.route in ("ring", "ulysses")
         options: dict[str, Any] = {"local": "exact" if exact else "reconstructed"}
         if slot.route in ("ring", "ulysses"):
-            options["layouts"] = self._sites.layout_of
+            options["layouts"] = self._layout_of
         elif slot.route == "pipefusion":
             self._messages = self._messages or PipelineMessages(slot.owner)
             options["layouts"] = self._messages.layout_of
         if not compactdist.codecs.get(self._codec).lossless:
             options["policy"] = self._policy(slot.route)
         return compactdist.wrap(plain, self._codec, **options | self._options)
+
+    def _layout_of(self, info: Any) -> compactdist.Layout | None:
+        return self._sites.layout_of(info) or self._long_context.layout_of(info)
 
     def _policy(self, route: str) -> Fine:
         if route != "pipefusion" or self._messages is None:
@@ -158,6 +167,9 @@ class Session:
         if self.method is not None:
             self.method.install()
         self._sites.install()  # after the method: names and layouts belong to whatever stands at `ring_attn`
+        if {"ring", "ulysses"} & self.groups.keys():
+            self._captured.install(self._layers, self.groups)
+            self._long_context.install()
         if self._messages is not None:
             self._messages.install()
 
@@ -170,6 +182,8 @@ class Session:
         delattr(PROCESS_GROUP, _ACTIVE)
         if self._messages is not None:
             self._messages.remove()
+        self._long_context.remove()
+        self._captured.remove()
         self._sites.remove()
         if self.method is not None:
             self.method.stand_back()
