@@ -50,6 +50,8 @@ class Session:
         self.pipe = pipe
         self.groups: dict[str, Any] = {}
         self.method = method
+        if method is not None:
+            method.timesteps = self.timesteps
         self._codec = codec
         self._wanted = tuple(wanted)
         self._exact_own = exact_own

@@ -1,4 +1,4 @@
-"""xfuser's LongContextAttention under `enable`, on four ranks. Started by test_captured.py: captured_worker.py OUT.json.
+"""xfuser's LongContextAttention under `enable`, on four ranks. Started by test_captured.py: captured_worker.py OUT.
 
 xfuser defines these layers for accelerators only: on a CPU its import leaves `object` in the place of their base
 classes. Here they are imported again with that question answered yes, and yunchang's flash attention is torch's for
