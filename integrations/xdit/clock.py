@@ -39,9 +39,10 @@ class Clock:
         self._begin_step = begin_step
         self._begin_request = begin_request
         self.patch: Callable[[], int | None] | None = None
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Forget the request; the next forward begins a step."""
         self._due = True
         self._scheduler_steps = False
         self._timestep: float | None = None
@@ -80,7 +81,7 @@ class Clock:
         # Pipelines read the signatures to see what a scheduler accepts.
         @functools.wraps(set_timesteps)
         def begin(*args: Any, **kwargs: Any) -> Any:
-            self._restart()
+            self.restart()
             self._begin_request()
             return set_timesteps(*args, **kwargs)
 

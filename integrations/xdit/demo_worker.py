@@ -45,7 +45,13 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def parallel_pipeline(route: str, steps: int, checkpoint: Path | None) -> tuple[Any, dict[str, Any]]:
-    """The xDiT pipeline over all ranks (`route`: "ring" or "ulysses") and the arguments to call it with."""
+    """The xDiT pipeline over all ranks and the arguments to call it with.
+
+    Args:
+        route: `"ring"`, `"ulysses"`, or `"pipefusion"` with as many patches as ranks and one synchronous step.
+        steps: denoising steps.
+        checkpoint: of the digits model; `None`: the one that is shipped.
+    """
     os.environ.setdefault("LOG_LEVEL", "error")  # read by xfuser at import; it logs at debug level otherwise
     cpu.install()
     from xfuser import xFuserArgs
@@ -56,6 +62,9 @@ def parallel_pipeline(route: str, steps: int, checkpoint: Path | None) -> tuple[
         model="digits",
         ring_degree=world if route == "ring" else 1,
         ulysses_degree=world if route == "ulysses" else 1,
+        pipefusion_parallel_degree=world if route == "pipefusion" else 1,
+        num_pipeline_patch=world if route == "pipefusion" else None,
+        warmup_steps=1,  # PipeFusion's; of no meaning elsewhere
         # Ring attention needs a kernel that returns the log-sum-exp.
         attention_backend="SDPA_FLASH" if route == "ring" else "SDPA",
         num_inference_steps=steps,

@@ -6,7 +6,6 @@ its transformer puts its own groups in, and takes the other's out.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,10 @@ import torch
 
 import compactdist
 from compactdist_xdit import methods, probe, routes
+from compactdist_xdit.captured import Captured, holders
 from compactdist_xdit.clock import Clock
+from compactdist_xdit.fine import Fine, ends
+from compactdist_xdit.long_context import LongContextSites
 from compactdist_xdit.pipefusion import PipelineMessages
 from compactdist_xdit.sites import Sites
 
@@ -48,12 +50,19 @@ class Session:
         self.pipe = pipe
         self.groups: dict[str, Any] = {}
         self.method = method
+        if method is not None:
+            method.timesteps = self.timesteps
         self._codec = codec
         self._wanted = tuple(wanted)
         self._exact_own = exact_own
         self._options = options
         self._slots: list[tuple[routes.Slot, Any, Any]] = []  # slot, plain group, wrapped group
+        self._attached: list[torch.nn.Module] = []
+        self._followed: list[Any] = []  # transformers and scheduler
         self._sites = Sites()
+        self._long_context = LongContextSites()
+        self._layers: list[Any] = []  # that keep groups of their own
+        self._captured = Captured()
         self._messages: PipelineMessages | None = None
         self._attachments: list[Any] = []
         self._undo: list[Callable[[], None]] = []
@@ -67,15 +76,13 @@ class Session:
         Raises:
             ValueError: none of the routes spans more than one rank, or something stands in the way.
         """
-        found = [(slot, _plain(slot.get())) for slot in routes.slots(self._wanted)]
-        if self._codec is None:
-            found = []
-        elif not found:
+        found = self._found()
+        if self._codec is not None and not found:
             raise ValueError(
                 f"no group of {', '.join(self._wanted)} spans more than one rank: set ring_degree, ulysses_degree or "
                 "pipefusion_parallel_degree, or name the routes cfg and sp where those are what is parallel"
             )
-        if self._slots and [plain for _, plain in found] == [plain for _, plain, _ in self._slots]:
+        if self._slots and self._is_bound(found) and _same(self._attached, self.transformers()):
             return
         probe.refuse(self.pipe, [slot.route for slot, _ in found])
         self.unbind()
@@ -86,13 +93,24 @@ class Session:
             self.unbind()
             raise
         self.groups = {slot.name: wrapped for slot, _, wrapped in self._slots}
-        self._sites.groups = self.groups
+        self._sites.groups = self._long_context.groups = self.groups
         if self._messages is not None:
             self._messages.use({s.index: wrapped for s, _, wrapped in self._slots if s.route == "pipefusion"})
-        for transformer in self.transformers():
+        self._attached = self.transformers()
+        self._layers = holders(module for transformer in self._attached for module in transformer.modules())
+        for transformer in self._attached:
             # xfuser wraps the transformer in a module of its own; its layers keep their names inside.
             layers = getattr(transformer, "module", transformer)
             self._attachments += [self.groups[name].attach(layers, step_module=None) for name in self._stepped()]
+
+    def _found(self) -> list[tuple[routes.Slot, Any]]:
+        """Where xfuser keeps its groups of today, and the plain groups."""
+        if self._codec is None:
+            return []
+        return [(slot, _plain(slot.get())) for slot in routes.slots(self._wanted)]
+
+    def _is_bound(self, found: list[tuple[routes.Slot, Any]]) -> bool:
+        return _same([plain for _, plain in found], [plain for _, plain, _ in self._slots])
 
     def _wrap(self, slot: routes.Slot, plain: Any) -> Any:
         # Attention takes its own keys and values as they are. Predictions and latents must be the same on all ranks,
@@ -100,14 +118,22 @@ class Session:
         exact = self._exact_own and slot.route in ("ring", "ulysses")
         options: dict[str, Any] = {"local": "exact" if exact else "reconstructed"}
         if slot.route in ("ring", "ulysses"):
-            options["layouts"] = self._sites.layout_of
+            options["layouts"] = self._layout_of
         elif slot.route == "pipefusion":
             self._messages = self._messages or PipelineMessages(slot.owner)
             options["layouts"] = self._messages.layout_of
-        last = self._messages.last_stage if slot.route == "pipefusion" and self._messages is not None else None
         if not compactdist.codecs.get(self._codec).lossless:
-            options["policy"] = functools.partial(_finer, slot.route, last)
+            options["policy"] = self._policy(slot.route)
         return compactdist.wrap(plain, self._codec, **options | self._options)
+
+    def _layout_of(self, info: Any) -> compactdist.Layout | None:
+        return self._sites.layout_of(info) or self._long_context.layout_of(info)
+
+    def _policy(self, route: str) -> Fine:
+        if route != "pipefusion" or self._messages is None:
+            return Fine(route)
+        keyframes = int(self._options.get("warmup_steps", 1))
+        return Fine(route, self._messages.last_stage, lambda: ends(keyframes, self.timesteps(), _whole_steps()))
 
     def unbind(self) -> None:
         """Close the wrapped groups; xfuser has its own back before."""
@@ -143,6 +169,9 @@ class Session:
         if self.method is not None:
             self.method.install()
         self._sites.install()  # after the method: names and layouts belong to whatever stands at `ring_attn`
+        if {"ring", "ulysses"} & self.groups.keys():
+            self._captured.install(self._layers, self.groups)
+            self._long_context.install()
         if self._messages is not None:
             self._messages.install()
 
@@ -155,11 +184,14 @@ class Session:
         delattr(PROCESS_GROUP, _ACTIVE)
         if self._messages is not None:
             self._messages.remove()
+        self._long_context.remove()
+        self._captured.remove()
         self._sites.remove()
         if self.method is not None:
             self.method.stand_back()
-        for slot, plain, _ in self._slots:
-            if slot.route != "pipefusion":
+        for slot, plain, wrapped in self._slots:
+            # xfuser may have made its groups anew meanwhile: those stay
+            if slot.route != "pipefusion" and slot.get() is wrapped:
                 setattr(slot.owner, slot.attribute, plain)
 
     # --- steps and requests -----------------------------------------------------------------------------------------
@@ -169,8 +201,16 @@ class Session:
         found = [getattr(self.pipe, name, None) for name in ("transformer", "transformer_2")]
         return [module for module in found if isinstance(module, torch.nn.Module)]
 
+    def timesteps(self) -> int | None:
+        """Timesteps of the request, as the scheduler has them on every rank; `None` where it does not say."""
+        timesteps = getattr(self.pipe.scheduler, "timesteps", None)
+        return None if timesteps is None else len(timesteps)
+
     def follow(self) -> None:
         """Let the transformers advance the steps and the scheduler begin the requests.
+
+        Both may be replaced later, by xfuser's wrappers or by a script that wants another scheduler. So this is called
+        again when a request begins, and does nothing where they are the ones followed already.
 
         Raises:
             ValueError: the pipeline has no transformer.
@@ -178,16 +218,30 @@ class Session:
         transformers = self.transformers()
         if not transformers:
             raise ValueError(f"{type(self.pipe).__name__} has no transformer")
+        if _same(self._followed, [*transformers, self.pipe.scheduler]):
+            return
+        while self._undo:
+            self._undo.pop()()
+        self._followed = [*transformers, self.pipe.scheduler]
         for transformer in transformers:
             hooks = transformer.register_forward_pre_hook
             self._undo.append(hooks(self._before_forward, with_kwargs=True).remove)
         self._undo.append(self._clock.follow(self.pipe.scheduler))
 
     def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._missed_a_beginning():
+            self._clock.restart()
+            self._begin_request()
         self.activate()
         self._clock.before_forward(module, args, kwargs)
         if self.method is not None:
             self.method.before_forward(module)
+
+    def _missed_a_beginning(self) -> bool:
+        """Whether the pipeline has another scheduler, or xfuser other groups, since the last request began."""
+        if self.pipe.scheduler is not self._followed[-1]:
+            return True
+        return self._codec is not None and routes.initialized() and not self._is_bound(self._found())
 
     def _begin_step(self) -> None:
         for name in self._stepped():
@@ -198,6 +252,7 @@ class Session:
     def _begin_request(self) -> None:
         if self.method is not None:  # its gathers are under way in groups that are reset next
             self.method.new_request()
+        self.follow()
         self.bind()
         self._clock.patch = _patch_of if _has_stages() else None
         for group in self.groups.values():
@@ -215,26 +270,26 @@ class Session:
         self.unbind()
 
 
-_FINE = "int8"
-
-
-def _finer(route: str, last_stage: int | None, call: compactdist.CallInfo) -> str | None:
-    """The policy where the caller has none: what feeds the scheduler or the model's input is small and no attention
-    averages its errors out, so it travels with eight bits whatever the codec.
-    """
-    latents = last_stage is not None and f"/send/{last_stage}>0/" in call.key
-    return _FINE if latents or route in ("cfg", "sp") else None
-
-
 def _plain(group: Any) -> Any:
     """The group itself, also while another session's is in its place."""
     return group.inner if isinstance(group, compactdist.CompressedProcessGroup) else group
+
+
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 def _has_stages() -> bool:
     from xfuser.core.distributed import parallel_state
 
     return routes.initialized() and parallel_state.get_pipeline_parallel_world_size() > 1
+
+
+def _whole_steps() -> int:
+    """PipeFusion's synchronous steps at the beginning of a request."""
+    from xfuser.core.distributed import get_runtime_state
+
+    return int(get_runtime_state().runtime_config.warmup_steps)
 
 
 def _patch_of() -> int | None:

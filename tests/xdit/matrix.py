@@ -31,13 +31,14 @@ COLUMNS: dict[str, tuple[int, tuple[str, ...]]] = {  # ranks, models
 def run(column: str) -> dict[str, Any]:
     """The records of one column, by model; raises if a rank failed."""
     ranks, models = COLUMNS[column]
+    paths = [path for path in [os.environ.get("PYTHONPATH")] if path]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
         command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(ranks), str(Path(__file__).with_name("matrix_worker.py"))]
         done = subprocess.run(
             [*command, str(out), column, *models],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *paths])},
             timeout=240,
             capture_output=True,
             text=True,

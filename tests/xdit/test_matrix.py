@@ -16,8 +16,6 @@ if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "
 pytestmark = [pytest.mark.xdit, pytest.mark.timeout(300)]
 
 FAST = ("ring 2", "pipefusion 2", "cfg 2")
-# Stages hand each other the residual stream itself, and these weights are random: nothing averages errors out.
-MOST = {"pipefusion 2": 2e-2}
 
 
 @pytest.mark.parametrize(
@@ -32,7 +30,7 @@ def test_column(column: str) -> None:
 def check(column: str, model: str, record: dict[str, Any]) -> None:
     cell = f"{model}, {column}"
     assert 0 <= record["raw"]["error"] <= 1e-6, cell
-    assert 0 < record["int4"]["error"] <= MOST.get(column, 1e-2), cell
+    assert 0 < record["int4"]["error"] <= 1e-2, cell
     assert record["int4"]["calls"] > 0, cell
     assert record["int4"]["ratio"] > 2, cell
     assert record["raw"]["repeats"], cell

@@ -116,6 +116,33 @@ def test_next_request_sees_nothing_of_the_last_one() -> None:
     run_ranks(body, 2)
 
 
+def test_the_last_step_gathers_nothing_and_steps_after_it_are_synchronous() -> None:
+    steps, layers = 5, 2
+
+    def body(rank: int, world: int) -> None:
+        method = methods.create("distrifusion")
+        method.timesteps = lambda: steps - 1
+        results = run_steps(method, dist.group.WORLD, rank, steps, layers)
+        for step, of_layers in enumerate(results):
+            for layer, result in enumerate(of_layers):
+                age = 0 if step in (0, steps - 1) else 1
+                assert torch.equal(result, expected(rank, world, step, layer, age))
+        assert method.counts == {
+            "synchronous (warm-up)": layers,
+            "one step stale": layers * (steps - 2),
+            "not gathered (last step)": layers,
+            "synchronous (past the last step)": layers,
+        }
+        # the last step alone waits for its own gathers: then they are used
+        waiting = methods.create("distrifusion", sync_from_step=steps - 2)
+        waiting.timesteps = lambda: steps - 1
+        run_steps(waiting, dist.group.WORLD, rank, steps - 1, layers)
+        assert waiting.counts["not gathered (last step)"] == 0
+        assert waiting.counts["synchronous (last steps)"] == layers
+
+    run_ranks(body, 2)
+
+
 def test_what_attention_was_given_is_never_written_again() -> None:
     """One batch and one head, where a view of the gathered buffer would be nearly possible."""
 

@@ -161,6 +161,8 @@ def test_the_session_tells_the_method_of_steps_forwards_and_requests(monkeypatch
     session = Session(SimpleNamespace(), "int4", ("ring",), method, True, {})
     monkeypatch.setattr(session, "activate", lambda: None)
     monkeypatch.setattr(session, "bind", lambda: None)
+    monkeypatch.setattr(session, "follow", lambda: None)
+    monkeypatch.setattr(session, "_missed_a_beginning", lambda: False)
     monkeypatch.setattr("compactdist_xdit.session._has_stages", lambda: False)
     session.groups, session._slots = {"ring": group}, [(routes.Slot("ring", None, ""), None, group)]
     session._begin_request()

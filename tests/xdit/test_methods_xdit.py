@@ -79,8 +79,11 @@ def test_distrifusion(record: dict[str, Any], codec: str | None) -> None:
     # eight steps are far apart: staleness costs more than four bits do, and is no collapse either
     assert 0.1 > errors[name] > 2 * errors["patch, int4"]
     assert errors[f"{name}, last step synchronous"] < errors[name]
-    four_requests = {"one step stale": 4 * (CALLS - LAYERS), "synchronous (warm-up)": 4 * LAYERS, "drained": 3 * LAYERS}
-    assert counts[f"{codec}/distrifusion, 4 requests"] == four_requests
+    assert counts[f"{codec}/distrifusion, 4 requests"] == {
+        "one step stale": 4 * (CALLS - LAYERS),
+        "synchronous (warm-up)": 4 * LAYERS,
+        "not gathered (last step)": 4 * LAYERS,  # so nothing is left to be drained
+    }
     assert counts[f"{codec}/distrifusion/{STEPS}"] == {"synchronous (warm-up)": CALLS}
 
 
@@ -95,11 +98,16 @@ def test_requests_know_nothing_of_each_other(record: dict[str, Any], codec: str 
 
 
 def test_stale_gathers_are_compressed(record: dict[str, Any]) -> None:
-    stale = record["calls"]["int4/distrifusion, 4 requests"]["ring"]
-    assert stale["compressed"] == 4 * CALLS
+    stale, alone = (record["calls"][f"int4/distrifusion{more}"]["ring"] for more in (", 4 requests", ""))
+    ring, last = record["calls"]["int4"]["ring"], record["calls"][f"int4/distrifusion/{STEPS - 1}"]["ring"]
+    assert alone["compressed"] == CALLS - LAYERS  # the last step gathers nothing,
+    assert last["compressed"] == CALLS  # unless it waits for what it gathers
+    assert last["wire"] == ring["wire"]
+    assert ring["wire"] * (1 - 1 / STEPS) < alone["wire"] < ring["wire"]  # keyframes are larger
+    assert stale["compressed"] == 4 * alone["compressed"]
+    assert stale["wire"] == 4 * alone["wire"]
     assert stale["passed"] == 0
-    assert stale["wire"] == 4 * record["calls"]["int4"]["ring"]["wire"]
-    assert stale["keys"] == record["calls"]["int4"]["ring"]["keys"]
+    assert stale["keys"] == ring["keys"]
 
 
 def test_refusals(record: dict[str, Any]) -> None:

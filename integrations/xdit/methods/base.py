@@ -46,6 +46,8 @@ class GatheringMethod:
 
     Attributes:
         name: of the method, for `create` and for messages.
+        timesteps: gives the number of steps of the request, the same on all ranks, or `None` where it is not known;
+            set by the owner of the clock, read in every step.
         counts: how often what happened on this rank; see `describe()`.
     """
 
@@ -53,6 +55,7 @@ class GatheringMethod:
 
     def __init__(self, *, exact_own: bool = True) -> None:
         self.exact_own = exact_own
+        self.timesteps: Callable[[], int | None] = lambda: None
         self.counts: Counter[str] = Counter()
         self.step = -1
         self._forward = -1

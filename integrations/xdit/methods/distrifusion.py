@@ -44,7 +44,9 @@ class _Site:
 class DistriFusion(GatheringMethod):
     """Gathers asynchronously, one step stale, after a synchronous warm-up.
 
-    A place that is new, or whose tensors changed shape, dtype or device, is synchronous once more, and counted.
+    Where the number of steps is known, the last step gathers nothing: nobody would use it. Steps that come after all
+    the same are synchronous, and counted. A place that is new, or whose tensors changed shape, dtype or device, is
+    synchronous once more, and counted.
 
     Args:
         warmup_steps: steps at the beginning of a request that wait for their own gathers, >= 1.
@@ -89,6 +91,9 @@ class DistriFusion(GatheringMethod):
         age = self.step - site.issued
         self.counts["one step stale" if age == 1 else "more than one step stale"] += 1
         joined = sequence(site.gathered, own)
+        if self.step + 1 == self.timesteps():
+            self.counts["not gathered (last step)"] += 1
+            return joined
         site.work, site.message = gather(group, site.gathered, key, value, async_op=True)
         site.issued = self.step
         return joined
@@ -114,6 +119,9 @@ class DistriFusion(GatheringMethod):
             return "warm-up"
         if self.sync_from_step is not None and self.step >= self.sync_from_step:
             return "last steps"
+        count = self.timesteps()
+        if count is not None and self.step >= count:
+            return "past the last step"
         return None
 
     def forget(self) -> None:
