@@ -43,11 +43,11 @@ _KINDS = {"sign": SIGN, "nearest": NEAREST, "trits": TRITS, "linear": LINEAR}
 class _Call(NamedTuple):
     codec: ScalarQuantizer
     plan: Plan
-    source: tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]
+    source: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+    form: loops.Form
     packed: NDArray[np.uint8]
     written: NDArray[np.uint8]
     out: NDArray[Any]
-    streams: bool
 
     @property
     def stored(self) -> NDArray[np.uint16]:
@@ -109,9 +109,10 @@ def encode_residual(
     _clear_padding(written, layout)
     codes = written[: layout.codes_nbytes]
     packed = np.empty(layout.elements, np.uint8) if plan.apart else codes
-    source = bits_of(x, x.dtype), *expectation(base, velocity, x.dtype)
+    *expected, terms = expectation(base, velocity, x.dtype)
     in_place = out is not None and base is not None and out.data_ptr() == base.data_ptr()
-    call = _Call(codec, plan, source, packed, written, bits_of(out, x.dtype), not in_place and _streams(out))
+    form = terms, out is not None, not in_place and _streams(out)
+    call = _Call(codec, plan, (bits_of(x, x.dtype), *expected), form, packed, written, bits_of(out, x.dtype))
     if not (_encode_blocks(call, in_place) if layout.rows == 1 else _encode_rows(call)):
         return None
     if plan.apart:
@@ -138,7 +139,8 @@ def _encode_blocks(call: _Call, in_place: bool) -> bool:
     """Fill in codes and scales and, unless in place, the receiver's values; false to decline."""
     codec, plan, bad = call.codec, call.plan, np.zeros(1, np.uint8)
     # the base must be whole if a later block turns out not to be finite
-    given = call.source, plan.place, call.packed, call.stored, bad, call.out[:0] if in_place else call.out, call.streams
+    out = call.out[:0] if in_place else call.out
+    given = (*call.source, call.form[0]), plan.place, call.packed, call.stored, bad, out, call.form[2]
     if codec.fused == "sign":
         call.spread(cpu_blocks.block_signs, *given)
     elif codec.fused == "linear":
@@ -152,7 +154,7 @@ def _encode_rows(call: _Call) -> bool:
     """Fill in codes, scales and the receiver's values; false to decline."""
     codec, plan = call.codec, call.plan
     layout, place = plan.layout, plan.place
-    groups, rows, channels = layout.groups, layout.rows, layout.channels
+    groups, rows, channels, terms = layout.groups, layout.rows, layout.channels, call.form[0]
     tiles = -(-rows // reference.TILE_ROWS)
     stat, weighted = np.empty(groups * rows, np.float32), bool(layout.row_scale_count)
     # arrays of torch begin a cache line, those of NumPy need not
@@ -167,11 +169,11 @@ def _encode_rows(call: _Call) -> bool:
         spread(some_tiles, groups * tiles, layout.elements)
 
     if codec.fused == "sign":
-        survey(surveys.survey_signs, first, call.packed)
+        survey(surveys.survey_signs(terms), first, call.packed)
     elif codec.fused == "linear":
-        survey(surveys.survey_reach, first)
+        survey(surveys.survey_reach(terms), first)
     else:
-        survey(surveys.survey_moments, first, second)
+        survey(surveys.survey_moments(terms), first, second)
     t, inverse_t = np.ones(groups * rows, np.float32), np.ones(groups * rows, np.float32)
     norms, stored = np.empty(groups, np.float32), call.stored
     row_bytes = call.written[layout.row_scales_at : layout.row_scales_at + layout.row_scale_count]
@@ -181,11 +183,13 @@ def _encode_rows(call: _Call) -> bool:
     sums, shared = (norms, first, second, plan.bound, codec.widening), layout.channel_scales_per_group == 1
     settle_channels(_KINDS[codec.fused], stat, weighted, rows, channels, *sums, shared, c, inverse_c, stored)
     again = functools.partial(call.spread, backwards=True)
-    given, settled = (call.source, place, call.packed, call.out, call.streams), (t, inverse_t, c, inverse_c)
+    given = call.source, place, call.packed, call.out, t, inverse_t, c, inverse_c
     if codec.fused == "linear":
-        again(loops.code_linear, *given, *settled, _LARGEST_STEP)
+        again(loops.code_linear(call.form, _LARGEST_STEP), *given)
     elif codec.fused != "sign":
-        again(loops.code_nearest, *given, *settled, plan.bits, plan.borders, plan.table, codec.fused == "trits")
-    elif call.out.size:
-        again(loops.apply_signs, (call.packed, 1, plan.table, t, c, *call.source[1:]), place, call.out, call.streams)
+        again(loops.code_nearest(call.form, plan.bits, plan.borders, codec.fused == "trits"), *given, plan.table)
+    elif call.form[1]:
+        base = call.source[1]
+        loop = loops.apply_codes(call.form, SIGN, 1)
+        again(loop, (base, *call.source[1:]), place, call.packed, call.out, t, c, plan.table)
     return True

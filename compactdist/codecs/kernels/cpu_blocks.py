@@ -23,10 +23,9 @@ from compactdist.codecs.kernels.cpu_memory import (
     table_at,
 )
 from compactdist.codecs.kernels.cpu_packing import store_codes, store_mask
-from compactdist.codecs.kernels.cpu_settle import bf16_bits, gaussian, is_safe, over, storable
+from compactdist.codecs.kernels.cpu_settle import NEAREST, SIGN, bf16_bits, gaussian, is_safe, over, storable
 from compactdist.codecs.kernels.cpu_steps import (
-    change_by_level,
-    change_by_sign,
+    change_of,
     expected_at,
     nearest_codes,
     nearest_steps,
@@ -66,7 +65,7 @@ def _unsafe(stats: Pointer, count: int) -> Any:
 
 @inlined
 def _restore(
-    change_by: Any,
+    kind: int,
     packed: Pointer,
     bits: int,
     table: Any,
@@ -80,7 +79,7 @@ def _restore(
     """What the receiver makes of the block of ``n`` elements that begins at ``at``."""
     for j in range(0, n, LANES):
         have = min(n, numel - at) - j
-        change = change_by(as_floats(c), packed, bits, table, at + j, n - j)
+        change = change_of(kind, as_floats(c), packed, bits, table, at + j, n - j)
         expected = expected_at(source, at + j, have)
         put(expected, change, target, at + j, have)
 
@@ -98,7 +97,7 @@ def block_signs(
     streams: bool,
 ) -> None:
     """Blocks ``lo`` to ``hi``: sign codes, scales, and what the receiver makes of them; ``bad[0]`` for unsafe ones."""
-    given = pointers_of(source)
+    given = pointers_of(source[:3], source[3])
     n, numel, stats, cs, table = place[5], place[6], stack_floats(), stack_floats(), table_of((_f32(0),))
     bytes_, target = data_of(packed), (data_of(out), streams)
     unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
@@ -117,7 +116,7 @@ def block_signs(
             stored[first + b] = bf16_bits(cs[b])
         if out.size:
             for b in range(blocks):
-                _restore(change_by_sign, bytes_, 1, table, cs[b], given, n, (first + b) * n, numel, target)
+                _restore(SIGN, bytes_, 1, table, cs[b], given, n, (first + b) * n, numel, target)
     settle_streams()
     if unsafe:
         bad[0] = 1
@@ -141,7 +140,7 @@ def block_nearest(
     bound: Any,
 ) -> None:
     """The same for sign and magnitude; ``bound`` is what ``gaussian_scale`` holds c below, in mean magnitudes."""
-    given = pointers_of(source)
+    given = pointers_of(source[:3], source[3])
     n, numel, means, others, levels = place[5], place[6], stack_floats(), stack_floats(), table_at(data_of(table), 0)
     bytes_, target = data_of(packed), (data_of(out), streams)
     cs, unsafe = stack_floats(), 0
@@ -173,7 +172,7 @@ def block_nearest(
             stored[first + b] = bf16_bits(cs[b])
         if out.size:
             for b in range(blocks):
-                _restore(change_by_level, bytes_, bits, levels, cs[b], given, n, (first + b) * n, numel, target)
+                _restore(NEAREST, bytes_, bits, levels, cs[b], given, n, (first + b) * n, numel, target)
     settle_streams()
     if unsafe:
         bad[0] = 1
@@ -193,7 +192,7 @@ def block_linear(
     steps: Any,
 ) -> None:
     """The same for integers up to ``steps``."""
-    given = pointers_of(source)
+    given = pointers_of(source[:3], source[3])
     n, numel, stats, cs = place[5], place[6], stack_floats(), stack_floats()
     bytes_, target = data_of(packed), (data_of(out), streams)
     unsafe = 0

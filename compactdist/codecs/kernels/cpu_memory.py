@@ -27,6 +27,7 @@ from compactdist.codecs.kernels.cpu_vectors import (
     every_nth,
     first_lanes,
     full,
+    unknown,
 )
 from compactdist.codecs.kernels.reference import LANES
 
@@ -47,9 +48,9 @@ def data_of(typing_context: Any, array: Any) -> Any:
 
 
 @inlined
-def pointers_of(source: Any) -> Any:
-    """The arrays of a source as pointers."""
-    x, base, velocity, terms = source
+def pointers_of(source: Any, terms: int) -> Any:
+    """The arrays of a source as pointers, and how many there are of base and velocity."""
+    x, base, velocity = source
     return data_of(x), data_of(base), data_of(velocity), terms
 
 
@@ -116,10 +117,13 @@ def _narrowed(context: Any, builder: Any, element: Any, value: Any) -> Any:
         bits = builder.bitcast(value, INTS.of)
         return builder.bitcast(_within(builder, bits, 0x7F7FFFFF), FLOATS.of)
     if element == types.uint16:
-        bits = builder.bitcast(value, INTS.of)
-        odd = builder.and_(builder.lshr(bits, full(16, INTS)), full(1, INTS))
-        rounded = builder.add(builder.add(bits, full(0x7FFF, INTS)), odd)
-        return _within(builder, every_nth(builder, rounded, 16, 1), 0x7F7F)
+        # half the registers of a sum in 32 bits: up if more than half is cut off, or half from an odd number
+        kept, cut = every_nth(builder, value, 16, 1), every_nth(builder, value, 16, 0)
+        cut = builder.or_(cut, builder.and_(kept, full(1, HALVES)))
+        more = builder.add(kept, unknown(builder, ir.Constant(_i16, 1), HALVES))
+        return _within(
+            builder, builder.select(builder.icmp_unsigned(">", cut, full(0x8000, HALVES)), more, kept), 0x7F7F
+        )
     if HOST.get("f16c", False):
         half = builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES))
         half = builder.bitcast(half, ir.VectorType(_i16, LANES))

@@ -1,6 +1,6 @@
 """Steps on sixty-four elements at a time, from which the loops are made; compiled by Numba.
 
-A *source* is ``(x, base, velocity, terms)``, pointers, of which the first ``1 + terms`` are good. Elements from
+A *source* is ``(x, base, velocity, terms)``, pointers here, of which the first ``1 + terms`` are good. Elements from
 ``have`` on are not there: they count as zero and are not written. ``have`` may be negative.
 """
 
@@ -13,6 +13,7 @@ import numpy as np
 from compactdist.codecs.kernels.cpu_elements import ROUNDING, Pointer, inlined
 from compactdist.codecs.kernels.cpu_memory import load_first, prefetch, rounded_for, store_first, stream
 from compactdist.codecs.kernels.cpu_packing import codes_at, mask_at
+from compactdist.codecs.kernels.cpu_settle import LINEAR, SIGN
 from compactdist.codecs.kernels.cpu_vectors import (
     HOST,
     chosen,
@@ -98,18 +99,10 @@ def nearest_steps(u: Any, largest: Any) -> Any:
 
 
 @inlined
-def change_by_sign(scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
-    """What the receiver adds for a bit."""
-    return where(mask_at(packed, element, count), scale, negative(scale))
-
-
-@inlined
-def change_by_level(scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
-    """What it adds for a code of ``bits`` that chooses from a table."""
+def change_of(kind: int, scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
+    """What the receiver adds: for a bit, for a byte in two's complement, or for a code that chooses from a table."""
+    if kind == SIGN:
+        return where(mask_at(packed, element, count), scale, negative(scale))
+    if kind == LINEAR:
+        return scale * signed_floats(codes_at(packed, 8, element, count))
     return scale * chosen(table, codes_at(packed, bits, element, count))
-
-
-@inlined
-def change_by_integer(scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
-    """What it adds for a byte in two's complement."""
-    return scale * signed_floats(codes_at(packed, 8, element, count))

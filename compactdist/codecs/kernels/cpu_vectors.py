@@ -60,6 +60,14 @@ def _spread(builder: Any, scalar: Any, kind: Vector) -> Any:
     return builder.shuffle_vector(one, ir.Constant(kind.of, ir.Undefined), lanes)
 
 
+def unknown(builder: Any, scalar: Any, kind: Vector) -> Any:
+    """A scalar in every lane, of which LLVM does not see that it is constant: it would make numbers of masks to add
+    them, three instructions for the one that adds under a mask.
+    """
+    same = ir.InlineAsm(ir.FunctionType(scalar.type, [scalar.type]), "", "=r,0", False)
+    return _spread(builder, builder.call(same, [scalar]), kind)
+
+
 @lower_cast(types.float32, FLOATS)
 @lower_cast(types.uint32, INTS)
 def _to_lanes(context: Any, builder: Any, given: Any, wanted: Any, value: Any) -> Any:
@@ -174,10 +182,11 @@ def raised(typing_context: Any, index: Any, mask: Any, by: Any) -> Any:
     """Ints, in the lanes of a mask more by other ints or a uint32."""
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        index, mask, by = arguments
-        return builder.select(mask, builder.add(index, by), index)
+        index, mask, more = arguments
+        more = more if by == INTS else unknown(builder, more, INTS)
+        return builder.select(mask, builder.add(index, more), index)
 
-    return INTS(INTS, MASK, INTS), build
+    return INTS(INTS, MASK, by), build
 
 
 @intrinsic
