@@ -139,14 +139,15 @@ def _encode_blocks(call: _Call, in_place: bool) -> bool:
     """Fill in codes and scales and, unless in place, the receiver's values; false to decline."""
     codec, plan, bad = call.codec, call.plan, np.zeros(1, np.uint8)
     # the base must be whole if a later block turns out not to be finite
-    out = call.out[:0] if in_place else call.out
-    given = (*call.source, call.form[0]), plan.place, call.packed, call.stored, bad, out, call.form[2]
+    form = (call.form[0], call.form[1] and not in_place, call.form[2])
+    given = call.source, plan.place, call.packed, call.stored, bad, call.out
     if codec.fused == "sign":
-        call.spread(cpu_blocks.block_signs, *given)
+        call.spread(cpu_blocks.block_signs(form), *given)
     elif codec.fused == "linear":
-        call.spread(cpu_blocks.block_linear, *given, _LARGEST_STEP)
+        call.spread(cpu_blocks.block_linear(form, _LARGEST_STEP), *given)
     else:
-        call.spread(cpu_blocks.block_nearest, *given, plan.bits, plan.borders, plan.table, codec.widening, plan.bound)
+        loop = cpu_blocks.block_nearest(form, plan.bits, plan.borders, codec.widening, plan.bound)
+        call.spread(loop, *given, plan.table)
     return not bad[0]
 
 

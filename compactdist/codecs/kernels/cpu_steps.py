@@ -82,8 +82,9 @@ def nearest_codes(u: Any, below: Any, borders: Any, trits: bool) -> Any:
     """How many borders, a tuple, lie below ``u``, and the sign where ``below``: the bit above, or for trits 2 for 1."""
     index = no_bits()
     if len(borders) == 7 and _SEARCHES:
-        index = raised(index, u > borders[3], _u32(4))
-        index = raised(index, u > chosen(table_of(borders[1:]), index), _u32(2))
+        upper = u > borders[3]
+        index = raised(index, upper, _u32(4))
+        index = raised(index, u > where(upper, borders[5], borders[1]), _u32(2))
         index = raised(index, u > chosen(table_of(borders), index), _u32(1))
     else:
         for i in range(len(borders)):
