@@ -44,10 +44,11 @@ class _Call(NamedTuple):
     codec: ScalarQuantizer
     plan: Plan
     source: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-    form: loops.Form
+    terms: int
     packed: NDArray[np.uint8]
     written: NDArray[np.uint8]
     out: NDArray[Any]
+    streams: bool
 
     @property
     def stored(self) -> NDArray[np.uint16]:
@@ -111,8 +112,8 @@ def encode_residual(
     packed = np.empty(layout.elements, np.uint8) if plan.apart else codes
     *expected, terms = expectation(base, velocity, x.dtype)
     in_place = out is not None and base is not None and out.data_ptr() == base.data_ptr()
-    form = terms, out is not None, not in_place and _streams(out)
-    call = _Call(codec, plan, (bits_of(x, x.dtype), *expected), form, packed, written, bits_of(out, x.dtype))
+    source, target = (bits_of(x, x.dtype), *expected), (bits_of(out, x.dtype), not in_place and _streams(out))
+    call = _Call(codec, plan, source, terms, packed, written, *target)
     if not (_encode_blocks(call, in_place) if layout.rows == 1 else _encode_rows(call)):
         return None
     if plan.apart:
@@ -139,15 +140,15 @@ def _encode_blocks(call: _Call, in_place: bool) -> bool:
     """Fill in codes and scales and, unless in place, the receiver's values; false to decline."""
     codec, plan, bad = call.codec, call.plan, np.zeros(1, np.uint8)
     # the base must be whole if a later block turns out not to be finite
-    form = (call.form[0], call.form[1] and not in_place, call.form[2])
-    given = call.source, plan.place, call.packed, call.stored, bad, call.out
+    out = call.out[:0] if in_place else call.out
+    given = call.source, plan.place, call.packed, call.stored, bad, out, call.streams
     if codec.fused == "sign":
-        call.spread(cpu_blocks.block_signs(form), *given)
+        call.spread(cpu_blocks.block_signs(call.terms), *given)
     elif codec.fused == "linear":
-        call.spread(cpu_blocks.block_linear(form, _LARGEST_STEP), *given)
+        call.spread(cpu_blocks.block_linear(call.terms, _LARGEST_STEP), *given)
     else:
-        loop = cpu_blocks.block_nearest(form, plan.bits, plan.borders, codec.widening, plan.bound)
-        call.spread(loop, *given, plan.table)
+        loop = cpu_blocks.block_nearest(call.terms, plan.bits)
+        call.spread(loop, *given, plan.borders, plan.table, codec.widening, plan.bound)
     return not bad[0]
 
 
@@ -155,7 +156,7 @@ def _encode_rows(call: _Call) -> bool:
     """Fill in codes, scales and the receiver's values; false to decline."""
     codec, plan = call.codec, call.plan
     layout, place = plan.layout, plan.place
-    groups, rows, channels, terms = layout.groups, layout.rows, layout.channels, call.form[0]
+    groups, rows, channels, terms = layout.groups, layout.rows, layout.channels, call.terms
     tiles = -(-rows // reference.TILE_ROWS)
     stat, weighted = np.empty(groups * rows, np.float32), bool(layout.row_scale_count)
     # arrays of torch begin a cache line, those of NumPy need not
@@ -184,13 +185,12 @@ def _encode_rows(call: _Call) -> bool:
     sums, shared = (norms, first, second, plan.bound, codec.widening), layout.channel_scales_per_group == 1
     settle_channels(_KINDS[codec.fused], stat, weighted, rows, channels, *sums, shared, c, inverse_c, stored)
     again = functools.partial(call.spread, backwards=True)
-    given = call.source, place, call.packed, call.out, t, inverse_t, c, inverse_c
+    given = call.source, place, call.packed, call.out, call.streams, t, inverse_t, c, inverse_c
     if codec.fused == "linear":
-        again(loops.code_linear(call.form, _LARGEST_STEP), *given)
+        again(loops.code_linear(terms, _LARGEST_STEP), *given)
     elif codec.fused != "sign":
-        again(loops.code_nearest(call.form, plan.bits, plan.borders, codec.fused == "trits"), *given, plan.table)
-    elif call.form[1]:
-        base = call.source[1]
-        loop = loops.apply_codes(call.form, SIGN, 1)
-        again(loop, (base, *call.source[1:]), place, call.packed, call.out, t, c, plan.table)
+        again(loops.code_nearest(terms, plan.bits, codec.fused == "trits"), *given, plan.borders, plan.table)
+    elif call.out.size:
+        source = call.source[1], *call.source[1:]
+        again(loops.apply_codes(terms, SIGN, 1), source, *given[1:5], t, c, plan.table)
     return True

@@ -2,7 +2,7 @@
 
 Blocks are the rows of a *place* (``cpu_loops.py``), consecutive in memory. They are coded in batches, so that what is
 one value for a block, a chain of slow operations, is computed for several at a time. The arithmetic is that of
-``scales.py`` for layouts of one row. Loops are made for a codec and a *form* (``cpu_loops.py``).
+``scales.py`` for layouts of one row. Loops are made for *terms* and codes (``cpu_loops.py``).
 
 After a change in the files this one imports, touch it: Numba's cache on disk looks at this file's date only.
 """
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from compactdist.codecs.kernels.cpu_elements import ROUNDING, Array, Pointer, inlined, jit
-from compactdist.codecs.kernels.cpu_loops import Form
 from compactdist.codecs.kernels.cpu_memory import (
     data_of,
     load_first,
@@ -133,12 +132,13 @@ def _linear(given: Any, at: int, count: int, have: int, c: Any) -> Any:
 
 
 @cache
-def block_signs(form: Form) -> Callable[[int, int, Any, Any, Array, Array, Array, Array], None]:
+def block_signs(terms: int) -> Callable[[int, int, Any, Any, Array, Array, Array, Array, bool], None]:
     """Blocks ``lo`` to ``hi``: sign codes, scales, and what the receiver makes of them; ``bad[0]`` for unsafe ones."""
-    terms, stores, streams = form
 
     @jit
-    def loop(lo: int, hi: int, source: Any, place: Any, packed: Array, stored: Array, bad: Array, out: Array) -> None:
+    def loop(
+        lo: int, hi: int, source: Any, place: Any, packed: Array, stored: Array, bad: Array, out: Array, streams: bool
+    ) -> None:
         given, bytes_, target = pointers_of(source, terms), data_of(packed), (data_of(out), streams)
         n, numel, stats, cs, table = place[5], place[6], stack_floats(), stack_floats(), table_of((_f32(0),))
         unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
@@ -150,7 +150,7 @@ def block_signs(form: Form) -> Callable[[int, int, Any, Any, Array, Array, Array
             for b in range(blocks):
                 cs[b] = storable(stats[b] / _f32(n), False)
                 stored[first + b] = bf16_bits(cs[b])
-            for b in range(blocks if stores else 0):
+            for b in range(blocks if out.size else 0):
                 codes = given, target, bytes_, SIGN, 1, table
                 _for_block(_restore, codes, (first + b) * n, n, numel, as_floats(cs[b]))
         settle_streams()
@@ -162,10 +162,9 @@ def block_signs(form: Form) -> Callable[[int, int, Any, Any, Array, Array, Array
 
 @cache
 def block_nearest(
-    form: Form, bits: int, borders: tuple[np.float32, ...], widening: int, bound: np.float32
-) -> Callable[[int, int, Any, Any, Array, Array, Array, Array, Array], None]:
+    terms: int, bits: int
+) -> Callable[[int, int, Any, Any, Array, Array, Array, Array, bool, Any, Array, int, Any], None]:
     """The same for sign and magnitude; ``bound`` is what ``gaussian_scale`` holds c below, in mean magnitudes."""
-    terms, stores, streams = form
 
     @jit
     def loop(
@@ -177,7 +176,11 @@ def block_nearest(
         stored: Array,
         bad: Array,
         out: Array,
+        streams: bool,
+        borders: Any,
         table: Array,
+        widening: int,
+        bound: Any,
     ) -> None:
         given, bytes_, target = pointers_of(source, terms), data_of(packed), (data_of(out), streams)
         n, numel, means, others, levels = (
@@ -204,7 +207,7 @@ def block_nearest(
                 fitted = storable(over(means[b], others[b]), False)
                 cs[b] = fitted if cs[b] > _f32(0) else cs[b]
                 stored[first + b] = bf16_bits(cs[b])
-            for b in range(blocks if stores else 0):
+            for b in range(blocks if out.size else 0):
                 found = given, target, bytes_, NEAREST, bits, levels
                 _for_block(_restore, found, (first + b) * n, n, numel, as_floats(cs[b]))
         settle_streams()
@@ -215,12 +218,15 @@ def block_nearest(
 
 
 @cache
-def block_linear(form: Form, steps: np.float32) -> Callable[[int, int, Any, Any, Array, Array, Array, Array], None]:
+def block_linear(
+    terms: int, steps: np.float32
+) -> Callable[[int, int, Any, Any, Array, Array, Array, Array, bool], None]:
     """The same for integers up to ``steps``."""
-    terms, stores, streams = form
 
     @jit
-    def loop(lo: int, hi: int, source: Any, place: Any, packed: Array, stored: Array, bad: Array, out: Array) -> None:
+    def loop(
+        lo: int, hi: int, source: Any, place: Any, packed: Array, stored: Array, bad: Array, out: Array, streams: bool
+    ) -> None:
         given, bytes_, target = pointers_of(source, terms), data_of(packed), (data_of(out), streams)
         n, numel, stats, cs = place[5], place[6], stack_floats(), stack_floats()
         unsafe = 0
@@ -233,7 +239,7 @@ def block_linear(form: Form, steps: np.float32) -> Callable[[int, int, Any, Any,
                 cs[b] = storable(stats[b] / steps, True)
                 stored[first + b] = bf16_bits(cs[b])
             for b in range(blocks):
-                codes = given, target, bytes_, over(_f32(1), cs[b]), steps, stores
+                codes = given, target, bytes_, over(_f32(1), cs[b]), steps, out.size > 0
                 _for_block(_linear, codes, (first + b) * n, n, numel, as_floats(cs[b]))
         settle_streams()
         if unsafe:

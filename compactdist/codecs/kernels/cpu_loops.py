@@ -3,9 +3,9 @@
 What both ends compute is in the order of ``reference.py`` to the bit, so ``fastmath`` is out of the question.
 Sixty-four elements are read before any is written, for input and output may be the same memory.
 
-A loop is made for a codec and a *form*: ``(terms, stores, streams)``, how many of base and velocity there are, whether
-``out`` is written, and whether past the caches. These are constants to the compiler, and a loop holds nothing that its
-form does not need. Where 64 elements are left of a row, nothing asks how many there are.
+A loop is made for the *terms*, how many of base and velocity there are, and the kind of code. These are constants to
+the compiler, and a loop holds nothing that they do not need. Where 64 elements are left of a row, nothing asks how many
+there are. ``out`` may be empty, and is written past the caches if that is said.
 
 A *place* is what tells where matrix elements lie: ``(row_at, chunk_at, chunk_from, chunk_len, rows, channels,
 numel)``, see ``places.py``. A *source* is ``(x, base, velocity)``: bits, of which the first ``1 + terms`` are there.
@@ -37,8 +37,6 @@ from compactdist.codecs.kernels.cpu_steps import (
 )
 from compactdist.codecs.kernels.cpu_vectors import bits_of, chosen, magnitude
 from compactdist.codecs.kernels.reference import LANES
-
-Form = tuple[int, bool, bool]
 
 _f32 = np.float32
 
@@ -100,13 +98,12 @@ def _apply(given: Any, weights: Any, at: int, channel: int, code: int, count: in
 
 @cache
 def code_nearest(
-    form: Form, bits: int, borders: tuple[np.float32, ...], trits: bool
-) -> Callable[[int, int, Any, Any, Array, Array, Array, Array, Array, Array, Array], None]:
+    terms: int, bits: int, trits: bool
+) -> Callable[[int, int, Any, Any, Array, Array, bool, Array, Array, Array, Array, Any, Array], None]:
     """For rows ``lo`` to ``hi``: codes of the nearest magnitude and the sign, and what the receiver makes of them.
 
-    Borders are a tuple, so that the search among them is unrolled. ``out`` may be empty.
+    Borders are a tuple, so that the search among them is unrolled.
     """
-    terms, stores, streams = form
 
     @jit
     def loop(
@@ -116,15 +113,27 @@ def code_nearest(
         place: Any,
         packed: Array,
         out: Array,
+        streams: bool,
         t: Array,
         inverse_t: Array,
         c: Array,
         inverse_c: Array,
+        borders: Any,
         table: Array,
     ) -> None:
         target, levels = (data_of(out), streams), table_at(data_of(table), 0)
         scales = data_of(c), data_of(inverse_c)
-        given = (pointers_of(source, terms), target, data_of(packed), *scales, levels, bits, borders, trits, stores)
+        given = (
+            pointers_of(source, terms),
+            target,
+            data_of(packed),
+            *scales,
+            levels,
+            bits,
+            borders,
+            trits,
+            out.size > 0,
+        )
         _for_all(_nearest, given, lo, hi, place, (data_of(t), data_of(inverse_t)))
 
     return loop
@@ -132,10 +141,9 @@ def code_nearest(
 
 @cache
 def code_linear(
-    form: Form, largest: np.float32
-) -> Callable[[int, int, Any, Any, Array, Array, Array, Array, Array, Array], None]:
+    terms: int, largest: np.float32
+) -> Callable[[int, int, Any, Any, Array, Array, bool, Array, Array, Array, Array], None]:
     """For rows ``lo`` to ``hi``: the nearest integer of ``m / (t * c)`` with the sign of the element, in a byte."""
-    terms, stores, streams = form
 
     @jit
     def loop(
@@ -145,13 +153,14 @@ def code_linear(
         place: Any,
         packed: Array,
         out: Array,
+        streams: bool,
         t: Array,
         inverse_t: Array,
         c: Array,
         inverse_c: Array,
     ) -> None:
         scales = data_of(c), data_of(inverse_c)
-        given = (pointers_of(source, terms), (data_of(out), streams), data_of(packed), *scales, largest, stores)
+        given = (pointers_of(source, terms), (data_of(out), streams), data_of(packed), *scales, largest, out.size > 0)
         _for_all(_linear, given, lo, hi, place, (data_of(t), data_of(inverse_t)))
 
     return loop
@@ -159,17 +168,25 @@ def code_linear(
 
 @cache
 def apply_codes(
-    form: Form, kind: int, bits: int
-) -> Callable[[int, int, Any, Any, Array, Array, Array, Array, Array], None]:
+    terms: int, kind: int, bits: int
+) -> Callable[[int, int, Any, Any, Array, Array, bool, Array, Array, Array], None]:
     """For rows ``lo`` to ``hi``: ``out = expected + change``, rounded, kept finite; ``change_of`` tells the kinds.
 
     The source's first two are both the base.
     """
-    terms, _, streams = form
 
     @jit
     def loop(
-        lo: int, hi: int, source: Any, place: Any, packed: Array, out: Array, t: Array, c: Array, table: Array
+        lo: int,
+        hi: int,
+        source: Any,
+        place: Any,
+        packed: Array,
+        out: Array,
+        streams: bool,
+        t: Array,
+        c: Array,
+        table: Array,
     ) -> None:
         levels, target = table_at(data_of(table), 0), (data_of(out), streams)
         given = pointers_of(source, terms), target, data_of(packed), data_of(c), kind, bits, levels

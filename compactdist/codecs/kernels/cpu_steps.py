@@ -71,7 +71,7 @@ def put(expected: Any, change: Any, target: Any, at: int, have: int) -> None:
     """
     out, streams = target
     value = rounded_for(out, expected + change)
-    if streams and have >= LANES and at % LANES == 0:
+    if have >= LANES and streams and at % LANES == 0:
         stream(value, out, at)
     else:
         store_first(value, out, at, have)
