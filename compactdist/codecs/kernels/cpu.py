@@ -43,8 +43,7 @@ _KINDS = {"sign": SIGN, "nearest": NEAREST, "trits": TRITS, "linear": LINEAR}
 class _Call(NamedTuple):
     codec: ScalarQuantizer
     plan: Plan
-    source: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-    terms: int
+    source: tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]
     packed: NDArray[np.uint8]
     written: NDArray[np.uint8]
     out: NDArray[Any]
@@ -110,10 +109,9 @@ def encode_residual(
     _clear_padding(written, layout)
     codes = written[: layout.codes_nbytes]
     packed = np.empty(layout.elements, np.uint8) if plan.apart else codes
-    *expected, terms = expectation(base, velocity, x.dtype)
+    source = bits_of(x, x.dtype), *expectation(base, velocity, x.dtype)
     in_place = out is not None and base is not None and out.data_ptr() == base.data_ptr()
-    source, target = (bits_of(x, x.dtype), *expected), (bits_of(out, x.dtype), not in_place and _streams(out))
-    call = _Call(codec, plan, source, terms, packed, written, *target)
+    call = _Call(codec, plan, source, packed, written, bits_of(out, x.dtype), not in_place and _streams(out))
     if not (_encode_blocks(call, in_place) if layout.rows == 1 else _encode_rows(call)):
         return None
     if plan.apart:
@@ -143,11 +141,11 @@ def _encode_blocks(call: _Call, in_place: bool) -> bool:
     out = call.out[:0] if in_place else call.out
     given = call.source, plan.place, call.packed, call.stored, bad, out, call.streams
     if codec.fused == "sign":
-        call.spread(cpu_blocks.block_signs(call.terms), *given)
+        call.spread(cpu_blocks.block_signs, *given)
     elif codec.fused == "linear":
-        call.spread(cpu_blocks.block_linear(call.terms, _LARGEST_STEP), *given)
+        call.spread(cpu_blocks.block_linear, *given, _LARGEST_STEP)
     else:
-        loop = cpu_blocks.block_nearest(call.terms, plan.bits)
+        loop = cpu_blocks.block_nearest(plan.bits)
         call.spread(loop, *given, plan.borders, plan.table, codec.widening, plan.bound)
     return not bad[0]
 
@@ -156,7 +154,7 @@ def _encode_rows(call: _Call) -> bool:
     """Fill in codes, scales and the receiver's values; false to decline."""
     codec, plan = call.codec, call.plan
     layout, place = plan.layout, plan.place
-    groups, rows, channels, terms = layout.groups, layout.rows, layout.channels, call.terms
+    groups, rows, channels, one = layout.groups, layout.rows, layout.channels, call.source[3] == 1
     tiles = -(-rows // reference.TILE_ROWS)
     stat, weighted = np.empty(groups * rows, np.float32), bool(layout.row_scale_count)
     # arrays of torch begin a cache line, those of NumPy need not
@@ -171,11 +169,11 @@ def _encode_rows(call: _Call) -> bool:
         spread(some_tiles, groups * tiles, layout.elements)
 
     if codec.fused == "sign":
-        survey(surveys.survey_signs(terms), first, call.packed)
+        survey(surveys.survey_signs, first, call.packed)
     elif codec.fused == "linear":
-        survey(surveys.survey_reach(terms), first)
+        survey(surveys.survey_reach, first)
     else:
-        survey(surveys.survey_moments(terms), first, second)
+        survey(surveys.survey_moments, first, second)
     t, inverse_t = np.ones(groups * rows, np.float32), np.ones(groups * rows, np.float32)
     norms, stored = np.empty(groups, np.float32), call.stored
     row_bytes = call.written[layout.row_scales_at : layout.row_scales_at + layout.row_scale_count]
@@ -187,10 +185,10 @@ def _encode_rows(call: _Call) -> bool:
     again = functools.partial(call.spread, backwards=True)
     given = call.source, place, call.packed, call.out, call.streams, t, inverse_t, c, inverse_c
     if codec.fused == "linear":
-        again(loops.code_linear(terms, _LARGEST_STEP), *given)
+        again(loops.code_linear(one, _LARGEST_STEP), *given)
     elif codec.fused != "sign":
-        again(loops.code_nearest(terms, plan.bits, codec.fused == "trits"), *given, plan.borders, plan.table)
+        again(loops.code_nearest(one, plan.bits, codec.fused == "trits"), *given, plan.borders, plan.table)
     elif call.out.size:
         source = call.source[1], *call.source[1:]
-        again(loops.apply_codes(terms, SIGN, 1), source, *given[1:5], t, c, plan.table)
+        again(loops.apply_codes(one, SIGN, 1), source, *given[1:5], t, c, plan.table)
     return True

@@ -2,7 +2,7 @@
 
 Blocks are the rows of a *place* (``cpu_loops.py``), consecutive in memory. They are coded in batches, so that what is
 one value for a block, a chain of slow operations, is computed for several at a time. The arithmetic is that of
-``scales.py`` for layouts of one row. Loops are made for *terms* and codes (``cpu_loops.py``).
+``scales.py`` for layouts of one row. The width of codes is compiled in.
 
 After a change in the files this one imports, touch it: Numba's cache on disk looks at this file's date only.
 """
@@ -131,38 +131,33 @@ def _linear(given: Any, at: int, count: int, have: int, c: Any) -> Any:
     return c
 
 
-@cache
-def block_signs(terms: int) -> Callable[[int, int, Any, Any, Array, Array, Array, Array, bool], None]:
+@jit
+def block_signs(
+    lo: int, hi: int, source: Any, place: Any, packed: Array, stored: Array, bad: Array, out: Array, streams: bool
+) -> None:
     """Blocks ``lo`` to ``hi``: sign codes, scales, and what the receiver makes of them; ``bad[0]`` for unsafe ones."""
-
-    @jit
-    def loop(
-        lo: int, hi: int, source: Any, place: Any, packed: Array, stored: Array, bad: Array, out: Array, streams: bool
-    ) -> None:
-        given, bytes_, target = pointers_of(source, terms), data_of(packed), (data_of(out), streams)
-        n, numel, stats, cs, table = place[5], place[6], stack_floats(), stack_floats(), table_of((_f32(0),))
-        unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
-        for first in range(lo, hi, _BATCH):
-            blocks = min(_BATCH, hi - first)
-            for b in range(blocks):
-                stats[b] = folded(_for_block(_signs, (given, bytes_), (first + b) * n, n, numel, zeros()))
-            unsafe += _unsafe(stats, blocks)
-            for b in range(blocks):
-                cs[b] = storable(stats[b] / _f32(n), False)
-                stored[first + b] = bf16_bits(cs[b])
-            for b in range(blocks if out.size else 0):
-                codes = given, target, bytes_, SIGN, 1, table
-                _for_block(_restore, codes, (first + b) * n, n, numel, as_floats(cs[b]))
-        settle_streams()
-        if unsafe:
-            bad[0] = 1
-
-    return loop
+    given, bytes_, target = pointers_of(source), data_of(packed), (data_of(out), streams)
+    n, numel, stats, cs, table = place[5], place[6], stack_floats(), stack_floats(), table_of((_f32(0),))
+    unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
+    for first in range(lo, hi, _BATCH):
+        blocks = min(_BATCH, hi - first)
+        for b in range(blocks):
+            stats[b] = folded(_for_block(_signs, (given, bytes_), (first + b) * n, n, numel, zeros()))
+        unsafe += _unsafe(stats, blocks)
+        for b in range(blocks):
+            cs[b] = storable(stats[b] / _f32(n), False)
+            stored[first + b] = bf16_bits(cs[b])
+        for b in range(blocks if out.size else 0):
+            codes = given, target, bytes_, SIGN, 1, table
+            _for_block(_restore, codes, (first + b) * n, n, numel, as_floats(cs[b]))
+    settle_streams()
+    if unsafe:
+        bad[0] = 1
 
 
 @cache
 def block_nearest(
-    terms: int, bits: int
+    bits: int,
 ) -> Callable[[int, int, Any, Any, Array, Array, Array, Array, bool, Any, Array, int, Any], None]:
     """The same for sign and magnitude; ``bound`` is what ``gaussian_scale`` holds c below, in mean magnitudes."""
 
@@ -182,7 +177,7 @@ def block_nearest(
         widening: int,
         bound: Any,
     ) -> None:
-        given, bytes_, target = pointers_of(source, terms), data_of(packed), (data_of(out), streams)
+        given, bytes_, target = pointers_of(source), data_of(packed), (data_of(out), streams)
         n, numel, means, others, levels = (
             place[5],
             place[6],
@@ -217,32 +212,34 @@ def block_nearest(
     return loop
 
 
-@cache
+@jit
 def block_linear(
-    terms: int, steps: np.float32
-) -> Callable[[int, int, Any, Any, Array, Array, Array, Array, bool], None]:
+    lo: int,
+    hi: int,
+    source: Any,
+    place: Any,
+    packed: Array,
+    stored: Array,
+    bad: Array,
+    out: Array,
+    streams: bool,
+    steps: Any,
+) -> None:
     """The same for integers up to ``steps``."""
-
-    @jit
-    def loop(
-        lo: int, hi: int, source: Any, place: Any, packed: Array, stored: Array, bad: Array, out: Array, streams: bool
-    ) -> None:
-        given, bytes_, target = pointers_of(source, terms), data_of(packed), (data_of(out), streams)
-        n, numel, stats, cs = place[5], place[6], stack_floats(), stack_floats()
-        unsafe = 0
-        for first in range(lo, hi, _BATCH):
-            blocks = min(_BATCH, hi - first)
-            for b in range(blocks):
-                stats[b] = largest(_for_block(_reach, given, (first + b) * n, n, numel, no_bits()))
-            unsafe += _unsafe(stats, blocks)
-            for b in range(blocks):
-                cs[b] = storable(stats[b] / steps, True)
-                stored[first + b] = bf16_bits(cs[b])
-            for b in range(blocks):
-                codes = given, target, bytes_, over(_f32(1), cs[b]), steps, out.size > 0
-                _for_block(_linear, codes, (first + b) * n, n, numel, as_floats(cs[b]))
-        settle_streams()
-        if unsafe:
-            bad[0] = 1
-
-    return loop
+    given, bytes_, target = pointers_of(source), data_of(packed), (data_of(out), streams)
+    n, numel, stats, cs = place[5], place[6], stack_floats(), stack_floats()
+    unsafe = 0
+    for first in range(lo, hi, _BATCH):
+        blocks = min(_BATCH, hi - first)
+        for b in range(blocks):
+            stats[b] = largest(_for_block(_reach, given, (first + b) * n, n, numel, no_bits()))
+        unsafe += _unsafe(stats, blocks)
+        for b in range(blocks):
+            cs[b] = storable(stats[b] / steps, True)
+            stored[first + b] = bf16_bits(cs[b])
+        for b in range(blocks):
+            codes = given, target, bytes_, over(_f32(1), cs[b]), steps, out.size > 0
+            _for_block(_linear, codes, (first + b) * n, n, numel, as_floats(cs[b]))
+    settle_streams()
+    if unsafe:
+        bad[0] = 1

@@ -63,7 +63,7 @@ def decode_residual(
     if plan.apart:
         codes = unpack_apart(codec, codes, layout.elements)
     before, further, terms = expectation(base, velocity, out.dtype)
-    loop = loops.apply_codes(terms, _KINDS[codec.fused], plan.bits)
-    given = (before, before, further), plan.place, codes, bits_of(out, out.dtype), False, t, c, plan.table
+    loop = loops.apply_codes(terms == 1, _KINDS[codec.fused], plan.bits)
+    given = (before, before, further, terms), plan.place, codes, bits_of(out, out.dtype), False, t, c, plan.table
     spread(lambda lo, hi: loop(lo, hi, *given), plan.row_count, layout.elements)
     return True

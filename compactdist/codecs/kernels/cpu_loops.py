@@ -3,13 +3,13 @@
 What both ends compute is in the order of ``reference.py`` to the bit, so ``fastmath`` is out of the question.
 Sixty-four elements are read before any is written, for input and output may be the same memory.
 
-A loop is made for the *terms*, how many of base and velocity there are, and the kind of code. These are constants to
-the compiler, and a loop holds nothing that they do not need. Where 64 elements are left of a row, nothing asks how many
-there are. ``out`` may be empty, and is written past the caches if that is said.
+A loop is made for a kind of code, and for whether there is ``one`` term, the usual thing, or any number. What is fixed
+is constant to the compiler, and the loop holds nothing that it does not need. Where 64 elements are left of a row,
+nothing asks how many there are. ``out`` may be empty, and is written past the caches if that is said.
 
 A *place* is what tells where matrix elements lie: ``(row_at, chunk_at, chunk_from, chunk_len, rows, channels,
-numel)``, see ``places.py``. A *source* is ``(x, base, velocity)``: bits, of which the first ``1 + terms`` are there.
-A *tile* is 64 rows of one group. All arrays are flat.
+numel)``, see ``places.py``. A *source* is ``(x, base, velocity, terms)``: bits, of which the first ``1 + terms`` are
+there. A *tile* is 64 rows of one group. All arrays are flat.
 
 Numba looks at one file's date to tell whether its cache on disk still holds, and does not see what the file imports:
 after a change in the files this one imports, touch it.
@@ -64,6 +64,12 @@ def _for_all(step: Any, given: Any, lo: int, hi: int, place: Any, weights: Any) 
 
 
 @inlined
+def _pointers_of(source: Any, one: bool) -> Any:
+    x, base, velocity, terms = pointers_of(source)
+    return x, base, velocity, 1 if one else terms
+
+
+@inlined
 def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
     source, target, packed, cs, inverses, levels, bits, borders, trits, stores = given
     ask_for(source, at + AHEAD)
@@ -98,7 +104,7 @@ def _apply(given: Any, weights: Any, at: int, channel: int, code: int, count: in
 
 @cache
 def code_nearest(
-    terms: int, bits: int, trits: bool
+    one: bool, bits: int, trits: bool
 ) -> Callable[[int, int, Any, Any, Array, Array, bool, Array, Array, Array, Array, Any, Array], None]:
     """For rows ``lo`` to ``hi``: codes of the nearest magnitude and the sign, and what the receiver makes of them.
 
@@ -124,7 +130,7 @@ def code_nearest(
         target, levels = (data_of(out), streams), table_at(data_of(table), 0)
         scales = data_of(c), data_of(inverse_c)
         given = (
-            pointers_of(source, terms),
+            _pointers_of(source, one),
             target,
             data_of(packed),
             *scales,
@@ -141,7 +147,7 @@ def code_nearest(
 
 @cache
 def code_linear(
-    terms: int, largest: np.float32
+    one: bool, largest: np.float32
 ) -> Callable[[int, int, Any, Any, Array, Array, bool, Array, Array, Array, Array], None]:
     """For rows ``lo`` to ``hi``: the nearest integer of ``m / (t * c)`` with the sign of the element, in a byte."""
 
@@ -160,7 +166,7 @@ def code_linear(
         inverse_c: Array,
     ) -> None:
         scales = data_of(c), data_of(inverse_c)
-        given = (pointers_of(source, terms), (data_of(out), streams), data_of(packed), *scales, largest, out.size > 0)
+        given = (_pointers_of(source, one), (data_of(out), streams), data_of(packed), *scales, largest, out.size > 0)
         _for_all(_linear, given, lo, hi, place, (data_of(t), data_of(inverse_t)))
 
     return loop
@@ -168,7 +174,7 @@ def code_linear(
 
 @cache
 def apply_codes(
-    terms: int, kind: int, bits: int
+    one: bool, kind: int, bits: int
 ) -> Callable[[int, int, Any, Any, Array, Array, bool, Array, Array, Array], None]:
     """For rows ``lo`` to ``hi``: ``out = expected + change``, rounded, kept finite; ``change_of`` tells the kinds.
 
@@ -189,7 +195,7 @@ def apply_codes(
         table: Array,
     ) -> None:
         levels, target = table_at(data_of(table), 0), (data_of(out), streams)
-        given = pointers_of(source, terms), target, data_of(packed), data_of(c), kind, bits, levels
+        given = _pointers_of(source, one), target, data_of(packed), data_of(c), kind, bits, levels
         _for_all(_apply, given, lo, hi, place, (data_of(t), data_of(t)))
 
     return loop

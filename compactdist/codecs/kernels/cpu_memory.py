@@ -51,9 +51,9 @@ def data_of(typing_context: Any, array: Any) -> Any:
 
 
 @inlined
-def pointers_of(source: Any, terms: int) -> Any:
-    """The arrays of a source as pointers, and how many there are of base and velocity."""
-    x, base, velocity = source
+def pointers_of(source: Any) -> Any:
+    """The arrays of a source as pointers."""
+    x, base, velocity, terms = source
     return data_of(x), data_of(base), data_of(velocity), terms
 
 

@@ -1,6 +1,6 @@
 """Steps on sixty-four elements at a time, from which the loops are made; compiled by Numba.
 
-A *source* is ``(x, base, velocity, terms)``, pointers here, of which the first ``1 + terms`` are good. Elements from
+A *source* is ``(x, base, velocity, terms)``, pointers, of which the first ``1 + terms`` are good. Elements from
 ``have`` on are not there: they count as zero and are not written. ``have`` may be negative.
 """
 

@@ -1,15 +1,13 @@
 """The first pass over the elements where scales belong to rows and channels: what the scales are made of.
 
 What a row's scale is, is settled as soon as the row has been read, so the sums over channels that need it run at once.
-Words are those of ``cpu_loops.py``; sums run in the order of ``reference.py``. Loops are made for *terms*.
+Words are those of ``cpu_loops.py``; sums run in the order of ``reference.py``.
 
 After a change in the files this one imports, touch it: Numba's cache on disk looks at this file's date only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -157,60 +155,45 @@ def _add_reach(given: Any, value: Any, inverse: Any, top: Any, none: Any, elemen
     return where(reach > top, reach, top), none
 
 
-@cache
-def survey_signs(terms: int) -> Callable[[int, int, Any, Any, bool, Array, Array, Array, Array], None]:
+@jit
+def survey_signs(
+    lo: int,
+    hi: int,
+    source: Any,
+    place: Any,
+    weighted: bool,
+    buffer: Array,
+    stat: Array,
+    sums: Array,
+    packed: Array,
+) -> None:
     """For tiles ``lo`` to ``hi``: sums of magnitudes by row, of ``m * weight`` by channel, and sign codes."""
-
-    @jit
-    def loop(
-        lo: int,
-        hi: int,
-        source: Any,
-        place: Any,
-        weighted: bool,
-        buffer: Array,
-        stat: Array,
-        sums: Array,
-        packed: Array,
-    ) -> None:
-        given = data_of(stat), weighted, _fill_lanes(place), data_of(packed)
-        to = data_of(sums), data_of(sums), False
-        _for_all(_weight, _add_signs, given, lo, hi, pointers_of(source, terms), place, data_of(buffer), to)
-
-    return loop
+    given = data_of(stat), weighted, _fill_lanes(place), data_of(packed)
+    to = data_of(sums), data_of(sums), False
+    _for_all(_weight, _add_signs, given, lo, hi, pointers_of(source), place, data_of(buffer), to)
 
 
-@cache
-def survey_moments(terms: int) -> Callable[[int, int, Any, Any, bool, Array, Array, Array, Array], None]:
+@jit
+def survey_moments(
+    lo: int,
+    hi: int,
+    source: Any,
+    place: Any,
+    weighted: bool,
+    buffer: Array,
+    stat: Array,
+    sums: Array,
+    squares: Array,
+) -> None:
     """For tiles ``lo`` to ``hi``: sums of magnitudes by row, of ``m * weight`` and of ``m * m`` by channel."""
-
-    @jit
-    def loop(
-        lo: int,
-        hi: int,
-        source: Any,
-        place: Any,
-        weighted: bool,
-        buffer: Array,
-        stat: Array,
-        sums: Array,
-        squares: Array,
-    ) -> None:
-        given, to = (data_of(stat), weighted, _fill_lanes(place)), (data_of(sums), data_of(squares), True)
-        _for_all(_weight, _add_moments, given, lo, hi, pointers_of(source, terms), place, data_of(buffer), to)
-
-    return loop
+    given, to = (data_of(stat), weighted, _fill_lanes(place)), (data_of(sums), data_of(squares), True)
+    _for_all(_weight, _add_moments, given, lo, hi, pointers_of(source), place, data_of(buffer), to)
 
 
-@cache
-def survey_reach(terms: int) -> Callable[[int, int, Any, Any, bool, Array, Array, Array], None]:
+@jit
+def survey_reach(
+    lo: int, hi: int, source: Any, place: Any, weighted: bool, buffer: Array, stat: Array, reach: Array
+) -> None:
     """For tiles ``lo`` to ``hi``: bits of the largest magnitude by row, and the largest ``m / weight`` by channel."""
-
-    @jit
-    def loop(
-        lo: int, hi: int, source: Any, place: Any, weighted: bool, buffer: Array, stat: Array, reach: Array
-    ) -> None:
-        given, to = (data_of(stat), weighted), (data_of(reach), data_of(reach), False)
-        _for_all(_inverse, _add_reach, given, lo, hi, pointers_of(source, terms), place, data_of(buffer), to)
-
-    return loop
+    given, to = (data_of(stat), weighted), (data_of(reach), data_of(reach), False)
+    _for_all(_inverse, _add_reach, given, lo, hi, pointers_of(source), place, data_of(buffer), to)
