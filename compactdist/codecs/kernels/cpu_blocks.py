@@ -9,7 +9,6 @@ After a change in the files this one imports, touch it: Numba's cache on disk lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -158,7 +157,7 @@ def block_signs(
 @cache
 def block_nearest(
     bits: int,
-) -> Callable[[int, int, Any, Any, Array, Array, Array, Array, bool, Any, Array, int, Any], None]:
+) -> Any:
     """The same for sign and magnitude; ``bound`` is what ``gaussian_scale`` holds c below, in mean magnitudes."""
 
     @jit

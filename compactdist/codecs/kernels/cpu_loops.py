@@ -17,7 +17,6 @@ after a change in the files this one imports, touch it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -103,9 +102,7 @@ def _apply(given: Any, weights: Any, at: int, channel: int, code: int, count: in
 
 
 @cache
-def code_nearest(
-    one: bool, bits: int, trits: bool
-) -> Callable[[int, int, Any, Any, Array, Array, bool, Array, Array, Array, Array, Any, Array], None]:
+def code_nearest(one: bool, bits: int, trits: bool) -> Any:
     """For rows ``lo`` to ``hi``: codes of the nearest magnitude and the sign, and what the receiver makes of them.
 
     Borders are a tuple, so that the search among them is unrolled.
@@ -146,9 +143,7 @@ def code_nearest(
 
 
 @cache
-def code_linear(
-    one: bool, largest: np.float32
-) -> Callable[[int, int, Any, Any, Array, Array, bool, Array, Array, Array, Array], None]:
+def code_linear(one: bool, largest: np.float32) -> Any:
     """For rows ``lo`` to ``hi``: the nearest integer of ``m / (t * c)`` with the sign of the element, in a byte."""
 
     @jit
@@ -173,9 +168,7 @@ def code_linear(
 
 
 @cache
-def apply_codes(
-    one: bool, kind: int, bits: int
-) -> Callable[[int, int, Any, Any, Array, Array, bool, Array, Array, Array], None]:
+def apply_codes(one: bool, kind: int, bits: int) -> Any:
     """For rows ``lo`` to ``hi``: ``out = expected + change``, rounded, kept finite; ``change_of`` tells the kinds.
 
     The source's first two are both the base.
