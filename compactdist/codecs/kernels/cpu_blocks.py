@@ -155,9 +155,7 @@ def block_signs(
 
 
 @cache
-def block_nearest(
-    bits: int,
-) -> Any:
+def block_nearest(bits: int) -> Any:
     """The same for sign and magnitude; ``bound`` is what ``gaussian_scale`` holds c below, in mean magnitudes."""
 
     @jit
