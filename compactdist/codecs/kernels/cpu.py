@@ -138,13 +138,15 @@ def _encode_blocks(call: _Call, in_place: bool) -> bool:
     """Fill in codes and scales and, unless in place, the receiver's values; false to decline."""
     codec, plan, bad = call.codec, call.plan, np.zeros(1, np.uint8)
     # the base must be whole if a later block turns out not to be finite
-    given = call.source, plan.place, call.packed, call.stored, bad, call.out[:0] if in_place else call.out, call.streams
+    out = call.out[:0] if in_place else call.out
+    given = call.source, plan.place, call.packed, call.stored, bad, out, call.streams
     if codec.fused == "sign":
         call.spread(cpu_blocks.block_signs, *given)
     elif codec.fused == "linear":
         call.spread(cpu_blocks.block_linear, *given, _LARGEST_STEP)
     else:
-        call.spread(cpu_blocks.block_nearest, *given, plan.bits, plan.borders, plan.table, codec.widening, plan.bound)
+        loop = cpu_blocks.block_nearest(plan.bits)
+        call.spread(loop, *given, plan.borders, plan.table, codec.widening, plan.bound)
     return not bad[0]
 
 
@@ -152,7 +154,7 @@ def _encode_rows(call: _Call) -> bool:
     """Fill in codes, scales and the receiver's values; false to decline."""
     codec, plan = call.codec, call.plan
     layout, place = plan.layout, plan.place
-    groups, rows, channels = layout.groups, layout.rows, layout.channels
+    groups, rows, channels, one = layout.groups, layout.rows, layout.channels, call.source[3] == 1
     tiles = -(-rows // reference.TILE_ROWS)
     stat, weighted = np.empty(groups * rows, np.float32), bool(layout.row_scale_count)
     # arrays of torch begin a cache line, those of NumPy need not
@@ -181,11 +183,12 @@ def _encode_rows(call: _Call) -> bool:
     sums, shared = (norms, first, second, plan.bound, codec.widening), layout.channel_scales_per_group == 1
     settle_channels(_KINDS[codec.fused], stat, weighted, rows, channels, *sums, shared, c, inverse_c, stored)
     again = functools.partial(call.spread, backwards=True)
-    given, settled = (call.source, place, call.packed, call.out, call.streams), (t, inverse_t, c, inverse_c)
+    given = call.source, place, call.packed, call.out, call.streams, t, inverse_t, c, inverse_c
     if codec.fused == "linear":
-        again(loops.code_linear, *given, *settled, _LARGEST_STEP)
+        again(loops.code_linear(one, _LARGEST_STEP), *given)
     elif codec.fused != "sign":
-        again(loops.code_nearest, *given, *settled, plan.bits, plan.borders, plan.table, codec.fused == "trits")
+        again(loops.code_nearest(one, plan.bits, codec.fused == "trits"), *given, plan.borders, plan.table)
     elif call.out.size:
-        again(loops.apply_signs, (call.packed, 1, plan.table, t, c, *call.source[1:]), place, call.out, call.streams)
+        source = call.source[1], *call.source[1:]
+        again(loops.apply_codes(one, SIGN, 1), source, *given[1:5], t, c, plan.table)
     return True

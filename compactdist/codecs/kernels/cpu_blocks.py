@@ -2,13 +2,14 @@
 
 Blocks are the rows of a *place* (``cpu_loops.py``), consecutive in memory. They are coded in batches, so that what is
 one value for a block, a chain of slow operations, is computed for several at a time. The arithmetic is that of
-``scales.py`` for layouts of one row.
+``scales.py`` for layouts of one row. The width of codes is compiled in.
 
 After a change in the files this one imports, touch it: Numba's cache on disk looks at this file's date only.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,9 @@ from compactdist.codecs.kernels.cpu_memory import (
     table_at,
 )
 from compactdist.codecs.kernels.cpu_packing import store_codes, store_mask
-from compactdist.codecs.kernels.cpu_settle import bf16_bits, gaussian, is_safe, over, storable
+from compactdist.codecs.kernels.cpu_settle import NEAREST, SIGN, bf16_bits, gaussian, is_safe, over, storable
 from compactdist.codecs.kernels.cpu_steps import (
-    change_by_level,
-    change_by_sign,
+    change_of,
     expected_at,
     nearest_codes,
     nearest_steps,
@@ -65,118 +65,148 @@ def _unsafe(stats: Pointer, count: int) -> Any:
 
 
 @inlined
-def _restore(
-    change_by: Any,
-    packed: Pointer,
-    bits: int,
-    table: Any,
-    c: Any,
-    source: Any,
-    n: int,
-    at: int,
-    numel: int,
-    target: Any,
-) -> None:
-    """What the receiver makes of the block of ``n`` elements that begins at ``at``."""
-    for j in range(0, n, LANES):
-        have = min(n, numel - at) - j
-        change = change_by(as_floats(c), packed, bits, table, at + j, n - j)
-        expected = expected_at(source, at + j, have)
-        put(expected, change, target, at + j, have)
+def _for_block(step: Any, given: Any, at: int, n: int, numel: int, sums: Any) -> Any:
+    """A step for every 64 of the ``n`` elements from ``at`` on. It gets what is given, the position, how many belong to
+    the block from there on, how many of them are there, and the sums so far, and returns those to go on with.
+    """
+    have = min(n, numel - at)
+    whole = max(have, 0) // LANES * LANES
+    for j in range(0, whole, LANES):
+        sums = step(given, at + j, LANES, LANES, sums)
+    for j in range(whole, n, LANES):
+        sums = step(given, at + j, n - j, have - j, sums)
+    return sums
+
+
+@inlined
+def _restore(given: Any, at: int, count: int, have: int, scale: Any) -> Any:
+    """What the receiver makes of codes."""
+    source, target, packed, kind, bits, table = given
+    change = change_of(kind, scale, packed, bits, table, at, count)
+    put(expected_at(source, at, have), change, target, at, have)
+    return scale
+
+
+@inlined
+def _signs(given: Any, at: int, count: int, have: int, lanes: Any) -> Any:
+    source, packed = given
+    value = residual_at(source, at, have)
+    store_mask(value >= _f32(0), packed, at, count)
+    return lanes + magnitude(value)
+
+
+@inlined
+def _moments(source: Any, at: int, count: int, have: int, sums: Any) -> Any:
+    value = residual_at(source, at, have)
+    return sums[0] + magnitude(value), sums[1] + value * value
+
+
+@inlined
+def _reach(source: Any, at: int, count: int, have: int, bits: Any) -> Any:
+    return larger(bits, bits_of_magnitude(residual_at(source, at, have)))
+
+
+@inlined
+def _nearest(given: Any, at: int, count: int, have: int, sums: Any) -> Any:
+    """Codes, and by lanes the sums for the fit of the scale to them."""
+    source, packed, bits, borders, levels, inverse = given
+    value = residual_at(source, at, have)
+    codes = nearest_codes(magnitude(value) * inverse, value < _f32(0), borders, False)
+    store_codes(codes, bits, packed, at, count)
+    level = chosen(levels, codes)
+    if count < LANES:
+        level = where(lane_mask(count), level, zeros())
+    return sums[0] + value * level, sums[1] + level * level
+
+
+@inlined
+def _linear(given: Any, at: int, count: int, have: int, c: Any) -> Any:
+    source, target, packed, inverse, steps, stores = given
+    expected = expected_at(source, at, have)
+    whole = nearest_steps((load_first(source[0], at, have) - expected) * inverse, steps)
+    store_codes(bits_of(whole), 8, packed, at, count)
+    if stores:
+        put(expected, (whole - ROUNDING) * c, target, at, have)
+    return c
 
 
 @jit
 def block_signs(
-    lo: int,
-    hi: int,
-    source: Any,
-    place: Any,
-    packed: Array,
-    stored: Array,
-    bad: Array,
-    out: Array,
-    streams: bool,
+    lo: int, hi: int, source: Any, place: Any, packed: Array, stored: Array, bad: Array, out: Array, streams: bool
 ) -> None:
     """Blocks ``lo`` to ``hi``: sign codes, scales, and what the receiver makes of them; ``bad[0]`` for unsafe ones."""
-    given = pointers_of(source)
+    given, bytes_, target = pointers_of(source), data_of(packed), (data_of(out), streams)
     n, numel, stats, cs, table = place[5], place[6], stack_floats(), stack_floats(), table_of((_f32(0),))
-    bytes_, target = data_of(packed), (data_of(out), streams)
     unsafe = 0  # not in ``bad`` until the end: all threads share its cache line
     for first in range(lo, hi, _BATCH):
         blocks = min(_BATCH, hi - first)
         for b in range(blocks):
-            at, lanes = (first + b) * n, zeros()
-            for j in range(0, n, LANES):
-                value = residual_at(given, at + j, min(n, numel - at) - j)
-                lanes = lanes + magnitude(value)
-                store_mask(value >= _f32(0), bytes_, at + j, n - j)
-            stats[b] = folded(lanes)
+            stats[b] = folded(_for_block(_signs, (given, bytes_), (first + b) * n, n, numel, zeros()))
         unsafe += _unsafe(stats, blocks)
         for b in range(blocks):
             cs[b] = storable(stats[b] / _f32(n), False)
             stored[first + b] = bf16_bits(cs[b])
-        if out.size:
-            for b in range(blocks):
-                _restore(change_by_sign, bytes_, 1, table, cs[b], given, n, (first + b) * n, numel, target)
+        for b in range(blocks if out.size else 0):
+            codes = given, target, bytes_, SIGN, 1, table
+            _for_block(_restore, codes, (first + b) * n, n, numel, as_floats(cs[b]))
     settle_streams()
     if unsafe:
         bad[0] = 1
 
 
-@jit
-def block_nearest(
-    lo: int,
-    hi: int,
-    source: Any,
-    place: Any,
-    packed: Array,
-    stored: Array,
-    bad: Array,
-    out: Array,
-    streams: bool,
-    bits: int,
-    borders: Any,
-    table: Array,
-    widening: int,
-    bound: Any,
-) -> None:
+@cache
+def block_nearest(bits: int) -> Any:
     """The same for sign and magnitude; ``bound`` is what ``gaussian_scale`` holds c below, in mean magnitudes."""
-    given = pointers_of(source)
-    n, numel, means, others, levels = place[5], place[6], stack_floats(), stack_floats(), table_at(data_of(table), 0)
-    bytes_, target = data_of(packed), (data_of(out), streams)
-    cs, unsafe = stack_floats(), 0
-    for first in range(lo, hi, _BATCH):
-        blocks = min(_BATCH, hi - first)
-        for b in range(blocks):
-            at, lanes, squares = (first + b) * n, zeros(), zeros()
-            for j in range(0, n, LANES):
-                value = residual_at(given, at + j, min(n, numel - at) - j)
-                lanes, squares = lanes + magnitude(value), squares + value * value
-            means[b], others[b] = folded(lanes), folded(squares)
-        unsafe += _unsafe(means, blocks)
-        for b in range(blocks):
-            cs[b] = gaussian(others[b], means[b], _f32(n), bound, widening)
-        for b in range(blocks):
-            at, inverse, lanes, squares = (first + b) * n, over(_f32(1), cs[b]), zeros(), zeros()
-            for j in range(0, n, LANES):
-                value = residual_at(given, at + j, min(n, numel - at) - j)
-                codes = nearest_codes(magnitude(value) * inverse, value < _f32(0), borders, False)
-                store_codes(codes, bits, bytes_, at + j, n - j)
-                level = chosen(levels, codes)
-                if n - j < LANES:
-                    level = where(lane_mask(n - j), level, zeros())
-                lanes, squares = lanes + value * level, squares + level * level
-            means[b], others[b] = folded(lanes), folded(squares)
-        for b in range(blocks):
-            fitted = storable(over(means[b], others[b]), False)
-            cs[b] = fitted if cs[b] > _f32(0) else cs[b]
-            stored[first + b] = bf16_bits(cs[b])
-        if out.size:
+
+    @jit
+    def loop(
+        lo: int,
+        hi: int,
+        source: Any,
+        place: Any,
+        packed: Array,
+        stored: Array,
+        bad: Array,
+        out: Array,
+        streams: bool,
+        borders: Any,
+        table: Array,
+        widening: int,
+        bound: Any,
+    ) -> None:
+        given, bytes_, target = pointers_of(source), data_of(packed), (data_of(out), streams)
+        n, numel, means, others, levels = (
+            place[5],
+            place[6],
+            stack_floats(),
+            stack_floats(),
+            table_at(data_of(table), 0),
+        )
+        cs, unsafe = stack_floats(), 0
+        for first in range(lo, hi, _BATCH):
+            blocks = min(_BATCH, hi - first)
             for b in range(blocks):
-                _restore(change_by_level, bytes_, bits, levels, cs[b], given, n, (first + b) * n, numel, target)
-    settle_streams()
-    if unsafe:
-        bad[0] = 1
+                lanes, squares = _for_block(_moments, given, (first + b) * n, n, numel, (zeros(), zeros()))
+                means[b], others[b] = folded(lanes), folded(squares)
+            unsafe += _unsafe(means, blocks)
+            for b in range(blocks):
+                cs[b] = gaussian(others[b], means[b], _f32(n), bound, widening)
+            for b in range(blocks):
+                codes = given, bytes_, bits, borders, levels, over(_f32(1), cs[b])
+                lanes, squares = _for_block(_nearest, codes, (first + b) * n, n, numel, (zeros(), zeros()))
+                means[b], others[b] = folded(lanes), folded(squares)
+            for b in range(blocks):
+                fitted = storable(over(means[b], others[b]), False)
+                cs[b] = fitted if cs[b] > _f32(0) else cs[b]
+                stored[first + b] = bf16_bits(cs[b])
+            for b in range(blocks if out.size else 0):
+                found = given, target, bytes_, NEAREST, bits, levels
+                _for_block(_restore, found, (first + b) * n, n, numel, as_floats(cs[b]))
+        settle_streams()
+        if unsafe:
+            bad[0] = 1
+
+    return loop
 
 
 @jit
@@ -193,33 +223,20 @@ def block_linear(
     steps: Any,
 ) -> None:
     """The same for integers up to ``steps``."""
-    given = pointers_of(source)
+    given, bytes_, target = pointers_of(source), data_of(packed), (data_of(out), streams)
     n, numel, stats, cs = place[5], place[6], stack_floats(), stack_floats()
-    bytes_, target = data_of(packed), (data_of(out), streams)
     unsafe = 0
     for first in range(lo, hi, _BATCH):
         blocks = min(_BATCH, hi - first)
         for b in range(blocks):
-            at, bits = (first + b) * n, no_bits()
-            for j in range(0, n, LANES):
-                value = residual_at(given, at + j, min(n, numel - at) - j)
-                bits = larger(bits, bits_of_magnitude(value))
-            stats[b] = largest(bits)
+            stats[b] = largest(_for_block(_reach, given, (first + b) * n, n, numel, no_bits()))
         unsafe += _unsafe(stats, blocks)
         for b in range(blocks):
             cs[b] = storable(stats[b] / steps, True)
             stored[first + b] = bf16_bits(cs[b])
         for b in range(blocks):
-            at, c = (first + b) * n, cs[b]
-            inverse = over(_f32(1), c)
-            for j in range(0, n, LANES):
-                have = min(n, numel - at) - j
-                expected = expected_at(given, at + j, have)
-                value = load_first(given[0], at + j, have) - expected
-                whole = nearest_steps(value * inverse, steps)
-                store_codes(bits_of(whole), 8, bytes_, at + j, n - j)
-                if out.size:
-                    put(expected, (whole - ROUNDING) * c, target, at + j, have)
+            codes = given, target, bytes_, over(_f32(1), cs[b]), steps, out.size > 0
+            _for_block(_linear, codes, (first + b) * n, n, numel, as_floats(cs[b]))
     settle_streams()
     if unsafe:
         bad[0] = 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compactdist.codecs.kernels import cpu_loops as loops
 from compactdist.codecs.kernels.cpu_common import bits_of, expectation, plan_for, unpack_apart
-from compactdist.codecs.kernels.cpu_settle import read_row_scales, read_scales
+from compactdist.codecs.kernels.cpu_settle import LINEAR, NEAREST, SIGN, read_row_scales, read_scales
 from compactdist.codecs.kernels.threads import spread
 
 if TYPE_CHECKING:
@@ -21,12 +21,7 @@ __all__ = ["decode_residual"]
 _LARGEST_SCALE = np.float32(2.0**90)
 """With channel scales up to this, and t below 2, no product of the decoder leaves float32."""
 
-_LOOPS = {
-    "sign": loops.apply_signs,
-    "linear": loops.apply_integers,
-    "nearest": loops.apply_levels,
-    "trits": loops.apply_levels,
-}
+_KINDS = {"sign": SIGN, "linear": LINEAR, "nearest": NEAREST, "trits": NEAREST}
 
 
 def decode_residual(
@@ -67,7 +62,8 @@ def decode_residual(
     codes = data[: layout.codes_nbytes]
     if plan.apart:
         codes = unpack_apart(codec, codes, layout.elements)
-    loop, given = _LOOPS[codec.fused], (codes, plan.bits, plan.table, t, c, *expectation(base, velocity, out.dtype))
-    target = bits_of(out, out.dtype)
-    spread(lambda lo, hi: loop(lo, hi, given, plan.place, target, False), plan.row_count, layout.elements)
+    before, further, terms = expectation(base, velocity, out.dtype)
+    loop = loops.apply_codes(terms == 1, _KINDS[codec.fused], plan.bits)
+    given = (before, before, further, terms), plan.place, codes, bits_of(out, out.dtype), False, t, c, plan.table
+    spread(lambda lo, hi: loop(lo, hi, *given), plan.row_count, layout.elements)
     return True

@@ -3,6 +3,10 @@
 What both ends compute is in the order of ``reference.py`` to the bit, so ``fastmath`` is out of the question.
 Sixty-four elements are read before any is written, for input and output may be the same memory.
 
+A loop is made for a kind of code, and for whether there is ``one`` term, the usual thing, or any number. What is fixed
+is constant to the compiler, and the loop holds nothing that it does not need. Where 64 elements are left of a row,
+nothing asks how many there are. ``out`` may be empty, and is written past the caches if that is said.
+
 A *place* is what tells where matrix elements lie: ``(row_at, chunk_at, chunk_from, chunk_len, rows, channels,
 numel)``, see ``places.py``. A *source* is ``(x, base, velocity, terms)``: bits, of which the first ``1 + terms`` are
 there. A *tile* is 64 rows of one group. All arrays are flat.
@@ -13,6 +17,7 @@ after a change in the files this one imports, touch it.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,9 +28,7 @@ from compactdist.codecs.kernels.cpu_packing import store_codes
 from compactdist.codecs.kernels.cpu_steps import (
     AHEAD,
     ask_for,
-    change_by_integer,
-    change_by_level,
-    change_by_sign,
+    change_of,
     expected_at,
     nearest_codes,
     nearest_steps,
@@ -37,119 +40,155 @@ from compactdist.codecs.kernels.reference import LANES
 _f32 = np.float32
 
 
-@jit
-def code_nearest(
-    lo: int,
-    hi: int,
-    source: Any,
-    place: Any,
-    packed: Array,
-    out: Array,
-    streams: bool,
-    t: Array,
-    inverse_t: Array,
-    c: Array,
-    inverse_c: Array,
-    bits: int,
-    borders: Any,
-    table: Array,
-    trits: bool,
-) -> None:
-    """For rows ``lo`` to ``hi``: codes of the nearest magnitude and the sign, and what the receiver makes of them.
+@inlined
+def _for_all(step: Any, given: Any, lo: int, hi: int, place: Any, weights: Any) -> None:
+    """A step for all elements of rows ``lo`` to ``hi``, 64 at a time.
 
-    Borders are a tuple, so that the search among them is unrolled. ``out`` may be empty.
+    It gets what is given, its row's weights, where elements lie, the positions of the first among them, among the
+    channels of all groups and among the codes, how many channels there are from there on, and how many elements.
     """
-    given, bytes_, target = pointers_of(source), data_of(packed), (data_of(out), streams)
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    cs, inverses, levels = data_of(c), data_of(inverse_c), table_at(data_of(table), 0)
+    t, inverse_t = weights
     for row in range(lo, hi):
-        weight, inverse_weight, first = t[row], inverse_t[row], row // rows * channels
+        pair = t[row], inverse_t[row]
         for k in range(chunk_at.size):
             n, left, at = chunk_len[k], chunk_at[k], row_at[row] + chunk_from[k]
-            for j in range(0, n, LANES):
-                count, have, s = n - j, min(n, numel - at) - j, first + left + j
-                ask_for(given, at + j + AHEAD)
-                expected = expected_at(given, at + j, have)
-                value = load_first(given[0], at + j, have) - expected
-                u = magnitude(value) * load_first(inverses, s, count) * inverse_weight
-                codes = nearest_codes(u, value < _f32(0), borders, trits)
-                store_codes(codes, bits, bytes_, row * channels + left + j, count)
-                if out.size:
-                    change = (load_first(cs, s, count) * weight) * chosen(levels, codes)
-                    put(expected, change, target, at + j, have)
-    settle_streams()
-
-
-@jit
-def code_linear(
-    lo: int,
-    hi: int,
-    source: Any,
-    place: Any,
-    packed: Array,
-    out: Array,
-    streams: bool,
-    t: Array,
-    inverse_t: Array,
-    c: Array,
-    inverse_c: Array,
-    largest: Any,
-) -> None:
-    """For rows ``lo`` to ``hi``: the nearest integer of ``m / (t * c)`` with the sign of the element, in a byte."""
-    given, bytes_, target = pointers_of(source), data_of(packed), (data_of(out), streams)
-    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    cs, inverses = data_of(c), data_of(inverse_c)
-    for row in range(lo, hi):
-        weight, inverse_weight, first = t[row], inverse_t[row], row // rows * channels
-        for k in range(chunk_at.size):
-            n, left, at = chunk_len[k], chunk_at[k], row_at[row] + chunk_from[k]
-            for j in range(0, n, LANES):
-                count, have, s = n - j, min(n, numel - at) - j, first + left + j
-                ask_for(given, at + j + AHEAD)
-                expected = expected_at(given, at + j, have)
-                value = load_first(given[0], at + j, have) - expected
-                steps = nearest_steps(value * load_first(inverses, s, count) * inverse_weight, largest)
-                store_codes(bits_of(steps), 8, bytes_, row * channels + left + j, count)
-                if out.size:
-                    change = (load_first(cs, s, count) * weight) * (steps - ROUNDING)
-                    put(expected, change, target, at + j, have)
+            channel, code, have = row // rows * channels + left, row * channels + left, min(n, numel - at)
+            whole = max(have, 0) // LANES * LANES
+            for j in range(0, whole, LANES):
+                step(given, pair, at + j, channel + j, code + j, LANES, LANES)
+            for j in range(whole, n, LANES):
+                step(given, pair, at + j, channel + j, code + j, n - j, have - j)
     settle_streams()
 
 
 @inlined
-def _apply(lo: int, hi: int, change_by: Any, given: Any, place: Any, out: Array, streams: bool) -> None:
-    packed, bits, table, t, c, base, velocity, terms = given
-    row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
-    source = data_of(base), data_of(base), data_of(velocity), terms
-    bytes_, target, cs, levels = data_of(packed), (data_of(out), streams), data_of(c), table_at(data_of(table), 0)
-    for row in range(lo, hi):
-        weight, first = t[row], row // rows * channels
-        for k in range(chunk_at.size):
-            n, left, at = chunk_len[k], chunk_at[k], row_at[row] + chunk_from[k]
-            for j in range(0, n, LANES):
-                count, have = n - j, min(n, numel - at) - j
-                scale = load_first(cs, first + left + j, count) * weight
-                change = change_by(scale, bytes_, bits, levels, row * channels + left + j, count)
-                put(expected_at(source, at + j, have), change, target, at + j, have)
-    settle_streams()
+def _pointers_of(source: Any, one: bool) -> Any:
+    x, base, velocity, terms = pointers_of(source)
+    return x, base, velocity, 1 if one else terms
 
 
-@jit
-def apply_signs(lo: int, hi: int, given: Any, place: Any, out: Array, streams: bool) -> None:
-    """For rows ``lo`` to ``hi``: ``out = expected + t * c`` or ``- t * c``, rounded and kept finite.
+@inlined
+def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+    source, target, packed, cs, inverses, levels, bits, borders, trits, stores = given
+    ask_for(source, at + AHEAD)
+    expected = expected_at(source, at, have)
+    value = load_first(source[0], at, have) - expected
+    u = magnitude(value) * load_first(inverses, channel, count) * weights[1]
+    codes = nearest_codes(u, value < _f32(0), borders, trits)
+    store_codes(codes, bits, packed, code, count)
+    if stores:
+        change = (load_first(cs, channel, count) * weights[0]) * chosen(levels, codes)
+        put(expected, change, target, at, have)
 
-    What is given: packed codes, their bits, the table of levels, t, c, base, velocity, and how many of the latter.
+
+@inlined
+def _linear(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+    source, target, packed, cs, inverses, largest, stores = given
+    ask_for(source, at + AHEAD)
+    expected = expected_at(source, at, have)
+    value = load_first(source[0], at, have) - expected
+    steps = nearest_steps(value * load_first(inverses, channel, count) * weights[1], largest)
+    store_codes(bits_of(steps), 8, packed, code, count)
+    if stores:
+        put(expected, (load_first(cs, channel, count) * weights[0]) * (steps - ROUNDING), target, at, have)
+
+
+@inlined
+def _apply(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+    source, target, packed, cs, kind, bits, levels = given
+    scale = load_first(cs, channel, count) * weights[0]
+    put(expected_at(source, at, have), change_of(kind, scale, packed, bits, levels, code, count), target, at, have)
+
+
+@cache
+def code_nearest(one: bool, bits: int, trits: bool) -> Any:
+    """For rows ``lo`` to ``hi``: codes of the nearest magnitude and the sign, and what the receiver makes of them.
+
+    Borders are a tuple, so that the search among them is unrolled.
     """
-    _apply(lo, hi, change_by_sign, given, place, out, streams)
+
+    @jit
+    def loop(
+        lo: int,
+        hi: int,
+        source: Any,
+        place: Any,
+        packed: Array,
+        out: Array,
+        streams: bool,
+        t: Array,
+        inverse_t: Array,
+        c: Array,
+        inverse_c: Array,
+        borders: Any,
+        table: Array,
+    ) -> None:
+        target, levels = (data_of(out), streams), table_at(data_of(table), 0)
+        scales = data_of(c), data_of(inverse_c)
+        given = (
+            _pointers_of(source, one),
+            target,
+            data_of(packed),
+            *scales,
+            levels,
+            bits,
+            borders,
+            trits,
+            out.size > 0,
+        )
+        _for_all(_nearest, given, lo, hi, place, (data_of(t), data_of(inverse_t)))
+
+    return loop
 
 
-@jit
-def apply_levels(lo: int, hi: int, given: Any, place: Any, out: Array, streams: bool) -> None:
-    """The same for ``(t * c) * level``; codes below 16 choose among 16 levels."""
-    _apply(lo, hi, change_by_level, given, place, out, streams)
+@cache
+def code_linear(one: bool, largest: np.float32) -> Any:
+    """For rows ``lo`` to ``hi``: the nearest integer of ``m / (t * c)`` with the sign of the element, in a byte."""
+
+    @jit
+    def loop(
+        lo: int,
+        hi: int,
+        source: Any,
+        place: Any,
+        packed: Array,
+        out: Array,
+        streams: bool,
+        t: Array,
+        inverse_t: Array,
+        c: Array,
+        inverse_c: Array,
+    ) -> None:
+        scales = data_of(c), data_of(inverse_c)
+        given = (_pointers_of(source, one), (data_of(out), streams), data_of(packed), *scales, largest, out.size > 0)
+        _for_all(_linear, given, lo, hi, place, (data_of(t), data_of(inverse_t)))
+
+    return loop
 
 
-@jit
-def apply_integers(lo: int, hi: int, given: Any, place: Any, out: Array, streams: bool) -> None:
-    """The same for codes that are integers, a byte each, in two's complement."""
-    _apply(lo, hi, change_by_integer, given, place, out, streams)
+@cache
+def apply_codes(one: bool, kind: int, bits: int) -> Any:
+    """For rows ``lo`` to ``hi``: ``out = expected + change``, rounded, kept finite; ``change_of`` tells the kinds.
+
+    The source's first two are both the base.
+    """
+
+    @jit
+    def loop(
+        lo: int,
+        hi: int,
+        source: Any,
+        place: Any,
+        packed: Array,
+        out: Array,
+        streams: bool,
+        t: Array,
+        c: Array,
+        table: Array,
+    ) -> None:
+        levels, target = table_at(data_of(table), 0), (data_of(out), streams)
+        given = _pointers_of(source, one), target, data_of(packed), data_of(c), kind, bits, levels
+        _for_all(_apply, given, lo, hi, place, (data_of(t), data_of(t)))
+
+    return loop

@@ -27,6 +27,10 @@ from compactdist.codecs.kernels.cpu_vectors import (
     every_nth,
     first_lanes,
     full,
+    joined,
+    part,
+    spread,
+    unknown,
 )
 from compactdist.codecs.kernels.reference import LANES
 
@@ -100,6 +104,8 @@ def _by_lane(context: Any, builder: Any, function: Any, sig: Any, values: Any, r
 
 
 def _widened(context: Any, builder: Any, element: Any, loaded: Any) -> Any:
+    if element == types.uint16 and HOST.get("avx512bw", False):
+        return _widened_under_masks(builder, loaded)
     if element == types.uint16:
         zeros, lanes = ir.Constant(loaded.type, None), [at for j in range(LANES) for at in (LANES + j, j)]
         lanes = ir.Constant(ir.VectorType(ir.IntType(32), 2 * LANES), lanes)
@@ -111,15 +117,29 @@ def _widened(context: Any, builder: Any, element: Any, loaded: Any) -> Any:
     return loaded
 
 
+def _widened_under_masks(builder: Any, loaded: Any) -> Any:
+    """The same with zeros from a mask that LLVM does not see through: else they come from a register to be cleared."""
+    kind = ir.VectorType(_i16, LANES // 2)
+    upper = builder.bitcast(unknown(builder, ir.Constant(ir.IntType(32), 0xAAAAAAAA)), ir.VectorType(ir.IntType(1), 32))
+    parts = []
+    for start in range(0, LANES, 16):
+        twice = part(builder, loaded, [start + j // 2 for j in range(32)])
+        parts.append(builder.select(upper, twice, ir.Constant(kind, None)))
+    return builder.bitcast(joined(builder, parts), FLOATS.of)
+
+
 def _narrowed(context: Any, builder: Any, element: Any, value: Any) -> Any:
     if element == types.float32:
         bits = builder.bitcast(value, INTS.of)
         return builder.bitcast(_within(builder, bits, 0x7F7FFFFF), FLOATS.of)
     if element == types.uint16:
-        bits = builder.bitcast(value, INTS.of)
-        odd = builder.and_(builder.lshr(bits, full(16, INTS)), full(1, INTS))
-        rounded = builder.add(builder.add(bits, full(0x7FFF, INTS)), odd)
-        return _within(builder, every_nth(builder, rounded, 16, 1), 0x7F7F)
+        # half the registers of a sum in 32 bits: up if more than half is cut off, or half from an odd number
+        kept, cut = every_nth(builder, value, 16, 1), every_nth(builder, value, 16, 0)
+        cut = builder.or_(cut, builder.and_(kept, full(1, HALVES)))
+        more = builder.add(kept, spread(builder, unknown(builder, ir.Constant(_i16, 1)), HALVES))
+        return _within(
+            builder, builder.select(builder.icmp_unsigned(">", cut, full(0x8000, HALVES)), more, kept), 0x7F7F
+        )
     if HOST.get("f16c", False):
         half = builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES))
         half = builder.bitcast(half, ir.VectorType(_i16, LANES))

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from compactdist.codecs.kernels.cpu_elements import inlined
 from compactdist.codecs.kernels.cpu_memory import read, write
-from compactdist.codecs.kernels.cpu_vectors import INTS, MASK, every_nth
+from compactdist.codecs.kernels.cpu_vectors import HOST, INTS, MASK, call, every_nth, part
 from compactdist.codecs.kernels.reference import LANES
 
 _byte, _i64 = ir.IntType(8), ir.IntType(64)
@@ -25,6 +25,8 @@ def _packed(builder: Any, bits: int, codes: Any) -> Any:
     if bits == 1:
         return builder.bitcast(codes, ir.VectorType(_byte, LANES // 8))
     count = LANES * bits // 8
+    if bits < 8 and HOST.get("avx512bw", False):
+        return _packed_in_registers(builder, bits, codes)
     narrow = every_nth(builder, every_nth(builder, codes, 16, 0), 8, 0)
     if bits == 8:
         return narrow
@@ -35,6 +37,28 @@ def _packed(builder: Any, bits: int, codes: Any) -> Any:
         shift = ir.Constant(groups, [k * (8 - bits)] * count)
         together = builder.or_(together, builder.lshr(group, shift))
     return builder.trunc(together, ir.VectorType(_byte, count))
+
+
+def _packed_in_registers(builder: Any, bits: int, codes: Any) -> Any:
+    """``_packed`` for 2 and 4 bits: registers narrowed in pairs, neighbours added, order restored at the end."""
+
+    def x86(name: str, width: int, a: Any, b: Any) -> Any:
+        kind = ir.VectorType(ir.IntType(width), 512 // width)
+        return call(builder, f"llvm.x86.avx512.{name}.512", kind, a, b)
+
+    def weights(width: int, high: int) -> Any:
+        kind = ir.VectorType(ir.IntType(width), 512 // width)
+        return ir.Constant(kind, [1, high] * (kind.count // 2))
+
+    parts = [part(builder, codes, range(at, at + 16)) for at in range(0, LANES, 16)]
+    words = [x86("packusdw", 16, parts[at], parts[at + 1]) for at in (0, 2)]
+    group = x86("pmaddubs.w", 16, x86("packuswb", 8, *words), weights(8, 1 << bits))
+    if bits == 2:
+        group = x86("pmaddw.d", 32, group, weights(16, 16))
+    # of each four codes in a row one byte, or two bytes of 16 bits; packing took them from four registers in turn
+    group = builder.bitcast(group, ir.VectorType(_byte, 64))
+    fours = [4 * (4 * quarter + register) for register in range(4) for quarter in range(4)]
+    return part(builder, group, [at + j for at in fours for j in range(0, 4, 8 // bits)])
 
 
 def _unpacked(builder: Any, bits: int, data: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from compactdist.codecs.kernels.cpu_elements import ROUNDING, Pointer, inlined
 from compactdist.codecs.kernels.cpu_memory import load_first, prefetch, rounded_for, store_first, stream
 from compactdist.codecs.kernels.cpu_packing import codes_at, mask_at
+from compactdist.codecs.kernels.cpu_settle import LINEAR, SIGN
 from compactdist.codecs.kernels.cpu_vectors import (
     HOST,
     chosen,
@@ -70,7 +71,7 @@ def put(expected: Any, change: Any, target: Any, at: int, have: int) -> None:
     """
     out, streams = target
     value = rounded_for(out, expected + change)
-    if streams and have >= LANES and at % LANES == 0:
+    if have >= LANES and streams and at % LANES == 0:
         stream(value, out, at)
     else:
         store_first(value, out, at, have)
@@ -81,8 +82,9 @@ def nearest_codes(u: Any, below: Any, borders: Any, trits: bool) -> Any:
     """How many borders, a tuple, lie below ``u``, and the sign where ``below``: the bit above, or for trits 2 for 1."""
     index = no_bits()
     if len(borders) == 7 and _SEARCHES:
-        index = raised(index, u > borders[3], _u32(4))
-        index = raised(index, u > chosen(table_of(borders[1:]), index), _u32(2))
+        upper = u > borders[3]
+        index = raised(index, upper, _u32(4))
+        index = raised(index, u > where(upper, borders[5], borders[1]), _u32(2))
         index = raised(index, u > chosen(table_of(borders), index), _u32(1))
     else:
         for i in range(len(borders)):
@@ -98,18 +100,10 @@ def nearest_steps(u: Any, largest: Any) -> Any:
 
 
 @inlined
-def change_by_sign(scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
-    """What the receiver adds for a bit."""
-    return where(mask_at(packed, element, count), scale, negative(scale))
-
-
-@inlined
-def change_by_level(scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
-    """What it adds for a code of ``bits`` that chooses from a table."""
+def change_of(kind: int, scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
+    """What the receiver adds: for a bit, for a byte in two's complement, or for a code that chooses from a table."""
+    if kind == SIGN:
+        return where(mask_at(packed, element, count), scale, negative(scale))
+    if kind == LINEAR:
+        return scale * signed_floats(codes_at(packed, 8, element, count))
     return scale * chosen(table, codes_at(packed, bits, element, count))
-
-
-@inlined
-def change_by_integer(scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
-    """What it adds for a byte in two's complement."""
-    return scale * signed_floats(codes_at(packed, 8, element, count))

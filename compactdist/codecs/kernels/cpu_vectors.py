@@ -54,16 +54,25 @@ def full(value: Any, kind: Any = FLOATS) -> Any:
     return ir.Constant(kind.of, [value] * kind.of.count)
 
 
-def _spread(builder: Any, scalar: Any, kind: Vector) -> Any:
+def spread(builder: Any, scalar: Any, kind: Vector) -> Any:
+    """A scalar in every lane."""
     one = builder.insert_element(ir.Constant(kind.of, ir.Undefined), scalar, ir.Constant(_i32, 0))
     lanes = ir.Constant(ir.VectorType(_i32, kind.of.count), [0] * kind.of.count)
     return builder.shuffle_vector(one, ir.Constant(kind.of, ir.Undefined), lanes)
 
 
+def unknown(builder: Any, scalar: Any) -> Any:
+    """A scalar of which LLVM does not see that it is constant: it would make numbers of masks to add
+    them, three instructions for the one that adds under a mask.
+    """
+    same = ir.InlineAsm(ir.FunctionType(scalar.type, [scalar.type]), "", "=r,0", False)
+    return builder.call(same, [scalar], attrs=("readnone", "nounwind"))
+
+
 @lower_cast(types.float32, FLOATS)
 @lower_cast(types.uint32, INTS)
 def _to_lanes(context: Any, builder: Any, given: Any, wanted: Any, value: Any) -> Any:
-    return _spread(builder, value, wanted)
+    return spread(builder, value, wanted)
 
 
 def _operator(symbol: Any, result: Vector, build: Callable[..., Any]) -> None:
@@ -95,9 +104,19 @@ def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-def _part(builder: Any, vector: Any, lanes: Any) -> Any:
+def part(builder: Any, vector: Any, lanes: Any) -> Any:
+    """Some lanes of a vector, as a vector."""
     lanes = ir.Constant(ir.VectorType(_i32, len(lanes)), list(lanes))
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), lanes)
+
+
+def joined(builder: Any, parts: list[Any]) -> Any:
+    """Vectors one after another, as many as a power of two."""
+    while len(parts) > 1:
+        every = range(2 * parts[0].type.count)
+        lanes = ir.Constant(ir.VectorType(_i32, len(every)), list(every))
+        parts = [builder.shuffle_vector(a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 def every_nth(builder: Any, vector: Any, width: int, first: int) -> Any:
@@ -105,7 +124,7 @@ def every_nth(builder: Any, vector: Any, width: int, first: int) -> Any:
     # one permutation of two registers where a truncation would take three steps
     count = vector.type.count
     halves = builder.bitcast(vector, ir.VectorType(ir.IntType(width), 2 * count))
-    return _part(builder, halves, range(first, 2 * count, 2))
+    return part(builder, halves, range(first, 2 * count, 2))
 
 
 @intrinsic
@@ -143,7 +162,7 @@ def first_lanes(builder: Any, count: Any, length: int) -> Any:
     count = builder.select(builder.icmp_signed(">", count, none), count, none)
     count = builder.trunc(count, ir.IntType(8))
     lanes = Vector("", ir.IntType(8), length)
-    return builder.icmp_unsigned("<", ir.Constant(lanes.of, list(range(length))), _spread(builder, count, lanes))
+    return builder.icmp_unsigned("<", ir.Constant(lanes.of, list(range(length))), spread(builder, count, lanes))
 
 
 @intrinsic
@@ -174,10 +193,11 @@ def raised(typing_context: Any, index: Any, mask: Any, by: Any) -> Any:
     """Ints, in the lanes of a mask more by other ints or a uint32."""
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        index, mask, by = arguments
-        return builder.select(mask, builder.add(index, by), index)
+        index, mask, more = arguments
+        more = more if by == INTS else spread(builder, unknown(builder, more), INTS)
+        return builder.select(mask, builder.add(index, more), index)
 
-    return INTS(INTS, MASK, INTS), build
+    return INTS(INTS, MASK, by), build
 
 
 @intrinsic
@@ -231,7 +251,7 @@ def folded(typing_context: Any, x: Any) -> Any:
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         (sums,), half = arguments, LANES // 2
         while half:
-            sums = builder.fadd(_part(builder, sums, range(half)), _part(builder, sums, range(half, 2 * half)))
+            sums = builder.fadd(part(builder, sums, range(half)), part(builder, sums, range(half, 2 * half)))
             half //= 2
         return builder.extract_element(sums, ir.Constant(_i32, 0))
 
@@ -268,13 +288,9 @@ def chosen(typing_context: Any, table: Any, index: Any) -> Any:
                 out = builder.insert_element(out, builder.extract_element(table, at), ir.Constant(_i32, lane))
             return out
         parts = [
-            call(builder, "llvm.x86.avx512.permvar.sf.512", TABLE.of, table, _part(builder, index, range(at, at + 16)))
+            call(builder, "llvm.x86.avx512.permvar.sf.512", TABLE.of, table, part(builder, index, range(at, at + 16)))
             for at in range(0, LANES, 16)
         ]
-        while len(parts) > 1:
-            every = range(2 * parts[0].type.count)
-            lanes = ir.Constant(ir.VectorType(_i32, len(every)), list(every))
-            parts = [builder.shuffle_vector(a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
+        return joined(builder, parts)
 
     return FLOATS(TABLE, INTS), build
