@@ -1,6 +1,7 @@
 """Time the fused CPU steps against Tensor.copy_ of the same tensor and against the reference.
 
     python -m benchmarks.kernels_cpu --json benchmarks/results/kernels_cpu.json
+    python -m benchmarks.kernels_cpu --show benchmarks/results/kernels_cpu.json
 
 For each case, codec and form of scales: ``encode_residual`` with payload and new base in memory of their own, and
 ``decode_residual`` in place. The runs of one line take turns, every one next to a copy; medians of the ratios. Beside
@@ -11,16 +12,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import check_load, parser
+from benchmarks.common import check_load, finish, parser, quartiles
 from compactdist import codecs
 from compactdist.codecs.kernels import use
 from compactdist.state.layout import plain
@@ -91,46 +91,56 @@ def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rou
         "sum_copies": round(statistics.median(sums), 2),
     }
     for name in ("encode", "decode"):
-        low, middle, high = statistics.quantiles(ratios[name], n=4, method="inclusive")
+        spread = quartiles(ratios[name])
         line |= {
             f"{name}_ms": round(ms[name], 2),
-            f"{name}_copies": round(middle, 2),
-            f"{name}_copies_quartiles": [round(low, 2), round(high, 2)],
+            f"{name}_copies": round(spread["median"], 2),
+            f"{name}_copies_quartiles": [round(spread["q1"], 2), round(spread["q3"], 2)],
             f"eager_{name}_ms": round(ms[f"eager_{name}"], 1),
             f"{name}_speedup": round(ms[f"eager_{name}"] / ms[name], 1),
         }
     return line
 
 
+def table(lines: list[dict[str, Any]]) -> str:
+    """The lines as Markdown."""
+    text = [
+        "| tensor | threads | codec | scales | copy ms | sum x copy "
+        "| encode ms | x copy | x eager | decode ms | x copy | x eager |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for line in lines:
+        cells = [
+            f"[{line['rows']}, {CHANNELS}] {line['dtype']}",
+            str(line["threads"]),
+            f"`{line['codec']}`",
+            line["scales"],
+            f"{line['copy_ms']:.2f}",
+            f"{line['sum_copies']:.1f}",
+        ]
+        for name in ("encode", "decode"):
+            low, high = line[f"{name}_copies_quartiles"]
+            cells += [
+                f"{line[f'{name}_ms']:.1f}",
+                f"{line[f'{name}_copies']:.1f} ({low:.1f} to {high:.1f})",
+                f"{line[f'{name}_speedup']:.0f}",
+            ]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
 def main() -> None:
     made = parser(__doc__ or "")
     made.add_argument("--rounds", type=int, default=12, help="samples of each (default 12)")
+    made.add_argument("--show", type=Path, metavar="FILE", help="print stored results instead of measuring")
     args = made.parse_args()
+    if args.show is not None:
+        print(table(json.loads(args.show.read_text())["lines"]))
+        return
     check_load(args.max_load)
-    lines = []
-    for (rows, dtype, threads), spec in itertools.product(CASES, FORMS):
-        line = _line(spec, rows, dtype, threads, args.rounds)
-        lines.append(line)
-        print(
-            f"[{rows}, {CHANNELS}] {line['dtype']:8} {threads} thread(s)  {line['codec']:7} {line['scales']:13}"
-            f" copy {line['copy_ms']:5.2f} ms  sum {line['sum_copies']:4.1f} copies"
-            + "".join(
-                f"  {what} {line[f'{what}_ms']:6.2f} ms = {line[f'{what}_copies']:4.1f} copies,"
-                f" {line[f'{what}_speedup']:3.0f} x faster than eager"
-                for what in ("encode", "decode")
-            ),
-            flush=True,
-        )
-    if args.json:
-        about = {
-            "command": "python -m benchmarks.kernels_cpu",
-            "channels": CHANNELS,
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-            "load_after": os.getloadavg()[0],
-        }
-        args.json.write_text(json.dumps({"about": about, "lines": lines}, indent=1) + "\n")
+    lines = [_line(spec, *case, args.rounds) for case, spec in itertools.product(CASES, FORMS)]
+    print(table(lines))
+    finish(args.json, {"ranks": "none", "channels": CHANNELS, "rounds": args.rounds, "lines": lines})
 
 
 if __name__ == "__main__":

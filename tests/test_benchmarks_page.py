@@ -1,0 +1,37 @@
+"""docs/benchmarks.md shows the stored results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks import kernels_cpu
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def stored(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+def test_kernels() -> None:
+    assert kernels_cpu.table(stored("kernels_cpu.json")["lines"]) in PAGE
+
+
+def test_lowrank() -> None:
+    speed = stored("lowrank_speed.json")
+    for stream in ("synthetic", "trace"):
+        for encoder, line in speed[stream].items():
+            ms = line["ms"]
+            assert (
+                f"| {stream} | {encoder} | {ms['median']:.2f} ({ms['q1']:.2f} to {ms['q3']:.2f}) "
+                f"| {line['times_faster']:.2f} | {line['relative_error']:.4f} |"
+            ) in PAGE
+    assert f"threads it is {stored('lowrank_speed_2_threads.json')['synthetic']['warm']['times_faster']:.1f} times" in PAGE
+
+
+def test_all_gather() -> None:
+    for codec, line in stored("all_gather_loopback.json")["results"].items():
+        ms = line["ms"]
+        assert f"| {codec} | {ms['median']:.0f} ({ms['q1']:.0f} to {ms['q3']:.0f}) | {line['time_ratio']:.1f} |" in PAGE
