@@ -71,6 +71,8 @@ class Fp8(ScalarQuantizer):
     def __init__(self, format: str = "e4m3", scales: str = "token_channel", block: int = BLOCK_ELEMENTS) -> None:
         super().__init__(scales, block)
         self.format = check_choice(self.codec_id, "format", format, tuple(_FORMATS))
+        self.fused = "e4m3" if self.format == "e4m3" else "e5m2"
+        self.reach = _FORMATS[self.format].units
 
     def get_config(self) -> dict[str, Any]:
         """Return the options that differ from their defaults."""
@@ -83,12 +85,11 @@ class Fp8(ScalarQuantizer):
         return magnitude.amax(2, keepdim=True)
 
     def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
-        form = _FORMATS[self.format]
         one = torch.ones((), dtype=torch.float32, device=magnitude.device)
         reach = (magnitude * kernels.divide_or_zero(one, rows.weight)).amax(1, keepdim=True) / rows.norm
         if layout.channel_scales_per_group == 1:
             reach = reach.amax(2, keepdim=True)
-        c = storable_scale(reach / form.units, up=True)
+        c = storable_scale(reach / self.reach, up=True)
         # Each element rounds to its nearest level and zero is a level, so no element's error exceeds the element.
         codes = encode_units(kernels.normalised(magnitude, rows.t, c), self.format)
         return (codes | ((values < 0).to(torch.uint8) << 7)).view(-1), c

@@ -44,6 +44,7 @@ class Int8(ScalarQuantizer):
     )
     bits = 8
     fused = "linear"
+    reach = float(_LARGEST_CODE)
 
     def __init__(self, scales: str = "token_channel", block: int = BLOCK_ELEMENTS, centroids: str = "uniform") -> None:
         super().__init__(scales, block)

@@ -87,10 +87,13 @@ class ScalarQuantizer(Codec):
     base3: ClassVar[bool] = False
     offsets: bool = False
     scale_choices: ClassVar[tuple[str, ...]] = ("token_channel", "block")
-    fused: ClassVar[Literal["", "sign", "nearest", "trits", "linear"]] = ""
+    fused: Literal["", "sign", "nearest", "trits", "linear", "e4m3", "e5m2"] = ""
     """What the compiled kernels compute in place of ``_row_statistic`` and ``_fit``: the sign; the sign and the nearest
-    of ``magnitudes``; the same with zero among them, as trits; integers up to 127. Empty: nothing of theirs, the steps
-    go through ``encode`` and ``decode``. A subclass that changes any of this sets it to empty."""
+    of ``magnitudes``; the same with zero among them, as trits; integers up to 127; float8. Empty: nothing of theirs,
+    the steps go through ``encode`` and ``decode``. A subclass that changes any of this sets it to empty."""
+
+    reach: float = 0.0
+    """The level of the largest code, where scales are such that the largest value takes it."""
 
     magnitudes: tuple[float, ...] = ()
     """Levels of least error in units of sigma, ascending, where there is a table of them."""

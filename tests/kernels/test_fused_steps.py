@@ -22,10 +22,12 @@ from compactdist.state.layout import Arrangement, Layout, blocks, plain
 cpu = pytest.importorskip("compactdist.codecs.kernels.cpu")
 bits_of = pytest.importorskip("compactdist.codecs.kernels.cpu_common").bits_of
 
-CODECS = ("binary", "int2", "int3", "int4", "int8", "ternary")
+CODECS = ("binary", "int2", "int3", "int4", "int8", "ternary", "fp8")
 FORMS = (
     *({"id": codec_id} for codec_id in CODECS),
     *({"id": codec_id, "scales": "block"} for codec_id in CODECS),
+    {"id": "fp8", "format": "e5m2"},
+    {"id": "fp8", "format": "e5m2", "scales": "block"},
     {"id": "int2", "scales": "block", "block": 96},
     {"id": "int8", "scales": "block", "block": 33},
     {"id": "int4", "scales": "block", "block": 1000},

@@ -36,9 +36,6 @@ __all__ = ["decode_residual", "encode_residual", "supports"]
 STREAMED_NBYTES = 1 << 21
 """Below this, what is written may still lie in a cache when it is read again."""
 
-_LARGEST_STEP = np.float32(127)
-_KINDS = {"sign": SIGN, "nearest": NEAREST, "trits": TRITS, "linear": LINEAR}
-
 
 class _Call(NamedTuple):
     codec: ScalarQuantizer
@@ -140,10 +137,10 @@ def _encode_blocks(call: _Call, in_place: bool) -> bool:
     # the base must be whole if a later block turns out not to be finite
     out = call.out[:0] if in_place else call.out
     given = call.source, plan.place, call.packed, call.stored, bad, out, call.streams
-    if codec.fused == "sign":
+    if plan.kind == SIGN:
         call.spread(cpu_blocks.block_signs, *given)
-    elif codec.fused == "linear":
-        call.spread(cpu_blocks.block_linear, *given, _LARGEST_STEP)
+    elif plan.kind >= LINEAR:
+        call.spread(cpu_blocks.block_reaching(plan.kind), *given, plan.bound)
     else:
         loop = cpu_blocks.block_nearest(plan.bits)
         call.spread(loop, *given, plan.borders, plan.table, codec.widening, plan.bound)
@@ -159,7 +156,7 @@ def _encode_rows(call: _Call) -> bool:
     stat, weighted = np.empty(groups * rows, np.float32), bool(layout.row_scale_count)
     # arrays of torch begin a cache line, those of NumPy need not
     first = torch.empty(groups * tiles * channels).numpy()
-    second = torch.empty(first.size if codec.fused in ("nearest", "trits") else 0).numpy()
+    second = torch.empty(first.size if plan.kind in (NEAREST, TRITS) else 0).numpy()
 
     def survey(loop: Callable[..., None], *after: Any) -> None:
         def some_tiles(lo: int, hi: int) -> None:
@@ -168,9 +165,9 @@ def _encode_rows(call: _Call) -> bool:
 
         spread(some_tiles, groups * tiles, layout.elements)
 
-    if codec.fused == "sign":
+    if plan.kind == SIGN:
         survey(surveys.survey_signs, first, call.packed)
-    elif codec.fused == "linear":
+    elif plan.kind >= LINEAR:
         survey(surveys.survey_reach, first)
     else:
         survey(surveys.survey_moments, first, second)
@@ -181,13 +178,15 @@ def _encode_rows(call: _Call) -> bool:
         return False
     c, inverse_c = torch.empty(2, groups * channels).numpy()
     sums, shared = (norms, first, second, plan.bound, codec.widening), layout.channel_scales_per_group == 1
-    settle_channels(_KINDS[codec.fused], stat, weighted, rows, channels, *sums, shared, c, inverse_c, stored)
+    settle_channels(plan.kind, stat, weighted, rows, channels, *sums, shared, c, inverse_c, stored)
     again = functools.partial(call.spread, backwards=True)
     given = call.source, place, call.packed, call.out, call.streams, t, inverse_t, c, inverse_c
-    if codec.fused == "linear":
-        again(loops.code_linear(one, _LARGEST_STEP), *given)
-    elif codec.fused != "sign":
-        again(loops.code_nearest(one, plan.bits, codec.fused == "trits"), *given, plan.borders, plan.table)
+    if plan.kind == LINEAR:
+        again(loops.code_linear(one, plan.bound), *given)
+    elif plan.kind > LINEAR:
+        again(loops.code_float8(one, plan.kind), *given)
+    elif plan.kind != SIGN:
+        again(loops.code_nearest(one, plan.bits, plan.kind == TRITS), *given, plan.borders, plan.table)
     elif call.out.size:
         source = call.source[1], *call.source[1:]
         again(loops.apply_codes(one, SIGN, 1), source, *given[1:5], t, c, plan.table)

@@ -24,11 +24,13 @@ from compactdist.codecs.kernels.cpu_memory import (
     table_at,
 )
 from compactdist.codecs.kernels.cpu_packing import store_codes, store_mask
-from compactdist.codecs.kernels.cpu_settle import NEAREST, SIGN, bf16_bits, gaussian, is_safe, over, storable
+from compactdist.codecs.kernels.cpu_settle import LINEAR, NEAREST, SIGN, bf16_bits, gaussian, is_safe, over, storable
 from compactdist.codecs.kernels.cpu_steps import (
+    change_by_float8,
     change_of,
     expected_at,
     nearest_codes,
+    nearest_float8,
     nearest_steps,
     put,
     residual_at,
@@ -120,13 +122,19 @@ def _nearest(given: Any, at: int, count: int, have: int, sums: Any) -> Any:
 
 
 @inlined
-def _linear(given: Any, at: int, count: int, have: int, c: Any) -> Any:
-    source, target, packed, inverse, steps, stores = given
+def _reaching(given: Any, at: int, count: int, have: int, c: Any) -> Any:
+    source, target, packed, inverse, kind, steps, stores = given
     expected = expected_at(source, at, have)
-    whole = nearest_steps((load_first(source[0], at, have) - expected) * inverse, steps)
-    store_codes(bits_of(whole), 8, packed, at, count)
+    value = load_first(source[0], at, have) - expected
+    if kind == LINEAR:
+        whole = nearest_steps(value * inverse, steps)
+        codes, change = bits_of(whole), (whole - ROUNDING) * c
+    else:
+        codes = nearest_float8(kind, magnitude(value) * inverse, value < _f32(0))
+        change = change_by_float8(kind, c, codes)
+    store_codes(codes, 8, packed, at, count)
     if stores:
-        put(expected, (whole - ROUNDING) * c, target, at, have)
+        put(expected, change, target, at, have)
     return c
 
 
@@ -209,34 +217,39 @@ def block_nearest(bits: int) -> Any:
     return loop
 
 
-@jit
-def block_linear(
-    lo: int,
-    hi: int,
-    source: Any,
-    place: Any,
-    packed: Array,
-    stored: Array,
-    bad: Array,
-    out: Array,
-    streams: bool,
-    steps: Any,
-) -> None:
-    """The same for integers up to ``steps``."""
-    given, bytes_, target = pointers_of(source), data_of(packed), (data_of(out), streams)
-    n, numel, stats, cs = place[5], place[6], stack_floats(), stack_floats()
-    unsafe = 0
-    for first in range(lo, hi, _BATCH):
-        blocks = min(_BATCH, hi - first)
-        for b in range(blocks):
-            stats[b] = largest(_for_block(_reach, given, (first + b) * n, n, numel, no_bits()))
-        unsafe += _unsafe(stats, blocks)
-        for b in range(blocks):
-            cs[b] = storable(stats[b] / steps, True)
-            stored[first + b] = bf16_bits(cs[b])
-        for b in range(blocks):
-            codes = given, target, bytes_, over(_f32(1), cs[b]), steps, out.size > 0
-            _for_block(_linear, codes, (first + b) * n, n, numel, as_floats(cs[b]))
-    settle_streams()
-    if unsafe:
-        bad[0] = 1
+@cache
+def block_reaching(kind: int) -> Any:
+    """The same for integers and for float8, the largest of them ``steps``."""
+
+    @jit
+    def loop(
+        lo: int,
+        hi: int,
+        source: Any,
+        place: Any,
+        packed: Array,
+        stored: Array,
+        bad: Array,
+        out: Array,
+        streams: bool,
+        steps: Any,
+    ) -> None:
+        given, bytes_, target = pointers_of(source), data_of(packed), (data_of(out), streams)
+        n, numel, stats, cs = place[5], place[6], stack_floats(), stack_floats()
+        unsafe = 0
+        for first in range(lo, hi, _BATCH):
+            blocks = min(_BATCH, hi - first)
+            for b in range(blocks):
+                stats[b] = largest(_for_block(_reach, given, (first + b) * n, n, numel, no_bits()))
+            unsafe += _unsafe(stats, blocks)
+            for b in range(blocks):
+                cs[b] = storable(stats[b] / steps, True)
+                stored[first + b] = bf16_bits(cs[b])
+            for b in range(blocks):
+                codes = given, target, bytes_, over(_f32(1), cs[b]), kind, steps, out.size > 0
+                _for_block(_reaching, codes, (first + b) * n, n, numel, as_floats(cs[b]))
+        settle_streams()
+        if unsafe:
+            bad[0] = 1
+
+    return loop

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compactdist.codecs.kernels.cpu_codes import pack_eights, pack_trits, unpack_eights, unpack_trits
+from compactdist.codecs.kernels.cpu_settle import E4M3, E5M2, LINEAR, NEAREST, SIGN, TRITS
 from compactdist.codecs.kernels.places import place_of, place_of_blocks
 from compactdist.codecs.kernels.threads import spread
 from compactdist.codecs.layout import Layout
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 BIT_TYPES = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
+_KINDS = {"sign": SIGN, "nearest": NEAREST, "trits": TRITS, "linear": LINEAR, "e4m3": E4M3, "e5m2": E5M2}
+
 
 class Plan(NamedTuple):
     """What the loops need to know of a codec and an arrangement.
@@ -30,16 +33,18 @@ class Plan(NamedTuple):
     Attributes:
         layout: of the payload.
         place: a *place*, see ``cpu_loops.py``; rows are blocks where a scale covers one row or less.
+        kind: of codes, see ``cpu_settle.py``.
         row_count: rows, or blocks, of all groups.
         bits: width of the codes that the loops write: their own where they fill the bytes of every chunk, else 8.
         apart: codes are packed in a step of its own.
         borders: between the magnitudes.
         table: the level of every code of a table codec, float32 ``(16,)``; zero past the last code.
-        bound: see ``gaussian`` in ``cpu_settle.py``.
+        bound: see ``settle_channels`` in ``cpu_settle.py``.
     """
 
     layout: Layout
     place: tuple[Any, ...]
+    kind: int
     row_count: int
     bits: int
     apart: bool
@@ -50,11 +55,11 @@ class Plan(NamedTuple):
 
 def plan_for(codec: ScalarQuantizer, cut: Cut) -> Plan | None:
     """The plan; ``None`` where blocks are not consecutive in memory. Worked out once: it is asked for at every step."""
-    return _plan(cut, codec.layout_of(cut.shape), codec.fused, codec.magnitudes)
+    return _plan(cut, codec.layout_of(cut.shape), codec.fused, codec.magnitudes, codec.reach)
 
 
 @lru_cache(maxsize=64)
-def _plan(cut: Cut, layout: Layout, fused: str, magnitudes: tuple[float, ...]) -> Plan | None:
+def _plan(cut: Cut, layout: Layout, fused: str, magnitudes: tuple[float, ...], reach: float) -> Plan | None:
     place = place_of_blocks(cut, layout.groups, layout.channels) if layout.rows == 1 else place_of(cut)
     if place is None:
         return None
@@ -65,9 +70,9 @@ def _plan(cut: Cut, layout: Layout, fused: str, magnitudes: tuple[float, ...]) -
         table[:3] = levels[0], levels[1], -levels[1]
     else:
         table[:count], table[count : 2 * count] = levels, -levels
-    bound = np.float32(LARGEST_OF_MEAN / magnitudes[0] if fused == "nearest" else 0)
+    bound = np.float32(LARGEST_OF_MEAN / magnitudes[0] if fused == "nearest" else reach)
     bits = 8 if apart else layout.bits
-    return Plan(layout, tuple(place), place.row_at.size, bits, apart, borders, table, bound)
+    return Plan(layout, tuple(place), _KINDS[fused], place.row_at.size, bits, apart, borders, table, bound)
 
 
 def bits_of(x: Tensor | None, dtype: torch.dtype) -> NDArray[Any]:

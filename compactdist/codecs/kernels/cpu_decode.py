@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compactdist.codecs.kernels import cpu_loops as loops
 from compactdist.codecs.kernels.cpu_common import bits_of, expectation, plan_for, unpack_apart
-from compactdist.codecs.kernels.cpu_settle import LINEAR, NEAREST, SIGN, read_row_scales, read_scales
+from compactdist.codecs.kernels.cpu_settle import NEAREST, TRITS, read_row_scales, read_scales
 from compactdist.codecs.kernels.threads import spread
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ __all__ = ["decode_residual"]
 
 _LARGEST_SCALE = np.float32(2.0**90)
 """With channel scales up to this, and t below 2, no product of the decoder leaves float32."""
-
-_KINDS = {"sign": SIGN, "linear": LINEAR, "nearest": NEAREST, "trits": NEAREST}
 
 
 def decode_residual(
@@ -63,7 +61,7 @@ def decode_residual(
     if plan.apart:
         codes = unpack_apart(codec, codes, layout.elements)
     before, further, terms = expectation(base, velocity, out.dtype)
-    loop = loops.apply_codes(terms == 1, _KINDS[codec.fused], plan.bits)
+    loop = loops.apply_codes(terms == 1, NEAREST if plan.kind == TRITS else plan.kind, plan.bits)
     given = (before, before, further, terms), plan.place, codes, bits_of(out, out.dtype), False, t, c, plan.table
     spread(lambda lo, hi: loop(lo, hi, *given), plan.row_count, layout.elements)
     return True

@@ -17,14 +17,14 @@ from compactdist.codecs.kernels.reference import BF16_MAX_BITS, LANES, UE5M3_BIA
 from compactdist.codecs.kernels.reference import TILE_ROWS as TILE
 from compactdist.codecs.scales import LEVEL_OF_TRITS, SAFE_STATISTIC, SIGMA_OF_MEAN_MAGNITUDE, SMALLEST_SCALE
 
-SIGN, NEAREST, TRITS, LINEAR = range(4)
+SIGN, NEAREST, TRITS, LINEAR, E4M3, E5M2 = range(6)
+"""Kinds of codes. From ``LINEAR`` on, scales are such that the largest value takes the largest code."""
 
 _u32, _f32, _at = np.uint32, np.float32, np.uintp
 _SMALLEST_SCALE = np.float32(SMALLEST_SCALE)
 _SIGMA_OF_MEAN_MAGNITUDE = np.float32(SIGMA_OF_MEAN_MAGNITUDE)
 _LOWEST, _HIGHEST = map(np.float32, SAFE_STATISTIC)
 _LEVEL_OF_TRITS = np.float32(LEVEL_OF_TRITS)
-_STEPS = np.float32(127)
 _BF16_MAX_BITS = np.uint32(BF16_MAX_BITS)
 
 
@@ -159,7 +159,7 @@ def settle_channels(
         norms: from ``settle_rows``.
         first: sums of ``m * weight`` by tile and channel, or the largest ``m / weight``; overwritten.
         second: sums of ``m * m``, for tables of magnitudes; overwritten.
-        bound: see ``gaussian``.
+        bound: see ``gaussian``; from ``LINEAR`` on, the level of the largest code.
         widening: see ``gaussian``.
         shared: a group has one scale for all its channels.
         c: scales by channel, shared ones repeated.
@@ -172,7 +172,7 @@ def settle_channels(
         one = first[group * tiles * channels : (group + 1) * tiles * channels]
         two = second[group * tiles * channels : (group + 1) * tiles * channels] if second.size else second
         norm, weight = norms[group], _f32(0)
-        if kind == LINEAR:
+        if kind >= LINEAR:
             for tile in range(1, tiles):
                 for j in range(channels):
                     one[_at(j)] = max(one[_at(j)], one[_at(tile * channels + j)])
@@ -184,13 +184,13 @@ def settle_channels(
         count = channels
         if shared:
             count, pointer = 1, data_of(one)
-            one[0] = _largest(pointer, channels) if kind == LINEAR else sum_of(pointer, channels)
+            one[0] = _largest(pointer, channels) if kind >= LINEAR else sum_of(pointer, channels)
             weight = weight * _f32(channels)
             if two.size:
                 two[0] = sum_of(data_of(two), channels)
         for j in range(count):
-            if kind == LINEAR:
-                scale = storable(one[j] / norm / _STEPS, True)
+            if kind >= LINEAR:
+                scale = storable(one[j] / norm / bound, True)
             elif kind == SIGN:
                 scale = storable(over(one[j] * norm, weight), False)
             elif kind == NEAREST:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from compactdist.codecs.kernels.cpu_elements import ROUNDING, Pointer, inlined
+from compactdist.codecs.kernels.cpu_float8 import float8_codes, float8_levels
 from compactdist.codecs.kernels.cpu_memory import load_first, prefetch, rounded_for, store_first, stream
 from compactdist.codecs.kernels.cpu_packing import codes_at, mask_at
-from compactdist.codecs.kernels.cpu_settle import LINEAR, SIGN
+from compactdist.codecs.kernels.cpu_settle import E4M3, LINEAR, SIGN
 from compactdist.codecs.kernels.cpu_vectors import (
     HOST,
     chosen,
@@ -100,10 +101,26 @@ def nearest_steps(u: Any, largest: Any) -> Any:
 
 
 @inlined
+def nearest_float8(kind: int, u: Any, below: Any) -> Any:
+    """The nearest float8 of ``u``, with the sign where ``below``."""
+    codes = float8_codes(u, 3, 0x7E) if kind == E4M3 else float8_codes(u, 2, 0x7B)
+    return raised(codes, below, _u32(0x80))
+
+
+@inlined
+def change_by_float8(kind: int, scale: Any, codes: Any) -> Any:
+    """What the receiver adds for a float8; 0 for -0, which a base of -0 would tell apart."""
+    levels = float8_levels(codes, 3, 0x7E) if kind == E4M3 else float8_levels(codes, 2, 0x7B)
+    return scale * levels + _f32(0)
+
+
+@inlined
 def change_of(kind: int, scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
-    """What the receiver adds: for a bit, for a byte in two's complement, or for a code that chooses from a table."""
+    """What the receiver adds: for a bit, for a byte in two's complement or a float8, or for a code of a table."""
     if kind == SIGN:
         return where(mask_at(packed, element, count), scale, negative(scale))
     if kind == LINEAR:
         return scale * signed_floats(codes_at(packed, 8, element, count))
+    if kind > LINEAR:
+        return change_by_float8(kind, scale, codes_at(packed, 8, element, count))
     return scale * chosen(table, codes_at(packed, bits, element, count))
