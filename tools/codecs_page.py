@@ -65,21 +65,27 @@ def speed_table(rows: str) -> str:
 
 
 def short_speed_table() -> str:
-    """The same for the quantizers alone, beside their eager forms."""
-    stored = json.loads((RESULTS / SPEED["4096"]).read_text())
-    rows = {row["codec"]: row for row in stored["rows"] if row["dtype"] == "bfloat16" and "note" not in row}
+    """The same for the quantizers alone, at both sizes and beside their eager forms."""
+    stored = {rows: json.loads((RESULTS / name).read_text()) for rows, name in SPEED.items()}
+    steps = ("encode", "decode")
     lines = [
-        "| codec | encode, x copy | decode, x copy | encode, x eager torch | decode, x eager torch |",
-        "|---|---:|---:|---:|---:|",
+        f"| codec |{''.join(f' {step}, [{rows}, 3072] |' for rows in SPEED for step in steps)}"
+        + "".join(f" {step}, beside eager torch |" for step in steps),
+        "|---|" + 3 * len(steps) * "---:|",
     ]
+    found = {
+        rows: {row["codec"]: row for row in results["rows"] if row["dtype"] == "bfloat16" and "note" not in row}
+        for rows, results in stored.items()
+    }
+    large = next(iter(found.values()))
     for codec_id in ("binary", "int2", "int4", "int8"):
-        row, eager = rows[codec_id], rows[f"{codec_id}, eager torch"]
-        faster = [eager[f"{step}_ms"] / row[f"{step}_ms"] for step in ("encode", "decode")]
-        lines.append(
-            f"| `{codec_id}` | {row['encode_x_copy']:.1f} | {row['decode_x_copy']:.1f} "
-            f"| {faster[0]:.0f} x faster | {faster[1]:.0f} x faster |"
-        )
-    return "\n".join([*lines, "", f"`{stored['command']}` ([result](benchmarks/results/{SPEED['4096']}))"])
+        cells = [f"{rows[codec_id][f'{step}_x_copy']:.1f}" for rows in found.values() for step in steps]
+        eager = large[f"{codec_id}, eager torch"]
+        cells += [f"{eager[f'{step}_ms'] / large[codec_id][f'{step}_ms']:.0f} x faster" for step in steps]
+        lines.append(f"| `{codec_id}` | {' | '.join(cells)} |")
+    for rows, name in SPEED.items():
+        lines += ["", f"`{stored[rows]['command']}` ([result](benchmarks/results/{name}))"]
+    return "\n".join(lines)
 
 
 SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
