@@ -27,7 +27,7 @@ from compactdist.state.layout import plain
 
 CHANNELS = 3072
 FORMS: tuple[dict[str, Any], ...] = (
-    *({"id": codec_id} for codec_id in ("binary", "int2", "int4", "int8", "int3", "ternary")),
+    *({"id": codec_id} for codec_id in ("binary", "int2", "int4", "int8", "int3", "ternary", "fp8")),
     *({"id": codec_id, "scales": "block"} for codec_id in ("binary", "int2", "int4", "int8")),
 )
 CASES = (  # rows, dtype, threads
