@@ -181,10 +181,8 @@ def _encode_rows(call: _Call) -> bool:
     settle_channels(plan.kind, stat, weighted, rows, channels, *sums, shared, c, inverse_c, stored)
     again = functools.partial(call.spread, backwards=True)
     given = call.source, place, call.packed, call.out, call.streams, t, inverse_t, c, inverse_c
-    if plan.kind == LINEAR:
-        again(loops.code_linear(one, plan.bound), *given)
-    elif plan.kind > LINEAR:
-        again(loops.code_float8(one, plan.kind), *given)
+    if plan.kind >= LINEAR:
+        again(loops.code_reaching(one, plan.kind, plan.bound), *given)
     elif plan.kind != SIGN:
         again(loops.code_nearest(one, plan.bits, plan.kind == TRITS), *given, plan.borders, plan.table)
     elif call.out.size:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_elements import ROUNDING, Array, Pointer, inlined, jit
+from compactdist.codecs.kernels.cpu_elements import Array, Pointer, inlined, jit
 from compactdist.codecs.kernels.cpu_memory import (
     data_of,
     load_first,
@@ -24,20 +24,17 @@ from compactdist.codecs.kernels.cpu_memory import (
     table_at,
 )
 from compactdist.codecs.kernels.cpu_packing import store_codes, store_mask
-from compactdist.codecs.kernels.cpu_settle import LINEAR, NEAREST, SIGN, bf16_bits, gaussian, is_safe, over, storable
+from compactdist.codecs.kernels.cpu_settle import NEAREST, SIGN, bf16_bits, gaussian, is_safe, over, storable
 from compactdist.codecs.kernels.cpu_steps import (
-    change_by_float8,
     change_of,
     expected_at,
     nearest_codes,
-    nearest_float8,
-    nearest_steps,
     put,
+    reaching,
     residual_at,
 )
 from compactdist.codecs.kernels.cpu_vectors import (
     as_floats,
-    bits_of,
     bits_of_magnitude,
     chosen,
     folded,
@@ -126,12 +123,7 @@ def _reaching(given: Any, at: int, count: int, have: int, c: Any) -> Any:
     source, target, packed, inverse, kind, steps, stores = given
     expected = expected_at(source, at, have)
     value = load_first(source[0], at, have) - expected
-    if kind == LINEAR:
-        whole = nearest_steps(value * inverse, steps)
-        codes, change = bits_of(whole), (whole - ROUNDING) * c
-    else:
-        codes = nearest_float8(kind, magnitude(value) * inverse, value < _f32(0))
-        change = change_by_float8(kind, c, codes)
+    codes, change = reaching(kind, value * inverse, value < _f32(0), c, steps)
     store_codes(codes, 8, packed, at, count)
     if stores:
         put(expected, change, target, at, have)

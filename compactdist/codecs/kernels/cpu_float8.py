@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import types
 from numba.extending import intrinsic
 
 from compactdist.codecs.kernels.cpu_elements import ROUNDING
@@ -21,8 +20,6 @@ _MANTISSA_BITS, _BIAS, _SIGN = 23, 127, 0x80
 @intrinsic(prefer_literal=True)
 def float8_codes(typing_context: Any, values: Any, mantissa: Any, largest: Any) -> Any:
     """Codes, ints, of values not below 0: to nearest even, at most the largest one."""
-    if not isinstance(mantissa, types.IntegerLiteral) or not isinstance(largest, types.IntegerLiteral):
-        return None
     bits_kept, top = mantissa.literal_value, largest.literal_value
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
@@ -44,8 +41,6 @@ def float8_codes(typing_context: Any, values: Any, mantissa: Any, largest: Any) 
 @intrinsic(prefer_literal=True)
 def float8_levels(typing_context: Any, codes: Any, mantissa: Any, largest: Any) -> Any:
     """Values of codes, ints below 256; those of infinity and NaN are as large as the largest."""
-    if not isinstance(mantissa, types.IntegerLiteral) or not isinstance(largest, types.IntegerLiteral):
-        return None
     bits_kept, top = mantissa.literal_value, largest.literal_value
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:

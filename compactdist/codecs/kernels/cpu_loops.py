@@ -22,21 +22,19 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_elements import ROUNDING, Array, inlined, jit
+from compactdist.codecs.kernels.cpu_elements import Array, inlined, jit
 from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, settle_streams, table_at
 from compactdist.codecs.kernels.cpu_packing import store_codes
 from compactdist.codecs.kernels.cpu_steps import (
     AHEAD,
     ask_for,
-    change_by_float8,
     change_of,
     expected_at,
     nearest_codes,
-    nearest_float8,
-    nearest_steps,
     put,
+    reaching,
 )
-from compactdist.codecs.kernels.cpu_vectors import bits_of, chosen, magnitude
+from compactdist.codecs.kernels.cpu_vectors import chosen, magnitude
 from compactdist.codecs.kernels.reference import LANES
 
 _f32 = np.float32
@@ -85,29 +83,17 @@ def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: 
 
 
 @inlined
-def _linear(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
-    source, target, packed, cs, inverses, largest, stores = given
+def _reaching(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+    source, target, packed, cs, inverses, kind, largest, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
     value = load_first(source[0], at, have) - expected
-    steps = nearest_steps(value * load_first(inverses, channel, count) * weights[1], largest)
-    store_codes(bits_of(steps), 8, packed, code, count)
-    if stores:
-        put(expected, (load_first(cs, channel, count) * weights[0]) * (steps - ROUNDING), target, at, have)
-
-
-@inlined
-def _float8(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
-    source, target, packed, cs, inverses, kind, stores = given
-    ask_for(source, at + AHEAD)
-    expected = expected_at(source, at, have)
-    value = load_first(source[0], at, have) - expected
-    u = magnitude(value) * load_first(inverses, channel, count) * weights[1]
-    codes = nearest_float8(kind, u, value < _f32(0))
+    u = value * load_first(inverses, channel, count) * weights[1]
+    scale = load_first(cs, channel, count) * weights[0]
+    codes, change = reaching(kind, u, value < _f32(0), scale, largest)
     store_codes(codes, 8, packed, code, count)
     if stores:
-        scale = load_first(cs, channel, count) * weights[0]
-        put(expected, change_by_float8(kind, scale, codes), target, at, have)
+        put(expected, change, target, at, have)
 
 
 @inlined
@@ -159,8 +145,8 @@ def code_nearest(one: bool, bits: int, trits: bool) -> Any:
 
 
 @cache
-def code_linear(one: bool, largest: np.float32) -> Any:
-    """For rows ``lo`` to ``hi``: the nearest integer of ``m / (t * c)`` with the sign of the element, in a byte."""
+def code_reaching(one: bool, kind: int, largest: np.float32) -> Any:
+    """For rows ``lo`` to ``hi``: the nearest integer or float8 of ``m / (t * c)`` with the sign of the element."""
 
     @jit
     def loop(
@@ -177,33 +163,9 @@ def code_linear(one: bool, largest: np.float32) -> Any:
         inverse_c: Array,
     ) -> None:
         scales = data_of(c), data_of(inverse_c)
-        given = (_pointers_of(source, one), (data_of(out), streams), data_of(packed), *scales, largest, out.size > 0)
-        _for_all(_linear, given, lo, hi, place, (data_of(t), data_of(inverse_t)))
-
-    return loop
-
-
-@cache
-def code_float8(one: bool, kind: int) -> Any:
-    """For rows ``lo`` to ``hi``: the nearest float8 of ``m / (t * c)`` with the sign of the element."""
-
-    @jit
-    def loop(
-        lo: int,
-        hi: int,
-        source: Any,
-        place: Any,
-        packed: Array,
-        out: Array,
-        streams: bool,
-        t: Array,
-        inverse_t: Array,
-        c: Array,
-        inverse_c: Array,
-    ) -> None:
-        scales = data_of(c), data_of(inverse_c)
-        given = (_pointers_of(source, one), (data_of(out), streams), data_of(packed), *scales, kind, out.size > 0)
-        _for_all(_float8, given, lo, hi, place, (data_of(t), data_of(inverse_t)))
+        target = data_of(out), streams
+        given = _pointers_of(source, one), target, data_of(packed), *scales, kind, largest, out.size > 0
+        _for_all(_reaching, given, lo, hi, place, (data_of(t), data_of(inverse_t)))
 
     return loop
 

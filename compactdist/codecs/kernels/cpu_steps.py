@@ -17,7 +17,9 @@ from compactdist.codecs.kernels.cpu_packing import codes_at, mask_at
 from compactdist.codecs.kernels.cpu_settle import E4M3, LINEAR, SIGN
 from compactdist.codecs.kernels.cpu_vectors import (
     HOST,
+    bits_of,
     chosen,
+    magnitude,
     negative,
     no_bits,
     raised,
@@ -112,6 +114,19 @@ def change_by_float8(kind: int, scale: Any, codes: Any) -> Any:
     """What the receiver adds for a float8; 0 for -0, which a base of -0 would tell apart."""
     levels = float8_levels(codes, 3, 0x7E) if kind == E4M3 else float8_levels(codes, 2, 0x7B)
     return scale * levels + _f32(0)
+
+
+@inlined
+def reaching(kind: int, u: Any, below: Any, scale: Any, largest: Any) -> Any:
+    """Codes of a kind from ``LINEAR`` on for values ``u``, in units of their scales, and what the receiver adds.
+
+    ``below`` tells negative values, also those that ``u`` has rounded to zero.
+    """
+    if kind == LINEAR:
+        whole = nearest_steps(u, largest)
+        return bits_of(whole), scale * (whole - ROUNDING)
+    codes = nearest_float8(kind, magnitude(u), below)
+    return codes, change_by_float8(kind, scale, codes)
 
 
 @inlined
