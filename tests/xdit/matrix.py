@@ -6,14 +6,12 @@ python -m tests.xdit.matrix            # every column, about three minutes
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.xdit.ranks import ROOT, run_worker
+
 JSON = ROOT / "benchmarks" / "results" / "integrations.json"
 PAGE = ROOT / "docs" / "integrations.md"
 START, END = "<!-- table: python -m tests.xdit.matrix -->", "<!-- end of table -->"
@@ -34,20 +32,9 @@ LABELS = {"cfg 2": "cfg 2, sent as int8", "pipefusion 2": "pipefusion 2, in part
 def run(column: str) -> dict[str, Any]:
     """The records of one column, by model; raises if a rank failed."""
     ranks, models = COLUMNS[column]
-    paths = [path for path in [os.environ.get("PYTHONPATH")] if path]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(ranks), str(Path(__file__).with_name("matrix_worker.py"))]
-        done = subprocess.run(
-            [*command, str(out), column, *models],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *paths])},
-            timeout=240,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+        run_worker("matrix_worker.py", out, column, *models, ranks=ranks, timeout=240)
         records: dict[str, Any] = json.loads(out.read_text())
     assert set(records) == set(models), records
     return records

@@ -5,7 +5,6 @@ Every rank writes what it saw; a rank without output has no latents to compare a
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch.distributed as dist
 import compactdist
 from compactdist_diffusers.tiny import build
 from compactdist_xdit import cpu, enable
+from tests.xdit.ranks import hand_in
 
 torch.set_num_threads(1)
 os.environ.setdefault("LOG_LEVEL", "error")
@@ -167,13 +167,7 @@ def main() -> None:
     remade(seen, PIPEFUSION, None, "pipefusion")
     other_degrees(seen)
     taking_turns(seen)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, seen)
-    if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(gathered, indent=1))
-    sys.stdout.flush()
-    dist.barrier()
-    os._exit(0)  # xfuser's and gloo's threads may outlive an orderly exit
+    hand_in(seen, Path(sys.argv[1]))
 
 
 main()

@@ -13,10 +13,10 @@ import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from compactdist_xdit import cpu, enable
+from tests.xdit.ranks import leave
 
 torch.set_num_threads(1)
 os.environ.setdefault("LOG_LEVEL", "error")
@@ -82,5 +82,4 @@ for part in sys.argv[2].split(", "):
         in_a_row(route, [int(request) for request in requests.split("+")])
 if latents:
     save_file(latents, sys.argv[1])
-dist.barrier()
-os._exit(0)  # xfuser's and gloo's threads may outlive an orderly exit
+leave()

@@ -5,10 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +12,7 @@ import pytest
 import torch
 
 from compactdist_xdit.captured import Captured, holders
+from tests.xdit.ranks import run_worker
 
 STEPS, LAYERS, WORLD = 6, 2, 4
 CALLS = 2 * STEPS  # two requests
@@ -30,11 +27,7 @@ pytestmark = [pytest.mark.xdit, pytest.mark.timeout(240)]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("captured") / "out.json"
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(WORLD), str(Path(__file__).with_name("captured_worker.py")), str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, timeout=220, capture_output=True, text=True, check=False)
-    assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    run_worker("captured_worker.py", out, ranks=WORLD)
     return json.loads(out.read_text())
 
 

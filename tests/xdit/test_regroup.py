@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.xdit.ranks import run_worker
 
 if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")):
     pytest.skip("xfuser is not installed", allow_module_level=True)
@@ -26,11 +24,7 @@ CALLS = {"ring": {"ring": STEPS * LAYERS, "sp": 1}, "ulysses": {"ulysses": 2 * S
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("regroup") / "out.json"
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).with_name("regroup_worker.py")), str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, timeout=220, capture_output=True, text=True, check=False)
-    assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    run_worker("regroup_worker.py", out)
     return json.loads(out.read_text())
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.xdit.ranks import run_worker
 
 if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")):
     pytest.skip("xfuser is not installed", allow_module_level=True)
@@ -24,11 +23,7 @@ ALONE = ("ring 0, pipefusion 0", "pipefusion 1, ring 1")
 
 
 def run(out: Path, plan: str) -> dict[str, torch.Tensor]:
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).with_name("requests_worker.py")), str(out), plan]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, timeout=180, capture_output=True, text=True, check=False)
-    assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    run_worker("requests_worker.py", out, plan, timeout=180)
     return load_file(out)
 
 

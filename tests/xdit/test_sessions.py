@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.xdit.ranks import run_worker
 
 if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")):
     pytest.skip("xfuser is not installed", allow_module_level=True)
@@ -32,11 +31,7 @@ MUST_HOLD = (
 @pytest.mark.parametrize("route", ["ulysses", pytest.param("ring", marks=pytest.mark.slow)])
 def test_sessions(route: str, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).with_name("sessions_worker.py")), str(out), route]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, timeout=220, capture_output=True, text=True, check=False)
-    assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    run_worker("sessions_worker.py", out, route)
     ranks = json.loads(out.read_text())
     for seen in ranks:
         assert all(seen[name] for name in MUST_HOLD), seen
