@@ -9,6 +9,8 @@ import xdit_common
 # isort: split
 from xfuser import xFuserCogVideoXPipeline
 
+from compactdist_xdit import tiny
+
 MODEL = "THUDM/CogVideoX-2b"
 PROMPT = "A little girl rides a bicycle along a river"
 DEFAULTS = {"height": 480, "width": 720, "num_frames": 49, "num_inference_steps": 50}
@@ -17,7 +19,7 @@ DEFAULTS = {"height": 480, "width": 720, "num_frames": 49, "num_inference_steps"
 def main() -> None:
     args, engine_config, inputs = xdit_common.start(MODEL, PROMPT, **DEFAULTS)
     if args.tiny:
-        pipe, call_kwargs = xdit_common.tiny_pipeline("cogvideox", engine_config)
+        pipe, call_kwargs = tiny.wrapped("cogvideox", engine_config)
     else:
         pipe = xdit_common.load(xFuserCogVideoXPipeline, args, engine_config)
         call_kwargs = {

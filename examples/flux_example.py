@@ -9,6 +9,8 @@ import xdit_common
 # isort: split
 from xfuser import xFuserFluxPipeline
 
+from compactdist_xdit import tiny
+
 MODEL = "black-forest-labs/FLUX.1-dev"
 PROMPT = "A cat holding a sign that says hello world"
 DEFAULTS = {"num_inference_steps": 28}
@@ -17,7 +19,7 @@ DEFAULTS = {"num_inference_steps": 28}
 def main() -> None:
     args, engine_config, inputs = xdit_common.start(MODEL, PROMPT, **DEFAULTS)
     if args.tiny:
-        pipe, call_kwargs = xdit_common.tiny_pipeline("flux", engine_config)
+        pipe, call_kwargs = tiny.wrapped("flux", engine_config)
     else:
         pipe = xdit_common.load(xFuserFluxPipeline, args, engine_config)
         call_kwargs = {

@@ -9,6 +9,8 @@ import xdit_common
 # isort: split
 from xfuser import xFuserPixArtAlphaPipeline
 
+from compactdist_xdit import tiny
+
 MODEL = "PixArt-alpha/PixArt-XL-2-1024-MS"
 PROMPT = "A cat holding a sign that says hello world"
 DEFAULTS = {"num_inference_steps": 20}
@@ -17,7 +19,7 @@ DEFAULTS = {"num_inference_steps": 20}
 def main() -> None:
     args, engine_config, inputs = xdit_common.start(MODEL, PROMPT, **DEFAULTS)
     if args.tiny:
-        pipe, call_kwargs = xdit_common.tiny_pipeline("pixart", engine_config)
+        pipe, call_kwargs = tiny.wrapped("pixart", engine_config)
     else:
         pipe = xdit_common.load(xFuserPixArtAlphaPipeline, args, engine_config)
         call_kwargs = {

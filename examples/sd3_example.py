@@ -9,6 +9,8 @@ import xdit_common
 # isort: split
 from xfuser import xFuserStableDiffusion3Pipeline
 
+from compactdist_xdit import tiny
+
 MODEL = "stabilityai/stable-diffusion-3-medium-diffusers"
 PROMPT = "A cat holding a sign that says hello world"
 DEFAULTS = {"num_inference_steps": 28}
@@ -17,7 +19,7 @@ DEFAULTS = {"num_inference_steps": 28}
 def main() -> None:
     args, engine_config, inputs = xdit_common.start(MODEL, PROMPT, **DEFAULTS)
     if args.tiny:
-        pipe, call_kwargs = xdit_common.tiny_pipeline("sd3", engine_config)
+        pipe, call_kwargs = tiny.wrapped("sd3", engine_config)
     else:
         pipe = xdit_common.load(xFuserStableDiffusion3Pipeline, args, engine_config)
         call_kwargs = {

@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 from xfuser.core.distributed import initialize_runtime_state
 from xfuser.model_executor.models.transformers.transformer_wan import xFuserWanTransformer3DWrapper
 
-from compactdist_diffusers import tiny
+from compactdist_xdit import tiny
 
 MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 PROMPT = "A little girl rides a bicycle along a river"
@@ -22,10 +22,7 @@ DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps"
 def main() -> None:
     args, engine_config, inputs = xdit_common.start(MODEL, PROMPT, **DEFAULTS)
     if args.tiny:
-        pipe, call_kwargs = tiny.build("wan")
-        transformer = xFuserWanTransformer3DWrapper.from_config(pipe.transformer.config)
-        transformer.load_state_dict(pipe.transformer.state_dict())
-        pipe.transformer = transformer.eval()
+        pipe, call_kwargs = tiny.wrapped("wan", engine_config)
     else:
         bf16 = {"torch_dtype": torch.bfloat16}
         transformer = xFuserWanTransformer3DWrapper.from_pretrained(args.model, subfolder="transformer", **bf16)
@@ -38,7 +35,7 @@ def main() -> None:
             "num_inference_steps": inputs.num_inference_steps,
             "generator": xdit_common.generator(inputs),
         }
-    initialize_runtime_state(pipe, engine_config)
+        initialize_runtime_state(pipe, engine_config)
     with xdit_common.compressed(pipe, args):
         output = pipe(**call_kwargs)
     xdit_common.finish(output, "wan.mp4")

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 import compactdist_xdit
-from compactdist_diffusers import tiny
 
 TINY = "--tiny" in sys.argv
 if TINY:
@@ -48,14 +47,6 @@ def start(model: str, prompt: str, **defaults: Any) -> tuple[argparse.Namespace,
     engine_config, input_config = xFuserArgs.from_cli_args(args).create_config()
     engine_config.runtime_config.dtype = torch.float32 if args.tiny else torch.bfloat16
     return args, engine_config, input_config
-
-
-def tiny_pipeline(name: str, engine_config: Any) -> tuple[Any, dict[str, Any]]:
-    """A tiny pipeline as xfuser wraps it, and the arguments to call it with."""
-    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
-
-    pipe, call_kwargs = tiny.build(name)
-    return xFuserPipelineWrapperRegister.get_class(pipe)(pipeline=pipe, engine_config=engine_config), call_kwargs
 
 
 def load(wrapper: Any, args: argparse.Namespace, engine_config: Any) -> Any:

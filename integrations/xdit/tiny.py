@@ -20,17 +20,21 @@ def parallel(model: str, *, steps: int = 8, batch: int = 1, **degrees: Any) -> t
             `num_pipeline_patch`, `use_cfg_parallel`, `warmup_steps`.
     """
     from xfuser import xFuserArgs
-    from xfuser.core.distributed import initialize_runtime_state
-    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
     # Ring attention needs a kernel that returns the log-sum-exp.
     backend = "SDPA_FLASH" if degrees.get("ring_degree", 1) > 1 else "SDPA"
     arguments = xFuserArgs(model="tiny", attention_backend=backend, num_inference_steps=steps, **degrees)
     engine_config, _ = arguments.create_config()
     engine_config.runtime_config.dtype = torch.float32
+    return wrapped(model, engine_config, steps=steps, batch=batch)
+
+
+def wrapped(model: str, engine_config: Any, *, steps: int = 8, batch: int = 1) -> tuple[Any, dict[str, Any]]:
+    """As `parallel`, with xfuser's engine configuration at hand."""
+    from xfuser.core.distributed import initialize_runtime_state
+    from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+
     pipe, call_kwargs = build(model, steps=steps, batch=batch)
-    if model in ("pixart", "cogvideox"):  # xfuser's wrappers have no default for these
-        call_kwargs |= {"prompt": None, "negative_prompt": None}
     if model == "wan":  # no pipeline wrapper: xfuser replaces the transformer of a diffusers pipeline
         from xfuser.model_executor.models.transformers.transformer_wan import xFuserWanTransformer3DWrapper
 
