@@ -66,13 +66,6 @@ class Handle:
         self.disable()
 
 
-def _unwrapped(thing: Any) -> Any:
-    """xfuser keeps what it wraps (pipelines, schedulers) in `.module`."""
-    while "module" in vars(thing):
-        thing = thing.module
-    return thing
-
-
 def enable(
     pipe: Any,
     codec: Any = "int2",
@@ -102,7 +95,7 @@ def enable(
         ValueError: there is nothing to compress, a route or method is unknown, the pipeline is enabled already, or
             something is on that compression cannot go with (8-bit communication, CPU offload).
     """
-    inner, wanted = _unwrapped(pipe), all_routes.chosen(routes)
+    inner, wanted = probe.unwrapped(pipe), all_routes.chosen(routes)
     method = None
     if parallel_method is not None:
         choices = {"warmup_steps": method_warmup_steps, "sync_from_step": method_sync_from_step, "exact_own": exact_own}

@@ -47,7 +47,7 @@ class Automatic:
         # Scripts with a plain diffusers pipeline and a transformer of xfuser's call this by themselves. (What the two
         # above call is a name of their own module.)
         self._after(distributed, "initialize_runtime_state", lambda pipeline=None, *_, **__: self._enable(pipeline))
-        self._before(RuntimeState, "destroy_distributed_env", lambda *_, **__: self.finish())
+        self._before(RuntimeState, "destroy_distributed_env", self.finish)
 
     def _enable(self, pipe: Any) -> None:
         inner = getattr(pipe, "module", pipe)

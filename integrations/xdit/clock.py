@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
+from compactdist_xdit.probe import unwrapped
+
 
 class Clock:
-    """Turns calls of transformer and scheduler into `begin_step(module)` and `begin_request()`.
+    """Turns calls of transformer and scheduler into `begin_step()` and `begin_request()`.
 
     Args:
         begin_step: called before the forward that begins a step.
@@ -73,9 +75,7 @@ class Clock:
         """Listen to a scheduler (xfuser's wrapper of one, or a plain one); returns the way back."""
         # A wrapper hands set_timesteps on to what it wraps and steps by itself; its __setattr__ forwards too, so
         # the attributes go where instances keep them.
-        inner = scheduler
-        while "module" in vars(inner):
-            inner = inner.module
+        inner = unwrapped(scheduler)
         set_timesteps, step = inner.set_timesteps, scheduler.step
 
         # Pipelines read the signatures to see what a scheduler accepts.

@@ -18,6 +18,13 @@ _NEEDED = {
 _PIPELINE = ("pipeline_send", "pipeline_isend", "pipeline_recv", "recv_next", "_pipeline_isend", "_pipeline_irecv")
 
 
+def unwrapped(thing: Any) -> Any:
+    """What xfuser wraps (pipelines, schedulers), which it keeps in `.module`; or the thing itself."""
+    while "module" in vars(thing):
+        thing = thing.module
+    return thing
+
+
 def check_version() -> None:
     """Warn where this xfuser has never been tried."""
     installed = version("xfuser")
