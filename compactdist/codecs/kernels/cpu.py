@@ -136,14 +136,23 @@ def _encode_blocks(call: _Call, in_place: bool) -> bool:
     codec, plan, bad = call.codec, call.plan, np.zeros(1, np.uint8)
     # the base must be whole if a later block turns out not to be finite
     out = call.out[:0] if in_place else call.out
-    given = call.source, plan.place, call.packed, call.stored, bad, out, call.streams
+    given, one = (call.source, plan.place, call.packed, call.stored, bad, out, call.streams), call.source[3] == 1
+
+    def blocks(loop: Callable[..., None], *after: Any) -> None:
+        def some(lo: int, hi: int) -> None:
+            kept = torch.empty(cpu_blocks.kept_for(plan.layout.channels)).numpy()
+            loop(lo, hi, kept, *given, *after)
+
+        spread(some, plan.row_count, plan.layout.elements)
+
     if plan.kind == SIGN:
-        call.spread(cpu_blocks.block_signs, *given)
+        blocks(cpu_blocks.block_signs(one))
     elif plan.kind >= LINEAR:
-        call.spread(cpu_blocks.block_reaching(plan.kind), *given, plan.bound)
+        blocks(cpu_blocks.block_reaching(one, plan.kind), plan.bound)
     else:
-        loop = cpu_blocks.block_nearest(plan.bits)
-        call.spread(loop, *given, plan.borders, plan.table, codec.widening, plan.bound)
+        blocks(
+            cpu_blocks.block_nearest(one, plan.bits), plan.grain, plan.borders, plan.table, codec.widening, plan.bound
+        )
     return not bad[0]
 
 
@@ -182,8 +191,9 @@ def _encode_rows(call: _Call) -> bool:
     again = functools.partial(call.spread, backwards=True)
     given = call.source, place, call.packed, call.out, call.streams, t, inverse_t, c, inverse_c
     if plan.kind >= LINEAR:
-        again(loops.code_reaching(one, plan.kind, plan.bound), *given)
+        again(loops.code_reaching(one, plan.kind), *given)
     elif plan.kind != SIGN:
+        inverse_t *= plan.grain
         again(loops.code_nearest(one, plan.bits, plan.kind == TRITS), *given, plan.borders, plan.table)
     elif call.out.size:
         source = call.source[1], *call.source[1:]

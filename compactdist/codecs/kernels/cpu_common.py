@@ -37,8 +37,11 @@ class Plan(NamedTuple):
         row_count: rows, or blocks, of all groups.
         bits: width of the codes that the loops write: their own where they fill the bytes of every chunk, else 8.
         apart: codes are packed in a step of its own.
-        borders: between the magnitudes.
-        table: the level of every code of a table codec, float32 ``(16,)``; zero past the last code.
+        grain: what magnitudes are multiplied with, a power of two, before borders are looked up.
+        borders: between the magnitudes, in grains.
+        table: sixteen float32 each: the level of every code of a table codec, zero past the last one; the border from
+            each whole number of grains to the next, infinity where there is none; and how many borders there are below
+            that number, the bits of an int32.
         bound: see ``settle_channels`` in ``cpu_settle.py``.
     """
 
@@ -48,13 +51,16 @@ class Plan(NamedTuple):
     row_count: int
     bits: int
     apart: bool
+    grain: np.float32
     borders: tuple[np.float32, ...]
     table: NDArray[np.float32]
     bound: np.float32
 
 
 def plan_for(codec: ScalarQuantizer, cut: Cut) -> Plan | None:
-    """The plan; ``None`` where blocks are not consecutive in memory. Worked out once: it is asked for at every step."""
+    """The plan, or ``None`` where the loops do not apply: blocks that are not consecutive in memory, or levels that are
+    too uneven to be looked up. Worked out once: it is asked for at every step.
+    """
     return _plan(cut, codec.layout_of(cut.shape), codec.fused, codec.magnitudes, codec.reach)
 
 
@@ -64,15 +70,29 @@ def _plan(cut: Cut, layout: Layout, fused: str, magnitudes: tuple[float, ...], r
     if place is None:
         return None
     apart = layout.base3 or layout.bits not in (1, 2, 4, 8) or bool(((place.chunk_len * layout.bits) % 8).any())
-    borders = tuple(np.float32((low + high) / 2) for low, high in pairwise(magnitudes))
-    table, count, levels = np.zeros(16, np.float32), len(magnitudes), np.array(magnitudes, np.float32)
+    grain, borders = _in_grains([np.float32((low + high) / 2) for low, high in pairwise(magnitudes)])
+    table, count, levels = np.zeros(48, np.float32), len(magnitudes), np.array(magnitudes, np.float32)
     if fused == "trits":
         table[:3] = levels[0], levels[1], -levels[1]
     else:
         table[:count], table[count : 2 * count] = levels, -levels
+    whole = np.array(borders).astype(int)
+    if np.unique(whole).size < whole.size:  # two borders in one place of the table: no levels of ours
+        return None
+    table[16:32] = np.inf
+    table[16 + whole] = borders
+    table[32:48] = (whole[:, None] < np.arange(16)).sum(0, dtype=np.int32).view(np.float32)
     bound = np.float32(LARGEST_OF_MEAN / magnitudes[0] if fused == "nearest" else reach)
     bits = 8 if apart else layout.bits
-    return Plan(layout, tuple(place), _KINDS[fused], place.row_at.size, bits, apart, borders, table, bound)
+    return Plan(layout, tuple(place), _KINDS[fused], place.row_at.size, bits, apart, grain, borders, table, bound)
+
+
+def _in_grains(borders: list[np.float32]) -> tuple[np.float32, tuple[np.float32, ...]]:
+    """The smallest grains of which no border is sixteen, and the borders in them."""
+    if not borders:
+        return np.float32(1), ()
+    grain = np.exp2(np.floor(np.log2(np.nextafter(np.float32(16), np.float32(0)) / borders[-1])), dtype=np.float32)
+    return grain, tuple(border * grain for border in borders)
 
 
 def bits_of(x: Tensor | None, dtype: torch.dtype) -> NDArray[Any]:

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from compactdist.codecs.kernels.cpu_elements import Array, inlined, jit
-from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, settle_streams, table_at
+from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, settle_streams, sixteen_at
 from compactdist.codecs.kernels.cpu_packing import store_codes
+from compactdist.codecs.kernels.cpu_settle import LINEAR
 from compactdist.codecs.kernels.cpu_steps import (
     AHEAD,
     ask_for,
@@ -33,6 +34,7 @@ from compactdist.codecs.kernels.cpu_steps import (
     nearest_codes,
     put,
     reaching,
+    search_of,
 )
 from compactdist.codecs.kernels.cpu_vectors import chosen, magnitude
 from compactdist.codecs.kernels.reference import LANES
@@ -70,12 +72,12 @@ def _pointers_of(source: Any, one: bool) -> Any:
 
 @inlined
 def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
-    source, target, packed, cs, inverses, levels, bits, borders, trits, stores = given
+    source, target, packed, cs, inverses, levels, bits, search, trits, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
     value = load_first(source[0], at, have) - expected
     u = magnitude(value) * load_first(inverses, channel, count) * weights[1]
-    codes = nearest_codes(u, value < _f32(0), borders, trits)
+    codes = nearest_codes(value, u, search, trits)
     store_codes(codes, bits, packed, code, count)
     if stores:
         change = (load_first(cs, channel, count) * weights[0]) * chosen(levels, codes)
@@ -84,14 +86,14 @@ def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: 
 
 @inlined
 def _reaching(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
-    source, target, packed, cs, inverses, kind, largest, stores = given
+    source, target, packed, cs, inverses, kind, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
     value = load_first(source[0], at, have) - expected
     u = value * load_first(inverses, channel, count) * weights[1]
     scale = load_first(cs, channel, count) * weights[0]
-    codes, change = reaching(kind, u, value < _f32(0), scale, largest)
-    store_codes(codes, 8, packed, code, count)
+    codes, change = reaching(kind, u, value < _f32(0), scale)
+    store_codes(codes, -8 if kind == LINEAR else 8, packed, code, count)
     if stores:
         put(expected, change, target, at, have)
 
@@ -126,7 +128,7 @@ def code_nearest(one: bool, bits: int, trits: bool) -> Any:
         borders: Any,
         table: Array,
     ) -> None:
-        target, levels = (data_of(out), streams), table_at(data_of(table), 0)
+        target, levels = (data_of(out), streams), sixteen_at(data_of(table), 0)
         scales = data_of(c), data_of(inverse_c)
         given = (
             _pointers_of(source, one),
@@ -135,7 +137,7 @@ def code_nearest(one: bool, bits: int, trits: bool) -> Any:
             *scales,
             levels,
             bits,
-            borders,
+            search_of(borders, data_of(table)),
             trits,
             out.size > 0,
         )
@@ -145,7 +147,7 @@ def code_nearest(one: bool, bits: int, trits: bool) -> Any:
 
 
 @cache
-def code_reaching(one: bool, kind: int, largest: np.float32) -> Any:
+def code_reaching(one: bool, kind: int) -> Any:
     """For rows ``lo`` to ``hi``: the nearest integer or float8 of ``m / (t * c)`` with the sign of the element."""
 
     @jit
@@ -164,7 +166,7 @@ def code_reaching(one: bool, kind: int, largest: np.float32) -> Any:
     ) -> None:
         scales = data_of(c), data_of(inverse_c)
         target = data_of(out), streams
-        given = _pointers_of(source, one), target, data_of(packed), *scales, kind, largest, out.size > 0
+        given = _pointers_of(source, one), target, data_of(packed), *scales, kind, out.size > 0
         _for_all(_reaching, given, lo, hi, place, (data_of(t), data_of(inverse_t)))
 
     return loop
@@ -190,7 +192,7 @@ def apply_codes(one: bool, kind: int, bits: int) -> Any:
         c: Array,
         table: Array,
     ) -> None:
-        levels, target = table_at(data_of(table), 0), (data_of(out), streams)
+        levels, target = sixteen_at(data_of(table), 0), (data_of(out), streams)
         given = _pointers_of(source, one), target, data_of(packed), data_of(c), kind, bits, levels
         _for_all(_apply, given, lo, hi, place, (data_of(t), data_of(t)))
 

@@ -22,7 +22,7 @@ from compactdist.codecs.kernels.cpu_vectors import (
     HALVES,
     HOST,
     INTS,
-    TABLE,
+    SIXTEEN,
     call,
     every_nth,
     first_lanes,
@@ -50,6 +50,14 @@ def data_of(typing_context: Any, array: Any) -> Any:
     return types.CPointer(array.dtype)(array), build
 
 
+@intrinsic
+def shifted(typing_context: Any, pointer: Any, by: Any) -> Any:
+    """A pointer to ``by`` elements further on."""
+    return pointer(pointer, types.int64), lambda context, builder, sig, arguments: builder.gep(
+        *arguments[:1], arguments[1:]
+    )
+
+
 @inlined
 def pointers_of(source: Any) -> Any:
     """The arrays of a source as pointers."""
@@ -57,15 +65,18 @@ def pointers_of(source: Any) -> Any:
     return data_of(x), data_of(base), data_of(velocity), terms
 
 
-@intrinsic
-def stack_floats(typing_context: Any) -> Any:
-    """Sixty-four float32, until the function returns."""
+@intrinsic(prefer_literal=True)
+def stack_floats(typing_context: Any, count: Any) -> Any:
+    """So many float32, at the beginning of a cache line, until the function returns."""
+    size = count.literal_value
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         with builder.goto_entry_block():
-            return builder.alloca(ir.FloatType(), ir.Constant(ir.IntType(32), LANES))
+            place = builder.alloca(ir.FloatType(), ir.Constant(ir.IntType(32), size))
+            place.align = CACHE_LINE
+            return place
 
-    return types.CPointer(types.float32)(), build
+    return types.CPointer(types.float32)(count), build
 
 
 def read(builder: Any, pointer: Any, kind: Any, count: Any = None) -> Any:
@@ -265,10 +276,10 @@ def prefetch(typing_context: Any, pointer: Any, at: Any) -> Any:
 
 
 @intrinsic
-def table_at(typing_context: Any, pointer: Any, at: Any) -> Any:
+def sixteen_at(typing_context: Any, pointer: Any, at: Any) -> Any:
     """Sixteen float32 from ``at`` on."""
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        return read(builder, builder.gep(arguments[0], [arguments[1]]), TABLE.of)
+        return read(builder, builder.gep(arguments[0], [arguments[1]]), SIXTEEN.of)
 
-    return TABLE(types.CPointer(types.float32), types.uintp), build
+    return SIXTEEN(types.CPointer(types.float32), types.uintp), build

@@ -21,15 +21,15 @@ _byte, _i64 = ir.IntType(8), ir.IntType(64)
 
 
 def _packed(builder: Any, bits: int, codes: Any) -> Any:
-    """Ints below ``2 ** bits``, or a mask, as bytes."""
+    """Ints below ``2 ** bits``, or for -8 numbers in two's complement, or a mask, as bytes."""
     if bits == 1:
         return builder.bitcast(codes, ir.VectorType(_byte, LANES // 8))
-    count = LANES * bits // 8
-    if bits < 8 and HOST.get("avx512bw", False):
+    if HOST.get("avx512bw", False):
         return _packed_in_registers(builder, bits, codes)
     narrow = every_nth(builder, every_nth(builder, codes, 16, 0), 8, 0)
-    if bits == 8:
+    if abs(bits) == 8:
         return narrow
+    count = LANES * bits // 8
     groups = ir.VectorType(ir.IntType(64 // bits), count)
     group = builder.bitcast(narrow, groups)
     together = group
@@ -40,7 +40,7 @@ def _packed(builder: Any, bits: int, codes: Any) -> Any:
 
 
 def _packed_in_registers(builder: Any, bits: int, codes: Any) -> Any:
-    """``_packed`` for 2 and 4 bits: registers narrowed in pairs, neighbours added, order restored at the end."""
+    """``_packed`` for all but masks: registers narrowed in pairs, neighbours added, order restored at the end."""
 
     def x86(name: str, width: int, a: Any, b: Any) -> Any:
         kind = ir.VectorType(ir.IntType(width), 512 // width)
@@ -50,15 +50,20 @@ def _packed_in_registers(builder: Any, bits: int, codes: Any) -> Any:
         kind = ir.VectorType(ir.IntType(width), 512 // width)
         return ir.Constant(kind, [1, high] * (kind.count // 2))
 
+    to_words, to_bytes = ("packssdw", "packsswb") if bits < 0 else ("packusdw", "packuswb")
     parts = [part(builder, codes, range(at, at + 16)) for at in range(0, LANES, 16)]
-    words = [x86("packusdw", 16, parts[at], parts[at + 1]) for at in (0, 2)]
-    group = x86("pmaddubs.w", 16, x86("packuswb", 8, *words), weights(8, 1 << bits))
+    words = [x86(to_words, 16, parts[at], parts[at + 1]) for at in (0, 2)]
+    group = x86(to_bytes, 8, *words)
+    if bits in (2, 4):
+        group = x86("pmaddubs.w", 16, group, weights(8, 1 << bits))
     if bits == 2:
         group = x86("pmaddw.d", 32, group, weights(16, 16))
     # of each four codes in a row one byte, or two bytes of 16 bits; packing took them from four registers in turn
     group = builder.bitcast(group, ir.VectorType(_byte, 64))
     fours = [4 * (4 * quarter + register) for register in range(4) for quarter in range(4)]
-    return part(builder, group, [at + j for at in fours for j in range(0, 4, 8 // bits)])
+    kept = {2: 1, 4: 2}.get(bits, 4)
+    step = 2 if bits == 4 else 1
+    return part(builder, group, [at + j * step for at in fours for j in range(kept)])
 
 
 def _unpacked(builder: Any, bits: int, data: Any) -> Any:
@@ -78,7 +83,7 @@ def _unpacked(builder: Any, bits: int, data: Any) -> Any:
 
 
 def _size(builder: Any, width: int, count: Any) -> Any:
-    return builder.ashr(builder.mul(count, ir.Constant(_i64, width)), ir.Constant(_i64, 3))
+    return builder.ashr(builder.mul(count, ir.Constant(_i64, abs(width))), ir.Constant(_i64, 3))
 
 
 @intrinsic(prefer_literal=True)
@@ -135,11 +140,13 @@ def mask_at(packed: Any, element: int, count: int) -> Any:
 
 @inlined
 def store_codes(codes: Any, bits: int, out: Any, element: int, count: int) -> None:
-    """Pack ints to 2, 4 or 8 bits each, the first lowest, as ``store_mask`` does."""
+    """Pack ints to 2, 4 or 8 bits each, the first lowest, as ``store_mask`` does; -8 bits for two's complement."""
     if bits == 2:
         _pack(codes, 2, out, element >> 2, count)
     elif bits == 4:
         _pack(codes, 4, out, element >> 1, count)
+    elif bits < 0:
+        _pack(codes, -8, out, element, count)
     else:
         _pack(codes, 8, out, element, count)
 

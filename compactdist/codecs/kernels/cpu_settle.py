@@ -12,6 +12,7 @@ import numpy as np
 
 from compactdist.codecs.kernels.cpu_elements import Array, Pointer, fold, inlined, jit, round_3_bits
 from compactdist.codecs.kernels.cpu_memory import data_of, load_first
+from compactdist.codecs.kernels.cpu_sixteen import as_bf16, both, choose, either, root
 from compactdist.codecs.kernels.cpu_vectors import folded, magnitude, zeros
 from compactdist.codecs.kernels.reference import BF16_MAX_BITS, LANES, UE5M3_BIAS, UE5M3_FIRST_NONZERO_BITS
 from compactdist.codecs.kernels.reference import TILE_ROWS as TILE
@@ -30,38 +31,37 @@ _BF16_MAX_BITS = np.uint32(BF16_MAX_BITS)
 
 @inlined
 def storable(c: Any, up: Any) -> Any:
-    """As ``scales.storable_scale``."""
-    bits = _f32(c).view(_u32)
-    more = _u32(0xFFFF) if up else _u32(_u32(0x7FFF) + _u32(_u32(bits >> _u32(16)) & _u32(1)))
-    rounded = _u32(_u32(bits + more) & _u32(0xFFFF0000)).view(_f32)
-    return _f32(0) if rounded < _SMALLEST_SCALE else rounded
-
-
-@inlined
-def bf16_bits(c: Any) -> Any:
-    """What is stored of a scale that ``storable`` gave."""
-    return np.uint16(min(_u32(_f32(c).view(_u32) >> _u32(16)), _BF16_MAX_BITS))
+    """As ``scales.storable_scale``; one or sixteen of them, as what follows."""
+    rounded = as_bf16(c, up)
+    return choose(rounded < _SMALLEST_SCALE, _f32(0), rounded)
 
 
 @inlined
 def over(above: Any, below: Any) -> Any:
     """The quotient; 0 where there is nothing to divide by."""
-    return above / below if below > _f32(0) else _f32(0)
+    return choose(below > _f32(0), above / below, _f32(0))
 
 
 @inlined
 def is_safe(stat: Any) -> Any:
     """Whether sums and squares stay inside float32; false for what is not finite."""
-    return (stat >= _LOWEST and stat <= _HIGHEST) or stat == _f32(0)
+    return either(both(stat >= _LOWEST, stat <= _HIGHEST), stat == _f32(0))
 
 
 @inlined
 def gaussian(energy: Any, mean: Any, weight: Any, bound: Any, widening: int) -> Any:
     """As ``scales.gaussian_scale``; ``bound`` is what holds c, in mean magnitudes."""
     sigma = over(energy, mean * _SIGMA_OF_MEAN_MAGNITUDE)
-    overstated = np.sqrt(over(sigma * sigma * weight, energy))
-    overstated = np.sqrt(overstated) if widening == 2 else overstated
-    return storable(min(sigma * overstated, over(mean, weight) * bound), False)
+    overstated = root(over(sigma * sigma * weight, energy))
+    overstated = root(overstated) if widening == 2 else overstated
+    fitting, limit = sigma * overstated, over(mean, weight) * bound
+    return storable(choose(fitting < limit, fitting, limit), False)
+
+
+@inlined
+def _bf16_bits(c: Any) -> Any:
+    """What is stored of a scale that ``storable`` gave."""
+    return np.uint16(min(_u32(_f32(c).view(_u32) >> _u32(16)), _BF16_MAX_BITS))
 
 
 @inlined
@@ -198,7 +198,7 @@ def settle_channels(
             else:
                 sigma = storable(over(two[j], (one[j] * norm) * _SIGMA_OF_MEAN_MAGNITUDE), False)
                 scale = storable(sigma * _LEVEL_OF_TRITS, False)
-            stored[group * count + j] = bf16_bits(scale)
+            stored[group * count + j] = _bf16_bits(scale)
             for k in range(j, channels if shared else j + 1):
                 c[group * channels + k] = scale
                 inverse_c[group * channels + k] = over(_f32(1), scale)

@@ -10,22 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_elements import ROUNDING, Pointer, inlined
+from compactdist.codecs.kernels.cpu_elements import Pointer, inlined
 from compactdist.codecs.kernels.cpu_float8 import float8_codes, float8_levels
-from compactdist.codecs.kernels.cpu_memory import load_first, prefetch, rounded_for, store_first, stream
+from compactdist.codecs.kernels.cpu_memory import load_first, prefetch, rounded_for, sixteen_at, store_first, stream
 from compactdist.codecs.kernels.cpu_packing import codes_at, mask_at
 from compactdist.codecs.kernels.cpu_settle import E4M3, LINEAR, SIGN
 from compactdist.codecs.kernels.cpu_vectors import (
     HOST,
+    as_whole_floats,
+    bins_of,
     bits_of,
     chosen,
     magnitude,
+    nearest_ints,
     negative,
     no_bits,
     raised,
     signed_floats,
-    table_of,
     where,
+    with_sign,
     zeros,
 )
 from compactdist.codecs.kernels.reference import LANES
@@ -56,14 +59,26 @@ def residual_at(source: Any, at: int, have: int) -> Any:
 
 
 @inlined
-def ask_for(source: Any, at: int) -> None:
-    """Ask for elements that are about to be needed: memory is read while the processor computes."""
-    x, base, velocity, terms = source
-    prefetch(x, at)
+def ask_for_x(source: Any, at: int) -> None:
+    """Ask for elements of ``x`` that are about to be needed: memory is read while the processor computes."""
+    prefetch(source[0], at)
+
+
+@inlined
+def ask_for_expected(source: Any, at: int) -> None:
+    """The same for base and velocity."""
+    _, base, velocity, terms = source
     if terms:
         prefetch(base, at)
     if terms > 1:
         prefetch(velocity, at)
+
+
+@inlined
+def ask_for(source: Any, at: int) -> None:
+    """The same for all of them."""
+    ask_for_x(source, at)
+    ask_for_expected(source, at)
 
 
 @inlined
@@ -81,25 +96,31 @@ def put(expected: Any, change: Any, target: Any, at: int, have: int) -> None:
 
 
 @inlined
-def nearest_codes(u: Any, below: Any, borders: Any, trits: bool) -> Any:
-    """How many borders, a tuple, lie below ``u``, and the sign where ``below``: the bit above, or for trits 2 for 1."""
-    index = no_bits()
-    if len(borders) == 7 and _SEARCHES:
-        upper = u > borders[3]
-        index = raised(index, upper, _u32(4))
-        index = raised(index, u > where(upper, borders[5], borders[1]), _u32(2))
-        index = raised(index, u > chosen(table_of(borders), index), _u32(1))
-    else:
-        for i in range(len(borders)):
-            index = raised(index, u > borders[i], _u32(1))
-    return raised(index, below, index) if trits else raised(index, below, _u32(len(borders) + 1))
+def search_of(borders: Any, tables: Pointer) -> Any:
+    """What ``nearest_codes`` takes; ``tables`` are those of ``cpu_common.Plan``."""
+    return borders, sixteen_at(tables, 16), sixteen_at(tables, 32)
 
 
 @inlined
-def nearest_steps(u: Any, largest: Any) -> Any:
-    """The nearest integers, at most ``largest`` in magnitude, plus ``ROUNDING``: the lowest byte is the code."""
-    u = where(u > largest, largest, u)
-    return where(u < -largest, -largest, u) + ROUNDING
+def nearest_codes(value: Any, u: Any, search: Any, trits: bool) -> Any:
+    """How many borders lie below ``u``, the magnitude in grains, and the sign: the bit above, or for trits 2 for 1."""
+    borders, border_in, count_below = search
+    if len(borders) > 2 and _SEARCHES:
+        bins = bins_of(u)
+        index = bits_of(chosen(count_below, bins))
+        index = raised(index, u > chosen(border_in, bins), _u32(1))
+    else:
+        index = no_bits()
+        for i in range(len(borders)):
+            index = raised(index, u > borders[i], _u32(1))
+    if trits:
+        return raised(index, value < _f32(0), index)
+    value = value + _f32(0)  # -0 counts as positive
+    if len(borders) == 7:
+        return with_sign(index, value, 8)
+    if len(borders) == 3:
+        return with_sign(index, value, 4)
+    return with_sign(index, value, 2) if len(borders) == 1 else raised(index, value < _f32(0), _u32(len(borders) + 1))
 
 
 @inlined
@@ -117,14 +138,15 @@ def change_by_float8(kind: int, scale: Any, codes: Any) -> Any:
 
 
 @inlined
-def reaching(kind: int, u: Any, below: Any, scale: Any, largest: Any) -> Any:
+def reaching(kind: int, u: Any, below: Any, scale: Any) -> Any:
     """Codes of a kind from ``LINEAR`` on for values ``u``, in units of their scales, and what the receiver adds.
 
     ``below`` tells negative values, also those that ``u`` has rounded to zero.
     """
     if kind == LINEAR:
-        whole = nearest_steps(u, largest)
-        return bits_of(whole), scale * (whole - ROUNDING)
+        # scales are rounded up, so that nothing is nearer to an integer beyond the largest
+        whole = nearest_ints(u)
+        return whole, scale * as_whole_floats(whole)
     codes = nearest_float8(kind, magnitude(u), below)
     return codes, change_by_float8(kind, scale, codes)
 

@@ -46,7 +46,8 @@ FLOATS = Vector("floats", _float, LANES)
 INTS = Vector("ints", _i32, LANES)
 HALVES = Vector("halves", ir.IntType(16), LANES)
 MASK = Vector("mask", ir.IntType(1), LANES)
-TABLE = Vector("table", _float, 16)
+SIXTEEN = Vector("sixteen", _float, 16)
+SIXTEEN_BITS = Vector("sixteen bits", ir.IntType(1), 16)
 
 
 def full(value: Any, kind: Any = FLOATS) -> Any:
@@ -70,32 +71,40 @@ def unknown(builder: Any, scalar: Any) -> Any:
 
 
 @lower_cast(types.float32, FLOATS)
+@lower_cast(types.float32, SIXTEEN)
 @lower_cast(types.uint32, INTS)
 def _to_lanes(context: Any, builder: Any, given: Any, wanted: Any, value: Any) -> Any:
     return spread(builder, value, wanted)
 
 
-def _operator(symbol: Any, result: Vector, build: Callable[..., Any]) -> None:
-    """Give a binary operator a meaning for floats, of which one may be a scalar."""
+def _operator(symbol: Any, build: Callable[..., Any], *, compares: bool = False) -> None:
+    """Give a binary operator a meaning for floats, sixty-four or sixteen, of which one may be a scalar."""
+    for kind, mask in ((FLOATS, MASK), (SIXTEEN, SIXTEEN_BITS)):
+        _operator_for(symbol, build, kind, mask if compares else kind)
 
+
+def _operator_for(symbol: Any, build: Callable[..., Any], kind: Vector, result: Vector) -> None:
     @infer_global(symbol)
     class _Typed(AbstractTemplate):
         def generic(self, arguments: Any, keywords: Any) -> Any:
-            known = FLOATS in arguments and set(arguments) <= {FLOATS, types.float32}
-            return signature(result, FLOATS, FLOATS) if known else None
+            known = kind in arguments and set(arguments) <= {kind, types.float32}
+            return signature(result, kind, kind) if known else None
 
-    @lower_builtin(symbol, FLOATS, FLOATS)
+    @lower_builtin(symbol, kind, kind)
     def _lower(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         return build(builder, *arguments)
 
 
-_operator(operator.add, FLOATS, lambda b, x, y: b.fadd(x, y))
-_operator(operator.iadd, FLOATS, lambda b, x, y: b.fadd(x, y))
-_operator(operator.sub, FLOATS, lambda b, x, y: b.fsub(x, y))
-_operator(operator.mul, FLOATS, lambda b, x, y: b.fmul(x, y))
-_operator(operator.gt, MASK, lambda b, x, y: b.fcmp_ordered(">", x, y))
-_operator(operator.lt, MASK, lambda b, x, y: b.fcmp_ordered("<", x, y))
-_operator(operator.ge, MASK, lambda b, x, y: b.fcmp_ordered(">=", x, y))
+_operator(operator.add, lambda b, x, y: b.fadd(x, y))
+_operator(operator.iadd, lambda b, x, y: b.fadd(x, y))
+_operator(operator.sub, lambda b, x, y: b.fsub(x, y))
+_operator(operator.mul, lambda b, x, y: b.fmul(x, y))
+_operator(operator.truediv, lambda b, x, y: b.fdiv(x, y))
+_operator(operator.gt, lambda b, x, y: b.fcmp_ordered(">", x, y), compares=True)
+_operator(operator.lt, lambda b, x, y: b.fcmp_ordered("<", x, y), compares=True)
+_operator(operator.ge, lambda b, x, y: b.fcmp_ordered(">=", x, y), compares=True)
+_operator(operator.le, lambda b, x, y: b.fcmp_ordered("<=", x, y), compares=True)
+_operator(operator.eq, lambda b, x, y: b.fcmp_ordered("==", x, y), compares=True)
 
 
 def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
@@ -104,18 +113,17 @@ def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-def part(builder: Any, vector: Any, lanes: Any) -> Any:
-    """Some lanes of a vector, as a vector."""
+def part(builder: Any, vector: Any, lanes: Any, other: Any = None) -> Any:
+    """Some lanes of a vector, or of two one after another, as a vector."""
     lanes = ir.Constant(ir.VectorType(_i32, len(lanes)), list(lanes))
-    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), lanes)
+    return builder.shuffle_vector(vector, other or ir.Constant(vector.type, ir.Undefined), lanes)
 
 
 def joined(builder: Any, parts: list[Any]) -> Any:
     """Vectors one after another, as many as a power of two."""
     while len(parts) > 1:
         every = range(2 * parts[0].type.count)
-        lanes = ir.Constant(ir.VectorType(_i32, len(every)), list(every))
-        parts = [builder.shuffle_vector(a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        parts = [part(builder, a, every, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
 
 
@@ -205,12 +213,12 @@ def table_of(typing_context: Any, values: Any) -> Any:
     """A tuple of at most 16 float32 as a table."""
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        table = ir.Constant(TABLE.of, None)
+        table = ir.Constant(SIXTEEN.of, None)
         for at, value in enumerate(cgutils.unpack_tuple(builder, arguments[0])):
             table = builder.insert_element(table, value, ir.Constant(_i32, at))
         return table
 
-    return TABLE(values), build
+    return SIXTEEN(values), build
 
 
 @intrinsic
@@ -259,9 +267,59 @@ def folded(typing_context: Any, x: Any) -> Any:
 
 
 @intrinsic
+def nearest_ints(typing_context: Any, x: Any) -> Any:
+    """Integers nearest to floats, half to even; far below 2 ** 31 in magnitude."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        (values,) = arguments
+        if not HOST.get("avx512f", False):
+            return builder.fptosi(call(builder, f"llvm.rint.v{LANES}f32", FLOATS.of, values), INTS.of)
+        kind, every, nearest = ir.VectorType(_i32, 16), ir.Constant(ir.IntType(16), -1), ir.Constant(_i32, 8)
+        name, none = "llvm.x86.avx512.mask.cvtps2dq.512", ir.Constant(kind, None)
+        parts = [part(builder, values, range(at, at + 16)) for at in range(0, LANES, 16)]
+        return joined(builder, [call(builder, name, kind, one, none, every, nearest) for one in parts])
+
+    return INTS(FLOATS), build
+
+
+@intrinsic
+def as_whole_floats(typing_context: Any, x: Any) -> Any:
+    """Signed ints as floats."""
+    return FLOATS(INTS), lambda context, builder, sig, arguments: builder.sitofp(*arguments, FLOATS.of)
+
+
+@intrinsic
+def bins_of(typing_context: Any, x: Any) -> Any:
+    """Floats not below 0 cut off to integers, at most 15, as ints."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        # what is too large for an integer becomes 2 ** 31 here, where LLVM's own conversion promises nothing
+        kind, every, as_set = ir.VectorType(_i32, 16), ir.Constant(ir.IntType(16), -1), ir.Constant(_i32, 4)
+        name, none = "llvm.x86.avx512.mask.cvttps2dq.512", ir.Constant(kind, None)
+        parts = [part(builder, arguments[0], range(at, at + 16)) for at in range(0, LANES, 16)]
+        whole = joined(builder, [call(builder, name, kind, one, none, every, as_set) for one in parts])
+        return call(builder, f"llvm.umin.v{LANES}i32", INTS.of, whole, full(15, INTS))
+
+    return INTS(FLOATS), build
+
+
+@intrinsic
 def bits_of(typing_context: Any, x: Any) -> Any:
     """The bits of floats."""
     return INTS(FLOATS), lambda context, builder, sig, arguments: builder.bitcast(*arguments, INTS.of)
+
+
+@intrinsic(prefer_literal=True)
+def with_sign(typing_context: Any, index: Any, x: Any, weight: Any) -> Any:
+    """Ints below ``weight``, a power of two, more by it where floats have their signs set, -0 too."""
+    value = weight.literal_value
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(arguments[1], INTS.of)
+        sign = builder.lshr(bits, full(31 - value.bit_length() + 1, INTS))
+        return builder.or_(arguments[0], builder.and_(sign, full(value, INTS)))
+
+    return INTS(INTS, FLOATS, weight), build
 
 
 @intrinsic
@@ -288,9 +346,9 @@ def chosen(typing_context: Any, table: Any, index: Any) -> Any:
                 out = builder.insert_element(out, builder.extract_element(table, at), ir.Constant(_i32, lane))
             return out
         parts = [
-            call(builder, "llvm.x86.avx512.permvar.sf.512", TABLE.of, table, part(builder, index, range(at, at + 16)))
+            call(builder, "llvm.x86.avx512.permvar.sf.512", SIXTEEN.of, table, part(builder, index, range(at, at + 16)))
             for at in range(0, LANES, 16)
         ]
         return joined(builder, parts)
 
-    return FLOATS(TABLE, INTS), build
+    return FLOATS(SIXTEEN, INTS), build
