@@ -29,6 +29,7 @@ from compactdist.codecs.kernels.cpu_settle import LINEAR
 from compactdist.codecs.kernels.cpu_steps import (
     AHEAD,
     ask_for,
+    ask_for_expected,
     change_of,
     expected_at,
     nearest_codes,
@@ -38,6 +39,9 @@ from compactdist.codecs.kernels.cpu_steps import (
 )
 from compactdist.codecs.kernels.cpu_vectors import chosen, magnitude
 from compactdist.codecs.kernels.reference import LANES
+
+_AHEAD_OF_LITTLE = 3 * AHEAD
+"""Where there is little to compute, memory has to be asked earlier."""
 
 _f32 = np.float32
 
@@ -101,6 +105,7 @@ def _reaching(given: Any, weights: Any, at: int, channel: int, code: int, count:
 @inlined
 def _apply(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
     source, target, packed, cs, kind, bits, levels = given
+    ask_for_expected(source, at + _AHEAD_OF_LITTLE)
     scale = load_first(cs, channel, count) * weights[0]
     put(expected_at(source, at, have), change_of(kind, scale, packed, bits, levels, code, count), target, at, have)
 
