@@ -44,7 +44,7 @@ class _Call(NamedTuple):
     packed: NDArray[np.uint8]
     written: NDArray[np.uint8]
     out: NDArray[Any]
-    streams: bool
+    streams: tuple[bool, bool]
 
     @property
     def stored(self) -> NDArray[np.uint16]:
@@ -108,7 +108,8 @@ def encode_residual(
     packed = np.empty(layout.elements, np.uint8) if plan.apart else codes
     source = bits_of(x, x.dtype), *expectation(base, velocity, x.dtype)
     in_place = out is not None and base is not None and out.data_ptr() == base.data_ptr()
-    call = _Call(codec, plan, source, packed, written, bits_of(out, x.dtype), not in_place and _streams(out))
+    streams = not in_place and _streams(out), not plan.apart and _streams(payload)
+    call = _Call(codec, plan, source, packed, written, bits_of(out, x.dtype), streams)
     if not (_encode_blocks(call, in_place) if layout.rows == 1 else _encode_rows(call)):
         return None
     if plan.apart:
@@ -119,8 +120,8 @@ def encode_residual(
 
 
 def _streams(out: Tensor | None) -> bool:
-    """Whether to write a new base past the caches. It is read in the next step, and a line that is written without
-    having been read need not be fetched: a quarter less to move for a loop that reads two tensors and writes one.
+    """Whether to write a new base, or codes, past the caches. They are read in the next step, or by whoever sends them,
+    and a line that is written without having been read need not be fetched.
     """
     return out is not None and out.nbytes >= STREAMED_NBYTES and out.data_ptr() % CACHE_LINE == 0
 

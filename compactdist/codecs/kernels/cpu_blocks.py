@@ -1,9 +1,10 @@
 """One pass over the elements where each block has a scale: everything about a block happens while it is in the cache.
 
-Blocks are the rows of a *place* (``cpu_loops.py``), consecutive in memory. They are coded in batches, so that what is
-one value for a block, a chain of slow operations, is computed for several at a time. Residuals are kept from one step
-over a batch to the next. The arithmetic is that of ``scales.py`` for layouts of one row. The width of codes, and
-whether there is just ``one`` term, is compiled in.
+Blocks are the rows of a *place* (``cpu_loops.py``), consecutive in memory. They are coded in batches of up to sixteen,
+so that what is one value for a block, a chain of slow operations, is computed for all of them in one go. While a batch is
+read, the one before is coded and the one before that is written, block by block in turn: scales are there when they are
+needed, and memory has something to do all the time. The arithmetic is that of ``scales.py`` for layouts of one row. The
+width of codes, and whether there is just ``one`` term, is compiled in.
 
 After a change in the files this one imports, touch it: Numba's cache on disk looks at this file's date only.
 """
@@ -15,10 +16,21 @@ from typing import Any
 
 import numpy as np
 
+from compactdist.codecs.kernels.cpu_block_steps import (
+    LITTLE,
+    MUCH,
+    code_nearest,
+    code_reaching,
+    find_moments,
+    find_reach,
+    find_signs,
+    for_block,
+    restore_levels,
+    restore_signs,
+)
 from compactdist.codecs.kernels.cpu_elements import Array, Pointer, inlined, jit
 from compactdist.codecs.kernels.cpu_memory import (
     data_of,
-    load,
     pointers_of,
     settle_streams,
     shifted,
@@ -26,8 +38,7 @@ from compactdist.codecs.kernels.cpu_memory import (
     stack_floats,
     store,
 )
-from compactdist.codecs.kernels.cpu_packing import mask_at, store_codes, store_mask
-from compactdist.codecs.kernels.cpu_settle import LINEAR, gaussian, is_safe, over, storable
+from compactdist.codecs.kernels.cpu_settle import gaussian, is_safe, over, storable
 from compactdist.codecs.kernels.cpu_sixteen import (
     COUNT,
     both,
@@ -38,165 +49,46 @@ from compactdist.codecs.kernels.cpu_sixteen import (
     store_bf16,
     store_sixteen,
 )
-from compactdist.codecs.kernels.cpu_steps import (
-    ask_for_expected,
-    ask_for_x,
-    expected_at,
-    nearest_codes,
-    put,
-    reaching,
-    residual_at,
-    search_of,
-)
-from compactdist.codecs.kernels.cpu_vectors import (
-    as_floats,
-    bits_of_magnitude,
-    chosen,
-    lane_mask,
-    larger,
-    magnitude,
-    negative,
-    no_bits,
-    where,
-    zeros,
-)
+from compactdist.codecs.kernels.cpu_steps import search_of
+from compactdist.codecs.kernels.cpu_vectors import as_floats, no_bits, zeros
 from compactdist.codecs.kernels.reference import LANES
-
-_KEPT = 2048
-"""Elements of a batch, unless one block is more: with base and new base they fit the first cache."""
-
-_AHEAD, _AHEAD_OF_LAST = _KEPT + _KEPT // 2, 2 * _KEPT + _KEPT // 2
-"""Elements between those of this batch, or of the last one, and those that are asked for: half of the next batch is
-there when it begins. Asking for x and base in different steps keeps memory at work in both.
-"""
 
 _f32 = np.float32
 
 
 def kept_for(block: int) -> int:
-    """Elements of the buffer that a loop over blocks of this length keeps residuals in."""
-    return 2 * max(_KEPT, -(-block // LANES) * LANES)
+    """Elements of the buffer that a loop over blocks of this length keeps residuals in: of three batches."""
+    return 3 * max(MUCH, -(-block // LANES) * LANES)
 
 
 @inlined
-def _source_of(source: Any, one: bool) -> Any:
-    x, base, velocity, terms = pointers_of(source)
-    return x, base, velocity, 1 if one else terms
-
-
-@inlined
-def _batch(n: int) -> Any:
-    """Elements between the kept blocks of a batch, and how many blocks there are at most."""
+def _sizes(place: Any, elements: int) -> Any:
+    """Elements to a block, all of them, those between kept blocks, and how many blocks a batch has at most."""
+    n = place[5]
     stride = (n + LANES - 1) // LANES * LANES
-    return stride, min(max(_KEPT // stride, 1), COUNT)
+    return n, place[6], stride, min(max(elements // stride, 1), COUNT)
 
 
 @inlined
-def _for_block(step: Any, given: Any, at: int, kept: int, n: int, numel: int, sums: Any) -> Any:
-    """A step for every 64 of the ``n`` elements from ``at`` on. It gets what is given, the position, that of what is
-    kept, how many belong to the block from there on, how many of them are there, and the sums so far, and returns
-    those to go on with.
-    """
-    have = min(n, numel - at)
-    whole = max(have, 0) // LANES * LANES
-    for j in range(0, whole, LANES):
-        sums = step(given, at + j, kept + j, LANES, LANES, sums)
-    for j in range(whole, n, LANES):
-        sums = step(given, at + j, kept + j, n - j, have - j, sums)
-    return sums
+def _count(first: int, hi: int, most: int) -> Any:
+    """Blocks of the batch that begins with ``first``."""
+    return max(min(most, hi - first), 0)
 
 
 @inlined
-def _signs(given: Any, at: int, kept: int, count: int, have: int, lanes: Any) -> Any:
-    source, packed = given
-    ask_for_x(source, at + _AHEAD)
-    value = residual_at(source, at, have)
-    store_mask(value >= _f32(0), packed, at, count)
-    return lanes + magnitude(value)
-
-
-@inlined
-def _restore_signs(given: Any, at: int, kept: int, count: int, have: int, scale: Any) -> Any:
-    source, target, packed = given
-    ask_for_expected(source, at + _AHEAD_OF_LAST)
-    change = where(mask_at(packed, at, count), scale, negative(scale))
-    put(expected_at(source, at, have), change, target, at, have)
-    return scale
-
-
-@inlined
-def _moments(given: Any, at: int, kept: int, count: int, have: int, sums: Any) -> Any:
-    source, values = given
-    value = residual_at(source, at, have)
-    store(value, values, kept)
-    return sums[0] + magnitude(value), sums[1] + value * value
-
-
-@inlined
-def _nearest(given: Any, at: int, kept: int, count: int, have: int, sums: Any) -> Any:
-    """Codes, levels in the place of residuals, and by lanes the sums for the fit of the scale to them."""
-    source, values, packed, bits, search, levels, inverse = given
-    ask_for_x(source, at + _AHEAD)
-    value = load(values, kept)
-    codes = nearest_codes(value, magnitude(value) * inverse, search, False)
-    store_codes(codes, bits, packed, at, count)
-    level = chosen(levels, codes)
-    if count < LANES:
-        level = where(lane_mask(count), level, zeros())
-    store(level, values, kept)
-    return sums[0] + value * level, sums[1] + level * level
-
-
-@inlined
-def _restore_levels(given: Any, at: int, kept: int, count: int, have: int, scale: Any) -> Any:
-    source, target, values = given
-    ask_for_expected(source, at + _AHEAD_OF_LAST)
-    put(expected_at(source, at, have), scale * load(values, kept), target, at, have)
-    return scale
-
-
-@inlined
-def _reach(given: Any, at: int, kept: int, count: int, have: int, bits: Any) -> Any:
-    source, values = given
-    ask_for_x(source, at + _AHEAD)
-    value = residual_at(source, at, have)
-    store(value, values, kept)
-    return larger(bits, bits_of_magnitude(value))
-
-
-@inlined
-def _reaching(given: Any, at: int, kept: int, count: int, have: int, c: Any) -> Any:
-    source, target, stores, packed, values, inverse, kind = given
-    ask_for_expected(source, at + _AHEAD_OF_LAST)
-    value = load(values, kept)
-    codes, change = reaching(kind, value * inverse, value < _f32(0), c)
-    store_codes(codes, -8 if kind == LINEAR else 8, packed, at, count)
-    if stores:
-        put(expected_at(source, at, have), change, target, at, have)
-    return c
-
-
-@inlined
-def _state_of(kept: Array, room: Pointer) -> Any:
-    """Two buffers of what is kept, and of scales: those of this batch and of the last one, in turn."""
+def _cleared(room: Pointer) -> Any:
+    """Room for sixteen rows that are folded together; zero where there is no block."""
     for at in range(0, COUNT * COUNT, LANES):
-        store(zeros(), room, at)  # rows of blocks that there are not
-    values, cs = data_of(kept), stack_floats(32)
-    return (values, cs), (shifted(values, kept.size // 2), shifted(cs, COUNT))
+        store(zeros(), room, at)
+    return room
 
 
 @cache
 def block_signs(one: bool) -> Any:
     """For blocks ``lo`` to ``hi``: sign codes, scales, and what the receiver makes of them; ``bad[0]`` for unsafe ones.
 
-    ``kept`` is a buffer of ``kept_for``.
+    ``kept`` is a buffer of ``kept_for``; ``streams`` tells whether ``out`` and the codes are written past the caches.
     """
-
-    @inlined
-    def restore(given: Any, first: int, blocks: int, size: Any, state: Any) -> None:
-        n, numel, _ = size
-        for b in range(blocks):
-            _for_block(_restore_signs, given, (first + b) * n, 0, n, numel, as_floats(state[1][b]))
 
     @jit
     def loop(
@@ -209,28 +101,27 @@ def block_signs(one: bool) -> Any:
         stored: Array,
         bad: Array,
         out: Array,
-        streams: bool,
+        streams: Any,
     ) -> None:
-        given, bytes_, scales = _source_of(source, one), data_of(packed), data_of(stored)
-        codes, room = (given, (data_of(out), streams), bytes_), stack_floats(256)
-        n, numel, (stride, most) = place[5], place[6], _batch(place[5])
-        this, other = _state_of(kept, room)
-        size, before = (n, numel, stride), 0
-        safe = is_safe(folded_rows(room, False))  # not in ``bad`` until the end: all threads share its cache line
-        for first in range(lo, hi, most):
-            blocks = min(most, hi - first)
-            for b in range(blocks):
-                fold_in(_for_block(_signs, (given, bytes_), (first + b) * n, 0, n, numel, zeros()), room, b)
+        given, bytes_, scales = pointers_of(source, one), data_of(packed), data_of(stored)
+        codes, cs, room = (given, (data_of(out), streams[0]), bytes_), stack_floats(16), _cleared(stack_floats(256))
+        n, numel, _, most = _sizes(place, LITTLE)
+        before, safe = 0, is_safe(folded_rows(room, False))
+        for first in range(lo, hi + most, most):
+            blocks = _count(first, hi, most)
+            for b in range(most):
+                at = (first + b) * n
+                if b < blocks:
+                    fold_in(for_block(find_signs, (given, bytes_), at, 0, n, numel, zeros()), room, b)
+                if b < before:
+                    for_block(restore_signs, codes, at - most * n, 0, n, numel, as_floats(cs[b]))
             means = folded_rows(room, False)
             safe, c = both(safe, is_safe(means)), storable(means / _f32(n), False)
-            store_sixteen(c, this[1])
+            store_sixteen(c, cs)
             store_bf16(c, scales, first, blocks)
-            this, other = other, this
-            restore(codes, first - before, before, size, this)
             before = blocks if out.size else 0
-        restore(codes, hi - before, before, size, other)
         settle_streams()
-        if not everywhere(safe):
+        if not everywhere(safe):  # only now, as all threads share its cache line
             bad[0] = 1
 
     return loop
@@ -240,13 +131,6 @@ def block_signs(one: bool) -> Any:
 def block_nearest(one: bool, bits: int) -> Any:
     """The same for sign and magnitude; ``bound`` is what ``gaussian_scale`` holds c below, in mean magnitudes."""
 
-    @inlined
-    def restore(given: Any, first: int, blocks: int, size: Any, state: Any) -> None:
-        n, numel, stride = size
-        for b in range(blocks):
-            found = *given, state[0]
-            _for_block(_restore_levels, found, (first + b) * n, b * stride, n, numel, as_floats(state[1][b]))
-
     @jit
     def loop(
         lo: int,
@@ -258,45 +142,48 @@ def block_nearest(one: bool, bits: int) -> Any:
         stored: Array,
         bad: Array,
         out: Array,
-        streams: bool,
+        streams: Any,
         grain: Any,
         borders: Any,
         table: Array,
         widening: int,
         bound: Any,
     ) -> None:
-        given, bytes_, scales = _source_of(source, one), data_of(packed), data_of(stored)
-        back, inverses = (given, (data_of(out), streams)), stack_floats(16)
-        room, more_room = stack_floats(256), stack_floats(256)
-        levels, search = sixteen_at(data_of(table), 0), search_of(borders, data_of(table))
-        n, numel, (stride, most) = place[5], place[6], _batch(place[5])
-        _state_of(kept, more_room)
-        this, other = _state_of(kept, room)
-        size, before = (n, numel, stride), 0
-        safe = is_safe(folded_rows(room, False))
-        for first in range(lo, hi, most):
-            blocks = min(most, hi - first)
-            for b in range(blocks):
-                at = (first + b) * n
-                two = _for_block(_moments, (given, this[0]), at, b * stride, n, numel, (zeros(), zeros()))
-                fold_in(two[0], room, b)
-                fold_in(two[1], more_room, b)
-            means, squares = folded_rows(room, False), folded_rows(more_room, False)
+        given, target, to = pointers_of(source, one), (data_of(out), streams[0]), (data_of(packed), streams[1])
+        levels, search, scales = sixteen_at(data_of(table), 0), search_of(borders, data_of(table)), data_of(stored)
+        n, numel, stride, most = _sizes(place, MUCH)
+        values, third = data_of(kept), kept.size // 3
+        new, known, old = values, shifted(values, third), shifted(values, 2 * third)
+        inverses, cs = stack_floats(16), stack_floats(16)
+        one_sum, two_sum = _cleared(stack_floats(256)), _cleared(stack_floats(256))
+        one_fit, two_fit = _cleared(stack_floats(256)), _cleared(stack_floats(256))
+        before, earlier, c = 0, 0, folded_rows(one_sum, False)
+        safe = is_safe(c)
+        for first in range(lo, hi + 2 * most, most):
+            blocks = _count(first, hi, most)
+            for b in range(most):
+                at, at_kept = (first + b) * n, b * stride
+                if b < blocks:
+                    two = for_block(find_moments, (given, new), at, at_kept, n, numel, (zeros(), zeros()))
+                    fold_in(two[0], one_sum, b)
+                    fold_in(two[1], two_sum, b)
+                if b < before:
+                    codes = known, to, bits, search, levels, inverses[b]
+                    two = for_block(code_nearest, codes, at - most * n, at_kept, n, numel, (zeros(), zeros()))
+                    fold_in(two[0], one_fit, b)
+                    fold_in(two[1], two_fit, b)
+                if b < earlier:
+                    found = given, target, old
+                    for_block(restore_levels, found, at - 2 * most * n, at_kept, n, numel, as_floats(cs[b]))
+            fitted = storable(over(folded_rows(one_fit, False), folded_rows(two_fit, False)), False)
+            fitted = choose(c > _f32(0), fitted, c)
+            store_sixteen(fitted, cs)
+            store_bf16(fitted, scales, first - most, before)
+            means, squares = folded_rows(one_sum, False), folded_rows(two_sum, False)
             safe, c = both(safe, is_safe(means)), gaussian(squares, means, _f32(n), bound, widening)
             store_sixteen(over(_f32(1), c) * grain, inverses)
-            restore(back, first - before, before, size, other)
-            before = blocks if out.size else 0
-            for b in range(blocks):
-                codes = given, this[0], bytes_, bits, search, levels, inverses[b]
-                two = _for_block(_nearest, codes, (first + b) * n, b * stride, n, numel, (zeros(), zeros()))
-                fold_in(two[0], room, b)
-                fold_in(two[1], more_room, b)
-            fitted = storable(over(folded_rows(room, False), folded_rows(more_room, False)), False)
-            c = choose(c > _f32(0), fitted, c)
-            store_sixteen(c, this[1])
-            store_bf16(c, scales, first, blocks)
-            this, other = other, this
-        restore(back, hi - before, before, size, other)
+            new, known, old = old, new, known
+            before, earlier = blocks, before if out.size else 0
         settle_streams()
         if not everywhere(safe):
             bad[0] = 1
@@ -308,14 +195,6 @@ def block_nearest(one: bool, bits: int) -> Any:
 def block_reaching(one: bool, kind: int) -> Any:
     """The same for integers and for float8, the largest of them ``steps``."""
 
-    @inlined
-    def code(given: Any, first: int, blocks: int, size: Any, state: Any, inverses: Pointer) -> None:
-        n, numel, stride = size
-        store_sixteen(over(_f32(1), sixteen_at(state[1], 0)), inverses)
-        for b in range(blocks):
-            codes = *given, state[0], inverses[b], kind
-            _for_block(_reaching, codes, (first + b) * n, b * stride, n, numel, as_floats(state[1][b]))
-
     @jit
     def loop(
         lo: int,
@@ -327,28 +206,29 @@ def block_reaching(one: bool, kind: int) -> Any:
         stored: Array,
         bad: Array,
         out: Array,
-        streams: bool,
+        streams: Any,
         steps: Any,
     ) -> None:
-        given, scales, room, inverses = _source_of(source, one), data_of(stored), stack_floats(256), stack_floats(16)
-        to = given, (data_of(out), streams), out.size > 0, data_of(packed)
-        n, numel, (stride, most) = place[5], place[6], _batch(place[5])
-        this, other = _state_of(kept, room)
-        size, before = (n, numel, stride), 0
-        safe = is_safe(folded_rows(room, True))
-        for first in range(lo, hi, most):
-            blocks = min(most, hi - first)
-            for b in range(blocks):
-                at = (first + b) * n
-                fold_in(_for_block(_reach, (given, this[0]), at, b * stride, n, numel, no_bits()), room, b)
+        given, target, to = pointers_of(source, one), (data_of(out), streams[0]), (data_of(packed), streams[1])
+        n, numel, stride, most = _sizes(place, LITTLE)
+        new, known, scales = data_of(kept), shifted(data_of(kept), kept.size // 3), data_of(stored)
+        inverses, cs, room = stack_floats(16), stack_floats(16), _cleared(stack_floats(256))
+        before, safe = 0, is_safe(folded_rows(room, True))
+        for first in range(lo, hi + most, most):
+            blocks = _count(first, hi, most)
+            for b in range(most):
+                at, at_kept = (first + b) * n, b * stride
+                if b < blocks:
+                    fold_in(for_block(find_reach, (given, new), at, at_kept, n, numel, no_bits()), room, b)
+                if b < before:
+                    codes = given, target, out.size > 0, to, known, inverses[b], kind
+                    for_block(code_reaching, codes, at - most * n, at_kept, n, numel, as_floats(cs[b]))
             largest = folded_rows(room, True)
             safe, c = both(safe, is_safe(largest)), storable(largest / steps, True)
-            store_sixteen(c, this[1])
+            store_sixteen(c, cs)
+            store_sixteen(over(_f32(1), c), inverses)
             store_bf16(c, scales, first, blocks)
-            this, other = other, this
-            code(to, first - before, before, size, this, inverses)
-            before = blocks
-        code(to, hi - before, before, size, other, inverses)
+            new, known, before = known, new, blocks
         settle_streams()
         if not everywhere(safe):
             bad[0] = 1

@@ -69,20 +69,14 @@ def _for_all(step: Any, given: Any, lo: int, hi: int, place: Any, weights: Any) 
 
 
 @inlined
-def _pointers_of(source: Any, one: bool) -> Any:
-    x, base, velocity, terms = pointers_of(source)
-    return x, base, velocity, 1 if one else terms
-
-
-@inlined
 def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
-    source, target, packed, cs, inverses, levels, bits, search, trits, stores = given
+    source, target, to, cs, inverses, levels, bits, search, trits, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
     value = load_first(source[0], at, have) - expected
     u = magnitude(value) * load_first(inverses, channel, count) * weights[1]
     codes = nearest_codes(value, u, search, trits)
-    store_codes(codes, bits, packed, code, count)
+    store_codes(codes, bits, to, code, count)
     if stores:
         change = (load_first(cs, channel, count) * weights[0]) * chosen(levels, codes)
         put(expected, change, target, at, have)
@@ -90,14 +84,14 @@ def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: 
 
 @inlined
 def _reaching(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
-    source, target, packed, cs, inverses, kind, stores = given
+    source, target, to, cs, inverses, kind, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
     value = load_first(source[0], at, have) - expected
     u = value * load_first(inverses, channel, count) * weights[1]
     scale = load_first(cs, channel, count) * weights[0]
     codes, change = reaching(kind, u, value < _f32(0), scale)
-    store_codes(codes, -8 if kind == LINEAR else 8, packed, code, count)
+    store_codes(codes, -8 if kind == LINEAR else 8, to, code, count)
     if stores:
         put(expected, change, target, at, have)
 
@@ -125,7 +119,7 @@ def code_nearest(one: bool, bits: int, trits: bool) -> Any:
         place: Any,
         packed: Array,
         out: Array,
-        streams: bool,
+        streams: Any,
         t: Array,
         inverse_t: Array,
         c: Array,
@@ -133,12 +127,12 @@ def code_nearest(one: bool, bits: int, trits: bool) -> Any:
         borders: Any,
         table: Array,
     ) -> None:
-        target, levels = (data_of(out), streams), sixteen_at(data_of(table), 0)
+        target, levels = (data_of(out), streams[0]), sixteen_at(data_of(table), 0)
         scales = data_of(c), data_of(inverse_c)
         given = (
-            _pointers_of(source, one),
+            pointers_of(source, one),
             target,
-            data_of(packed),
+            (data_of(packed), streams[1]),
             *scales,
             levels,
             bits,
@@ -163,7 +157,7 @@ def code_reaching(one: bool, kind: int) -> Any:
         place: Any,
         packed: Array,
         out: Array,
-        streams: bool,
+        streams: Any,
         t: Array,
         inverse_t: Array,
         c: Array,
@@ -171,7 +165,8 @@ def code_reaching(one: bool, kind: int) -> Any:
     ) -> None:
         scales = data_of(c), data_of(inverse_c)
         target = data_of(out), streams
-        given = _pointers_of(source, one), target, data_of(packed), *scales, kind, out.size > 0
+        to = data_of(packed), streams[1]
+        given = pointers_of(source, one), target, to, *scales, kind, out.size > 0
         _for_all(_reaching, given, lo, hi, place, (data_of(t), data_of(inverse_t)))
 
     return loop
@@ -192,13 +187,13 @@ def apply_codes(one: bool, kind: int, bits: int) -> Any:
         place: Any,
         packed: Array,
         out: Array,
-        streams: bool,
+        streams: Any,
         t: Array,
         c: Array,
         table: Array,
     ) -> None:
-        levels, target = sixteen_at(data_of(table), 0), (data_of(out), streams)
-        given = _pointers_of(source, one), target, data_of(packed), data_of(c), kind, bits, levels
+        levels, target = sixteen_at(data_of(table), 0), (data_of(out), streams[0])
+        given = pointers_of(source, one), target, data_of(packed), data_of(c), kind, bits, levels
         _for_all(_apply, given, lo, hi, place, (data_of(t), data_of(t)))
 
     return loop

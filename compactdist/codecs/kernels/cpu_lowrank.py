@@ -124,7 +124,7 @@ def fit_levels(
 def _take_in(source: Any, place: Any, lo: int, hi: int, squares: Array, out: Array) -> None:
     """Rows ``lo`` to ``hi`` of all groups: the residual, rounded, and the sum of its squares."""
     row_at, chunk_at, chunk_from, chunk_len, _, channels, numel = place
-    given, outs = pointers_of(source), data_of(out)
+    given, outs = pointers_of(source, False), data_of(out)
     for row in range(lo, hi):
         lanes = zeros()
         for k in range(chunk_at.size):

@@ -59,10 +59,10 @@ def shifted(typing_context: Any, pointer: Any, by: Any) -> Any:
 
 
 @inlined
-def pointers_of(source: Any) -> Any:
-    """The arrays of a source as pointers."""
+def pointers_of(source: Any, one: bool) -> Any:
+    """The arrays of a source as pointers; where there is just ``one`` term, the compiler is told."""
     x, base, velocity, terms = source
-    return data_of(x), data_of(base), data_of(velocity), terms
+    return data_of(x), data_of(base), data_of(velocity), 1 if one else terms
 
 
 @intrinsic(prefer_literal=True)
@@ -98,6 +98,13 @@ def write(builder: Any, value: Any, pointer: Any, count: Any = None) -> None:
         return
     mask = first_lanes(builder, count, value.type.count)
     call(builder, f"llvm.masked.store.{_name(value.type)}.p0", ir.VoidType(), value, pointer, mask)
+
+
+def write_past(builder: Any, value: Any, pointer: Any, align: int) -> None:
+    """Write past the caches, to a multiple of ``align`` bytes, the size of the value or of a cache line."""
+    stored = builder.store(value, builder.bitcast(pointer, value.type.as_pointer()))
+    stored.align = align
+    stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
 
 
 def _name(kind: Any) -> str:
@@ -225,9 +232,7 @@ def stream(typing_context: Any, value: Any, pointer: Any, at: Any) -> Any:
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         value, pointer, at = arguments
-        stored = builder.store(value, builder.bitcast(builder.gep(pointer, [at]), value.type.as_pointer()))
-        stored.align = CACHE_LINE
-        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        write_past(builder, value, builder.gep(pointer, [at]), CACHE_LINE)
         return context.get_dummy_value()
 
     return signature(types.void, value, pointer, types.uintp), build

@@ -59,14 +59,8 @@ def residual_at(source: Any, at: int, have: int) -> Any:
 
 
 @inlined
-def ask_for_x(source: Any, at: int) -> None:
-    """Ask for elements of ``x`` that are about to be needed: memory is read while the processor computes."""
-    prefetch(source[0], at)
-
-
-@inlined
 def ask_for_expected(source: Any, at: int) -> None:
-    """The same for base and velocity."""
+    """Ask for elements of base and velocity that are about to be needed, so that memory does not rest."""
     _, base, velocity, terms = source
     if terms:
         prefetch(base, at)
@@ -76,8 +70,8 @@ def ask_for_expected(source: Any, at: int) -> None:
 
 @inlined
 def ask_for(source: Any, at: int) -> None:
-    """The same for all of them."""
-    ask_for_x(source, at)
+    """The same, and for those of ``x``."""
+    prefetch(source[0], at)
     ask_for_expected(source, at)
 
 

@@ -170,7 +170,7 @@ def survey_signs(
     """For tiles ``lo`` to ``hi``: sums of magnitudes by row, of ``m * weight`` by channel, and sign codes."""
     given = data_of(stat), weighted, _fill_lanes(place), data_of(packed)
     to = data_of(sums), data_of(sums), False
-    _for_all(_weight, _add_signs, given, lo, hi, pointers_of(source), place, data_of(buffer), to)
+    _for_all(_weight, _add_signs, given, lo, hi, pointers_of(source, False), place, data_of(buffer), to)
 
 
 @jit
@@ -187,7 +187,7 @@ def survey_moments(
 ) -> None:
     """For tiles ``lo`` to ``hi``: sums of magnitudes by row, of ``m * weight`` and of ``m * m`` by channel."""
     given, to = (data_of(stat), weighted, _fill_lanes(place)), (data_of(sums), data_of(squares), True)
-    _for_all(_weight, _add_moments, given, lo, hi, pointers_of(source), place, data_of(buffer), to)
+    _for_all(_weight, _add_moments, given, lo, hi, pointers_of(source, False), place, data_of(buffer), to)
 
 
 @jit
@@ -196,4 +196,4 @@ def survey_reach(
 ) -> None:
     """For tiles ``lo`` to ``hi``: bits of the largest magnitude by row, and the largest ``m / weight`` by channel."""
     given, to = (data_of(stat), weighted), (data_of(reach), data_of(reach), False)
-    _for_all(_inverse, _add_reach, given, lo, hi, pointers_of(source), place, data_of(buffer), to)
+    _for_all(_inverse, _add_reach, given, lo, hi, pointers_of(source, False), place, data_of(buffer), to)

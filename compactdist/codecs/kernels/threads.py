@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -24,8 +24,8 @@ __all__ = ["PARALLEL_ELEMENTS", "spread"]
 PARALLEL_ELEMENTS = 1 << 16
 """Below this a second thread takes longer to wake than it saves."""
 
-PART_ELEMENTS = 1 << 20
-"""Parts are about this large: a thread that starts late or has to wait leaves the rest to the others."""
+PART_ELEMENTS = 1 << 18
+"""The smallest parts of a loop for several threads, which are the last."""
 
 _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None
@@ -46,17 +46,25 @@ def spread(work: Callable[[int, int], None], count: int, elements: int, *, backw
     ``backwards`` begins with the last part: it is in a cache still after a loop that went forwards.
     """
     threads = min(torch.get_num_threads(), count) if elements >= PARALLEL_ELEMENTS else 1
-    parts = max(1, min(count, max(threads, elements // PART_ELEMENTS)))
-    order = range(parts)[::-1] if backwards else range(parts)
     if threads <= 1:
-        for i in order:
-            work(count * i // parts, count * (i + 1) // parts)
+        work(0, count)
         return
     team = None if _forked else _openmp()
     if team is None:
         _in_our_pool(work, count, threads)
     else:
-        _in_team(team, work, count, threads, order)
+        _in_team(team, work, _parts(count, elements, threads, backwards), threads)
+
+
+def _parts(count: int, elements: int, threads: int, backwards: bool) -> Iterator[tuple[int, int]]:
+    """Parts in the order they are taken, smaller and smaller: a thread that starts late or has to wait leaves the rest to
+    the others, and all end at about the same time.
+    """
+    smallest, at = max(1, count * PART_ELEMENTS // elements), 0
+    while at < count:
+        after = min(at + max((count - at) // (2 * threads), smallest), count)
+        yield (count - after, count - at) if backwards else (at, after)
+        at = after
 
 
 @cache
@@ -73,14 +81,14 @@ def _openmp() -> Any:
     return None
 
 
-def _in_team(team: Any, work: Callable[[int, int], None], count: int, threads: int, order: range) -> None:
+def _in_team(team: Any, work: Callable[[int, int], None], parts: Iterator[tuple[int, int]], threads: int) -> None:
     raised: list[BaseException] = []
-    numbers, parts = iter(order), len(order)
+    left = iter(list(parts))
 
     def take_parts(_: Any) -> None:
         try:
-            for i in numbers:  # shared: the interpreter lock sees to it that each number comes once
-                work(count * i // parts, count * (i + 1) // parts)
+            for lo, hi in left:  # shared: the interpreter lock sees to it that each part is taken once
+                work(lo, hi)
         except BaseException as error:  # must not end in a foreign frame; raised below
             raised.append(error)
 
