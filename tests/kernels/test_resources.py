@@ -9,19 +9,31 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
 from compactdist import codecs
 from compactdist.codecs.kernels import use
-from compactdist.codecs.kernels.threads import spread
+from compactdist.codecs.kernels.threads import PART_ELEMENTS, spread
 from compactdist.errors import NonFiniteError
 from compactdist.state import ResidualDecoder, ResidualEncoder, StateStore, StreamConfig
 from compactdist.state.layout import plain
 
 cpu = pytest.importorskip("compactdist.codecs.kernels.cpu")
+elements = pytest.importorskip("compactdist.codecs.kernels.cpu_elements")
 CODECS = ("binary", "int2", "int4", "int8")
 CUT = plain(2 * 301 * 264, 2, 264)
+
+
+@elements.jit
+def mark(parts, seen):
+    """Count every element of the parts that this thread gets."""
+    lo, hi = elements.next_part(parts)
+    while lo < hi:
+        for i in range(lo, hi):
+            seen[i] += 1
+        lo, hi = elements.next_part(parts)
 
 
 @pytest.fixture
@@ -64,10 +76,10 @@ def test_a_forked_child_makes_threads_of_its_own(threads):
     if child == 0:
         before = torch.get_num_threads
         torch.get_num_threads = lambda: 2
-        done: list[tuple[int, int]] = []
-        spread(lambda lo, hi: done.append((lo, hi)), 10, 1 << 20)
+        seen = np.zeros(10, np.int64)
+        spread(lambda parts: mark(parts, seen), 10, 1 << 20)
         torch.get_num_threads = before
-        os._exit(0 if sorted(done) == [(0, 5), (5, 10)] else 1)
+        os._exit(0 if (seen == 1).all() else 1)
     assert _ended_well(child, 60)
     assert torch.equal(codec.encode_residual(x, None, CUT), expected)
 
@@ -88,27 +100,30 @@ def _ended_well(child: int, seconds: float) -> bool:
 def test_parts_cover_the_range_and_raise(threads, monkeypatch, openmp):
     if not openmp:
         monkeypatch.setattr("compactdist.codecs.kernels.threads._openmp", lambda: None)
-    for count in (1, 2, 3, 7):
+    for count in (1, 2, 3, 7, 100):
         for wanted in (1, 2, 5):
             threads(wanted)
-            done: list[int] = []
-            spread(lambda lo, hi, done=done: done.extend(range(lo, hi)), count, 1 << 20)
-            assert sorted(done) == list(range(count))
+            seen = np.zeros(count, np.int64)
+            spread(lambda parts, seen=seen: mark(parts, seen), count, 1 << 22)
+            assert (seen == 1).all()
     threads(2)
 
-    def refuse(lo: int, hi: int) -> None:
-        if hi == 10:
-            raise ValueError("the last part")
+    def refuse(parts: np.ndarray) -> None:
+        raise ValueError("not today")
 
-    with pytest.raises(ValueError, match="the last part"):
+    with pytest.raises(ValueError, match="not today"):
         spread(refuse, 10, 1 << 20)
-    done = []
-    spread(lambda lo, hi: done.append((lo, hi)), 10, 100)
-    assert done == [(0, 10)], "too little for two threads"
+
+
+def test_parts_are_small_and_go_backwards_if_asked(threads):
     threads(1)
-    done = []
-    spread(lambda lo, hi: done.append((lo, hi)), 10, 5 << 20, backwards=True)
-    assert done == [(8, 10), (6, 8), (4, 6), (2, 4), (0, 2)]
+    given: list[list[int]] = []
+    spread(lambda parts: given.append(parts.tolist()), 10, 100)
+    assert given.pop() == [0, 0, 10], "nothing to share"
+    spread(lambda parts: given.append(parts.tolist()), 10, 4 * PART_ELEMENTS)
+    assert given.pop() == [0, 0, 2, 2, 5, 5, 7, 7, 10]
+    spread(lambda parts: given.append(parts.tolist()), 10, 4 * PART_ELEMENTS, backwards=True)
+    assert given.pop() == [0, 7, 10, 5, 7, 2, 5, 0, 2]
 
 
 def _resident() -> int:

@@ -54,9 +54,9 @@ class _Call(NamedTuple):
         return self.written[layout.channel_scales_at :][:nbytes].view(np.uint16)
 
     def spread(self, loop: Callable[..., None], *arguments: Any, backwards: bool = False) -> None:
-        """Run a loop that goes by rows or blocks, all of them; ``(lo, hi)`` come first among its arguments."""
+        """Run a loop that goes by rows or blocks, all of them; its parts come first among its arguments."""
         elements = self.plan.layout.elements
-        spread(lambda lo, hi: loop(lo, hi, *arguments), self.plan.row_count, elements, backwards=backwards)
+        spread(lambda parts: loop(parts, *arguments), self.plan.row_count, elements, backwards=backwards)
 
 
 def supports(codec: ScalarQuantizer, cut: Cut, *tensors: Tensor | None) -> bool:
@@ -140,9 +140,9 @@ def _encode_blocks(call: _Call, in_place: bool) -> bool:
     given, one = (call.source, plan.place, call.packed, call.stored, bad, out, call.streams), call.source[3] == 1
 
     def blocks(loop: Callable[..., None], *after: Any) -> None:
-        def some(lo: int, hi: int) -> None:
+        def some(parts: NDArray[np.int64]) -> None:
             kept = torch.empty(cpu_blocks.kept_for(plan.layout.channels)).numpy()
-            loop(lo, hi, kept, *given, *after)
+            loop(parts, kept, *given, *after)
 
         spread(some, plan.row_count, plan.layout.elements)
 
@@ -169,9 +169,9 @@ def _encode_rows(call: _Call) -> bool:
     second = torch.empty(first.size if plan.kind in (NEAREST, TRITS) else 0).numpy()
 
     def survey(loop: Callable[..., None], *after: Any) -> None:
-        def some_tiles(lo: int, hi: int) -> None:
+        def some_tiles(parts: NDArray[np.int64]) -> None:
             row = torch.empty(channels + reference.LANES).numpy()
-            loop(lo, hi, call.source, place, weighted, row, stat, *after)
+            loop(parts, call.source, place, weighted, row, stat, *after)
 
         spread(some_tiles, groups * tiles, layout.elements)
 

@@ -1,10 +1,10 @@
 """One pass over the elements where each block has a scale: everything about a block happens while it is in the cache.
 
 Blocks are the rows of a *place* (``cpu_loops.py``), consecutive in memory. They are coded in batches of up to sixteen,
-so that what is one value for a block, a chain of slow operations, is computed for all of them in one go. While a batch is
-read, the one before is coded and the one before that is written, block by block in turn: scales are there when they are
-needed, and memory has something to do all the time. The arithmetic is that of ``scales.py`` for layouts of one row. The
-width of codes, and whether there is just ``one`` term, is compiled in.
+so that what is one value for a block, a chain of slow operations, is computed for all of them in one go. While a batch
+is read, the one before is coded and the one before that is written, block by block in turn: scales are there when they
+are needed, and memory has something to do all the time. The arithmetic is that of ``scales.py`` for layouts of one row.
+The width of codes, and whether there is just ``one`` term, is compiled in.
 
 After a change in the files this one imports, touch it: Numba's cache on disk looks at this file's date only.
 """
@@ -28,7 +28,7 @@ from compactdist.codecs.kernels.cpu_block_steps import (
     restore_levels,
     restore_signs,
 )
-from compactdist.codecs.kernels.cpu_elements import Array, Pointer, inlined, jit
+from compactdist.codecs.kernels.cpu_elements import Array, Pointer, inlined, jit, next_part
 from compactdist.codecs.kernels.cpu_memory import (
     data_of,
     pointers_of,
@@ -85,15 +85,14 @@ def _cleared(room: Pointer) -> Any:
 
 @cache
 def block_signs(one: bool) -> Any:
-    """For blocks ``lo`` to ``hi``: sign codes, scales, and what the receiver makes of them; ``bad[0]`` for unsafe ones.
+    """For parts of the blocks: sign codes, scales, and what the receiver makes of them; ``bad[0]`` for unsafe ones.
 
     ``kept`` is a buffer of ``kept_for``; ``streams`` tells whether ``out`` and the codes are written past the caches.
     """
 
     @jit
     def loop(
-        lo: int,
-        hi: int,
+        parts: Array,
         kept: Array,
         source: Any,
         place: Any,
@@ -106,20 +105,24 @@ def block_signs(one: bool) -> Any:
         given, bytes_, scales = pointers_of(source, one), data_of(packed), data_of(stored)
         codes, cs, room = (given, (data_of(out), streams[0]), bytes_), stack_floats(16), _cleared(stack_floats(256))
         n, numel, _, most = _sizes(place, LITTLE)
-        before, safe = 0, is_safe(folded_rows(room, False))
-        for first in range(lo, hi + most, most):
-            blocks = _count(first, hi, most)
-            for b in range(most):
-                at = (first + b) * n
-                if b < blocks:
-                    fold_in(for_block(find_signs, (given, bytes_), at, 0, n, numel, zeros()), room, b)
-                if b < before:
-                    for_block(restore_signs, codes, at - most * n, 0, n, numel, as_floats(cs[b]))
-            means = folded_rows(room, False)
-            safe, c = both(safe, is_safe(means)), storable(means / _f32(n), False)
-            store_sixteen(c, cs)
-            store_bf16(c, scales, first, blocks)
-            before = blocks if out.size else 0
+        safe = is_safe(folded_rows(room, False))
+        lo, hi = next_part(parts)
+        while lo < hi:
+            before = 0
+            for first in range(lo, hi + most, most):
+                blocks = _count(first, hi, most)
+                for b in range(most):
+                    at = (first + b) * n
+                    if b < blocks:
+                        fold_in(for_block(find_signs, (given, bytes_), at, 0, n, numel, zeros()), room, b)
+                    if b < before:
+                        for_block(restore_signs, codes, at - most * n, 0, n, numel, as_floats(cs[b]))
+                means = folded_rows(room, False)
+                safe, c = both(safe, is_safe(means)), storable(means / _f32(n), False)
+                store_sixteen(c, cs)
+                store_bf16(c, scales, first, blocks)
+                before = blocks if out.size else 0
+            lo, hi = next_part(parts)
         settle_streams()
         if not everywhere(safe):  # only now, as all threads share its cache line
             bad[0] = 1
@@ -133,8 +136,7 @@ def block_nearest(one: bool, bits: int) -> Any:
 
     @jit
     def loop(
-        lo: int,
-        hi: int,
+        parts: Array,
         kept: Array,
         source: Any,
         place: Any,
@@ -157,33 +159,37 @@ def block_nearest(one: bool, bits: int) -> Any:
         inverses, cs = stack_floats(16), stack_floats(16)
         one_sum, two_sum = _cleared(stack_floats(256)), _cleared(stack_floats(256))
         one_fit, two_fit = _cleared(stack_floats(256)), _cleared(stack_floats(256))
-        before, earlier, c = 0, 0, folded_rows(one_sum, False)
+        c = folded_rows(one_sum, False)
         safe = is_safe(c)
-        for first in range(lo, hi + 2 * most, most):
-            blocks = _count(first, hi, most)
-            for b in range(most):
-                at, at_kept = (first + b) * n, b * stride
-                if b < blocks:
-                    two = for_block(find_moments, (given, new), at, at_kept, n, numel, (zeros(), zeros()))
-                    fold_in(two[0], one_sum, b)
-                    fold_in(two[1], two_sum, b)
-                if b < before:
-                    codes = known, to, bits, search, levels, inverses[b]
-                    two = for_block(code_nearest, codes, at - most * n, at_kept, n, numel, (zeros(), zeros()))
-                    fold_in(two[0], one_fit, b)
-                    fold_in(two[1], two_fit, b)
-                if b < earlier:
-                    found = given, target, old
-                    for_block(restore_levels, found, at - 2 * most * n, at_kept, n, numel, as_floats(cs[b]))
-            fitted = storable(over(folded_rows(one_fit, False), folded_rows(two_fit, False)), False)
-            fitted = choose(c > _f32(0), fitted, c)
-            store_sixteen(fitted, cs)
-            store_bf16(fitted, scales, first - most, before)
-            means, squares = folded_rows(one_sum, False), folded_rows(two_sum, False)
-            safe, c = both(safe, is_safe(means)), gaussian(squares, means, _f32(n), bound, widening)
-            store_sixteen(over(_f32(1), c) * grain, inverses)
-            new, known, old = old, new, known
-            before, earlier = blocks, before if out.size else 0
+        lo, hi = next_part(parts)
+        while lo < hi:
+            before, earlier = 0, 0
+            for first in range(lo, hi + 2 * most, most):
+                blocks = _count(first, hi, most)
+                for b in range(most):
+                    at, at_kept = (first + b) * n, b * stride
+                    if b < blocks:
+                        two = for_block(find_moments, (given, new), at, at_kept, n, numel, (zeros(), zeros()))
+                        fold_in(two[0], one_sum, b)
+                        fold_in(two[1], two_sum, b)
+                    if b < before:
+                        codes = known, to, bits, search, levels, inverses[b]
+                        two = for_block(code_nearest, codes, at - most * n, at_kept, n, numel, (zeros(), zeros()))
+                        fold_in(two[0], one_fit, b)
+                        fold_in(two[1], two_fit, b)
+                    if b < earlier:
+                        found = given, target, old
+                        for_block(restore_levels, found, at - 2 * most * n, at_kept, n, numel, as_floats(cs[b]))
+                fitted = storable(over(folded_rows(one_fit, False), folded_rows(two_fit, False)), False)
+                fitted = choose(c > _f32(0), fitted, c)
+                store_sixteen(fitted, cs)
+                store_bf16(fitted, scales, first - most, before)
+                means, squares = folded_rows(one_sum, False), folded_rows(two_sum, False)
+                safe, c = both(safe, is_safe(means)), gaussian(squares, means, _f32(n), bound, widening)
+                store_sixteen(over(_f32(1), c) * grain, inverses)
+                new, known, old = old, new, known
+                before, earlier = blocks, before if out.size else 0
+            lo, hi = next_part(parts)
         settle_streams()
         if not everywhere(safe):
             bad[0] = 1
@@ -197,8 +203,7 @@ def block_reaching(one: bool, kind: int) -> Any:
 
     @jit
     def loop(
-        lo: int,
-        hi: int,
+        parts: Array,
         kept: Array,
         source: Any,
         place: Any,
@@ -213,22 +218,26 @@ def block_reaching(one: bool, kind: int) -> Any:
         n, numel, stride, most = _sizes(place, LITTLE)
         new, known, scales = data_of(kept), shifted(data_of(kept), kept.size // 3), data_of(stored)
         inverses, cs, room = stack_floats(16), stack_floats(16), _cleared(stack_floats(256))
-        before, safe = 0, is_safe(folded_rows(room, True))
-        for first in range(lo, hi + most, most):
-            blocks = _count(first, hi, most)
-            for b in range(most):
-                at, at_kept = (first + b) * n, b * stride
-                if b < blocks:
-                    fold_in(for_block(find_reach, (given, new), at, at_kept, n, numel, no_bits()), room, b)
-                if b < before:
-                    codes = given, target, out.size > 0, to, known, inverses[b], kind
-                    for_block(code_reaching, codes, at - most * n, at_kept, n, numel, as_floats(cs[b]))
-            largest = folded_rows(room, True)
-            safe, c = both(safe, is_safe(largest)), storable(largest / steps, True)
-            store_sixteen(c, cs)
-            store_sixteen(over(_f32(1), c), inverses)
-            store_bf16(c, scales, first, blocks)
-            new, known, before = known, new, blocks
+        safe = is_safe(folded_rows(room, True))
+        lo, hi = next_part(parts)
+        while lo < hi:
+            before = 0
+            for first in range(lo, hi + most, most):
+                blocks = _count(first, hi, most)
+                for b in range(most):
+                    at, at_kept = (first + b) * n, b * stride
+                    if b < blocks:
+                        fold_in(for_block(find_reach, (given, new), at, at_kept, n, numel, no_bits()), room, b)
+                    if b < before:
+                        codes = given, target, out.size > 0, to, known, inverses[b], kind
+                        for_block(code_reaching, codes, at - most * n, at_kept, n, numel, as_floats(cs[b]))
+                largest = folded_rows(room, True)
+                safe, c = both(safe, is_safe(largest)), storable(largest / steps, True)
+                store_sixteen(c, cs)
+                store_sixteen(over(_f32(1), c), inverses)
+                store_bf16(c, scales, first, blocks)
+                new, known, before = known, new, blocks
+            lo, hi = next_part(parts)
         settle_streams()
         if not everywhere(safe):
             bad[0] = 1

@@ -114,16 +114,16 @@ def expectation(
 def pack_apart(codec: ScalarQuantizer, codes: NDArray[np.uint8], packed: NDArray[np.uint8]) -> None:
     """Pack codes that do not fill the bytes of every chunk, once all are there."""
     if codec.base3:
-        spread(lambda lo, hi: pack_trits(codes, lo, hi, packed), packed.size, codes.size)
+        spread(lambda parts: pack_trits(codes, parts, packed), packed.size, codes.size)
     else:
-        spread(lambda lo, hi: pack_eights(codes, codec.bits, lo, hi, packed), -(-codes.size // 8), codes.size)
+        spread(lambda parts: pack_eights(codes, codec.bits, parts, packed), -(-codes.size // 8), codes.size)
 
 
 def unpack_apart(codec: ScalarQuantizer, packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     """Undo ``pack_apart``: ``count`` codes, one to a byte."""
     codes = np.empty(count, np.uint8)
     if codec.base3:
-        spread(lambda lo, hi: unpack_trits(packed, lo, hi, codes), packed.size, count)
+        spread(lambda parts: unpack_trits(packed, parts, codes), packed.size, count)
     else:
-        spread(lambda lo, hi: unpack_eights(packed, codec.bits, lo, hi, codes), -(-count // 8), count)
+        spread(lambda parts: unpack_eights(packed, codec.bits, parts, codes), -(-count // 8), count)
     return codes

@@ -72,5 +72,5 @@ def decode_residual(
         c,
         plan.table,
     )
-    spread(lambda lo, hi: loop(lo, hi, *given), plan.row_count, layout.elements)
+    spread(lambda parts: loop(parts, *given), plan.row_count, layout.elements)
     return True

@@ -6,6 +6,9 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 Array = Any
 Pointer = Any
@@ -15,6 +18,26 @@ _u32, _f32, _at = np.uint32, np.float32, np.uintp
 
 ROUNDING = np.float32(12582912.0)
 """1.5 * 2**23: adding it to what is below 2**22 rounds to an integer, half to even."""
+
+
+@intrinsic
+def _take(typing_context: Any, counter: Any) -> Any:
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        taken = context.make_array(sig.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", taken, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), build
+
+
+@inlined
+def next_part(parts: Array) -> Any:
+    """The bounds of a part that no thread has taken yet; none is left where they are equal.
+
+    ``parts``, int64, holds how many are taken and the bounds of all. Loops ask by themselves: between two parts in
+    Python, threads would wait for the interpreter lock.
+    """
+    k = _take(parts)
+    return (parts[2 * k + 1], parts[2 * k + 2]) if 2 * k + 2 < parts.size else (0, 0)
 
 
 def widen_f16(v: Any) -> Any:

@@ -9,7 +9,7 @@ nothing asks how many there are. ``out`` may be empty, and is written past the c
 
 A *place* is what tells where matrix elements lie: ``(row_at, chunk_at, chunk_from, chunk_len, rows, channels,
 numel)``, see ``places.py``. A *source* is ``(x, base, velocity, terms)``: bits, of which the first ``1 + terms`` are
-there. A *tile* is 64 rows of one group. All arrays are flat.
+there. A *tile* is 64 rows of one group. *Parts* are what threads take, see ``next_part``. All arrays are flat.
 
 Numba looks at one file's date to tell whether its cache on disk still holds, and does not see what the file imports:
 after a change in the files this one imports, touch it.
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_elements import Array, inlined, jit
+from compactdist.codecs.kernels.cpu_elements import Array, inlined, jit, next_part
 from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, settle_streams, sixteen_at
 from compactdist.codecs.kernels.cpu_packing import store_codes
 from compactdist.codecs.kernels.cpu_settle import LINEAR
@@ -47,24 +47,27 @@ _f32 = np.float32
 
 
 @inlined
-def _for_all(step: Any, given: Any, lo: int, hi: int, place: Any, weights: Any) -> None:
-    """A step for all elements of rows ``lo`` to ``hi``, 64 at a time.
+def _for_all(step: Any, given: Any, parts: Array, place: Any, weights: Any) -> None:
+    """A step for all elements of some rows, 64 at a time.
 
     It gets what is given, its row's weights, where elements lie, the positions of the first among them, among the
     channels of all groups and among the codes, how many channels there are from there on, and how many elements.
     """
     row_at, chunk_at, chunk_from, chunk_len, rows, channels, numel = place
     t, inverse_t = weights
-    for row in range(lo, hi):
-        pair = t[row], inverse_t[row]
-        for k in range(chunk_at.size):
-            n, left, at = chunk_len[k], chunk_at[k], row_at[row] + chunk_from[k]
-            channel, code, have = row // rows * channels + left, row * channels + left, min(n, numel - at)
-            whole = max(have, 0) // LANES * LANES
-            for j in range(0, whole, LANES):
-                step(given, pair, at + j, channel + j, code + j, LANES, LANES)
-            for j in range(whole, n, LANES):
-                step(given, pair, at + j, channel + j, code + j, n - j, have - j)
+    lo, hi = next_part(parts)
+    while lo < hi:
+        for row in range(lo, hi):
+            pair = t[row], inverse_t[row]
+            for k in range(chunk_at.size):
+                n, left, at = chunk_len[k], chunk_at[k], row_at[row] + chunk_from[k]
+                channel, code, have = row // rows * channels + left, row * channels + left, min(n, numel - at)
+                whole = max(have, 0) // LANES * LANES
+                for j in range(0, whole, LANES):
+                    step(given, pair, at + j, channel + j, code + j, LANES, LANES)
+                for j in range(whole, n, LANES):
+                    step(given, pair, at + j, channel + j, code + j, n - j, have - j)
+        lo, hi = next_part(parts)
     settle_streams()
 
 
@@ -106,15 +109,14 @@ def _apply(given: Any, weights: Any, at: int, channel: int, code: int, count: in
 
 @cache
 def code_nearest(one: bool, bits: int, trits: bool) -> Any:
-    """For rows ``lo`` to ``hi``: codes of the nearest magnitude and the sign, and what the receiver makes of them.
+    """For parts of the rows: codes of the nearest magnitude and the sign, and what the receiver makes of them.
 
     Borders are a tuple, so that the search among them is unrolled.
     """
 
     @jit
     def loop(
-        lo: int,
-        hi: int,
+        parts: Array,
         source: Any,
         place: Any,
         packed: Array,
@@ -140,19 +142,18 @@ def code_nearest(one: bool, bits: int, trits: bool) -> Any:
             trits,
             out.size > 0,
         )
-        _for_all(_nearest, given, lo, hi, place, (data_of(t), data_of(inverse_t)))
+        _for_all(_nearest, given, parts, place, (data_of(t), data_of(inverse_t)))
 
     return loop
 
 
 @cache
 def code_reaching(one: bool, kind: int) -> Any:
-    """For rows ``lo`` to ``hi``: the nearest integer or float8 of ``m / (t * c)`` with the sign of the element."""
+    """For parts of the rows: the nearest integer or float8 of ``m / (t * c)`` with the sign of the element."""
 
     @jit
     def loop(
-        lo: int,
-        hi: int,
+        parts: Array,
         source: Any,
         place: Any,
         packed: Array,
@@ -167,22 +168,21 @@ def code_reaching(one: bool, kind: int) -> Any:
         target = data_of(out), streams
         to = data_of(packed), streams[1]
         given = pointers_of(source, one), target, to, *scales, kind, out.size > 0
-        _for_all(_reaching, given, lo, hi, place, (data_of(t), data_of(inverse_t)))
+        _for_all(_reaching, given, parts, place, (data_of(t), data_of(inverse_t)))
 
     return loop
 
 
 @cache
 def apply_codes(one: bool, kind: int, bits: int) -> Any:
-    """For rows ``lo`` to ``hi``: ``out = expected + change``, rounded, kept finite; ``change_of`` tells the kinds.
+    """For parts of the rows: ``out = expected + change``, rounded, kept finite; ``change_of`` tells the kinds.
 
     The source's first two are both the base.
     """
 
     @jit
     def loop(
-        lo: int,
-        hi: int,
+        parts: Array,
         source: Any,
         place: Any,
         packed: Array,
@@ -194,6 +194,6 @@ def apply_codes(one: bool, kind: int, bits: int) -> Any:
     ) -> None:
         levels, target = sixteen_at(data_of(table), 0), (data_of(out), streams[0])
         given = pointers_of(source, one), target, data_of(packed), data_of(c), kind, bits, levels
-        _for_all(_apply, given, lo, hi, place, (data_of(t), data_of(t)))
+        _for_all(_apply, given, parts, place, (data_of(t), data_of(t)))
 
     return loop

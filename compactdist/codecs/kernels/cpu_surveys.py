@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_elements import Array, Pointer, inlined, jit, round_3_bits
+from compactdist.codecs.kernels.cpu_elements import Array, Pointer, inlined, jit, next_part, round_3_bits
 from compactdist.codecs.kernels.cpu_memory import data_of, load, load_first, pointers_of, store, store_first
 from compactdist.codecs.kernels.cpu_packing import store_mask
 from compactdist.codecs.kernels.cpu_settle import sum_of
@@ -99,27 +99,30 @@ def _update(add: Any, given: Any, value: Any, factor: Any, sums: Any, s: int, el
 
 @inlined
 def _for_all(
-    settle: Any, add: Any, given: Any, lo: int, hi: int, source: Any, place: Any, values: Pointer, sums: Any
+    settle: Any, add: Any, given: Any, parts: Array, source: Any, place: Any, values: Pointer, sums: Any
 ) -> None:
-    """Rows of tiles ``lo`` to ``hi``: read one, settle its factor, and add it to the tile's sums by channel.
+    """Rows of parts of the tiles: read one, settle its factor, and add it to the tile's sums by channel.
 
     To settle gets what is given, the row, what ``_read_row`` returns, and the row's values. To add gets what is given,
     64 values, the factor, the sums so far, the position in the matrix and how many channels there are from there on.
     """
     row_at, chunks, rows, channels, numel = _pointers_of(place)
     tiles, last, whole = (rows + TILE - 1) // TILE, place[0].size - 1, channels // LANES * LANES
-    for tile in range(lo, hi):
-        first, s = tile // tiles * rows + tile % tiles * TILE, tile * channels
-        _clear(sums, s, channels)
-        for row in range(first, min(first + TILE, (tile // tiles + 1) * rows)):
-            factor = settle(given, row, _read_row(source, row_at[row], chunks, numel, values), values, channels)
-            coming, element = row_at[min(row + 1, last)], row * channels
-            for j in range(0, whole, LANES):
-                ask_for(source, coming + j)
-                _update(add, given, load(values, j), factor, sums, s + j, element + j, LANES)
-            if whole < channels:
-                count = channels - whole
-                _update(add, given, load(values, whole), factor, sums, s + whole, element + whole, count)
+    lo, hi = next_part(parts)
+    while lo < hi:
+        for tile in range(lo, hi):
+            first, s = tile // tiles * rows + tile % tiles * TILE, tile * channels
+            _clear(sums, s, channels)
+            for row in range(first, min(first + TILE, (tile // tiles + 1) * rows)):
+                factor = settle(given, row, _read_row(source, row_at[row], chunks, numel, values), values, channels)
+                coming, element = row_at[min(row + 1, last)], row * channels
+                for j in range(0, whole, LANES):
+                    ask_for(source, coming + j)
+                    _update(add, given, load(values, j), factor, sums, s + j, element + j, LANES)
+                if whole < channels:
+                    count = channels - whole
+                    _update(add, given, load(values, whole), factor, sums, s + whole, element + whole, count)
+        lo, hi = next_part(parts)
 
 
 @inlined
@@ -157,8 +160,7 @@ def _add_reach(given: Any, value: Any, inverse: Any, top: Any, none: Any, elemen
 
 @jit
 def survey_signs(
-    lo: int,
-    hi: int,
+    parts: Array,
     source: Any,
     place: Any,
     weighted: bool,
@@ -167,16 +169,15 @@ def survey_signs(
     sums: Array,
     packed: Array,
 ) -> None:
-    """For tiles ``lo`` to ``hi``: sums of magnitudes by row, of ``m * weight`` by channel, and sign codes."""
+    """For parts of the tiles: sums of magnitudes by row, of ``m * weight`` by channel, and sign codes."""
     given = data_of(stat), weighted, _fill_lanes(place), data_of(packed)
     to = data_of(sums), data_of(sums), False
-    _for_all(_weight, _add_signs, given, lo, hi, pointers_of(source, False), place, data_of(buffer), to)
+    _for_all(_weight, _add_signs, given, parts, pointers_of(source, False), place, data_of(buffer), to)
 
 
 @jit
 def survey_moments(
-    lo: int,
-    hi: int,
+    parts: Array,
     source: Any,
     place: Any,
     weighted: bool,
@@ -185,15 +186,15 @@ def survey_moments(
     sums: Array,
     squares: Array,
 ) -> None:
-    """For tiles ``lo`` to ``hi``: sums of magnitudes by row, of ``m * weight`` and of ``m * m`` by channel."""
+    """For parts of the tiles: sums of magnitudes by row, of ``m * weight`` and of ``m * m`` by channel."""
     given, to = (data_of(stat), weighted, _fill_lanes(place)), (data_of(sums), data_of(squares), True)
-    _for_all(_weight, _add_moments, given, lo, hi, pointers_of(source, False), place, data_of(buffer), to)
+    _for_all(_weight, _add_moments, given, parts, pointers_of(source, False), place, data_of(buffer), to)
 
 
 @jit
 def survey_reach(
-    lo: int, hi: int, source: Any, place: Any, weighted: bool, buffer: Array, stat: Array, reach: Array
+    parts: Array, source: Any, place: Any, weighted: bool, buffer: Array, stat: Array, reach: Array
 ) -> None:
-    """For tiles ``lo`` to ``hi``: bits of the largest magnitude by row, and the largest ``m / weight`` by channel."""
+    """For parts of the tiles: bits of the largest magnitude by row, and the largest ``m / weight`` by channel."""
     given, to = (data_of(stat), weighted), (data_of(reach), data_of(reach), False)
-    _for_all(_inverse, _add_reach, given, lo, hi, pointers_of(source, False), place, data_of(buffer), to)
+    _for_all(_inverse, _add_reach, given, parts, pointers_of(source, False), place, data_of(buffer), to)

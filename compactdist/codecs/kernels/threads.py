@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
+from functools import cache, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 __all__ = ["PARALLEL_ELEMENTS", "spread"]
 
@@ -25,7 +27,9 @@ PARALLEL_ELEMENTS = 1 << 16
 """Below this a second thread takes longer to wake than it saves."""
 
 PART_ELEMENTS = 1 << 18
-"""The smallest parts of a loop for several threads, which are the last."""
+"""Parts are about this large: a thread that starts late or has to wait leaves the rest to the others, and all end at
+about the same time.
+"""
 
 _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None
@@ -40,31 +44,29 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def spread(work: Callable[[int, int], None], count: int, elements: int, *, backwards: bool = False) -> None:
-    """Run ``work(lo, hi)`` on consecutive parts of ``range(count)`` that cover it; raise what one of them raised.
+def spread(work: Callable[[NDArray[np.int64]], None], count: int, elements: int, *, backwards: bool = False) -> None:
+    """Run ``work(parts)`` on as many threads as there are; each takes parts of ``range(count)``, see ``next_part`` in
+    ``cpu_elements.py``, until all are taken. Raise what one of them raised.
 
-    ``backwards`` begins with the last part: it is in a cache still after a loop that went forwards.
+    ``backwards`` begins at the end: it is in a cache still after a loop that went forwards.
     """
     threads = min(torch.get_num_threads(), count) if elements >= PARALLEL_ELEMENTS else 1
+    parts = np.array(_parts(count, max(threads, min(count, elements // PART_ELEMENTS)), backwards), np.int64)
     if threads <= 1:
-        work(0, count)
+        work(parts)
         return
     team = None if _forked else _openmp()
     if team is None:
-        _in_our_pool(work, count, threads)
+        _in_our_pool(work, parts, threads)
     else:
-        _in_team(team, work, _parts(count, elements, threads, backwards), threads)
+        _in_team(team, work, parts, threads)
 
 
-def _parts(count: int, elements: int, threads: int, backwards: bool) -> Iterator[tuple[int, int]]:
-    """Parts in the order they are taken, smaller and smaller: a thread that starts late or has to wait leaves the rest to
-    the others, and all end at about the same time.
-    """
-    smallest, at = max(1, count * PART_ELEMENTS // elements), 0
-    while at < count:
-        after = min(at + max((count - at) // (2 * threads), smallest), count)
-        yield (count - after, count - at) if backwards else (at, after)
-        at = after
+@lru_cache(maxsize=64)
+def _parts(count: int, parts: int, backwards: bool) -> tuple[int, ...]:
+    """How many are taken, none, and the bounds of all in the order they are taken."""
+    bounds = [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+    return 0, *chain.from_iterable(reversed(bounds) if backwards else bounds)
 
 
 @cache
@@ -81,14 +83,12 @@ def _openmp() -> Any:
     return None
 
 
-def _in_team(team: Any, work: Callable[[int, int], None], parts: Iterator[tuple[int, int]], threads: int) -> None:
+def _in_team(team: Any, work: Callable[[NDArray[np.int64]], None], parts: NDArray[np.int64], threads: int) -> None:
     raised: list[BaseException] = []
-    left = iter(list(parts))
 
     def take_parts(_: Any) -> None:
         try:
-            for lo, hi in left:  # shared: the interpreter lock sees to it that each part is taken once
-                work(lo, hi)
+            work(parts)
         except BaseException as error:  # must not end in a foreign frame; raised below
             raised.append(error)
 
@@ -97,15 +97,14 @@ def _in_team(team: Any, work: Callable[[int, int], None], parts: Iterator[tuple[
         raise raised[0]
 
 
-def _in_our_pool(work: Callable[[int, int], None], count: int, threads: int) -> None:
-    bounds = [count * i // threads for i in range(threads + 1)]
+def _in_our_pool(work: Callable[[NDArray[np.int64]], None], parts: NDArray[np.int64], threads: int) -> None:
     under_way = []
-    for low, high in pairwise(bounds[1:]):
+    for _ in range(threads - 1):
         try:
-            under_way.append(_threads(threads).submit(work, low, high))
+            under_way.append(_threads(threads).submit(work, parts))
         except RuntimeError:  # the interpreter is on its way down and starts no more threads
-            work(low, high)
-    work(bounds[0], bounds[1])
+            break
+    work(parts)
     for one in under_way:
         one.result()
 
