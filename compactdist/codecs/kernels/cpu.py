@@ -23,7 +23,7 @@ from compactdist.codecs.kernels import cpu_surveys as surveys
 from compactdist.codecs.kernels.cpu_common import BIT_TYPES, Plan, bits_of, expectation, pack_apart, plan_for
 from compactdist.codecs.kernels.cpu_decode import decode_residual
 from compactdist.codecs.kernels.cpu_memory import CACHE_LINE
-from compactdist.codecs.kernels.cpu_settle import LINEAR, NEAREST, SIGN, TRITS, settle_channels, settle_rows
+from compactdist.codecs.kernels.cpu_settle import LINEAR, NEAREST, SIGN, TRITS, fold_tiles, settle_channels, settle_rows
 from compactdist.codecs.kernels.threads import spread
 from compactdist.codecs.layout import Layout
 
@@ -186,6 +186,8 @@ def _encode_rows(call: _Call) -> bool:
     row_bytes = call.written[layout.row_scales_at : layout.row_scales_at + layout.row_scale_count]
     if not settle_rows(stat, weighted, rows, row_bytes, t, inverse_t, norms):
         return False
+    runs, largest = -(-channels // reference.LANES), plan.kind >= LINEAR
+    spread(lambda parts: fold_tiles(parts, first, second, tiles, channels, largest), groups * runs, first.size)
     c, inverse_c = torch.empty(2, groups * channels).numpy()
     sums, shared = (norms, first, second, plan.bound, codec.widening), layout.channel_scales_per_group == 1
     settle_channels(plan.kind, stat, weighted, rows, channels, *sums, shared, c, inverse_c, stored)

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from compactdist.codecs.kernels.cpu_elements import Array, Pointer, fold, inlined, jit, round_3_bits
-from compactdist.codecs.kernels.cpu_memory import data_of, load_first
+from compactdist.codecs.kernels.cpu_elements import Array, Pointer, fold, inlined, jit, next_part, round_3_bits
+from compactdist.codecs.kernels.cpu_memory import data_of, load_first, store_first
 from compactdist.codecs.kernels.cpu_sixteen import as_bf16, both, choose, either, root
-from compactdist.codecs.kernels.cpu_vectors import folded, magnitude, zeros
+from compactdist.codecs.kernels.cpu_vectors import folded, magnitude, where, zeros
 from compactdist.codecs.kernels.reference import BF16_MAX_BITS, LANES, UE5M3_BIAS, UE5M3_FIRST_NONZERO_BITS
 from compactdist.codecs.kernels.reference import TILE_ROWS as TILE
 from compactdist.codecs.scales import LEVEL_OF_TRITS, SAFE_STATISTIC, SIGMA_OF_MEAN_MAGNITUDE, SMALLEST_SCALE
@@ -131,6 +131,44 @@ def _largest(values: Pointer, n: int) -> Any:
     return top
 
 
+@inlined
+def _fold_run(sums: Pointer, at: int, tiles: int, channels: int, count: int, largest: bool) -> None:
+    length = tiles
+    while length > 1:
+        half = 1
+        while half * 2 < length:
+            half *= 2
+        for tile in range(length - half):
+            lower, upper = at + tile * channels, at + (half + tile) * channels
+            x, y = load_first(sums, lower, count), load_first(sums, upper, count)
+            store_first(where(y > x, y, x) if largest else x + y, sums, lower, count)
+        length = half
+
+
+@jit
+def fold_tiles(parts: Array, first: Array, second: Array, tiles: int, channels: int, largest: bool) -> None:
+    """Fold what a survey found for tiles upon the first tile of each group, upper half onto lower until one is left.
+
+    Args:
+        parts: of the runs of 64 channels, those of all groups one after another.
+        first: by group, tile and channel.
+        second: the same, or empty.
+        tiles: of a group.
+        channels: of a group.
+        largest: keep the larger of two, instead of their sum.
+    """
+    one, two, runs = data_of(first), data_of(second), (channels + LANES - 1) // LANES
+    lo, hi = next_part(parts)
+    while lo < hi:
+        for run in range(lo, hi):
+            j = run % runs * LANES
+            at = run // runs * tiles * channels + j
+            _fold_run(one, at, tiles, channels, channels - j, largest)
+            if second.size:
+                _fold_run(two, at, tiles, channels, channels - j, False)
+        lo, hi = next_part(parts)
+
+
 @jit
 def settle_channels(
     kind: int,
@@ -157,8 +195,8 @@ def settle_channels(
         rows: of a group.
         channels: of a group.
         norms: from ``settle_rows``.
-        first: sums of ``m * weight`` by tile and channel, or the largest ``m / weight``; overwritten.
-        second: sums of ``m * m``, for tables of magnitudes; overwritten.
+        first: sums of ``m * weight`` by tile and channel, or the largest ``m / weight``, folded; overwritten.
+        second: sums of ``m * m``, for tables of magnitudes, folded; overwritten.
         bound: see ``gaussian``; from ``LINEAR`` on, the level of the largest code.
         widening: see ``gaussian``.
         shared: a group has one scale for all its channels.
@@ -172,15 +210,8 @@ def settle_channels(
         one = first[group * tiles * channels : (group + 1) * tiles * channels]
         two = second[group * tiles * channels : (group + 1) * tiles * channels] if second.size else second
         norm, weight = norms[group], _f32(0)
-        if kind >= LINEAR:
-            for tile in range(1, tiles):
-                for j in range(channels):
-                    one[_at(j)] = max(one[_at(j)], one[_at(tile * channels + j)])
-        else:
-            fold(one, tiles * channels, channels)
+        if kind < LINEAR:
             weight = _weight_of(stat, weighted, rows, group, weights) * norm * norm
-        if two.size:
-            fold(two, tiles * channels, channels)
         count = channels
         if shared:
             count, pointer = 1, data_of(one)
