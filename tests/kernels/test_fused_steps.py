@@ -20,7 +20,7 @@ from compactdist.errors import NonFiniteError, PayloadError
 from compactdist.state.layout import Arrangement, Layout, blocks, plain
 
 cpu = pytest.importorskip("compactdist.codecs.kernels.cpu")
-bits_of = pytest.importorskip("compactdist.codecs.kernels.cpu_common").bits_of
+common = pytest.importorskip("compactdist.codecs.kernels.cpu_common")
 
 CODECS = ("binary", "int2", "int3", "int4", "int8", "ternary", "fp8")
 FORMS = (
@@ -185,7 +185,16 @@ def test_ordinary_values_are_not_left_to_the_reference(spec):
             assert payload is not None
             assert cpu.decode_residual(codec, payload, base, cut, out)
             taken += 1
-    assert taken or (codec.base3 and codec.scales == "block"), "which is coded in two steps"
+    assert taken or codec.offsets or (codec.base3 and codec.scales == "block"), "for which there are no fused steps"
+
+
+def test_levels_too_uneven_to_be_looked_up_are_left_to_the_reference():
+    """Two borders between the same whole numbers of grains, of which there are sixteen: no codec of ours."""
+    cut = plain(70 * 64, 1, 64)
+    codec = codecs.get("int3")
+    assert cpu.plan_for(codec, cut) is not None
+    layout = codec.layout_of(cut.shape)
+    assert common._plan(cut, layout, "nearest", (0.01, 0.02, 0.03, 9.0), 0.0) is None
 
 
 def test_what_is_large_and_begins_a_cache_line_goes_past_the_caches():
@@ -253,7 +262,7 @@ def test_every_16_bit_pattern_is_converted_as_torch_does():
         x, largest = patterns.view(dtype), torch.finfo(dtype).max
         finite = x[x.isfinite()]
         wide = torch.zeros(finite.numel() + 1)
-        convert(bits_of(finite, dtype), wide[:-1].numpy())
+        convert(common.bits_of(finite, dtype), wide[:-1].numpy())
         assert torch.equal(_bytes(wide[:-1]), _bytes(finite.float()))
         assert wide[-1] == 0, "written past the end"
         # each value, the middles between neighbours, and what lies just beside those
@@ -262,7 +271,7 @@ def test_every_16_bit_pattern_is_converted_as_torch_does():
         values = torch.cat([finite.float(), middles, middles.nextafter(infinity), middles.nextafter(-infinity)])
         values = torch.cat([values, torch.tensor([0.0, -0.0, 1e30, 3.4e38, torch.inf, -torch.inf])])
         narrow = torch.empty(values.numel(), dtype=dtype)
-        convert(values.numpy(), bits_of(narrow, dtype))
+        convert(values.numpy(), common.bits_of(narrow, dtype))
         assert torch.equal(_bytes(narrow), _bytes(values.clamp(-largest, largest).to(dtype)))
 
 
@@ -319,7 +328,7 @@ for cut in (plain(70 * 264, 1, 264), blocks(128 * 70 + 3)):
     for dtype in (torch.float16, torch.bfloat16):
         base = torch.randn(cut.numel, generator=torch.Generator().manual_seed(0)).to(dtype)
         x = base + torch.randn(cut.numel, generator=torch.Generator().manual_seed(1)).to(dtype) / 8
-        for spec in ("binary", "int4", "int8", {"id": "int4", "scales": "block"}):
+        for spec in ("binary", "int4", "int8", *({"id": i, "scales": "block"} for i in ("binary", "int4", "int8"))):
             _both(spec, x, base, cut)
 """
     plain_processor = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}

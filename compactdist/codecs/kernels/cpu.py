@@ -151,9 +151,8 @@ def _encode_blocks(call: _Call, in_place: bool) -> bool:
     elif plan.kind >= LINEAR:
         blocks(cpu_blocks.block_reaching(one, plan.kind), plan.bound)
     else:
-        blocks(
-            cpu_blocks.block_nearest(one, plan.bits), plan.grain, plan.borders, plan.table, codec.widening, plan.bound
-        )
+        levels = plan.grain, plan.borders, plan.table
+        blocks(cpu_blocks.block_nearest(one, plan.bits), *levels, codec.widening, plan.bound)
     return not bad[0]
 
 

@@ -11,20 +11,12 @@ from typing import Any
 import numpy as np
 
 from compactdist.codecs.kernels.cpu_elements import inlined
+from compactdist.codecs.kernels.cpu_ints import bits_of_magnitude, larger
 from compactdist.codecs.kernels.cpu_memory import load, store
 from compactdist.codecs.kernels.cpu_packing import mask_at, store_codes, store_mask
 from compactdist.codecs.kernels.cpu_settle import LINEAR
 from compactdist.codecs.kernels.cpu_steps import ask_for, expected_at, nearest_codes, put, reaching, residual_at
-from compactdist.codecs.kernels.cpu_vectors import (
-    bits_of_magnitude,
-    chosen,
-    lane_mask,
-    larger,
-    magnitude,
-    negative,
-    where,
-    zeros,
-)
+from compactdist.codecs.kernels.cpu_vectors import chosen, lane_mask, magnitude, negative, where, zeros
 from compactdist.codecs.kernels.reference import LANES
 
 LITTLE, MUCH = 1024, 2048

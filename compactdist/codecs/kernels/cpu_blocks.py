@@ -29,6 +29,7 @@ from compactdist.codecs.kernels.cpu_block_steps import (
     restore_signs,
 )
 from compactdist.codecs.kernels.cpu_elements import Array, Pointer, inlined, jit, next_part
+from compactdist.codecs.kernels.cpu_ints import no_bits
 from compactdist.codecs.kernels.cpu_memory import (
     data_of,
     pointers_of,
@@ -50,7 +51,7 @@ from compactdist.codecs.kernels.cpu_sixteen import (
     store_sixteen,
 )
 from compactdist.codecs.kernels.cpu_steps import search_of
-from compactdist.codecs.kernels.cpu_vectors import as_floats, no_bits, zeros
+from compactdist.codecs.kernels.cpu_vectors import as_floats, zeros
 from compactdist.codecs.kernels.reference import LANES
 
 _f32 = np.float32

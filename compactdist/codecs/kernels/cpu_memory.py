@@ -53,9 +53,11 @@ def data_of(typing_context: Any, array: Any) -> Any:
 @intrinsic
 def shifted(typing_context: Any, pointer: Any, by: Any) -> Any:
     """A pointer to ``by`` elements further on."""
-    return pointer(pointer, types.int64), lambda context, builder, sig, arguments: builder.gep(
-        *arguments[:1], arguments[1:]
-    )
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return pointer(pointer, types.int64), build
 
 
 @inlined

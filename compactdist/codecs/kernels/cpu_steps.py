@@ -12,25 +12,20 @@ import numpy as np
 
 from compactdist.codecs.kernels.cpu_elements import Pointer, inlined
 from compactdist.codecs.kernels.cpu_float8 import float8_codes, float8_levels
-from compactdist.codecs.kernels.cpu_memory import load_first, prefetch, rounded_for, sixteen_at, store_first, stream
-from compactdist.codecs.kernels.cpu_packing import codes_at, mask_at
-from compactdist.codecs.kernels.cpu_settle import E4M3, LINEAR, SIGN
-from compactdist.codecs.kernels.cpu_vectors import (
-    HOST,
+from compactdist.codecs.kernels.cpu_ints import (
     as_whole_floats,
     bins_of,
     bits_of,
-    chosen,
-    magnitude,
     nearest_ints,
-    negative,
     no_bits,
     raised,
     signed_floats,
-    where,
     with_sign,
-    zeros,
 )
+from compactdist.codecs.kernels.cpu_memory import load_first, prefetch, rounded_for, sixteen_at, store_first, stream
+from compactdist.codecs.kernels.cpu_packing import codes_at, mask_at
+from compactdist.codecs.kernels.cpu_settle import E4M3, LINEAR, SIGN
+from compactdist.codecs.kernels.cpu_vectors import HOST, chosen, magnitude, negative, where, zeros
 from compactdist.codecs.kernels.reference import LANES
 
 _u32, _f32 = np.uint32, np.float32

@@ -13,20 +13,12 @@ from typing import Any
 import numpy as np
 
 from compactdist.codecs.kernels.cpu_elements import Array, Pointer, inlined, jit, next_part, round_3_bits
+from compactdist.codecs.kernels.cpu_ints import bits_of_magnitude, larger, largest, no_bits
 from compactdist.codecs.kernels.cpu_memory import data_of, load, load_first, pointers_of, store, store_first
 from compactdist.codecs.kernels.cpu_packing import store_mask
 from compactdist.codecs.kernels.cpu_settle import sum_of
 from compactdist.codecs.kernels.cpu_steps import AHEAD, ask_for, residual_at
-from compactdist.codecs.kernels.cpu_vectors import (
-    bits_of_magnitude,
-    folded,
-    larger,
-    largest,
-    magnitude,
-    no_bits,
-    where,
-    zeros,
-)
+from compactdist.codecs.kernels.cpu_vectors import folded, magnitude, where, zeros
 from compactdist.codecs.kernels.reference import LANES
 from compactdist.codecs.kernels.reference import TILE_ROWS as TILE
 

@@ -148,12 +148,6 @@ def as_floats(typing_context: Any, x: Any) -> Any:
 
 
 @intrinsic
-def no_bits(typing_context: Any) -> Any:
-    """Sixty-four ints of 0."""
-    return INTS(), lambda context, builder, sig, arguments: full(0, INTS)
-
-
-@intrinsic
 def lane_mask(typing_context: Any, count: Any) -> Any:
     """The first ``count`` lanes, int64; all from 64 on."""
 
@@ -197,18 +191,6 @@ def where(typing_context: Any, mask: Any, x: Any, y: Any) -> Any:
 
 
 @intrinsic
-def raised(typing_context: Any, index: Any, mask: Any, by: Any) -> Any:
-    """Ints, in the lanes of a mask more by other ints or a uint32."""
-
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        index, mask, more = arguments
-        more = more if by == INTS else spread(builder, unknown(builder, more), INTS)
-        return builder.select(mask, builder.add(index, more), index)
-
-    return INTS(INTS, MASK, by), build
-
-
-@intrinsic
 def table_of(typing_context: Any, values: Any) -> Any:
     """A tuple of at most 16 float32 as a table."""
 
@@ -219,37 +201,6 @@ def table_of(typing_context: Any, values: Any) -> Any:
         return table
 
     return SIXTEEN(values), build
-
-
-@intrinsic
-def bits_of_magnitude(typing_context: Any, x: Any) -> Any:
-    """The bits of absolute values, whose order is that of magnitudes, and infinity and NaN above."""
-
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        return builder.and_(builder.bitcast(*arguments, INTS.of), full(0x7FFFFFFF, INTS))
-
-    return INTS(FLOATS), build
-
-
-@intrinsic
-def larger(typing_context: Any, x: Any, y: Any) -> Any:
-    """The larger of unsigned ints, lane by lane."""
-
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        return builder.select(builder.icmp_unsigned(">", *arguments), *arguments)
-
-    return INTS(INTS, INTS), build
-
-
-@intrinsic
-def largest(typing_context: Any, x: Any) -> Any:
-    """The largest of unsigned ints, read as the bits of a float32."""
-
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        top = call(builder, f"llvm.vector.reduce.umax.v{LANES}i32", _i32, *arguments)
-        return builder.bitcast(top, _float)
-
-    return types.float32(INTS), build
 
 
 @intrinsic
@@ -264,73 +215,6 @@ def folded(typing_context: Any, x: Any) -> Any:
         return builder.extract_element(sums, ir.Constant(_i32, 0))
 
     return types.float32(FLOATS), build
-
-
-@intrinsic
-def nearest_ints(typing_context: Any, x: Any) -> Any:
-    """Integers nearest to floats, half to even; far below 2 ** 31 in magnitude."""
-
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        (values,) = arguments
-        if not HOST.get("avx512f", False):
-            return builder.fptosi(call(builder, f"llvm.rint.v{LANES}f32", FLOATS.of, values), INTS.of)
-        kind, every, nearest = ir.VectorType(_i32, 16), ir.Constant(ir.IntType(16), -1), ir.Constant(_i32, 8)
-        name, none = "llvm.x86.avx512.mask.cvtps2dq.512", ir.Constant(kind, None)
-        parts = [part(builder, values, range(at, at + 16)) for at in range(0, LANES, 16)]
-        return joined(builder, [call(builder, name, kind, one, none, every, nearest) for one in parts])
-
-    return INTS(FLOATS), build
-
-
-@intrinsic
-def as_whole_floats(typing_context: Any, x: Any) -> Any:
-    """Signed ints as floats."""
-    return FLOATS(INTS), lambda context, builder, sig, arguments: builder.sitofp(*arguments, FLOATS.of)
-
-
-@intrinsic
-def bins_of(typing_context: Any, x: Any) -> Any:
-    """Floats not below 0 cut off to integers, at most 15, as ints."""
-
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        # what is too large for an integer becomes 2 ** 31 here, where LLVM's own conversion promises nothing
-        kind, every, as_set = ir.VectorType(_i32, 16), ir.Constant(ir.IntType(16), -1), ir.Constant(_i32, 4)
-        name, none = "llvm.x86.avx512.mask.cvttps2dq.512", ir.Constant(kind, None)
-        parts = [part(builder, arguments[0], range(at, at + 16)) for at in range(0, LANES, 16)]
-        whole = joined(builder, [call(builder, name, kind, one, none, every, as_set) for one in parts])
-        return call(builder, f"llvm.umin.v{LANES}i32", INTS.of, whole, full(15, INTS))
-
-    return INTS(FLOATS), build
-
-
-@intrinsic
-def bits_of(typing_context: Any, x: Any) -> Any:
-    """The bits of floats."""
-    return INTS(FLOATS), lambda context, builder, sig, arguments: builder.bitcast(*arguments, INTS.of)
-
-
-@intrinsic(prefer_literal=True)
-def with_sign(typing_context: Any, index: Any, x: Any, weight: Any) -> Any:
-    """Ints below ``weight``, a power of two, more by it where floats have their signs set, -0 too."""
-    value = weight.literal_value
-
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        bits = builder.bitcast(arguments[1], INTS.of)
-        sign = builder.lshr(bits, full(31 - value.bit_length() + 1, INTS))
-        return builder.or_(arguments[0], builder.and_(sign, full(value, INTS)))
-
-    return INTS(INTS, FLOATS, weight), build
-
-
-@intrinsic
-def signed_floats(typing_context: Any, x: Any) -> Any:
-    """Ints whose lowest byte is a number in two's complement, as floats."""
-
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        narrow = builder.trunc(*arguments, ir.VectorType(ir.IntType(8), LANES))
-        return builder.sitofp(narrow, FLOATS.of)
-
-    return FLOATS(INTS), build
 
 
 @intrinsic
