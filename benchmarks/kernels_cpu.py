@@ -51,7 +51,7 @@ def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rou
     g = torch.Generator().manual_seed(0)
     base = torch.randn(cut.numel, generator=g).to(dtype)
     x = base + (0.1 * torch.randn(cut.numel, generator=g)).to(dtype)
-    out, held, copied = torch.empty_like(x), base.clone(), torch.empty_like(x)
+    out, copied, held, moved = torch.empty_like(x), torch.empty_like(x), base.clone(), base.clone()
     payload = codec.encode_residual(x, base, cut, out)
     room = torch.empty_like(payload)
 
@@ -68,7 +68,7 @@ def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rou
         "encode": encode,
         "moved_encode": move_encode,
         "decode": decode,
-        "moved_decode": lambda: move_for_decoding(held),
+        "moved_decode": lambda: move_for_decoding(moved),
     }
     copies: list[float] = []
     samples: dict[str, list[float]] = {name: [] for name in (*turns, "eager_encode", "eager_decode")}
@@ -81,7 +81,8 @@ def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rou
                 copies.append(copy)
                 samples[name].append(taken)
                 ratios[name].append(taken / copy)
-        held.copy_(base)  # sums of moved bits would not stay numbers
+        for tensor in (held, moved):  # sums of moved bits would not stay numbers
+            tensor.copy_(base)
         if round_ % 5 == 2:
             with use("reference"):
                 for name, work in (("eager_encode", encode), ("eager_decode", decode)):

@@ -20,7 +20,7 @@ from torch import Tensor
 from compactdist.codecs.kernels import cpu_blocks, reference
 from compactdist.codecs.kernels import cpu_loops as loops
 from compactdist.codecs.kernels import cpu_surveys as surveys
-from compactdist.codecs.kernels.cpu_common import BIT_TYPES, Plan, bits_of, expectation, pack_apart, plan_for
+from compactdist.codecs.kernels.cpu_common import DTYPES, Plan, bits_of, expectation, pack_apart, plan_for
 from compactdist.codecs.kernels.cpu_decode import decode_residual
 from compactdist.codecs.kernels.cpu_memory import CACHE_LINE
 from compactdist.codecs.kernels.cpu_settle import LINEAR, NEAREST, SIGN, TRITS, fold_tiles, settle_channels, settle_rows
@@ -64,7 +64,7 @@ def supports(codec: ScalarQuantizer, cut: Cut, *tensors: Tensor | None) -> bool:
     given = [tensor for tensor in tensors if tensor is not None]
     if cut.numel == 0 or codec.offsets or any(tensor.device.type != "cpu" for tensor in given):
         return False
-    if given[0].dtype not in BIT_TYPES or any(tensor.dtype != given[0].dtype for tensor in given):
+    if given[0].dtype not in DTYPES or any(tensor.dtype != given[0].dtype for tensor in given):
         return False
     plan = plan_for(codec, cut)
     if plan is None or (plan.layout.rows == 1 and codec.base3):
@@ -102,7 +102,7 @@ def encode_residual(
     layout = plan.layout
     if payload is None:
         payload = torch.empty(layout.total_nbytes, dtype=torch.uint8)
-    written = payload.numpy()
+    written = bits_of(payload, torch.uint8)
     _clear_padding(written, layout)
     codes = written[: layout.codes_nbytes]
     packed = np.empty(layout.elements, np.uint8) if plan.apart else codes

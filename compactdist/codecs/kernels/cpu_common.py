@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from compactdist.codecs.base import Cut
     from compactdist.codecs.quantized import ScalarQuantizer
 
-BIT_TYPES = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+_BIT_TYPES = {torch.float32: "<f4", torch.bfloat16: "<u2", torch.float16: "<i2", torch.uint8: "|u1"}
+_NOTHING: dict[torch.dtype, NDArray[Any]] = {dtype: np.empty(0, kind) for dtype, kind in _BIT_TYPES.items()}
+
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+"""What the loops take."""
+
+_MOST_PLANS = 256
+_plans: dict[tuple[int, int], tuple[ScalarQuantizer, Cut, Plan | None]] = {}
+"""By identity, as equality takes longer; what is held here cannot be something else with the same one."""
 
 _KINDS = {"sign": SIGN, "nearest": NEAREST, "trits": TRITS, "linear": LINEAR, "e4m3": E4M3, "e5m2": E5M2}
 
@@ -61,7 +69,13 @@ def plan_for(codec: ScalarQuantizer, cut: Cut) -> Plan | None:
     """The plan, or ``None`` where the loops do not apply: blocks that are not consecutive in memory, or levels that are
     too uneven to be looked up. Worked out once: it is asked for at every step.
     """
-    return _plan(cut, codec.layout_of(cut.shape), codec.fused, codec.magnitudes, codec.reach)
+    known = _plans.get((id(codec), id(cut)))
+    if known is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plan(cut, codec.layout_of(cut.shape), codec.fused, codec.magnitudes, codec.reach)
+        known = _plans[id(codec), id(cut)] = codec, cut, plan
+    return known[2]
 
 
 @lru_cache(maxsize=64)
@@ -95,12 +109,25 @@ def _in_grains(borders: list[np.float32]) -> tuple[np.float32, tuple[np.float32,
     return grain, tuple(border * grain for border in borders)
 
 
+class _Memory:
+    """A tensor's memory, for NumPy. The way over ``view`` and ``numpy`` takes five times as long, as it goes through
+    code of torch that is in no cache when a step begins.
+    """
+
+    __slots__ = ("__array_interface__", "tensor")
+
+    def __init__(self, tensor: Tensor, kind: str) -> None:
+        self.tensor = tensor
+        place = tensor.data_ptr(), False
+        self.__array_interface__ = {"data": place, "shape": (tensor.numel(),), "typestr": kind, "version": 3}
+
+
 def bits_of(x: Tensor | None, dtype: torch.dtype) -> NDArray[Any]:
-    """A flat tensor as the array of bits the loops take; an empty one for none."""
-    if x is None:
-        x = torch.empty(0, dtype=dtype)
-    bits: NDArray[Any] = x.detach().contiguous().view(BIT_TYPES[dtype]).numpy()
-    return bits
+    """A flat tensor on the CPU as the array of bits the loops take; an empty one for none or nothing."""
+    if x is None or not x.numel():
+        return _NOTHING[dtype]
+    array: NDArray[Any] = np.asarray(_Memory(x if x.is_contiguous() else x.detach().contiguous(), _BIT_TYPES[dtype]))
+    return array
 
 
 def expectation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from compactdist.codecs.kernels import cpu_loops as loops
@@ -45,7 +46,7 @@ def decode_residual(
     """
     plan = plan_for(codec, cut)
     assert plan is not None  # supports() said so
-    layout, data = plan.layout, payload.numpy()
+    layout, data = plan.layout, bits_of(payload, torch.uint8)
     groups, channels, per_group = layout.groups, layout.channels, layout.channel_scales_per_group
     stored = data[layout.channel_scales_at :][: 2 * groups * per_group].view(np.uint16)
     if layout.rows == 1:  # blocks are the rows of one group here

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compactdist.codecs.kernels.cpu_common import BIT_TYPES, bits_of, expectation
+from compactdist.codecs.kernels.cpu_common import DTYPES, bits_of, expectation
 from compactdist.codecs.kernels.cpu_elements import Array, fold, jit, next_part
 from compactdist.codecs.kernels.cpu_memory import data_of, load_first, pointers_of, rounded_for, store_first
 from compactdist.codecs.kernels.cpu_steps import expected_at, put, residual_at
@@ -35,7 +35,7 @@ _LARGEST = np.float32(3.4028234663852886e38)
 def supports(*tensors: Tensor | None) -> bool:
     """Whether ``take_in`` and ``add_product`` apply: CPU tensors of one known dtype."""
     given = [tensor for tensor in tensors if tensor is not None]
-    return all(tensor.device.type == "cpu" and tensor.dtype == given[0].dtype in BIT_TYPES for tensor in given)
+    return all(tensor.device.type == "cpu" and tensor.dtype == given[0].dtype in DTYPES for tensor in given)
 
 
 def take_in(x: Tensor, base: Tensor | None, velocity: Tensor | None, cut: Cut, out: Tensor) -> Tensor:
