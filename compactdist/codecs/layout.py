@@ -46,6 +46,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from compactdist.codecs.shapes import matrix_shape, padded_nbytes
 
@@ -79,55 +80,68 @@ class Layout:
     @classmethod
     def of(cls, shape: Sequence[int], bits: int, *, base3: bool = False) -> Layout:
         """Return the layout of a tensor of this shape, with scales by row and channel."""
-        return cls(*matrix_shape(shape), bits, base3)
+        return _of(tuple(shape), bits, base3)
 
     @classmethod
     def of_blocks(
         cls, shape: Sequence[int], bits: int, block: int, *, base3: bool = False, offsets: bool = False
     ) -> Layout:
         """Return the layout of a tensor of this shape, with one scale for every ``block`` elements."""
-        groups = matrix_shape(shape)[0]
-        per_group = math.prod(shape) // max(groups, 1)
-        blocks = -(-per_group // block)
-        return cls(groups * blocks, 1, -(-per_group // max(blocks, 1)), bits, base3, offsets)
+        return _of_blocks(tuple(shape), bits, block, base3, offsets)
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Coded elements, padding included."""
         return self.groups * self.rows * self.channels
 
-    @property
+    @cached_property
     def codes_nbytes(self) -> int:
         """Bytes that carry codes, before alignment."""
         if self.base3:
             return -(-self.elements // 5)
         return -(-self.elements * self.bits // 8)
 
-    @property
+    @cached_property
     def row_scale_count(self) -> int:
         """Row scales on the wire: G * R or none."""
         present = self.channels >= MIN_CHANNELS_FOR_ROW_SCALES and self.rows > 1
         return self.groups * self.rows if present else 0
 
-    @property
+    @cached_property
     def channel_scales_per_group(self) -> int:
         """Channel scales on the wire for each group: C or one."""
         return self.channels if self.rows >= MIN_ROWS_FOR_CHANNEL_SCALES else 1
 
-    @property
+    @cached_property
     def row_scales_at(self) -> int:
         """Offset of the row scales."""
         return padded_nbytes(self.codes_nbytes)
 
-    @property
+    @cached_property
     def channel_scales_at(self) -> int:
         """Offset of the channel scales."""
         return self.row_scales_at + padded_nbytes(self.row_scale_count)
 
-    @property
+    @cached_property
     def total_nbytes(self) -> int:
         """Length of the payload."""
         if self.elements == 0:
             return 0
         sections = 2 if self.offsets else 1
         return self.channel_scales_at + sections * padded_nbytes(2 * self.groups * self.channel_scales_per_group)
+
+
+# Every step of a stream asks for the same few layouts, several times.
+
+
+@lru_cache(maxsize=256)
+def _of(shape: tuple[int, ...], bits: int, base3: bool) -> Layout:
+    return Layout(*matrix_shape(shape), bits, base3)
+
+
+@lru_cache(maxsize=256)
+def _of_blocks(shape: tuple[int, ...], bits: int, block: int, base3: bool, offsets: bool) -> Layout:
+    groups = matrix_shape(shape)[0]
+    per_group = math.prod(shape) // max(groups, 1)
+    blocks = -(-per_group // block)
+    return Layout(groups * blocks, 1, -(-per_group // max(blocks, 1)), bits, base3, offsets)

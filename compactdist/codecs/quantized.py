@@ -198,7 +198,6 @@ class ScalarQuantizer(Codec):
         levels = self._levels(payload[: layout.codes_nbytes], layout.elements)
         return kernels.dequantize(levels, t, c)
 
-    @torch.no_grad()
     def encode_residual(
         self,
         x: Tensor,
@@ -216,9 +215,9 @@ class ScalarQuantizer(Codec):
             if payload is not None:
                 return payload
         # says what is wrong where something is not finite
-        return super().encode_residual(x, base, cut, out, velocity=velocity, payload_out=payload_out)
+        with torch.no_grad():
+            return super().encode_residual(x, base, cut, out, velocity=velocity, payload_out=payload_out)
 
-    @torch.no_grad()
     def decode_residual(
         self, payload: Tensor, base: Tensor | None, cut: Cut, out: Tensor, *, velocity: Tensor | None = None
     ) -> None:
@@ -227,7 +226,8 @@ class ScalarQuantizer(Codec):
             payload = check_payload(payload, self.payload_nbytes(cut.shape, torch.float32), self.codec_id)
             if kernels.decode_residual(self, payload, base, cut, out, velocity):
                 return
-        super().decode_residual(payload, base, cut, out, velocity=velocity)
+        with torch.no_grad():
+            super().decode_residual(payload, base, cut, out, velocity=velocity)
 
     def _fused_steps(self, device: torch.device, numel: int) -> Any:
         """The module with the fused steps, or ``None`` where the codec, device or size call for the reference."""

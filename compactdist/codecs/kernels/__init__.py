@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 from typing import Literal
 
@@ -22,8 +23,6 @@ MIN_ELEMENTS = 1 << 14
 
 _log = logging.getLogger("compactdist")
 _forced: str | None = None
-_missing = False
-_no_triton = False
 
 
 @contextmanager
@@ -71,14 +70,11 @@ def fused_kernels(device: str, numel: int) -> ModuleType | None:
     return cpu_kernels(numel) if device == "cpu" else None
 
 
+@cache
 def _gpu_kernels() -> ModuleType | None:
-    global _no_triton
-    if _no_triton:
-        return None
     try:
         from compactdist.codecs.kernels import gpu
     except ImportError as error:
-        _no_triton = True
         _log.info("codecs run on torch operations on the GPU, much slower: Triton cannot be imported (%s)", error)
         return None
     return gpu
@@ -86,13 +82,16 @@ def _gpu_kernels() -> ModuleType | None:
 
 def cpu_kernels(numel: int) -> ModuleType | None:
     """The fused CPU kernels, or ``None`` where the reference is to be used for tensors of this size."""
-    global _missing
-    if _missing or _forced == "reference" or (numel < MIN_ELEMENTS and _forced is None):
+    if _forced == "reference" or (numel < MIN_ELEMENTS and _forced is None):
         return None
+    return _cpu_kernels()
+
+
+@cache
+def _cpu_kernels() -> ModuleType | None:
     try:
         from compactdist.codecs.kernels import cpu
     except ImportError as error:
-        _missing = True
         _log.info("codecs run on torch operations, several times slower: Numba cannot be imported (%s)", error)
         return None
     return cpu

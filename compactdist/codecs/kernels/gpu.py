@@ -91,6 +91,7 @@ def _source(x: Tensor, base: Tensor | None, velocity: Tensor | None) -> tuple[tu
     return (first, second, third), len(given) - 1
 
 
+@torch.no_grad()
 def encode_residual(
     codec: ScalarQuantizer,
     x: Tensor,
@@ -214,6 +215,7 @@ def _units(plan: Plan) -> dict[str, Any]:
     return {**plan.codec_flags, **plan.place_flags, "PER": plan.per, "ROW_SCALES": rows, "PER_GROUP": groups}
 
 
+@torch.no_grad()
 def decode_residual(
     codec: ScalarQuantizer,
     payload: Tensor,
