@@ -40,11 +40,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return {row["variant"]: row for row in json.loads(out.read_text())["rows"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["int4", "int4, order 2"])
 def test_within_one_percent_of_uncompressed_pipefusion(rows: dict[str, dict[str, Any]], variant: str) -> None:
     assert 0 < rows[variant]["median"] <= 1e-2
 
 
+@pytest.mark.slow
 def test_eight_bits_at_both_ends_pay(rows: dict[str, dict[str, Any]]) -> None:
     plain, fine = rows["int4, its ends too"], rows["int4"]
     assert fine["median"] < 0.8 * plain["median"]
