@@ -197,6 +197,20 @@ def test_levels_too_uneven_to_be_looked_up_are_left_to_the_reference():
     assert common._plan(cut, layout, "nearest", (0.01, 0.02, 0.03, 9.0), 0.0) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", FORMS, ids=str)
+def test_a_new_base_need_not_begin_a_cache_line(spec, dtype):
+    """What is streamed has to, or the processor refuses."""
+    codec, cut = codecs.get(spec), plain(70 * 256, 1, 256)
+    x, base = (torch.randn(cut.numel, generator=torch.Generator().manual_seed(7)).to(dtype) for _ in range(2))
+    expected, got = torch.empty_like(x), torch.empty(cut.numel + 1, dtype=dtype)[1:]
+    with use("reference"):
+        payload = codec.encode_residual(x, base / 8, cut, expected)
+    with use("cpu"):
+        assert torch.equal(codec.encode_residual(x, base / 8, cut, got), payload)
+    assert torch.equal(_bytes(got), _bytes(expected))
+
+
 def test_what_is_large_and_begins_a_cache_line_goes_past_the_caches():
     large = torch.empty(cpu.STREAMED_NBYTES // 4 + 1)
     assert large.data_ptr() % 64 == 0

@@ -165,8 +165,7 @@ def code_reaching(one: bool, kind: int) -> Any:
         inverse_c: Array,
     ) -> None:
         scales = data_of(c), data_of(inverse_c)
-        target = data_of(out), streams
-        to = data_of(packed), streams[1]
+        target, to = (data_of(out), streams[0]), (data_of(packed), streams[1])
         given = pointers_of(source, one), target, to, *scales, kind, out.size > 0
         _for_all(_reaching, given, parts, place, (data_of(t), data_of(inverse_t)))
 
