@@ -63,15 +63,7 @@ def decode_residual(
         codes = unpack_apart(codec, codes, layout.elements)
     before, further, terms = expectation(base, velocity, out.dtype)
     loop = loops.apply_codes(terms == 1, NEAREST if plan.kind == TRITS else plan.kind, plan.bits)
-    given = (
-        (before, before, further, terms),
-        plan.place,
-        codes,
-        bits_of(out, out.dtype),
-        (False, False),
-        t,
-        c,
-        plan.table,
-    )
+    source, into = (before, before, further, terms), bits_of(out, out.dtype)
+    given = source, plan.place, codes, into, (False, False), t, c, plan.table
     spread(lambda parts: loop(parts, *given), plan.row_count, layout.elements)
     return True

@@ -191,19 +191,6 @@ def where(typing_context: Any, mask: Any, x: Any, y: Any) -> Any:
 
 
 @intrinsic
-def table_of(typing_context: Any, values: Any) -> Any:
-    """A tuple of at most 16 float32 as a table."""
-
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        table = ir.Constant(SIXTEEN.of, None)
-        for at, value in enumerate(cgutils.unpack_tuple(builder, arguments[0])):
-            table = builder.insert_element(table, value, ir.Constant(_i32, at))
-        return table
-
-    return SIXTEEN(values), build
-
-
-@intrinsic
 def folded(typing_context: Any, x: Any) -> Any:
     """The sum of all lanes: upper half onto lower, until one is left, as in the reference."""
 
