@@ -62,8 +62,8 @@ demo: $(STAMP) ## see it work: writes into demo/
 	@$(VENV)/bin/compactdist demo $(DEMO_ARGS)
 
 bench: $(STAMP) ## time a passed-through call, compressed collectives and codecs on this machine
-	@$(PY) -m benchmarks.passthrough $(BENCH_ARGS)
-	@$(PY) -m benchmarks.all_gather $(BENCH_ARGS)
+	@$(PY) -m benchmarks.link.passthrough $(BENCH_ARGS)
+	@$(PY) -m benchmarks.link.all_gather $(BENCH_ARGS)
 	@$(VENV)/bin/compactdist bench codecs $(CODECS_ARGS)
 
 clean: ## remove everything that was made, the virtual environment too

@@ -10,15 +10,15 @@ print(dist.explain())
 __version__ = "0.1.0"
 
 from compactdist import codecs
-from compactdist.backend import register_backend as _register_backend
 from compactdist.config import Options
 from compactdist.errors import CompactDistError
-from compactdist.group import CompressedProcessGroup
+from compactdist.group.backend import register_backend as _register_backend
+from compactdist.group.process_group import CompressedProcessGroup
+from compactdist.group.wrap import unwrap, unwrap_mesh, wrap, wrap_mesh
+from compactdist.observe.record import Recording, record
+from compactdist.observe.stats import Stats
 from compactdist.policy import CallInfo, Rule, Rules
-from compactdist.record import Recording, record
 from compactdist.state import Layout
-from compactdist.stats import Stats
-from compactdist.wrap import unwrap, unwrap_mesh, wrap, wrap_mesh
 
 __all__ = [
     "CallInfo",

@@ -26,6 +26,7 @@ A frame made for a group carries no shape block: both ends know the shape.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import zlib
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ __all__ = [
     "Header",
     "empty_frame",
     "explain",
+    "key_hash",
     "pack",
     "seal",
     "unpack",
@@ -272,6 +274,11 @@ def unpack(frame: Tensor, where: str) -> Header:
             f"{where}: the frame is cut short: {frame.numel()} bytes for a payload of {header.payload_nbytes} bytes"
         )
     return header
+
+
+def key_hash(key: str) -> int:
+    """64-bit hash of a site key, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def explain(frame: Tensor) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import codec_table
+from benchmarks.codecs import codec_table
 from compactdist import codecs
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import compactdist
-from compactdist.trace import Trace, save_trace
+from compactdist.observe.trace import Trace, save_trace
 from compactdist_xdit.adapter import enable
 from compactdist_xdit.demo_worker import parallel_pipeline
 from compactdist_xdit.digits import CLASSES, STEPS
@@ -30,7 +30,7 @@ SITES = ("kv/transformer_blocks.0.attn/*", "kv/single_transformer_blocks.1.attn/
 
 
 def keep_digits(source: Path, target: Path, digits: int) -> None:
-    """Cut a recorded trace down to the first `digits` of the batch."""
+    """MatrixView a recorded trace down to the first `digits` of the batch."""
     recorded = Trace(source)
     tensors, groups = {}, {}
     for site in recorded.sites:

@@ -14,9 +14,9 @@ from compactdist.cli import evaluate as evaluation
 from compactdist.cli.common import failing_well, parse_codecs
 from compactdist.cli.demo import DemoError, run_demo
 from compactdist.errors import ConfigError
+from compactdist.observe.trace import Trace
 from compactdist.state import StateForm, StreamConfig
 from compactdist.state.quantized_history import STATE_FORMS
-from compactdist.trace import Trace
 
 __all__ = ["main"]
 

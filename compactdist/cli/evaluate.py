@@ -17,8 +17,8 @@ from torch import Tensor
 from compactdist.cli.common import make_console
 from compactdist.codecs import Codec
 from compactdist.errors import CompactDistError
-from compactdist.state import Arrangement, StreamConfig, StreamDecoder, StreamEncoder
-from compactdist.trace import Trace, TraceError
+from compactdist.observe.trace import Trace, TraceError
+from compactdist.state import MatrixView, StreamConfig, StreamDecoder, StreamEncoder
 
 __all__ = ["Score", "play", "show", "to_json"]
 
@@ -120,7 +120,7 @@ def play(
                 "more steps, or evaluate with a smaller --warmup"
             )
         groups = trace.groups(site, rows)
-        hint = Arrangement(rows * channels, groups, rows // groups, channels)
+        hint = MatrixView(rows * channels, groups, rows // groups, channels)
         for name, codec in codecs.items():
             _play_site(scores[name], codec, config, site, x, hint, keyframes)
     return scores
@@ -128,7 +128,7 @@ def play(
 
 @torch.no_grad()
 def _play_site(
-    score: Score, codec: Codec, config: StreamConfig, site: str, x: Tensor, hint: Arrangement, keyframes: int
+    score: Score, codec: Codec, config: StreamConfig, site: str, x: Tensor, hint: MatrixView, keyframes: int
 ) -> None:
     encoder, decoder = StreamEncoder(config, 0, site), StreamDecoder(config, 0, site)
     for step, value in enumerate(x):

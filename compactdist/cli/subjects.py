@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compactdist.codecs import Codec, kernels
-from compactdist.codecs.shapes import WholeTensor
+from compactdist import kernels
+from compactdist.codecs import Codec
+from compactdist.codecs.shapes import whole_view
 from compactdist.wire import HEADER_NBYTES
 
 __all__ = ["Subject", "of_codecs", "peers"]
@@ -63,16 +64,16 @@ class _Stream:
     def encode(self, x: Tensor) -> Tensor:
         """From tensor and base to payload and new base."""
         if self._of is not x:
-            self._of, self._cut = x, WholeTensor.of(x.shape, in_blocks=False)
+            self._of, self._view = x, whole_view(x.shape, in_blocks=False)
             self._base, self._new = torch.zeros_like(x).view(-1), torch.empty_like(x).view(-1)
             self._held = torch.zeros_like(self._base)
-            nbytes = self._codec.payload_nbytes(self._cut.shape, torch.float32)
+            nbytes = self._codec.payload_nbytes(self._view.shape, torch.float32)
             self._payload = torch.empty(nbytes, dtype=torch.uint8)
-        return self._codec.encode_residual(x.view(-1), self._base, self._cut, self._new, payload_out=self._payload)
+        return self._codec.encode_residual(x.view(-1), self._base, self._view, self._new, payload_out=self._payload)
 
     def decode(self, payload: Tensor, like: Tensor) -> Tensor:
         """From payload and base to new base, in place."""
-        self._codec.decode_residual(payload, self._held, self._cut, self._held)
+        self._codec.decode_residual(payload, self._held, self._view, self._held)
         return self._held.view(like.shape)
 
 

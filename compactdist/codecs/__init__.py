@@ -17,19 +17,19 @@ Example:
 from __future__ import annotations
 
 from compactdist.codecs.base import Codec
-from compactdist.codecs.binary import Binary
-from compactdist.codecs.fp8 import Fp8
-from compactdist.codecs.int2 import Int2
-from compactdist.codecs.int3 import Int3
-from compactdist.codecs.int4 import Int4
-from compactdist.codecs.int8 import Int8
-from compactdist.codecs.lowrank import LowRank
-from compactdist.codecs.lowrank_int4 import LowRankInt4
+from compactdist.codecs.lowrank.lowrank import LowRank
+from compactdist.codecs.lowrank.lowrank_int4 import LowRankInt4
 from compactdist.codecs.raw import Raw
 from compactdist.codecs.registry import get, register
 from compactdist.codecs.registry import list_codecs as list
+from compactdist.codecs.scalar.binary import Binary
+from compactdist.codecs.scalar.fp8 import Fp8
+from compactdist.codecs.scalar.int2 import Int2
+from compactdist.codecs.scalar.int3 import Int3
+from compactdist.codecs.scalar.int4 import Int4
+from compactdist.codecs.scalar.int8 import Int8
+from compactdist.codecs.scalar.ternary import Ternary
 from compactdist.codecs.shapes import matrix_shape
-from compactdist.codecs.ternary import Ternary
 from compactdist.codecs.topk import TopK, TopKInt4
 
 __all__ = [

@@ -20,35 +20,16 @@ import json
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from compactdist.errors import CodecConfigError, PayloadError
+from compactdist.kernels.spec import MatrixView
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class Cut(Protocol):
-    """How a flat buffer of ``numel`` elements is seen as ``(groups, rows, channels)``; hashable.
-
-    ``axes`` are the buffer's own axes and ``order`` their permutation, groups first, then rows, then channels; axes
-    are ``None`` for consecutive rows, of which the last may end in zeros that are not in the buffer.
-    """
-
-    @property
-    def numel(self) -> int: ...
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-    @property
-    def axes(self) -> tuple[int, ...] | None: ...
-    @property
-    def order(self) -> tuple[int, ...]: ...
-    def __hash__(self) -> int: ...
-    def to_matrix(self, flat: Tensor) -> Tensor: ...
-    def to_flat(self, matrix: Tensor) -> Tensor: ...
 
 
 class About(NamedTuple):
@@ -111,24 +92,24 @@ class Codec(ABC):
         self,
         x: Tensor,
         base: Tensor | None,
-        cut: Cut,
+        view: MatrixView,
         out: Tensor | None = None,
         *,
         velocity: Tensor | None = None,
         payload_out: Tensor | None = None,
         memory: dict[str, Any] | None = None,
     ) -> Tensor:
-        """Encode ``x - (base + velocity)``, in float32, as the matrix that ``cut`` says.
+        """Encode ``x - (base + velocity)``, in float32, as the matrix that ``view`` says.
 
         Args:
-            x: flat, ``cut.numel`` elements.
+            x: flat, ``view.numel`` elements.
             base: what both ends expect, flat, finite, the dtype of ``x``; ``None`` for no expectation.
-            cut: how the flat buffer becomes a matrix.
+            view: how the flat buffer becomes a matrix.
             out: flat, contiguous, the dtype of ``x``; gets what :meth:`decode_residual` will give. May be ``base``.
             velocity: added to ``base``, of the same form; ``None`` for none.
             payload_out: uint8, as long as the payload, where the payload is written; new memory unless given.
             memory: what the encoder wants to know again at the stream's next call; empty at first. It is opaque,
-                belongs to one directed stream, codec and cut, and lives on the sending side only: what it holds may
+                belongs to one directed stream, codec and view, and lives on the sending side only: what it holds may
                 change which payload is chosen, never how one is decoded. A codec replaces entries and does not write
                 to tensors it finds there, for the caller may go back to an earlier copy of the dict; most codecs
                 leave it empty. ``None``: this call stands alone.
@@ -140,24 +121,24 @@ class Codec(ABC):
             NonFiniteError: The difference is not finite; ``out`` and ``payload_out`` hold anything, but ``base`` is as
                 it was.
         """
-        payload = self.encode(cut.to_matrix(residual_of(x, base, velocity)))
+        payload = self.encode(view.to_matrix(residual_of(x, base, velocity)))
         if out is not None:
-            self.decode_residual(payload, base, cut, out, velocity=velocity)
+            self.decode_residual(payload, base, view, out, velocity=velocity)
         return payload if payload_out is None else payload_out.copy_(payload)
 
     def decode_residual(
-        self, payload: Tensor, base: Tensor | None, cut: Cut, out: Tensor, *, velocity: Tensor | None = None
+        self, payload: Tensor, base: Tensor | None, view: MatrixView, out: Tensor, *, velocity: Tensor | None = None
     ) -> None:
         """Write what was expected plus the decoded payload, kept finite and rounded once, to ``out``.
 
         Args:
             payload: what ``encode_residual`` returned.
             base: what both ends expect, flat, the dtype of ``out``; ``None`` for no expectation.
-            cut: how the flat buffer becomes a matrix.
+            view: how the flat buffer becomes a matrix.
             out: flat, contiguous; may be ``base``.
             velocity: added to ``base`` in float32; ``None`` for none.
         """
-        decoded = cut.to_flat(self.decode(payload, cut.shape, torch.float32))
+        decoded = view.to_flat(self.decode(payload, view.shape, torch.float32))
         total = decoded + (0.0 if base is None else _sum(base, velocity))  # without a base, no -0 either
         limit = torch.finfo(out.dtype).max
         with torch.inference_mode():  # lets an inference tensor be written to, wherever this is called

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from torch import Tensor
-from torch.nn.functional import pad
+from compactdist.kernels.spec import MatrixView
 
 SECTION_ALIGN_NBYTES = 16
 """Every payload section starts at a multiple of this, so kernels may load 128 bits at a time."""
@@ -51,25 +49,12 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     return 1, math.prod(shape[:-2]), shape[-2] * shape[-1]
 
 
-class WholeTensor(NamedTuple):
-    """A contiguous tensor as a codec sees it when nobody says more about it: a ``Cut`` (``base.py``)."""
+def whole_view(shape: Sequence[int], *, in_blocks: bool) -> MatrixView:
+    """The matrix view of a contiguous tensor of this shape when nobody says more about it.
 
-    numel: int
-    shape: tuple[int, int, int]
-    axes: None = None
-    order: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, shape: Sequence[int], *, in_blocks: bool) -> WholeTensor:
-        """Of a tensor of this shape; one without channels is a single row if blocks, and no rows, have scales."""
-        numel = math.prod(shape)
-        return cls(numel, (1, 1, numel) if in_blocks and len(shape) <= 1 else matrix_shape(shape))
-
-    def to_matrix(self, flat: Tensor) -> Tensor:
-        """Flat ``[numel]`` to ``(G, R, C)``, the tail filled up with zeros."""
-        missing = math.prod(self.shape) - self.numel
-        return (pad(flat, (0, missing)) if missing else flat).view(self.shape)
-
-    def to_flat(self, matrix: Tensor) -> Tensor:
-        """Undo ``to_matrix``."""
-        return matrix.reshape(-1)[: self.numel]
+    Args:
+        shape: of the tensor.
+        in_blocks: blocks, and no rows, have scales; then a tensor without channels is a single row.
+    """
+    numel = math.prod(shape)
+    return MatrixView(numel, *((1, 1, numel) if in_blocks and len(shape) <= 1 else matrix_shape(shape)))

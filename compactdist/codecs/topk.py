@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from compactdist.codecs.base import About, Codec, check_payload
-from compactdist.codecs.kernels import reference as kernels
 from compactdist.codecs.options import check_integer
-from compactdist.codecs.quantized import check_dtype, finite_amax
 from compactdist.codecs.registry import register
+from compactdist.codecs.scalar.quantized import check_dtype, finite_amax
+from compactdist.codecs.scalar.with_zero import Int4WithZero
 from compactdist.codecs.shapes import BLOCK_ELEMENTS, matrix_shape, padded_nbytes
-from compactdist.codecs.with_zero import Int4WithZero
+from compactdist.kernels import reference as kernels
 
 _SMALLEST_VALUE = 2.0**-118
 

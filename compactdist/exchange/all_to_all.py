@@ -19,11 +19,11 @@ from compactdist.errors import NonFiniteError
 from compactdist.exchange.arrivals import Arrival
 from compactdist.exchange.context import Call, Context, waits_at_once, write
 from compactdist.exchange.forward import Message
-from compactdist.state import Arrangement, Staged, state_nbytes
+from compactdist.exchange.work import Job, drain
+from compactdist.observe.stats import PassReason
+from compactdist.state import MatrixView, Staged, state_nbytes
 from compactdist.state.store import Site
-from compactdist.stats import PassReason
 from compactdist.wire import from_raw, raw_payload
-from compactdist.work import Job, drain
 
 __all__ = ["all_to_all"]
 
@@ -34,7 +34,7 @@ class _Outgoing:
     payload: Tensor
     message: Message | None = None
     staged: Staged | None = None
-    hint: Arrangement | None = None
+    hint: MatrixView | None = None
     codec: Codec | None = None
 
 
@@ -43,7 +43,7 @@ class _Incoming:
     peer: int
     nbytes: int
     codec: Codec | None
-    hint: Arrangement | None = None
+    hint: MatrixView | None = None
 
 
 def all_to_all(ctx: Context, call: Call, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any) -> Job | None:

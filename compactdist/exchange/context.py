@@ -15,18 +15,18 @@ from compactdist import _torch, codecs
 from compactdist.codecs import Codec
 from compactdist.errors import BadOutputError, ConfigError, LayoutError, NonFiniteError
 from compactdist.exchange.arrivals import Arrivals
-from compactdist.keys import CallKey, KeyBook
+from compactdist.exchange.work import Outbox
+from compactdist.group.keys import CallKey, KeyBook
+from compactdist.observe.stats import GroupStats, PassReason
 from compactdist.policy import PASS, CallInfo, Policy
-from compactdist.state import COMPRESSIBLE_DTYPES, Arrangement, Layout, Staged, StateStore, StreamConfig, StreamEncoder
-from compactdist.stats import GroupStats, PassReason
+from compactdist.state import COMPRESSIBLE_DTYPES, Layout, MatrixView, Staged, StateStore, StreamConfig, StreamEncoder
 from compactdist.wire import NONFINITE
-from compactdist.work import Outbox
 
 __all__ = ["AutogradRule", "Call", "Context", "Tap", "waits_at_once", "write"]
 
 AutogradRule = Literal["tensor", "backward", "sender"]
 LayoutHints = Callable[[CallInfo], "Layout | None"]
-Tap = Callable[["Call", int, Tensor, "Arrangement | None"], None]
+Tap = Callable[["Call", int, Tensor, "MatrixView | None"], None]
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class Context:
         lock: held while a call is encoded and handed to the inner group.
         forward: pass on what was received and is sent again untouched.
         tap: shown every tensor right before it is encoded or passed on: call, the peer it goes to (the sender itself
-            where all ranks get the same), tensor, and the arrangement of its layout hint. It must not raise or change
+            where all ranks get the same), tensor, and the matrix view of its layout hint. It must not raise or change
             anything.
         arrivals: what was received and may be passed on.
     """
@@ -150,8 +150,8 @@ class Context:
             "'pass' or None"
         )
 
-    def hint(self, call: Call, numel: int) -> Arrangement | None:
-        """The arrangement a layout hint gives for one directed message.
+    def hint(self, call: Call, numel: int) -> MatrixView | None:
+        """The matrix view a layout hint gives for one directed message.
 
         Raises:
             LayoutError: the hint does not fit the message.
@@ -199,7 +199,7 @@ class Context:
         codec: Codec,
         *,
         keyframe: bool,
-        hint: Arrangement | None,
+        hint: MatrixView | None,
         frame_nbytes: int,
         refuse_state: bool = False,
         want_value: bool = False,

@@ -15,7 +15,7 @@ from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
 from compactdist.exchange.arrivals import Arrival
 from compactdist.exchange.context import Call, Context
-from compactdist.state import Arrangement, Staged, StreamEncoder
+from compactdist.state import MatrixView, Staged, StreamEncoder
 from compactdist.state.relay import (
     Relay,
     announce,
@@ -69,7 +69,7 @@ class Message:
         # a lossless codec without history has nothing to encode, and nothing to pass on
         self._arrival = None if codec.lossless and order == 0 else arrival
         self._share = follows and order == 1
-        self._announce: Arrangement | None = None
+        self._announce: MatrixView | None = None
         self.keyframe = due
         self.forwarded = False
         self.passes = False
@@ -101,13 +101,13 @@ class Message:
         if header.is_key != due and not (follows and header.is_key):
             return False
         kept = received.payload is not None and header.codec == self._codec.fingerprint()
-        arrangement = announced(header) or encoder.arrangement
-        return (header.is_key or kept) and arrangement == received.decoder.arrangement
+        view = announced(header) or encoder.view
+        return (header.is_key or kept) and view == received.decoder.view
 
     def _switch_if_worth_it(self, arrival: Arrival) -> None:
         """Make a keyframe of a residual, so that the frames after it can be passed on."""
-        theirs = arrival.received.decoder.arrangement
-        fits = theirs == self._encoder.arrangement
+        theirs = arrival.received.decoder.view
+        fits = theirs == self._encoder.view
         relay = self._encoder.relay = self._encoder.relay or Relay()
         if not self._is_untouched() or not (fits or can_announce(theirs)):
             relay.streak = 0
@@ -118,7 +118,7 @@ class Message:
             self._announce = None if fits else theirs
 
     def stage(
-        self, peer: int, hint: Arrangement | None, *, refuse_state: bool = False
+        self, peer: int, hint: MatrixView | None, *, refuse_state: bool = False
     ) -> tuple[Staged, NonFiniteError | None]:
         """The frame, and the error to raise once it is on its way; see ``StreamEncoder.stage_or_flag``."""
         ctx, call, encoder, x, codec = self._ctx, self._call, self._encoder, self._x, self._codec
@@ -142,7 +142,7 @@ class Message:
             announce(staged, self._announce)
         return staged, failure
 
-    def commit(self, staged: Staged, hint: Arrangement | None) -> None:
+    def commit(self, staged: Staged, hint: MatrixView | None) -> None:
         """Make the state change, and stand on the incoming stream from now on if both hold the same."""
         encoder, arrival = self._encoder, self._arrival
         encoder.commit(staged, hint)

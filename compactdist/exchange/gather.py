@@ -10,10 +10,10 @@ from torch import Tensor
 from compactdist import _torch
 from compactdist.codecs import Codec
 from compactdist.exchange.context import Call, Context, waits_at_once, write
+from compactdist.exchange.work import Job, drain
+from compactdist.observe.stats import PassReason
 from compactdist.state import state_nbytes
 from compactdist.state.store import Site
-from compactdist.stats import PassReason
-from compactdist.work import Job, drain
 
 __all__ = ["all_gather"]
 

@@ -16,10 +16,10 @@ from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
 from compactdist.exchange.context import Call, Context, write
 from compactdist.exchange.forward import Message
-from compactdist.state import Arrangement, blocks, state_nbytes
-from compactdist.stats import PassReason
+from compactdist.exchange.work import Job, drain
+from compactdist.observe.stats import PassReason
+from compactdist.state import MatrixView, blocks, state_nbytes
 from compactdist.wire import HEADER_NBYTES, MAGIC, from_raw, raw_nbytes
-from compactdist.work import Job, drain
 
 __all__ = ["receive", "send", "stream_name"]
 
@@ -91,8 +91,8 @@ def send(ctx: Context, call: Call, codec: Codec, x: Tensor, peer: int, tag: int)
     return job
 
 
-def frame_bound(codec: Codec, numel: int, dtype: torch.dtype, hint: Arrangement | None) -> int:
-    """The most bytes a frame of this message can have: raw, or scales gone wild in an odd arrangement."""
+def frame_bound(codec: Codec, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> int:
+    """The most bytes a frame of this message can have: raw, or scales gone wild in an odd matrix view."""
     shapes = [blocks(numel).shape] + ([hint.shape] if hint is not None else [])
     coded = max(codec.payload_nbytes(shape, torch.float32) for shape in shapes)
     return HEADER_NBYTES + max(raw_nbytes(numel, dtype), coded + numel // 8 + 64)

@@ -2,8 +2,8 @@
 
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
-from compactdist.state.layout import Arrangement, Layout, blocks, plain
-from compactdist.state.predictor import History
+from compactdist.state.history import History
+from compactdist.state.matrix_view import Layout, MatrixView, blocks, plain
 from compactdist.state.quantized_history import QuantizedHistory, StateForm
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
 from compactdist.state.staged import Staged
@@ -12,7 +12,7 @@ from compactdist.state.stream import COMPRESSIBLE_DTYPES, StreamConfig, StreamSt
 
 __all__ = [
     "COMPRESSIBLE_DTYPES",
-    "Arrangement",
+    "MatrixView",
     "History",
     "Layout",
     "QuantizedHistory",

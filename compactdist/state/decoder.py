@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compactdist.codecs import Codec
 from compactdist.errors import FrameError, NonFiniteError
-from compactdist.state.layout import Arrangement, blocks
+from compactdist.state.matrix_view import MatrixView, blocks
 from compactdist.state.stream import StreamConfig, StreamState
 from compactdist.wire import KEY, NO_STATE, NONFINITE, STATELESS, Header, from_raw, payload_of, raw_nbytes, unpack
 
@@ -40,7 +40,7 @@ class StreamDecoder(StreamState):
         dtype: torch.dtype,
         *,
         epoch: int = 0,
-        hint: Arrangement | None = None,
+        hint: MatrixView | None = None,
         refuse_state: bool = False,
     ) -> Tensor:
         """Check a frame against what this stream expects, decode it and move the state on.
@@ -51,7 +51,7 @@ class StreamDecoder(StreamState):
             numel: elements to come.
             dtype: of the elements.
             epoch: resets of the group so far.
-            hint: arrangement to start with, from a layout hint.
+            hint: view to start with, from a layout hint.
             refuse_state: this end keeps no history for the site.
 
         Returns:
@@ -77,12 +77,12 @@ class StreamDecoder(StreamState):
                 "written and this stream restarts with a keyframe. Find the source of the NaN, or let the site pass "
                 "through"
             )
-        arrangement = self.arrangement
-        assert arrangement is not None
+        view = self.view
+        assert view is not None
         base = self.history.read(None)
         # in place, unless the last value is needed for the velocity
         value = torch.empty(numel, dtype=dtype, device=frame.device) if base is None or self.config.order > 1 else base
-        self.history.reconstruct(payload, codec, arrangement, value, base)
+        self.history.reconstruct(payload, codec, view, value, base)
         self.history.advance(value)
         self.sequence += 1
         self.follow(header.next_groups, header.next_channels)
@@ -94,7 +94,7 @@ class StreamDecoder(StreamState):
         payload: Tensor,
         numel: int,
         dtype: torch.dtype,
-        hint: Arrangement | None,
+        hint: MatrixView | None,
         refuse_state: bool,
     ) -> Tensor:
         value = from_raw(payload, numel, dtype)
@@ -116,7 +116,7 @@ class StreamDecoder(StreamState):
         numel: int,
         dtype: torch.dtype,
         epoch: int,
-        hint: Arrangement | None,
+        hint: MatrixView | None,
     ) -> None:
         def wrong(what: str, got: object, expected: object, remedy: str = _RESET) -> FrameError:
             return FrameError(
@@ -146,11 +146,11 @@ class StreamDecoder(StreamState):
         else:
             if self.is_fresh(numel, dtype):
                 raise wrong("kind", "a residual", "a keyframe, for this end holds no history")
-            arrangement = self.arrangement or hint or blocks(numel)
+            view = self.view or hint or blocks(numel)
             got = (header.groups, header.rows, header.channels, header.layout)
-            expected = (*arrangement.shape, arrangement.hint)
+            expected = (*view.shape, view.hint)
             if got != expected:
                 raise wrong("layout", got, expected, same_config)
-            size = codec.payload_nbytes(arrangement.shape, torch.float32)
+            size = codec.payload_nbytes(view.shape, torch.float32)
         if header.payload_nbytes != size:
             raise wrong("payload size", header.payload_nbytes, size, same_config)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from compactdist.codecs import Codec
 from compactdist.errors import LayoutError, NonFiniteError
-from compactdist.state.find_layout import find_arrangement
-from compactdist.state.layout import Arrangement
+from compactdist.state.find_view import find_view
+from compactdist.state.matrix_view import MatrixView
 from compactdist.state.quantized_history import make_history
 from compactdist.state.relay import Relay, stop_sharing
 from compactdist.state.staged import Staged
@@ -85,7 +85,7 @@ class StreamEncoder(StreamState):
         *,
         keyframe: bool,
         epoch: int = 0,
-        hint: Arrangement | None = None,
+        hint: MatrixView | None = None,
         frame_nbytes: int | None = None,
         refuse_state: bool = False,
         want_value: bool = False,
@@ -99,7 +99,7 @@ class StreamEncoder(StreamState):
             codec: how to code a residual.
             keyframe: send the tensor itself.
             epoch: resets of the group so far.
-            hint: arrangement to start with, from a layout hint.
+            hint: view to start with, from a layout hint.
             frame_nbytes: agreed frame size; ``None`` for the natural one.
             refuse_state: say in the frame that this end keeps no history for the site.
             want_value: fill ``Staged.value`` even where the stream keeps no history.
@@ -123,7 +123,7 @@ class StreamEncoder(StreamState):
         )
         if keyframe or codec.lossless:
             return self._stage_key(flat, header, frame_nbytes, refuse_state, want_value)
-        if self.is_fresh(numel, dtype) or self.arrangement is None:
+        if self.is_fresh(numel, dtype) or self.view is None:
             raise LayoutError(f"{self.where}: a residual needs a keyframe of the same size and dtype before it")
         extra: dict[str, Any] = {} if row_weights is None else {"row_weights": row_weights}
         return self._stage_residual(flat, codec, header, frame_nbytes, want_value, extra)
@@ -151,11 +151,11 @@ class StreamEncoder(StreamState):
         want_value: bool,
         extra: dict[str, Any],
     ) -> Staged:
-        arrangement = self.arrangement
-        assert arrangement is not None
+        view = self.view
+        assert view is not None
         # an open-loop sender predicts from other values than the receiver, and has two steps to take
         source, closed = (self.history, True) if self._open_loop is None else (self._open_loop, False)
-        nbytes = codec.payload_nbytes(arrangement.shape, torch.float32)
+        nbytes = codec.payload_nbytes(view.shape, torch.float32)
         frame, payload = empty_frame(header.nbytes, nbytes, frame_nbytes, flat.device)
         spares = self._spares or Spares()
         scratch = spares.take(flat) if source.needs_scratch else None
@@ -163,47 +163,47 @@ class StreamEncoder(StreamState):
         if self.config.order > 0 or want_value:
             value = spares.take(flat)
         reconstructed = value if closed else None
-        memory = self._recall(codec, arrangement)
+        memory = self._recall(codec, view)
         extra.update(payload_out=payload, memory=memory.entries)
         try:
             base = source.read(scratch)
-            codec.encode_residual(flat, base, arrangement, reconstructed, velocity=source.velocity, **extra)
+            codec.encode_residual(flat, base, view, reconstructed, velocity=source.velocity, **extra)
         except NonFiniteError as error:
             if not bool(torch.isfinite(flat).all()):
                 raise NonFiniteError(f"{self.where}: {error}") from None
             # two huge finite values: send as much of the change as float32 holds, the next frame brings the rest
-            memory, reconstructed = self._recall(codec, arrangement), None
+            memory, reconstructed = self._recall(codec, view), None
             extra.update(memory=memory.entries)
-            codec.encode_residual(_bounded(source.residual(flat)), None, arrangement, **extra)
+            codec.encode_residual(_bounded(source.residual(flat)), None, view, **extra)
         finally:
             if scratch is not None:
                 spares.give(scratch)
         if value is not None and reconstructed is None:
-            self.history.reconstruct(payload, codec, arrangement, value)
+            self.history.reconstruct(payload, codec, view, value)
         found = None
-        search = self.config.find_layout and not arrangement.hint and not self._searched
+        search = self.config.find_layout and not view.hint and not self._searched
         if search:
-            found = find_arrangement(_bounded(source.residual(flat)))
-            if found.shape == arrangement.shape:
+            found = find_view(_bounded(source.residual(flat)))
+            if found.shape == view.shape:
                 found = None
         header = replace(
             header,
             payload_nbytes=nbytes,
-            layout=arrangement.hint,
-            groups=arrangement.groups,
-            rows=arrangement.rows,
-            channels=arrangement.channels,
+            layout=view.hint,
+            groups=view.groups,
+            rows=view.rows,
+            channels=view.channels,
             next_groups=found.groups if found else 0,
             next_channels=found.channels if found else 0,
         )
         exact = _own(flat) if self._open_loop is not None else None
         return Staged(seal(frame, header), value, header, exact, found, search, memory)
 
-    def _recall(self, codec: Codec, arrangement: Arrangement) -> Memory:
+    def _recall(self, codec: Codec, view: MatrixView) -> Memory:
         """What the codec may change: a copy, for a frame that was only staged must change nothing."""
         held = self._memory
-        known = held is not None and held.codec == codec and held.arrangement == arrangement
-        return Memory(codec, arrangement, dict(held.entries) if held is not None and known else {})
+        known = held is not None and held.codec == codec and held.view == view
+        return Memory(codec, view, dict(held.entries) if held is not None and known else {})
 
     def stage_or_flag(
         self,
@@ -213,7 +213,7 @@ class StreamEncoder(StreamState):
         keyframe: bool,
         epoch: int,
         frame_nbytes: int,
-        hint: Arrangement | None = None,
+        hint: MatrixView | None = None,
         refuse_state: bool = False,
         want_value: bool = False,
     ) -> tuple[Staged, NonFiniteError | None]:
@@ -273,7 +273,7 @@ class StreamEncoder(StreamState):
         return Staged(pack(header, payload), None, header)
 
     @torch.no_grad()
-    def commit(self, staged: Staged, hint: Arrangement | None = None) -> None:
+    def commit(self, staged: Staged, hint: MatrixView | None = None) -> None:
         """Make the state change that the receiver makes when it decodes the frame."""
         header = staged.header
         if header.flags & STATELESS:
@@ -296,5 +296,5 @@ class StreamEncoder(StreamState):
             self._open_loop.advance(staged.exact)
         if staged.memory is not None:
             self._memory = staged.memory
-        if staged.next_arrangement is not None:
-            self.arrangement, self._memory = staged.next_arrangement, None
+        if staged.next_view is not None:
+            self.view, self._memory = staged.next_view, None

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compactdist.codecs.fp8 import encode_units, unit_levels
-from compactdist.codecs.kernels import reference as kernels
-from compactdist.state.predictor import History
+from compactdist.codecs.scalar.fp8 import encode_units, unit_levels
+from compactdist.kernels import reference as kernels
+from compactdist.state.history import History
 
 __all__ = ["BLOCK", "STATE_FORMS", "QuantizedHistory", "StateForm", "make_history", "quantize", "state_copy_nbytes"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compactdist.codecs import Codec
-from compactdist.state.layout import Arrangement, plain
+from compactdist.state.matrix_view import MatrixView, plain
 from compactdist.state.quantized_history import make_history
 from compactdist.state.staged import Staged
 from compactdist.wire import Header, pack, raw_payload, seal
@@ -136,7 +136,7 @@ def same_state(encoder: StreamEncoder, decoder: StreamDecoder, *, compare: bool 
         decoder: of the incoming stream.
         compare: look at the bytes; without it, only at what the host knows of them.
     """
-    if encoder.live is None or (encoder.live, encoder.arrangement) != (decoder.live, decoder.arrangement):
+    if encoder.live is None or (encoder.live, encoder.view) != (decoder.live, decoder.view):
         return False
     ours, theirs = encoder.history.held, decoder.history.held
     return len(ours) == len(theirs) and (not compare or all(map(_equal, ours, theirs)))
@@ -175,9 +175,9 @@ def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Rela
     """
     relay = encoder.relay = encoder.relay or Relay()
     if share and not relay.shared:
-        live, arrangement = encoder.live, encoder.arrangement
+        live, view = encoder.live, encoder.view
         encoder.drop()  # with all that encoding needs besides
-        encoder.live, encoder.arrangement, encoder.history = live, arrangement, decoder.history
+        encoder.live, encoder.view, encoder.history = live, view, decoder.history
     relay.source, relay.passed, relay.shared, relay.owes_key = decoder, decoder.sequence, share, False
     return relay
 
@@ -199,23 +199,23 @@ def stop_sharing(encoder: StreamEncoder, relay: Relay) -> None:
         encoder.history = make_history(config.order, config.damping, config.state)
 
 
-def announced(header: Header) -> Arrangement | None:
-    """The arrangement a frame announces."""
+def announced(header: Header) -> MatrixView | None:
+    """The matrix view a frame announces."""
     return plain(header.numel, header.next_groups, header.next_channels) if header.next_channels else None
 
 
-def can_announce(arrangement: Arrangement | None) -> bool:
-    """Whether a header has words for the arrangement: consecutive rows without padding, no hint."""
+def can_announce(view: MatrixView | None) -> bool:
+    """Whether a header has words for the matrix view: consecutive rows without padding, no hint."""
     return (
-        arrangement is not None
-        and not arrangement.hint
-        and arrangement.axes is None
-        and arrangement.groups * arrangement.rows * arrangement.channels == arrangement.numel
+        view is not None
+        and not view.hint
+        and view.axes is None
+        and view.groups * view.rows * view.channels == view.numel
     )
 
 
-def announce(staged: Staged, arrangement: Arrangement) -> None:
-    """Let a keyframe announce an arrangement for the frames after it."""
-    staged.header = replace(staged.header, next_groups=arrangement.groups, next_channels=arrangement.channels)
-    staged.next_arrangement = arrangement
+def announce(staged: Staged, view: MatrixView) -> None:
+    """Let a keyframe announce a matrix view for the frames after it."""
+    staged.header = replace(staged.header, next_groups=view.groups, next_channels=view.channels)
+    staged.next_view = view
     seal(staged.frame, staged.header)

@@ -11,7 +11,7 @@ from compactdist.codecs import Codec
 from compactdist.errors import CodecConfigError, FrameError
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
-from compactdist.state.layout import Layout
+from compactdist.state.matrix_view import Layout
 from compactdist.state.quantized_history import StateForm
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, StreamConfig
 from compactdist.wire import unpack

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compactdist.state.layout import Arrangement
+from compactdist.state.matrix_view import MatrixView
 from compactdist.state.stream import Memory
 from compactdist.wire import Header
 
@@ -22,8 +22,8 @@ class Staged:
         value: what the receiver will reconstruct, flat, the sender's dtype; ``None`` if not needed.
         header: the frame's header.
         exact: the sender's own values, flat; kept by an open-loop sender only.
-        next_arrangement: the arrangement announced for the next frame, or ``None``.
-        searched: this frame's residual was searched for an arrangement.
+        next_view: the matrix view announced for the next frame, or ``None``.
+        searched: this frame's residual was searched for a matrix view.
         memory: what the codec will find at the next residual.
     """
 
@@ -31,6 +31,6 @@ class Staged:
     value: Tensor | None
     header: Header
     exact: Tensor | None = None
-    next_arrangement: Arrangement | None = None
+    next_view: MatrixView | None = None
     searched: bool = False
     memory: Memory | None = None

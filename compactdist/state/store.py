@@ -6,10 +6,10 @@ import threading
 from collections import deque
 from typing import Any
 
-from compactdist.keys import key_hash
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.stream import Spares, StreamConfig
+from compactdist.wire import key_hash
 
 __all__ = ["Site", "StateStore"]
 

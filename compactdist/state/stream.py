@@ -1,4 +1,4 @@
-"""What encoder and decoder of one directed stream share: configuration, history, arrangement and frame sizes.
+"""What encoder and decoder of one directed stream share: configuration, history, view and frame sizes.
 
 Both ends move through the same sequence of :class:`StreamState` values. Everything a frame's size depends on is here,
 so that either end can tell the size of the next frame before it arrives.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
-from compactdist.state.layout import Arrangement, blocks, plain
+from compactdist.state.matrix_view import MatrixView, blocks, plain
 from compactdist.state.quantized_history import STATE_FORMS, StateForm, make_history, state_copy_nbytes
 from compactdist.wire import HEADER_NBYTES, SHAPE_NBYTES, raw_nbytes
 
@@ -35,7 +35,7 @@ class StreamConfig:
             frame. ``None``: on wherever there is a prediction. Off is the open loop of the method's ablation, which
             drifts.
         warmup_steps: steps after a reset during which every frame is a keyframe.
-        find_layout: search the arrangement of buffers without a layout hint on the first residual.
+        find_layout: search the matrix view of buffers without a layout hint on the first residual.
         state: what both ends keep of the last reconstruction (and velocity): ``"exact"``, in the tensor's dtype;
             ``"int8"`` or ``"fp8"`` (E4M3), one byte for each element and a bfloat16 scale for every 128. What the
             rounding loses is part of the next residual. Without effect at order 0, which keeps nothing.
@@ -79,7 +79,7 @@ class Memory:
     """What a codec wants to know again (``memory`` of ``Codec.encode_residual``), and about what."""
 
     codec: Codec
-    arrangement: Arrangement
+    view: MatrixView
     entries: dict[str, Any]
 
     @property
@@ -125,11 +125,11 @@ class StreamState:
         live: (numel, dtype) the history is about; ``None`` while the stream is empty.
         sequence: frames so far in this epoch; counts on when the history is dropped, so that a repeated or lost
             keyframe is noticed as well.
-        arrangement: how residuals are cut; ``None`` until the stream is live.
+        view: how residuals are cut; ``None`` until the stream is live.
         where: call site and ranks, for error messages.
     """
 
-    __slots__ = ("arrangement", "config", "history", "key", "live", "sequence", "where")
+    __slots__ = ("config", "history", "key", "live", "sequence", "view", "where")
 
     def __init__(self, config: StreamConfig, key: int, where: str) -> None:
         self.config = config
@@ -138,7 +138,7 @@ class StreamState:
         self.history = make_history(config.order, config.damping, config.state)
         self.live: tuple[int, torch.dtype] | None = None
         self.sequence = 0
-        self.arrangement: Arrangement | None = None
+        self.view: MatrixView | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -156,34 +156,34 @@ class StreamState:
         head = HEADER_NBYTES + (SHAPE_NBYTES if with_shape else 0)
         if keyframe or codec.lossless:
             return head + raw_nbytes(numel, dtype)
-        arrangement = self.arrangement if not self.is_fresh(numel, dtype) else None
-        shape = (arrangement or blocks(numel)).shape
+        view = self.view if not self.is_fresh(numel, dtype) else None
+        shape = (view or blocks(numel)).shape
         return head + codec.payload_nbytes(shape, torch.float32)
 
-    def start(self, numel: int, dtype: torch.dtype, hint: Arrangement | None) -> None:
+    def start(self, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> None:
         """Make the stream live for tensors of this size, as its first keyframe does."""
         if self.is_fresh(numel, dtype):
             self.drop()
             self.live = (numel, dtype)
-            self.arrangement = hint or blocks(numel)
+            self.view = hint or blocks(numel)
 
     def follow(self, groups: int, channels: int) -> None:
-        """Use an announced arrangement from the next frame on (0, 0: no change)."""
+        """Use an announced matrix view from the next frame on (0, 0: no change)."""
         if channels and self.live is not None:
-            self.arrangement = plain(self.live[0], groups, channels)
+            self.view = plain(self.live[0], groups, channels)
 
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
         self.history.clear()
         self.live = None
-        self.arrangement = None
+        self.view = None
 
 
 def state_nbytes(config: StreamConfig, numel: int, dtype: torch.dtype, *, sender: bool) -> int:
     """Bytes of history one end of a stream will hold for tensors of this size.
 
     What a codec's encoder remembers for itself is not in it: it is a few hundredths of the history, depends on the
-    arrangement found later, and budgets are about what both ends have to agree to keep. ``state_bytes`` counts it.
+    view found later, and budgets are about what both ends have to agree to keep. ``state_bytes`` counts it.
     An open-loop sender keeps the true values beside the receiver's reconstruction.
     """
     copies = config.order

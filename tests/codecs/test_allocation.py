@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from compactdist import codecs
-from compactdist.codecs.allocation import allocate
-from compactdist.codecs.gaussian_levels import LOSS, MAGNITUDES
+from compactdist.codecs.lowrank.allocation import allocate
+from compactdist.codecs.scalar.gaussian_levels import LOSS, MAGNITUDES
 from compactdist.errors import CodecConfigError, PayloadError
 from tests.codecs import kit
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import codec_table
+from benchmarks.codecs import codec_table
 from compactdist import codecs
 from tools import codecs_page
 

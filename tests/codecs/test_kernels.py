@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compactdist.codecs import Fp8, Int2, Int3, Int4
-from compactdist.codecs.fp8 import encode_units
-from compactdist.codecs.kernels import reference as kernels
+from compactdist.codecs.scalar.fp8 import encode_units
+from compactdist.kernels import reference as kernels
 
 bounded = settings(max_examples=60, deadline=None, derandomize=True)
 

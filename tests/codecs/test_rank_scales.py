@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compactdist import codecs
-from compactdist.codecs.rank_scales import RankLayout
+from compactdist.codecs.scalar.rank_scales import RankLayout
 from compactdist.errors import CodecConfigError
 from tests.codecs import kit
 

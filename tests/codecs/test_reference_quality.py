@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import reference_formulas, reference_quality
+from benchmarks.quality import reference_formulas, reference_quality
 
 ROOT = Path(__file__).parent.parent.parent
 STORED = json.loads((ROOT / "benchmarks/results/reference_quality.json").read_text())

@@ -12,8 +12,8 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
 
 import compactdist
-from compactdist.backend import options_from_environment
 from compactdist.errors import ConfigError
+from compactdist.group.backend import options_from_environment
 from tests.group.kit import NUMEL, Counted, close, data, exchanged, gathered
 from tests.launch import run_ranks
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compactdist import codecs
-from compactdist.codecs.kernels import cpu_kernels, use
 from compactdist.errors import NonFiniteError, PayloadError
-from compactdist.state.layout import Arrangement, Layout, blocks, plain
+from compactdist.kernels import cpu_kernels, use
+from compactdist.state.matrix_view import Layout, MatrixView, blocks, plain
 
-cpu = pytest.importorskip("compactdist.codecs.kernels.cpu")
-common = pytest.importorskip("compactdist.codecs.kernels.cpu_common")
+cpu = pytest.importorskip("compactdist.kernels.cpu")
+common = pytest.importorskip("compactdist.kernels.cpu_common")
 
 CODECS = ("binary", "int2", "int3", "int4", "int8", "ternary", "fp8")
 FORMS = (
@@ -37,7 +37,7 @@ FORMS = (
     {"id": "binary", "scales": "rank"},
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CUTS = (
+VIEWS = (
     *(plain(g * r * c, g, c) for g, r, c in itertools.product((1, 3), (1, 2, 33, 63, 64, 65), (8, 56, 64, 72))),
     plain(70 * 3072, 1, 3072),
     plain(97 * 264, 1, 264),
@@ -52,9 +52,9 @@ CUTS = (
 )
 
 
-def _special(kind: str, cut: Arrangement, g: torch.Generator) -> Tensor:
-    x = torch.zeros(cut.numel, dtype=torch.float64)
-    noise = torch.randn(cut.numel, generator=g, dtype=torch.float64)
+def _special(kind: str, view: MatrixView, g: torch.Generator) -> Tensor:
+    x = torch.zeros(view.numel, dtype=torch.float64)
+    noise = torch.randn(view.numel, generator=g, dtype=torch.float64)
     if kind == "constant":
         x += 0.75
     elif kind == "denormal":
@@ -64,14 +64,14 @@ def _special(kind: str, cut: Arrangement, g: torch.Generator) -> Tensor:
     elif kind == "huge":
         x = noise.clamp(-1, 1) * 1.6e38
     elif kind == "wide":
-        x = noise * torch.exp2(torch.randn(cut.numel, generator=g, dtype=torch.float64) * 40)
+        x = noise * torch.exp2(torch.randn(view.numel, generator=g, dtype=torch.float64) * 40)
     elif kind == "one-hot":
-        x[int(torch.randint(cut.numel, (), generator=g))] = -3.0
+        x[int(torch.randint(view.numel, (), generator=g))] = -3.0
     elif kind == "L":
-        rows = torch.arange(cut.numel) // cut.channels
-        x = torch.where((rows == 0) | (torch.arange(cut.numel) % cut.channels == 0), noise * 100, noise * 1e-3)
+        rows = torch.arange(view.numel) // view.channels
+        x = torch.where((rows == 0) | (torch.arange(view.numel) % view.channels == 0), noise * 100, noise * 1e-3)
     elif kind == "zero-rows":
-        x = noise * (torch.arange(cut.numel) // cut.channels % 3 == 0)
+        x = noise * (torch.arange(view.numel) // view.channels % 3 == 0)
     elif kind == "gaussian":
         x = noise
     return x
@@ -100,43 +100,43 @@ def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def _both(spec: str | dict[str, Any], x: Tensor, base: Tensor | None, cut: Arrangement, velocity: Tensor | None = None):
+def _both(spec: str | dict[str, Any], x: Tensor, base: Tensor | None, view: MatrixView, velocity: Tensor | None = None):
     codec = codecs.get(spec)
     expected, got = torch.empty_like(x), torch.empty_like(x)
     with use("reference"):
-        reference = codec.encode_residual(x, base, cut, expected, velocity=velocity)
+        reference = codec.encode_residual(x, base, view, expected, velocity=velocity)
     room = torch.full((reference.numel() + 16,), 255, dtype=torch.uint8)[16:]  # nothing of it may stay
     with use("cpu"):
-        payload = codec.encode_residual(x, base, cut, got, velocity=velocity, payload_out=room)
+        payload = codec.encode_residual(x, base, view, got, velocity=velocity, payload_out=room)
         assert payload.data_ptr() == room.data_ptr()
         assert torch.equal(payload, reference)
         assert torch.equal(_bytes(got), _bytes(expected))
-        assert torch.equal(codec.encode_residual(x, base, cut, velocity=velocity), reference)
+        assert torch.equal(codec.encode_residual(x, base, view, velocity=velocity), reference)
         in_place = torch.empty_like(x) if base is None else base.clone()
-        codec.decode_residual(payload, None if base is None else in_place, cut, in_place, velocity=velocity)
+        codec.decode_residual(payload, None if base is None else in_place, view, in_place, velocity=velocity)
         assert torch.equal(_bytes(in_place), _bytes(expected))
         if base is not None:
             held = base.clone()
-            assert torch.equal(codec.encode_residual(x, held, cut, held, velocity=velocity), reference)
+            assert torch.equal(codec.encode_residual(x, held, view, held, velocity=velocity), reference)
             assert torch.equal(_bytes(held), _bytes(expected))
 
 
 @given(
     spec=st.sampled_from(FORMS),
     dtype=st.sampled_from(DTYPES),
-    cut=st.sampled_from(CUTS),
+    view=st.sampled_from(VIEWS),
     kind=st.sampled_from(KINDS),
     terms=st.integers(0, 2),
     seed=st.integers(0, 1000),
 )
 @pytest.mark.timeout(300)
 @settings(phases=[Phase.explicit, Phase.generate], deadline=None, max_examples=250)
-def test_same_bytes_as_the_reference(spec, dtype, cut, kind, terms, seed):
+def test_same_bytes_as_the_reference(spec, dtype, view, kind, terms, seed):
     g = torch.Generator().manual_seed(seed)
-    change, size = _special(kind, cut, g), 1 if kind == "gaussian" else 0.01
-    base = _cast(torch.randn(cut.numel, generator=g) * size, dtype) if terms else None
-    velocity = _cast(torch.randn(cut.numel, generator=g) * size / 8, dtype) if terms > 1 else None
-    _both(spec, _cast(change if base is None else base.double() + change, dtype), base, cut, velocity)
+    change, size = _special(kind, view, g), 1 if kind == "gaussian" else 0.01
+    base = _cast(torch.randn(view.numel, generator=g) * size, dtype) if terms else None
+    velocity = _cast(torch.randn(view.numel, generator=g) * size / 8, dtype) if terms > 1 else None
+    _both(spec, _cast(change if base is None else base.double() + change, dtype), base, view, velocity)
 
 
 @pytest.mark.parametrize("shape", [(300,), (70, 72), (3, 33, 64), (2, 40, 3, 24), (1, 200), (5, 1, 64)])
@@ -158,10 +158,10 @@ def test_encode_and_decode_take_the_same_kernels(spec, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codec_id", CODECS)
 def test_same_bytes_in_every_arrangement(codec_id, dtype):
-    for seed, cut in enumerate(CUTS):
+    for seed, view in enumerate(VIEWS):
         g = torch.Generator().manual_seed(seed)
-        base = torch.randn(cut.numel, generator=g).to(dtype)
-        _both(codec_id, (base.float() + _special("L", cut, g)).to(dtype), base, cut)
+        base = torch.randn(view.numel, generator=g).to(dtype)
+        _both(codec_id, (base.float() + _special("L", view, g)).to(dtype), base, view)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,45 +169,45 @@ def test_same_bytes_in_every_arrangement(codec_id, dtype):
 def test_same_bytes_past_the_caches(spec, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "STREAMED_NBYTES", 0)
     g = torch.Generator().manual_seed(5)
-    for cut in (plain(70 * 200, 1, 200), blocks(128 * 70 + 3), CUTS[-2]):
-        x, base = (torch.randn(cut.numel, generator=g).to(dtype) for _ in range(2))
-        _both(spec, x, base, cut)
+    for view in (plain(70 * 200, 1, 200), blocks(128 * 70 + 3), VIEWS[-2]):
+        x, base = (torch.randn(view.numel, generator=g).to(dtype) for _ in range(2))
+        _both(spec, x, base, view)
 
 
 @pytest.mark.parametrize("spec", FORMS, ids=str)
 def test_ordinary_values_are_not_left_to_the_reference(spec):
     """Steps that declined everything would pass the other tests."""
     codec, taken = codecs.get(spec), 0
-    for dtype, cut in itertools.product(DTYPES, (plain(400 * 1024, 1, 1024), blocks(128 * 70 + 3), CUTS[-2])):
-        x, base, out = (torch.randn(cut.numel, generator=torch.Generator().manual_seed(6)).to(dtype) for _ in range(3))
-        if cpu.supports(codec, cut, x, base):
-            payload = cpu.encode_residual(codec, x + base, base, cut, out)
+    for dtype, view in itertools.product(DTYPES, (plain(400 * 1024, 1, 1024), blocks(128 * 70 + 3), VIEWS[-2])):
+        x, base, out = (torch.randn(view.numel, generator=torch.Generator().manual_seed(6)).to(dtype) for _ in range(3))
+        if cpu.supports(codec, view, x, base):
+            payload = cpu.encode_residual(codec, x + base, base, view, out)
             assert payload is not None
-            assert cpu.decode_residual(codec, payload, base, cut, out)
+            assert cpu.decode_residual(codec, payload, base, view, out)
             taken += 1
     assert taken or codec.offsets or (codec.base3 and codec.scales == "block"), "for which there are no fused steps"
 
 
 def test_levels_too_uneven_to_be_looked_up_are_left_to_the_reference():
     """Two borders between the same whole numbers of grains, of which there are sixteen: no codec of ours."""
-    cut = plain(70 * 64, 1, 64)
+    view = plain(70 * 64, 1, 64)
     codec = codecs.get("int3")
-    assert cpu.plan_for(codec, cut) is not None
-    layout = codec.layout_of(cut.shape)
-    assert common._plan(cut, layout, "nearest", (0.01, 0.02, 0.03, 9.0), 0.0) is None
+    assert cpu.plan_for(codec, view) is not None
+    layout = codec.layout_of(view.shape)
+    assert common._plan(view, layout, "nearest", (0.01, 0.02, 0.03, 9.0), 0.0) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", FORMS, ids=str)
 def test_a_new_base_need_not_begin_a_cache_line(spec, dtype):
     """What is streamed has to, or the processor refuses."""
-    codec, cut = codecs.get(spec), plain(70 * 256, 1, 256)
-    x, base = (torch.randn(cut.numel, generator=torch.Generator().manual_seed(7)).to(dtype) for _ in range(2))
-    expected, got = torch.empty_like(x), torch.empty(cut.numel + 1, dtype=dtype)[1:]
+    codec, view = codecs.get(spec), plain(70 * 256, 1, 256)
+    x, base = (torch.randn(view.numel, generator=torch.Generator().manual_seed(7)).to(dtype) for _ in range(2))
+    expected, got = torch.empty_like(x), torch.empty(view.numel + 1, dtype=dtype)[1:]
     with use("reference"):
-        payload = codec.encode_residual(x, base / 8, cut, expected)
+        payload = codec.encode_residual(x, base / 8, view, expected)
     with use("cpu"):
-        assert torch.equal(codec.encode_residual(x, base / 8, cut, got), payload)
+        assert torch.equal(codec.encode_residual(x, base / 8, view, got), payload)
     assert torch.equal(_bytes(got), _bytes(expected))
 
 
@@ -223,30 +223,30 @@ def test_what_is_large_and_begins_a_cache_line_goes_past_the_caches():
 @pytest.mark.parametrize("codec_id", CODECS)
 def test_same_reconstruction_of_any_payload(codec_id):
     """Bytes no encoder makes: scales beyond one, infinite and negative ones. NaN may differ in its bits only."""
-    cut, codec = plain(2 * 70 * 72, 2, 72), codecs.get(codec_id)
+    view, codec = plain(2 * 70 * 72, 2, 72), codecs.get(codec_id)
     for seed, dtype in itertools.product(range(20), DTYPES):
         g = torch.Generator().manual_seed(seed)
-        payload = torch.randint(256, (codec.payload_nbytes(cut.shape, torch.float32),), generator=g).to(torch.uint8)
-        base, expected, got = (torch.randn(cut.numel, generator=g).to(dtype) for _ in range(3))
+        payload = torch.randint(256, (codec.payload_nbytes(view.shape, torch.float32),), generator=g).to(torch.uint8)
+        base, expected, got = (torch.randn(view.numel, generator=g).to(dtype) for _ in range(3))
         with use("reference"):
-            codec.decode_residual(payload, base, cut, expected)
+            codec.decode_residual(payload, base, view, expected)
         with use("cpu"):
-            codec.decode_residual(payload, base, cut, got)
+            codec.decode_residual(payload, base, view, got)
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(_bytes(got.nan_to_num()), _bytes(expected.nan_to_num()))
 
 
 def test_the_fused_steps_are_what_runs():
-    cut = plain(64 * 64, 1, 64)
-    x = torch.randn(cut.numel)
+    view = plain(64 * 64, 1, 64)
+    x = torch.randn(view.numel)
     for codec_id in CODECS:
-        assert cpu.supports(codecs.get(codec_id), cut, x, None)
+        assert cpu.supports(codecs.get(codec_id), view, x, None)
     for codec_id in ("binary", "int2", "int4", "int8", "int3"):
-        assert cpu.supports(codecs.get(codec_id, scales="block"), cut, x, None)
+        assert cpu.supports(codecs.get(codec_id, scales="block"), view, x, None)
     assert not cpu.supports(codecs.get("binary"), plain(40 * 65, 1, 65), x, None), "rows that share bytes"
     assert cpu.supports(codecs.get("int2"), plain(40 * 65, 1, 65), x, None)
-    assert not cpu.supports(codecs.get("binary"), cut, x.double(), None)
-    assert not cpu.supports(codecs.get("binary"), cut, x, x.half())
+    assert not cpu.supports(codecs.get("binary"), view, x.double(), None)
+    assert not cpu.supports(codecs.get("binary"), view, x, x.half())
     assert cpu_kernels(1 << 20) is cpu
     assert cpu_kernels(100) is None
     with use("reference"):
@@ -259,7 +259,7 @@ def test_the_fused_steps_are_what_runs():
 
 def test_every_16_bit_pattern_is_converted_as_torch_does():
     numba = pytest.importorskip("numba")
-    memory = pytest.importorskip("compactdist.codecs.kernels.cpu_memory")
+    memory = pytest.importorskip("compactdist.kernels.cpu_memory")
     data_of, load_first, rounded_for, store_first = (
         getattr(memory, name) for name in ("data_of", "load_first", "rounded_for", "store_first")
     )
@@ -293,40 +293,40 @@ def test_every_16_bit_pattern_is_converted_as_torch_does():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codec_id", CODECS)
 def test_not_finite_is_found_and_nothing_written(codec_id, dtype, bad):
-    cut, codec = plain(3 * 70 * 72, 3, 72), codecs.get(codec_id)
-    x, base, out = (torch.randn(cut.numel).to(dtype) for _ in range(3))
+    view, codec = plain(3 * 70 * 72, 3, 72), codecs.get(codec_id)
+    x, base, out = (torch.randn(view.numel).to(dtype) for _ in range(3))
     x[-1] = bad
     before = out.clone()
-    with use("cpu"), pytest.raises(NonFiniteError, match=f"1 of {cut.numel} elements"):
-        codec.encode_residual(x, base, cut, out)
+    with use("cpu"), pytest.raises(NonFiniteError, match=f"1 of {view.numel} elements"):
+        codec.encode_residual(x, base, view, out)
     assert torch.equal(out, before)
 
 
 @pytest.mark.parametrize("codec_id", CODECS)
 def test_a_difference_beyond_float32_is_not_finite(codec_id):
-    cut = plain(70 * 72, 1, 72)
-    x = torch.full((cut.numel,), 3e38)
+    view = plain(70 * 72, 1, 72)
+    x = torch.full((view.numel,), 3e38)
     with use("cpu"), pytest.raises(NonFiniteError):
-        codecs.get(codec_id).encode_residual(x, -x, cut)
+        codecs.get(codec_id).encode_residual(x, -x, view)
 
 
 def test_a_payload_of_another_length_is_refused():
-    cut = plain(70 * 72, 1, 72)
-    base = torch.randn(cut.numel)
+    view = plain(70 * 72, 1, 72)
+    base = torch.randn(view.numel)
     with use("cpu"), pytest.raises(PayloadError):
-        codecs.get("int2").decode_residual(torch.zeros(5, dtype=torch.uint8), base, cut, base)
+        codecs.get("int2").decode_residual(torch.zeros(5, dtype=torch.uint8), base, view, base)
 
 
 def test_strided_and_inference_tensors():
-    cut, codec = plain(70 * 72, 1, 72), codecs.get("int4")
-    x = torch.randn(cut.numel, 2)[:, 1]
-    _both("int4", x, None, cut)
+    view, codec = plain(70 * 72, 1, 72), codecs.get("int4")
+    x = torch.randn(view.numel, 2)[:, 1]
+    _both("int4", x, None, view)
     with torch.inference_mode():
-        base = torch.randn(cut.numel)
-    payload = codec.encode_residual(x, base, cut)
+        base = torch.randn(view.numel)
+    payload = codec.encode_residual(x, base, view)
     for kernels in ("reference", "cpu"):
         with use(kernels):
-            codec.decode_residual(payload, base, cut, base)
+            codec.decode_residual(payload, base, view, base)
 
 
 @pytest.mark.slow
@@ -335,15 +335,15 @@ def test_same_bytes_on_a_processor_without_vector_extensions(tmp_path):
     """What Numba compiles for a plain processor: no AVX-512 permutation, no float16 conversion."""
     script = """
 import torch
-from compactdist.codecs.kernels.cpu_vectors import HOST
+from compactdist.kernels.cpu_vectors import HOST
 from tests.kernels.test_fused_steps import _both, blocks, plain
 assert not any(HOST.values())
-for cut in (plain(70 * 264, 1, 264), blocks(128 * 70 + 3)):
+for view in (plain(70 * 264, 1, 264), blocks(128 * 70 + 3)):
     for dtype in (torch.float16, torch.bfloat16):
-        base = torch.randn(cut.numel, generator=torch.Generator().manual_seed(0)).to(dtype)
-        x = base + torch.randn(cut.numel, generator=torch.Generator().manual_seed(1)).to(dtype) / 8
+        base = torch.randn(view.numel, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x = base + torch.randn(view.numel, generator=torch.Generator().manual_seed(1)).to(dtype) / 8
         for spec in ("binary", "int4", "int8", *({"id": i, "scales": "block"} for i in ("binary", "int4", "int8"))):
-            _both(spec, x, base, cut)
+            _both(spec, x, base, view)
 """
     plain_processor = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, **plain_processor}, timeout=480)

@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from compactdist import codecs
-from compactdist.codecs.kernels import fused_kernels, use
-from compactdist.state.layout import Layout, blocks, plain
+from compactdist.kernels import fused_kernels, use
+from compactdist.state.matrix_view import Layout, blocks, plain
 
-gpu = pytest.importorskip("compactdist.codecs.kernels.gpu")
+gpu = pytest.importorskip("compactdist.kernels.gpu")
 ROOT = Path(__file__).parent.parent.parent
 
 
 def _interpreted(*options: str) -> None:
     """Run the tests of the kernels under the interpreter; all of those chosen must pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton", *options]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/gpu", *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
     summary = done.stdout.strip().splitlines()[-1]
@@ -79,7 +79,7 @@ def test_they_are_loaded_only_when_they_are_needed():
     script = (
         "import sys, compactdist, torch; from compactdist import codecs; "
         "codecs.get('int2').decode(codecs.get('int2').encode(torch.randn(4, 64)), (4, 64), torch.float32); "
-        "assert 'compactdist.codecs.kernels.gpu' not in sys.modules"
+        "assert 'compactdist.kernels.gpu' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
@@ -88,7 +88,7 @@ def test_without_triton_it_is_said_once():
     script = """
 import sys, logging
 sys.modules["triton"] = None
-from compactdist.codecs.kernels import fused_kernels, use
+from compactdist.kernels import fused_kernels, use
 seen = []
 handler = logging.Handler()
 handler.emit = lambda record: seen.append(record.getMessage())
@@ -155,29 +155,29 @@ CASES = [
 
 @pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(
-    ("form", "cut", "dtype"), CASES, ids=lambda value: value.get("id") if type(value) is dict else ""
+    ("form", "view", "dtype"), CASES, ids=lambda value: value.get("id") if type(value) is dict else ""
 )
-def test_they_compile_for_an_h100(form, cut, dtype, monkeypatch):
+def test_they_compile_for_an_h100(form, view, dtype, monkeypatch):
     """What the interpreter cannot show: types, no contracted multiply-add, IEEE division, loads of 16 bytes."""
     from triton.runtime.jit import JITFunction
 
     compiler = _Compiler()
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
-    codec, x, base = codecs.get(form), torch.zeros(cut.numel, dtype=dtype), torch.zeros(cut.numel, dtype=dtype)
-    payload = gpu.encode_residual(codec, x, base, cut, base)
-    gpu.decode_residual(codec, payload, base, cut, base, x)
+    codec, x, base = codecs.get(form), torch.zeros(view.numel, dtype=dtype), torch.zeros(view.numel, dtype=dtype)
+    payload = gpu.encode_residual(codec, x, base, view, base)
+    gpu.decode_residual(codec, payload, base, view, base, x)
     expected = {"decode_codes"}
     if "block" in form.values():
         expected |= {"encode_blocks", "find_not_finite"} | ({"encode_codes"} if "block" in form else set())
     else:
         expected |= {"row_statistics", "tile_sums", "settle", "encode_codes"}
-        expected |= {"fold_many_tiles"} if cut.rows > 4096 else set()
+        expected |= {"fold_many_tiles"} if view.rows > 4096 else set()
     assert set(compiler.ptx) == expected
     for name, ptx in compiler.ptx.items():
         assert not re.search(r"\bfma\.", ptx), f"{name} contracts"
         assert not re.search(r"\b(div\.(full|approx)|sqrt\.approx|rcp\.approx|[a-z]+\.ftz)", ptx), (
             f"{name} is not exact"
         )
-    if cut.channels % 16 == 0 and cut.numel % 8 == 0 and "block" not in form:
+    if view.channels % 16 == 0 and view.numel % 8 == 0 and "block" not in form:
         for name in expected - {"settle"}:
             assert re.search(r"ld\.global\.v4\.b32", compiler.ptx[name]), f"{name} loads less than 16 bytes at a time"

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from compactdist import codecs
-from compactdist.codecs import factors
-from compactdist.codecs.kernels import use
-from compactdist.codecs.with_zero import MAGNITUDES
+from compactdist.codecs.lowrank import factors
+from compactdist.codecs.scalar.with_zero import MAGNITUDES
 from compactdist.errors import NonFiniteError
+from compactdist.kernels import use
 from compactdist.state import Layout, blocks, plain
 from tests.codecs import kit
 
-pytest.importorskip("compactdist.codecs.kernels.cpu")
+pytest.importorskip("compactdist.kernels.cpu")
 
 
 @pytest.mark.parametrize("magnitudes", [(0.8,), (0.45, 1.51), MAGNITUDES])
@@ -45,7 +45,7 @@ def test_encode_and_decode(name, spec):
             assert torch.equal(kit.as_bytes(codec.decode(payload, shape, torch.float32)), kit.as_bytes(expected))
 
 
-CUTS = (
+VIEWS = (
     blocks(300),
     plain(2 * 33 * 300, 2, 300),
     Layout("(kv b h s d) -> kv (b s) (h d)", kv=2, b=2, h=3, d=40).resolve(2 * 2 * 3 * 33 * 40),
@@ -54,32 +54,32 @@ CUTS = (
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("cut", CUTS)
-def test_decode_onto_a_base(cut, dtype):
+@pytest.mark.parametrize("view", VIEWS)
+def test_decode_onto_a_base(view, dtype):
     codec = codecs.get("lowrank_int4", rank=6)
     for name in ("gaussian", "huge", "wide_range", "zero", "denormal"):
-        x, base = kit.sample(name, (cut.numel,), dtype) / 2, kit.sample("gaussian", (cut.numel,), dtype, seed=1)
+        x, base = kit.sample(name, (view.numel,), dtype) / 2, kit.sample("gaussian", (view.numel,), dtype, seed=1)
         for before in (None, base):
             expected, got = torch.empty_like(x), torch.empty_like(x)
             with use("reference"):
-                payload = codec.encode_residual(x, before, cut, expected)
+                payload = codec.encode_residual(x, before, view, expected)
             with use("cpu"):
-                codec.decode_residual(payload, before, cut, got)
+                codec.decode_residual(payload, before, view, got)
             assert torch.equal(kit.as_bytes(got), kit.as_bytes(expected))
         with use("cpu"):
-            codec.decode_residual(payload, base, cut, base)
+            codec.decode_residual(payload, base, view, base)
         assert torch.equal(kit.as_bytes(base), kit.as_bytes(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cut", CUTS)
-def test_take_in(cut, dtype):
-    from compactdist.codecs.kernels import cpu_lowrank
+@pytest.mark.parametrize("view", VIEWS)
+def test_take_in(view, dtype):
+    from compactdist.kernels import cpu_lowrank
 
-    x, base = kit.sample("laplace", (cut.numel,), dtype), kit.sample("gaussian", (cut.numel,), dtype)
-    out = torch.empty(cut.shape, dtype=torch.bfloat16)
-    norm = cpu_lowrank.take_in(x, base, None, cut, out)
-    residual = cut.to_matrix(x.float() - base.float())
+    x, base = kit.sample("laplace", (view.numel,), dtype), kit.sample("gaussian", (view.numel,), dtype)
+    out = torch.empty(view.shape, dtype=torch.bfloat16)
+    norm = cpu_lowrank.take_in(x, base, None, view, out)
+    residual = view.to_matrix(x.float() - base.float())
     assert torch.equal(out, residual.bfloat16())
     torch.testing.assert_close(norm, residual.flatten(1).norm(dim=1))
 
@@ -87,16 +87,16 @@ def test_take_in(cut, dtype):
 def test_large_matrices_contract_whatever_is_rounded():
     """At this size products may be of bfloat16-rounded matrices; the gain has to allow for it."""
     shape = (512, 640)
-    cut = plain(512 * 640, 1, 640)
+    view = plain(512 * 640, 1, 640)
     for spec in ("lowrank", "lowrank_int4", {"id": "lowrank", "rank": 1}):
         codec = codecs.get(spec)
         for name in sorted(kit.DISTRIBUTIONS):
             x = kit.sample(name, shape)
             kit.check_contraction(codec, x)
-            memory, out = {}, torch.empty(cut.numel)
+            memory, out = {}, torch.empty(view.numel)
             for _ in range(3):
-                codec.encode_residual(x.view(-1), None, cut, out, memory=memory)
+                codec.encode_residual(x.view(-1), None, view, out, memory=memory)
                 error, energy = (out.double() - x.view(-1)).square().sum(), x.double().square().sum()
                 assert error < energy or not float(x.abs().max()) > 1e-4
         with pytest.raises(NonFiniteError, match="1 of"):
-            codec.encode_residual(torch.zeros(cut.numel).index_fill(0, torch.tensor([7]), float("nan")), None, cut)
+            codec.encode_residual(torch.zeros(view.numel).index_fill(0, torch.tensor([7]), float("nan")), None, view)

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from compactdist import codecs
-from compactdist.codecs.kernels import use
-from compactdist.codecs.kernels.threads import PART_ELEMENTS, spread
 from compactdist.errors import NonFiniteError
+from compactdist.kernels import use
+from compactdist.kernels.threads import PART_ELEMENTS, spread
 from compactdist.state import ResidualDecoder, ResidualEncoder, StateStore, StreamConfig
-from compactdist.state.layout import plain
+from compactdist.state.matrix_view import plain
 
-cpu = pytest.importorskip("compactdist.codecs.kernels.cpu")
-elements = pytest.importorskip("compactdist.codecs.kernels.cpu_elements")
+cpu = pytest.importorskip("compactdist.kernels.cpu")
+elements = pytest.importorskip("compactdist.kernels.cpu_elements")
 CODECS = ("binary", "int2", "int4", "int8")
 CUT = plain(2 * 301 * 264, 2, 264)
 
@@ -99,7 +99,7 @@ def _ended_well(child: int, seconds: float) -> bool:
 @pytest.mark.parametrize("openmp", [True, False])
 def test_parts_cover_the_range_and_raise(threads, monkeypatch, openmp):
     if not openmp:
-        monkeypatch.setattr("compactdist.codecs.kernels.threads._openmp", lambda: None)
+        monkeypatch.setattr("compactdist.kernels.threads._openmp", lambda: None)
     for count in (1, 2, 3, 7, 100):
         for wanted in (1, 2, 5):
             threads(wanted)
@@ -217,15 +217,15 @@ import sys, logging
 sys.modules["numba"] = None
 import torch
 from compactdist import codecs
-from compactdist.state.layout import plain
+from compactdist.state.matrix_view import plain
 seen = []
 handler = logging.Handler()
 handler.emit = lambda record: seen.append(record.getMessage())
 logging.getLogger("compactdist").addHandler(handler)
 logging.getLogger("compactdist").setLevel(logging.INFO)
-cut = plain(1 << 16, 1, 128)
+view = plain(1 << 16, 1, 128)
 for _ in range(3):
-    codecs.get("int2").encode_residual(torch.randn(1 << 16), None, cut, torch.empty(1 << 16))
+    codecs.get("int2").encode_residual(torch.randn(1 << 16), None, view, torch.empty(1 << 16))
 assert len(seen) == 1 and "Numba" in seen[0], seen
 """
     subprocess.run([sys.executable, "-c", script], check=True)

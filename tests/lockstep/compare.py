@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compactdist.work import drain
+from compactdist.exchange.work import drain
 
 
 def digest(t: torch.Tensor | None) -> str | None:
@@ -18,12 +18,12 @@ def digest(t: torch.Tensor | None) -> str | None:
 
 
 def of_stream(stream: Any) -> tuple[Any, ...]:
-    arrangement = stream.arrangement
+    view = stream.view
     return (
         stream.sequence,
         str(stream.live),
         STALE if is_stale(stream) else tuple(digest(t) for t in stream.history.held),
-        None if arrangement is None else (arrangement.shape, arrangement.hint),
+        None if view is None else (view.shape, view.hint),
     )
 
 

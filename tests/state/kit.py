@@ -51,7 +51,7 @@ def check_in_step(encoder: ResidualEncoder, decoder: ResidualDecoder) -> None:
     assert all(map(same_bytes, ours.history.held, theirs.history.held))
     assert ours.sequence == theirs.sequence
     assert ours.live == theirs.live
-    assert ours.arrangement == theirs.arrangement
+    assert ours.view == theirs.view
 
 
 def strided(x: torch.Tensor, how: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compactdist import codecs
-from compactdist.codecs.lowrank_int4 import LowRankInt4
+from compactdist.codecs.lowrank.lowrank_int4 import LowRankInt4
 from compactdist.errors import NonFiniteError
 from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig, StreamEncoder, plain
 
@@ -18,8 +18,8 @@ CODECS = ("lowrank", "lowrank_int4")
 class Forgetful(LowRankInt4):
     """The same wire format without a memory."""
 
-    def encode_residual(self, x, base, cut, out=None, *, memory=None, **others):
-        return super().encode_residual(x, base, cut, out, **others)
+    def encode_residual(self, x, base, view, out=None, *, memory=None, **others):
+        return super().encode_residual(x, base, view, out, **others)
 
 
 def walk(steps: int, rank: int = 40, seed: int = 0) -> list[torch.Tensor]:
@@ -104,7 +104,7 @@ def test_another_codec_or_arrangement_starts_anew():
     encoder.commit(encoder.stage(x, other, keyframe=False))
     assert encoder._memory.codec == other
     assert encoder._memory.entries["calls"] == 1
-    encoder.arrangement = plain(HINT.numel, 1, 2 * SHAPE[1])
+    encoder.view = plain(HINT.numel, 1, 2 * SHAPE[1])
     encoder.commit(encoder.stage(y, other, keyframe=False))
     assert encoder._memory.entries["calls"] == 1
     encoder.commit(encoder.stage(y, codecs.get("int4"), keyframe=False))

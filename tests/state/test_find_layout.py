@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compactdist import codecs
 from compactdist.state import ResidualDecoder, ResidualEncoder, blocks
-from compactdist.state.find_layout import find_arrangement
+from compactdist.state.find_view import find_view
 from compactdist.wire import unpack
 
 
@@ -22,11 +22,11 @@ def planted(groups: int, rows: int, channels: int, spread: float, seed: int) -> 
     return (torch.randn(groups, rows, channels, generator=g) * scale).reshape(-1)
 
 
-def gap(x: torch.Tensor, arrangement) -> float:
+def gap(x: torch.Tensor, view) -> float:
     """dB above what a Gaussian source of these bits must have: 6.02 dB per bit sent, and the error."""
     codec = codecs.get("binary")
-    payload = codec.encode(arrangement.to_matrix(x))
-    y = arrangement.to_flat(codec.decode(payload, arrangement.shape, torch.float32))
+    payload = codec.encode(view.to_matrix(x))
+    y = view.to_flat(codec.decode(payload, view.shape, torch.float32))
     nmse = float((y - x).square().sum() / x.square().sum())
     return 6.0206 * 8 * payload.numel() / x.numel() + 10 * math.log10(nmse)
 
@@ -46,7 +46,7 @@ def test_strongly_unequal_channels_are_found_exactly(groups, rows, channels, spr
     """
     assume(groups * rows * channels >= 4096)
     x = planted(groups, rows, channels, spread, seed)
-    found = find_arrangement(x)
+    found = find_view(x)
     assert found.channels == channels
     assert gap(x, found) < gap(x, blocks(x.numel()))
 
@@ -60,7 +60,7 @@ def test_strongly_unequal_channels_are_found_exactly(groups, rows, channels, spr
 )
 def test_groups_with_different_energies_are_separated(groups, rows, channels, seed):
     """Groups found may subdivide the planted ones, but never straddle two of them."""
-    found = find_arrangement(planted(groups, rows, channels, 1.5, seed))
+    found = find_view(planted(groups, rows, channels, 1.5, seed))
     assert found.channels == channels
     assert found.groups % groups == 0
 
@@ -70,18 +70,18 @@ def test_groups_with_different_energies_are_separated(groups, rows, channels, se
 def test_noise_never_gets_a_costly_layout(numel, seed):
     """Nothing to be found: what is chosen codes about as well as blocks, for about as many bits."""
     x = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
-    assert gap(x, find_arrangement(x)) <= gap(x, blocks(numel)) + 0.15
+    assert gap(x, find_view(x)) <= gap(x, blocks(numel)) + 0.15
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-38, 1e38])
 def test_constants_keep_the_default(value):
-    found = find_arrangement(torch.full((4096,), value))
+    found = find_view(torch.full((4096,), value))
     assert found.shape == blocks(4096).shape
 
 
 @pytest.mark.parametrize("numel", [0, 1, 100, 2047, 4099])
 def test_small_and_prime_sizes_keep_the_default(numel):
-    assert find_arrangement(torch.randn(numel)).shape == blocks(numel).shape
+    assert find_view(torch.randn(numel)).shape == blocks(numel).shape
 
 
 @pytest.mark.parametrize("codec", ["binary", "int2"])

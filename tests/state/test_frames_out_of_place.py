@@ -18,7 +18,7 @@ def state_of(decoder):
     stream = decoder._stream
     history = stream.history
     copied = [t.clone() for t in history.held]
-    return copied, stream.sequence, stream.live, stream.arrangement, decoder._epoch
+    return copied, stream.sequence, stream.live, stream.view, decoder._epoch
 
 
 def check_refused(decoder, frame):
@@ -153,7 +153,7 @@ def test_frames_at_any_offset(offset):
 
 def encoder_state(encoder):
     stream = encoder._stream
-    return stream.sequence, stream.live, stream.arrangement, encoder._frames
+    return stream.sequence, stream.live, stream.view, encoder._frames
 
 
 @pytest.mark.parametrize("codec", kit.LOSSY)

@@ -40,14 +40,14 @@ def test_matrix_is_the_permutation_the_pattern_says(case):
     pattern, names, sizes, terms, missing = case
     given_sizes = {name: size for name, size in sizes.items() if name != missing}
     numel = math.prod(sizes.values())
-    arrangement = Layout(pattern, **given_sizes).resolve(numel)
+    view = Layout(pattern, **given_sizes).resolve(numel)
     flat = torch.arange(numel)
     order = [names.index(name) for term in terms for name in term]
     shape = tuple(math.prod(sizes[name] for name in term) for term in terms)
     expected = flat.view([sizes[name] for name in names]).permute(order).reshape(shape)
-    assert arrangement.shape == shape
-    assert torch.equal(arrangement.to_matrix(flat), expected)
-    assert torch.equal(arrangement.to_flat(expected), flat)
+    assert view.shape == shape
+    assert torch.equal(view.to_matrix(flat), expected)
+    assert torch.equal(view.to_flat(expected), flat)
 
 
 def test_heads_joined():
@@ -59,15 +59,15 @@ def test_heads_joined():
 
 @given(numel=st.integers(0, 1000))
 def test_blocks(numel):
-    arrangement = blocks(numel)
+    view = blocks(numel)
     flat = torch.arange(1, numel + 1)
-    matrix = arrangement.to_matrix(flat)
-    assert arrangement.groups == 1
-    assert arrangement.channels == min(128, max(numel, 1))
-    assert math.prod(arrangement.shape) - numel < 128
+    matrix = view.to_matrix(flat)
+    assert view.groups == 1
+    assert view.channels == min(128, max(numel, 1))
+    assert math.prod(view.shape) - numel < 128
     assert torch.equal(matrix.reshape(-1)[:numel], flat)
     assert not matrix.reshape(-1)[numel:].any()
-    assert torch.equal(arrangement.to_flat(matrix), flat)
+    assert torch.equal(view.to_flat(matrix), flat)
 
 
 def test_plain():

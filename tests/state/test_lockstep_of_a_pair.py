@@ -43,7 +43,7 @@ def run(options, sequence, seed):
             scale = 1e4 if action[4] else 1.0
         values = (torch.randn(shape, generator=g) * scale).to(dtype)
         x = kit.strided(values, action[-1] if action[0] == "again" else action[3])
-        before = encoder._stream.arrangement
+        before = encoder._stream.view
         frame = encoder.encode(x)
         y = decoder.decode(frame)
         kit.check_in_step(encoder, decoder)
@@ -60,11 +60,11 @@ def run(options, sequence, seed):
         assert header.is_key == keyframe
         assert header.shape == shape
         assert header.epoch == encoder._epoch
-        arrangement = blocks(x.numel()) if fresh else before
+        view = blocks(x.numel()) if fresh else before
         payload = (
             raw_nbytes(x.numel(), dtype)
             if keyframe
-            else codecs.get(options["codec"]).payload_nbytes(arrangement.shape, torch.float32)
+            else codecs.get(options["codec"]).payload_nbytes(view.shape, torch.float32)
         )
         assert header.payload_nbytes == payload
         assert frame.numel() == 80 + 64 + payload

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compactdist import Options
-from compactdist.estimate import estimate
+from compactdist.observe.estimate import estimate
 from compactdist.state import StateStore, StreamConfig, state_nbytes
 from compactdist.state.quantized_history import quantize
 from tests.state import kit

@@ -8,7 +8,7 @@ import torch
 from compactdist import codecs
 from compactdist.state import StreamConfig, StreamDecoder, StreamEncoder, plain
 from compactdist.state import relay as r
-from compactdist.state.layout import Arrangement, Layout
+from compactdist.state.matrix_view import Layout, MatrixView
 from compactdist.state.relay import Received
 
 CODEC = codecs.get("int4")
@@ -87,7 +87,7 @@ def test_the_next_frame_is_the_one_after_the_last_passed_on():
     assert not r.Relay(Chain().inner, relay.passed).expects(missed)
 
 
-def test_states_differ_by_a_bit_a_size_or_a_cut():
+def test_states_differ_by_a_bit_a_size_or_a_view():
     def pair(x, y, hint=None):
         chain = Chain()
         chain.arrive(x)
@@ -131,9 +131,9 @@ def test_digests_of_odd_tensors():
 def test_only_plain_cuts_can_be_announced():
     assert r.can_announce(plain(N, 2, 32))
     assert not r.can_announce(None)
-    assert not r.can_announce(Arrangement(N - 1, 1, 2, 128))
+    assert not r.can_announce(MatrixView(N - 1, 1, 2, 128))
     assert not r.can_announce(Layout("(s d) -> 1 s d", d=32).resolve(N))
-    assert not r.can_announce(Arrangement(N, 1, 32, 8, (8, 32), (1, 0)))
+    assert not r.can_announce(MatrixView(N, 1, 32, 8, (8, 32), (1, 0)))
 
 
 def test_an_announcement_travels_in_a_keyframe():
@@ -143,6 +143,6 @@ def test_an_announcement_travels_in_a_keyframe():
     staged = chain.outer.stage(x_at(1), CODEC, keyframe=True)
     r.announce(staged, plain(N, 2, 32))
     chain.deliver(staged)
-    assert chain.outer.arrangement == chain.last.arrangement == plain(N, 2, 32)
+    assert chain.outer.view == chain.last.view == plain(N, 2, 32)
     z = chain.deliver(chain.outer.stage(x_at(2), CODEC, keyframe=False))
     assert (z - x_at(2)).norm() < 0.1 * x_at(2).norm()

@@ -1,0 +1,154 @@
+"""Time the fused CPU steps against Tensor.copy_ of the same tensor and against the reference.
+
+    python -m benchmarks.codecs.kernels_cpu --json benchmarks/results/kernels_cpu.json
+    python -m benchmarks.codecs.kernels_cpu --show benchmarks/results/kernels_cpu.json
+
+For each case, codec and form of scales: ``encode_residual`` with payload and new base in memory of their own, and
+``decode_residual`` in place. The runs of one line take turns, every one next to a copy; medians of the ratios. Beside
+them what takes just moving the tensors (``moving.py``): no step can be faster at sizes that no cache holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.codecs.moving import move_for_blocks, move_for_decoding, move_for_rows
+from benchmarks.common import check_load, finish, parser, quartiles
+from compactdist import codecs
+from compactdist.kernels import use
+from compactdist.state.matrix_view import plain
+
+CHANNELS = 3072
+FORMS: tuple[dict[str, Any], ...] = (
+    *({"id": codec_id} for codec_id in ("binary", "int2", "int4", "int8", "int3", "ternary", "fp8")),
+    *({"id": codec_id, "scales": "block"} for codec_id in ("binary", "int2", "int4", "int8")),
+)
+CASES = (  # rows, dtype, threads
+    (4096, torch.bfloat16, 1),
+    (4096, torch.bfloat16, 2),
+    (16384, torch.bfloat16, 2),
+    (4096, torch.float32, 2),
+)
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rounds: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    codec, view = codecs.get(spec), plain(rows * CHANNELS, 1, CHANNELS)
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(view.numel, generator=g).to(dtype)
+    x = base + (0.1 * torch.randn(view.numel, generator=g)).to(dtype)
+    out, copied, held, moved = torch.empty_like(x), torch.empty_like(x), base.clone(), base.clone()
+    payload = codec.encode_residual(x, base, view, out)
+    room = torch.empty_like(payload)
+
+    def encode() -> None:
+        codec.encode_residual(x, base, view, out, payload_out=room)
+
+    def decode() -> None:
+        codec.decode_residual(payload, held, view, held)
+
+    def move_encode() -> None:
+        (move_for_blocks if spec.get("scales") == "block" else move_for_rows)(x, base, out)
+
+    turns = {
+        "encode": encode,
+        "moved_encode": move_encode,
+        "decode": decode,
+        "moved_decode": lambda: move_for_decoding(moved),
+    }
+    copies: list[float] = []
+    samples: dict[str, list[float]] = {name: [] for name in (*turns, "eager_encode", "eager_decode")}
+    ratios: dict[str, list[float]] = {name: [] for name in turns}
+    for round_ in range(rounds + 2):
+        for name, work in turns.items():
+            copy = _timed(lambda: copied.copy_(x))
+            taken = _timed(work)
+            if round_ > 1:  # the first ones compile and fault pages in
+                copies.append(copy)
+                samples[name].append(taken)
+                ratios[name].append(taken / copy)
+        for tensor in (held, moved):  # sums of moved bits would not stay numbers
+            tensor.copy_(base)
+        if round_ % 5 == 2:
+            with use("reference"):
+                for name, work in (("eager_encode", encode), ("eager_decode", decode)):
+                    samples[name].append(_timed(work))
+    ms = {name: statistics.median(values) for name, values in samples.items()}
+    line: dict[str, Any] = {
+        "codec": spec["id"],
+        "scales": spec.get("scales", "token_channel"),
+        "rows": rows,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": threads,
+        "copy_ms": round(statistics.median(copies), 2),
+    }
+    for name in ("encode", "decode"):
+        spread = quartiles(ratios[name])
+        line |= {
+            f"{name}_ms": round(ms[name], 2),
+            f"{name}_copies": round(spread["median"], 2),
+            f"{name}_copies_quartiles": [round(spread["q1"], 2), round(spread["q3"], 2)],
+            f"moved_{name}_copies": round(statistics.median(ratios[f"moved_{name}"]), 2),
+            f"eager_{name}_ms": round(ms[f"eager_{name}"], 1),
+            f"{name}_speedup": round(ms[f"eager_{name}"] / ms[name], 1),
+        }
+    return line
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The lines as Markdown."""
+    text = [
+        "| tensor | threads | codec | scales | copy ms "
+        "| encode ms | x copy | just moved | x eager | decode ms | x copy | just moved | x eager |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for line in lines:
+        cells = [
+            f"[{line['rows']}, {CHANNELS}] {line['dtype']}",
+            str(line["threads"]),
+            f"`{line['codec']}`",
+            line["scales"],
+            f"{line['copy_ms']:.2f}",
+        ]
+        for name in ("encode", "decode"):
+            low, high = line[f"{name}_copies_quartiles"]
+            cells += [
+                f"{line[f'{name}_ms']:.1f}",
+                f"{line[f'{name}_copies']:.1f} ({low:.1f} to {high:.1f})",
+                f"{line[f'moved_{name}_copies']:.1f}",
+                f"{line[f'{name}_speedup']:.0f}",
+            ]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def main() -> None:
+    made = parser(__doc__ or "")
+    made.add_argument("--rounds", type=int, default=12, help="samples of each (default 12)")
+    made.add_argument("--show", type=Path, metavar="FILE", help="print stored results instead of measuring")
+    args = made.parse_args()
+    if args.show is not None:
+        print(table(json.loads(args.show.read_text())["lines"]))
+        return
+    check_load(args.max_load)
+    lines = [_line(spec, *case, args.rounds) for case, spec in itertools.product(CASES, FORMS)]
+    print(table(lines))
+    finish(args.json, {"ranks": "none", "channels": CHANNELS, "rounds": args.rounds, "lines": lines})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Error of the demo's final latents over several noise seeds, per codec and prediction order.
+
+    torchrun --nproc-per-node 2 -m benchmarks.quality.demo_seeds --route ring --seeds 16 --json FILE
+
+Runs the same pipeline as ``compactdist demo``. For every seed the uncompressed run is the reference; prints median and
+range of ||x - x_ref|| / ||x_ref|| over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from benchmarks.quality.over_seeds import measure
+from compactdist_xdit.digits import STEPS
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "int8": {"codec": "int8"},
+    "int4": {"codec": "int4"},
+    "int2": {"codec": "int2"},
+    "binary": {"codec": "binary"},
+    "int4, order 2": {"codec": "int4", "order": 2},
+    "int2, order 2": {"codec": "int2", "order": 2},
+    "binary, order 2": {"codec": "binary", "order": 2},
+    "binary, no layout hint": {"codec": "binary", "layouts": None},
+    "binary, no residual": {"codec": "binary", "order": 0},
+}
+
+
+def main() -> None:
+    """Run all variants over all seeds."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--route", choices=["ring", "ulysses"], default="ring")
+    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    rows = measure(args.route, VARIANTS, args.seeds)
+    if rows:
+        for row in rows:
+            sys.stdout.write(f"{row['variant']:24s} {row['median']:.2e}  ({row['min']:.2e} to {row['max']:.2e})\n")
+        if args.json is not None:
+            module = "torchrun --nproc-per-node 2 -m benchmarks.quality.demo_seeds"
+            command = f"{module} --route {args.route} --seeds {args.seeds}"
+            args.json.write_text(json.dumps({"command": command, "steps": STEPS, "rows": rows}, indent=1) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

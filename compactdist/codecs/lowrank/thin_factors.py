@@ -1,0 +1,252 @@
+"""What the low-rank codecs share: a product of two thin matrices for each group, found, fitted and multiplied out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactdist.codecs.base import Codec, check_payload, residual_of
+from compactdist.codecs.lowrank.factors import Fitted
+from compactdist.codecs.lowrank.products import Products, check_weights, of_matrices, of_residual
+from compactdist.codecs.lowrank.subspace import Starts, evened, left_directions
+from compactdist.codecs.options import check_integer
+from compactdist.codecs.scalar.quantized import check_dtype
+from compactdist.codecs.shapes import matrix_shape, padded_nbytes
+from compactdist.kernels import cpu_kernels
+from compactdist.kernels import reference as kernels
+from compactdist.kernels.spec import MatrixView
+
+_SMALLEST_GAIN = 2.0**-87
+_SMALLEST_SUM = 2.0**-30
+
+
+class LowRankCodec(Codec):
+    """Subspace iteration, factors on the wire, and a gain that keeps the error below the input.
+
+    For a group A, scaled to elements near 1: U, an orthonormal basis of its strongest left directions
+    (``subspace.py``), rounded as it will be sent; ``V = (U^T U)^-1 U^T A``, the least-squares V for the rounded U,
+    rounded as well; and the gain ``<A, U V> / <U V, U V>``, whose error energy ``|A|^2 - <A, U V>^2 / |U V|^2`` is
+    never above ``|A|^2``, wherever the search began. Where products are of bfloat16-rounded matrices, the gain is that
+    of the smallest ``<A, U V>`` the rounding allows. Random directions come from a generator of the codec's own: equal
+    inputs (for a stream, equal sequences of inputs) give equal payloads on one machine with one number of threads, and
+    nobody else's random numbers change. The encoder uses matrix products; the decoder, which has to agree with every
+    other one to the bit, does not.
+    """
+
+    takes_row_weights = True
+    _default_rank: int
+
+    def __init__(self, rank: int) -> None:
+        self.rank = check_integer(self.codec_id, "rank", rank, 1, 1024)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults."""
+        return {} if self.rank == self._default_rank else {"rank": self.rank}
+
+    def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        check_dtype(self.codec_id, dtype)
+        groups, rows, channels = matrix_shape(shape)
+        if groups * rows * channels == 0:
+            return 0
+        rank = min(self.rank, rows, channels)
+        factors = self._factor_nbytes(groups * rank, rows) + self._factor_nbytes(groups * rank, channels)
+        return padded_nbytes(2 * groups) + factors
+
+    def encode(self, x: Tensor, *, row_weights: Tensor | None = None) -> Tensor:
+        """As ``Codec.encode``.
+
+        Args:
+            x: What to encode.
+            row_weights: How much errors in a row matter, ``(R,)`` or ``(G, R)``, positive; only their ratios count.
+                Factors then minimise the sum of squared errors times squared weights (CompactFusion, arXiv 2507.17511,
+                weights the rows of K by how strongly they are attended to). The gain remains that of least unweighted
+                error, so the error energy stays below that of the input, and the decoder is not concerned.
+
+        Raises:
+            CodecConfigError: Weights of another shape, or not all positive and finite and within a factor of 2**20.
+        """
+        check_dtype(self.codec_id, x.dtype)
+        return self._encode(_matrices(x), x.numel(), None, row_weights)
+
+    @torch.no_grad()
+    def encode_residual(
+        self,
+        x: Tensor,
+        base: Tensor | None,
+        view: MatrixView,
+        out: Tensor | None = None,
+        *,
+        velocity: Tensor | None = None,
+        payload_out: Tensor | None = None,
+        memory: dict[str, Any] | None = None,
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
+        check_dtype(self.codec_id, x.dtype)
+        taken = of_residual(x, base, velocity, view)
+        if taken is not None:
+            payload = self._encode_products(*taken, view.shape, memory, row_weights)
+        else:
+            residual = residual_of(x.detach(), base, velocity)
+            payload = self._encode(view.to_matrix(residual), view.numel, memory, row_weights)
+        if out is not None:
+            self.decode_residual(payload, base, view, out, velocity=velocity)
+        return payload if payload_out is None else payload_out.copy_(payload)
+
+    def _encode(
+        self, values: Tensor, elements: int, memory: dict[str, Any] | None, row_weights: Tensor | None
+    ) -> Tensor:
+        """Encode float32 ``(G, R, C)``."""
+        if values.numel() == 0:
+            return torch.zeros(0, dtype=torch.uint8, device=values.device)
+        groups, rows, channels = values.shape
+        return self._encode_products(*of_matrices(values, elements), (groups, rows, channels), memory, row_weights)
+
+    def _encode_products(
+        self,
+        products: list[Products],
+        factor: Tensor,
+        shape: tuple[int, int, int],
+        memory: dict[str, Any] | None,
+        row_weights: Tensor | None,
+    ) -> Tensor:
+        weights = check_weights(self.codec_id, row_weights, shape, factor.device)
+        return self._encode_weighted(products, factor, shape, memory, weights)
+
+    def _encode_weighted(
+        self,
+        products: list[Products],
+        factor: Tensor,
+        shape: tuple[int, int, int],
+        memory: dict[str, Any] | None,
+        weights: Tensor | None,
+    ) -> Tensor:
+        groups, rows, channels = shape
+        payload = torch.zeros(self.payload_nbytes(shape, torch.float32), dtype=torch.uint8, device=factor.device)
+        rank = min(self.rank, rows, channels)
+        starts = Starts(memory, shape, rank, factor.device)
+        u_parts, v_parts, gains = [], [], []
+        # Group by group: a batched product may round otherwise than a single one.
+        for g, one in enumerate(products):
+            w = None if weights is None else weights[g]
+            seen = replace(one, weights=w)
+            start, rounds = starts.of_group(g), starts.rounds
+            while True:
+                found = left_directions(seen, start, rounds)
+                u_part = self._round(found[:rank] if w is None else found[:rank] / w)
+                u = u_part.value
+                fitted = u if w is None else u * w
+                along = seen.with_columns(torch.cat([fitted, found[rank:]]) if starts.wide else fitted)
+                if not starts.disappoint(g, along, one.norm):
+                    break
+                start, rounds = evened(along), 1
+            v_part = self._round(_right(fitted @ fitted.T, along[:rank]))
+            plain = along[:rank] if w is None else one.with_columns(u)
+            u_parts.append(u_part)
+            v_parts.append(v_part)
+            gains.append(_gain(one, u, v_part.value, plain) / factor[g])
+        gain = torch.stack(gains)
+        gain = torch.where(gain < _SMALLEST_GAIN, torch.zeros_like(gain), gain)
+        gain_bytes = kernels.encode_bf16(gain)
+        payload[: gain_bytes.numel()] = gain_bytes
+        at = padded_nbytes(2 * groups)
+        for parts, length in ((u_parts, rows), (v_parts, channels)):
+            data = self._pack(parts, length)
+            payload[at:][: data.numel()] = data
+            at += self._factor_nbytes(groups * rank, length)
+        starts.remember()
+        return payload
+
+    @torch.no_grad()
+    def decode(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        payload = check_payload(payload, self.payload_nbytes(shape, dtype), self.codec_id)
+        if payload.numel() == 0:
+            return torch.empty(tuple(shape), dtype=dtype, device=payload.device)
+        y = multiply(*self._factors(payload, matrix_shape(shape)))
+        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        return y.reshape(-1)[: math.prod(shape)].reshape(tuple(shape)).clamp_(-limit, limit).to(dtype)
+
+    @torch.no_grad()
+    def decode_residual(
+        self, payload: Tensor, base: Tensor | None, view: MatrixView, out: Tensor, *, velocity: Tensor | None = None
+    ) -> None:
+        if view.numel and cpu_kernels(view.numel) is not None:
+            from compactdist.kernels import cpu_lowrank
+
+            if cpu_lowrank.supports(out, base, velocity):
+                payload = check_payload(payload, self.payload_nbytes(view.shape, torch.float32), self.codec_id)
+                u, v, gain = self._factors(payload, view.shape)
+                cpu_lowrank.add_product(u, v, _SMALLEST_SUM, gain, base, velocity, view, out)
+                return
+        super().decode_residual(payload, base, view, out, velocity=velocity)
+
+    def _factors(self, payload: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """U^T ``(G, r, R)``, V ``(G, r, C)`` and gains ``(G, 1, 1)`` of a payload."""
+        groups, rows, channels = shape
+        rank = min(self.rank, rows, channels)
+        at = padded_nbytes(2 * groups)
+        v_at = at + self._factor_nbytes(groups * rank, rows)
+        gain = kernels.decode_bf16(payload[: 2 * groups]).view(groups, 1, 1)
+        u = self._decode_factor(payload[at:v_at], groups * rank, rows).view(groups, rank, rows)
+        v = self._decode_factor(payload[v_at:], groups * rank, channels).view(groups, rank, channels)
+        return u, v, gain
+
+    def _factor_nbytes(self, components: int, length: int) -> int:
+        raise NotImplementedError
+
+    def _round(self, factor: Tensor) -> Fitted:
+        """Round ``(r, length)`` to what will be sent."""
+        raise NotImplementedError
+
+    def _pack(self, parts: list[Fitted], length: int) -> Tensor:
+        """The section of a factor: all groups, one after the other."""
+        raise NotImplementedError
+
+    def _decode_factor(self, data: Tensor, components: int, length: int) -> Tensor:
+        raise NotImplementedError
+
+
+def multiply(u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
+    """``(G, r, R)`` and ``(G, r, C)`` to ``(G, R, C)``, the sum over r in ascending order times ``gain (G, 1, 1)``."""
+    groups, rank, rows = u.shape
+    if u.device.type == "cpu" and cpu_kernels(groups * rows * v.shape[2]) is not None:
+        from compactdist.kernels import cpu_lowrank
+
+        product: Tensor = cpu_lowrank.multiply(u, v, _SMALLEST_SUM, gain)
+        return product
+    y = u[:, 0, :, None] * v[:, 0, None, :]
+    for k in range(1, rank):
+        y += u[:, k, :, None] * v[:, k, None, :]
+    # What cancellation left over could become subnormal by the gain, and machines differ in those.
+    return torch.where(y.abs() < _SMALLEST_SUM, torch.zeros_like(y), y).mul_(gain)
+
+
+def _matrices(x: Tensor) -> Tensor:
+    """Any tensor as float32 ``(G, R, C)``, the tail of a flat one filled up with zeros."""
+    shape = matrix_shape(x.shape)
+    flat = x.detach().to(torch.float32).reshape(-1)
+    missing = math.prod(shape) - flat.numel()
+    if missing:
+        flat = torch.cat([flat, flat.new_zeros(missing)])
+    return flat.contiguous().view(shape)
+
+
+def _right(gram: Tensor, along: Tensor) -> Tensor:
+    """The least-squares V ``(rank, C)`` for the rounded U^T, from U^T U and U^T A; exactly zero where U^T A is."""
+    # A component that was rounded to nothing takes no part; the ridge keeps the rest solvable.
+    ridge = torch.eye(gram.shape[0], device=gram.device) * (gram.diagonal().amax() * 1e-6 + 1e-30)
+    inverse: Tensor = torch.linalg.inv(gram + ridge)
+    return inverse @ along
+
+
+def _gain(products: Products, u: Tensor, v: Tensor, along: Tensor) -> Tensor:
+    """The bfloat16 gain of least error for the rounded factors, given U^T A; zero if there is none."""
+    v_gram = v @ v.T
+    energy = ((u @ u.T) * v_gram).sum().clamp(min=0)
+    agreement = ((v * along).sum() - products.doubt(u, v, v_gram, energy, along)).clamp(min=0)
+    gain: Tensor = kernels.round_bf16(kernels.divide_or_zero(agreement, energy).view(1)).view(())
+    return gain

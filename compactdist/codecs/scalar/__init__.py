@@ -1,0 +1,1 @@
+"""Codecs of one level for each element."""

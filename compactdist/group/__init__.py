@@ -1,0 +1,1 @@
+"""The wrapped group: a ProcessGroup whose calls become exchanges, its keys and its life."""

@@ -1,0 +1,126 @@
+"""Ranks agree on a configuration through the store, before any byte travels on the group.
+
+Each rank posts what it wants and reads what the others posted. A rank that is found to be wrapping another group it
+shares with us will never come here: that is an order error, told at once instead of after the timeout.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from compactdist.errors import ConfigMismatchError, WrapTimeoutError
+
+__all__ = ["agree"]
+
+_POLL_SECONDS = 0.01
+
+
+def _get(store: Any, key: str) -> dict[str, Any] | None:
+    if not store.check([key]):
+        return None
+    value: dict[str, Any] = json.loads(store.get(key).decode())
+    return value
+
+
+def agree(
+    store: Any,
+    common_store: Any,
+    group: str,
+    rank: int,
+    global_ranks: list[int],
+    fingerprint: dict[str, str],
+    timeout: float,
+) -> int:
+    """Compare ``fingerprint`` among the ranks of a group.
+
+    Args:
+        store: the group's own store.
+        common_store: a store all groups share; tells which group each rank is wrapping now.
+        group: the group's name.
+        rank: group rank.
+        global_ranks: global ranks of the group, by group rank.
+        fingerprint: what must be equal.
+        timeout: seconds.
+
+    Returns:
+        How many times this group has been wrapped, this time included: the same number on every rank.
+
+    Raises:
+        ConfigMismatchError: fingerprints differ, or ranks wrap groups in different orders.
+        WrapTimeoutError: some ranks did not come.
+    """
+    me = global_ranks[rank]
+    turn = int(store.add(f"compactdist/turns/{rank}", 1))
+    here = f"compactdist/group/wrap/{turn}"
+    announcement = f"compactdist/wrapping/{me}"
+    common_store.set(announcement, json.dumps({"group": group, "turn": turn, "ranks": global_ranks}))
+    try:
+        store.set(f"{here}/{rank}", json.dumps(fingerprint))
+        common_store.set(f"compactdist/posted/{me}/{group}", json.dumps({"turn": turn}))
+        missing = set(range(len(global_ranks))) - {rank}
+        deadline = time.monotonic() + timeout
+        while missing:
+            for peer in sorted(missing):
+                theirs = _get(store, f"{here}/{peer}")
+                if theirs is not None:
+                    missing.discard(peer)
+                    _compare(group, rank, peer, fingerprint, theirs)
+            if not missing:
+                break
+            word = _get(common_store, _misordered(group, turn))
+            if word is not None:
+                raise ConfigMismatchError(word["message"])
+            for peer in sorted(missing):
+                _check_order(store, common_store, here, group, me, peer, global_ranks)
+            if time.monotonic() > deadline:
+                raise WrapTimeoutError(
+                    f"group '{group}', rank {rank}: rank{'s' if len(missing) > 1 else ''} "
+                    f"{', '.join(map(str, sorted(missing)))} did not call wrap() within {timeout:g} s. wrap() is "
+                    "collective: call it on every rank of the group, in the same order for all groups"
+                )
+            time.sleep(_POLL_SECONDS)
+    finally:
+        common_store.set(announcement, json.dumps(None))
+    return turn
+
+
+def _compare(group: str, rank: int, peer: int, mine: dict[str, str], theirs: dict[str, Any]) -> None:
+    differing = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
+    if differing:
+        details = "; ".join(f"{key}: {mine.get(key)} here, {theirs.get(key)} on rank {peer}" for key in differing)
+        raise ConfigMismatchError(
+            f"group '{group}': ranks {rank} and {peer} asked wrap() for different things ({details}). Give all ranks "
+            "the same options and versions; nothing was sent and the group is as it was"
+        )
+
+
+def _check_order(
+    store: Any,
+    common_store: Any,
+    here: str,
+    group: str,
+    me: int,
+    peer: int,
+    global_ranks: list[int],
+) -> None:
+    busy = _get(common_store, f"compactdist/wrapping/{global_ranks[peer]}")
+    if not busy or busy["group"] == group or me not in busy["ranks"]:
+        return
+    posted = _get(common_store, f"compactdist/posted/{me}/{busy['group']}")
+    if posted and posted["turn"] >= busy["turn"]:
+        return  # the peer is only still reading what we posted there
+    if store.check([f"{here}/{peer}"]):
+        return  # it came here between our two looks
+    message = (
+        f"rank {me} wraps group '{group}' while rank {global_ranks[peer]} wraps group '{busy['group']}' "
+        "(global ranks): wrap groups in the same order on every rank; nothing was sent"
+    )
+    # the peer waits for us there and may not look before we have withdrawn: leave word
+    common_store.set(_misordered(busy["group"], busy["turn"]), json.dumps({"message": message}))
+    raise ConfigMismatchError(message)
+
+
+def _misordered(group: str, turn: int) -> str:
+    return f"compactdist/misordered/{group}/{turn}"

@@ -1,0 +1,99 @@
+"""Hooks that let a model name its call sites and count its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from compactdist.errors import ConfigError
+from compactdist.group.keys import KeyBook
+
+__all__ = ["Attachment"]
+
+
+class Attachment:
+    """Forward hooks on a module tree; made by ``CompressedProcessGroup.attach``.
+
+    Each module pushes its qualified name while it runs, so a call's prefix is the name of the innermost running module.
+    Steps: ``step_module``'s forwards are counted per branch, and a step begins when a branch comes round again; so the
+    ``cond`` and ``uncond`` passes of one step share it.
+    """
+
+    def __init__(
+        self,
+        keys: KeyBook,
+        module: torch.nn.Module,
+        step_module: str | None,
+        forwards_per_step: int,
+        step_value: Callable[..., Any] | None,
+    ) -> None:
+        if forwards_per_step < 1:
+            raise ConfigError(f"forwards_per_step must be >= 1, got {forwards_per_step}")
+        modules = dict(module.named_modules())
+        if step_module is not None and step_module not in modules:
+            raise ConfigError(f"attach: {type(module).__name__} has no submodule '{step_module}' to count steps by")
+        self._keys = keys
+        keys.engaged = True
+        self._forwards_per_step = forwards_per_step
+        self._step_value = step_value
+        self._handles: list[Any] = []
+        self.restart()
+        if step_module is not None:
+            counted = modules[step_module]
+            self._handles.append(counted.register_forward_pre_hook(self._count, with_kwargs=True))
+        for name, child in modules.items():
+            shown = name or type(child).__name__
+            self._handles.append(child.register_forward_pre_hook(self._entering(shown)))
+            # always_call: a forward that raises must not leave its name on the stack
+            self._handles.append(child.register_forward_hook(self._leaving(shown), always_call=True))
+
+    def restart(self) -> None:
+        """Forget how many forwards were seen (a new request)."""
+        self._forwards: dict[str, int] = {}
+        self._steps_seen = 0
+        self._last_value: Any = _NOTHING
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any) -> None:
+            if not torch.compiler.is_compiling():  # a compiled graph holds no names: its calls are told by their order
+                self._keys.push_module(name)
+
+        return hook
+
+    def _leaving(self, name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if not torch.compiler.is_compiling():
+                self._keys.pop_module(name)
+
+        return hook
+
+    def _count(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._step_value is not None:
+            value = self._step_value(module, args, kwargs)
+            if self._last_value is _NOTHING or value != self._last_value:
+                self._last_value = value
+                self._keys.tick()
+            return
+        branch = self._keys.current_branch
+        seen = self._forwards.get(branch, 0)
+        self._forwards[branch] = seen + 1
+        if seen // self._forwards_per_step >= self._steps_seen:
+            self._steps_seen += 1
+            self._keys.tick()
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+
+_NOTHING = object()

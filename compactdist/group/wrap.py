@@ -1,0 +1,176 @@
+"""wrap, wrap_mesh, unwrap: from a plain group to a compressed one and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from compactdist import _torch
+from compactdist.config import Options
+from compactdist.errors import ClosedGroupError, ConfigError, NotInitializedError
+from compactdist.group.agree import agree
+from compactdist.group.process_group import CompressedProcessGroup
+
+__all__ = ["unwrap", "unwrap_mesh", "wrap", "wrap_mesh"]
+
+_log = logging.getLogger("compactdist")
+
+
+def wrap(
+    group: Any = None,
+    codec: Any = "int2",
+    *,
+    options: Options | None = None,
+    timeout: timedelta | float = 60.0,
+    **settings: Any,
+) -> Any:
+    """Wrap a process group so that it sends compressed residuals.
+
+    Collective: every rank of the group calls it, in the same order for all groups. Ranks compare configuration and
+    versions through the store before anything is sent.
+
+    Args:
+        group: the group to wrap; ``None``: the default group. A rank outside the group gets it back as it is.
+        codec: see :class:`Options`.
+        options: all options at once, instead of ``codec`` and ``settings``.
+        timeout: how long to wait for the other ranks, seconds or timedelta.
+        **settings: the other fields of :class:`Options`: ``policy``, ``warmup_steps``, ``order``, ``damping``,
+            ``error_feedback``, ``local``, ``min_numel``, ``layouts``, ``find_layout``, ``state``,
+            ``forward``, ``state_budget_bytes``, ``sample_errors_every``.
+
+    Returns:
+        A :class:`CompressedProcessGroup`: a registered ProcessGroup that also carries torch.distributed's API. The
+        inner group stays usable.
+
+    Raises:
+        NotInitializedError: no process group has been initialized.
+        ConfigError, UnknownCodecError: bad options.
+        ConfigMismatchError, WrapTimeoutError: the ranks do not agree.
+    """
+    chosen = _options(codec, options, settings)
+    if not dist.is_initialized():
+        raise NotInitializedError("wrap() needs a process group: call torch.distributed.init_process_group() first")
+    if group is None:
+        group = _torch.default_group()
+    if _torch.is_non_member(group):
+        return group
+    if isinstance(group, CompressedProcessGroup):
+        raise ConfigError(f"{group!r} is wrapped already: wrap group.inner, or unwrap() it first")
+    if not isinstance(group, dist.ProcessGroup):
+        raise ConfigError(f"wrap() takes a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    if not _torch.is_registered(group):
+        raise ConfigError("wrap() takes a group that torch.distributed knows (and that was not destroyed)")
+    _check_version()
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    ranks = dist.get_process_group_ranks(group)
+    common = _torch.group_store(_torch.default_group())
+    turn = agree(
+        _torch.group_store(group), common, str(group.group_name), group.rank(), ranks, chosen.fingerprint(), seconds
+    )
+    wrapped = CompressedProcessGroup(group, chosen, f"compactdist:{group.group_name}:{turn}")
+    _torch.adopt_backends(wrapped, group)
+    _torch.register(wrapped, group, wrapped.group_name)
+    if any(_torch.supports_coalescing(group, device) for device in group._device_types if _usable(device)):
+        _torch.patch_batch_isend_irecv(lambda g: isinstance(g, CompressedProcessGroup))
+    _log.info("%r wraps '%s'", wrapped, group.group_name)
+    return wrapped
+
+
+def _usable(device: torch.device) -> bool:
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+
+
+def _options(codec: Any, options: Options | None, settings: dict[str, Any]) -> Options:
+    if options is not None:
+        if settings or codec != "int2":
+            raise ConfigError("give options=, or codec and single settings, not both")
+        return options
+    known = {f.name for f in Options.__dataclass_fields__.values() if f.init}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ConfigError(f"wrap() knows no option {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
+    return Options(codec=codec, **settings)
+
+
+def _check_version() -> None:
+    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
+    if version not in _torch.KNOWN_VERSIONS:
+        _log.warning(
+            "torch %s is untested with compactdist (checked: %s)", torch.__version__, ", ".join(_torch.CHECKED_VERSIONS)
+        )
+
+
+def unwrap(group: Any) -> Any:
+    """Close a wrapped group and return the inner one; any other group is returned as it is.
+
+    Raises:
+        ClosedGroupError: the group was closed before.
+    """
+    if not isinstance(group, CompressedProcessGroup):
+        return group
+    if group._closed:
+        raise ClosedGroupError(f"{group!r} was closed before; its inner group is group.inner")
+    group.close()
+    return group.inner
+
+
+def _dim_indices(mesh: Any, dims: Any) -> list[int]:
+    wanted = [dims] if isinstance(dims, str | int) else list(dims)
+    names = list(mesh.mesh_dim_names or ())
+    indices = []
+    for dim in wanted:
+        if isinstance(dim, str):
+            if dim not in names:
+                raise ConfigError(f"the mesh has no dimension '{dim}'; it has {names or 'no names'}")
+            indices.append(names.index(dim))
+        elif isinstance(dim, int) and -mesh.ndim <= dim < mesh.ndim:
+            indices.append(dim % mesh.ndim)
+        else:
+            raise ConfigError(f"the mesh has no dimension {dim!r}; it has {mesh.ndim}")
+    return indices
+
+
+def wrap_mesh(
+    mesh: Any, dims: str | int | Sequence[str | int], codec: Any = "int2", **settings: Any
+) -> dict[str | int, CompressedProcessGroup]:
+    """Swap the groups behind dimensions of a DeviceMesh for compressed ones, in place.
+
+    Collective, as ``wrap``. Meshes sliced or flattened from this one before keep the plain groups.
+
+    Args:
+        mesh: a ``torch.distributed.device_mesh.DeviceMesh``.
+        dims: dimension names or indices.
+        codec: as for :func:`wrap`.
+        **settings: as for :func:`wrap`.
+
+    Returns:
+        The wrapped group of each dimension, by its name (or index where dimensions have no names). Closing a group puts
+        the plain one back.
+
+    Raises:
+        ConfigError: no such dimension, or it is wrapped already; else as :func:`wrap`.
+    """
+    names = mesh.mesh_dim_names
+    wrapped: dict[str | int, CompressedProcessGroup] = {}
+    try:
+        for index in _dim_indices(mesh, dims):
+            group = wrap(mesh.get_group(index), codec, **settings)
+            old = _torch.swap_mesh_dim(mesh, index, group)
+            group.on_close(lambda i=index, name=old, g=group: _torch.restore_mesh_dim(mesh, i, name, g))
+            wrapped[names[index] if names else index] = group
+    except BaseException:
+        for group in wrapped.values():
+            group.close()
+        raise
+    return wrapped
+
+
+def unwrap_mesh(mesh: Any) -> None:
+    """Close all wrapped groups behind a mesh's dimensions and put the plain ones back."""
+    for index in range(mesh.ndim):
+        unwrap(mesh.get_group(index))

@@ -1,0 +1,1 @@
+"""What a wrapped group can tell about itself: counters, tables, estimates, recordings."""

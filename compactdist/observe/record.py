@@ -1,0 +1,243 @@
+"""Record what the call sites of a wrapped group send, as a trace for ``compactdist evaluate``.
+
+    with compactdist.record(dist, "trace-{rank}.safetensors"):
+        pipe(...)
+
+A site's tensor is taken right before it is encoded. With ``wrap(codec="raw")`` the run, and so the trace, is the
+uncompressed one; with a lossy codec the activations are those of the compressed run.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactdist.errors import ConfigError
+from compactdist.exchange.context import Call
+from compactdist.group.process_group import CompressedProcessGroup
+from compactdist.observe.trace import TraceError, require_safetensors, save_trace
+from compactdist.state import MatrixView
+from compactdist.state.find_view import find_view
+
+__all__ = ["Recording", "record"]
+
+_log = logging.getLogger("compactdist")
+_GIB = 1 << 30
+
+
+@dataclass
+class _Site:
+    entries: list[Tensor] = field(default_factory=list)
+    hint: MatrixView | None = None
+    problem: str | None = None
+
+
+@dataclass
+class Recording:
+    """What ``record`` keeps; complete when its ``with`` block has ended.
+
+    Attributes:
+        path: of the file.
+        written: shape ``[steps, N, C]`` by site.
+        skipped: why a site is not in the file, by site.
+        nbytes: held in memory until the file is written.
+    """
+
+    path: str
+    written: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+class _Recorder:
+    """The tap. It runs inside collectives, where an error would leave other ranks waiting: errors wait for the end."""
+
+    def __init__(
+        self,
+        result: Recording,
+        sites: Sequence[str],
+        max_steps: int | None,
+        dtype: torch.dtype | None,
+        max_bytes: int,
+    ) -> None:
+        self.result = result
+        self.failure: str | None = None
+        self.ended = False
+        self.seen: set[str] = set()
+        self._globs = sites
+        self._max_steps = max_steps
+        self._dtype = dtype
+        self._max_bytes = max_bytes
+        self._sites: dict[str, _Site] = {}
+        self._step = -1
+
+    def __call__(self, call: Call, peer: int, tensor: Tensor, hint: MatrixView | None) -> None:
+        """Keep a copy of the tensor."""
+        self.ended = self.ended or call.key.step < self._step
+        if self.ended or self.failure is not None:
+            return
+        self._step = call.key.step
+        name = f"{call.key.name}>{peer}" if call.op == "all_to_all" else call.key.name
+        self.seen.add(name)
+        if not any(fnmatch.fnmatchcase(name, glob) for glob in self._globs):
+            return
+        site = self._sites.setdefault(name, _Site())
+        if site.problem is not None or len(site.entries) == self._max_steps:
+            return
+        if site.entries and (tensor.numel() != site.entries[0].numel() or hint != site.hint):
+            was, now = site.entries[0].numel(), tensor.numel()
+            site.problem = f"{was} elements at first and {now} later: the shape or its layout is not constant"
+            self.result.nbytes -= sum(x.nbytes for x in site.entries)
+            site.entries.clear()
+            return
+        dtype = self._dtype or tensor.dtype
+        self.result.nbytes += tensor.numel() * dtype.itemsize
+        if self.result.nbytes > self._max_bytes:
+            self._give_up()
+            return
+        site.hint = hint
+        site.entries.append(tensor.detach().to("cpu", dtype, copy=True).reshape(-1))
+
+    def _give_up(self) -> None:
+        self.failure = (
+            f"recording stopped at step {self._step} because it would hold more than max_bytes={self._max_bytes} bytes "
+            f"in memory ({len(self._sites)} sites so far); choose fewer sites=, set max_steps= or "
+            "dtype=torch.float16, or raise max_bytes="
+        )
+        self._sites.clear()
+        self.result.nbytes = 0
+        _log.warning("%s", self.failure)
+
+    @torch.no_grad()
+    def save(self, metadata: dict[str, str]) -> None:
+        """Arrange, check and write what was kept.
+
+        Raises:
+            TraceError: too large, or nothing to write.
+        """
+        if self.failure is not None:
+            raise TraceError(self.failure + "; nothing was written")
+        tensors: dict[str, Tensor] = {}
+        groups: dict[str, int] = {}
+        for name, site in sorted(self._sites.items()):
+            problem = site.problem
+            if problem is None and not all(bool(torch.isfinite(x).all()) for x in site.entries):
+                problem = f"holds NaN or Inf as {str(self._dtype or site.entries[0].dtype).removeprefix('torch.')}"
+            if problem is not None:
+                self.result.skipped[name] = problem
+                continue
+            view = _arrangement(site)
+            tensors[name] = torch.stack([view.to_matrix(x) for x in site.entries]).flatten(1, 2)
+            groups[name] = view.groups
+            site.entries.clear()
+        if not tensors:
+            raise TraceError(self._nothing())
+        self.result.written = {name: (x.shape[0], x.shape[1], x.shape[2]) for name, x in tensors.items()}
+        metadata["sites"] = json.dumps(list(tensors))
+        save_trace(self.result.path, tensors, {name: n for name, n in groups.items() if n > 1}, metadata)
+        for name, why in self.result.skipped.items():
+            _log.warning("site '%s' was not recorded: %s", name, why)
+        if self.ended:
+            _log.warning("%s: only the request before the first reset() was recorded", self.result.path)
+
+    def _nothing(self) -> str:
+        if self.result.skipped:
+            reasons = "; ".join(f"'{name}' {why}" for name, why in self.result.skipped.items())
+            return f"nothing was recorded: {reasons}"
+        if self.seen:
+            some = ", ".join(repr(name) for name in sorted(self.seen)[:4])
+            return f"nothing was recorded: sites={list(self._globs)} matches none of {len(self.seen)} sites, as {some}"
+        return (
+            "nothing was recorded: no call was compressed while recording. Only such calls are recorded (codec 'raw' "
+            "counts); explain() says why calls passed through"
+        )
+
+
+def _arrangement(site: _Site) -> MatrixView:
+    """The hint's, else what an encoder would find on its first residual, else one row."""
+    numel = site.entries[0].numel()
+    if site.hint is not None:
+        return site.hint
+    if len(site.entries) > 1:
+        found = find_view((site.entries[1].float() - site.entries[0].float()).nan_to_num_())
+        if found.groups * found.rows * found.channels == numel:
+            return found
+    return MatrixView(numel, 1, 1, numel)
+
+
+@contextmanager
+def record(
+    group: CompressedProcessGroup,
+    path: str | os.PathLike[str],
+    *,
+    sites: str | Sequence[str] = "*",
+    max_steps: int | None = None,
+    dtype: torch.dtype | None = None,
+    max_bytes: int = _GIB,
+) -> Iterator[Recording]:
+    """Record what this rank sends at the call sites of a wrapped group, one entry per site and step.
+
+    Recorded is the tensor before it is encoded: an all-gather's input, each peer's chunk of an all-to-all (its site
+    gets ``>peer`` appended), a sent tensor, the root's tensor of a broadcast. It is arranged as ``[steps, N, C]`` by
+    the site's layout hint, or as the encoder's search would arrange it; groups become rows and their number is kept in
+    the file's metadata. Everything stays in memory until the block ends. Recording is local to this rank and ends at
+    the first ``reset()`` after something was recorded. If the block raises, nothing is written.
+
+    Args:
+        group: what ``wrap`` returned.
+        path: of the file; ``{rank}`` in it becomes the rank in the group. Ranks need different paths.
+        sites: glob, or globs, over the names of sites.
+        max_steps: keep the first so many entries of each site.
+        dtype: store as this type (``torch.float16``); as it is if not given.
+        max_bytes: most bytes to hold.
+
+    Yields:
+        What was written and what was not and why, once the block has ended.
+
+    Raises:
+        ConfigError: not a wrapped group, a bad option, or the group is being recorded already.
+        ClosedGroupError: the group was closed.
+        TraceError: at the end of the block: nothing to write or more than ``max_bytes``; at its beginning: the
+            package ``safetensors`` is missing.
+    """
+    if not isinstance(group, CompressedProcessGroup):
+        raise ConfigError(f"record takes a group that compactdist.wrap returned, got {type(group).__name__}")
+    if max_steps is not None and max_steps < 1:
+        raise ConfigError(f"max_steps must be at least 1, got {max_steps}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
+    require_safetensors()
+    group._ready()
+    ctx = group._ctx
+    if ctx.tap is not None:
+        raise ConfigError(f"{ctx.label} is being recorded already")
+    globs = (sites,) if isinstance(sites, str) else tuple(sites)
+    result = Recording(os.fspath(path).replace("{rank}", str(ctx.rank)))
+    recorder = _Recorder(result, globs, max_steps, dtype, max_bytes)
+    ctx.tap = recorder
+    try:
+        yield result
+    finally:
+        ctx.tap = None
+    recorder.save(_about(ctx))
+
+
+def _about(ctx: Any) -> dict[str, str]:
+    from compactdist import __version__
+
+    return {
+        "format": "compactdist trace 1",
+        "codec": repr(ctx.codec),
+        "compactdist": __version__,
+        "torch": torch.__version__,
+        "rank": f"{ctx.rank} of {ctx.size}",
+    }

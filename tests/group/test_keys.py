@@ -1,0 +1,134 @@
+"""Keys: prefixes, ordinals, the step clock."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from compactdist.errors import ConfigError
+from compactdist.group.keys import KeyBook
+from compactdist.wire import key_hash
+
+
+def book() -> KeyBook:
+    keys = KeyBook()
+    keys.tick()
+    return keys
+
+
+def test_ordinals_count_per_site_and_step():
+    keys = book()
+    taken = [keys.take(site).name for site in ("a", "a", "b", "a")]
+    assert taken == ["a#0", "a#1", "b#0", "a#2"]
+    keys.tick()
+    assert keys.take("a").name == "a#0"
+
+
+def test_prefixes_nest_in_a_fixed_order():
+    keys = book()
+    with keys.prefixed("k1"), keys.prefixed("b", branch=True), keys.prefixed("k2"):
+        keys.push_module("outer")
+        keys.push_module("outer.inner")
+        assert keys.take("op").name == "b/k1/k2/outer.inner/op#0"
+        keys.pop_module("outer.inner")
+        assert keys.take("op").name == "b/k1/k2/outer/op#0"
+        keys.pop_module("outer")
+    assert keys.take("op").name == "op#0"
+    assert keys.current_branch == ""
+    keys.pop_module("outer")  # too many are harmless
+
+
+def test_each_prefix_counts_for_itself():
+    keys = book()
+    keys.take("op")
+    with keys.prefixed("a"):
+        assert keys.take("op").name == "a/op#0"
+    with keys.prefixed("a"):
+        assert keys.take("op").name == "a/op#1"
+    assert keys.take("op").name == "op#1"
+
+
+def test_a_prefix_ends_with_its_block_even_if_it_raises():
+    keys = book()
+    with pytest.raises(ZeroDivisionError), keys.prefixed("a"), keys.prefixed("b", branch=True):
+        1 / 0  # noqa: B018
+    assert keys.prefix == ""
+
+
+@pytest.mark.parametrize("name", ["", "a#1", None, 3])
+def test_names_that_cannot_be_keys(name):
+    keys = book()
+    with pytest.raises(ConfigError), keys.prefixed(name):
+        pass
+    assert keys.prefix == ""
+
+
+def test_give_back_undoes_the_last_take_only():
+    keys = book()
+    first, second = keys.take("a"), keys.take("a")
+    keys.give_back(first)
+    assert keys.take("a").name == "a#2", "a later call has its ordinal already"
+    keys.give_back(second)
+    keys.give_back(keys.take("a"))
+    assert keys.take("a").name == "a#3"
+
+
+def test_step_and_epoch_of_a_call():
+    keys = book()
+    assert (keys.take("a").step, keys.take("a").epoch) == (0, 0)
+    keys.tick()
+    assert keys.take("a").step == 1
+    keys.new_epoch()
+    assert (keys.take("a").step, keys.take("a").epoch) == (1, 1)
+    keys.restart()
+    assert (keys.step, keys.epoch) == (-1, 2)
+    keys.tick()
+    again = keys.take("a")
+    assert (again.name, again.step, again.epoch) == ("a#0", 0, 2)
+
+
+@pytest.mark.parametrize("engage", ["step", "key", "branch"])
+def test_what_engages(engage):
+    keys = KeyBook()
+    assert not keys.active()
+    if engage == "step":
+        keys.tick()
+    else:
+        with keys.prefixed("a", branch=engage == "branch"):
+            pass
+    assert keys.active()
+
+
+def test_threads_have_their_own_prefixes_and_share_the_counters():
+    keys = book()
+    seen = []
+    with keys.prefixed("main"):
+        keys.push_module("m")
+        thread = threading.Thread(target=lambda: seen.append(keys.take("a").name))
+        thread.start()
+        thread.join(10)
+        keys.pop_module("m")
+    assert seen == ["a#0"]
+    assert keys.take("a").name == "a#1"
+
+
+def test_many_threads_never_share_an_ordinal():
+    keys = book()
+    seen: list[str] = []
+
+    def work():
+        seen.extend([keys.take("a").name for _ in range(500)])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(20)
+    assert len(seen) == len(set(seen)) == 2000
+
+
+def test_hash_is_fixed():
+    assert key_hash("a") != key_hash("b")
+    assert 0 <= key_hash("a") < 2**64
+    assert key_hash("") == int.from_bytes(bytes.fromhex("e4a6a0577479b2b4"), "little")

@@ -1,0 +1,72 @@
+"""A compiled transformer: whole graphs, compressed on every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import compactdist_diffusers
+from tests.integrations.diffusers.kit import parallel, relative_error
+from tests.launch import run_ranks
+
+pytestmark = [pytest.mark.xdit, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
+
+STEPS = 4
+
+
+def compile_whole(pipe: Any, **options: Any) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, **options)
+
+
+def compile_in_place(pipe: Any, **options: Any) -> None:
+    pipe.transformer.compile(**options)
+
+
+def compile_blocks(pipe: Any, **options: Any) -> None:
+    pipe.transformer.compile_repeated_blocks(**options)
+
+
+def check(compile_: Any, route: str, backend: str, late: bool = False) -> None:
+    def body(rank: int, size: int) -> None:
+        pipe, call_kwargs = parallel("flux", route, size, steps=STEPS)
+        plain = pipe(**call_kwargs)[0]
+        if not late:
+            compile_(pipe, backend=backend, fullgraph=True)
+        with compactdist_diffusers.enable(pipe, codec="int4") as handle:
+            if late:
+                compile_(pipe, backend=backend)
+            first = pipe(**call_kwargs)[0]
+            assert 1e-6 < relative_error(first, plain) < 2e-2
+            assert handle.stats()[route].compressed_calls == 4 * STEPS * (1 if route == "ring" else 4)
+            assert torch.equal(pipe(**call_kwargs)[0], first)
+            assert f"steps: {2 * STEPS}; requests begun: set_timesteps 2" in handle.explain()
+        assert relative_error(pipe(**call_kwargs)[0], plain) < 1e-4
+
+    run_ranks(body, timeout=280, pg_timeout=120)
+
+
+@pytest.mark.parametrize("route", ["ring", "ulysses"])
+def test_a_full_graph(route: str) -> None:
+    check(compile_whole, route, "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["ring", "ulysses"])
+@pytest.mark.parametrize("compile_", [compile_in_place, compile_blocks])
+def test_other_ways_to_compile(compile_: Any, route: str) -> None:
+    check(compile_, route, "aot_eager")
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    check(compile_blocks, "ring", "inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile_", [compile_whole, compile_in_place])
+def test_compiled_too_late_breaks_the_graph_and_works(compile_: Any) -> None:
+    check(compile_, "ulysses", "eager", late=True)

@@ -1,0 +1,99 @@
+"""Requests that meet in one process. Started by test_sessions.py with torchrun: sessions_worker.py OUT.json ROUTE."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compactdist_xdit import cpu, enable
+from tests.integrations.xdit.ranks import hand_in
+
+torch.set_num_threads(1)
+os.environ.setdefault("LOG_LEVEL", "error")
+cpu.install()
+from yunchang.globals import PROCESS_GROUP  # noqa: E402
+
+from compactdist_xdit.tiny import parallel  # noqa: E402
+
+out, route = Path(sys.argv[1]), sys.argv[2]
+degrees = {f"{route}_degree": 2}
+attribute = f"{route.upper()}_PG"
+seen: dict[str, Any] = {}
+
+
+def draw(pipe: Any, call_kwargs: dict[str, Any], **more: Any) -> torch.Tensor | None:
+    result = pipe(**{**call_kwargs, **more})
+    return None if result is None else result[0].clone()
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is None or b is None or torch.equal(a, b)
+
+
+one, one_kwargs = parallel("flux", **degrees)
+two, two_kwargs = parallel("flux", batch=2, **degrees)
+plain_group = getattr(PROCESS_GROUP, attribute)
+uncompressed = draw(one, one_kwargs)
+with enable(one, codec="int4"):
+    alone = draw(one, one_kwargs)
+with enable(two, codec="binary", order=2):
+    alone_too = draw(two, two_kwargs)
+seen["restored"] = getattr(PROCESS_GROUP, attribute) is plain_group
+seen["compressed"] = not same(alone, uncompressed)
+
+first, second = enable(one, codec="int4"), enable(two, codec="binary", order=2)
+try:
+    enable(one, codec="int4")
+except ValueError as error:
+    seen["twice"] = str(error)
+seen["alternating"] = all(
+    same(draw(one, one_kwargs), alone) and same(draw(two, two_kwargs), alone_too) for _ in range(2)
+)
+
+
+def meanwhile(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    if step in (2, 5):  # a whole request of the other pipeline in the middle of this one
+        seen[f"inner {step}"] = same(draw(two, two_kwargs), alone_too)
+    return {}
+
+
+seen["interleaved"] = same(draw(one, one_kwargs, callback_on_step_end=meanwhile), alone)
+first.disable()
+seen["other goes on"] = same(draw(two, two_kwargs), alone_too)
+second.disable()
+seen["restored at last"] = getattr(PROCESS_GROUP, attribute) is plain_group
+seen["uncompressed again"] = same(draw(one, one_kwargs), uncompressed)
+
+# another batch size in the next request
+small = parallel("flux", **degrees)[1]
+with enable(two, codec="int4") as handle:
+    at_two = draw(two, two_kwargs)
+    draw(two, small)
+    seen["batch changes"] = same(draw(two, two_kwargs), at_two)
+
+# under torch.compile, compiled before and after enable
+for when in ("before", "after"):
+    pipe, kwargs = parallel("flux", **degrees)
+    module = pipe.module.transformer
+    compiled = torch.compile(module.forward, backend="eager")
+    if when == "before":
+        module.forward = compiled
+    with enable(pipe, codec="int4") as handle:
+        if when == "after":
+            module.forward = compiled
+        latents = draw(pipe, kwargs)
+        stats = handle.stats()[route]
+        seen[f"compiled {when}"] = {
+            "calls": stats.compressed_calls,
+            "passed": stats.passed_through,
+            "ratio": stats.ratio,
+            "error": -1.0
+            if latents is None or uncompressed is None
+            else float((latents - uncompressed).norm() / uncompressed.norm()),
+        }
+
+hand_in(seen, out)

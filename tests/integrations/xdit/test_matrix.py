@@ -1,0 +1,47 @@
+"""Every pipeline on every route, compressed: the cells of docs/integrations.md, run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import Any
+
+import pytest
+
+from tests.integrations.xdit import matrix
+
+if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")):
+    pytest.skip("xfuser is not installed", allow_module_level=True)
+
+pytestmark = [pytest.mark.xdit, pytest.mark.timeout(300)]
+
+FAST = ("ring 2", "pipefusion 2", "cfg 2")
+
+
+@pytest.mark.parametrize(
+    "column", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in matrix.COLUMNS]
+)
+def test_column(column: str) -> None:
+    for model, record in matrix.run(column).items():
+        assert "failed" not in record, record
+        check(column, model, record)
+
+
+def check(column: str, model: str, record: dict[str, Any]) -> None:
+    cell = f"{model}, {column}"
+    assert 0 <= record["raw"]["error"] <= 1e-6, cell
+    assert 0 < record["int4"]["error"] <= 1e-2, cell
+    assert record["int4"]["calls"] > 0, cell
+    assert record["int4"]["ratio"] > 2, cell
+    assert record["raw"]["repeats"], cell
+    assert record["int4"]["repeats"], f"{cell}: a second request differs from the first"
+    assert record["plain again"] == 0, f"{cell}: not as before after disable()"
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    records = json.loads(matrix.JSON.read_text())["columns"]
+    assert set(records) == set(matrix.COLUMNS)
+    assert matrix.render(records) in matrix.PAGE.read_text()
+    for column, models in records.items():
+        for model, record in models.items():
+            check(column, model, record)

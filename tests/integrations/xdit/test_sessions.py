@@ -1,0 +1,46 @@
+"""Pipelines and requests that meet in one process stay apart, also when compiled or interleaved."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integrations.xdit.ranks import run_worker
+
+if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")):
+    pytest.skip("xfuser is not installed", allow_module_level=True)
+
+pytestmark = [pytest.mark.xdit, pytest.mark.timeout(240)]
+
+MUST_HOLD = (
+    "restored",
+    "alternating",
+    "inner 2",
+    "inner 5",
+    "interleaved",
+    "other goes on",
+    "restored at last",
+    "uncompressed again",
+    "batch changes",
+)
+
+
+@pytest.mark.parametrize("route", ["ulysses", pytest.param("ring", marks=pytest.mark.slow)])
+def test_sessions(route: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    run_worker("sessions_worker.py", out, route)
+    ranks = json.loads(out.read_text())
+    for seen in ranks:
+        assert all(seen[name] for name in MUST_HOLD), seen
+        assert "already enabled for this pipeline" in seen["twice"]
+        for when in ("before", "after"):
+            compiled = seen[f"compiled {when}"]
+            # 4 layers, 8 steps; Ulysses sends the stacked inputs and the output
+            assert compiled["calls"] == (64 if route == "ulysses" else 32)
+            assert compiled["passed"] == 0
+            assert compiled["error"] <= 1e-2
+    assert ranks[1]["compressed"]  # this rank has the output
+    assert ranks[1]["compiled before"]["error"] > 0

@@ -1,0 +1,76 @@
+"""What the Triton kernels do with NaN and infinity: without a flag they decline, with one they send no change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compactdist.errors import NonFiniteError
+from compactdist.kernels import gpu, use
+from compactdist.state.matrix_view import plain
+from tests.kernels.gpu import kit
+
+every_form = pytest.mark.parametrize("form", kit.FORMS, ids=kit.name_of)
+CUT = plain(3 * 5 * 72, 3, 72)
+
+
+def _inputs(bad: float, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x, base = (torch.randn(CUT.numel, generator=g).to(dtype) for _ in range(2))
+    x[400] = bad
+    base[::7] = -0.0
+    return x.to(kit.DEVICE), base.to(kit.DEVICE)
+
+
+@every_form
+def test_without_a_flag_it_is_refused_and_the_base_kept(form):
+    x, base = _inputs(*kit.rotated(form, (torch.nan, -torch.inf), 1))
+    before = kit.raw(base)
+    assert gpu.encode_residual(kit.get(form), x, base, CUT, base) is None
+    assert torch.equal(kit.raw(base), before)
+    with use("gpu"), pytest.raises(NonFiniteError, match=f"1 of {CUT.numel} elements"):
+        kit.get(form).encode_residual(x, base, CUT, base)
+    assert torch.equal(kit.raw(base), before)
+
+
+@every_form
+def test_with_a_flag_both_ends_stay_equal(form):
+    codec, (x, base) = kit.get(form), _inputs(*kit.rotated(form, (torch.nan, -torch.inf), 1))
+    flag = torch.zeros(1, dtype=torch.int32, device=kit.DEVICE)
+    out, held = base.clone(), base.clone()
+    payload = gpu.encode_residual(codec, x, out, CUT, out, flag=flag)
+    assert payload is not None
+    assert flag.item() == 1
+    gpu.decode_residual(codec, payload, held, CUT, held)
+    assert torch.equal(kit.raw(held), kit.raw(out)), "the two ends differ"
+    layout = codec.layout_of(CUT.shape)
+    if layout.rows == 1:  # only the block concerned is held back
+        block = (held == base).cpu().view(3, -1)
+        assert block[1, 40]
+        assert not block.all()
+    else:
+        assert not payload.any()
+        assert torch.equal(held, base)
+    # the next tensor is sent as if nothing had been, and the flag is left to who reads it
+    good = torch.randn(CUT.numel).to(base)
+    again = gpu.encode_residual(codec, good, base, CUT, None, flag=flag)
+    assert flag.item() == 1
+    with use("reference"):
+        assert torch.equal(again.cpu(), codec.encode_residual(good.cpu(), base.cpu(), CUT))
+    flag.zero_()
+    gpu.encode_residual(codec, good, base, CUT, None, flag=flag)
+    assert flag.item() == 0
+
+
+@every_form
+def test_a_payload_of_zeros_is_no_change(form):
+    codec, base = kit.get(form), _inputs(0.0, torch.float32)[1]
+    nothing = torch.zeros(codec.payload_nbytes(CUT.shape, torch.float32), dtype=torch.uint8, device=kit.DEVICE)
+    for kernels in ("gpu", "reference"):
+        out = torch.empty_like(base)
+        with use(kernels):
+            codec.decode_residual(nothing, base, CUT, out)
+        assert torch.equal(out, base)
+        with use(kernels):
+            codec.decode_residual(nothing, None, CUT, out)
+        assert not out.any()

@@ -1,0 +1,122 @@
+"""The Triton kernels against the reference: the same payload and the same reconstruction, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compactdist import codecs
+from compactdist.kernels import fused_kernels, gpu, use
+from compactdist.state.matrix_view import plain
+from tests.kernels.gpu import kit
+
+every_form = pytest.mark.parametrize("form", kit.FORMS, ids=kit.name_of)
+
+
+@pytest.fixture(autouse=True)
+def _the_kernels_run(monkeypatch):
+    """A step that quietly went to the reference would be equal to it, too."""
+    calls = []
+    for name in ("encode_residual", "decode_residual"):
+        real = getattr(gpu, name)
+        monkeypatch.setattr(gpu, name, lambda *args, real=real, **kwargs: calls.append(real) or real(*args, **kwargs))
+    yield
+    assert calls
+
+
+@every_form
+def test_in_many_cuts(form):
+    codec = kit.get(form)
+    for view in kit.rotated(form, kit.VIEWS, 5):
+        index = kit.VIEWS.index(view)
+        assert gpu.supports(codec, view, torch.empty(view.numel, device=kit.DEVICE))
+        dtype = kit.DTYPES[(index + len(str(form))) % 3]
+        base = kit.draw("gaussian", view.numel, view.channels, index).to(dtype)
+        change = kit.draw("L" if index % 2 else "gaussian", view.numel, view.channels, 100 + index)
+        kit.check_same(codec, kit.cast(base.double() + 0.1 * change, dtype), base if index % 5 else None, view)
+
+
+@every_form
+def test_of_many_kinds_of_input(form):
+    codec = kit.get(form)
+    for index, kind in enumerate(kit.rotated(form, kit.KINDS, 6)):
+        view = (plain(3 * 3 * 72, 3, 72), plain(2 * 4 * 65, 2, 65), plain(9 * 40, 1, 40))[index % 3]
+        dtype = kit.DTYPES[(index + len(str(form))) % 2]
+        kit.check_same(codec, kit.cast(kit.draw(kind, view.numel, view.channels), dtype), None, view)
+
+
+@every_form
+def test_with_a_velocity(form):
+    view = plain(2 * 3 * 80, 2, 80)
+    base, velocity, change = (kit.draw("gaussian", view.numel, 80, seed).to(torch.bfloat16) for seed in range(3))
+    kit.check_same(kit.get(form), base + velocity + 0.1 * change, base, view, velocity / 4)
+
+
+@every_form
+def test_of_any_payload(form):
+    """Bytes no encoder makes: scales beyond one, infinite and negative ones. NaN may differ in its bits only."""
+    view, codec, dtype = plain(2 * 66 * 72, 2, 72), kit.get(form), kit.DTYPES[len(str(form)) % 3]
+    g = torch.Generator().manual_seed(len(str(form)))
+    payload = torch.randint(256, (codec.payload_nbytes(view.shape, dtype),), generator=g).to(torch.uint8)
+    base, expected = torch.randn(view.numel, generator=g), torch.empty(view.numel, dtype=dtype)
+    base[::3] *= 1e38
+    base = kit.cast(base, dtype)
+    got = torch.empty(view.numel, dtype=dtype, device=kit.DEVICE)
+    with use("reference"):
+        codec.decode_residual(payload, base, view, expected)
+    with use("gpu"):
+        codec.decode_residual(payload.to(kit.DEVICE), base.to(kit.DEVICE), view, got)
+    got = got.cpu()
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(kit.raw(got.nan_to_num()), kit.raw(expected.nan_to_num()))
+
+
+@pytest.mark.parametrize("codec_id", ["int4", "int8"])
+def test_of_more_than_64_tiles(codec_id):
+    view = plain(2 * 64 * 70 * 8, 2, 8)
+    kit.check_same(codecs.get(codec_id), kit.draw("L", view.numel, 8).float(), None, view)
+
+
+def test_buffers_anywhere():
+    """A payload in the middle of a frame, aligned or not; strided input; tensors made in inference mode."""
+    view, codec = plain(66 * 72, 1, 72), codecs.get("int4")
+    with torch.inference_mode():
+        base = torch.randn(view.numel).to(kit.DEVICE)
+    x = torch.randn(view.numel, 2).to(kit.DEVICE)[:, 1]
+    with use("reference"):
+        expected = codec.encode_residual(x.cpu(), base.cpu(), view)
+    nbytes = expected.numel()
+    with use("gpu"):
+        for start in (80, 7):
+            frame = torch.full((nbytes + 100,), 255, dtype=torch.uint8, device=kit.DEVICE)
+            inside = frame[start : start + nbytes]
+            payload = codec.encode_residual(x, base, view, payload_out=inside)
+            assert payload is inside
+            assert torch.equal(inside.cpu(), expected)
+            assert bool((frame[:start] == 255).all() and (frame[start + nbytes :] == 255).all())
+            out = base.clone()
+            codec.decode_residual(inside, base, view, out)
+            error = (out - x).square().sum() / (x - base).square().sum()
+            assert error < 0.02
+        codec.decode_residual(payload, base, view, base)
+    assert torch.equal(base, out)
+
+
+def test_what_is_supported():
+    view, x = plain(66 * 72, 1, 72), torch.zeros(66 * 72, device=kit.DEVICE)
+    assert not gpu.supports(codecs.get("int4"), view, x, x.half())
+    assert not gpu.supports(codecs.get("int4"), view, x.double())
+    assert not gpu.supports(codecs.get("int4"), view, torch.empty(66 * 72, device="meta"))
+    assert not gpu.supports(codecs.get("int4", scales="block", centroids="minmax"), view, x)
+    assert not gpu.supports(codecs.get("binary", scales="rank"), view, x)
+    assert not gpu.supports(codecs.get("int8"), plain(1 << 31, 1, 1 << 10), x)
+    with use("reference"):
+        assert fused_kernels(kit.DEVICE.type, 1 << 20) is None
+    with use("gpu"):
+        assert fused_kernels(kit.DEVICE.type, 1) is gpu
+        for step in (codecs.get("int4").encode, lambda x: codecs.get("int4").decode(x, (8,), torch.float32)):
+            step(torch.zeros(8, device=kit.DEVICE) if step.__name__ == "encode" else payload_of_zeros())
+
+
+def payload_of_zeros() -> torch.Tensor:
+    return torch.zeros(codecs.get("int4").payload_nbytes((8,), torch.float32), dtype=torch.uint8, device=kit.DEVICE)
