@@ -5,24 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from compactdist.observe.stats import PassReason
+
 if TYPE_CHECKING:
     from compactdist.group.lifecycle import GroupLifecycle
 
 __all__ = ["explain"]
-
-_REASONS = {
-    "no-step": "no step, key or attached module had been seen yet",
-    "op": "this operation is not compressed",
-    "dtype": "not float32, float16 or bfloat16",
-    "small": "fewer elements than min_numel",
-    "policy": "the policy said so",
-    "autograd": "the tensor requires grad, or the call came from a backward pass",
-    "world-size-1": "the group has one rank",
-    "state-budget": "state_budget_bytes of this rank or a peer is used up",
-    "uneven": "chunks of unequal sizes",
-    "device": "not possible on this device",
-    "peer-passed": "the sender let it pass through",
-}
 
 
 def _number(value: float, digits: int = 2) -> str:
@@ -41,8 +29,9 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 def explain(group: GroupLifecycle) -> str:
     """Per call site: calls, codec, bytes, ratio, error; then why calls passed through; then totals.
 
-    ``fwd`` counts calls that passed on what they had received. Bits are wire bits per element of the last compressed
-    call, header and scales included; the ratio is over all calls, keyframes included; NMSE is of the sampled calls
+    ``fwd`` counts calls that passed on what they had received, ``recv`` compressed messages that arrived in calls that
+    send nothing (their bytes are in the line of totals). Bits are wire bits per element of the last compressed call,
+    header and scales included; the ratio is over all calls, keyframes included; NMSE is of the sampled calls
     (``sample_errors_every``; what is passed on is not sampled), ``-`` if none was.
     """
     stats = group.stats()
@@ -63,6 +52,7 @@ def explain(group: GroupLifecycle) -> str:
             "NMSE dB",
             "state B",
             "fwd",
+            "recv",
             "passed",
         )
         rows: list[tuple[str, ...]] = [head]
@@ -80,6 +70,7 @@ def explain(group: GroupLifecycle) -> str:
                     _number(site.nmse_db, 1),
                     str(site.state_bytes),
                     str(site.forwarded),
+                    str(site.received),
                     ", ".join(f"{count} x {reason}" for reason, count in site.passed.items()) or "-",
                 )
             )
@@ -88,11 +79,17 @@ def explain(group: GroupLifecycle) -> str:
         lines.append("passed through:")
         reasons: dict[tuple[str, str], int] = {k: count for k, (count, _) in ctx.stats.passed_table().items()}
         for (op, reason), count in sorted(reasons.items()):
-            lines.append(f"  {count} x {op}: {reason} ({_REASONS.get(reason, reason)})")
+            lines.append(f"  {count} x {op}: {reason} ({PassReason.explained(reason)})")
+    received = ""
+    if stats.received_calls:
+        received = (
+            f"{stats.received_calls} calls only received, {stats.received_raw_bytes} raw bytes as "
+            f"{stats.received_wire_bytes} wire bytes, "
+        )
     budget = ctx.store.budget_bytes
     lines.append(
         f"total: {stats.compressed_calls} compressed and {stats.passed_through} passed-through calls, "
         f"{stats.raw_bytes} raw bytes as {stats.wire_bytes} wire bytes (ratio {stats.ratio:.2f}), "
-        f"{stats.state_bytes} bytes of state" + (f" of at most {budget}" if budget is not None else "")
+        f"{received}{stats.state_bytes} bytes of state" + (f" of at most {budget}" if budget is not None else "")
     )
     return "\n".join(lines)

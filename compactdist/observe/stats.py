@@ -1,8 +1,9 @@
-"""What was really sent: counters per call site, totals, and the table of ``explain()``.
+"""What was really sent: counters per call site, totals, and why calls were not compressed.
 
 Bytes are those this rank puts on the link: an all-gather counts its input once per other rank, an all-to-all its chunks
 for the others, a broadcast the root's tensor once per other rank, a send the message. Reductions count what the
-bandwidth-optimal algorithm sends (nccl-tests' bus factors). Receives count nothing.
+bandwidth-optimal algorithm sends (nccl-tests' bus factors). A receive counts nothing among them: its bytes are kept
+apart, in ``received_raw_bytes`` and ``received_wire_bytes``.
 """
 
 from __future__ import annotations
@@ -10,25 +11,60 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
 
 __all__ = ["GroupStats", "PassReason", "SiteStats", "Stats", "decibel"]
 
 
-class PassReason:
-    """Why a call was not compressed."""
+class PassReason(str, Enum):
+    """Why a call was not compressed: the short name that is counted, and the sentence that ``explain`` shows.
 
-    NO_STEP = "no-step"
-    OP = "op"
-    DTYPE = "dtype"
-    SMALL = "small"
-    POLICY = "policy"
-    AUTOGRAD = "autograd"
-    WORLD_SIZE = "world-size-1"
-    BUDGET = "state-budget"
-    UNEVEN = "uneven"
-    DEVICE = "device"
-    PEER = "peer-passed"
+    A member is its short name: ``PassReason.SMALL == "small"``, also as a key of a dict and in ``"+".join``. A call
+    whose parts passed for several reasons has their names joined by ``+`` (:meth:`joined`).
+    """
+
+    text: str
+
+    NO_STEP = "no-step", "no step, key or attached module had been seen yet"
+    OP = "op", "this operation is not compressed"
+    DTYPE = "dtype", "not float32, float16 or bfloat16"
+    SMALL = "small", "fewer elements than min_numel"
+    POLICY = "policy", "the policy said so"
+    AUTOGRAD = "autograd", "the tensor requires grad, or the call came from a backward pass"
+    WORLD_SIZE = "world-size-1", "the group has one rank"
+    BUDGET = "state-budget", "state_budget_bytes of this rank or a peer is used up"
+    UNEVEN = "uneven", "chunks of unequal sizes"
+    DEVICE = "device", "not possible on this device"
+    PEER = "peer-passed", "the sender let it pass through"
+
+    def __new__(cls, name: str, text: str) -> PassReason:
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.text = text
+        return member
+
+    # What str and format give for a member differs between Python 3.10 and 3.12; here it is the short name in all.
+    def __str__(self) -> str:
+        return str(self._value_)
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self._value_), spec)
+
+    @classmethod
+    def joined(cls, reasons: str | Iterable[str]) -> str:
+        """The short name of one reason, or of several, sorted and joined by ``+``."""
+        if isinstance(reasons, cls):
+            return str(reasons)
+        return reasons if isinstance(reasons, str) else "+".join(sorted(set(reasons)))
+
+    @classmethod
+    def explained(cls, name: str) -> str:
+        """The sentences behind a short name, or behind several joined by ``+``; an unknown name stands for itself."""
+        texts = {member._value_: member.text for member in cls}
+        return "; ".join(texts.get(part, part) for part in name.split("+"))
 
 
 def decibel(error_energy: float, energy: float) -> float:
@@ -40,7 +76,19 @@ def decibel(error_energy: float, energy: float) -> float:
 
 @dataclass
 class SiteStats:
-    """One call site. See :class:`Stats` for the meaning of bytes."""
+    """One call site. See :class:`Stats` for the meaning of bytes.
+
+    Attributes:
+        key, op, codec: what was called, and the codec applied last.
+        calls, keyframes, forwarded: compressed calls that sent, and how many of them sent a keyframe or forwarded.
+        received: compressed messages that arrived in calls of this site that send nothing.
+        raw_bytes, wire_bytes: put on the link by this rank, passed-through calls of the site included.
+        received_raw_bytes, received_wire_bytes: of the ``received`` messages.
+        last_wire_bits_per_element: of the last residual frame sent; NaN before there was one.
+        state_bytes: history tensors held now.
+        passed: reason to number of calls.
+        error_energy, energy, sampled: sums over the sampled calls, and their number.
+    """
 
     key: str
     op: str
@@ -48,8 +96,11 @@ class SiteStats:
     calls: int = 0
     keyframes: int = 0
     forwarded: int = 0
+    received: int = 0
     raw_bytes: int = 0
     wire_bytes: int = 0
+    received_raw_bytes: int = 0
+    received_wire_bytes: int = 0
     last_wire_bits_per_element: float = math.nan
     state_bytes: int = 0
     passed: Counter[str] = field(default_factory=Counter)
@@ -67,6 +118,42 @@ class SiteStats:
         """Energy of the reconstruction error over that of the tensor in dB, over the sampled calls; NaN if none was."""
         return decibel(self.error_energy, self.energy) if self.sampled else math.nan
 
+    @property
+    def activity(self) -> int:
+        """Everything that was ever counted here; it stands still while the site is not used."""
+        return self.calls + self.received + self.sampled + sum(self.passed.values())
+
+    def add(self, other: SiteStats) -> None:
+        """Count what ``other`` counted here too."""
+        self.codec = other.codec or self.codec
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.passed += other.passed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, ``ratio`` and ``nmse_db`` included; ``None`` where there is no finite number."""
+        values = {**asdict(self), "passed": dict(self.passed), "ratio": self.ratio, "nmse_db": self.nmse_db}
+        return {name: _finite(value) for name, value in values.items()}
+
+
+_SUMS = (
+    "calls",
+    "keyframes",
+    "forwarded",
+    "received",
+    "raw_bytes",
+    "wire_bytes",
+    "received_raw_bytes",
+    "received_wire_bytes",
+    "error_energy",
+    "energy",
+    "sampled",
+)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -81,7 +168,10 @@ class Stats:
         passed_through: calls that went to the inner group unchanged.
         passed_reasons: how often for which reason.
         state_bytes: bytes of history tensors held now, and of what encoders remember for themselves.
-        sites: per call site, in order of first use.
+        sites: per call site, in order of first use; then one record per operation for the sites that were folded.
+        received_calls: calls that send nothing, a receive above all, and got a compressed message; not among
+            ``compressed_calls``.
+        received_raw_bytes, received_wire_bytes: of those messages; not among ``raw_bytes`` and ``wire_bytes``.
     """
 
     raw_bytes: int
@@ -92,11 +182,21 @@ class Stats:
     passed_reasons: dict[str, int]
     state_bytes: int
     sites: dict[str, SiteStats]
+    received_calls: int = 0
+    received_raw_bytes: int = 0
+    received_wire_bytes: int = 0
 
     @property
     def ratio(self) -> float:
         """Raw over wire bytes."""
         return self.raw_bytes / self.wire_bytes if self.wire_bytes else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, ``ratio`` included; ``None`` where there is no finite number."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values["passed_reasons"] = dict(self.passed_reasons)
+        values["sites"] = {key: site.to_dict() for key, site in self.sites.items()}
+        return {**values, "ratio": self.ratio}
 
 
 class GroupStats:
@@ -105,6 +205,8 @@ class GroupStats:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sites: dict[str, SiteStats] = {}
+        self._folded: dict[str, SiteStats] = {}
+        self._activity: dict[str, int] = {}
         self._passed: dict[tuple[str, str], list[float]] = {}
         self._warned: set[str] = set()
 
@@ -131,6 +233,23 @@ class GroupStats:
             if numel and not keyframe:
                 site.last_wire_bits_per_element = 8 * wire / numel
 
+    def received(self, key: str, op: str, codec: str, *, raw: int, wire: int) -> None:
+        """Count a compressed message that arrived in a call that sends nothing.
+
+        Args:
+            key: of the site.
+            op: of the site.
+            codec: what the message was coded with.
+            raw: bytes of the tensor.
+            wire: bytes of the frame.
+        """
+        site = self.site(key, op)
+        with self._lock:
+            site.codec = codec
+            site.received += 1
+            site.received_raw_bytes += raw
+            site.received_wire_bytes += wire
+
     def error(self, key: str, op: str, error_energy: float, energy: float) -> None:
         """Record a sampled reconstruction error."""
         site = self.site(key, op)
@@ -139,12 +258,23 @@ class GroupStats:
             site.energy += energy
             site.sampled += 1
 
-    def passed(self, op: str, reason: str, nbytes: float, key: str | None = None, *, wire: float | None = None) -> None:
-        """Count one passed-through call of ``nbytes`` bytes on the link (``wire`` where it travelled in a frame)."""
+    def passed(
+        self, op: str, reason: str | Iterable[str], nbytes: float, key: str | None = None, *, wire: float | None = None
+    ) -> None:
+        """Count one passed-through call.
+
+        Args:
+            op: operation.
+            reason: a :class:`PassReason`, or the several reasons of a call's parts.
+            nbytes: bytes on the link.
+            key: of the site; ``None``: count the call under its operation only.
+            wire: bytes on the link where the tensor travelled in a frame.
+        """
+        name = PassReason.joined(reason)
         with self._lock:
-            entry = self._passed.get((op, reason))
+            entry = self._passed.get((op, name))
             if entry is None:
-                entry = self._passed[op, reason] = [0, 0.0]
+                entry = self._passed[op, name] = [0, 0.0]
             entry[0] += 1
             if key is None:
                 entry[1] += nbytes
@@ -152,27 +282,32 @@ class GroupStats:
                 site = self._sites.get(key)
                 if site is None:
                     site = self._sites[key] = SiteStats(key, op)
-                site.passed[reason] += 1
+                site.passed[name] += 1
                 site.raw_bytes += int(nbytes)
                 site.wire_bytes += int(nbytes if wire is None else wire)
 
-    def fold(self, prefix: str) -> None:
-        """Merge the records of sites under a finished prefix, so that a server's many prefixes do not pile up."""
+    def fold(self, prefix: str | None) -> None:
+        """Merge records that ``reset(prefix)`` made idle, so that a server's many keys do not pile up.
+
+        Totals stay as they are. Folded records appear as one record per operation.
+
+        Args:
+            prefix: the records of all sites under this prefix. ``None``, for a full reset: the records of the sites
+                that were not used since the full reset before; sites that come back in every request keep theirs.
+        """
         with self._lock:
-            for key in [k for k in self._sites if k.startswith(prefix + "/")]:
+            if prefix is None:
+                where = "(earlier requests)"
+                idle = [key for key, site in self._sites.items() if self._activity.get(key) == site.activity]
+            else:
+                where = "(reset prefixes)"
+                idle = [key for key in self._sites if key.startswith(prefix + "/")]
+            for key in idle:
                 site = self._sites.pop(key)
-                name = f"(reset prefixes)/{site.op}"
-                total = self._sites.setdefault(name, SiteStats(name, site.op))
-                total.codec = site.codec or total.codec
-                total.calls += site.calls
-                total.keyframes += site.keyframes
-                total.forwarded += site.forwarded
-                total.raw_bytes += site.raw_bytes
-                total.wire_bytes += site.wire_bytes
-                total.passed += site.passed
-                total.error_energy += site.error_energy
-                total.energy += site.energy
-                total.sampled += site.sampled
+                name = f"{where}/{site.op}"
+                self._folded.setdefault(name, SiteStats(name, site.op)).add(site)
+            if prefix is None:
+                self._activity = {key: site.activity for key, site in self._sites.items()}
 
     def first_time(self, what: str) -> bool:
         """True once per ``what``: for warnings that must not repeat."""
@@ -191,15 +326,19 @@ class GroupStats:
             reasons: Counter[str] = Counter()
             for (_, reason), (count, _) in self._passed.items():
                 reasons[reason] += int(count)
+            sites = {**self._sites, **self._folded}
             return Stats(
-                raw_bytes=sum(s.raw_bytes for s in self._sites.values()) + passed_bytes,
-                wire_bytes=sum(s.wire_bytes for s in self._sites.values()) + passed_bytes,
-                compressed_calls=sum(s.calls for s in self._sites.values()),
-                forwarded=sum(s.forwarded for s in self._sites.values()),
+                raw_bytes=sum(s.raw_bytes for s in sites.values()) + passed_bytes,
+                wire_bytes=sum(s.wire_bytes for s in sites.values()) + passed_bytes,
+                compressed_calls=sum(s.calls for s in sites.values()),
+                forwarded=sum(s.forwarded for s in sites.values()),
                 passed_through=sum(reasons.values()),
                 passed_reasons=dict(reasons),
                 state_bytes=sum(state_bytes_of.values()),
-                sites=dict(self._sites),
+                sites=sites,
+                received_calls=sum(s.received for s in sites.values()),
+                received_raw_bytes=sum(s.received_raw_bytes for s in sites.values()),
+                received_wire_bytes=sum(s.received_wire_bytes for s in sites.values()),
             )
 
     def passed_table(self) -> dict[tuple[str, str], tuple[int, float]]:
@@ -211,4 +350,6 @@ class GroupStats:
         """Start counting again."""
         with self._lock:
             self._sites.clear()
+            self._folded.clear()
+            self._activity.clear()
             self._passed.clear()

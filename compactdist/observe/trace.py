@@ -73,9 +73,17 @@ class Trace:
     def _read_groups(self) -> dict[str, int]:
         try:
             groups = json.loads(self.metadata.get("groups", "{}"))
-            return {str(site): int(count) for site, count in groups.items()}
-        except (ValueError, TypeError, AttributeError):
-            raise TraceError(f"{self.path}: metadata 'groups' must be a JSON object of site: count") from None
+            counts = {str(site): int(count) for site, count in groups.items()}
+            whole = all(counts[str(site)] == count for site, count in groups.items())
+        # deep nesting gives RecursionError, Infinity OverflowError, NaN ValueError
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            whole = False
+        if not whole:
+            raise TraceError(
+                f"{self.path}: metadata 'groups' must be a JSON object of site: whole number; write it with "
+                "compactdist.record, or leave it out where every site is one group"
+            )
+        return counts
 
     def load(self, site: str) -> Tensor:
         """The tensor ``[steps, N, C]`` of a site: float32, float16 or bfloat16, contiguous.
