@@ -75,7 +75,7 @@ def test_decoder_follows_the_description(rank, shape, name):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_shapes_with_room_for_every_component(rank, shape, name, dtype, seed):
-    kit.check_codec(ranked(rank), kit.sample(name, shape, dtype, seed))
+    kit.check_input(ranked(rank), kit.sample(name, shape, dtype, seed))
 
 
 def test_structure_of_rank_three_is_found():

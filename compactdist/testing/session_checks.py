@@ -1,0 +1,167 @@
+"""What the sessions of every codec must pass: two ends that stay equal, and an end that forgets what it is told to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactdist.errors import NonFiniteError, PayloadError
+from compactdist.kernels.spec import MatrixView
+from compactdist.testing.codec_checks import as_bytes, expect, expect_raises
+from compactdist.testing.samples import DISTRIBUTIONS, sample
+
+__all__ = ["VIEWS", "check_session", "check_sessions"]
+
+VIEWS = (
+    MatrixView(1, 1, 1, 1),
+    MatrixView(300, 1, 3, 128),  # the last row is filled up with zeros
+    MatrixView(33 * 65, 1, 33, 65),
+    MatrixView(2 * 40 * 72, 2, 40, 72),
+    MatrixView(2 * 3 * 20 * 16, 2, 20, 48, axes=(2, 3, 20, 16), order=(0, 2, 1, 3)),  # heads between groups and rows
+)
+"""One element, a padded tail, an odd matrix, groups, permuted axes."""
+
+STEPS = 6
+
+
+def check_sessions(codec: Any, *, device: str | torch.device = "cpu") -> None:
+    """Run :func:`check_session` on every kind of matrix view, with each dtype and distribution at least once."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for turn, name in enumerate(DISTRIBUTIONS):
+        for index, view in enumerate(VIEWS):
+            if index == turn % len(VIEWS) or name == "student4":
+                check_session(codec, view, dtypes[(turn + index) % 3], name=name, device=device)
+
+
+def check_session(
+    codec: Any,
+    view: MatrixView,
+    dtype: torch.dtype = torch.float32,
+    *,
+    name: str = "student4",
+    device: str | torch.device = "cpu",
+) -> None:
+    """Run a stream through sessions of a codec, with no, one and two terms, and compare its ends at every step.
+
+    The sender is disturbed on the way: it encodes frames that are rolled back, that are replaced by the next one
+    without a word, and that hold NaN. A twin that never saw them must send the same payloads.
+
+    Args:
+        codec: has ``open``.
+        view: how the flat tensors become matrices.
+        dtype: of the tensors.
+        name: distribution of the tensors, of :data:`~compactdist.testing.samples.DISTRIBUTIONS`.
+        device: where the tensors live.
+
+    Raises:
+        AssertionError: a promise is broken.
+    """
+    _Stream(codec, view, dtype, name, torch.device(device)).run()
+
+
+class _Stream:
+    """A sender, its undisturbed twin, a receiver, and one that decodes in place; what they expect is shared."""
+
+    def __init__(self, codec: Any, view: MatrixView, dtype: torch.dtype, name: str, device: torch.device) -> None:
+        self.codec = codec
+        self.view = view
+        self.dtype = dtype
+        self.name = name
+        self.device = device
+        self.sender, self.twin, self.receiver, self.in_place = (codec.open(view, dtype, device) for _ in range(4))
+        self.terms: tuple[Tensor, ...] = ()
+
+    def run(self) -> None:
+        size = self.sender.payload_nbytes
+        said = self.codec.payload_nbytes(self.view.shape, torch.float32)
+        self.expect(size == said, f"its session's payloads have {size} bytes, payload_nbytes says {said}")
+        first = self.draw(0)
+        for step in range(STEPS):
+            x = first if step == 0 else self.bounded(first.float() + 0.1 * self.draw(step).float())
+            self.disturb(step, x)
+            decoded = self.step(step, x)
+            # no term, then the last value, then also a velocity: what predictors of order 0, 1 and 2 give
+            velocity = self.bounded(0.5 * (decoded.float() - (self.terms[0].float() if self.terms else 0)))
+            self.terms = (decoded,) if step < 2 else (decoded, velocity)
+        self.refuse_wrong_payloads(size)
+
+    def draw(self, seed: int) -> Tensor:
+        # A quarter of the largest value, so that no difference of two tensors leaves float32.
+        return (sample(self.name, (self.view.numel,), self.dtype, seed) / 4).to(self.device)
+
+    def bounded(self, x: Tensor) -> Tensor:
+        limit = torch.finfo(self.dtype).max / 4
+        return x.clamp(-limit, limit).to(self.dtype)
+
+    def expect(self, met: bool, what: str) -> None:
+        where = f"session of {self.view} in {str(self.dtype).removeprefix('torch.')}, distribution {self.name!r}"
+        expect(met, self.codec, f"{what} ({where})")
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """An output and a payload that hold noise, as reused memory does."""
+        out = torch.full((self.view.numel,), 7.0, dtype=self.dtype, device=self.device)
+        return out, torch.full((self.sender.payload_nbytes,), 0xA5, dtype=torch.uint8, device=self.device)
+
+    def disturb(self, step: int, x: Tensor) -> None:
+        """Encode frames that will not be sent; nothing of them may be seen later."""
+        out, payload = self.buffers()
+        other = self.bounded(x.float().flip(0) * 2 + 1)
+        self.sender.encode(other, self.terms, out, payload)
+        if step % 2:
+            self.sender.rollback()
+        if not self.codec.lossless and step % 3 == 1:
+            broken = x.clone()
+            broken[-1] = (math.nan, math.inf)[step % 2]
+            held = [as_bytes(term).clone() for term in self.terms]
+            what = "a session's encode of a tensor that is not finite"
+            expect_raises(
+                NonFiniteError, self.codec, what, lambda: self.sender.encode(broken, self.terms, out, payload)
+            )
+            same = all(torch.equal(as_bytes(term), before) for term, before in zip(self.terms, held, strict=True))
+            self.expect(same, "an encode that was refused changed the terms")
+            self.sender.rollback()
+
+    def step(self, step: int, x: Tensor) -> Tensor:
+        """Send x; what every end now holds."""
+        inputs = [x, *self.terms]
+        before = [as_bytes(tensor).clone() for tensor in inputs]
+        out, payload = self.buffers()
+        self.sender.encode(x, self.terms, out, payload)
+        _, undisturbed = self.buffers()
+        self.twin.encode(x, self.terms, None, undisturbed)
+        same = torch.equal(payload, undisturbed)
+        self.expect(same, f"step {step}: a frame that was not sent, or out=None, changed the next payload")
+        got, _ = self.buffers()
+        kept = payload.clone()
+        self.receiver.decode(payload, self.terms, got)
+        self.expect(torch.equal(payload, kept), f"step {step}: decode changed its payload")
+        self.expect(
+            torch.equal(as_bytes(got), as_bytes(out)), f"step {step}: decode gives other bits than encode's out"
+        )
+        self.expect(bool(torch.isfinite(got).all()), f"step {step}: a finite tensor came back with NaN or Inf")
+        unchanged = all(torch.equal(as_bytes(t), b) for t, b in zip(inputs, before, strict=True))
+        self.expect(unchanged, f"step {step}: encode or decode changed x or a term")
+        target = self.terms[0].clone() if self.terms else self.buffers()[0]
+        self.in_place.decode(payload, (target, *self.terms[1:]) if self.terms else (), target)
+        self.expect(torch.equal(as_bytes(target), as_bytes(got)), f"step {step}: decode in place gives other bits")
+        ends = (self.sender, self.twin, self.receiver, self.in_place)
+        for end in ends:
+            end.commit()
+        for end in ends[::2]:  # prepare() may do work early, and must not change what comes out
+            end.prepare()
+        for end in ends:
+            self.expect(end.held_bytes >= 0, f"step {step}: held_bytes is {end.held_bytes}")
+        return got
+
+    def refuse_wrong_payloads(self, size: int) -> None:
+        out, payload = self.buffers()
+        if size:
+            expect_raises(
+                PayloadError,
+                self.codec,
+                "a session's decode of a payload that is a byte short",
+                lambda: self.receiver.decode(payload[:-1], self.terms, out),
+            )

@@ -1,0 +1,295 @@
+"""The public kit passes good codecs and finds the fault of each bad one; its text names codec, promise and input."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from compactdist import codecs
+from compactdist.codecs import Codec, registry
+from compactdist.codecs.shapes import padded_nbytes
+from compactdist.errors import CodecConfigError, CompactDistError, NonFiniteError, PayloadError
+from compactdist.kernels.spec import MatrixView
+from compactdist.testing import check_codec, codec_checks, sample
+from compactdist.testing.session_checks import VIEWS, check_session, check_sessions
+
+
+class Half(Codec):
+    """A plain codec of another package: float16, saturating."""
+
+    codec_id: ClassVar[str] = "kit-half"
+
+    def payload_nbytes(self, shape: Any, dtype: torch.dtype) -> int:
+        if not dtype.is_floating_point:
+            raise CodecConfigError(f"kit-half takes floating point, not {dtype}")
+        return padded_nbytes(2 * torch.Size(shape).numel())
+
+    def encode(self, x: Tensor) -> Tensor:
+        nbytes = self.payload_nbytes(x.shape, x.dtype)
+        if not bool(torch.isfinite(x).all()):
+            raise NonFiniteError("not finite: use 'raw'")
+        half = x.detach().clamp(-65504, 65504).half().contiguous().reshape(-1)
+        payload = torch.zeros(nbytes, dtype=torch.uint8, device=x.device)
+        payload[: 2 * half.numel()] = half.view(torch.uint8)
+        return payload
+
+    def decode(self, payload: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
+        expected = self.payload_nbytes(shape, dtype)
+        if not isinstance(payload, Tensor) or payload.dtype != torch.uint8 or payload.shape != (expected,):
+            raise PayloadError(f"expected uint8 of shape ({expected},)")
+        n = torch.Size(shape).numel()
+        return payload[: 2 * n].clone().view(torch.float16).reshape(tuple(shape)).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    before = dict(registry._CODECS)
+    yield
+    registry._CODECS.clear()
+    registry._CODECS.update(before)
+
+
+def passes(codec: Codec) -> None:
+    check_codec(codec, examples=10)
+
+
+def test_a_codec_of_another_package_passes() -> None:
+    passes(codecs.register(Half)())
+
+
+@pytest.mark.parametrize("codec_id", ["raw", "int4", "topk", "lowrank"])
+def test_codecs_of_this_package_pass(codec_id: str) -> None:
+    passes(codecs.get(codec_id))
+
+
+def test_an_unregistered_codec_is_told_how_to_register() -> None:
+    with pytest.raises(AssertionError, match=r"Half\(\) is not registered: decorate .*compactdist\.codecs\.register"):
+        passes(Half())
+
+
+def test_without_hypothesis_the_fixed_inputs_remain(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = codecs.register(Half)()
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    check_codec(codec, examples=0)
+    with pytest.raises(CompactDistError, match=r"pip install hypothesis.*examples=0"):
+        check_codec(codec)
+
+
+def bad_size(codec: Half, x: Tensor) -> Tensor:
+    payload = Half.encode(codec, x)
+    return payload[:-16] if x.numel() > 8 and not x.any() else payload
+
+
+def bad_random(codec: Half, x: Tensor) -> Tensor:
+    if not x.dtype.is_floating_point:
+        return Half.encode(codec, x)
+    noise = torch.randint(2, (max(x.numel(), 1),), generator=BAD_NOISE).reshape(-1)[: x.numel()].reshape(x.shape)
+    return Half.encode(codec, x.detach() * (1 + 0.01 * noise))
+
+
+BAD_NOISE = torch.Generator().manual_seed(0)
+
+
+def bad_in_place(codec: Half, x: Tensor) -> Tensor:
+    payload = Half.encode(codec, x)
+    if not x.requires_grad:
+        x.mul_(0.5)
+    return payload
+
+
+def bad_strides(codec: Half, x: Tensor) -> Tensor:
+    flat = torch.as_strided(x.detach(), (x.numel(),), (1,)) if x.numel() else x
+    return Half.encode(codec, flat.reshape(x.shape) if x.numel() else x)
+
+
+def bad_nan(codec: Half, x: Tensor) -> Tensor:
+    return Half.encode(codec, torch.nan_to_num(x) if x.dtype.is_floating_point else x)
+
+
+def bad_growth(codec: Half, x: Tensor) -> Tensor:
+    return Half.encode(codec, -0.5 * x if x.dtype.is_floating_point else x)
+
+
+def bad_address(codec: Half, payload: Any, shape: Any, dtype: torch.dtype) -> Tensor:
+    y = Half.decode(codec, payload, shape, dtype)
+    return y if payload.data_ptr() % 2 == 0 else y.neg()
+
+
+def bad_inf(codec: Half, payload: Any, shape: Any, dtype: torch.dtype) -> Tensor:
+    y = Half.decode(codec, payload, shape, dtype)
+    return torch.where(y.abs() >= 65504, torch.full_like(y, torch.inf), y)
+
+
+def bad_form(codec: Half, payload: Any, shape: Any, dtype: torch.dtype) -> Tensor:
+    n = codec.payload_nbytes(shape, dtype)
+    return Half.decode(codec, payload.reshape(-1).view(torch.uint8)[:n], shape, dtype)
+
+
+def bad_threads(codec: Half, payload: Any, shape: Any, dtype: torch.dtype) -> Tensor:
+    return Half.decode(codec, payload, shape, dtype) * (1 if torch.get_num_threads() == 1 else 0.5)
+
+
+BAD: dict[str, tuple[str, Callable[..., Any], str]] = {
+    "size": ("encode", bad_size, r"payload_nbytes says|raised PayloadError: expected uint8"),
+    "random": ("encode", bad_random, r"two encodes of one tensor differ"),
+    "in place": ("encode", bad_in_place, r"encode changed its input"),
+    "strides": ("encode", bad_strides, r"a (strided|transposed) view encodes to other bytes"),
+    "nan": ("encode", bad_nan, r"a tensor with nan must raise NonFiniteError, raised nothing"),
+    "growth": ("encode", bad_growth, r"error's energy .* exceeds the input's"),
+    "address": ("decode", bad_address, r"a payload at an odd address decodes to other bits"),
+    "inf": ("decode", bad_inf, r"came back with NaN or Inf"),
+    "form": ("decode", bad_form, r"a payload .* must raise PayloadError"),
+    "threads": ("decode", bad_threads, r"one thread and two decode to different bits"),
+    "fingerprint": ("fingerprint", lambda codec: id(codec), r"different (hashes|fingerprints)"),
+    "config": ("get_config", lambda codec: {"id": "kit-half"}, r"get_config must leave out the id"),
+    "repr": ("__repr__", lambda codec: "Half(1)", r"its repr does not make it again"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_every_fault_is_found_and_named(fault: str) -> None:
+    method, function, match = BAD[fault]
+    bad = type("Half", (Half,), {method: function, "codec_id": "kit-bad"})
+    codecs.register(bad)
+    with pytest.raises(AssertionError, match=match) as caught:
+        passes(bad())
+    if fault in ("random", "strides", "growth"):
+        assert "Half()" in str(caught.value)
+        assert "float" in str(caught.value)
+        assert "compactdist.testing.sample(" in str(caught.value)
+
+
+def test_what_the_text_names_can_be_drawn_again() -> None:
+    with (
+        pytest.raises(AssertionError, match="drawn by") as caught,
+        codec_checks.on_sample("laplace", (3, 5), torch.float16, 7),
+    ):
+        codec_checks.expect(False, Half(), "broken", sample("laplace", (3, 5), torch.float16, 7))
+    call = str(caught.value).split("drawn by ")[1].replace("compactdist.testing.", "")
+    again = eval(call, {"sample": sample, "torch": torch})
+    assert torch.equal(again, sample("laplace", (3, 5), torch.float16, 7))
+
+
+# --- sessions: the contract of Codec.open, played by a session that can be made bad
+
+
+class Session:
+    """One end of a stream; counts the frames that were sent, and sends a little less with each."""
+
+    def __init__(self, codec: Any, view: MatrixView, dtype: torch.dtype, device: torch.device) -> None:
+        self.codec, self.view, self.dtype, self.device = codec, view, dtype, device
+        self.payload_nbytes = codec.payload_nbytes(view.shape, torch.float32)
+        self.last = self.staged = 0.0
+
+    def expected(self, terms: tuple[Tensor, ...]) -> Tensor:
+        total = torch.zeros(self.view.numel, device=self.device)
+        for term in terms:
+            total = total + term.float()
+        return total
+
+    def encode(self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor) -> None:
+        difference = x.float() - self.expected(terms)
+        difference = difference / (1 + self.last / 1000)  # a private memory changes what is sent, not what it means
+        payload.copy_(self.codec.encode(self.view.to_matrix(difference)))
+        self.staged = self.last + 1
+        if out is not None:
+            self.decode(payload, terms, out)
+
+    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor) -> None:
+        decoded = self.view.to_flat(self.codec.decode(payload, self.view.shape, torch.float32))
+        limit = torch.finfo(out.dtype).max
+        out.copy_((decoded + self.expected(terms)).clamp(-limit, limit))
+
+    def commit(self) -> None:
+        self.last, self.staged = self.staged or self.last, 0.0
+
+    def rollback(self) -> None:
+        self.staged = 0.0
+
+    def prepare(self) -> None:
+        pass
+
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+
+def with_sessions(**methods: Any) -> Codec:
+    session = type("Session", (Session,), methods)
+    half = type("Half", (Half,), {"open": lambda codec, *args: session(codec, *args)})
+    codecs.register(half)
+    return half()
+
+
+def test_good_sessions_pass() -> None:
+    codec = with_sessions()
+    passes(codec)
+    check_sessions(codec)
+
+
+def remembers_at_once(self: Session, x: Tensor, terms: Any, out: Tensor | None, payload: Tensor) -> None:
+    Session.encode(self, x, terms, out, payload)
+    self.last = self.staged
+
+
+def forgets_to_roll_back(self: Session) -> None:
+    self.commit()
+
+
+def another_out(self: Session, x: Tensor, terms: Any, out: Tensor | None, payload: Tensor) -> None:
+    Session.encode(self, x, terms, out, payload)
+    if out is not None:
+        out.add_(1)
+
+
+def adds_into_a_term(self: Session, payload: Tensor, terms: Any, out: Tensor) -> None:
+    Session.decode(self, payload, terms, out)
+    if terms and out.data_ptr() != terms[0].data_ptr():
+        terms[0].copy_(out)
+
+
+def reads_its_output(self: Session, payload: Tensor, terms: Any, out: Tensor) -> None:
+    keep = out.clone()
+    Session.decode(self, payload, terms, out)
+    out.add_(keep * 0.01)
+
+
+def swallows_nan(self: Session, x: Tensor, terms: Any, out: Tensor | None, payload: Tensor) -> None:
+    Session.encode(self, torch.nan_to_num(x), terms, out, payload)
+
+
+def prepares_too_much(self: Session) -> None:
+    self.last += 100
+
+
+BAD_SESSIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "remembers at once": ({"encode": remembers_at_once}, "a frame that was not sent, or out=None, changed the next"),
+    "rollback": ({"rollback": forgets_to_roll_back}, "a frame that was not sent, or out=None, changed the next"),
+    "out": ({"encode": another_out}, "decode gives other bits than encode's out"),
+    "term": ({"decode": adds_into_a_term}, "changed x or a term|changed the next payload"),
+    "output": ({"decode": reads_its_output}, "in place gives other bits|other bits than encode's out"),
+    "nan": ({"encode": swallows_nan}, "must raise NonFiniteError, raised nothing"),
+    "prepare": ({"prepare": prepares_too_much}, "changed the next payload"),
+    "held": ({"held_bytes": -1}, "held_bytes is -1"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_SESSIONS)
+def test_every_fault_of_a_session_is_found(fault: str) -> None:
+    methods, match = BAD_SESSIONS[fault]
+    with pytest.raises(AssertionError, match=match) as caught:
+        check_sessions(with_sessions(**methods))
+    assert "session of MatrixView(" in str(caught.value) or "must raise" in str(caught.value)
+
+
+def test_views_are_matrices_of_their_elements() -> None:
+    codec = with_sessions()
+    for view in VIEWS:
+        x = torch.arange(view.numel, dtype=torch.float32)
+        assert torch.equal(view.to_flat(view.to_matrix(x)), x)
+        check_session(codec, view, torch.bfloat16, name="laplace")
