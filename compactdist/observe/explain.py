@@ -5,12 +5,28 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from compactdist.observe.stats import PassReason
+from compactdist.observe.stats import PassReason, Stats
 
 if TYPE_CHECKING:
     from compactdist.group.lifecycle import GroupLifecycle
 
 __all__ = ["explain"]
+
+_HEAD = (
+    "site",
+    "codec",
+    "calls",
+    "key",
+    "raw B",
+    "wire B",
+    "ratio",
+    "bits",
+    "NMSE dB",
+    "state B",
+    "fwd",
+    "recv",
+    "passed",
+)
 
 
 def _number(value: float, digits: int = 2) -> str:
@@ -24,6 +40,43 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
         cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def _site_rows(stats: Stats) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [_HEAD]
+    for site in stats.sites.values():
+        rows.append(
+            (
+                site.key,
+                site.codec or "-",
+                str(site.calls),
+                str(site.keyframes),
+                str(site.raw_bytes),
+                str(site.wire_bytes),
+                _number(site.ratio),
+                _number(site.last_wire_bits_per_element),
+                _number(site.nmse_db, 1),
+                str(site.state_bytes),
+                str(site.forwarded),
+                str(site.received),
+                ", ".join(f"{count} x {reason}" for reason, count in site.passed.items()) or "-",
+            )
+        )
+    return rows
+
+
+def _totals(stats: Stats, budget: int | None) -> str:
+    received = ""
+    if stats.received_calls:
+        received = (
+            f"{stats.received_calls} calls only received, {stats.received_raw_bytes} raw bytes as "
+            f"{stats.received_wire_bytes} wire bytes, "
+        )
+    return (
+        f"total: {stats.compressed_calls} compressed and {stats.passed_through} passed-through calls, "
+        f"{stats.raw_bytes} raw bytes as {stats.wire_bytes} wire bytes (ratio {stats.ratio:.2f}), "
+        f"{received}{stats.state_bytes} bytes of state" + (f" of at most {budget}" if budget is not None else "")
+    )
 
 
 def explain(group: GroupLifecycle) -> str:
@@ -40,56 +93,11 @@ def explain(group: GroupLifecycle) -> str:
         f"{group!r}: {'no' if ctx.keys.step < 0 else ctx.keys.step + 1} steps since reset, epoch {ctx.keys.epoch}",
     ]
     if stats.sites:
-        head = (
-            "site",
-            "codec",
-            "calls",
-            "key",
-            "raw B",
-            "wire B",
-            "ratio",
-            "bits",
-            "NMSE dB",
-            "state B",
-            "fwd",
-            "recv",
-            "passed",
-        )
-        rows: list[tuple[str, ...]] = [head]
-        for site in stats.sites.values():
-            rows.append(
-                (
-                    site.key,
-                    site.codec or "-",
-                    str(site.calls),
-                    str(site.keyframes),
-                    str(site.raw_bytes),
-                    str(site.wire_bytes),
-                    _number(site.ratio),
-                    _number(site.last_wire_bits_per_element),
-                    _number(site.nmse_db, 1),
-                    str(site.state_bytes),
-                    str(site.forwarded),
-                    str(site.received),
-                    ", ".join(f"{count} x {reason}" for reason, count in site.passed.items()) or "-",
-                )
-            )
-        lines += _table(rows)
+        lines += _table(_site_rows(stats))
     if stats.passed_reasons:
         lines.append("passed through:")
         reasons: dict[tuple[str, str], int] = {k: count for k, (count, _) in ctx.stats.passed_table().items()}
         for (op, reason), count in sorted(reasons.items()):
             lines.append(f"  {count} x {op}: {reason} ({PassReason.explained(reason)})")
-    received = ""
-    if stats.received_calls:
-        received = (
-            f"{stats.received_calls} calls only received, {stats.received_raw_bytes} raw bytes as "
-            f"{stats.received_wire_bytes} wire bytes, "
-        )
-    budget = ctx.store.budget_bytes
-    lines.append(
-        f"total: {stats.compressed_calls} compressed and {stats.passed_through} passed-through calls, "
-        f"{stats.raw_bytes} raw bytes as {stats.wire_bytes} wire bytes (ratio {stats.ratio:.2f}), "
-        f"{received}{stats.state_bytes} bytes of state" + (f" of at most {budget}" if budget is not None else "")
-    )
+    lines.append(_totals(stats, ctx.store.budget_bytes))
     return "\n".join(lines)

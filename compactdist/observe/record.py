@@ -16,17 +16,20 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from compactdist.errors import ConfigError
 from compactdist.exchange.context import Call
-from compactdist.group.process_group import CompressedProcessGroup
 from compactdist.observe.trace import TraceError, require_safetensors, save_trace
 from compactdist.state import MatrixView
 from compactdist.state.find_view import find_view
+
+if TYPE_CHECKING:
+    from compactdist.group.process_group import CompressedProcessGroup
 
 __all__ = ["Recording", "record"]
 
@@ -209,7 +212,7 @@ def record(
         TraceError: at the end of the block: nothing to write or more than ``max_bytes``; at its beginning: the
             package ``safetensors`` is missing.
     """
-    if not isinstance(group, CompressedProcessGroup):
+    if not (isinstance(group, dist.ProcessGroup) and hasattr(group, "explain")):
         raise ConfigError(f"record takes a group that compactdist.wrap returned, got {type(group).__name__}")
     if max_steps is not None and max_steps < 1:
         raise ConfigError(f"max_steps must be at least 1, got {max_steps}")
