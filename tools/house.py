@@ -299,7 +299,7 @@ def _imports(tree: ast.Module) -> Iterator[tuple[ast.Import | ast.ImportFrom, bo
         node, late, typing = pending.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node, late, typing
-        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+        if isinstance(node, ast.Attribute) and node.attr == "distributed" and _is_name(node.value, "torch"):
             yield ast.Import([ast.alias("torch.distributed")], lineno=node.lineno), late, typing
         inner = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
@@ -307,6 +307,10 @@ def _imports(tree: ast.Module) -> Iterator[tuple[ast.Import | ast.ImportFrom, bo
             pending += [(child, inner, typing) for child in node.orelse]
         else:
             pending += [(child, inner, typing) for child in ast.iter_child_nodes(node)]
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
 
 
 def _functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
