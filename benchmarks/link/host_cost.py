@@ -11,7 +11,7 @@ agree on through the store; it makes the same first calls and then sleeps. Repor
     plain          the same call on the fake group itself
     remainder      call - kernels - plain: what wrapping costs
 
-Times are medians over steps, in wall-clock and in CPU time of the process, which hardly feels other work on the machine.
+Times are medians over steps, in wall-clock and in CPU time of the process, which hardly feels other work.
 With ``--old PATH`` another checkout of compactdist is measured in turn with this one, round by round, on the same core.
 
     python -m benchmarks.link.host_cost [--old PATH] [--json FILE]

@@ -235,7 +235,7 @@ class FaultyGroup(dist.ProcessGroup):
         self._lock = threading.Lock()
         self._orphans: list[Any] = []
 
-    # The C++ name lives in the first backend, which is the inner group's, so it is shadowed.
+    # The C++ base holds no backend: names and backends are this object's own, or the inner group's.
 
     @property
     def group_name(self) -> Any:
@@ -270,6 +270,36 @@ class FaultyGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         """The inner group's."""
         return str(self.inner.name())
+
+    name = _get_backend_name = getBackendName
+
+    @property
+    def _device_types(self) -> Any:
+        return self.inner._device_types
+
+    def _get_backend(self, device: torch.device) -> Any:
+        return self.inner._get_backend(device)
+
+    def _get_sequence_number_for_group(self) -> int:
+        return int(self.inner._get_sequence_number_for_group())
+
+    def _set_sequence_number_for_group(self) -> None:
+        self.inner._set_sequence_number_for_group()
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self.inner._start_coalescing(device)
+
+    def _end_coalescing(self, device: torch.device) -> Any:
+        return self.inner._end_coalescing(device)
+
+    def monitored_barrier(self, *args: Any, **kwargs: Any) -> None:
+        """The inner group's; no fault can be planned for it."""
+        self.inner.monitored_barrier(*args, **kwargs)
+
+    @property  # type: ignore[misc]
+    def bound_device_id(self) -> Any:
+        """The inner group's."""
+        return self.inner.bound_device_id
 
     def get_group_store(self) -> Any:
         """The inner group's store."""
@@ -344,7 +374,6 @@ def inject(group: Any, plan: Iterable[Fault | Mapping[str, Any]], name: str | No
     if not _torch.is_registered(group):
         raise ConfigError("inject() takes a group that torch.distributed knows (and that was not destroyed)")
     faulty = FaultyGroup(group, faults, name or f"faulty:{group.group_name}")
-    _torch.adopt_backends(faulty, group)
     _torch.register(faulty, group, faulty.group_name)
     return faulty
 
