@@ -46,9 +46,9 @@ def explain(group: GroupLifecycle) -> str:
     (``sample_errors_every``; what is passed on is not sampled), ``-`` if none was.
     """
     stats = group.stats()
-    ctx = group._ctx
+    engine, keys = group._engine, group._keys
     lines = [
-        f"{group!r}: {'no' if ctx.keys.step < 0 else ctx.keys.step + 1} steps since reset, epoch {ctx.keys.epoch}",
+        f"{group!r}: {'no' if keys.step < 0 else keys.step + 1} steps since reset, epoch {keys.epoch}",
     ]
     if stats.sites:
         head = (
@@ -86,10 +86,10 @@ def explain(group: GroupLifecycle) -> str:
         lines += _table(rows)
     if stats.passed_reasons:
         lines.append("passed through:")
-        reasons: dict[tuple[str, str], int] = {k: count for k, (count, _) in ctx.stats.passed_table().items()}
+        reasons: dict[tuple[str, str], int] = {k: count for k, (count, _) in engine.stats.passed_table().items()}
         for (op, reason), count in sorted(reasons.items()):
             lines.append(f"  {count} x {op}: {reason} ({_REASONS.get(reason, reason)})")
-    budget = ctx.store.budget_bytes
+    budget = engine.store.budget_bytes
     lines.append(
         f"total: {stats.compressed_calls} compressed and {stats.passed_through} passed-through calls, "
         f"{stats.raw_bytes} raw bytes as {stats.wire_bytes} wire bytes (ratio {stats.ratio:.2f}), "
