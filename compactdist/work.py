@@ -22,17 +22,43 @@ import torch
 from compactdist import _torch
 from compactdist.state.store import Site
 
-__all__ = ["Job", "Outbox", "PendingWork", "WaitOnce", "drain"]
+__all__ = ["Done", "Job", "Outbox", "PendingWork", "WaitOnce", "as_work", "drain"]
 
 _log = logging.getLogger("compactdist")
 _NO_TIMEOUT = timedelta(0)
+
+
+class Done(_torch.Work):
+    """The work of a call that returned none: nothing is left to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Nothing to wait for."""
+        return True
+
+    def is_completed(self) -> bool:
+        """Always."""
+        return True
+
+    def _source_rank(self) -> int:
+        raise RuntimeError("the inner group returned no work for a receive from any source: receive from a named rank")
+
+
+def as_work(inner: Any) -> Any:
+    """What an inner call returned, as a work. NCCL returns ``None`` for a synchronous call: later work on the same
+    stream comes after it.
+    """
+    return Done() if inner is None else inner
 
 
 class Job:
     """One exchange under way.
 
     Args:
-        inner: the inner group's work; waited for exactly once (gloo's point-to-point works hang on a second wait).
+        inner: the inner group's work, or ``None`` from a synchronous call; waited for exactly once (gloo's
+            point-to-point works hang on a second wait).
         finish: decodes; gets ``True`` if it may write to the user's tensors.
         site: the call site whose jobs finish in issue order; ``None`` for a send, which has nothing to decode.
         keep: tensors that must live until the inner work is done.
@@ -43,7 +69,7 @@ class Job:
     def __init__(
         self, inner: Any, finish: Callable[[bool], None] | None, site: Site | None, keep: Sequence[torch.Tensor] = ()
     ) -> None:
-        self._inner = inner
+        self._inner = as_work(inner)
         self._finish = finish
         self._site = site
         self._keep: Sequence[torch.Tensor] = keep
@@ -61,7 +87,7 @@ class Job:
 
     def replace_inner(self, inner: Any) -> None:
         """Wait for this work instead: calls made inside a group of calls complete together."""
-        self._inner = inner
+        self._inner = as_work(inner)
 
     @property
     def dropped(self) -> bool:
@@ -141,7 +167,7 @@ class PendingWork(_torch.Work):
     collective's result), not before.
 
     Args:
-        jobs: :class:`Job` objects, or inner works of parts that passed through.
+        jobs: :class:`Job` objects, or inner works of parts that passed through (``None`` from synchronous ones).
         result: the output tensors.
         future_pool: gives the group's thread for futures.
     """
@@ -153,7 +179,7 @@ class PendingWork(_torch.Work):
         future_pool: Callable[[], ThreadPoolExecutor],
     ) -> None:
         super().__init__()
-        self._jobs = list(jobs)
+        self._jobs = [as_work(job) for job in jobs]
         self._result = result
         self._future_pool = future_pool
         self._future: Any = None
@@ -240,7 +266,7 @@ class WaitOnce:
     """Several inner works that are waited for together, once, by whoever comes first."""
 
     def __init__(self, works: Sequence[Any]) -> None:
-        self._works = list(works)
+        self._works = [as_work(work) for work in works]
         self._lock = threading.Lock()
 
     def wait(self, *timeout: timedelta) -> bool:

@@ -19,7 +19,7 @@ from compactdist.exchange.forward import Message
 from compactdist.state import Arrangement, blocks, state_nbytes
 from compactdist.stats import PassReason
 from compactdist.wire import HEADER_NBYTES, MAGIC, from_raw, raw_nbytes
-from compactdist.work import Job, drain
+from compactdist.work import Job, as_work, drain
 
 __all__ = ["receive", "send", "stream_name"]
 
@@ -148,7 +148,7 @@ def receive(
 
     call_from = call
     frame = torch.empty(HEADER_NBYTES + raw_nbytes(numel, dtype) + numel + 4096, dtype=torch.uint8, device=x.device)
-    inner: Any = ctx.inner.recv_anysource([frame], tag)
+    inner: Any = as_work(ctx.inner.recv_anysource([frame], tag))
 
     def finish_any(may_write: bool) -> None:
         source = int(inner._source_rank())
