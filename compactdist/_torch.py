@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +131,21 @@ def unregister(wrapper: Any) -> None:
         if not world.tags_to_pg[tag]:
             del world.tags_to_pg[tag]
     c10d._unregister_process_group(name)  # type: ignore[attr-defined]
+
+
+def bury(wrapper: Any) -> None:
+    """Let a closed group be found by its name still: compiled and functional code reaches it and is told (2.13).
+
+    torch's registry of names holds groups weakly. The name goes with the group, or when all groups are destroyed.
+    """
+    name = group_name(wrapper.group_name)
+    c10d._register_process_group(name, wrapper)  # type: ignore[attr-defined]
+    weakref.finalize(wrapper, _forget_name, name).atexit = False
+
+
+def _forget_name(name: Any) -> None:
+    if name not in c10d._world.pg_names.values():  # a new group may have it, after all were destroyed
+        c10d._unregister_process_group(name)  # type: ignore[attr-defined]
 
 
 def swap_mesh_dim(mesh: Any, dim: int, group: Any) -> Any:
