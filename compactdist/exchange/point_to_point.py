@@ -16,7 +16,7 @@ from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
 from compactdist.exchange.context import Call, Context, write
 from compactdist.exchange.forward import Message
-from compactdist.exchange.work import Job, drain
+from compactdist.exchange.work import Job, as_work, drain
 from compactdist.observe.stats import PassReason
 from compactdist.state import MatrixView, blocks, state_nbytes
 from compactdist.wire import HEADER_NBYTES, MAGIC, from_raw, raw_nbytes
@@ -148,7 +148,7 @@ def receive(
 
     call_from = call
     frame = torch.empty(HEADER_NBYTES + raw_nbytes(numel, dtype) + numel + 4096, dtype=torch.uint8, device=x.device)
-    inner: Any = ctx.inner.recv_anysource([frame], tag)
+    inner: Any = as_work(ctx.inner.recv_anysource([frame], tag))
 
     def finish_any(may_write: bool) -> None:
         source = int(inner._source_rank())

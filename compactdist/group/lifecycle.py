@@ -245,7 +245,12 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
     # --- ending -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Finish what is under way, forget everything, unregister; the inner group lives on. Closing twice is fine."""
+        """Finish what is under way, forget everything, unregister; the inner group lives on. Closing twice is fine.
+
+        Later calls raise ClosedGroupError, torch.distributed's functions and functional or compiled collectives
+        included, as long as somebody holds the closed group. A group that torch made by backend name stays registered
+        until ``destroy_process_group``.
+        """
         if self._closed:
             return
         for attachment in self._attachments:
@@ -262,7 +267,13 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         for restore in self._restore_names:
             restore()
         self._restore_names.clear()
-        _torch.unregister(self)
+        if not self._owns_inner and _torch.is_registered(self):
+            _torch.unregister(self)
+            self._become_tombstone()
+            _torch.bury(self)
+
+    def _become_tombstone(self) -> None:
+        raise AssertionError("provided by the group")
 
     def _retire(self) -> None:
         self._closed = True

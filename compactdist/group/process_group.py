@@ -219,3 +219,17 @@ class CompressedProcessGroup(  # type: ignore[misc,override]
             if job is not None:
                 return self._work([job], list(tensors))
         return self.inner.broadcast(tensors, opts)
+
+    def _become_tombstone(self) -> None:
+        if type(self) is CompressedProcessGroup:  # a subclass keeps its methods
+            self.__class__ = ClosedProcessGroup
+
+
+class ClosedProcessGroup(CompressedProcessGroup):
+    """What a wrapped group is after ``close``: torch.distributed learns that it is closed, not that it is unknown."""
+
+    def __hash__(self) -> int:
+        # torch.distributed looks every group up in tables, and this one is in none any more
+        if _torch.asked_by_torch():
+            self._ready()
+        return super().__hash__()
