@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._C._dynamo.eval_frame import set_eval_frame as set_eval_frame
 from torch.distributed import distributed_c10d as c10d
 
 CHECKED_VERSIONS = ("2.13",)
@@ -110,17 +111,29 @@ def register(wrapper: Any, inner: Any, name: str) -> None:
     """Make the wrapper a group torch.distributed knows by name, with inner's ranks, store and backend name (2.13)."""
     world = c10d._world
     backend, store = world.pg_map[inner]
-    ranks = dist.get_process_group_ranks(inner)
-    c10d._register_pg_in_world(
-        wrapper,
-        backend_name=backend,
-        store=store,
-        group_name=group_name(name),
-        backend_config=world.pg_backend_config[inner],
-        rank_mapping={global_rank: i for i, global_rank in enumerate(ranks)},
-        # without this prefix torch would not find the group by its tag; permute_tensor would make one to learn a rank
-        pg_tag=f"user:{name}",
-    )
+    config = world.pg_backend_config[inner]
+    ranks = {global_rank: i for i, global_rank in enumerate(dist.get_process_group_ranks(inner))}
+    # without this prefix torch would not find the group by its tag; permute_tensor would make one to learn a rank
+    tag = f"user:{name}"
+    if hasattr(c10d, "_register_pg_in_world"):
+        c10d._register_pg_in_world(
+            wrapper,
+            backend_name=backend,
+            store=store,
+            group_name=group_name(name),
+            backend_config=config,
+            rank_mapping=ranks,
+            pg_tag=tag,
+        )
+        return
+    # torch 2.11 and 2.12: what that function does, by hand
+    world.pg_map[wrapper] = backend, store
+    world.pg_names[wrapper] = group_name(name)
+    world.pg_backend_config[wrapper] = config
+    c10d._register_process_group(group_name(name), wrapper)  # type: ignore[attr-defined]
+    world.pg_group_ranks[wrapper] = ranks
+    world.tags_to_pg.setdefault(tag, []).append(wrapper)
+    world.pg_to_tag[wrapper] = tag
 
 
 def unregister(wrapper: Any) -> None:
@@ -140,6 +153,21 @@ def unregister(wrapper: Any) -> None:
         if not world.tags_to_pg[tag]:
             del world.tags_to_pg[tag]
     c10d._unregister_process_group(name)  # type: ignore[attr-defined]
+
+
+def bury(wrapper: Any) -> None:
+    """Let a closed group be found by its name still: compiled and functional code reaches it and is told (2.13).
+
+    torch's registry of names holds groups weakly. The name goes with the group, or when all groups are destroyed.
+    """
+    name = group_name(wrapper.group_name)
+    c10d._register_process_group(name, wrapper)  # type: ignore[attr-defined]
+    weakref.finalize(wrapper, _forget_name, name).atexit = False
+
+
+def _forget_name(name: Any) -> None:
+    if name not in c10d._world.pg_names.values():  # a new group may have it, after all were destroyed
+        c10d._unregister_process_group(name)  # type: ignore[attr-defined]
 
 
 def swap_mesh_dim(mesh: Any, dim: int, group: Any) -> Any:

@@ -222,12 +222,7 @@ class AllToAll(Pattern):
         plan.raw_nbytes = plan.raw_numel * dtype.itemsize
         plan.detail = "+".join(sorted(reasons)) or PassReason.BUDGET
         even = len({*leaving, *arriving}) == 1
-        if (
-            even
-            and reasons
-            and not site.refused
-            and all(part.codec is None for part in plan.parts)
-        ):
+        if even and reasons and not site.refused and all(part.codec is None for part in plan.parts):
             plan.reason = min(reasons)
         return plan
 

@@ -41,7 +41,7 @@ override = _torch.opaque
 _ALL_GATHER_OPTIONS = "AllgatherOptions"
 
 
-class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore[misc]
+class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore[misc,override]
     """A process group that sends compressed residuals of what each call site sent last; made by ``wrap``."""
 
     # --- all-gather -------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         plain = [lambda o=o, i=i: _torch.all_gather_single(self.inner, o, i, opts) for o, i in calls]
         return self._together(self._flights(calls, opts), plain, [output for output, _ in calls])
 
-    allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
 
     @override
     def allgather_coalesced(self, output_lists: Any, input_list: Any, opts: Any = None) -> Any:

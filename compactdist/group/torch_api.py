@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -22,7 +22,6 @@ from compactdist.errors import ConfigError
 
 __all__ = ["TorchDistributedAPI", "shared_name"]
 
-F = TypeVar("F", bound=Callable[..., Any])
 
 _PG_KEYWORDS = {"tensors", "output_tensors", "input_tensors", "opts"}
 
@@ -55,7 +54,7 @@ def shared_name(method: Callable[..., Any]) -> Any:
         finally:
             _torch.set_eval_frame(callback)
 
-    return _torch.mark_opaque(choose)  # type: ignore[return-value]
+    return _torch.mark_opaque(choose)
 
 
 class TorchDistributedAPI:
