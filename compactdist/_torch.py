@@ -6,13 +6,16 @@ untested.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._dynamo.eval_frame import set_eval_frame as set_eval_frame
 from torch.distributed import distributed_c10d as c10d
 
 CHECKED_VERSIONS = ("2.13",)
@@ -52,6 +55,38 @@ def records_gradients() -> bool:
     return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
+def opaque(method: Callable[..., Any]) -> Any:
+    """A method that Dynamo neither traces into nor compiles the callees of: it crashes on the pybind object of a group.
+
+    ``torch.compiler.disable`` does the same in three Python frames a call where this takes one (2.13).
+    """
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        callback = set_eval_frame(None)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            set_eval_frame(callback)
+
+    return mark_opaque(call)
+
+
+def mark_opaque(function: Callable[..., Any]) -> Any:
+    """Tell Dynamo not to trace into a function; the function itself switches Dynamo off for what it calls (2.13)."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = "a call of a compactdist group"  # type: ignore[attr-defined]
+    function._torchdynamo_disable_recursive = True  # type: ignore[attr-defined]
+    return function
+
+
+without_autograd: Any = functools.partial(torch._C._InferenceMode, True)
+"""Context in which tensors of any kind may be read and written and autograd sees nothing, versions included.
+
+``torch.inference_mode`` without its Python frames, of which a call of ours would enter a dozen (2.13).
+"""
+
+
 def default_group() -> Any:
     """The default group; raises ValueError before init_process_group (2.13)."""
     return c10d._get_default_group()
@@ -72,33 +107,33 @@ def group_store(group: Any) -> Any:
     return c10d._world.pg_map[group][1]
 
 
-def adopt_backends(wrapper: Any, inner: Any) -> None:
-    """Hand the inner group's backends to the wrapper's C++ base: methods that are not overridden reach them (2.13)."""
-    names = c10d.BackendConfig(c10d.Backend(c10d._world.pg_backend_config[inner])).get_device_backend_map()
-    default = None
-    for device in inner._device_types:
-        kind = c10d.Backend.backend_type_map.get(names.get(device.type, ""), BackendType.CUSTOM)
-        wrapper._register_backend(device, kind, inner._get_backend(device))
-        default = kind
-    if default is not None:
-        wrapper._set_default_backend(default)
-
-
 def register(wrapper: Any, inner: Any, name: str) -> None:
     """Make the wrapper a group torch.distributed knows by name, with inner's ranks, store and backend name (2.13)."""
     world = c10d._world
     backend, store = world.pg_map[inner]
-    ranks = dist.get_process_group_ranks(inner)
-    c10d._register_pg_in_world(
-        wrapper,
-        backend_name=backend,
-        store=store,
-        group_name=group_name(name),
-        backend_config=world.pg_backend_config[inner],
-        rank_mapping={global_rank: i for i, global_rank in enumerate(ranks)},
-        # without this prefix torch would not find the group by its tag; permute_tensor would make one to learn a rank
-        pg_tag=f"user:{name}",
-    )
+    config = world.pg_backend_config[inner]
+    ranks = {global_rank: i for i, global_rank in enumerate(dist.get_process_group_ranks(inner))}
+    # without this prefix torch would not find the group by its tag; permute_tensor would make one to learn a rank
+    tag = f"user:{name}"
+    if hasattr(c10d, "_register_pg_in_world"):
+        c10d._register_pg_in_world(
+            wrapper,
+            backend_name=backend,
+            store=store,
+            group_name=group_name(name),
+            backend_config=config,
+            rank_mapping=ranks,
+            pg_tag=tag,
+        )
+        return
+    # torch 2.11 and 2.12: what that function does, by hand
+    world.pg_map[wrapper] = backend, store
+    world.pg_names[wrapper] = group_name(name)
+    world.pg_backend_config[wrapper] = config
+    c10d._register_process_group(group_name(name), wrapper)  # type: ignore[attr-defined]
+    world.pg_group_ranks[wrapper] = ranks
+    world.tags_to_pg.setdefault(tag, []).append(wrapper)
+    world.pg_to_tag[wrapper] = tag
 
 
 def unregister(wrapper: Any) -> None:
@@ -118,6 +153,21 @@ def unregister(wrapper: Any) -> None:
         if not world.tags_to_pg[tag]:
             del world.tags_to_pg[tag]
     c10d._unregister_process_group(name)  # type: ignore[attr-defined]
+
+
+def bury(wrapper: Any) -> None:
+    """Let a closed group be found by its name still: compiled and functional code reaches it and is told (2.13).
+
+    torch's registry of names holds groups weakly. The name goes with the group, or when all groups are destroyed.
+    """
+    name = group_name(wrapper.group_name)
+    c10d._register_process_group(name, wrapper)  # type: ignore[attr-defined]
+    weakref.finalize(wrapper, _forget_name, name).atexit = False
+
+
+def _forget_name(name: Any) -> None:
+    if name not in c10d._world.pg_names.values():  # a new group may have it, after all were destroyed
+        c10d._unregister_process_group(name)  # type: ignore[attr-defined]
 
 
 def swap_mesh_dim(mesh: Any, dim: int, group: Any) -> Any:
@@ -144,15 +194,20 @@ def _mesh_registries(mesh: Any) -> list[Any]:
     return [registry for registry in registries if registry is not None]
 
 
-def inner_call(inner: Any, names: tuple[str, ...], *args: Any) -> Any:
-    """Call the first of several names that the inner group has: names changed between 2.11 and 2.13."""
+def first_method(inner: Any, names: tuple[str, ...]) -> Any:
+    """The first of several methods that the inner group has: names changed between 2.11 and 2.13."""
     for name in names:
         method = getattr(inner, name, None)
         if method is not None:
-            return method(*args)
+            return method
     raise AttributeError(
         f"{type(inner).__name__} has none of {', '.join(names)}: torch {torch.__version__} is untested"
     )
+
+
+def inner_call(inner: Any, names: tuple[str, ...], *args: Any) -> Any:
+    """Call the first of several methods that the inner group has."""
+    return first_method(inner, names)(*args)
 
 
 ALL_GATHER_SINGLE = ("all_gather_single", "_allgather_base")

@@ -1,7 +1,8 @@
 """Which call is compressed, and with what.
 
-A policy is a function of facts that both ends of a call share: key, operation, dtype, number of elements and step. It
-must not look at data or at the rank. :class:`Rules` covers most needs; any callable of the same signature will do.
+A policy is a function of facts that both ends of a message share: key, operation, dtype, number of elements, step, and
+the ranks of its two ends. It must not look at data or at its own rank. :class:`Rules` covers most needs; any callable
+of the same signature will do.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class CallInfo:
         dtype: the tensor's dtype.
         numel: elements of one directed message: the input of an all-gather, one chunk of an all-to-all.
         step: the group's step since the last reset, from 0.
+        source, target: group ranks of the message's two ends; ``None`` where all ranks' messages must be alike (an
+            all-gather; the target of a broadcast).
     """
 
     key: str
@@ -43,6 +46,8 @@ class CallInfo:
     dtype: torch.dtype
     numel: int
     step: int
+    source: int | None = None
+    target: int | None = None
 
 
 CodecLike = str | dict[str, Any] | Codec
@@ -61,6 +66,8 @@ class Rule:
         dtype: ``None`` for any.
         min_numel, max_numel: inclusive bounds on elements.
         first_step, last_step: inclusive bounds on the step since reset.
+        between: pairs of group ranks, ``((0, 4), (1, 5))``: messages between the two ranks of a pair, either way;
+            ``None`` for any. Messages that all ranks receive belong to no pair.
 
     Raises:
         ConfigError: an impossible condition. UnknownCodecError: an unknown codec.
@@ -74,6 +81,7 @@ class Rule:
     max_numel: int | None = None
     first_step: int = 0
     last_step: int | None = None
+    between: Sequence[tuple[int, int]] | None = None
     _resolved: Codec | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -95,8 +103,13 @@ class Rule:
             and (self.max_numel is None or call.numel <= self.max_numel)
             and call.step >= self.first_step
             and (self.last_step is None or call.step <= self.last_step)
+            and (self.between is None or self._is_between(call.source, call.target))
             and (self.key == "*" or fnmatch.fnmatchcase(call.key, self.key))
         )
+
+    def _is_between(self, source: int | None, target: int | None) -> bool:
+        assert self.between is not None
+        return any((source, target) in ((a, b), (b, a)) for a, b in self.between)
 
     @property
     def result(self) -> CodecLike:

@@ -26,6 +26,7 @@ A frame made for a group carries no shape block: both ends know the shape.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import struct
 import zlib
@@ -46,20 +47,24 @@ __all__ = [
     "SHAPE",
     "SHAPE_NBYTES",
     "STATELESS",
+    "HeadTemplate",
     "Header",
     "empty_frame",
     "explain",
     "key_hash",
     "pack",
+    "read_head",
     "seal",
     "unpack",
+    "write_head",
 ]
 
 MAGIC = b"CDF1"
 VERSION = 1
 _STRUCT = struct.Struct("<4sBBBBIIQIIQQIIIIIIQ")
 _SHAPE_STRUCT = struct.Struct("<8Q")
-_CRC_OFFSET = 68
+_WORD = struct.Struct("<I")
+_EPOCH_OFFSET, _SEQUENCE_OFFSET, _CRC_OFFSET = 12, 24, 68
 HEADER_NBYTES = _STRUCT.size
 SHAPE_NBYTES = _SHAPE_STRUCT.size
 MAX_DIMS = 8
@@ -175,6 +180,43 @@ def header_bytes(header: Header) -> bytes:
     return _STRUCT.pack(*fields) + block
 
 
+class HeadTemplate:
+    """The bytes before the payload that all frames of one kind on a stream share; only epoch and sequence differ.
+
+    Args:
+        header: any such frame's; its epoch and sequence do not count.
+    """
+
+    __slots__ = ("_raw", "header")
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self._raw = header_bytes(header)
+
+    def filled(self, epoch: int, sequence: int) -> bytes:
+        """The bytes before the payload of one frame."""
+        raw = bytearray(self._raw)
+        _WORD.pack_into(raw, _EPOCH_OFFSET, epoch)
+        _WORD.pack_into(raw, _SEQUENCE_OFFSET, sequence)
+        _WORD.pack_into(raw, _CRC_OFFSET, 0)
+        _WORD.pack_into(raw, _CRC_OFFSET, zlib.crc32(raw))
+        return bytes(raw)
+
+
+def write_head(frame: Tensor, head: bytes) -> Tensor:
+    """Write the bytes before the payload into a frame, and return the frame."""
+    if frame.is_cpu:
+        ctypes.memmove(frame.data_ptr(), head, len(head))
+    else:
+        frame[: len(head)].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
+    return frame
+
+
+def read_head(frame: Tensor) -> bytes:
+    """The first bytes of a frame: as many as a header without a shape block has, or all there are."""
+    return frame[:HEADER_NBYTES].cpu().numpy().tobytes()
+
+
 def pack(header: Header, payload: Tensor | None, frame_nbytes: int | None = None) -> Tensor:
     """Put header and payload into one frame.
 
@@ -214,9 +256,7 @@ def empty_frame(
 
 def seal(frame: Tensor, header: Header) -> Tensor:
     """Write the header into a frame, and return the frame."""
-    head = torch.frombuffer(bytearray(header_bytes(header)), dtype=torch.uint8)
-    frame[: head.numel()].copy_(head)
-    return frame
+    return write_head(frame, header_bytes(header))
 
 
 def unpack(frame: Tensor, where: str) -> Header:

@@ -133,7 +133,7 @@ def _play_site(
     encoder, decoder = StreamEncoder(config, 0, site), StreamDecoder(config, 0, site)
     for step, value in enumerate(x):
         flat = value.reshape(-1)
-        staged = encoder.stage(flat, codec, keyframe=step < keyframes, hint=hint, want_value=True)
+        staged = encoder.stage(flat, codec, keyframe=step < keyframes, want_value=True)
         encoder.commit(staged, hint)
         x_hat = decoder.decode(staged.frame, codec, flat.numel(), flat.dtype, hint=hint)
         _check_equal(encoder, decoder, staged.value, x_hat, f"{site}, step {step}, codec {codec!r}")
@@ -149,7 +149,7 @@ def _check_equal(
     encoder: StreamEncoder, decoder: StreamDecoder, value: Tensor | None, x_hat: Tensor, where: str
 ) -> None:
     """The loop is sound only while both ends hold the same bits."""
-    ours, theirs = (value, *encoder.history.held), (x_hat, *decoder.history.held)
+    ours, theirs = (value, *encoder.predictor.held), (x_hat, *decoder.predictor.held)
     equal = len(ours) == len(theirs) and all(
         a is not None and b is not None and _same_bits(a, b) for a, b in zip(ours, theirs, strict=True)
     )

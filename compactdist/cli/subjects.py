@@ -67,13 +67,15 @@ class _Stream:
             self._of, self._view = x, whole_view(x.shape, in_blocks=False)
             self._base, self._new = torch.zeros_like(x).view(-1), torch.empty_like(x).view(-1)
             self._held = torch.zeros_like(self._base)
-            nbytes = self._codec.payload_nbytes(self._view.shape, torch.float32)
-            self._payload = torch.empty(nbytes, dtype=torch.uint8)
-        return self._codec.encode_residual(x.view(-1), self._base, self._view, self._new, payload_out=self._payload)
+            self._session = self._codec.open(self._view, x.dtype, x.device)
+            self._payload = torch.empty(self._session.payload_nbytes, dtype=torch.uint8)
+        self._session.encode(x.view(-1), (self._base,), self._new, self._payload)
+        self._session.rollback()
+        return self._payload
 
     def decode(self, payload: Tensor, like: Tensor) -> Tensor:
         """From payload and base to new base, in place."""
-        self._codec.decode_residual(payload, self._held, self._view, self._held)
+        self._session.decode(payload, (self._held,), self._held)
         return self._held.view(like.shape)
 
 

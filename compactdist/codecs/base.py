@@ -1,8 +1,8 @@
-"""The codec contract: a pure function pair between a tensor and a flat run of bytes.
+"""The codec contract: a pure function pair between a tensor and a flat run of bytes, and sessions for streams of them.
 
-A codec holds no state. Everything that the two ends must agree on is its ``codec_id`` and its configuration:
-equal ids with equal configurations can decode each other's payloads, in this version of the library and in
-every later one.
+A codec is a value. Everything that the two ends must agree on is its ``codec_id`` and its configuration: equal ids
+with equal configurations can decode each other's payloads, in this version of the library and in every later one. What
+one end of a stream remembers lies in a :class:`Session`, which ``Codec.open`` makes.
 
 Four promises hold for every codec, and the shared test kit checks each of them:
 
@@ -57,7 +57,7 @@ class Codec(ABC):
     lossless: ClassVar[bool] = False
     about: ClassVar[About | None] = None
     takes_row_weights: ClassVar[bool] = False
-    """``encode`` and ``encode_residual`` take ``row_weights``, float ``(R,)`` or ``(G, R)``."""
+    """``encode`` and its sessions' ``encode`` take ``row_weights``, float ``(R,)`` or ``(G, R)``."""
 
     @abstractmethod
     def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -88,61 +88,18 @@ class Codec(ABC):
             PayloadError: The payload is not a flat uint8 tensor of exactly the expected length.
         """
 
-    def encode_residual(
-        self,
-        x: Tensor,
-        base: Tensor | None,
-        view: MatrixView,
-        out: Tensor | None = None,
-        *,
-        velocity: Tensor | None = None,
-        payload_out: Tensor | None = None,
-        memory: dict[str, Any] | None = None,
-    ) -> Tensor:
-        """Encode ``x - (base + velocity)``, in float32, as the matrix that ``view`` says.
+    def open(self, view: MatrixView, dtype: torch.dtype, device: torch.device) -> Session:
+        """One end of one directed stream of tensors.
 
         Args:
-            x: flat, ``view.numel`` elements.
-            base: what both ends expect, flat, finite, the dtype of ``x``; ``None`` for no expectation.
-            view: how the flat buffer becomes a matrix.
-            out: flat, contiguous, the dtype of ``x``; gets what :meth:`decode_residual` will give. May be ``base``.
-            velocity: added to ``base``, of the same form; ``None`` for none.
-            payload_out: uint8, as long as the payload, where the payload is written; new memory unless given.
-            memory: what the encoder wants to know again at the stream's next call; empty at first. It is opaque,
-                belongs to one directed stream, codec and view, and lives on the sending side only: what it holds may
-                change which payload is chosen, never how one is decoded. A codec replaces entries and does not write
-                to tensors it finds there, for the caller may go back to an earlier copy of the dict; most codecs
-                leave it empty. ``None``: this call stands alone.
-
-        Returns:
-            The payload, as ``encode`` of that matrix would return it.
+            view: how the flat tensors of the stream become matrices.
+            dtype: of the tensors.
+            device: of the tensors.
 
         Raises:
-            NonFiniteError: The difference is not finite; ``out`` and ``payload_out`` hold anything, but ``base`` is as
-                it was.
+            CodecConfigError: The codec does not take this dtype.
         """
-        payload = self.encode(view.to_matrix(residual_of(x, base, velocity)))
-        if out is not None:
-            self.decode_residual(payload, base, view, out, velocity=velocity)
-        return payload if payload_out is None else payload_out.copy_(payload)
-
-    def decode_residual(
-        self, payload: Tensor, base: Tensor | None, view: MatrixView, out: Tensor, *, velocity: Tensor | None = None
-    ) -> None:
-        """Write what was expected plus the decoded payload, kept finite and rounded once, to ``out``.
-
-        Args:
-            payload: what ``encode_residual`` returned.
-            base: what both ends expect, flat, the dtype of ``out``; ``None`` for no expectation.
-            view: how the flat buffer becomes a matrix.
-            out: flat, contiguous; may be ``base``.
-            velocity: added to ``base`` in float32; ``None`` for none.
-        """
-        decoded = view.to_flat(self.decode(payload, view.shape, torch.float32))
-        total = decoded + (0.0 if base is None else _sum(base, velocity))  # without a base, no -0 either
-        limit = torch.finfo(out.dtype).max
-        with torch.inference_mode():  # lets an inference tensor be written to, wherever this is called
-            out.copy_(total.clamp(-limit, limit))
+        return Session(self, view, dtype, device)
 
     def get_config(self) -> dict[str, Any]:
         """Return the options of this codec as a JSON-able dict, without the id."""
@@ -182,13 +139,99 @@ class Codec(ABC):
         return f"{type(self).__name__}({options})"
 
 
-def residual_of(x: Tensor, base: Tensor | None, velocity: Tensor | None) -> Tensor:
-    """``x - (base + velocity)`` in float32; it may be ``x`` itself if there is no base."""
-    return x.float() if base is None else x.float() - _sum(base, velocity)
+Terms = tuple[Tensor, ...]
+"""What a predictor expects: flat tensors to be added up in float32, ``()``, ``(base,)`` or ``(base, velocity)``."""
 
 
-def _sum(base: Tensor, velocity: Tensor | None) -> Tensor:
-    return base.float() if velocity is None else base.float() + velocity.float()
+class Session:
+    """One end of one directed stream under a codec: what does not change between two steps, and the codec's memory.
+
+    The same class serves both ends. This one suits every codec whose ``encode`` and ``decode`` hold no memory; a codec
+    with fused steps or a memory returns a class of its own from ``Codec.open``.
+
+    ``encode`` changes nothing that a later ``encode`` or ``decode`` can see until ``commit`` is called; ``rollback``
+    forgets what the last ``encode`` would have changed.
+
+    Attributes:
+        codec, view, dtype, device: as given to ``Codec.open``.
+        payload_nbytes: bytes of every payload of this stream.
+    """
+
+    __slots__ = ("codec", "device", "dtype", "payload_nbytes", "view")
+
+    def __init__(self, codec: Codec, view: MatrixView, dtype: torch.dtype, device: torch.device) -> None:
+        self.codec = codec
+        self.view = view
+        self.dtype = dtype
+        self.device = device
+        self.payload_nbytes = codec.payload_nbytes(view.shape, torch.float32)
+
+    @torch.no_grad()
+    def encode(
+        self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
+    ) -> None:
+        """Encode ``x`` less the sum of ``terms``, in float32, as the matrix that ``view`` says.
+
+        Args:
+            x: flat, ``view.numel`` elements of ``dtype``.
+            terms: what both ends expect, each flat, finite, of ``dtype``.
+            out: flat, contiguous, of ``dtype``, none of the terms; gets what :meth:`decode` will give. ``None``: no
+                use for it.
+            payload: contiguous uint8, ``payload_nbytes`` long, aligned to 16 bytes; gets the payload.
+            row_weights: how much errors in each row matter, float ``(R,)`` or ``(G, R)``; for codecs that take them.
+
+        Raises:
+            NonFiniteError: The difference is not finite; ``out`` and ``payload`` hold anything, the terms are as they
+                were.
+            CodecConfigError: This codec takes no row weights.
+        """
+        if row_weights is not None:
+            raise CodecConfigError(f"codec {self.codec.codec_id!r} has no use for row_weights")
+        payload.copy_(self.codec.encode(self.view.to_matrix(residual_of(x, terms))))
+        if out is not None:
+            self.decode(payload, terms, out)
+
+    @torch.no_grad()
+    def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
+        """Write the sum of ``terms`` plus the decoded payload, kept finite and rounded once, to ``out``.
+
+        Args:
+            payload: what ``encode`` wrote at the other end.
+            terms: what both ends expect, as for ``encode``.
+            out: flat, contiguous, of ``dtype``; may be the first of the terms.
+
+        Raises:
+            PayloadError: The payload is not uint8 of the expected length.
+        """
+        decoded = self.view.to_flat(self.codec.decode(payload, self.view.shape, torch.float32))
+        total = decoded + (sum_of(terms) if terms else 0.0)  # without terms, no -0 either
+        limit = torch.finfo(out.dtype).max
+        with torch.inference_mode():  # lets an inference tensor be written to, wherever this is called
+            out.copy_(total.clamp(-limit, limit))
+
+    def commit(self) -> None:
+        """The frame of the last ``encode`` is on its way: what it changes holds from now on."""
+
+    def rollback(self) -> None:
+        """The frame of the last ``encode`` will not be sent: forget what it would have changed."""
+
+    def prepare(self) -> None:
+        """Do work that the next frame needs, while there is time: between a commit and the site's next call."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of tensors that this end remembers between two steps, the predictor's apart."""
+        return 0
+
+
+def residual_of(x: Tensor, terms: Terms) -> Tensor:
+    """``x`` less the sum of ``terms`` in float32; it may be ``x`` itself if there are no terms."""
+    return x.float() - sum_of(terms) if terms else x.float()
+
+
+def sum_of(terms: Terms) -> Tensor:
+    """The sum of one or two terms in float32."""
+    return terms[0].float() if len(terms) == 1 else terms[0].float() + terms[1].float()
 
 
 def check_payload(payload: Tensor, expected_nbytes: int, codec_id: str) -> Tensor:

@@ -1,1 +1,1 @@
-"""One file per communication pattern: how frames of a call travel on the inner group."""
+"""Calls become exchanges of frames: planned once for each call site, then replayed by one engine."""

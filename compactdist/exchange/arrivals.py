@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compactdist.state import Site, StateStore
-from compactdist.state.relay import Received, digest_of, remembers_values
+from compactdist.state.relay import Received, digest_of
 from compactdist.wire import NO_STATE, NONFINITE, STATELESS, payload_of
 
 __all__ = ["Arrival", "Arrivals"]
@@ -44,6 +44,10 @@ class Arrival:
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
+
+    def release(self) -> None:
+        """Let the stream move on again after ``Arrivals.hold``."""
+        self.site.lock.release()
 
     def is_in(self, x: Tensor) -> bool:
         """Whether ``x`` is this tensor: same storage, place, shape, strides and dtype."""
@@ -107,7 +111,7 @@ class Arrivals:
         if stream in self._relayed:
             if not header.is_key:
                 received.payload = payload_of(frame, header).clone()
-            if x.device.type == "cpu" and not remembers_values(decoder.config):
+            if x.device.type == "cpu" and not decoder.config.remembers_values:
                 received.digest = digest_of(x)
         try:
             storage = x.untyped_storage()
@@ -179,23 +183,22 @@ class Arrivals:
         """What of this size and dtype was put last with ``by_size``, wherever its values are now (on the CPU)."""
         return self._by_size.get((x.numel(), x.dtype)) if x.device.type == "cpu" else None
 
-    @contextmanager
-    def held(self, arrival: Arrival | None, store: StateStore) -> Iterator[Arrival | None]:
-        """Keep an arrival's decoder where it is; ``None`` if it has moved on, or another thread is about to move it.
+    def hold(self, arrival: Arrival | None, store: StateStore) -> Arrival | None:
+        """Keep an arrival's decoder where it is until ``release``.
 
-        The same where its site was forgotten by a reset while the receive was under way.
-
-        Waiting for that thread could block for ever: what it waits for may depend on what this one is about to send.
+        Returns:
+            The arrival; ``None`` if its stream has moved on, if its site was forgotten by a reset, or if another thread
+            is about to move it. Waiting for that thread could block for ever: what it waits for may depend on what this
+            one is about to send.
         """
-        known = arrival is not None and store.site(arrival.site.key) is arrival.site
-        if arrival is None or not known or not arrival.site.lock.acquire(blocking=False):
-            yield None
-            return
-        try:
-            received = arrival.received
-            yield arrival if received.decoder.sequence == received.sequence else None
-        finally:
-            arrival.site.lock.release()
+        if arrival is None or store.find(arrival.site.key) is not arrival.site:
+            return None
+        if not arrival.site.lock.acquire(blocking=False):
+            return None
+        if arrival.received.decoder.sequence == arrival.received.sequence:
+            return arrival
+        arrival.site.lock.release()
+        return None
 
     def kept_bytes(self) -> dict[str, int]:
         """Bytes of payloads kept, by key of the site they arrived at."""

@@ -1,10 +1,10 @@
 """Encode a tensor, or pass on the frame it was decoded from: the decision, once for every message that is sent.
 
 Passing on adds no error, so a chunk is the same on every rank it has visited. Where the receiver follows the frame
-(point-to-point on the CPU) the outgoing stream shares the history of the incoming one, and a switch from one way to the
-other is a keyframe. Where sizes are agreed beforehand (collectives, other devices) the sender keeps a history of its
-own, which equals the receiver's whether it encodes or passes on: it may encode again at any time, and begins to pass on
-where a keyframe is due anyway.
+(point-to-point on the CPU) the outgoing stream shares the predictor of the incoming one, and a switch from one way to
+the other is a keyframe. Where sizes are agreed beforehand (collectives, other devices) the sender keeps a history of
+its own, which equals the receiver's whether it encodes or passes on: it may encode again at any time, and begins to
+pass on where a keyframe is due anyway.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from compactdist.codecs import Codec
-from compactdist.errors import NonFiniteError
-from compactdist.exchange.arrivals import Arrival
-from compactdist.exchange.context import Call, Context
-from compactdist.state import MatrixView, Staged, StreamEncoder
+from compactdist.exchange.arrivals import Arrival, Arrivals
+from compactdist.kernels.spec import MatrixView
+from compactdist.state import Staged, StreamEncoder
 from compactdist.state.relay import (
     Relay,
     announce,
@@ -25,7 +24,6 @@ from compactdist.state.relay import (
     join,
     leave,
     pass_on,
-    remembers_values,
     same_state,
 )
 from compactdist.wire import NO_STATE, NONFINITE
@@ -34,49 +32,61 @@ __all__ = ["Message"]
 
 
 class Message:
-    """A tensor on its way to one receiver: decide, :meth:`stage`, and :meth:`commit` once it is on its way.
+    """A tensor on its way to one receiver, and the decision what its frame will be.
 
     Args:
-        ctx: the group, its lock held.
-        call: the call.
+        arrivals: of the group.
         encoder: of the stream.
         x: the tensor.
         codec: for residuals.
-        due: whether the receiver expects a keyframe.
+        keyframe_expected: whether the receiver expects a keyframe.
         arrival: what may be passed on, held; ``None`` for nothing.
-        follows: whether the receiver takes a keyframe it does not expect.
+        accepts_unannounced_keyframe: whether the receiver takes a keyframe it does not expect.
 
     Attributes:
         keyframe: what the frame will be, unless it is passed on.
-        passes: the frame that arrived is passed on.
+        forwards: the frame that arrived is passed on.
         forwarded: after ``commit``: the receiver gets, to the bit, what was received here.
     """
 
+    __slots__ = (
+        "_announce",
+        "_arrival",
+        "_arrivals",
+        "_codec",
+        "_encoder",
+        "_share",
+        "_x",
+        "forwarded",
+        "forwards",
+        "keyframe",
+    )
+
     def __init__(
         self,
-        ctx: Context,
-        call: Call,
+        arrivals: Arrivals,
         encoder: StreamEncoder,
         x: Tensor,
         codec: Codec,
         *,
-        due: bool,
+        keyframe_expected: bool,
         arrival: Arrival | None = None,
-        follows: bool = False,
+        accepts_unannounced_keyframe: bool = False,
     ) -> None:
-        self._ctx, self._call, self._encoder, self._x, self._codec = ctx, call, encoder, x, codec
-        order = ctx.config.order
+        self._arrivals, self._encoder, self._x, self._codec = arrivals, encoder, x, codec
+        config = encoder.config
         # a lossless codec without history has nothing to encode, and nothing to pass on
-        self._arrival = None if codec.lossless and order == 0 else arrival
-        self._share = follows and order == 1
+        self._arrival = None if codec.lossless and not config.remembers else arrival
+        self._share = accepts_unannounced_keyframe and config.predictor.can_share
         self._announce: MatrixView | None = None
-        self.keyframe = due
+        self.keyframe = keyframe_expected
         self.forwarded = False
-        self.passes = False
+        self.forwards = False
         relay = encoder.relay
         if relay is not None and relay.source is not None:
-            self.passes = self._may_pass(relay, due, follows) and self._is_untouched()
-            if self.passes:
+            may = self._may_forward(relay, keyframe_expected, accepts_unannounced_keyframe)
+            self.forwards = may and self._is_untouched()
+            if self.forwards:
                 return
             leave(encoder, relay)
         if relay is not None and relay.owes_key:
@@ -85,20 +95,20 @@ class Message:
             self._switch_if_worth_it(self._arrival)
 
     def _is_untouched(self) -> bool:
-        if self._ctx.arrivals.trusted:
+        if self._arrivals.trusted:
             return True
         assert self._arrival is not None
         return self._x.device.type == "cpu" and is_untouched(self._arrival.received, self._x)
 
-    def _may_pass(self, relay: Relay, due: bool, follows: bool) -> bool:
-        """Whether this stream's receiver can take the frame: the next one for it, of a kind it can tell, as it cuts."""
+    def _may_forward(self, relay: Relay, keyframe_expected: bool, accepts_unannounced_keyframe: bool) -> bool:
+        """Whether the receiver can take the frame: the next one for it, of a kind and matrix view it can tell."""
         if self._arrival is None or not relay.expects(self._arrival.received):
             return False
         received, encoder = self._arrival.received, self._encoder
         header = received.header
         if not encoder.live == received.decoder.live == (self._x.numel(), self._x.dtype):
             return False
-        if header.is_key != due and not (follows and header.is_key):
+        if header.is_key != keyframe_expected and not (accepts_unannounced_keyframe and header.is_key):
             return False
         kept = received.payload is not None and header.codec == self._codec.fingerprint()
         view = announced(header) or encoder.view
@@ -117,30 +127,15 @@ class Message:
             self.keyframe = True
             self._announce = None if fits else theirs
 
-    def stage(
-        self, peer: int, hint: MatrixView | None, *, refuse_state: bool = False
-    ) -> tuple[Staged, NonFiniteError | None]:
-        """The frame, and the error to raise once it is on its way; see ``StreamEncoder.stage_or_flag``."""
-        ctx, call, encoder, x, codec = self._ctx, self._call, self._encoder, self._x, self._codec
-        if self.passes:
-            assert self._arrival is not None
-            if ctx.tap is not None:
-                ctx.tap(call, peer, x, hint)
-            return pass_on(encoder, self._arrival.received, x, codec, call.key.epoch), None
-        staged, failure = ctx.stage(
-            encoder,
-            call,
-            peer,
-            x,
-            codec,
-            keyframe=self.keyframe,
-            hint=hint,
-            frame_nbytes=encoder.frame_nbytes(codec, x.numel(), x.dtype, keyframe=self.keyframe),
-            refuse_state=refuse_state,
-        )
+    def pass_on(self, epoch: int) -> Staged:
+        """The frame that arrived, for this stream."""
+        assert self._arrival is not None
+        return pass_on(self._encoder, self._arrival.received, self._x, self._codec, epoch)
+
+    def announce(self, staged: Staged) -> None:
+        """Let the frame that was made say how later ones will be, where that was decided."""
         if self._announce is not None and not staged.header.flags & NONFINITE:
             announce(staged, self._announce)
-        return staged, failure
 
     def commit(self, staged: Staged, hint: MatrixView | None) -> None:
         """Make the state change, and stand on the incoming stream from now on if both hold the same."""
@@ -148,20 +143,20 @@ class Message:
         encoder.commit(staged, hint)
         if arrival is None:
             return
-        if self.passes:
+        if self.forwards:
             assert encoder.relay is not None
             encoder.relay.passed = arrival.received.sequence
             self.forwarded = True
             return
-        order = self._ctx.config.order
-        if staged.header.flags & (NONFINITE | NO_STATE) or not (staged.header.is_key or order == 0):
+        config = encoder.config
+        if staged.header.flags & (NONFINITE | NO_STATE) or not (staged.header.is_key or not config.remembers):
             return
         compare = self._x.device.type == "cpu"
         decoder = arrival.received.decoder
-        # without a look at the bytes: a keyframe sets the last value, but only the first one the velocity
-        if not compare and order > 1 and (encoder.sequence, decoder.sequence) != (1, 1):
+        # without a look at the bytes: a keyframe sets the last value, but only the first one everything else
+        if not compare and config.predictor.copies > 1 and (encoder.sequence, decoder.sequence) != (1, 1):
             return
         if same_state(encoder, decoder, compare=compare):
             join(encoder, decoder, share=self._share)
-            self._ctx.arrivals.relayed(arrival)
-            self.forwarded = staged.header.is_key and remembers_values(self._ctx.config)
+            self._arrivals.relayed(arrival)
+            self.forwarded = staged.header.is_key and config.remembers_values

@@ -20,19 +20,25 @@ from typing import Any
 import torch
 
 from compactdist import _torch
+from compactdist.exchange.link import as_work
 from compactdist.state.store import Site
 
-__all__ = ["Job", "Outbox", "PendingWork", "WaitOnce", "drain"]
+__all__ = ["FinishedWork", "Job", "Outbox", "PendingWork", "WaitOnce", "drain"]
 
 _log = logging.getLogger("compactdist")
 _NO_TIMEOUT = timedelta(0)
+
+
+def _always() -> object:
+    return _NO_TIMEOUT
 
 
 class Job:
     """One exchange under way.
 
     Args:
-        inner: the inner group's work; waited for exactly once (gloo's point-to-point works hang on a second wait).
+        inner: the inner group's work, or ``None`` from a synchronous call; waited for exactly once (gloo's
+            point-to-point works hang on a second wait).
         finish: decodes; gets ``True`` if it may write to the user's tensors.
         site: the call site whose jobs finish in issue order; ``None`` for a send, which has nothing to decode.
         keep: tensors that must live until the inner work is done.
@@ -43,11 +49,11 @@ class Job:
     def __init__(
         self, inner: Any, finish: Callable[[bool], None] | None, site: Site | None, keep: Sequence[torch.Tensor] = ()
     ) -> None:
-        self._inner = inner
+        self._inner = as_work(inner)
         self._finish = finish
         self._site = site
         self._keep: Sequence[torch.Tensor] = keep
-        self._owner: Callable[[], object | None] = lambda: None
+        self._owner: Callable[[], object | None] | None = None
         self._lock = threading.RLock() if site is None else site.lock
         self._waited = False
         self.done = False
@@ -59,14 +65,24 @@ class Job:
         """Remember the work the user holds, weakly."""
         self._owner = weakref.ref(work)
 
+    def finish_now(self) -> None:
+        """Wait, decode and write at once: the call is synchronous, and its outputs are the caller's still."""
+        self._owner = _always
+        self.settle()
+
     def replace_inner(self, inner: Any) -> None:
         """Wait for this work instead: calls made inside a group of calls complete together."""
-        self._inner = inner
+        self._inner = as_work(inner)
 
     @property
     def dropped(self) -> bool:
-        """Whether the user has let go of the work."""
-        return self._owner() is None
+        """Whether nobody holds the work: the user has let go of it, or it was never made."""
+        return self._owner is None or self._owner() is None
+
+    @property
+    def handed_out(self) -> bool:
+        """Whether the work was made and the user has had it."""
+        return self._owner is not None
 
     def settle(self, timeout: timedelta = _NO_TIMEOUT) -> None:
         """Wait for and decode all that was issued before at this site, then this; raises what went wrong with this."""
@@ -141,7 +157,7 @@ class PendingWork(_torch.Work):
     collective's result), not before.
 
     Args:
-        jobs: :class:`Job` objects, or inner works of parts that passed through.
+        jobs: :class:`Job` objects, or inner works of parts that passed through (``None`` from synchronous ones).
         result: the output tensors.
         future_pool: gives the group's thread for futures.
     """
@@ -153,7 +169,7 @@ class PendingWork(_torch.Work):
         future_pool: Callable[[], ThreadPoolExecutor],
     ) -> None:
         super().__init__()
-        self._jobs = list(jobs)
+        self._jobs = [as_work(job) for job in jobs]
         self._result = result
         self._future_pool = future_pool
         self._future: Any = None
@@ -163,7 +179,7 @@ class PendingWork(_torch.Work):
             if isinstance(job, Job):
                 job.owned_by(self)
 
-    @torch.compiler.disable
+    @_torch.opaque
     def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
         """Wait for the exchange and write the outputs. May be called again; raises the same error again.
 
@@ -236,11 +252,44 @@ class PendingWork(_torch.Work):
             return self._future
 
 
+class FinishedWork(_torch.Work):
+    """What a synchronous compressed call returns: everything is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Return at once."""
+        return True
+
+    synchronize = wait
+
+    def is_completed(self) -> bool:
+        """True."""
+        return True
+
+    is_success = is_completed
+
+    def exception(self) -> BaseException | None:
+        """``None``: an error was raised by the call itself."""
+        return None
+
+    def result(self) -> list[torch.Tensor]:
+        """Nothing: the outputs are the caller's."""
+        return []
+
+    def get_future(self) -> Any:
+        """A resolved future."""
+        future: Any = torch.futures.Future()
+        future.set_result([])
+        return future
+
+
 class WaitOnce:
     """Several inner works that are waited for together, once, by whoever comes first."""
 
     def __init__(self, works: Sequence[Any]) -> None:
-        self._works = list(works)
+        self._works = [as_work(work) for work in works]
         self._lock = threading.Lock()
 
     def wait(self, *timeout: timedelta) -> bool:
@@ -258,30 +307,57 @@ class WaitOnce:
 class Outbox:
     """Keeps the frames of sends alive whose works the caller dropped: gloo loses a send whose work is collected.
 
-    gloo says that a send is complete only to a waiter, so the oldest is waited for once ``depth`` of them are under way
-    to one peer; NCCL would have blocked the stream long before.
+    gloo says that a send is complete only to a waiter, so the oldest of those dropped is waited for once there are more
+    than ``depth`` of them to one peer; NCCL would have blocked the stream long before. A send whose work the caller
+    holds is the caller's to wait for: waiting here could be for a peer that waits for this rank.
     """
 
     def __init__(self, depth: int = 64) -> None:
         self._depth = depth
-        self._jobs: dict[int, deque[Job]] = {}
+        self._queues: dict[int, _Queue] = {}
         self._lock = threading.Lock()
 
     def add(self, peer: int, job: Job) -> None:
-        """Hold a send to ``peer`` until it is known to be done."""
+        """Hold a send to ``peer`` until it is known to be done. Its work is yet to be made."""
         with self._lock:
-            queue = self._jobs.setdefault(peer, deque())
-            while queue and queue[0].done:
-                queue.popleft()
-            queue.append(job)
-            oldest = queue.popleft() if len(queue) > self._depth else None
-        if oldest is not None:
-            oldest.settle()
+            queue = self._queues.setdefault(peer, _Queue())
+            while queue.jobs and queue.jobs[0].done:
+                queue.jobs.popleft()
+            queue.jobs.append(job)
+            oldest = queue.dropped_beyond(self._depth)
+        for dropped in oldest:
+            dropped.settle()
 
     def flush(self) -> None:
         """Wait for all sends still held."""
         with self._lock:
-            jobs = [job for queue in self._jobs.values() for job in queue]
-            self._jobs.clear()
+            jobs = [job for queue in self._queues.values() for job in queue.jobs]
+            self._queues.clear()
         for job in jobs:
             job.settle()
+
+
+class _Queue:
+    """The sends to one peer, oldest first."""
+
+    def __init__(self) -> None:
+        self.jobs: deque[Job] = deque()
+        self._calls_to_skip = 0
+
+    def dropped_beyond(self, depth: int) -> list[Job]:
+        """Take out the oldest dropped sends, all but ``depth``, and those that are done.
+
+        A long queue is not looked through in every call, but in one of ``len(jobs) // 64 + 1``: with 10,000 sends under
+        way that is 64 of them a call, and up to 156 more than ``depth`` may have been dropped.
+        """
+        if len(self.jobs) <= depth:
+            return []
+        if self._calls_to_skip:
+            self._calls_to_skip -= 1
+            return []
+        dropped = [job for job in self.jobs if job.handed_out and job.dropped and not job.done]
+        oldest = dropped[: max(len(dropped) - depth, 0)]
+        taken = set(oldest)
+        self.jobs = deque(job for job in self.jobs if not job.done and job not in taken)
+        self._calls_to_skip = len(self.jobs) // 64
+        return oldest

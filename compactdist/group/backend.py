@@ -1,13 +1,15 @@
 """The backend name ``"compactdist"``, for ``init_process_group``, ``new_group`` and ``init_device_mesh``.
 
 The same class as ``wrap`` underneath, over gloo for CPU tensors and NCCL for CUDA tensors where torch has it. Options
-come from ``pg_options=compactdist.Options(...)`` or the environment (``COMPACTDIST_CODEC`` and so on).
+come from ``pg_options=compactdist.Options(...)`` or the environment: ``COMPACTDIST_`` and the name of an option in
+capitals, see :func:`options_from_environment`.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,21 +25,44 @@ __all__ = ["BACKEND_NAME", "options_from_environment", "register_backend"]
 
 BACKEND_NAME = "compactdist"
 _PREFIX = "COMPACTDIST_"
-_FIELDS: dict[str, Any] = {
-    "CODEC": str,
-    "WARMUP_STEPS": int,
-    "ORDER": int,
-    "DAMPING": float,
-    "LOCAL": str,
-    "MIN_NUMEL": int,
-    "STATE": str,
-    "STATE_BUDGET_BYTES": int,
-    "SAMPLE_ERRORS_EVERY": int,
+
+
+def _codec(text: str) -> Any:
+    return json.loads(text) if text.lstrip().startswith("{") else text
+
+
+def _switch(text: str) -> bool:
+    return {"1": True, "true": True, "0": False, "false": False}[text.strip().lower()]
+
+
+def _feedback(text: str) -> bool | None:
+    return None if text.strip().lower() == "auto" else _switch(text)
+
+
+_FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "CODEC": (_codec, "a codec's id or its configuration as a JSON object"),
+    "WARMUP_STEPS": (int, "an integer"),
+    "ORDER": (int, "an integer"),
+    "DAMPING": (float, "a number"),
+    "ERROR_FEEDBACK": (_feedback, "one of 1, 0, true, false, auto"),
+    "LOCAL": (str, "a word"),
+    "MIN_NUMEL": (int, "an integer"),
+    "FIND_LAYOUT": (_switch, "one of 1, 0, true, false"),
+    "STATE": (str, "a word"),
+    "FORWARD": (_switch, "one of 1, 0, true, false"),
+    "STATE_BUDGET_BYTES": (int, "an integer"),
+    "SAMPLE_ERRORS_EVERY": (int, "an integer"),
 }
+_OF_ADAPTERS = frozenset({"XDIT"})
+"""Variables of this prefix that are read by adapters, whose misspellings adapters find."""
 
 
 def options_from_environment(environment: Mapping[str, str] | None = None) -> Options:
     """Options from variables ``COMPACTDIST_<FIELD>``, e.g. ``COMPACTDIST_CODEC=int4``.
+
+    ``COMPACTDIST_CODEC`` takes a codec's id or its configuration, ``{"id": "int4", "scales": "block"}``; switches
+    (``FORWARD``, ``FIND_LAYOUT``, ``ERROR_FEEDBACK``) take ``1``, ``0``, ``true`` and ``false``, and
+    ``COMPACTDIST_ERROR_FEEDBACK`` also ``auto``, which is ``None``. Policies and layouts cannot be given so.
 
     Raises:
         ConfigError: an unknown variable of that prefix, or a value of the wrong kind.
@@ -48,13 +73,17 @@ def options_from_environment(environment: Mapping[str, str] | None = None) -> Op
         if not name.startswith(_PREFIX):
             continue
         field = name.removeprefix(_PREFIX)
+        if field in _OF_ADAPTERS:
+            continue
         if field not in _FIELDS:
             known = ", ".join(_PREFIX + f for f in _FIELDS)
             raise ConfigError(f"unknown environment variable {name}; there are: {known}")
+        parse, what = _FIELDS[field]
         try:
-            settings[field.lower()] = _FIELDS[field](value)
-        except ValueError:
-            raise ConfigError(f"{name}={value!r} is not a valid {_FIELDS[field].__name__}") from None
+            settings[field.lower()] = parse(value)
+        except (ValueError, KeyError) as error:
+            reason = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+            raise ConfigError(f"{name}={value!r} is not {what}{reason}") from None
     return Options(**settings)
 
 
@@ -92,12 +121,7 @@ def _create(opts: Any, backend_options: Any) -> CompressedProcessGroup:
         opts.timeout.total_seconds(),
     )
     inner = _inner_group(opts)
-    group = CompressedProcessGroup(inner, options, str(opts.group_id), owns_inner=True)
-    for device in inner._device_types:
-        kind = _torch.BackendType.NCCL if device.type == "cuda" else _torch.BackendType.GLOO
-        group._register_backend(device, kind, inner._get_backend(device))
-        group._set_default_backend(kind)
-    return group
+    return CompressedProcessGroup(inner, options, str(opts.group_id), owns_inner=True)
 
 
 def register_backend() -> None:

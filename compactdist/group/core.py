@@ -1,27 +1,21 @@
-"""What all methods of a wrapped group share: deciding, counting, and making works."""
+"""What all methods of a wrapped group share: deciding, counting, shipping, and making works."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from compactdist.codecs import Codec
 from compactdist.errors import ClosedGroupError
-from compactdist.exchange.context import AutogradRule, Call, Context
-from compactdist.exchange.work import PendingWork
+from compactdist.exchange.engine import Engine, Flight, waits_at_once
+from compactdist.exchange.patterns import Pattern
+from compactdist.exchange.plan import AutogradRule, Call, CallPlan, refusal
+from compactdist.exchange.work import FinishedWork, Job, PendingWork
+from compactdist.group.keys import KeyBook
 from compactdist.observe.stats import PassReason
 
-__all__ = ["GroupCore", "nbytes_of", "override"]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def override(method: F) -> F:
-    """A method torch calls. Dynamo must not trace into it: it crashes on the pybind object (torch 2.13)."""
-    return torch.compiler.disable(method)  # type: ignore[no-any-return]
+__all__ = ["GroupCore", "nbytes_of"]
 
 
 def nbytes_of(tensors: Sequence[Tensor]) -> int:
@@ -30,54 +24,110 @@ def nbytes_of(tensors: Sequence[Tensor]) -> int:
 
 
 class GroupCore:
-    """State and helpers of :class:`~compactdist.group.CompressedProcessGroup`; its mixins build on this.
+    """State and helpers of :class:`~compactdist.group.process_group.CompressedProcessGroup`."""
 
-    Attributes:
-        inner: the group that was wrapped.
-    """
-
-    inner: Any
-    _ctx: Context
+    _inner: Any
+    _engine: Engine
+    _keys: KeyBook
+    _finished: FinishedWork
     _closed: bool
 
     def _warn_no_step(self, op: str) -> None:
         raise AssertionError("provided by the life cycle")
 
+    def _future_pool(self) -> Any:
+        raise AssertionError("provided by the life cycle")
+
     def _ready(self) -> None:
         if self._closed:
             raise ClosedGroupError(
-                f"{self._ctx.label}: the wrapped group was closed; wrap the inner group again, or use it as it is"
+                f"{self._engine.label}: the wrapped group was closed; wrap the inner group again, or use it as it is"
             )
 
-    def _pass(self, op: str, reason: str, nbytes: float) -> None:
+    @property
+    def inner(self) -> Any:
+        """The group that was wrapped; use it for traffic that must not be compressed.
+
+        Raises:
+            ClosedGroupError: the wrapped group was closed, and has let go of it.
+        """
+        if self._inner is None:
+            self._ready()
+        return self._inner
+
+    def _pass(self, op: str, reason: PassReason, nbytes: float) -> None:
         """Count a call that goes to the inner group."""
         self._ready()
-        stats = self._ctx.stats
+        stats = self._engine.stats
         stats.passed(op, reason, nbytes)
         if reason == PassReason.NO_STEP and stats.first_time(reason):
             self._warn_no_step(op)
 
-    def _begin(
-        self, op: str, site: str, tensor: Tensor, nbytes: float, autograd: AutogradRule = "tensor"
-    ) -> Call | None:
-        """Fix the key of a call, or count it as passed through with ``nbytes`` on the link."""
-        self._ready()
-        reason = self._ctx.refusal(tensor, autograd)
+    def _plan(
+        self,
+        pattern: Pattern,
+        site: str,
+        tensor: Tensor,
+        signature: tuple[Any, ...],
+        nbytes: float,
+        autograd: AutogradRule = "tensor",
+    ) -> tuple[Call, CallPlan] | None:
+        """Fix the key of a call and find its plan; ``None``: it passes through, and was counted.
+
+        Args:
+            pattern: how the parts travel.
+            site: what identifies the call among those under a prefix.
+            tensor: tells dtype, device and differentiability.
+            signature: of the call, in the pattern's form.
+            nbytes: on the link, should it pass through.
+            autograd: see :func:`~compactdist.exchange.plan.refusal`.
+        """
+        if self._closed:
+            self._ready()
+        engine, keys = self._engine, self._keys
+        counted_as = "recv" if pattern.receives_only else pattern.op
+        reason = refusal(engine.size, tensor, keys.engaged, autograd)
         if reason is not None:
-            self._pass(op, reason, nbytes)
+            self._pass(counted_as, reason, nbytes)
             return None
-        return Call(self._ctx.keys.take(site), op, tensor.dtype)
-
-    def _codec(self, call: Call, numel: int, nbytes: float) -> Codec | None:
-        """The codec for a call of one message, or count it as passed through."""
-        chosen = self._ctx.choose(call, numel)
-        if isinstance(chosen, str):
-            self._ctx.stats.passed(call.op, chosen, nbytes, None if chosen == PassReason.SMALL else call.key.name)
+        call = keys.take(site, pattern.op)
+        try:
+            plan = engine.plan(pattern, call, signature)
+        except BaseException:
+            keys.give_back(call)
+            raise
+        if plan.reason is not None:
+            shown = None if plan.reason == PassReason.SMALL or pattern.receives_only else call.site
+            engine.stats.passed(counted_as, plan.reason, nbytes, shown)
             return None
-        return chosen
+        return call, plan
 
-    def _work(self, jobs: Sequence[Any], result: list[Tensor]) -> PendingWork:
-        return PendingWork(jobs, result, self._ctx.future_pool)
+    def _ship(self, flights: Sequence[Flight]) -> list[Job]:
+        """Prepare all flights, then launch all: a bad one leaves nothing of any on the wire, and no ordinal used.
 
-    def _undo(self, call: Call) -> None:
-        self._ctx.keys.give_back(call.key)
+        Raises:
+            Whatever encoding or the inner group raises. Flights launched before the inner group failed stay under way,
+            and both ends can tell.
+        """
+        engine, prepared, jobs = self._engine, 0, []
+        with engine.lock:
+            try:
+                for flight in flights:
+                    engine.prepare(flight)
+                    prepared += 1
+                for flight in flights:
+                    jobs.append(engine.launch(flight))
+            except BaseException:
+                for flight in flights[len(jobs) + (prepared == len(flights)) : prepared]:
+                    engine.withdraw(flight)
+                for flight in reversed(flights[len(jobs) :]):
+                    self._keys.give_back(flight.call)
+                raise
+        return jobs
+
+    def _work(self, parts: Sequence[Any], result: list[Tensor], opts: Any = None) -> Any:
+        """The work of jobs and inner works; a synchronous call is finished first."""
+        if opts is not None and waits_at_once(opts) and len(parts) == 1:
+            parts[0].finish_now()
+            return self._finished
+        return PendingWork(parts, result, self._future_pool)

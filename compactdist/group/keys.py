@@ -1,8 +1,9 @@
 """Which call site a call belongs to, and which step it falls into.
 
-A key is ``prefix/op#n``: the n-th call of an operation under this prefix within the current step. Both ends compute it
-from the order of calls alone. Point-to-point calls are counted per directed pair and tag. Prefixes belong to a thread,
-counters to the group: two threads that use one group keep apart by prefixes.
+A site key is ``prefix/op#n``: the n-th call of an operation under this prefix within the current step. Both ends
+compute it from the order of calls alone. Point-to-point calls are counted per directed pair and tag. Prefixes belong to
+a thread, counters to the group: two threads that use one group keep apart by prefixes. A request has a step clock and
+counters of its own, so that a server may interleave requests.
 """
 
 from __future__ import annotations
@@ -10,60 +11,77 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from compactdist.errors import ConfigError
+from compactdist.exchange.plan import Call
 
-__all__ = ["CallKey", "KeyBook"]
+__all__ = ["Clock", "KeyBook", "check_name"]
 
 
-@dataclass(frozen=True, slots=True)
-class CallKey:
-    """The identity of one call, fixed when it is issued.
+class Clock:
+    """The steps of one request, or of a group that has just one at a time.
 
     Attributes:
-        name: the full key.
-        step: the group's step since the last reset, counted from 0; -1 before the first.
-        epoch: resets of the group so far.
+        step: steps begun since the last reset, less one; -1 before the first.
+        counts: calls so far in this step, by prefix and operation.
     """
 
-    name: str
-    step: int
-    epoch: int
+    __slots__ = ("counts", "step")
+
+    def __init__(self) -> None:
+        self.step = -1
+        self.counts: dict[str, int] = {}
 
 
 class _Prefixes(threading.local):
     def __init__(self) -> None:
+        self.clock: Clock | None = None
+        self.request: list[str] = []
         self.branch: list[str] = []
         self.keys: list[str] = []
         self.modules: list[str] = []
+        self.text = ""
+
+    def join(self) -> str:
+        """The prefix as text: request, branch, explicit keys, innermost hooked module."""
+        self.text = "/".join((*self.request, *self.branch, *self.keys, *self.modules[-1:]))
+        return self.text
 
 
 class KeyBook:
-    """Prefixes, counters and the step clock of one group."""
+    """Prefixes, counters and the step clock of one group.
+
+    Attributes:
+        epoch: resets so far.
+        engaged: calls can be told apart across steps: a step, a key or an attached module has been seen.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, int] = {}
+        self._clock = Clock()
         self._prefixes = _Prefixes()
-        self.step = -1
         self.epoch = 0
         self.engaged = False
 
     @property
     def prefix(self) -> str:
-        """The current thread's prefix: branch, explicit keys, innermost hooked module."""
-        p = self._prefixes
-        return "/".join((*p.branch, *p.keys, *p.modules[-1:]))
+        """The current thread's prefix."""
+        return self._prefixes.text
 
     @property
     def current_branch(self) -> str:
         """The current thread's branch, empty outside ``branch()``."""
         return "/".join(self._prefixes.branch)
 
-    def active(self) -> bool:
-        """Whether calls can be told apart across steps: a step, a key or an attached module has been seen."""
-        return self.engaged
+    @property
+    def clock(self) -> Clock:
+        """The clock of the current thread's request, or the group's."""
+        return self._prefixes.clock or self._clock
+
+    @property
+    def step(self) -> int:
+        """Steps begun since the last reset, less one; -1 before the first."""
+        return self.clock.step
 
     def tick(self, index: int | None = None) -> None:
         """Begin the next step, or step ``index``: every counter starts again.
@@ -73,38 +91,46 @@ class KeyBook:
         """
         if index is not None and index < 0:
             raise ConfigError(f"steps are counted from 0, got {index}")
+        clock = self._prefixes.clock or self._clock
         with self._lock:
             self.engaged = True
-            self.step = self.step + 1 if index is None else index
-            self._counts.clear()
+            clock.step = clock.step + 1 if index is None else index
+            clock.counts.clear()
 
     def restart(self) -> None:
         """A new epoch: the next step is the first again."""
         with self._lock:
             self.epoch += 1
-            self.step = -1
-            self._counts.clear()
+            self._clock.step = -1
+            self._clock.counts.clear()
 
     def new_epoch(self) -> None:
         """A new epoch within the running step, for a reset of some sites."""
         with self._lock:
             self.epoch += 1
 
-    def take(self, site: str) -> CallKey:
-        """Use up the next ordinal of ``prefix/site``."""
-        prefix = self.prefix
-        counter = f"{prefix}/{site}" if prefix else site
-        with self._lock:
-            n = self._counts.get(counter, 0)
-            self._counts[counter] = n + 1
-            return CallKey(f"{counter}#{n}", self.step, self.epoch)
+    def take(self, site: str, op: str) -> Call:
+        """Use up the next ordinal of ``prefix/site``.
 
-    def give_back(self, key: CallKey) -> None:
-        """Undo ``take`` for a call that failed before it sent anything."""
-        counter, _, n = key.name.rpartition("#")
+        Args:
+            site: the operation, and the pair of ranks where one counts.
+            op: name in the policy's terms.
+        """
+        prefixes = self._prefixes
+        counter = f"{prefixes.text}/{site}" if prefixes.text else site
+        clock = prefixes.clock or self._clock
         with self._lock:
-            if self._counts.get(counter) == int(n) + 1:
-                self._counts[counter] = int(n)
+            n = clock.counts.get(counter, 0)
+            clock.counts[counter] = n + 1
+            return Call(f"{counter}#{n}", op, clock.step, self.epoch)
+
+    def give_back(self, call: Call) -> None:
+        """Undo ``take`` for a call that failed before it sent anything."""
+        counter, _, n = call.site.rpartition("#")
+        counts = self.clock.counts
+        with self._lock:
+            if counts.get(counter) == int(n) + 1:
+                counts[counter] = int(n)
 
     @contextmanager
     def prefixed(self, name: str, *, branch: bool = False) -> Iterator[None]:
@@ -113,9 +139,9 @@ class KeyBook:
         Raises:
             ConfigError: an empty name or one with ``#``.
         """
-        if not isinstance(name, str) or not name or "#" in name:
-            raise ConfigError(f"a key is a non-empty string without '#', got {name!r}")
-        stack = self._prefixes.branch if branch else self._prefixes.keys
+        check_name(name)
+        prefixes = self._prefixes
+        stack = prefixes.branch if branch else prefixes.keys
         self.engaged = True
         stack.append(name)
         self._begin_prefix()
@@ -123,15 +149,30 @@ class KeyBook:
             yield
         finally:
             stack.pop()
+            prefixes.join()
+
+    @contextmanager
+    def within_request(self, prefix: str, clock: Clock) -> Iterator[None]:
+        """Let calls and steps of this thread belong to a request."""
+        prefixes = self._prefixes
+        before = prefixes.clock, prefixes.request
+        prefixes.clock, prefixes.request = clock, [prefix]
+        prefixes.join()
+        try:
+            yield
+        finally:
+            prefixes.clock, prefixes.request = before
+            prefixes.join()
 
     def _begin_prefix(self) -> None:
         """Without steps a prefix alone identifies its sites: entering it counts from the first call again."""
-        if self.step >= 0:
+        prefix = self._prefixes.join() + "/"
+        clock = self.clock
+        if clock.step >= 0:
             return
-        prefix = self.prefix + "/"
         with self._lock:
-            for counter in [c for c in self._counts if c.startswith(prefix)]:
-                del self._counts[counter]
+            for counter in [c for c in clock.counts if c.startswith(prefix)]:
+                del clock.counts[counter]
 
     def push_module(self, name: str) -> None:
         """Enter a hooked module."""
@@ -140,5 +181,17 @@ class KeyBook:
 
     def pop_module(self, name: str) -> None:
         """Leave a hooked module; nothing happens if it was never entered (another pre-hook raised before ours)."""
-        if self._prefixes.modules[-1:] == [name]:
-            self._prefixes.modules.pop()
+        prefixes = self._prefixes
+        if prefixes.modules[-1:] == [name]:
+            prefixes.modules.pop()
+            prefixes.join()
+
+
+def check_name(name: object) -> None:
+    """Refuse what cannot be part of a site key.
+
+    Raises:
+        ConfigError: no string, an empty one, or one with ``#``.
+    """
+    if not isinstance(name, str) or not name or "#" in name:
+        raise ConfigError(f"a key is a non-empty string without '#', got {name!r}")

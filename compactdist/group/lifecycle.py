@@ -15,11 +15,14 @@ import torch.distributed as dist
 from compactdist import _torch
 from compactdist.config import Options
 from compactdist.errors import ConfigError
-from compactdist.exchange.context import Context
-from compactdist.exchange.work import Outbox, drain
+from compactdist.exchange.engine import Engine
+from compactdist.exchange.link import Link
+from compactdist.exchange.plan import Chooser
+from compactdist.exchange.work import FinishedWork, drain
 from compactdist.group.attach import Attachment
 from compactdist.group.core import GroupCore
-from compactdist.group.keys import KeyBook
+from compactdist.group.keys import KeyBook, check_name
+from compactdist.group.request import Request
 from compactdist.group.torch_api import TorchDistributedAPI
 from compactdist.observe.estimate import Estimate, estimate
 from compactdist.observe.explain import explain
@@ -43,39 +46,38 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
     def __init__(self, inner: Any, options: Options, name: str, *, owns_inner: bool = False) -> None:
         # (rank, size): torch refuses the (store, rank, size) overload for Python subclasses
         dist.ProcessGroup.__init__(self, inner.rank(), inner.size())  # type: ignore[call-arg,arg-type]
-        self.inner = inner
+        self._inner = inner
         self.options = options
         self._name = name
         self._desc = "compactdist"
         self._closed = False
         self._owns_inner = owns_inner
+        self._backend_name = "compactdist" if owns_inner else str(inner.name())
         self._pool: ThreadPoolExecutor | None = None
         self._pool_lock = threading.Lock()
         self._attachments: list[Attachment] = []
+        self._requests: dict[str, Request] = {}
         self._restore_names: list[Callable[[], None]] = []
+        self._keys = KeyBook()
+        self._finished = FinishedWork()
         label = f"group '{name}', rank {inner.rank()}"
-        self._ctx = Context(
-            inner=inner,
+        self._engine = Engine(
+            link=Link(inner),
             rank=inner.rank(),
             size=inner.size(),
             label=label,
             config=options.stream,
-            codec=options.default_codec,
-            policy=options.policy_function,
-            layouts=options.layout_function,
-            min_numel=options.min_numel,
+            chooser=Chooser(
+                label, options.default_codec, options.policy_function, options.layout_function, options.min_numel
+            ),
             exact_local=options.local == "exact",
             sample_every=options.sample_errors_every,
             store=StateStore(options.stream, label, options.state_budget_bytes),
-            keys=KeyBook(),
             stats=GroupStats(),
-            lock=threading.RLock(),
-            outbox=Outbox(),
-            future_pool=self._future_pool,
             forward=options.forward,
         )
 
-    # --- identity: the C++ name lives in the first backend, which is shared with the inner group, so it is shadowed ---
+    # --- identity: the C++ base holds no backend, so that a closed group holds none; names and backends are ours ----
 
     @property
     def group_name(self) -> str:
@@ -109,7 +111,42 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
 
     def getBackendName(self) -> str:
         """``compactdist`` for a group made by backend name, else the inner group's."""
-        return "compactdist" if self._owns_inner else str(self.inner.name())
+        return self._backend_name
+
+    name = getBackendName
+
+    @property
+    def _device_types(self) -> Any:
+        """The inner group's devices."""
+        return self.inner._device_types
+
+    def _get_backend(self, device: torch.device) -> Any:
+        """The inner group's backend for a device."""
+        return self.inner._get_backend(device)
+
+    def _get_backend_name(self) -> str:
+        """Same as ``getBackendName``."""
+        return self._backend_name
+
+    def _has_hooks(self) -> bool:
+        """Whether the inner group has completion hooks."""
+        return bool(self.inner._has_hooks())
+
+    def _wait_for_pending_works(self) -> None:
+        """Wait for the inner group's works."""
+        self.inner._wait_for_pending_works()
+
+    def _enable_collectives_timing(self) -> None:
+        """Switch timing on in the inner group."""
+        self.inner._enable_collectives_timing()
+
+    def _get_sequence_number_for_group(self) -> int:
+        """The inner group's."""
+        return int(self.inner._get_sequence_number_for_group())
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Set the inner group's."""
+        self.inner._set_sequence_number_for_group()
 
     def get_group_store(self) -> Any:
         """The inner group's store."""
@@ -125,8 +162,8 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         self.inner.set_timeout(timeout)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"codec {self._ctx.codec!r}"
-        return f"<{type(self).__name__} '{self._name}' rank {self._ctx.rank} of {self._ctx.size}, {state}>"
+        state = "closed" if self._closed else f"codec {self.options.default_codec!r}"
+        return f"<CompressedProcessGroup '{self._name}' rank {self._engine.rank} of {self._engine.size}, {state}>"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(f"cannot pickle '{type(self).__name__}' object")
@@ -141,18 +178,45 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
                 belongs to. ``None``: the one after the last.
         """
         self._ready()
-        self._ctx.keys.tick(index)
+        self._keys.tick(index)
         return nullcontext()
 
     def key(self, name: str) -> AbstractContextManager[None]:
         """Put this thread's calls under a prefix: ``with dist.key("layer3.kv"):``. Prefixes nest."""
         self._ready()
-        return self._ctx.keys.prefixed(name)
+        return self._keys.prefixed(name)
 
     def branch(self, name: str) -> AbstractContextManager[None]:
         """Name one pass of a step that has several (classifier-free guidance): ``with dist.branch("cond"):``."""
         self._ready()
-        return self._ctx.keys.prefixed(name, branch=True)
+        return self._keys.prefixed(name, branch=True)
+
+    def request(self, name: str) -> Request:
+        """A scope for one of several requests that a server interleaves: its calls are sites of their own, its steps
+        are counted by themselves, and its history is dropped when it ends.
+
+        ``with dist.request("7f3a"):`` around a whole request; or, where steps of several requests alternate in one
+        thread, ``request = dist.request("7f3a")``, ``with request.resume():`` around each step, and ``request.end()``.
+        All ranks use the same names, and end a request at the same place among its calls.
+
+        Raises:
+            ConfigError: an empty name, one with ``#``, or one of a request that has not ended.
+        """
+        self._ready()
+        check_name(name)
+        if name in self._requests:
+            raise ConfigError(
+                f"{self._engine.label}: request '{name}' has not ended: resume() the object that request() returned, "
+                "or end() it before another of this name begins"
+            )
+        request = self._requests[name] = Request(name, self._keys, self._forget_request)
+        return request
+
+    def _forget_request(self, request: Request) -> None:
+        self._requests.pop(request.name, None)
+        if not self._closed:
+            self._engine.forget(request.prefix)
+            self._engine.stats.fold(request.prefix)
 
     def attach(
         self,
@@ -179,14 +243,14 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
             ConfigError: no such submodule, or ``forwards_per_step`` below 1.
         """
         self._ready()
-        attachment = Attachment(self._ctx.keys, module, step_module, forwards_per_step, step_value)
+        attachment = Attachment(self._keys, module, step_module, forwards_per_step, step_value)
         self._attachments.append(attachment)
         return attachment
 
     @property
     def current_step(self) -> int:
         """Steps begun since the last reset, less one; -1 before the first."""
-        return self._ctx.keys.step
+        return self._keys.step
 
     def reset(self, prefix: str | None = None) -> None:
         """Forget the history (a new request): all ranks must call it at the same place among their calls.
@@ -199,24 +263,26 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
                 ``explain()`` shows the sites' counts in one line from now on.
         """
         self._ready()
-        self._ctx.forget(prefix)
+        self._engine.forget(prefix)
         if prefix is None:
-            self._ctx.keys.restart()
+            self._keys.restart()
+            for request in self._requests.values():
+                request.restart()
             for attachment in self._attachments:
                 attachment.restart()
         else:
-            self._ctx.keys.new_epoch()
-            self._ctx.stats.fold(prefix)
+            self._keys.new_epoch()
+            self._engine.stats.fold(prefix)
 
     # --- what it can tell ---------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
         """Totals and per-site counters of this rank."""
-        return self._ctx.stats.snapshot(self._ctx.state_bytes())
+        return self._engine.stats.snapshot(self._engine.state_bytes())
 
     def reset_stats(self) -> None:
         """Start counting again; the history is untouched."""
-        self._ctx.stats.clear()
+        self._engine.stats.clear()
 
     def explain(self) -> str:
         """A table: per call site what was sent, with which codec, how wrong, and why calls passed through."""
@@ -232,45 +298,64 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         steps: int | None = None,
     ) -> Estimate:
         """State memory and traffic before running; see :func:`compactdist.estimate.estimate`."""
-        return estimate(self.options, self._ctx.size, numel, op=op, dtype=dtype, sites=sites, steps=steps)
+        return estimate(self.options, self._engine.size, numel, op=op, dtype=dtype, sites=sites, steps=steps)
 
     def _warn_no_step(self, op: str) -> None:
         _log.warning(
             "%s: %s passed through uncompressed because no step has begun. Call step() once per denoising step (or use "
             "attach(model)): without steps every call would be a new site. Further calls are counted silently",
-            self._ctx.label,
+            self._engine.label,
             op,
         )
 
     # --- ending -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Finish what is under way, forget everything, unregister; the inner group lives on. Closing twice is fine."""
+        """Finish what is under way, forget everything, unregister; the inner group lives on. Closing twice is fine.
+
+        Later calls raise ClosedGroupError, torch.distributed's functions and functional or compiled collectives
+        included, as long as somebody holds the closed group. A group that torch made by backend name stays registered
+        until ``destroy_process_group``.
+        """
         if self._closed:
             return
         for attachment in self._attachments:
             attachment.detach()
-        for site in self._ctx.store.sites():
+        for site in self._engine.store.sites():
             if site.pending and all(job.is_ready() for job in site.pending):
                 drain(site)
-        flusher = threading.Thread(target=self._ctx.outbox.flush, daemon=True, name="compactdist-flush")
+        flusher = threading.Thread(target=self._engine.outbox.flush, daemon=True, name="compactdist-flush")
         flusher.start()
         flusher.join(_FLUSH_SECONDS)
         if flusher.is_alive():
-            _log.warning("%s: closed while a send had not been received", self._ctx.label)
+            _log.warning("%s: closed while a send had not been received", self._engine.label)
         self._retire()
+        self._requests.clear()
         for restore in self._restore_names:
             restore()
         self._restore_names.clear()
-        _torch.unregister(self)
+        if not self._owns_inner and _torch.is_registered(self):
+            _torch.unregister(self)
+            self._become_tombstone()
+            _torch.bury(self)
+
+    def _become_tombstone(self) -> None:
+        raise AssertionError("provided by the group")
 
     def _retire(self) -> None:
         self._closed = True
-        self._ctx.forget()
+        self._engine.forget()
+        if not self._owns_inner:
+            self._let_go()
         with self._pool_lock:
             if self._pool is not None:
                 self._pool.shutdown(wait=False)
                 self._pool = None
+
+    def _let_go(self) -> None:
+        """Hold nothing of the inner group: its threads end when its owner destroys it."""
+        self._inner = None
+        self._engine.link = Link(None)
 
     def on_close(self, restore: Callable[[], None]) -> None:
         """Call ``restore`` when the group is closed (adapters put back what they swapped)."""
@@ -286,20 +371,22 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         """Called by destroy_process_group. The inner group is borrowed and stays, unless this group made it."""
         if not self._closed:
             self._retire()
-        if self._owns_inner:
-            self.inner.shutdown()
+        if self._owns_inner and self._inner is not None:
+            self._inner.shutdown()
+            self._let_go()
 
     def abort(self) -> None:
         """As ``shutdown``, for a group in trouble."""
         if not self._closed:
             self._retire()
-        if self._owns_inner:
-            self.inner.abort()
+        if self._owns_inner and self._inner is not None:
+            self._inner.abort()
+            self._let_go()
 
     def _future_pool(self) -> ThreadPoolExecutor:
         with self._pool_lock:
             if self._pool is None:
                 if self._closed:
-                    raise ConfigError(f"{self._ctx.label}: no futures from a closed group")
+                    raise ConfigError(f"{self._engine.label}: no futures from a closed group")
                 self._pool = ThreadPoolExecutor(1, thread_name_prefix="compactdist-future")
             return self._pool

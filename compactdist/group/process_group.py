@@ -1,187 +1,236 @@
-"""CompressedProcessGroup: every ProcessGroup method becomes one exchange, or goes to the inner group.
+"""CompressedProcessGroup: every ProcessGroup method becomes an exchange, or goes to the inner group.
 
 The object is a registered ``torch.distributed.ProcessGroup``: Python callers find its methods by name, C++ callers
 (functional collectives, DDP) through torch's trampoline. Both the names of torch 2.13 and the older ones are defined.
-Nothing of a call reaches the link before its arguments are checked, its key is fixed and its frame is complete.
+Nothing of a call reaches the link before its arguments are checked, its key is fixed and all its frames are complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from compactdist import _torch
-from compactdist.errors import BadOutputError
-from compactdist.exchange.all_to_all import all_to_all
-from compactdist.exchange.broadcast import broadcast
-from compactdist.exchange.gather import all_gather
-from compactdist.exchange.work import Job
-from compactdist.group.core import nbytes_of, override
+from compactdist.errors import BadOutputError, ConfigError
+from compactdist.exchange.engine import Flight
+from compactdist.exchange.link import as_work
+from compactdist.exchange.patterns import (
+    ALL_GATHER,
+    ALL_TO_ALL,
+    BROADCAST,
+    RECEIVE,
+    RECEIVE_EXACTLY,
+    SEND,
+    receive_any,
+    stream_name,
+)
+from compactdist.exchange.plan import Call, refusal
+from compactdist.exchange.work import Job, WaitOnce
+from compactdist.group.core import nbytes_of
 from compactdist.group.lifecycle import GroupLifecycle
-from compactdist.group.passthrough import PassThroughMethods
-from compactdist.group.point_to_point import PointToPointMethods
 from compactdist.group.torch_api import shared_name
 from compactdist.observe.stats import PassReason
 
-__all__ = ["CompressedProcessGroup"]
+__all__ = ["ClosedProcessGroup", "CompressedProcessGroup"]
+
+override = _torch.opaque
+_ALL_GATHER_OPTIONS = "AllgatherOptions"
 
 
-class CompressedProcessGroup(  # type: ignore[misc,override]
-    PointToPointMethods, PassThroughMethods, GroupLifecycle, dist.ProcessGroup
-):
+class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore[misc,override]
     """A process group that sends compressed residuals of what each call site sent last; made by ``wrap``."""
 
     # --- all-gather -------------------------------------------------------------------------------------------------
 
-    def _gather_job(self, outputs: list[Tensor] | Tensor, x: Tensor, opts: Any) -> Job | None:
-        """``outputs``: one tensor per rank, or one for all."""
-        links = self._ctx.size - 1
-        call = self._begin("all_gather", "all_gather", x, links * nbytes_of([x]))
-        if call is None:
+    def _gather_flight(self, outputs: list[Tensor] | Tensor, x: Tensor, opts: Any) -> Flight | None:
+        """``outputs``: one tensor per rank, or one for all. ``None``: the call passes through."""
+        numel, engine = x.numel(), self._engine
+        nbytes = (engine.size - 1) * x.nbytes
+        planned = self._plan(ALL_GATHER, "all_gather", x, (numel, x.dtype, x.device), nbytes)
+        if planned is None:
             return None
+        call, plan = planned
         try:
-            codec = self._codec(call, x.numel(), links * nbytes_of([x]))
-            if codec is None:
-                return None
-            rows = self._rows(outputs, x) if isinstance(outputs, Tensor) else outputs
-            return all_gather(self._ctx, call, codec, rows, x, opts)
+            if isinstance(outputs, Tensor):
+                rows = self._rows(outputs, x)
+            else:
+                rows = list(outputs)
+                engine.check_outputs("all_gather", rows, numel, x)
         except BaseException:
-            self._undo(call)
+            self._keys.give_back(call)
             raise
+        own = rows.pop(engine.rank)
+        return Flight(plan, call, (x,), rows, opts, (x, own))
+
+    def _rows(self, output: Tensor, x: Tensor) -> list[Tensor]:
+        size = self._engine.size
+        if output.numel() != size * x.numel() or output.dtype != x.dtype:
+            raise BadOutputError(
+                f"{self._engine.label}, all_gather: the output holds {output.numel()} x {output.dtype}, but "
+                f"{size} x {x.numel()} x {x.dtype} will arrive; nothing was sent"
+            )
+        if output.is_contiguous():
+            return list(output.view(size, -1).unbind(0))
+        if output.shape[0] % size:
+            raise BadOutputError(
+                f"{self._engine.label}, all_gather: an output of shape {tuple(output.shape)} that is not contiguous "
+                f"cannot be divided among {size} ranks along its first dimension; nothing was sent. Pass a contiguous "
+                "output"
+            )
+        return list(output.chunk(size, 0))
+
+    def _gather(self, outputs: list[Tensor] | Tensor, x: Tensor, opts: Any, result: list[Tensor]) -> Any:
+        """The work of a compressed all-gather; ``None``: it passes through."""
+        flight = self._gather_flight(outputs, x, opts)
+        return None if flight is None else self._work(self._ship((flight,)), result, opts)
 
     @override
     def allgather(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
         """``output_tensors[i]`` is a list of ``size()`` tensors for ``input_tensors[i]``."""
-        opts = opts or _torch.options("AllgatherOptions")
+        opts = opts or _torch.options(_ALL_GATHER_OPTIONS)
         several = len(input_tensors) != 1
         if several or len({t.numel() for t in output_tensors[0]}) > 1:
             reason = PassReason.OP if several else PassReason.UNEVEN
-            self._pass("all_gather", reason, (self._ctx.size - 1) * nbytes_of(input_tensors))
+            self._pass("all_gather", reason, (self._engine.size - 1) * nbytes_of(input_tensors))
         else:
-            job = self._gather_job(list(output_tensors[0]), input_tensors[0], opts)
-            if job is not None:
-                return self._work([job], list(output_tensors[0]))
+            work = self._gather(list(output_tensors[0]), input_tensors[0], opts, list(output_tensors[0]))
+            if work is not None:
+                return work
         return self.inner.allgather(output_tensors, input_tensors, opts)
 
-    def _rows(self, output: Tensor, x: Tensor) -> list[Tensor]:
-        if output.numel() != self._ctx.size * x.numel() or output.dtype != x.dtype:
-            raise BadOutputError(
-                f"{self._ctx.label}, all_gather: the output holds {output.numel()} x {output.dtype}, but "
-                f"{self._ctx.size} x {x.numel()} x {x.dtype} will arrive; nothing was sent"
-            )
-        if not output.is_contiguous():
-            raise BadOutputError(f"{self._ctx.label}, all_gather: the output must be contiguous; nothing was sent")
-        return list(output.view(self._ctx.size, -1).unbind(0))
-
     def _gather_single(self, output: Tensor, x: Tensor, opts: Any) -> Any:
-        """A job, or the inner group's work."""
-        job = self._gather_job(output, x, opts)
-        return job if job is not None else _torch.all_gather_single(self.inner, output, x, opts)
+        work = self._gather(output, x, opts, [output])
+        return work if work is not None else _torch.all_gather_single(self.inner, output, x, opts)
 
-    @override
     @shared_name
     def all_gather_single(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Any:
         """``[N, ...]`` of every rank into ``[size() * N, ...]`` (``_allgather_base`` before torch 2.13)."""
-        part = self._gather_single(output_tensor, input_tensor, opts)
-        return self._work([part], [output_tensor]) if isinstance(part, Job) else part
+        return self._gather_single(output_tensor, input_tensor, opts)
 
     @override
     def _allgather_base(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Any:
-        part = self._gather_single(output_tensor, input_tensor, opts)
-        return self._work([part], [output_tensor]) if isinstance(part, Job) else part
+        return self._gather_single(output_tensor, input_tensor, opts)
+
+    def _together(
+        self, flights: Sequence[Flight | None], plain: Sequence[Callable[[], Any]], result: list[Tensor]
+    ) -> Any:
+        """The work of several calls in one: compressed ones are all prepared before anything is sent."""
+        jobs = iter(self._ship([flight for flight in flights if flight is not None]))
+        parts = [
+            next(jobs) if flight is not None else as_work(call()) for flight, call in zip(flights, plain, strict=True)
+        ]
+        return self._work(parts, result)
+
+    def _flights(self, calls: Sequence[tuple[Any, Tensor]], opts: Any) -> list[Flight | None]:
+        """Flights of several all-gathers; where one is refused, no ordinal is used."""
+        flights: list[Flight | None] = []
+        try:
+            for outputs, x in calls:
+                flights.append(self._gather_flight(outputs, x, opts))
+        except BaseException:
+            for flight in reversed([flight for flight in flights if flight is not None]):
+                self._keys.give_back(flight.call)
+            raise
+        return flights
 
     @override
     def all_gather_single_coalesced(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
         """Several single-tensor all-gathers in one call; functional collectives come here, even with one tensor."""
-        outputs, inputs = list(output_tensors), list(input_tensors)
-        parts = [self._gather_single(o, i, opts) for o, i in zip(outputs, inputs, strict=True)]
-        return self._work(parts, outputs)
+        calls = list(zip(output_tensors, input_tensors, strict=True))
+        plain = [lambda o=o, i=i: _torch.all_gather_single(self.inner, o, i, opts) for o, i in calls]
+        return self._together(self._flights(calls, opts), plain, [output for output, _ in calls])
 
-    allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
 
     @override
     def allgather_coalesced(self, output_lists: Any, input_list: Any, opts: Any = None) -> Any:
         """``output_lists[rank][i]`` receives ``input_list[i]`` of that rank."""
-        parts: list[Any] = []
-        for i, x in enumerate(input_list):
-            outputs = [per_rank[i] for per_rank in output_lists]
-            job = self._gather_job(outputs, x, opts)
-            options = opts or _torch.options("AllgatherOptions")
-            parts.append(job if job is not None else self.inner.allgather([outputs], [x], options))
-        return self._work(parts, [t for per_rank in output_lists for t in per_rank])
+        opts = opts or _torch.options(_ALL_GATHER_OPTIONS)
+        calls = [([per_rank[i] for per_rank in output_lists], x) for i, x in enumerate(input_list)]
+        plain = [lambda o=o, i=i: self.inner.allgather([o], [i], opts) for o, i in calls]
+        return self._together(self._flights(calls, opts), plain, [t for per_rank in output_lists for t in per_rank])
 
     # --- all-to-all -------------------------------------------------------------------------------------------------
 
-    def _exchange_chunks(self, whole: Tensor, sent: float, chunks: Any, opts: Any) -> Job | None:
-        """``whole`` tells dtype and differentiability, ``chunks()`` gives outputs and inputs by rank."""
-        call = self._begin("all_to_all", "all_to_all", whole, sent)
-        if call is None:
+    def _exchange(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any, result: list[Tensor]) -> Any:
+        """The work of a compressed all-to-all of chunks by rank; ``None``: it passes through."""
+        engine, first = self._engine, inputs[0]
+        me = engine.rank
+        leaving, arriving = tuple([t.numel() for t in inputs]), tuple([t.numel() for t in outputs])
+        nbytes = (sum(leaving) - leaving[me]) * first.dtype.itemsize
+        signature = leaving, arriving, first.dtype, first.device
+        wrong = next((t for t in (*inputs, *outputs) if t.dtype != first.dtype), None)
+        if wrong is not None:
+            raise BadOutputError(
+                f"{engine.label}, all_to_all: chunks of {first.dtype} and {wrong.dtype}; nothing was sent"
+            )
+        if leaving[me] != arriving[me]:
+            raise BadOutputError(
+                f"{engine.label}, all_to_all: this rank's own chunk has {leaving[me]} elements, the output for it "
+                f"{arriving[me]}; nothing was sent"
+            )
+        planned = self._plan(ALL_TO_ALL, "all_to_all", first, signature, nbytes)
+        if planned is None:
             return None
-        try:
-            outputs, inputs = chunks()
-            wrong = next((t for t in (*inputs, *outputs) if t.dtype != call.dtype), None)
-            if wrong is not None:
-                raise BadOutputError(
-                    f"{self._ctx.label}, all_to_all: chunks of {call.dtype} and {wrong.dtype}; nothing was sent"
-                )
-            me = self._ctx.rank
-            if inputs[me].numel() != outputs[me].numel():
-                raise BadOutputError(
-                    f"{self._ctx.label}, all_to_all: this rank's own chunk has {inputs[me].numel()} elements, the "
-                    f"output for it {outputs[me].numel()}; nothing was sent"
-                )
-            return all_to_all(self._ctx, call, outputs, inputs, opts)
-        except BaseException:
-            self._undo(call)
-            raise
+        call, plan = planned
+        own = inputs.pop(me), outputs.pop(me)
+        return self._work(self._ship((Flight(plan, call, inputs, outputs, opts, own),)), result, opts)
+
+    def _passes_all_to_all(self, whole: Tensor, nbytes: float) -> bool:
+        """Count an all-to-all that passes through whatever its chunks are: they need not make sense to us then."""
+        self._ready()
+        reason = refusal(self._engine.size, whole, self._keys.engaged, "tensor")
+        if reason is not None:
+            self._pass("all_to_all", reason, nbytes)
+        return reason is not None
 
     @override
     def alltoall(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
         """One tensor to and from every rank."""
-        outputs, inputs = list(output_tensors), list(input_tensors)
-        if len(outputs) != self._ctx.size or len(inputs) != self._ctx.size:
+        outputs, inputs, size = list(output_tensors), list(input_tensors), self._engine.size
+        if len(outputs) != size or len(inputs) != size:
             raise BadOutputError(
-                f"{self._ctx.label}, all_to_all: {len(inputs)} inputs and {len(outputs)} outputs for "
-                f"{self._ctx.size} ranks; nothing was sent"
+                f"{self._engine.label}, all_to_all: {len(inputs)} inputs and {len(outputs)} outputs for {size} ranks; "
+                "nothing was sent"
             )
-        sent = nbytes_of(inputs) - nbytes_of([inputs[self._ctx.rank]])
-        job = self._exchange_chunks(inputs[0], sent, lambda: (outputs, inputs), opts)
-        if job is not None:
-            return self._work([job], outputs)
+        sent = nbytes_of(inputs) - inputs[self._engine.rank].nbytes
+        if not self._passes_all_to_all(inputs[0], sent):
+            work = self._exchange(list(outputs), list(inputs), opts, outputs)
+            if work is not None:
+                return work
         return self.inner.alltoall(outputs, inputs, opts or _torch.options("AllToAllOptions"))
 
     def _chunks(self, tensor: Tensor, splits: Sequence[int], what: str) -> list[Tensor]:
-        size = self._ctx.size
+        size = self._engine.size
         rows = tensor.shape[0] if tensor.dim() else 0
         if not splits:
             if rows % size:
                 raise BadOutputError(
-                    f"{self._ctx.label}, all_to_all: the {what}'s first dimension {rows} does not divide by {size} "
+                    f"{self._engine.label}, all_to_all: the {what}'s first dimension {rows} does not divide by {size} "
                     "ranks; nothing was sent"
                 )
             splits = [rows // size] * size
         if len(splits) != size or sum(splits) != rows or min(splits) < 0:
             raise BadOutputError(
-                f"{self._ctx.label}, all_to_all: {what} splits {list(splits)} do not cover the first dimension {rows} "
-                f"with {size} chunks; nothing was sent"
+                f"{self._engine.label}, all_to_all: {what} splits {list(splits)} do not cover the first dimension "
+                f"{rows} with {size} chunks; nothing was sent"
             )
         return list(tensor.detach().split(list(splits)))
 
     def _to_all_single(self, output: Tensor, x: Tensor, out: Any, into: Any, opts: Any) -> Any:
-        def chunks() -> tuple[list[Tensor], list[Tensor]]:
-            return self._chunks(output, out or (), "output"), self._chunks(x, into or (), "input")
-
-        known = into and len(into) == self._ctx.size
-        own = into[self._ctx.rank] / max(1, sum(into)) if known else 1 / self._ctx.size
-        job = self._exchange_chunks(x, (1 - own) * nbytes_of([x]), chunks, opts)
-        if job is not None:
-            return self._work([job], [output])
+        known = into and len(into) == self._engine.size
+        own = into[self._engine.rank] / max(1, sum(into)) if known else 1 / self._engine.size
+        if not self._passes_all_to_all(x, (1 - own) * x.nbytes):
+            outputs, inputs = self._chunks(output, out or (), "output"), self._chunks(x, into or (), "input")
+            work = self._exchange(outputs, inputs, opts, [output])
+            if work is not None:
+                return work
         return _torch.all_to_all_single(self.inner, output, x, list(out or ()), list(into or ()), opts)
 
-    @override
     @shared_name
     def all_to_all_single(
         self,
@@ -201,21 +250,236 @@ class CompressedProcessGroup(  # type: ignore[misc,override]
 
     # --- broadcast --------------------------------------------------------------------------------------------------
 
-    @override
     @shared_name
-    def broadcast(self, tensors: Any, opts: Any) -> Any:  # type: ignore[override]
+    def broadcast(self, tensors: Any, opts: Any) -> Any:
         """The tensor of group rank ``opts.rootRank`` to all ranks; the root's own is left as it is."""
-        x, root = tensors[0], opts.rootRank
-        links = self._ctx.size - 1 if self._ctx.rank == root else 0
-        # only the root could see that its tensor requires grad, so that must not decide (both ends must agree)
-        call = self._begin("broadcast", f"broadcast/{root}", x, links * nbytes_of([x]), "backward")
-        if call is not None and len(tensors) == 1:
-            try:
-                codec = self._codec(call, x.numel(), links * nbytes_of([x]))
-                job = None if codec is None else broadcast(self._ctx, call, codec, x, root, opts)
-            except BaseException:
-                self._undo(call)
-                raise
-            if job is not None:
-                return self._work([job], list(tensors))
+        x, root, engine = tensors[0], opts.rootRank, self._engine
+        nbytes = (engine.size - 1) * x.nbytes if engine.rank == root else 0
+        if len(tensors) == 1:
+            # only the root could see that its tensor requires grad, so that must not decide (both ends must agree)
+            signature = x.numel(), x.dtype, x.device, root
+            planned = self._plan(BROADCAST, f"broadcast/{root}", x, signature, nbytes, "backward")
+            if planned is not None:
+                call, plan = planned
+                flight = Flight(plan, call, (x,) if plan.outgoing else (), (x,) if plan.incoming else (), opts)
+                return self._work(self._ship((flight,)), list(tensors), opts)
+        else:
+            self._pass("broadcast", PassReason.OP, nbytes)
         return self.inner.broadcast(tensors, opts)
+
+    # --- point-to-point; ranks are group ranks ------------------------------------------------------------------------
+
+    def forwarding(self) -> AbstractContextManager[None]:
+        """Promise that tensors received and sent again inside the block were not written to in between.
+
+        On a CPU untouched tensors are recognised by their bytes, and this saves the comparison. Elsewhere nothing but
+        this lets a tensor go on in the frame it arrived in. It counts for this thread and for tensors that are where
+        they were received: same storage, offset, shape and strides. A broken promise sends what was received.
+
+        Raises:
+            ConfigError: the group was wrapped with ``forward=False``.
+        """
+        self._ready()
+        if not self._engine.forward:
+            raise ConfigError(
+                f"{self._engine.label}: forwarding() in a group wrapped with forward=False; drop one of them"
+            )
+        return self._engine.arrivals.trust()
+
+    def _send_flight(self, x: Tensor, peer: int, tag: int) -> Flight | None:
+        me, size = self._engine.rank, self._engine.size
+        if not 0 <= peer < size:
+            raise ValueError(f"{self._engine.label}: send to group rank {peer} of a group of {size}")
+        signature = x.numel(), x.dtype, x.device, me, peer
+        planned = self._plan(SEND, stream_name(me, peer, tag), x, signature, x.nbytes, "sender")
+        if planned is None:
+            return None
+        call, plan = planned
+        return Flight(plan, call, (x,), (), None, tag=tag)
+
+    def _receive_flight(self, x: Tensor, peer: int, tag: int) -> Flight | None:
+        me = self._engine.rank
+        signature = x.numel(), x.dtype, x.device, peer, me
+        pattern = RECEIVE if x.is_cpu else RECEIVE_EXACTLY
+        planned = self._plan(pattern, stream_name(peer, me, tag), x, signature, 0, "sender")
+        if planned is None:
+            return None
+        call, plan = planned
+        return Flight(plan, call, (), (x,), None, tag=tag)
+
+    @shared_name
+    def send(self, tensors: Any, dst: int, tag: int = 0) -> Any:
+        """``tensors``: a list of one tensor; ``dst``: group rank."""
+        flight = self._send_flight(tensors[0], dst, tag) if len(tensors) == 1 else None
+        if flight is None:
+            return self.inner.send(tensors, dst, tag)
+        return self._work(self._ship((flight,)), list(tensors))
+
+    @shared_name
+    def recv(self, tensors: Any, src: int, tag: int = 0) -> Any:
+        """``tensors``: a list of one tensor; ``src``: group rank."""
+        flight = self._receive_flight(tensors[0], src, tag) if len(tensors) == 1 else None
+        if flight is None:
+            return self.inner.recv(tensors, src, tag)
+        return self._work(self._ship((flight,)), list(tensors))
+
+    @override
+    def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:
+        """Receive from whoever sends first; the frame says whose stream it belongs to."""
+        self._ready()
+        engine, keys, x = self._engine, self._keys, tensors[0]
+        reason = refusal(engine.size, x, keys.engaged, "sender")
+        if reason is None and x.numel() < max(engine.chooser.min_numel, 1):
+            reason = PassReason.SMALL
+        if reason is not None or not x.is_cpu:
+            self._pass("recv", reason or PassReason.DEVICE, 0)
+            return self.inner.recv_anysource(tensors, tag)
+
+        def call_from(source: int) -> Call:
+            return keys.take(stream_name(source, engine.rank, tag), "send")
+
+        return self._work([receive_any(engine, call_from, x, tag)], list(tensors))
+
+    def _batch(self, p2p_op_list: list[Any]) -> list[Any]:
+        """All sends are encoded before anything is posted; then receives are posted first: gloo halves the rate of an
+        exchange whose sends are posted first. A backend that groups calls (NCCL) gets the whole batch in one group, as
+        ungrouped it can deadlock.
+        """
+        is_send = [op.op.__name__ == "isend" for op in p2p_op_list]
+        order = sorted(range(len(p2p_op_list)), key=lambda i: is_send[i])
+        flights: dict[int, Flight | None] = {}
+        try:
+            for i in order:
+                op = p2p_op_list[i]
+                flights[i] = (self._send_flight if is_send[i] else self._receive_flight)(
+                    op.tensor, op.group_peer, op.tag
+                )
+        except BaseException:
+            for flight in reversed([flight for flight in flights.values() if flight is not None]):
+                self._keys.give_back(flight.call)
+            raise
+
+        def plain(i: int) -> Any:
+            op = p2p_op_list[i]
+            return as_work((self.inner.send if is_send[i] else self.inner.recv)([op.tensor], op.group_peer, op.tag))
+
+        compressed = [i for i in order if flights[i] is not None]
+        device = p2p_op_list[0].tensor.device
+        if not _torch.supports_coalescing(self.inner, device):
+            jobs = dict(zip(compressed, self._ship([f for f in flights.values() if f is not None]), strict=True))
+            parts = {i: jobs[i] if i in jobs else plain(i) for i in order}
+            return [self._work([parts[i]], [op.tensor]) for i, op in enumerate(p2p_op_list)]
+        with _torch.coalescing_manager(self.inner, device) as grouped:
+            grouped_jobs: list[Job] = self._ship([f for f in flights.values() if f is not None])
+            for i in order:
+                if flights[i] is None:
+                    plain(i)
+        together = WaitOnce(grouped.works)
+        for job in grouped_jobs:
+            job.replace_inner(together)
+        return [self._work([*grouped_jobs, together], [op.tensor for op in p2p_op_list])]
+
+    # --- passed through, counted with the bytes their best algorithm sends --------------------------------------------
+
+    def _share(self) -> float:
+        return (self._engine.size - 1) / self._engine.size
+
+    @override
+    def allreduce(self, tensors: Any, opts: Any = None) -> Any:
+        """Passes through."""
+        self._pass("all_reduce", PassReason.OP, 2 * self._share() * nbytes_of(tensors))
+        return self.inner.allreduce(tensors, opts or _torch.options("AllreduceOptions"))
+
+    @override
+    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
+        """Passes through."""
+        self._pass("all_reduce", PassReason.OP, 2 * self._share() * nbytes_of(tensors))
+        return self.inner.allreduce_coalesced(tensors, opts or _torch.options("AllreduceCoalescedOptions"))
+
+    @shared_name
+    def reduce(self, tensors: Any, opts: Any) -> Any:
+        """Passes through."""
+        self._pass("reduce", PassReason.OP, nbytes_of(tensors))
+        return self.inner.reduce(tensors, opts)
+
+    @shared_name
+    def reduce_scatter(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
+        """Passes through."""
+        self._pass("reduce_scatter", PassReason.OP, self._share() * sum(nbytes_of(t) for t in input_tensors))
+        return self.inner.reduce_scatter(output_tensors, input_tensors, opts or _torch.options("ReduceScatterOptions"))
+
+    def _reduce_scatter_one(self, output: Any, x: Any, opts: Any) -> Any:
+        self._pass("reduce_scatter", PassReason.OP, self._share() * nbytes_of([x]))
+        options = opts or _torch.options("ReduceScatterOptions")
+        return _torch.inner_call(self.inner, _torch.REDUCE_SCATTER_SINGLE, output, x, options)
+
+    @shared_name
+    def reduce_scatter_single(self, output_tensor: Any, input_tensor: Any, opts: Any = None) -> Any:
+        """Passes through (``_reduce_scatter_base`` before torch 2.13)."""
+        return self._reduce_scatter_one(output_tensor, input_tensor, opts)
+
+    @override
+    def _reduce_scatter_base(self, output_tensor: Any, input_tensor: Any, opts: Any = None) -> Any:
+        return self._reduce_scatter_one(output_tensor, input_tensor, opts)
+
+    @override
+    def reduce_scatter_single_coalesced(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
+        """Passes through; functional collectives come here."""
+        self._pass("reduce_scatter", PassReason.OP, self._share() * nbytes_of(input_tensors))
+        options = opts or _torch.options("ReduceScatterOptions")
+        return _torch.inner_call(self.inner, _torch.REDUCE_SCATTER_COALESCED, output_tensors, input_tensors, options)
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    @shared_name
+    def gather(self, output_tensors: Any, input_tensors: Any, opts: Any) -> Any:
+        """Passes through."""
+        self._pass("gather", PassReason.OP, 0 if opts.rootRank == self._engine.rank else nbytes_of(input_tensors))
+        return self.inner.gather(output_tensors, input_tensors, opts)
+
+    @shared_name
+    def scatter(self, output_tensors: Any, input_tensors: Any, opts: Any) -> Any:
+        """Passes through."""
+        sent = sum(nbytes_of(t) for t in input_tensors) - (nbytes_of(output_tensors) if input_tensors else 0)
+        self._pass("scatter", PassReason.OP, sent)
+        return self.inner.scatter(output_tensors, input_tensors, opts)
+
+    @shared_name
+    def barrier(self, opts: Any = None) -> Any:
+        """Passes through."""
+        self._pass("barrier", PassReason.OP, 0)
+        return self.inner.barrier(opts or _torch.options("BarrierOptions"))
+
+    @shared_name
+    def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> Any:
+        """Passes through; the inner group's backend must have one (gloo)."""
+        self._pass("barrier", PassReason.OP, 0)
+        return self.inner.monitored_barrier(timeout, wait_all_ranks)
+
+    @shared_name
+    def split_group(self, *args: Any, **kwargs: Any) -> Any:
+        """A plain subgroup of the inner group."""
+        return self.inner.split_group(*args, **kwargs)
+
+    @override
+    def _start_coalescing(self, device: Any) -> None:
+        """Group the following calls, where the backend can (gloo raises, as it does for a plain group)."""
+        self.inner._start_coalescing(device)
+
+    @override
+    def _end_coalescing(self, device: Any) -> Any:
+        return self.inner._end_coalescing(device)
+
+    def _become_tombstone(self) -> None:
+        if type(self) is CompressedProcessGroup:  # a subclass keeps its methods
+            self.__class__ = ClosedProcessGroup
+
+
+class ClosedProcessGroup(CompressedProcessGroup):
+    """What a wrapped group is after ``close``: torch.distributed learns that it is closed, not that it is unknown."""
+
+    def __hash__(self) -> int:
+        # torch.distributed looks every group up in tables, and this one is in none any more
+        if _torch.asked_by_torch():
+            self._ready()
+        return super().__hash__()

@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -22,32 +22,39 @@ from compactdist.errors import ConfigError
 
 __all__ = ["TorchDistributedAPI", "shared_name"]
 
-F = TypeVar("F", bound=Callable[..., Any])
 
 _PG_KEYWORDS = {"tensors", "output_tensors", "input_tensors", "opts"}
 
 
 def _means_process_group(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    values = (*args, *kwargs.values())
-    if any(type(value).__name__.endswith("Options") for value in values):
+    if args and type(args[-1]).__name__.endswith("Options"):
         return True
+    for value in (*args, *kwargs.values()):
+        if type(value).__name__.endswith("Options"):
+            return True
     if not args:
         return bool(_PG_KEYWORDS & kwargs.keys())
-    first = args[0]
     # ProcessGroup.monitored_barrier(timeout, ...) and split_group([ranks])
-    return isinstance(first, list | tuple | timedelta)
+    return isinstance(args[0], list | tuple | timedelta)
 
 
-def shared_name(method: F) -> F:
-    """A ProcessGroup method whose name torch.distributed has too: choose by the arguments."""
+def shared_name(method: Callable[..., Any]) -> Any:
+    """A ProcessGroup method whose name torch.distributed has too: choose by the arguments.
+
+    Dynamo does not trace into it, as into none of the methods that torch calls.
+    """
 
     @functools.wraps(method)
     def choose(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _means_process_group(args, kwargs):
-            return method(self, *args, **kwargs)
-        return self._torch_function(method.__name__)(*args, **kwargs)
+        callback = _torch.set_eval_frame(None)
+        try:
+            if _means_process_group(args, kwargs):
+                return method(self, *args, **kwargs)
+            return self._torch_function(method.__name__)(*args, **kwargs)
+        finally:
+            _torch.set_eval_frame(callback)
 
-    return choose  # type: ignore[return-value]
+    return _torch.mark_opaque(choose)
 
 
 class TorchDistributedAPI:

@@ -73,7 +73,6 @@ def wrap(
         _torch.group_store(group), common, str(group.group_name), group.rank(), ranks, chosen.fingerprint(), seconds
     )
     wrapped = CompressedProcessGroup(group, chosen, f"compactdist:{group.group_name}:{turn}")
-    _torch.adopt_backends(wrapped, group)
     _torch.register(wrapped, group, wrapped.group_name)
     if any(_torch.supports_coalescing(group, device) for device in group._device_types if _usable(device)):
         _torch.patch_batch_isend_irecv(lambda g: isinstance(g, CompressedProcessGroup))
@@ -114,9 +113,10 @@ def unwrap(group: Any) -> Any:
     if not isinstance(group, CompressedProcessGroup):
         return group
     if group._closed:
-        raise ClosedGroupError(f"{group!r} was closed before; its inner group is group.inner")
+        raise ClosedGroupError(f"{group!r} was closed before, and has let go of its inner group: use that as it is")
+    inner = group.inner
     group.close()
-    return group.inner
+    return inner
 
 
 def _dim_indices(mesh: Any, dims: Any) -> list[int]:

@@ -76,26 +76,24 @@ def supports(codec: ScalarQuantizer, view: MatrixView, *tensors: Tensor | None) 
 def encode_residual(
     codec: ScalarQuantizer,
     x: Tensor,
-    base: Tensor | None,
+    terms: tuple[Tensor, ...],
     view: MatrixView,
     out: Tensor | None,
-    velocity: Tensor | None = None,
     payload: Tensor | None = None,
 ) -> Tensor | None:
-    """Encode ``x - (base + velocity)`` and, if ``out`` is given, write there what the receiver will hold.
+    """Encode ``x`` less the sum of ``terms`` and, if ``out`` is given, write there what the receiver will hold.
 
     Args:
         codec: how.
         x: flat.
-        base: flat; ``None`` for no expectation.
+        terms: what is expected, each flat.
         view: how the buffer becomes a matrix.
-        out: flat; may be ``base``.
-        velocity: flat, added to ``base`` in float32; ``None`` for none.
+        out: flat; may be the first of the terms.
         payload: uint8 buffer to write to; a new one unless given.
 
     Returns:
         The payload, or ``None`` if the residual is not finite or too close to the ends of float32. ``out`` may have
-        been written to then, unless it is ``base``.
+        been written to then, unless it is one of the terms.
     """
     plan = plan_for(codec, view)
     assert plan is not None  # supports() said so
@@ -106,8 +104,8 @@ def encode_residual(
     _clear_padding(written, layout)
     codes = written[: layout.codes_nbytes]
     packed = np.empty(layout.elements, np.uint8) if plan.apart else codes
-    source = bits_of(x, x.dtype), *expectation(base, velocity, x.dtype)
-    in_place = out is not None and base is not None and out.data_ptr() == base.data_ptr()
+    source = bits_of(x, x.dtype), *expectation(terms, x.dtype)
+    in_place = out is not None and bool(terms) and out.data_ptr() == terms[0].data_ptr()
     streams = not in_place and _streams(out), not plan.apart and _streams(payload)
     call = _Call(codec, plan, source, packed, written, bits_of(out, x.dtype), streams)
     if not (_encode_blocks(call, in_place) if layout.rows == 1 else _encode_rows(call)):
@@ -115,7 +113,7 @@ def encode_residual(
     if plan.apart:
         pack_apart(codec, packed, codes)
     if layout.rows == 1 and in_place and out is not None:
-        decode_residual(codec, payload, base, view, out, velocity)
+        decode_residual(codec, payload, terms, view, out)
     return payload
 
 

@@ -130,12 +130,10 @@ def bits_of(x: Tensor | None, dtype: torch.dtype) -> NDArray[Any]:
     return array
 
 
-def expectation(
-    base: Tensor | None, velocity: Tensor | None, dtype: torch.dtype
-) -> tuple[NDArray[Any], NDArray[Any], int]:
+def expectation(terms: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[NDArray[Any], NDArray[Any], int]:
     """Base and velocity as bits, and how many of them there are."""
-    terms = 0 if base is None else 1 if velocity is None else 2
-    return bits_of(base, dtype), bits_of(velocity if terms == 2 else None, dtype), terms
+    base = bits_of(terms[0], dtype) if terms else _NOTHING[dtype]
+    return base, bits_of(terms[1], dtype) if len(terms) > 1 else _NOTHING[dtype], len(terms)
 
 
 def pack_apart(codec: ScalarQuantizer, codes: NDArray[np.uint8], packed: NDArray[np.uint8]) -> None:

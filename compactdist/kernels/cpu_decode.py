@@ -26,20 +26,18 @@ _LARGEST_SCALE = np.float32(2.0**90)
 def decode_residual(
     codec: ScalarQuantizer,
     payload: Tensor,
-    base: Tensor | None,
+    terms: tuple[Tensor, ...],
     view: MatrixView,
     out: Tensor,
-    velocity: Tensor | None = None,
 ) -> bool:
-    """Write ``base + velocity`` plus the decoded payload to ``out``, kept finite and rounded to its dtype.
+    """Write the sum of ``terms`` plus the decoded payload to ``out``, kept finite and rounded to its dtype.
 
     Args:
         codec: how.
         payload: uint8, of the right length.
-        base: flat; may be ``out``; ``None`` for no expectation.
+        terms: what is expected, each flat; the first may be ``out``.
         view: how the buffer becomes a matrix.
         out: flat.
-        velocity: flat, added to ``base`` in float32; ``None`` for none.
 
     Returns:
         Whether it was done; not if scales come close to the ends of float32.
@@ -61,9 +59,9 @@ def decode_residual(
     codes = data[: layout.codes_nbytes]
     if plan.apart:
         codes = unpack_apart(codec, codes, layout.elements)
-    before, further, terms = expectation(base, velocity, out.dtype)
-    loop = loops.apply_codes(terms == 1, NEAREST if plan.kind == TRITS else plan.kind, plan.bits)
-    source, into = (before, before, further, terms), bits_of(out, out.dtype)
+    before, further, count = expectation(terms, out.dtype)
+    loop = loops.apply_codes(count == 1, NEAREST if plan.kind == TRITS else plan.kind, plan.bits)
+    source, into = (before, before, further, count), bits_of(out, out.dtype)
     given = source, plan.place, codes, into, (False, False), t, c, plan.table
     spread(lambda parts: loop(parts, *given), plan.row_count, layout.elements)
     return True

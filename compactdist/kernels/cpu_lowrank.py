@@ -38,15 +38,15 @@ def supports(*tensors: Tensor | None) -> bool:
     return all(tensor.device.type == "cpu" and tensor.dtype == given[0].dtype in DTYPES for tensor in given)
 
 
-def take_in(x: Tensor, base: Tensor | None, velocity: Tensor | None, view: MatrixView, out: Tensor) -> Tensor:
-    """Write ``x - (base + velocity)`` as matrices to ``out``, bfloat16 ``(G, R, C)``, rounded once.
+def take_in(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor) -> Tensor:
+    """Write ``x`` less the sum of ``terms`` as matrices to ``out``, bfloat16 ``(G, R, C)``, rounded once.
 
     Returns:
         Frobenius norms before rounding, float32 ``(G,)``.
     """
     groups, rows, _ = view.shape
     squares, place = np.empty(groups * rows, np.float32), tuple(place_of(view))
-    source = (bits_of(x, x.dtype), *expectation(base, velocity, x.dtype))
+    source = (bits_of(x, x.dtype), *expectation(terms, x.dtype))
     target = bits_of(out.view(-1), torch.bfloat16)
     spread(lambda parts: _take_in(source, place, parts, squares, target), groups * rows, view.numel)
     norms = np.sqrt(squares.reshape(groups, rows).sum(1, dtype=np.float64))
@@ -77,16 +77,15 @@ def add_product(
     v: Tensor,
     smallest: float,
     gain: Tensor,
-    base: Tensor | None,
-    velocity: Tensor | None,
+    terms: tuple[Tensor, ...],
     view: MatrixView,
     out: Tensor,
 ) -> None:
-    """Write ``base + velocity`` plus what ``multiply`` gives to ``out``, kept finite and rounded once.
+    """Write the sum of ``terms`` plus what ``multiply`` gives to ``out``, kept finite and rounded once.
 
-    ``out`` may be ``base``.
+    ``out`` may be the first of the terms.
     """
-    _apply_all(u, v, smallest, gain, expectation(base, velocity, out.dtype), place_of(view), out)
+    _apply_all(u, v, smallest, gain, expectation(terms, out.dtype), place_of(view), out)
 
 
 def _apply_all(u: Tensor, v: Tensor, smallest: float, gain: Tensor, expected: Any, place: Place, out: Tensor) -> None:

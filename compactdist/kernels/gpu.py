@@ -69,7 +69,9 @@ def _plan(codec: ScalarQuantizer, view: MatrixView, device: torch.device) -> Pla
 
 
 class _Call(NamedTuple):
-    """What the parts of an encoding share. ``source`` is x, base and velocity; of what is missing, something else."""
+    """What the parts of an encoding share. ``source`` = (x, base, velocity); a missing term repeats ``x``, and
+    ``terms`` says how many of the last two count.
+    """
 
     plan: Plan
     scratch: Scratch
@@ -84,9 +86,9 @@ class _Call(NamedTuple):
         return self.plan.place.row_at, self.plan.place.column_at
 
 
-def _source(x: Tensor, base: Tensor | None, velocity: Tensor | None) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-    """The three tensors as kernels take them, and how many are terms of what is expected."""
-    given = [_bits(tensor) for tensor in (x, base, None if base is None else velocity) if tensor is not None]
+def _source(x: Tensor, terms: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """``(x, base, velocity)`` as kernels take them, and how many terms count. A missing term repeats ``x``."""
+    given = [_bits(tensor) for tensor in (x, *terms)]
     first, second, third = (given + 2 * given[:1])[:3]
     return (first, second, third), len(given) - 1
 
@@ -95,23 +97,21 @@ def _source(x: Tensor, base: Tensor | None, velocity: Tensor | None) -> tuple[tu
 def encode_residual(
     codec: ScalarQuantizer,
     x: Tensor,
-    base: Tensor | None,
+    terms: tuple[Tensor, ...],
     view: MatrixView,
     out: Tensor | None,
-    velocity: Tensor | None = None,
     payload_out: Tensor | None = None,
     *,
     flag: Tensor | None = None,
 ) -> Tensor | None:
-    """Encode ``x - (base + velocity)`` and, if ``out`` is given, write there what the receiver will hold.
+    """Encode ``x`` less the sum of ``terms`` and, if ``out`` is given, write there what the receiver will hold.
 
     Args:
         codec: Any that ``supports`` has agreed to, as the rest.
         x: Flat.
-        base: Flat; ``None`` for no expectation.
+        terms: What is expected, each flat.
         view: How the buffer becomes a matrix.
-        out: Flat, contiguous; may be ``base``.
-        velocity: Flat, added to ``base`` in float32; ``None`` for none.
+        out: Flat, contiguous; may be the first of the terms.
         payload_out: uint8, gets the payload; in place if it is aligned to 16 bytes. New memory unless given.
         flag: int32 of one element, set to 1 if the residual is not finite, else left as it is. With it nothing waits
             for the device. What is then sent decodes to no change: a payload of zeros; where a scale covers one row or
@@ -128,15 +128,15 @@ def encode_residual(
     payload = payload_out
     if payload is None or payload.data_ptr() % 16 or not payload.is_contiguous():
         payload = torch.empty(plan.layout.total_nbytes, dtype=torch.uint8, device=x.device)
-    source, terms = _source(x, base, velocity)
+    source, count = _source(x, terms)
     with _on(x.device):
         scratch = scratch_of(plan, x.device)
         scratch.zeroed.zero_()
         target, reported = source[0] if out is None else _bits(out), scratch.flag if flag is None else flag
-        call = _Call(plan, scratch, source, terms, target, payload, reported)
+        call = _Call(plan, scratch, source, count, target, payload, reported)
         writes = {"WRITES": out is not None, "LOCKSTEP": flag is not None}
         if plan.by_block:
-            in_place = out is not None and base is not None and out.data_ptr() == base.data_ptr()
+            in_place = out is not None and bool(terms) and out.data_ptr() == terms[0].data_ptr()
             if in_place and flag is None:  # the base must be whole if a later block turns out not to be finite
                 _find_not_finite(call)
             _encode_blocks(call, writes)
@@ -219,14 +219,13 @@ def _units(plan: Plan) -> dict[str, Any]:
 def decode_residual(
     codec: ScalarQuantizer,
     payload: Tensor,
-    base: Tensor | None,
+    terms: tuple[Tensor, ...],
     view: MatrixView,
     out: Tensor,
-    velocity: Tensor | None = None,
 ) -> bool:
-    """Write ``base + velocity`` plus the decoded payload to ``out``, kept finite and rounded to its dtype.
+    """Write the sum of ``terms`` plus the decoded payload to ``out``, kept finite and rounded to its dtype.
 
-    Never waits for the device; ``out`` may be ``base``.
+    Never waits for the device; ``out`` may be the first of the terms.
 
     Returns:
         True: it was done.
@@ -239,12 +238,12 @@ def decode_residual(
     if payload.data_ptr() % 16:  # the middle of someone's buffer
         payload = payload.clone()
     target = _bits(out)
-    (_, *source), terms = _source(out, base, velocity)
+    (_, *source), count = _source(out, terms)
     with _on(out.device):
         gpu_apply.decode_codes[(-(-plan.units // _UNITS),)](
             *source, target, payload, plan.table, plan.place.row_at, plan.place.column_at,
             at.rows, at.channels, at.elements, at.row_scales_at, at.channel_scales_at,
             plan.blocks, plan.pad, plan.matrix_channels, plan.numel,
-            TERMS=terms, UNITS=_UNITS, num_warps=8, **_units(plan), **_EXACT,
+            TERMS=count, UNITS=_UNITS, num_warps=8, **_units(plan), **_EXACT,
         )  # fmt: skip
     return True

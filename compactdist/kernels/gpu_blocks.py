@@ -157,7 +157,7 @@ def encode_blocks(
         first = statistic * factor
     else:
         first = scaled_statistic(statistic, low, statistic, factor)
-    c = channel_scale(first, fold_lanes(energies, BLOCKS), channels.to(tl.float32), constant, KIND, WIDENING)
+    c = channel_scale(first, fold_lanes(energies, BLOCKS), tl.cast(channels, tl.float32), constant, KIND, WIDENING)
     inverse_c = inverse_or_zero(c)
     inverse_of = tl.reshape(tl.broadcast_to(inverse_c[:, None], (BLOCKS, 8)), (8 * BLOCKS, 1))
     one = tl.full((8 * BLOCKS, 1), 1.0, tl.float32)

@@ -147,7 +147,7 @@ def settle(
             all_firsts *= norm
         all_weights = all_weights * norm * norm
     if PER_GROUP:
-        all_weights *= channels.to(tl.float32)
+        all_weights *= tl.cast(channels, tl.float32)
     c = channel_scale(all_firsts, all_energies, all_weights, constant, KIND, WIDENING)
     code = encode_bf16(storable_scale(tl.div_rn(c, factor), False))
     code = tl.where(tl.load(flag) != 0, 0, code)

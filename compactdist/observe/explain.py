@@ -88,16 +88,16 @@ def explain(group: GroupLifecycle) -> str:
     (``sample_errors_every``; what is passed on is not sampled), ``-`` if none was.
     """
     stats = group.stats()
-    ctx = group._ctx
+    engine, keys = group._engine, group._keys
     lines = [
-        f"{group!r}: {'no' if ctx.keys.step < 0 else ctx.keys.step + 1} steps since reset, epoch {ctx.keys.epoch}",
+        f"{group!r}: {'no' if keys.step < 0 else keys.step + 1} steps since reset, epoch {keys.epoch}",
     ]
     if stats.sites:
         lines += _table(_site_rows(stats))
     if stats.passed_reasons:
         lines.append("passed through:")
-        reasons: dict[tuple[str, str], int] = {k: count for k, (count, _) in ctx.stats.passed_table().items()}
+        reasons: dict[tuple[str, str], int] = {k: count for k, (count, _) in engine.stats.passed_table().items()}
         for (op, reason), count in sorted(reasons.items()):
             lines.append(f"  {count} x {op}: {reason} ({PassReason.explained(reason)})")
-    lines.append(_totals(stats, ctx.store.budget_bytes))
+    lines.append(_totals(stats, engine.store.budget_bytes))
     return "\n".join(lines)

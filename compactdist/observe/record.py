@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from compactdist.errors import ConfigError
-from compactdist.exchange.context import Call
+from compactdist.exchange.plan import Call
 from compactdist.observe.trace import TraceError, require_safetensors, save_trace
 from compactdist.state import MatrixView
 from compactdist.state.find_view import find_view
@@ -85,11 +85,11 @@ class _Recorder:
 
     def __call__(self, call: Call, peer: int, tensor: Tensor, hint: MatrixView | None) -> None:
         """Keep a copy of the tensor."""
-        self.ended = self.ended or call.key.step < self._step
+        self.ended = self.ended or call.step < self._step
         if self.ended or self.failure is not None:
             return
-        self._step = call.key.step
-        name = f"{call.key.name}>{peer}" if call.op == "all_to_all" else call.key.name
+        self._step = call.step
+        name = f"{call.site}>{peer}" if call.op == "all_to_all" else call.site
         self.seen.add(name)
         if not any(fnmatch.fnmatchcase(name, glob) for glob in self._globs):
             return
@@ -220,7 +220,7 @@ def record(
         raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
     require_safetensors()
     group._ready()
-    ctx = group._ctx
+    ctx = group._engine
     if ctx.tap is not None:
         raise ConfigError(f"{ctx.label} is being recorded already")
     globs = (sites,) if isinstance(sites, str) else tuple(sites)
@@ -239,7 +239,7 @@ def _about(ctx: Any) -> dict[str, str]:
 
     return {
         "format": "compactdist trace 1",
-        "codec": repr(ctx.codec),
+        "codec": repr(ctx.chooser.codec),
         "compactdist": __version__,
         "torch": torch.__version__,
         "rank": f"{ctx.rank} of {ctx.size}",

@@ -2,20 +2,18 @@
 
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
-from compactdist.state.history import History
+from compactdist.state.history import Predictor
 from compactdist.state.matrix_view import Layout, MatrixView, blocks, plain
-from compactdist.state.quantized_history import QuantizedHistory, StateForm
+from compactdist.state.quantized_history import StateForm
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
-from compactdist.state.staged import Staged
 from compactdist.state.store import Site, StateStore
-from compactdist.state.stream import COMPRESSIBLE_DTYPES, StreamConfig, StreamState, state_nbytes
+from compactdist.state.stream import COMPRESSIBLE_DTYPES, Staged, StreamConfig, StreamState, state_nbytes
 
 __all__ = [
     "COMPRESSIBLE_DTYPES",
     "MatrixView",
-    "History",
+    "Predictor",
     "Layout",
-    "QuantizedHistory",
     "ResidualDecoder",
     "ResidualEncoder",
     "Site",

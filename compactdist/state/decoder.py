@@ -5,11 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compactdist.codecs import Codec
+from compactdist.codecs.base import Codec
 from compactdist.errors import FrameError, NonFiniteError
-from compactdist.state.matrix_view import MatrixView, blocks
-from compactdist.state.stream import StreamConfig, StreamState
-from compactdist.wire import KEY, NO_STATE, NONFINITE, STATELESS, Header, from_raw, payload_of, raw_nbytes, unpack
+from compactdist.kernels.spec import MatrixView
+from compactdist.state.matrix_view import blocks
+from compactdist.state.stream import Changes, StreamConfig, StreamState
+from compactdist.wire import (
+    KEY,
+    NO_STATE,
+    NONFINITE,
+    STATELESS,
+    Header,
+    from_raw,
+    payload_of,
+    raw_nbytes,
+    read_head,
+    unpack,
+)
 
 __all__ = ["StreamDecoder"]
 
@@ -17,21 +29,21 @@ _RESET = "call reset() on all ranks to start again from keyframes"
 
 
 class StreamDecoder(StreamState):
-    """Decoder of one directed stream inside a group.
+    """Decoder of one directed stream inside a group. Callers switch gradients off.
 
     Attributes:
         refused: the last keyframe said that the sender keeps no history.
-        header: of the last frame decoded.
+        header: of the last frame decoded; of a residual's, epoch and sequence do not count.
     """
 
-    __slots__ = ("header", "refused")
+    __slots__ = ("_torn", "header", "refused")
 
-    def __init__(self, config: StreamConfig, key: int, where: str) -> None:
-        super().__init__(config, key, where)
+    def __init__(self, config: StreamConfig, key: int, where: str, changes: Changes | None = None) -> None:
+        super().__init__(config, key, where, changes)
         self.refused = False
         self.header: Header | None = None
+        self._torn = False
 
-    @torch.no_grad()
     def decode(
         self,
         frame: Tensor,
@@ -51,7 +63,7 @@ class StreamDecoder(StreamState):
             numel: elements to come.
             dtype: of the elements.
             epoch: resets of the group so far.
-            hint: view to start with, from a layout hint.
+            hint: matrix view to start with, from a layout hint.
             refuse_state: this end keeps no history for the site.
 
         Returns:
@@ -61,14 +73,20 @@ class StreamDecoder(StreamState):
             FrameError: the frame is not the expected one; nothing was applied.
             NonFiniteError: the sender's tensor held NaN or Inf; the stream restarts with a keyframe.
         """
+        form = self._form
+        if form is not None and form.codec is codec and self.live == (numel, dtype):
+            # the residual that is due, without an announcement: what both ends know makes every byte of its header
+            head = form.head.filled(epoch, self.sequence)
+            if read_head(frame) == head and form.frame_nbytes <= frame.numel():
+                self.header = form.head.header
+                return self._take_residual(frame, self.header, codec)
         header = unpack(frame, self.where)
         self._check(header, codec, numel, dtype, epoch, hint)
-        payload = payload_of(frame, header)
         self.header = header
         if header.flags & STATELESS:
-            return from_raw(payload, numel, dtype)
+            return from_raw(payload_of(frame, header), numel, dtype)
         if header.flags & KEY:
-            return self._take_key(header, payload, numel, dtype, hint, refuse_state)
+            return self._take_key(frame, header, hint, refuse_state)
         if header.flags & NONFINITE:
             self.sequence += 1
             self.drop()
@@ -77,35 +95,48 @@ class StreamDecoder(StreamState):
                 "written and this stream restarts with a keyframe. Find the source of the NaN, or let the site pass "
                 "through"
             )
-        view = self.view
-        assert view is not None
-        base = self.history.read(None)
-        # in place, unless the last value is needed for the velocity
-        value = torch.empty(numel, dtype=dtype, device=frame.device) if base is None or self.config.order > 1 else base
-        self.history.reconstruct(payload, codec, view, value, base)
-        self.history.advance(value)
+        return self._take_residual(frame, header, codec)
+
+    def drop(self) -> None:
+        """Forget the history: the next frame is a keyframe."""
+        super().drop()
+        self._torn = False
+
+    def _take_residual(self, frame: Tensor, header: Header, codec: Codec) -> Tensor:
+        if self._torn:
+            raise FrameError(
+                f"{self.where}: an earlier frame was interrupted while it was decoded, so what this end holds is not "
+                f"what the sender expects. Nothing was applied; {_RESET}"
+            )
+        session = self.form(codec, frame.device).session
+        payload = payload_of(frame, header)
+        predictor = self.predictor
+        terms = predictor.terms()
+        if terms and predictor.decodes_in_place:
+            value = terms[0]
+        else:
+            value = torch.empty(header.numel, dtype=header.dtype, device=frame.device)
+        self._torn = True
+        session.decode(payload, terms, value)
+        predictor.advance(value, terms)
         self.sequence += 1
-        self.follow(header.next_groups, header.next_channels)
+        self._torn = False
+        session.commit()
+        if header.next_channels:
+            self.follow(header.next_groups, header.next_channels)
         return value
 
-    def _take_key(
-        self,
-        header: Header,
-        payload: Tensor,
-        numel: int,
-        dtype: torch.dtype,
-        hint: MatrixView | None,
-        refuse_state: bool,
-    ) -> Tensor:
-        value = from_raw(payload, numel, dtype)
+    def _take_key(self, frame: Tensor, header: Header, hint: MatrixView | None, refuse_state: bool) -> Tensor:
+        value = from_raw(payload_of(frame, header), header.numel, header.dtype)
         self.sequence += 1
         self.refused = bool(header.flags & NO_STATE)
         if header.flags & (NONFINITE | NO_STATE) or refuse_state:
             self.drop()
             return value
-        self.start(numel, dtype, hint)
-        if self.config.order > 0:
-            self.history.advance(value.clone())
+        self.start(header.numel, header.dtype, hint)
+        if self.config.remembers:
+            self.predictor.advance(value.clone(), ())
+        self._torn = False
         self.follow(header.next_groups, header.next_channels)
         return value
 

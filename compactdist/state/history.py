@@ -1,117 +1,228 @@
-"""What both ends of a stream remember, and what they expect the next tensor to be.
+"""What both ends of a stream remember, and what they expect the next tensor to be: one predictor class for each order.
 
-Orders: 0 expects nothing; 1 expects the last value; 2 expects the last value plus a damped velocity (CompactFusion,
-arXiv 2507.17511, residual level 2; damping g: v <- g * (x_hat - base)). The arithmetic is elementwise float32 in a
-fixed order with one rounding to the tensor's dtype, so two ends that start equal stay equal to the bit.
+A predictor gives ``terms()``, the tensors whose sum is the prediction, and takes the reconstruction in ``advance``. The
+arithmetic is elementwise float32 in a fixed order with one rounding to the tensor's dtype, so two ends that start equal
+stay equal to the bit. Nobody else compares ``order``: whoever needs to know asks the class (``copies``, ``can_share``).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Protocol
+
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Codec
-from compactdist.kernels.spec import MatrixView
+from compactdist.codecs.base import Terms
 
-__all__ = ["History"]
+__all__ = ["DampedVelocity", "ExactCell", "LastValue", "Memoryless", "Predictor", "predictor_class"]
 
 
-class History:
-    """Reconstruction (and velocity) of one stream.
+class Cell(Protocol):
+    """A place for one remembered tensor."""
 
-    Attributes:
-        order: 0, 1 or 2.
-        damping: factor g of the velocity, 0 <= g <= 1; used by order 2 only.
-    """
+    def read(self) -> Tensor | None:
+        """The remembered tensor, flat, in the stream's dtype, yours to write over; ``None`` when empty."""
+        ...
 
-    __slots__ = ("_base", "_velocity", "damping", "order")
+    def put(self, value: Tensor) -> Tensor | None:
+        """Remember ``value``, which is the cell's from now on; returns a tensor that nobody needs any more."""
+        ...
 
-    def __init__(self, order: int, damping: float) -> None:
-        self.order = order
-        self.damping = damping
-        self._base: Tensor | None = None
-        self._velocity: Tensor | None = None
-
-    @property
-    def base(self) -> Tensor | None:
-        """Last reconstruction, flat ``[numel]`` in the stream's dtype; ``None`` when empty or for order 0."""
-        return self._base
-
-    @property
-    def velocity(self) -> Tensor | None:
-        """Damped change of the last reconstruction, same shape and dtype; order 2 only."""
-        return self._velocity
-
-    @property
-    def needs_scratch(self) -> bool:
-        """Whether :meth:`read` has something to write to its argument."""
-        return False
-
-    def read(self, scratch: Tensor | None) -> Tensor | None:
-        """``base``; a history that does not hold it as a tensor writes it to ``scratch``, if that is given."""
-        return self._base
+    def clear(self) -> None:
+        """Forget."""
+        ...
 
     @property
     def held(self) -> tuple[Tensor, ...]:
-        """The tensors that are kept. Both ends of a stream keep the same bytes."""
-        return tuple(t for t in (self._base, self._velocity) if t is not None)
+        """The tensors that are kept."""
+        ...
+
+
+class ExactCell:
+    """Remembers a tensor as it is.
+
+    On a CPU the cell takes the tensor it is given, and hands back the last one. Elsewhere the tensor is copied into the
+    cell's own memory, whose address lasts as long as the stream: a captured CUDA graph knows addresses only.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def read(self) -> Tensor | None:
+        """The remembered tensor itself."""
+        return self.value
+
+    def put(self, value: Tensor) -> Tensor | None:
+        """Remember ``value``; returns the last tensor where ``value`` took its place."""
+        last = self.value
+        if last is value:
+            return None
+        if last is None or value.device.type == "cpu":
+            self.value = value
+            return last
+        last.copy_(value)
+        return None
+
+    def clear(self) -> None:
+        """Forget."""
+        self.value = None
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes of tensors held."""
-        return sum(t.numel() * t.element_size() for t in self.held)
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensor, if there is one."""
+        return () if self.value is None else (self.value,)
 
-    def predict(self) -> Tensor | None:
-        """The expected next tensor, flat float32, or ``None`` for no expectation."""
-        base, velocity = self.base, self.velocity
-        if base is None or velocity is None:
-            return None if base is None else base.float()
-        return base.float() + velocity.float()
 
-    def residual(self, flat: Tensor) -> Tensor:
-        """``flat - prediction`` as float32; Inf where two huge finite values differ by more than float32 holds."""
-        prediction = self.predict()
-        return flat.float() if prediction is None else flat.float() - prediction
+class Predictor(ABC):
+    """Expects the next tensor of a stream.
 
-    def reconstruct(
-        self, payload: Tensor, codec: Codec, view: MatrixView, out: Tensor, base: Tensor | None = None
-    ) -> None:
-        """Write the prediction plus the decoded payload to ``out``, rounded to its dtype and kept finite.
+    Args:
+        damping: factor g of the velocity, 0 <= g <= 1; used by :class:`DampedVelocity` only.
+        new_cell: makes an empty :class:`Cell`.
+    """
 
-        ``out`` may be ``base``; apart from that the history stays as it is.
+    copies: ClassVar[int]
+    """Tensors that are remembered, each as large as the stream's."""
+
+    can_share: ClassVar[bool] = False
+    """Whether a stream that passes frames on may look at the incoming stream's predictor and keep none of its own."""
+
+    decodes_in_place: ClassVar[bool] = False
+    """Whether the reconstruction may be written over the first term."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None: ...
+
+    @property
+    def base(self) -> Tensor | None:
+        """The last reconstruction, flat ``[numel]`` in the stream's dtype; ``None`` when empty or without memory."""
+        terms = self.terms()
+        return terms[0] if terms else None
+
+    @abstractmethod
+    def terms(self) -> Terms:
+        """The prediction, as tensors to be added up in float32; empty for no expectation."""
+
+    @abstractmethod
+    def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
+        """Remember ``value``, flat ``[numel]``; it belongs to the predictor from now on.
 
         Args:
-            payload: from ``codec``.
-            codec: the stream's.
-            view: how the payload was view.
-            out: flat ``[numel]``, the stream's dtype.
-            base: what :meth:`read` gave, if the caller has it at hand.
-        """
-        codec.decode_residual(payload, self.base if base is None else base, view, out, velocity=self.velocity)
+            value: the reconstruction.
+            terms: what :meth:`terms` gave for this frame; empty for a keyframe.
 
-    def next_velocity(self, value: Tensor) -> Tensor | None:
-        """The velocity that goes with a new value (zero for the first one)."""
-        if self.order < 2:
-            return None
-        base = self.base
+        Returns:
+            A tensor of the same size whose memory nobody needs any more, or ``None``.
+        """
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget everything."""
+
+    @property
+    @abstractmethod
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors that are kept. Both ends of a stream keep the same bytes."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the tensors that are kept."""
+        return sum(tensor.nbytes for tensor in self.held)
+
+
+class Memoryless(Predictor):
+    """Order 0: expects nothing (plain quantization)."""
+
+    copies = 0
+    __slots__ = ()
+
+    def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
+        pass
+
+    def terms(self) -> Terms:
+        return ()
+
+    def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
+        return None
+
+    def clear(self) -> None:
+        pass
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return ()
+
+
+class LastValue(Predictor):
+    """Order 1: expects the last value."""
+
+    copies = 1
+    can_share = decodes_in_place = True
+    __slots__ = ("_base",)
+
+    def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
+        self._base = new_cell()
+
+    def terms(self) -> Terms:
+        base = self._base.read()
+        return () if base is None else (base,)
+
+    def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
+        return self._base.put(value)
+
+    def clear(self) -> None:
+        self._base.clear()
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return self._base.held
+
+
+class DampedVelocity(Predictor):
+    """Order 2: expects the last value plus a damped velocity.
+
+    CompactFusion, arXiv 2507.17511, residual level 2; damping g: v <- g * (x_hat - base), zero after the first value.
+    """
+
+    copies = 2
+    __slots__ = ("_base", "_damping", "_velocity")
+
+    def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
+        self._damping = damping
+        self._base = new_cell()
+        self._velocity = new_cell()
+
+    def terms(self) -> Terms:
+        base, velocity = self._base.read(), self._velocity.read()
+        return () if base is None or velocity is None else (base, velocity)
+
+    def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
+        base = terms[0] if terms else self._base.read()
+        self._velocity.put(self._change(value, base))
+        return self._base.put(value)
+
+    def _change(self, value: Tensor, base: Tensor | None) -> Tensor:
         if base is None:
             return torch.zeros_like(value)
         limit = torch.finfo(value.dtype).max
         change = (value.float() - base.float()).clamp_(-limit, limit)
-        return (change * self.damping).to(value.dtype)
-
-    def advance(self, value: Tensor) -> Tensor | None:
-        """Remember ``value`` (flat, owned by the history from now on) and let go of the last one.
-
-        Returns:
-            The last one, if its memory is of use.
-        """
-        if self.order == 0:
-            return None
-        self._velocity = self.next_velocity(value)
-        last, self._base = self._base, value
-        return last
+        return (change * self._damping).to(value.dtype)
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._base = self._velocity = None
+        self._base.clear()
+        self._velocity.clear()
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return self._base.held + self._velocity.held
+
+
+def predictor_class(order: int) -> type[Predictor]:
+    """The predictor of an order: 0 no prediction, 1 last value, 2 last value and damped velocity."""
+    return (Memoryless, LastValue, DampedVelocity)[order]

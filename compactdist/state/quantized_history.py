@@ -11,6 +11,7 @@ to the bit, whatever devices they run on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -21,9 +22,9 @@ from torch.nn.functional import pad
 
 from compactdist.codecs.scalar.fp8 import encode_units, unit_levels
 from compactdist.kernels import reference as kernels
-from compactdist.state.history import History
+from compactdist.state.history import ExactCell, Predictor, predictor_class
 
-__all__ = ["BLOCK", "STATE_FORMS", "QuantizedHistory", "StateForm", "make_history", "quantize", "state_copy_nbytes"]
+__all__ = ["BLOCK", "STATE_FORMS", "QuantizedCell", "StateForm", "make_predictor", "quantize", "state_copy_nbytes"]
 
 StateForm = Literal["exact", "int8", "fp8"]
 STATE_FORMS: tuple[StateForm, ...] = ("exact", "int8", "fp8")
@@ -121,62 +122,39 @@ def state_copy_nbytes(form: StateForm, numel: int, dtype: torch.dtype) -> int:
     return numel * dtype.itemsize if form == "exact" else numel + 2 * -(-numel // BLOCK)
 
 
-class QuantizedHistory(History):
-    """A history that rounds what it remembers; the velocity too, with scales of its own.
-
-    ``base`` and ``velocity`` are computed whenever they are asked for: take what :meth:`read` gives, once.
+class QuantizedCell:
+    """Remembers a tensor in eight bits for each element; reading gives a new tensor each time.
 
     Args:
-        order, damping: as of :class:`History`.
         form: ``"int8"`` or ``"fp8"``.
     """
 
-    __slots__ = ("_kept_base", "_kept_velocity", "form")
+    __slots__ = ("_form", "_kept")
 
-    def __init__(self, order: int, damping: float, form: Literal["int8", "fp8"]) -> None:
-        super().__init__(order, damping)
-        self.form: Literal["int8", "fp8"] = form
-        self._kept_base: Quantized | None = None
-        self._kept_velocity: Quantized | None = None
+    def __init__(self, form: Literal["int8", "fp8"]) -> None:
+        self._form: Literal["int8", "fp8"] = form
+        self._kept: Quantized | None = None
 
-    @property
-    def base(self) -> Tensor | None:
-        """What is left of the last reconstruction, flat ``[numel]``; a new tensor."""
-        return self.read(None)
+    def read(self) -> Tensor | None:
+        """What is left of the tensor after rounding."""
+        return None if self._kept is None else self._kept.dequantize()
 
-    @property
-    def velocity(self) -> Tensor | None:
-        """What is left of the velocity, flat ``[numel]``; a new tensor."""
-        return None if self._kept_velocity is None else self._kept_velocity.dequantize()
+    def put(self, value: Tensor) -> Tensor | None:
+        """Remember a rounded copy of ``value``, which stays the caller's."""
+        self._kept = quantize(value, self._form, value.dtype)
+        return None
 
-    @property
-    def needs_scratch(self) -> bool:
-        """Whether :meth:`read` has something to write to its argument."""
-        return self._kept_base is not None
-
-    def read(self, scratch: Tensor | None) -> Tensor | None:
-        """``base``, in ``scratch`` if that is given."""
-        return None if self._kept_base is None else self._kept_base.dequantize(scratch)
+    def clear(self) -> None:
+        """Forget."""
+        self._kept = None
 
     @property
     def held(self) -> tuple[Tensor, ...]:
         """Codes and scales."""
-        kept = (self._kept_base, self._kept_velocity)
-        return tuple(tensor for one in kept if one is not None for tensor in (one.codes, one.scales))
-
-    def advance(self, value: Tensor) -> None:
-        """Remember a rounded copy of ``value``, which stays the caller's."""
-        if self.order == 0:
-            return
-        velocity = self.next_velocity(value)
-        self._kept_velocity = None if velocity is None else quantize(velocity, self.form, value.dtype)
-        self._kept_base = quantize(value, self.form, value.dtype)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._kept_base = self._kept_velocity = None
+        return () if self._kept is None else (self._kept.codes, self._kept.scales)
 
 
-def make_history(order: int, damping: float, form: StateForm) -> History:
-    """An empty history that keeps tensors in this form."""
-    return History(order, damping) if form == "exact" else QuantizedHistory(order, damping, form)
+def make_predictor(order: int, damping: float, form: StateForm) -> Predictor:
+    """An empty predictor of this order that keeps tensors in this form."""
+    new_cell = ExactCell if form == "exact" else functools.partial(QuantizedCell, form)
+    return predictor_class(order)(damping, new_cell)

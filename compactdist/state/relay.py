@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compactdist.codecs import Codec
-from compactdist.state.matrix_view import MatrixView, plain
-from compactdist.state.quantized_history import make_history
-from compactdist.state.staged import Staged
+from compactdist.codecs.base import Codec
+from compactdist.kernels.spec import MatrixView
+from compactdist.state.matrix_view import plain
+from compactdist.state.stream import Staged
 from compactdist.wire import Header, pack, raw_payload, seal
 
 if TYPE_CHECKING:
     from compactdist.state.decoder import StreamDecoder
     from compactdist.state.encoder import StreamEncoder
-    from compactdist.state.stream import StreamConfig
 
 __all__ = [
     "Received",
@@ -36,7 +35,6 @@ __all__ = [
     "join",
     "leave",
     "pass_on",
-    "remembers_values",
     "same_state",
     "stop_sharing",
 ]
@@ -112,18 +110,13 @@ def digest_of(x: Tensor) -> bytes:
     return hashlib.blake2b(_words(x).numpy().data, digest_size=16).digest()
 
 
-def remembers_values(config: StreamConfig) -> bool:
-    """Whether a decoder's state holds the bytes of what it decoded last."""
-    return config.order > 0 and config.state == "exact"
-
-
 def is_untouched(received: Received, x: Tensor) -> bool:
     """Whether a CPU tensor has the bytes the frame was decoded to.
 
     Compared with the decoder's state where that holds them, else by the digest taken on arrival.
     """
-    if remembers_values(received.decoder.config):
-        base = received.decoder.history.base
+    if received.decoder.config.remembers_values:
+        base = received.decoder.predictor.base
         return base is not None and _equal(x, base)
     return received.digest is not None and received.digest == digest_of(x)
 
@@ -138,7 +131,7 @@ def same_state(encoder: StreamEncoder, decoder: StreamDecoder, *, compare: bool 
     """
     if encoder.live is None or (encoder.live, encoder.view) != (decoder.live, decoder.view):
         return False
-    ours, theirs = encoder.history.held, decoder.history.held
+    ours, theirs = encoder.predictor.held, decoder.predictor.held
     return len(ours) == len(theirs) and (not compare or all(map(_equal, ours, theirs)))
 
 
@@ -159,10 +152,10 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
     assert payload is not None
     value = exact = None
     config = encoder.config
-    if config.order > 0 and not (encoder.relay and encoder.relay.shared):
+    if config.remembers and not (encoder.relay and encoder.relay.shared):
         value = _copy(x)
-        exact = None if config.closed_loop else _copy(x)
-    return Staged(pack(header, payload), value, header, exact, announced(header))
+        exact = _copy(x) if config.open_loop else None
+    return Staged(pack(header, payload), header, value, (), exact, announced(header))
 
 
 def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Relay:
@@ -177,7 +170,7 @@ def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Rela
     if share and not relay.shared:
         live, view = encoder.live, encoder.view
         encoder.drop()  # with all that encoding needs besides
-        encoder.live, encoder.view, encoder.history = live, view, decoder.history
+        encoder.live, encoder.view, encoder.predictor = live, view, decoder.predictor
     relay.source, relay.passed, relay.shared, relay.owes_key = decoder, decoder.sequence, share, False
     return relay
 
@@ -195,8 +188,7 @@ def stop_sharing(encoder: StreamEncoder, relay: Relay) -> None:
     """Give an encoder an empty history of its own, if it has none."""
     if relay.shared:
         relay.shared = False
-        config = encoder.config
-        encoder.history = make_history(config.order, config.damping, config.state)
+        encoder.predictor = encoder.config.new_predictor()
 
 
 def announced(header: Header) -> MatrixView | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compactdist import codecs
@@ -78,16 +79,11 @@ class ResidualEncoder:
         fresh = self._stream.is_fresh(x.numel(), x.dtype)
         keyframe = fresh or self._frames < self.config.warmup_steps
         hint = self.layout.resolve(x.numel()) if self.layout is not None else None
-        staged = self._stream.stage(
-            x,
-            self.codec,
-            keyframe=keyframe,
-            epoch=self._epoch,
-            hint=hint,
-            shape=tuple(x.shape),
-            row_weights=row_weights,
-        )
-        self._stream.commit(staged, hint)
+        with torch.no_grad():
+            staged = self._stream.stage(
+                x, self.codec, keyframe=keyframe, epoch=self._epoch, shape=tuple(x.shape), row_weights=row_weights
+            )
+            self._stream.commit(staged, hint)
         self._frames += 1
         return staged.frame
 
@@ -104,7 +100,7 @@ class ResidualEncoder:
 
         With a quantized ``state`` a new tensor: what is left of the last reconstruction after rounding.
         """
-        return self._stream.history.base
+        return self._stream.predictor.base
 
     @property
     def state_bytes(self) -> int:
@@ -148,8 +144,9 @@ class ResidualDecoder:
         if header.shape is None:
             raise FrameError(f"{self._stream.where}: the frame carries no shape; it was made for a process group")
         hint = self.layout.resolve(header.numel) if self.layout is not None else None
-        value = self._stream.decode(frame, self.codec, header.numel, header.dtype, epoch=self._epoch, hint=hint)
-        return value.clone().view(header.shape)
+        with torch.no_grad():
+            value = self._stream.decode(frame, self.codec, header.numel, header.dtype, epoch=self._epoch, hint=hint)
+            return value.clone().view(header.shape)
 
     def reset(self) -> None:
         """Forget the history and start a new epoch; do the same on the other end."""
@@ -163,7 +160,7 @@ class ResidualDecoder:
 
         With a quantized ``state`` a new tensor: what is left of the last reconstruction after rounding.
         """
-        return self._stream.history.base
+        return self._stream.predictor.base
 
     @property
     def state_bytes(self) -> int:

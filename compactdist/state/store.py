@@ -8,7 +8,7 @@ from typing import Any
 
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
-from compactdist.state.stream import Spares, StreamConfig
+from compactdist.state.stream import Changes, Spares, StreamConfig
 from compactdist.wire import key_hash
 
 __all__ = ["Site", "StateStore"]
@@ -20,6 +20,8 @@ class Site:
     Attributes:
         key: the site's full key.
         encoders, decoders: streams to and from peers (group ranks).
+        changes: of the streams, which a plan holds against.
+        plan: what the site's last call was planned to do; its owner is :mod:`compactdist.exchange`.
         refused: peers with which no history is kept for lack of budget; :data:`ALL` for the whole site.
         reserved: bytes of budget taken per peer (or :data:`ALL`).
         pending: exchanges issued and not yet decoded.
@@ -34,6 +36,8 @@ class Site:
         self._config = config
         self._label = label
         self._spares = spares
+        self.changes = Changes()
+        self.plan: Any = None
         self.encoders: dict[int, StreamEncoder] = {}
         self.decoders: dict[int, StreamDecoder] = {}
         self.refused: set[int] = set()
@@ -46,7 +50,7 @@ class Site:
         found = self.encoders.get(peer)
         if found is None:
             found = self.encoders[peer] = StreamEncoder(
-                self._config, self.hash, f"{self._label}, sending to rank {peer}", self._spares
+                self._config, self.hash, f"{self._label}, sending to rank {peer}", self._spares, self.changes
             )
         return found
 
@@ -55,7 +59,7 @@ class Site:
         found = self.decoders.get(peer)
         if found is None:
             where = f"{self._label}, frame from rank {peer}"
-            found = self.decoders[peer] = StreamDecoder(self._config, self.hash, where)
+            found = self.decoders[peer] = StreamDecoder(self._config, self.hash, where, self.changes)
         return found
 
     @property
@@ -102,6 +106,10 @@ class StateStore:
                 found = self._sites.setdefault(key, Site(key, self.config, f"{self._label}, site '{key}'", self.spares))
         return found
 
+    def find(self, key: str) -> Site | None:
+        """The site of this key, if there is one."""
+        return self._sites.get(key)
+
     def sites(self) -> list[Site]:
         """All sites, in order of first use."""
         with self._lock:
@@ -131,6 +139,7 @@ class StateStore:
     def refuse(self, site: Site, peer: int) -> None:
         """Keep no history with ``peer`` at this site from now on."""
         site.refused.add(peer)
+        site.changes.count += 1
         site.drop(peer)
         with self._lock:
             self._reserved -= site.reserved.pop(peer, (None, 0))[1]

@@ -7,18 +7,19 @@ so that either end can tell the size of the next frame before it arrives.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from compactdist.codecs import Codec
+from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.errors import ConfigError
-from compactdist.state.matrix_view import MatrixView, blocks, plain
-from compactdist.state.quantized_history import STATE_FORMS, StateForm, make_history, state_copy_nbytes
-from compactdist.wire import HEADER_NBYTES, SHAPE_NBYTES, raw_nbytes
+from compactdist.kernels.spec import MatrixView
+from compactdist.state.history import Predictor, predictor_class
+from compactdist.state.matrix_view import blocks, plain
+from compactdist.state.quantized_history import STATE_FORMS, StateForm, make_predictor, state_copy_nbytes
+from compactdist.wire import HEADER_NBYTES, SHAPE_NBYTES, Header, HeadTemplate, raw_nbytes
 
-__all__ = ["COMPRESSIBLE_DTYPES", "Memory", "Spares", "StreamConfig", "StreamState"]
+__all__ = ["COMPRESSIBLE_DTYPES", "Changes", "Form", "Spares", "Staged", "StreamConfig", "StreamState", "state_nbytes"]
 
 COMPRESSIBLE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -65,27 +66,32 @@ class StreamConfig:
             raise ConfigError(f"damping must lie in [0, 1], got {self.damping!r}")
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps must be an integer >= 0, got {self.warmup_steps!r}")
-        if self.error_feedback and self.order == 0:
+        if self.error_feedback and not self.remembers:
             raise ConfigError("error_feedback=True needs a prediction to correct: use order=1 or 2, or leave it None")
 
     @property
-    def closed_loop(self) -> bool:
-        """Whether residuals are taken against the reconstruction."""
-        return self.order > 0 and self.error_feedback is not False
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What a codec wants to know again (``memory`` of ``Codec.encode_residual``), and about what."""
-
-    codec: Codec
-    view: MatrixView
-    entries: dict[str, Any]
+    def predictor(self) -> type[Predictor]:
+        """The predictor's class, which knows what the order means."""
+        return predictor_class(self.order)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors in it."""
-        return sum(entry.nbytes for entry in self.entries.values() if isinstance(entry, Tensor))
+    def remembers(self) -> bool:
+        """Whether streams keep anything between two frames."""
+        return self.predictor.copies > 0
+
+    @property
+    def open_loop(self) -> bool:
+        """Whether the sender predicts from its own values, not from what the receiver holds."""
+        return self.remembers and self.error_feedback is False
+
+    @property
+    def remembers_values(self) -> bool:
+        """Whether a decoder's state holds the bytes of what it decoded last."""
+        return self.remembers and self.state == "exact"
+
+    def new_predictor(self) -> Predictor:
+        """An empty predictor."""
+        return make_predictor(self.order, self.damping, self.state)
 
 
 class Spares:
@@ -117,33 +123,99 @@ class Spares:
         self._held.clear()
 
 
+class Form:
+    """What the residual frames of a live stream share: worked out at the first of them, replayed by all others.
+
+    Attributes:
+        codec: codes the residuals.
+        session: this end of the stream under that codec.
+        head: of every frame.
+        frame_nbytes: of every frame, header included and without padding.
+    """
+
+    __slots__ = ("codec", "frame_nbytes", "head", "session")
+
+    def __init__(self, codec: Codec, session: Session, head: HeadTemplate) -> None:
+        self.codec = codec
+        self.session = session
+        self.head = head
+        self.frame_nbytes = head.header.nbytes + session.payload_nbytes
+
+
+@dataclass(slots=True)
+class Staged:
+    """A frame that has been made but not yet committed.
+
+    Attributes:
+        frame: 1-D uint8, header and payload, padded to the agreed size.
+        header: what the frame says of itself; of a residual's, epoch and sequence do not count.
+        value: what the receiver will reconstruct, flat, the sender's dtype; ``None`` if not needed.
+        terms: what the receiver expected; empty for a keyframe.
+        exact: the sender's own values, flat; kept by an open-loop sender only.
+        next_view: the matrix view announced for the next frame, or ``None``.
+        searched: this frame's residual was searched for a matrix view.
+        session: the codec's session that made the payload.
+    """
+
+    frame: Tensor
+    header: Header
+    value: Tensor | None = None
+    terms: Terms = ()
+    exact: Tensor | None = None
+    next_view: MatrixView | None = None
+    searched: bool = False
+    session: Session | None = None
+
+
+class Changes:
+    """Counts changes of what decides the next frame's kind and size, for all streams of a call site.
+
+    Attributes:
+        count: changes so far; a plan made at one count holds until the next.
+    """
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class StreamState:
     """One end of a directed stream.
 
     Attributes:
-        history: what the receiving end holds; the sending end keeps the same.
-        live: (numel, dtype) the history is about; ``None`` while the stream is empty.
+        config: how the stream predicts.
+        key: hash of the site key, as frames carry it.
+        predictor: what the receiving end holds; the sending end keeps the same.
+        live: (numel, dtype) the predictor is about; ``None`` while the stream is empty.
         sequence: frames so far in this epoch; counts on when the history is dropped, so that a repeated or lost
             keyframe is noticed as well.
-        view: how residuals are cut; ``None`` until the stream is live.
+        view: how residuals become matrices; ``None`` until the stream is live.
         where: call site and ranks, for error messages.
     """
 
-    __slots__ = ("config", "history", "key", "live", "sequence", "view", "where")
+    __slots__ = ("_changes", "_form", "config", "key", "live", "predictor", "sequence", "view", "where")
 
-    def __init__(self, config: StreamConfig, key: int, where: str) -> None:
+    def __init__(self, config: StreamConfig, key: int, where: str, changes: Changes | None = None) -> None:
         self.config = config
         self.key = key
         self.where = where
-        self.history = make_history(config.order, config.damping, config.state)
+        self.predictor = config.new_predictor()
         self.live: tuple[int, torch.dtype] | None = None
         self.sequence = 0
         self.view: MatrixView | None = None
+        self._form: Form | None = None
+        self._changes = changes or Changes()
 
     @property
     def state_bytes(self) -> int:
         """Bytes of tensors held by this end."""
-        return self.history.state_bytes
+        return self.predictor.held_bytes + self.session_bytes
+
+    @property
+    def session_bytes(self) -> int:
+        """Bytes of tensors that the codec remembers."""
+        return 0 if self._form is None else self._form.session.held_bytes
 
     def is_fresh(self, numel: int, dtype: torch.dtype) -> bool:
         """Whether the next frame of such a tensor has nothing to refer to and must be a keyframe."""
@@ -157,36 +229,63 @@ class StreamState:
         if keyframe or codec.lossless:
             return head + raw_nbytes(numel, dtype)
         view = self.view if not self.is_fresh(numel, dtype) else None
-        shape = (view or blocks(numel)).shape
-        return head + codec.payload_nbytes(shape, torch.float32)
+        return head + codec.payload_nbytes((view or blocks(numel)).shape, torch.float32)
+
+    def form(self, codec: Codec, device: torch.device) -> Form:
+        """What the next residual frame shares with those before it; the stream is live."""
+        form = self._form
+        if form is not None and (form.codec is codec or form.codec == codec):
+            return form
+        assert self.live is not None
+        assert self.view is not None
+        view, (numel, dtype) = self.view, self.live
+        session = codec.open(view, dtype, device)
+        header = Header(
+            codec=codec.fingerprint(),
+            key=self.key,
+            epoch=0,
+            sequence=0,
+            payload_nbytes=session.payload_nbytes,
+            numel=numel,
+            dtype=dtype,
+            layout=view.hint,
+            groups=view.groups,
+            rows=view.rows,
+            channels=view.channels,
+        )
+        form = self._form = Form(codec, session, HeadTemplate(header))
+        return form
 
     def start(self, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> None:
         """Make the stream live for tensors of this size, as its first keyframe does."""
         if self.is_fresh(numel, dtype):
             self.drop()
             self.live = (numel, dtype)
-            self.view = hint or blocks(numel)
+            self._use(hint or blocks(numel))
 
     def follow(self, groups: int, channels: int) -> None:
-        """Use an announced matrix view from the next frame on (0, 0: no change)."""
+        """Use an announced view from the next frame on (0, 0: no change)."""
         if channels and self.live is not None:
-            self.view = plain(self.live[0], groups, channels)
+            self._use(plain(self.live[0], groups, channels))
+
+    def _use(self, view: MatrixView | None) -> None:
+        self.view = view
+        self._form = None
+        self._changes.count += 1
 
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
-        self.history.clear()
+        self.predictor.clear()
         self.live = None
-        self.view = None
+        self._use(None)
 
 
 def state_nbytes(config: StreamConfig, numel: int, dtype: torch.dtype, *, sender: bool) -> int:
     """Bytes of history one end of a stream will hold for tensors of this size.
 
-    What a codec's encoder remembers for itself is not in it: it is a few hundredths of the history, depends on the
-    view found later, and budgets are about what both ends have to agree to keep. ``state_bytes`` counts it.
-    An open-loop sender keeps the true values beside the receiver's reconstruction.
+    What a codec's session remembers is not in it: it is a few hundredths of the history, depends on the matrix view
+    found later, and budgets are about what both ends have to agree to keep. ``state_bytes`` counts it. An open-loop
+    sender keeps the true values beside the receiver's reconstruction.
     """
-    copies = config.order
-    if sender and config.order > 0 and not config.closed_loop:
-        copies *= 2
+    copies = config.predictor.copies * (2 if sender and config.open_loop else 1)
     return copies * state_copy_nbytes(config.state, numel, dtype)

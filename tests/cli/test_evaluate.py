@@ -119,8 +119,8 @@ def test_ends_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.Monke
 
     def wrong(self: StreamDecoder, *args: Any, **kwargs: Any) -> torch.Tensor:
         value = decode(self, *args, **kwargs)
-        if self.sequence == 3 and self.history.base is not None:
-            self.history.base[0] += 1e-3
+        if self.sequence == 3 and self.predictor.base is not None:
+            self.predictor.base[0] += 1e-3
         return value
 
     monkeypatch.setattr(StreamDecoder, "decode", wrong)

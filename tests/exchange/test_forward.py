@@ -35,7 +35,7 @@ def test_every_copy_of_a_chunk_is_the_owners_reconstruction(size, options):
         for t in range(STEPS):
             g.step()
             seen.append(ring(g, [chunk(rank, t)]))
-            kept.append(g._ctx.store.site(site(g, 0)).encoder((rank + 1) % size).history.base.clone())
+            kept.append(g._ctx.store.site(site(g, 0)).encoder((rank + 1) % size).predictor.base.clone())
         return seen, kept, [counts(g, h) for h in range(size - 1)], g.stats().forwarded
 
     ranks = run_ranks(body, size)

@@ -149,7 +149,7 @@ def test_streams_of_a_store_share_one_spare():
     for step in range(4):
         for encoder in encoders:
             staged = encoder.stage(x * (step + 1), codec, keyframe=step == 0)
-            held = encoder.history.base
+            held = encoder.predictor.base
             before = None if held is None else held.clone()
             repeated = encoder.stage(x * (step + 1), codec, keyframe=step == 0)
             assert torch.equal(repeated.frame, staged.frame), "a staged frame changed the state"

@@ -22,7 +22,7 @@ def of_stream(stream: Any) -> tuple[Any, ...]:
     return (
         stream.sequence,
         str(stream.live),
-        STALE if is_stale(stream) else tuple(digest(t) for t in stream.history.held),
+        STALE if is_stale(stream) else tuple(digest(t) for t in stream.predictor.held),
         None if view is None else (view.shape, view.hint),
     )
 

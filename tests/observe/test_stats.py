@@ -42,8 +42,9 @@ def shown(stats: GroupStats) -> str:
         def __repr__(self) -> str:
             return "<a group>"
 
-    ctx = SimpleNamespace(keys=SimpleNamespace(step=3, epoch=1), stats=stats, store=SimpleNamespace(budget_bytes=None))
-    return explain(Group(_ctx=ctx, stats=lambda: stats.snapshot({})))  # type: ignore[arg-type]
+    engine = SimpleNamespace(stats=stats, store=SimpleNamespace(budget_bytes=None))
+    keys = SimpleNamespace(step=3, epoch=1)
+    return explain(Group(_engine=engine, _keys=keys, stats=lambda: stats.snapshot({})))  # type: ignore[arg-type]
 
 
 # --- reasons

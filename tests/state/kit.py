@@ -47,8 +47,8 @@ def check_in_step(encoder: ResidualEncoder, decoder: ResidualDecoder) -> None:
     """Both ends hold the same, to the bit."""
     ours, theirs = encoder._stream, decoder._stream
     assert same_bytes(encoder.state, decoder.state)
-    assert len(ours.history.held) == len(theirs.history.held)
-    assert all(map(same_bytes, ours.history.held, theirs.history.held))
+    assert len(ours.predictor.held) == len(theirs.predictor.held)
+    assert all(map(same_bytes, ours.predictor.held, theirs.predictor.held))
     assert ours.sequence == theirs.sequence
     assert ours.live == theirs.live
     assert ours.view == theirs.view

@@ -170,7 +170,7 @@ def test_the_bytes_are_half_or_a_quarter(form, order, feedback, dtype, share):
 
 def tensors_of(end):
     open_loop = getattr(end._stream, "_open_loop", None)
-    return [*end._stream.history.held, *(open_loop.held if open_loop else ())]
+    return [*end._stream.predictor.held, *(open_loop.held if open_loop else ())]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -180,12 +180,12 @@ def test_a_staged_frame_changes_nothing_and_scratch_is_shared(form):
     x, encoders = torch.randn(1 << 15), [store.site(f"site{i}").encoder(0) for i in range(3)]
     for step in range(4):
         for encoder in encoders:
-            before = [t.clone() for t in encoder.history.held]
+            before = [t.clone() for t in encoder.predictor.held]
             staged = encoder.stage(x * (step + 1), codec, keyframe=step == 0)
             value = None if staged.value is None else staged.value.clone()
             repeated = encoder.stage(x * (step + 1), codec, keyframe=step == 0)
             assert torch.equal(repeated.frame, staged.frame)
-            assert all(map(torch.equal, before, encoder.history.held))
+            assert all(map(torch.equal, before, encoder.predictor.held))
             encoder.commit(staged)
             assert torch.equal(staged.value, value), "the user's value is not the state's"
     assert sum(store.state_bytes().values()) == 3 * (x.numel() + 2 * x.numel() // 128)

@@ -61,7 +61,7 @@ def test_both_receivers_stay_equal(share, config):
         z = chain.deliver(r.pass_on(chain.outer, received, y, CODEC, 0))
         relay.passed = received.sequence
         assert torch.equal(y, z)
-        assert all(map(torch.equal, chain.last.history.held, chain.inner.history.held))
+        assert all(map(torch.equal, chain.last.predictor.held, chain.inner.predictor.held))
         assert (chain.outer.state_bytes == 0) == share
     # what follows is one's own business again, after a keyframe if there is no history
     r.leave(chain.outer, relay)
@@ -71,7 +71,7 @@ def test_both_receivers_stay_equal(share, config):
         z = chain.deliver(chain.outer.stage(x_at(t), CODEC, keyframe=keyframe))
         assert torch.equal(z, x_at(t)) == keyframe
         assert not relay.owes_key
-        assert all(map(torch.equal, chain.last.history.held, chain.outer.history.held))
+        assert all(map(torch.equal, chain.last.predictor.held, chain.outer.predictor.held))
         assert (z - x_at(t)).norm() < 0.2 * x_at(t).norm()
 
 

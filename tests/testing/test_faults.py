@@ -225,6 +225,18 @@ def test_a_wait_that_fails_and_one_that_is_interrupted() -> None:
     run_ranks(body, 2, timeout=60)
 
 
+def test_a_wrapped_group_takes_none_from_synchronous_calls() -> None:
+    def body(rank: int, size: int) -> None:
+        faulty, wrapped = start([Fault("none", "all_gather", nth=None)])
+        for t in range(3):
+            wrapped.step()
+            assert right(gather(wrapped, tensor(rank, t)), t)
+        assert len(faulty.hits) == 3
+        end(faulty, wrapped)
+
+    run_ranks(body, 2, timeout=60)
+
+
 def test_works_by_themselves() -> None:
     """What the wrapped group meets: None from synchronous calls, a wait that goes on after an interruption."""
 

@@ -127,10 +127,8 @@ def of_matrices(values: Tensor, elements: int) -> tuple[list[Products], Tensor]:
     return [Products(values[g], factor[g], norm[g] * factor[g]) for g in range(groups)], factor * near
 
 
-def of_residual(
-    x: Tensor, base: Tensor | None, velocity: Tensor | None, view: MatrixView
-) -> tuple[list[Products], Tensor] | None:
-    """As ``of_matrices`` of ``x - (base + velocity)``, in one pass over them; ``None`` where that cannot be."""
+def of_residual(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView) -> tuple[list[Products], Tensor] | None:
+    """As ``of_matrices`` of ``x`` less the sum of ``terms``, in one pass; ``None`` where that cannot be."""
     groups, rows, channels = view.shape
     if rows * channels < MIN_ELEMENTS_FOR_BF16 or x.device.type != "cpu" or not _multiplies_bf16(x.device):
         return None
@@ -138,10 +136,10 @@ def of_residual(
         return None
     from compactdist.kernels import cpu_lowrank
 
-    if not cpu_lowrank.supports(x, base, velocity):
+    if not cpu_lowrank.supports(x, *terms):
         return None
     values = _bf16_memory(view.shape, x.device)
-    norm = cpu_lowrank.take_in(x, base, velocity, view, values)
+    norm = cpu_lowrank.take_in(x, terms, view, values)
     scale = norm * (rows * channels) ** -0.5
     if not bool(_usual(scale).all()):
         return None

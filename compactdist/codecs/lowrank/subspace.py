@@ -58,7 +58,7 @@ class Starts:
     """Where the search begins: for one call alone, or for the next one of a stream.
 
     Args:
-        memory: What the stream remembers (``Codec.encode_residual``), or ``None`` for a call that stands alone.
+        memory: What the stream remembers (``LowRankSession``), or ``None`` for a call that stands alone.
         shape: ``(groups, rows, channels)``.
         rank: Wanted directions.
         device: Of the tensor.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Codec, check_payload, residual_of
+from compactdist.codecs.base import Codec, Session, Terms, check_payload, residual_of
 from compactdist.codecs.lowrank.factors import Fitted
 from compactdist.codecs.lowrank.products import Products, check_weights, of_matrices, of_residual
 from compactdist.codecs.lowrank.subspace import Starts, evened, left_directions
@@ -73,29 +73,19 @@ class LowRankCodec(Codec):
         check_dtype(self.codec_id, x.dtype)
         return self._encode(_matrices(x), x.numel(), None, row_weights)
 
-    @torch.no_grad()
-    def encode_residual(
-        self,
-        x: Tensor,
-        base: Tensor | None,
-        view: MatrixView,
-        out: Tensor | None = None,
-        *,
-        velocity: Tensor | None = None,
-        payload_out: Tensor | None = None,
-        memory: dict[str, Any] | None = None,
-        row_weights: Tensor | None = None,
+    def open(self, view: MatrixView, dtype: torch.dtype, device: torch.device) -> Session:
+        return LowRankSession(self, view, dtype, device)
+
+    def encode_difference(
+        self, x: Tensor, terms: Terms, view: MatrixView, memory: dict[str, Any], row_weights: Tensor | None
     ) -> Tensor:
+        """The payload of ``x`` less the sum of ``terms``; ``memory`` is the stream's, and gets new entries."""
         check_dtype(self.codec_id, x.dtype)
-        taken = of_residual(x, base, velocity, view)
+        taken = of_residual(x, terms, view)
         if taken is not None:
-            payload = self._encode_products(*taken, view.shape, memory, row_weights)
-        else:
-            residual = residual_of(x.detach(), base, velocity)
-            payload = self._encode(view.to_matrix(residual), view.numel, memory, row_weights)
-        if out is not None:
-            self.decode_residual(payload, base, view, out, velocity=velocity)
-        return payload if payload_out is None else payload_out.copy_(payload)
+            return self._encode_products(*taken, view.shape, memory, row_weights)
+        residual = residual_of(x.detach(), terms)
+        return self._encode(view.to_matrix(residual), view.numel, memory, row_weights)
 
     def _encode(
         self, values: Tensor, elements: int, memory: dict[str, Any] | None, row_weights: Tensor | None
@@ -170,19 +160,18 @@ class LowRankCodec(Codec):
         limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
         return y.reshape(-1)[: math.prod(shape)].reshape(tuple(shape)).clamp_(-limit, limit).to(dtype)
 
-    @torch.no_grad()
-    def decode_residual(
-        self, payload: Tensor, base: Tensor | None, view: MatrixView, out: Tensor, *, velocity: Tensor | None = None
-    ) -> None:
-        if view.numel and cpu_kernels(view.numel) is not None:
-            from compactdist.kernels import cpu_lowrank
+    def add_decoded(self, payload: Tensor, terms: Terms, view: MatrixView, out: Tensor) -> bool:
+        """Write the sum of ``terms`` plus the decoded payload to ``out`` in one go; whether that is possible here."""
+        if not view.numel or cpu_kernels(view.numel) is None:
+            return False
+        from compactdist.kernels import cpu_lowrank
 
-            if cpu_lowrank.supports(out, base, velocity):
-                payload = check_payload(payload, self.payload_nbytes(view.shape, torch.float32), self.codec_id)
-                u, v, gain = self._factors(payload, view.shape)
-                cpu_lowrank.add_product(u, v, _SMALLEST_SUM, gain, base, velocity, view, out)
-                return
-        super().decode_residual(payload, base, view, out, velocity=velocity)
+        if not cpu_lowrank.supports(out, *terms):
+            return False
+        payload = check_payload(payload, self.payload_nbytes(view.shape, torch.float32), self.codec_id)
+        u, v, gain = self._factors(payload, view.shape)
+        cpu_lowrank.add_product(u, v, _SMALLEST_SUM, gain, terms, view, out)
+        return True
 
     def _factors(self, payload: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """U^T ``(G, r, R)``, V ``(G, r, C)`` and gains ``(G, 1, 1)`` of a payload."""
@@ -208,6 +197,48 @@ class LowRankCodec(Codec):
 
     def _decode_factor(self, data: Tensor, components: int, length: int) -> Tensor:
         raise NotImplementedError
+
+
+class LowRankSession(Session):
+    """A stream whose encoder begins its search where the last frame's ended.
+
+    The memory lies on the sending side only: it may change which payload is chosen, never how one is decoded.
+    """
+
+    __slots__ = ("_memory", "_staged")
+
+    codec: LowRankCodec
+
+    def __init__(self, codec: LowRankCodec, view: MatrixView, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(codec, view, dtype, device)
+        self._memory: dict[str, Any] = {}
+        self._staged: dict[str, Any] | None = None
+
+    @torch.no_grad()
+    def encode(
+        self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
+    ) -> None:
+        memory = dict(self._memory)  # entries are replaced, never written to
+        payload.copy_(self.codec.encode_difference(x, terms, self.view, memory, row_weights))
+        if out is not None:
+            self.decode(payload, terms, out)
+        self._staged = memory
+
+    @torch.no_grad()
+    def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
+        if not self.codec.add_decoded(payload, terms, self.view, out):
+            super().decode(payload, terms, out)
+
+    def commit(self) -> None:
+        if self._staged is not None:
+            self._memory, self._staged = self._staged, None
+
+    def rollback(self) -> None:
+        self._staged = None
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(entry.nbytes for entry in self._memory.values() if isinstance(entry, Tensor))
 
 
 def multiply(u: Tensor, v: Tensor, gain: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Codec, check_payload
+from compactdist.codecs.base import Codec, Session, Terms, check_payload
 from compactdist.codecs.options import check_choice, check_integer
 from compactdist.codecs.scalar import affine
 from compactdist.codecs.scalar.layout import Layout
@@ -133,9 +133,9 @@ class ScalarQuantizer(Codec):
         layout = self.layout_of(x.shape)
         if layout.elements == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
-        kernels, view = self._fused_steps(x.device, x.numel()), self._whole(x.shape)
+        kernels, view = self.fused_steps(x.device, x.numel()), self._whole(x.shape)
         if kernels is not None and kernels.supports(self, view, x):
-            payload: Tensor | None = kernels.encode_residual(self, x.detach().reshape(-1), None, view, None)
+            payload: Tensor | None = kernels.encode_residual(self, x.detach().reshape(-1), (), view, None)
             if payload is not None:
                 return payload
         values = self._as_matrices(x, layout)
@@ -174,10 +174,10 @@ class ScalarQuantizer(Codec):
         layout = self.layout_of(shape)
         if layout.elements == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=payload.device)
-        kernels, view = self._fused_steps(payload.device, math.prod(shape)), self._whole(shape)
+        kernels, view = self.fused_steps(payload.device, math.prod(shape)), self._whole(shape)
         if kernels is not None:
             out = torch.empty(view.numel, dtype=dtype, device=payload.device)
-            if kernels.supports(self, view, out) and kernels.decode_residual(self, payload, None, view, out):
+            if kernels.supports(self, view, out) and kernels.decode_residual(self, payload, (), view, out):
                 return out.view(tuple(shape))
         y = self._dequantized(payload, layout) + 0.0  # -0 becomes 0: no kernel tells them apart
         y = y.reshape(matrix_shape(shape)[0], -1)[:, : math.prod(shape) // matrix_shape(shape)[0]]
@@ -199,38 +199,10 @@ class ScalarQuantizer(Codec):
         levels = self._levels(payload[: layout.codes_nbytes], layout.elements)
         return kernels.dequantize(levels, t, c)
 
-    def encode_residual(
-        self,
-        x: Tensor,
-        base: Tensor | None,
-        view: MatrixView,
-        out: Tensor | None = None,
-        *,
-        velocity: Tensor | None = None,
-        payload_out: Tensor | None = None,
-        memory: dict[str, Any] | None = None,
-    ) -> Tensor:
-        kernels = self._fused_steps(x.device, view.numel)
-        if kernels is not None and kernels.supports(self, view, x, base, out, velocity):
-            payload: Tensor | None = kernels.encode_residual(self, x, base, view, out, velocity, payload_out)
-            if payload is not None:
-                return payload
-        # says what is wrong where something is not finite
-        with torch.no_grad():
-            return super().encode_residual(x, base, view, out, velocity=velocity, payload_out=payload_out)
+    def open(self, view: MatrixView, dtype: torch.dtype, device: torch.device) -> Session:
+        return ScalarSession(self, view, dtype, device)
 
-    def decode_residual(
-        self, payload: Tensor, base: Tensor | None, view: MatrixView, out: Tensor, *, velocity: Tensor | None = None
-    ) -> None:
-        kernels = self._fused_steps(out.device, view.numel)
-        if kernels is not None and kernels.supports(self, view, out, base, velocity):
-            payload = check_payload(payload, self.payload_nbytes(view.shape, torch.float32), self.codec_id)
-            if kernels.decode_residual(self, payload, base, view, out, velocity):
-                return
-        with torch.no_grad():
-            super().decode_residual(payload, base, view, out, velocity=velocity)
-
-    def _fused_steps(self, device: torch.device, numel: int) -> Any:
+    def fused_steps(self, device: torch.device, numel: int) -> Any:
         """The module with the fused steps, or ``None`` where the codec, device or size call for the reference."""
         kernels: Any = fused_kernels(device.type, numel)
         known = self.fused and not self.offsets and self.scales in ("token_channel", "block")
@@ -273,3 +245,32 @@ class ScalarQuantizer(Codec):
         if missing:
             flat = torch.cat([flat, flat.new_zeros(groups, missing)], 1)
         return flat.view(layout.groups, layout.rows, layout.channels)
+
+
+class ScalarSession(Session):
+    """A stream whose steps are fused kernels, where there are some for its device, dtype and size."""
+
+    __slots__ = ()
+
+    codec: ScalarQuantizer
+
+    def encode(
+        self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
+    ) -> None:
+        codec, view = self.codec, self.view
+        kernels = codec.fused_steps(self.device, view.numel)
+        if row_weights is None and kernels is not None and kernels.supports(codec, view, x, *terms, out):
+            done: Tensor | None = kernels.encode_residual(codec, x, terms, view, out, payload)
+            if done is not None:
+                return
+        # says what is wrong where something is not finite
+        super().encode(x, terms, out, payload, row_weights=row_weights)
+
+    def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
+        codec, view = self.codec, self.view
+        kernels = codec.fused_steps(self.device, view.numel)
+        if kernels is not None and kernels.supports(codec, view, out, *terms):
+            payload = check_payload(payload, self.payload_nbytes, codec.codec_id)
+            if kernels.decode_residual(codec, payload, terms, view, out):
+                return
+        super().decode(payload, terms, out)

@@ -1,0 +1,387 @@
+"""The one engine of all collectives: encode, ship, commit, count; then wait, decode, write.
+
+A call is a :class:`Flight` along its :class:`CallPlan`. ``prepare`` makes all its frames and changes nothing;
+``launch`` hands them to the inner group and commits; ``withdraw`` undoes ``prepare``. Several calls that belong
+together (a batch, a coalesced collective) are all prepared before the first is launched, so that a bad one leaves
+nothing on the wire.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from compactdist import _torch
+from compactdist.errors import BadOutputError, NonFiniteError
+from compactdist.exchange.arrivals import Arrival, Arrivals
+from compactdist.exchange.forward import Message
+from compactdist.exchange.link import Link
+from compactdist.exchange.plan import Call, CallPlan, Chooser, Incoming, Outgoing
+from compactdist.exchange.work import Job, Outbox, drain
+from compactdist.kernels.spec import MatrixView
+from compactdist.observe.stats import GroupStats, PassReason
+from compactdist.state import Site, Staged, StateStore, StreamConfig
+from compactdist.wire import NONFINITE, from_raw, raw_payload
+
+if TYPE_CHECKING:
+    from compactdist.exchange.patterns import Pattern
+
+__all__ = ["Engine", "Flight", "Tap", "waits_at_once", "write"]
+
+Tap = Callable[[Call, int, Tensor, "MatrixView | None"], None]
+
+_NOBODY: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class Flight:
+    """One call on its way along a plan.
+
+    Attributes:
+        plan, call: of the call.
+        inputs: tensors that leave, as ``plan.outgoing``.
+        outputs: tensors to be written, as ``plan.incoming``.
+        opts: the caller's options object or ``None``.
+        own: one's own chunk, (input, output), where the collective has one.
+        tag: of a point-to-point message.
+        staged: frames, as ``plan.outgoing``; ``None`` for a tensor that travels as it is.
+        messages: decisions to encode or to pass on, where the pattern makes them.
+        arrival: what is passed on, held until the launch.
+        failure: what to raise once the frames are on their way.
+        refusing: peers with which no history will be kept.
+        passed: why the message travels without touching the history; ``None`` if it does not.
+        keyframes: whether all frames are keyframes.
+        work: the inner group's.
+        arrived: bytes to be decoded, as ``plan.incoming``; a frame may be shorter.
+        keep: tensors that must live until the inner work is done.
+        wire_nbytes: bytes put on the link.
+        own_value: what one's own output gets.
+    """
+
+    plan: CallPlan
+    call: Call
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    opts: Any
+    own: tuple[Tensor, Tensor] | None = None
+    tag: int = 0
+    staged: list[Staged | None] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    arrival: Arrival | None = None
+    failure: NonFiniteError | None = None
+    refusing: frozenset[int] | set[int] = _NOBODY
+    passed: PassReason | None = None
+    keyframes: bool = True
+    work: Any = None
+    arrived: Sequence[Tensor] = ()
+    keep: tuple[Tensor, ...] = ()
+    wire_nbytes: int = 0
+    own_value: Tensor | None = None
+
+
+@dataclass
+class Engine:
+    """One wrapped group as its calls see it.
+
+    Attributes:
+        link: the inner group, by what frames need of it.
+        rank, size: in the group.
+        label: names group and rank in messages.
+        config: how streams predict.
+        chooser: policy and layout hints.
+        exact_local: all-gather leaves one's own chunk exact.
+        sample_every: measure the reconstruction error of every n-th call of a site; 0 never.
+        store: streams by call site.
+        stats: counters.
+        forward: pass on what was received and is sent again untouched.
+        lock: held while a call is encoded and handed to the inner group.
+        outbox: sends whose works were dropped.
+        arrivals: what was received and may be passed on.
+        tap: shown every tensor right before it is encoded or passed on: call, the peer it goes to (the sender itself
+            where all ranks get the same), tensor, and the matrix view of its layout hint. It must not raise or change
+            anything.
+    """
+
+    link: Link
+    rank: int
+    size: int
+    label: str
+    config: StreamConfig
+    chooser: Chooser
+    exact_local: bool
+    sample_every: int
+    store: StateStore
+    stats: GroupStats
+    forward: bool
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    outbox: Outbox = field(default_factory=Outbox)
+    tap: Tap | None = None
+    arrivals: Arrivals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.arrivals = Arrivals(self.forward)
+        self._warmup_steps = self.config.warmup_steps
+
+    # --- planning -----------------------------------------------------------------------------------------------------
+
+    def plan(self, pattern: Pattern, call: Call, signature: tuple[Any, ...]) -> CallPlan:
+        """The site's plan, made anew where sizes, dtype, device or the policy's answers changed.
+
+        Args:
+            pattern: how the parts travel.
+            call: the call.
+            signature: sizes, dtype and device, in the pattern's form.
+
+        Raises:
+            ConfigError, LayoutError: the policy or a layout hint answers with something impossible.
+        """
+        site = self.store.site(call.site)
+        if site.pending and pattern.waits_for_earlier_calls:
+            drain(site)  # kinds and sizes of the next frames depend on what the last ones said
+        plan: CallPlan | None = site.plan
+        if (
+            plan is None
+            or plan.signature != signature
+            or plan.pattern is not pattern
+            or (self.chooser.policy is not None and plan.answers != pattern.answers(self, call, signature))
+        ):
+            plan = pattern.plan(self, call, signature)
+            site.plan = plan
+        if plan.changes != site.changes.count:
+            if site.refused and plan.reason is None:
+                plan.reason = pattern.reason_if_refused(plan)
+            plan.refresh()
+        return plan
+
+    # --- shipping -----------------------------------------------------------------------------------------------------
+
+    def prepare(self, flight: Flight) -> Flight:
+        """Make all frames of a call; no state changes and nothing is sent. The lock is held.
+
+        Raises:
+            Whatever encoding raises, except for a tensor that is not finite: ``finish`` raises that, once the frames
+            are on their way.
+        """
+        plan, call = flight.plan, flight.call
+        pattern = plan.pattern
+        warm = 0 <= call.step < self._warmup_steps
+        with _torch.without_autograd():
+            try:
+                flight.arrival = pattern.arrival(self, flight)
+                if warm or plan.fresh:
+                    flight.refusing = pattern.refuse(self, flight)
+                for part, x in zip(plan.outgoing, flight.inputs, strict=True):
+                    if part.codec is None:
+                        flight.staged.append(None)
+                    else:
+                        pattern.stage(self, flight, part, x, warm or part.fresh)
+            except BaseException:
+                self.withdraw(flight)
+                raise
+        return flight
+
+    def stage(self, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool, want_value: bool = False) -> Staged:
+        """Encode one tensor: the usual way for a pattern to stage a part."""
+        assert part.stream is not None
+        assert part.codec is not None
+        if self.tap is not None:
+            self.tap(flight.call, part.peer, x, part.hint)
+        staged, failure = part.stream.stage_or_flag(
+            x,
+            part.codec,
+            keyframe=keyframe,
+            epoch=flight.call.epoch,
+            frame_nbytes=part.key_nbytes if keyframe else part.residual_nbytes,
+            refuse_state=bool(flight.refusing) and self._refuses(flight, part.peer),
+            want_value=want_value or bool(self.sample_every),
+        )
+        if failure is not None:
+            flight.failure = flight.failure or failure
+        if not keyframe:
+            flight.keyframes = False
+        flight.staged.append(staged)
+        return staged
+
+    @staticmethod
+    def _refuses(flight: Flight, peer: int) -> bool:
+        return peer in flight.refusing or Site.ALL in flight.refusing
+
+    def withdraw(self, flight: Flight) -> None:
+        """Undo ``prepare``: the frames will not be sent."""
+        for part, staged in zip(flight.plan.outgoing, flight.staged, strict=False):
+            if staged is not None and part.stream is not None:
+                part.stream.withdraw(staged)
+        self._release(flight)
+
+    def _release(self, flight: Flight) -> None:
+        if flight.arrival is not None:
+            flight.arrival.release()
+            flight.arrival = None
+
+    def launch(self, flight: Flight) -> Job:
+        """Hand the frames to the inner group, commit and count. The lock is held.
+
+        Raises:
+            Whatever the inner group raises; then the frames are withdrawn.
+        """
+        plan = flight.plan
+        pattern = plan.pattern
+        with _torch.without_autograd():
+            try:
+                pattern.transfer(self, flight)
+            except BaseException:
+                self.withdraw(flight)
+                raise
+            pattern.commit(self, flight)
+            self._release(flight)
+            self._count(flight)
+            if flight.own is not None:
+                self._keep_own(flight)
+        job = Job(flight.work, partial(self.finish, flight), None if pattern.sends_only else plan.site, flight.keep)
+        if pattern.sends_only:
+            self.outbox.add(plan.outgoing[0].peer, job)
+        return job
+
+    def _count(self, flight: Flight) -> None:
+        plan, call = flight.plan, flight.call
+        if plan.pattern.receives_only:
+            pass
+        elif flight.passed is not None or plan.codec is None:
+            reason = flight.passed or plan.detail
+            self.stats.passed(call.op, reason, plan.raw_nbytes, call.site, wire=flight.wire_nbytes)
+        else:
+            self.stats.sent(
+                call.site,
+                call.op,
+                plan.codec.codec_id,
+                raw=plan.raw_nbytes,
+                wire=flight.wire_nbytes,
+                keyframe=flight.keyframes,
+                numel=plan.raw_numel,
+                forwarded=bool(flight.messages) and any(message.forwarded for message in flight.messages),
+            )
+            if self.sample_every and flight.failure is None:
+                for part, x, staged in zip(plan.outgoing, flight.inputs, flight.staged, strict=True):
+                    self._sample(call, part, x, staged)
+
+    def _sample(self, call: Call, part: Outgoing, x: Tensor, staged: Staged | None) -> None:
+        """Measure how far the reconstruction is from the tensor, on every ``sample_every``-th frame of a stream."""
+        if staged is None or staged.value is None or staged.header.flags & NONFINITE or part.stream is None:
+            return
+        if part.stream.sequence % self.sample_every:
+            return
+        flat = x.detach().reshape(-1).double()
+        error = float((staged.value.double() - flat).square().sum())
+        self.stats.error(call.site, call.op, error, float(flat.square().sum()))
+
+    def _keep_own(self, flight: Flight) -> None:
+        """What one's own output gets, safe from whatever the caller does to the input before waiting."""
+        assert flight.own is not None
+        value = flight.plan.pattern.own_value(self, flight)
+        if value is None and flight.failure is None:
+            value = flight.own[0].detach().reshape(-1)
+            if not waits_at_once(flight.opts):
+                value = value.clone()
+        flight.own_value = value
+
+    # --- finishing ----------------------------------------------------------------------------------------------------
+
+    def finish(self, flight: Flight, may_write: bool) -> None:
+        """Decode what arrived, in order, and write it if the outputs may still be written to.
+
+        Raises:
+            FrameError, NonFiniteError: the first that a decoder raised; every part was looked at.
+        """
+        plan = flight.plan
+        error: Exception | None = flight.failure
+        refused = set(flight.refusing)
+        with _torch.without_autograd():
+            if may_write and flight.own is not None and flight.own_value is not None:
+                write(flight.own[1], flight.own_value)
+            for part, data, target in zip(plan.incoming, flight.arrived, flight.outputs, strict=True):
+                try:
+                    self._take(flight, part, data, target, may_write, refused)
+                except Exception as e:
+                    error = error or e
+        for peer in refused:
+            self.store.refuse(plan.site, peer)
+        if error is not None:
+            raise error
+
+    def _take(
+        self, flight: Flight, part: Incoming, data: Tensor, target: Tensor, may_write: bool, refused: set[int]
+    ) -> None:
+        plan, decoder = flight.plan, part.stream
+        if part.codec is None or decoder is None:
+            if may_write and part.numel:
+                write(target, from_raw(data, part.numel, plan.dtype))
+            return
+        forwards = plan.pattern.forwards
+        if forwards:
+            self.arrivals.forget(plan.site, part.peer)
+        value = decoder.decode(
+            data,
+            part.codec,
+            part.numel,
+            plan.dtype,
+            epoch=flight.call.epoch,
+            hint=part.hint,
+            refuse_state=bool(flight.refusing) and self._refuses(flight, part.peer),
+        )
+        if decoder.refused:
+            refused.add(Site.ALL if plan.pattern.whole_site else part.peer)
+        plan.pattern.taken(self, flight, part)
+        if may_write:
+            write(target, value)
+            if forwards:
+                plan.pattern.remember(self, flight, part, target, data)
+
+    # --- the rest of a group's life -----------------------------------------------------------------------------------
+
+    def check_outputs(self, op: str, outputs: Sequence[Tensor], numel: int, like: Tensor) -> None:
+        """Refuse outputs that cannot hold what will arrive: one tensor for every rank, each as large as ``like``.
+
+        Raises:
+            BadOutputError: wrong number, sizes or dtype; nothing was sent.
+        """
+        if len(outputs) != self.size:
+            raise BadOutputError(f"{self.label}, {op}: {len(outputs)} outputs given for {self.size} ranks")
+        dtype = like.dtype
+        for rank, output in enumerate(outputs):
+            if output.numel() != numel or output.dtype != dtype:
+                raise BadOutputError(
+                    f"{self.label}, {op}: the output for rank {rank} holds {output.numel()} x {output.dtype}, "
+                    f"but {numel} x {dtype} will arrive; nothing was sent"
+                )
+
+    def forget(self, prefix: str | None = None) -> None:
+        """Drop all history, or that of the sites under a prefix."""
+        self.store.reset(prefix)
+        self.arrivals.clear(prefix)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes held per site key: histories, what codecs remember, and payloads kept to be passed on."""
+        held = self.store.state_bytes()
+        for key, nbytes in self.arrivals.kept_bytes().items():
+            held[key] = held.get(key, 0) + nbytes
+        return held
+
+
+def waits_at_once(opts: Any) -> bool:
+    """Whether the caller asked for a synchronous call: it will wait before anybody can look at the outputs."""
+    return getattr(opts, "asyncOp", True) is False
+
+
+def write(target: Tensor, flat: Tensor) -> None:
+    """Copy flat values into a user's tensor of any shape and strides; autograd is switched off by the caller."""
+    target.copy_(flat.view(target.shape))
+
+
+def exact_bytes(x: Tensor) -> Tensor:
+    """The bytes of a tensor without padding: what an uncompressed call would send."""
+    return raw_payload(x)[: x.numel() * x.dtype.itemsize]

@@ -1,0 +1,538 @@
+"""The ways a call's parts travel, each a list of outgoing and incoming parts and one inner call; the engine drives all.
+
+To add a collective: a class here that says what its plan is (:meth:`Pattern.plan`) and how its frames travel
+(:meth:`Pattern.transfer`), and its ProcessGroup method in ``group/process_group.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compactdist import _torch
+from compactdist.codecs import Codec
+from compactdist.exchange.arrivals import Arrival
+from compactdist.exchange.engine import Engine, Flight, exact_bytes, write
+from compactdist.exchange.forward import Message
+from compactdist.exchange.plan import Call, CallPlan, Incoming, Outgoing, under_autograd
+from compactdist.exchange.work import Job, drain
+from compactdist.kernels.spec import MatrixView
+from compactdist.observe.stats import PassReason
+from compactdist.state import Site, blocks, state_nbytes
+from compactdist.wire import HEADER_NBYTES, MAGIC, from_raw, raw_nbytes
+
+__all__ = [
+    "ALL_GATHER",
+    "ALL_TO_ALL",
+    "BROADCAST",
+    "RECEIVE",
+    "RECEIVE_EXACTLY",
+    "SEND",
+    "Pattern",
+    "receive_any",
+    "stream_name",
+]
+
+_EVERY_PEER = Site.ALL
+
+
+class Pattern:
+    """How the parts of one collective travel. It holds no state: what a site needs lies in its plan.
+
+    Attributes:
+        op: the collective's name in the policy's terms.
+        waits_for_earlier_calls: sizes depend on the frames of the site's earlier calls, so these are decoded first.
+        forwards: what arrives may be passed on, and what leaves may be what arrived.
+        whole_site: history is kept with all peers of a site or with none.
+        sends_only: nothing arrives, and whoever waits for the work waits for the peer.
+        receives_only: nothing leaves, so nothing is put on the link.
+    """
+
+    op: ClassVar[str]
+    waits_for_earlier_calls: ClassVar[bool] = True
+    forwards: ClassVar[bool] = False
+    whole_site: ClassVar[bool] = False
+    sends_only: ClassVar[bool] = False
+    receives_only: ClassVar[bool] = False
+
+    def answers(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The policy's answers for the messages of a call, which the plan was made with."""
+        raise NotImplementedError
+
+    def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
+        """The parts of a call with tensors of these sizes, or the reason why it passes through."""
+        raise NotImplementedError
+
+    def reason_if_refused(self, plan: CallPlan) -> PassReason | None:
+        """Why a call passes through where some history was refused for lack of budget."""
+        return PassReason.BUDGET
+
+    def arrival(self, engine: Engine, flight: Flight) -> Arrival | None:
+        """What may be passed on, held."""
+        return None
+
+    def refuse(self, engine: Engine, flight: Flight) -> set[int]:
+        """Take memory for histories that begin; returns the peers (or ``Site.ALL``) for which there is none."""
+        return set()
+
+    def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
+        """Make the frame of one outgoing part."""
+        engine.stage(flight, part, x, keyframe)
+
+    def transfer(self, engine: Engine, flight: Flight) -> None:
+        """Hand the frames to the inner group: sets ``work``, ``arrived``, ``keep`` and ``wire_nbytes``."""
+        raise NotImplementedError
+
+    def commit(self, engine: Engine, flight: Flight) -> None:
+        """The frames are on their way."""
+        for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True):
+            if staged is not None and part.stream is not None:
+                part.stream.commit(staged, part.hint)
+
+    def own_value(self, engine: Engine, flight: Flight) -> Tensor | None:
+        """What one's own output gets instead of one's input, flat; ``None`` for the input."""
+        return None
+
+    def taken(self, engine: Engine, flight: Flight, part: Incoming) -> None:
+        """A part's frame was decoded."""
+
+    def remember(self, engine: Engine, flight: Flight, part: Incoming, target: Tensor, frame: Tensor) -> None:
+        """A part's value was written to ``target``: it may be passed on from there."""
+        engine.arrivals.put(flight.plan.site, part.peer, target, frame)
+
+
+class _OneMessage(Pattern):
+    """A pattern whose parts are all of one size; signature: (numel, dtype, device, further facts)."""
+
+    def ends(self, engine: Engine, signature: tuple[Any, ...]) -> tuple[int | None, int | None]:
+        """Source and target of the message, as the policy sees them."""
+        return None, None
+
+    def answers(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[Any, ...]:
+        chooser = engine.chooser
+        return (chooser.ask(chooser.info(call, signature[1], signature[0], *self.ends(engine, signature))),)
+
+    def choose(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[CallPlan, Codec | None, Any]:
+        """A plan without parts, the codec (``None``: it passes through), and the hinted matrix view."""
+        chooser, numel, dtype = engine.chooser, signature[0], signature[1]
+        plan = CallPlan(self, engine.store.site(call.site), signature, dtype, self.answers(engine, call, signature))
+        info = chooser.info(call, dtype, numel, *self.ends(engine, signature))
+        chosen = chooser.choose(info, plan.answers[0])
+        if not isinstance(chosen, Codec):
+            plan.reason = chosen
+            return plan, None, None
+        plan.codec = chosen
+        return plan, chosen, chooser.hint(info)
+
+
+class AllGather(_OneMessage):
+    """One encoder, every other rank decodes; all frames of a call have one size. One's own chunk, too, is written."""
+
+    op = "all_gather"
+    whole_site = True
+
+    def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
+        plan, codec, hint = self.choose(engine, call, signature)
+        links = engine.size - 1
+        plan.raw_numel = links * signature[0]
+        plan.raw_nbytes = plan.raw_numel * plan.dtype.itemsize
+        if codec is not None:
+            me, numel, site = engine.rank, signature[0], plan.site
+            plan.joint = True
+            plan.outgoing = [Outgoing(me, numel, codec, site.encoder(me), hint)]
+            plan.incoming = [
+                Incoming(rank, numel, codec, site.decoder(rank), hint) for rank in range(engine.size) if rank != me
+            ]
+        return plan
+
+    def refuse(self, engine: Engine, flight: Flight) -> set[int]:
+        plan = flight.plan
+        numel, dtype = plan.outgoing[0].numel, plan.dtype
+        need = state_nbytes(engine.config, numel, dtype, sender=True)
+        need += len(plan.incoming) * state_nbytes(engine.config, numel, dtype, sender=False)
+        fits = engine.store.reserve(plan.site, _EVERY_PEER, (numel, dtype), need)
+        return set() if fits else {_EVERY_PEER}
+
+    def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
+        engine.stage(flight, part, x, keyframe, not engine.exact_local)
+
+    def transfer(self, engine: Engine, flight: Flight) -> None:
+        staged = flight.staged[0]
+        assert staged is not None
+        frame, size = staged.frame, engine.size
+        nbytes = frame.numel()
+        gathered = torch.empty(size * nbytes, dtype=torch.uint8, device=frame.device)
+        flight.work = engine.link.all_gather(gathered, frame, flight.opts)
+        rows = list(gathered.view(size, nbytes).unbind(0))
+        del rows[engine.rank]
+        flight.arrived, flight.keep, flight.wire_nbytes = rows, (frame, gathered), (size - 1) * nbytes
+
+    def own_value(self, engine: Engine, flight: Flight) -> Tensor | None:
+        staged = flight.staged[0]
+        return None if engine.exact_local or staged is None else staged.value
+
+
+class AllToAll(Pattern):
+    """An encoder and a decoder per peer; one's own chunk is exact.
+
+    Whether a directed chunk is compressed depends on its own number of elements and the policy's answer for its two
+    ends, so uneven splits need no agreement beyond what each pair of ranks knows. Signature: (elements to each rank,
+    elements from each rank, dtype, device).
+    """
+
+    op = "all_to_all"
+    forwards = True
+
+    def answers(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[Any, ...]:
+        leaving, arriving, dtype, _ = signature
+        chooser, me = engine.chooser, engine.rank
+        out = [chooser.ask(chooser.info(call, dtype, n, me, rank)) for rank, n in enumerate(leaving) if rank != me]
+        into = [chooser.ask(chooser.info(call, dtype, n, rank, me)) for rank, n in enumerate(arriving) if rank != me]
+        return (*out, *into)
+
+    def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
+        leaving, arriving, dtype, _ = signature
+        chooser, me, site = engine.chooser, engine.rank, engine.store.site(call.site)
+        plan = CallPlan(self, site, signature, dtype, self.answers(engine, call, signature))
+        peers = [rank for rank in range(engine.size) if rank != me]
+        reasons: set[PassReason] = set()
+        for i, peer in enumerate((*peers, *peers)):
+            sends = i < len(peers)
+            numel, ends = (leaving[peer], (me, peer)) if sends else (arriving[peer], (peer, me))
+            info = chooser.info(call, dtype, numel, *ends)
+            chosen = chooser.choose(info, plan.answers[i])
+            if not isinstance(chosen, Codec):
+                reasons.add(chosen)
+            codec = chosen if isinstance(chosen, Codec) and peer not in site.refused else None
+            hint = None if codec is None else chooser.hint(info)
+            if sends:
+                stream = None if codec is None else site.encoder(peer)
+                plan.outgoing.append(Outgoing(peer, info.numel, codec, stream, hint))
+                plan.codec = plan.codec or codec
+            else:
+                decoder = None if codec is None else site.decoder(peer)
+                part = Incoming(peer, info.numel, codec, decoder, hint)
+                part.key_nbytes = part.residual_nbytes = info.numel * dtype.itemsize
+                plan.incoming.append(part)
+        plan.raw_numel = sum(part.numel for part in plan.outgoing)
+        plan.raw_nbytes = plan.raw_numel * dtype.itemsize
+        plan.detail = "+".join(sorted(reasons)) or PassReason.BUDGET
+        even = len({*leaving, *arriving}) == 1
+        if even and reasons and not site.refused and all(part.codec is None for part in plan.parts):
+            plan.reason = min(reasons)
+        return plan
+
+    def reason_if_refused(self, plan: CallPlan) -> PassReason | None:
+        # another rank may see it differently, so that chunks without history travel this way still
+        for part in plan.parts:
+            if part.peer in plan.site.refused:
+                part.codec = part.stream = None
+                part.key_nbytes = part.residual_nbytes = part.numel * plan.dtype.itemsize
+                part.fresh = False
+        plan.codec = next((part.codec for part in plan.outgoing if part.codec is not None), None)
+        return None
+
+    def arrival(self, engine: Engine, flight: Flight) -> Arrival | None:
+        leaving, arriving, *_ = flight.plan.signature
+        if not (_rotates(engine.rank, leaving) and _rotates(engine.rank, arriving)):
+            return None
+        largest = max(flight.inputs, key=Tensor.numel)
+        return engine.arrivals.hold(engine.arrivals.latest(largest), engine.store)
+
+    def refuse(self, engine: Engine, flight: Flight) -> set[int]:
+        plan, refusing = flight.plan, set()
+        for out, into in zip(plan.outgoing, plan.incoming, strict=True):
+            need = 0 if out.codec is None else state_nbytes(engine.config, out.numel, plan.dtype, sender=True)
+            need += 0 if into.codec is None else state_nbytes(engine.config, into.numel, plan.dtype, sender=False)
+            # only a keyframe can say that no history will be kept
+            can_refuse = out.stream is not None and out.stream.is_fresh(out.numel, plan.dtype)
+            what = (out.numel, into.numel, plan.dtype)
+            if need and not engine.store.reserve(plan.site, out.peer, what, need, force=not can_refuse):
+                refusing.add(out.peer)
+        return refusing
+
+    def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
+        _stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=False)
+
+    def transfer(self, engine: Engine, flight: Flight) -> None:
+        plan, size = flight.plan, engine.size
+        warm = 0 <= flight.call.step < engine.config.warmup_steps
+        leaving, arriving = [0] * size, [0] * size
+        frames = []
+        for part, x, staged in zip(plan.outgoing, flight.inputs, flight.staged, strict=True):
+            # unpadded: to a rank whose chunks all pass through these are the bytes of an uncompressed call
+            frames.append(exact_bytes(x) if staged is None else staged.frame)
+            leaving[part.peer] = frames[-1].numel()
+        for into in plan.incoming:
+            arriving[into.peer] = into.key_nbytes if warm or into.fresh else into.residual_nbytes
+        device = flight.inputs[0].device
+        wire = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *frames])
+        arrived = torch.empty(sum(arriving), dtype=torch.uint8, device=device)
+        flight.work = engine.link.all_to_all(arrived, wire, arriving, leaving, flight.opts)
+        chunks = list(arrived.split(arriving))
+        del chunks[engine.rank]
+        flight.arrived, flight.keep, flight.wire_nbytes = chunks, (wire, arrived), wire.numel()
+
+    def commit(self, engine: Engine, flight: Flight) -> None:
+        _commit_messages(flight)
+
+    def remember(self, engine: Engine, flight: Flight, part: Incoming, target: Tensor, frame: Tensor) -> None:
+        leaving, arriving, *_ = flight.plan.signature
+        if _rotates(engine.rank, leaving) and _rotates(engine.rank, arriving):
+            engine.arrivals.put(flight.plan.site, part.peer, target, frame, by_size=True)
+
+
+def _rotates(me: int, numels: Sequence[int]) -> bool:
+    """Whether there is one chunk only and it is another rank's: a rotation, which a ring is made of."""
+    return not numels[me] and sum(1 for numel in numels if numel) <= 1
+
+
+class Broadcast(_OneMessage):
+    """The root encodes once, every other rank decodes. The root's own tensor stays as it was.
+
+    Signature: (numel, dtype, device, group rank of the root).
+    """
+
+    op = "broadcast"
+    whole_site = True
+
+    def ends(self, engine: Engine, signature: tuple[Any, ...]) -> tuple[int | None, int | None]:
+        return signature[3], None
+
+    def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
+        plan, codec, hint = self.choose(engine, call, signature)
+        numel, root, site = signature[0], signature[3], plan.site
+        links = engine.size - 1 if engine.rank == root else 0
+        plan.raw_numel = links * numel
+        plan.raw_nbytes = plan.raw_numel * plan.dtype.itemsize
+        if codec is not None:
+            if engine.rank == root:
+                plan.outgoing = [Outgoing(root, numel, codec, site.encoder(root), hint)]
+            else:
+                plan.incoming = [Incoming(root, numel, codec, site.decoder(root), hint)]
+        return plan
+
+    def refuse(self, engine: Engine, flight: Flight) -> set[int]:
+        plan = flight.plan
+        numel, is_root = plan.signature[0], engine.rank == plan.signature[3]
+        need = state_nbytes(engine.config, numel, plan.dtype, sender=is_root)
+        # only the root can say that no history will be kept; the others follow it
+        fits = engine.store.reserve(plan.site, _EVERY_PEER, (numel, plan.dtype), need, force=not is_root)
+        return set() if fits else {_EVERY_PEER}
+
+    def transfer(self, engine: Engine, flight: Flight) -> None:
+        plan = flight.plan
+        staged = flight.staged[0] if flight.staged else None
+        if staged is not None:
+            frame = staged.frame
+            flight.wire_nbytes = (engine.size - 1) * frame.numel()
+        else:
+            part = plan.incoming[0]
+            warm = 0 <= flight.call.step < engine.config.warmup_steps
+            flight.keyframes = warm or part.fresh
+            nbytes = part.key_nbytes if flight.keyframes else part.residual_nbytes
+            frame = torch.empty(nbytes, dtype=torch.uint8, device=plan.signature[2])
+            flight.arrived = (frame,)
+        flight.work, flight.keep = engine.link.broadcast(frame, flight.opts), (frame,)
+
+
+def stream_name(source: int, target: int, tag: int) -> str:
+    """The part of a site key that both ends of a directed pair share."""
+    return f"send/{source}>{target}/t{tag}"
+
+
+class Send(_OneMessage):
+    """One stream per directed pair, tag and ordinal. The frame says what it is, so a receiver on the CPU follows it.
+
+    A differentiable tensor, or one for which there is no state budget, travels as it is in a frame that touches no
+    history: the receiver cannot foresee either. Signature: (numel, dtype, device, source, target).
+    """
+
+    op = "send"
+    waits_for_earlier_calls = False
+    forwards = True
+    sends_only = True
+
+    def ends(self, engine: Engine, signature: tuple[Any, ...]) -> tuple[int | None, int | None]:
+        return signature[3], signature[4]
+
+    def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
+        plan, codec, hint = self.choose(engine, call, signature)
+        numel, peer = signature[0], signature[4]
+        plan.raw_numel, plan.raw_nbytes = numel, numel * plan.dtype.itemsize
+        if codec is not None:
+            plan.outgoing = [Outgoing(peer, numel, codec, plan.site.encoder(peer), hint)]
+        return plan
+
+    def arrival(self, engine: Engine, flight: Flight) -> Arrival | None:
+        return engine.arrivals.hold(engine.arrivals.found(flight.inputs[0]), engine.store)
+
+    def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
+        if under_autograd(x):
+            flight.passed = PassReason.AUTOGRAD
+        else:
+            follows = x.device.type == "cpu"
+            _stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=follows, reserve=True)
+        if flight.passed is not None:
+            assert part.stream is not None
+            assert part.codec is not None
+            flight.staged.append(part.stream.stage_stateless(x, part.codec, epoch=flight.call.epoch))
+
+    def transfer(self, engine: Engine, flight: Flight) -> None:
+        staged = flight.staged[0]
+        assert staged is not None
+        flight.work = engine.link.send(staged.frame, flight.plan.outgoing[0].peer, flight.tag)
+        flight.keep, flight.wire_nbytes = (staged.frame,), staged.frame.numel()
+
+    def commit(self, engine: Engine, flight: Flight) -> None:
+        _commit_messages(flight)
+        stream = flight.plan.outgoing[0].stream
+        if stream is not None and stream.relay is not None and stream.relay.shared:
+            engine.store.reserve(flight.plan.site, flight.plan.outgoing[0].peer, "shared", 0)
+
+
+class Receive(_OneMessage):
+    """The other end of :class:`Send`. Signature: (numel, dtype, device, source, target).
+
+    On the CPU a receive is posted at the upper bound of the frame's size (gloo takes a shorter message, and kills the
+    process on a longer one), so that the sender alone decides what it sends.
+    """
+
+    op = "send"  # the policy is asked about the message, the same on both ends
+    waits_for_earlier_calls = False
+    forwards = True
+    receives_only = True
+
+    def ends(self, engine: Engine, signature: tuple[Any, ...]) -> tuple[int | None, int | None]:
+        return signature[3], signature[4]
+
+    def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
+        plan, codec, hint = self.choose(engine, call, signature)
+        numel, source = signature[0], signature[3]
+        if codec is not None:
+            plan.incoming = [Incoming(source, numel, codec, plan.site.decoder(source), hint)]
+            plan.detail = _frame_bound(codec, numel, plan.dtype, hint)
+        return plan
+
+    def frame_nbytes(self, engine: Engine, flight: Flight) -> int:
+        """Bytes of the buffer that the receive is posted with."""
+        return int(flight.plan.detail)
+
+    def transfer(self, engine: Engine, flight: Flight) -> None:
+        nbytes, device = self.frame_nbytes(engine, flight), flight.plan.signature[2]
+        frame = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        flight.arrived = flight.keep = (frame,)
+        flight.work = engine.link.receive(frame, flight.plan.incoming[0].peer, flight.tag)
+
+    def taken(self, engine: Engine, flight: Flight, part: Incoming) -> None:
+        decoder = part.stream
+        if decoder is not None and decoder.header is not None and decoder.header.is_key:
+            # a receiver has no way to refuse: it follows the sender, even beyond its cap
+            what = (part.numel, flight.plan.dtype)
+            engine.store.reserve(flight.plan.site, part.peer, what, decoder.state_bytes, force=True)
+
+
+class ReceiveExactly(Receive):
+    """A receive where both ends' sizes must be equal (NCCL): its kind and size follow from what both ends share."""
+
+    waits_for_earlier_calls = True
+
+    def frame_nbytes(self, engine: Engine, flight: Flight) -> int:
+        part = flight.plan.incoming[0]
+        warm = 0 <= flight.call.step < engine.config.warmup_steps
+        return part.key_nbytes if warm or part.fresh else part.residual_nbytes
+
+
+def _frame_bound(codec: Codec, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> int:
+    """The most bytes a frame of this message can have: raw, or scales gone wild in an odd matrix view."""
+    shapes = [blocks(numel).shape] + ([hint.shape] if hint is not None else [])
+    coded = max(codec.payload_nbytes(shape, torch.float32) for shape in shapes)
+    return HEADER_NBYTES + max(raw_nbytes(numel, dtype), coded + numel // 8 + 64)
+
+
+def receive_any(engine: Engine, call_from: Callable[[int], Call], x: Tensor, tag: int) -> Job:
+    """Receive from whoever sends first; the frame says whose stream it belongs to (CPU only).
+
+    Args:
+        engine: the group's.
+        call_from: makes the call from the sender's group rank, once that is known.
+        x: output tensor.
+        tag: of the message.
+    """
+    numel, dtype = x.numel(), x.dtype
+    frame = torch.empty(HEADER_NBYTES + raw_nbytes(numel, dtype) + numel + 4096, dtype=torch.uint8, device=x.device)
+    work = engine.link.receive_any(frame, tag)
+
+    def finish(may_write: bool) -> None:
+        source = int(work._source_rank())
+        if frame[:4].numpy().tobytes() != MAGIC:  # the sender let this one pass through
+            engine.stats.passed("recv", PassReason.PEER, 0)
+            if may_write:
+                with _torch.without_autograd():
+                    write(x, from_raw(frame, numel, dtype))
+            return
+        call = call_from(source)
+        drain(engine.store.site(call.site))
+        plan = engine.plan(RECEIVE, call, (numel, dtype, x.device, source, engine.rank))
+        if not plan.incoming:  # the policy lets it pass here; the sender's did not
+            codec, site = engine.chooser.codec, plan.site
+            plan = replace(plan, incoming=[Incoming(source, numel, codec, site.decoder(source))])
+        engine.finish(Flight(plan, call, (), (x,), None, arrived=(frame,)), may_write)
+
+    return Job(work, finish, None, (frame,))
+
+
+def _stage_message(
+    engine: Engine,
+    flight: Flight,
+    part: Outgoing,
+    x: Tensor,
+    keyframe: bool,
+    *,
+    accepts_unannounced_keyframe: bool,
+    reserve: bool = False,
+) -> None:
+    """Encode a part, or pass on the frame it arrived in; with ``reserve``, say in ``passed`` if no memory is left."""
+    assert part.stream is not None
+    assert part.codec is not None
+    message = Message(
+        engine.arrivals,
+        part.stream,
+        x,
+        part.codec,
+        keyframe_expected=keyframe,
+        arrival=flight.arrival,
+        accepts_unannounced_keyframe=accepts_unannounced_keyframe,
+    )
+    if reserve and message.keyframe and not message.forwards:
+        need = state_nbytes(engine.config, part.numel, flight.plan.dtype, sender=True)
+        if not engine.store.reserve(flight.plan.site, part.peer, (part.numel, flight.plan.dtype), need):
+            flight.passed = PassReason.BUDGET
+            return
+    flight.messages.append(message)
+    if message.forwards:
+        if engine.tap is not None:
+            engine.tap(flight.call, part.peer, x, part.hint)
+        staged = message.pass_on(flight.call.epoch)
+        flight.staged.append(staged)
+        flight.keyframes = flight.keyframes and staged.header.is_key
+    else:
+        message.announce(engine.stage(flight, part, x, message.keyframe))
+
+
+def _commit_messages(flight: Flight) -> None:
+    framed = [
+        (part, staged) for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True) if staged is not None
+    ]
+    if flight.passed is not None:
+        return
+    for message, (part, staged) in zip(flight.messages, framed, strict=True):
+        message.commit(staged, part.hint)
+
+
+ALL_GATHER, ALL_TO_ALL, BROADCAST = AllGather(), AllToAll(), Broadcast()
+SEND, RECEIVE, RECEIVE_EXACTLY = Send(), Receive(), ReceiveExactly()

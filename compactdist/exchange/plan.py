@@ -1,0 +1,243 @@
+"""What a call site does: decided when the site is first met, held in its :class:`CallPlan`, replayed by later calls.
+
+All reasons to pass a call through are found here: those of the kind of call in :func:`refusal`, those of one message in
+:meth:`Chooser.choose`, and a used-up budget by the patterns that plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from compactdist import _torch, codecs
+from compactdist.codecs import Codec
+from compactdist.errors import ConfigError, LayoutError
+from compactdist.kernels.spec import MatrixView
+from compactdist.observe.stats import PassReason
+from compactdist.policy import PASS, CallInfo, Policy
+from compactdist.state import COMPRESSIBLE_DTYPES, Layout, Site, StreamDecoder, StreamEncoder
+from compactdist.wire import HEADER_NBYTES, raw_nbytes
+
+if TYPE_CHECKING:
+    from compactdist.exchange.patterns import Pattern
+
+__all__ = ["AutogradRule", "Call", "CallPlan", "Chooser", "Incoming", "LayoutHints", "Outgoing", "refusal"]
+
+AutogradRule = Literal["tensor", "backward", "sender"]
+LayoutHints = Callable[[CallInfo], "Layout | None"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call: what belongs to it from the moment it is issued.
+
+    Attributes:
+        site: the site key, e.g. ``"cond/blocks.3.attn/all_gather#0"``.
+        op: name in the policy's terms.
+        step: the group's (or the request's) step since the last reset, from 0; -1 before the first.
+        epoch: resets of the group so far.
+    """
+
+    site: str
+    op: str
+    step: int
+    epoch: int
+
+
+def refusal(size: int, tensor: Tensor, active: bool, autograd: AutogradRule) -> PassReason | None:
+    """Why no call of this kind can be compressed, whatever its size; ``None`` if it can.
+
+    Args:
+        size: ranks of the group.
+        tensor: of the call.
+        active: whether a step, a key or an attached module has been seen.
+        autograd: ``"tensor"``: differentiable tensors and calls in a backward pass are refused; ``"backward"``: only
+            the latter, where not all ranks see the tensor; ``"sender"``: neither, the sender's frame tells.
+    """
+    if size == 1:
+        return PassReason.WORLD_SIZE
+    if tensor.dtype not in COMPRESSIBLE_DTYPES:
+        return PassReason.DTYPE
+    if not active:
+        return PassReason.NO_STEP
+    if autograd == "sender":
+        return None
+    if _torch.in_backward():
+        return PassReason.AUTOGRAD
+    if autograd == "tensor" and tensor.requires_grad and _torch.records_gradients():
+        return PassReason.AUTOGRAD
+    return None
+
+
+def under_autograd(tensor: Tensor) -> bool:
+    """Whether the tensor is part of a differentiable computation now."""
+    return (tensor.requires_grad and _torch.records_gradients()) or _torch.in_backward()
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """A tensor of a call that leaves this rank.
+
+    Attributes:
+        peer: group rank it goes to; one's own where every rank receives it.
+        numel: its elements.
+        codec: of its residuals; ``None``: it travels as it is, without a frame.
+        stream: its encoder; ``None`` without a codec.
+        hint: matrix view of its layout hint.
+        fresh: the next frame must be a keyframe, as some stream it depends on is empty.
+        key_nbytes, residual_nbytes: of the next frame, by its kind.
+    """
+
+    peer: int
+    numel: int
+    codec: Codec | None
+    stream: StreamEncoder | None
+    hint: MatrixView | None = None
+    fresh: bool = True
+    key_nbytes: int = 0
+    residual_nbytes: int = 0
+
+
+@dataclass(slots=True)
+class Incoming:
+    """A tensor of a call that arrives at this rank. Attributes as for :class:`Outgoing`, ``stream`` is its decoder."""
+
+    peer: int
+    numel: int
+    codec: Codec | None
+    stream: StreamDecoder | None
+    hint: MatrixView | None = None
+    fresh: bool = True
+    key_nbytes: int = 0
+    residual_nbytes: int = 0
+
+
+@dataclass(slots=True)
+class CallPlan:
+    """What does not change between two calls of a site.
+
+    Attributes:
+        pattern: how the parts travel.
+        site: the call site.
+        signature: sizes, dtype and device of the call's tensors; another signature needs another plan.
+        dtype: of the tensors.
+        answers: the policy's answer for each size of message, in the pattern's order.
+        reason: why the call passes through; ``None`` if it is compressed.
+        outgoing, incoming: the parts, in the order of the tensors handed to the engine.
+        joint: all parts have one kind and size of frame, as in a collective whose sizes must be equal.
+        codec: shown in statistics.
+        raw_nbytes: bytes on the link if the call were not compressed.
+        raw_numel: elements in all messages that leave.
+        detail: whatever else the pattern worked out.
+        fresh: some part's next frame must be a keyframe.
+        changes: count of the site's changes that the parts' ``fresh`` and sizes were worked out at.
+    """
+
+    pattern: Pattern
+    site: Site
+    signature: tuple[Any, ...]
+    dtype: torch.dtype
+    answers: tuple[Any, ...] = ()
+    reason: PassReason | None = None
+    outgoing: list[Outgoing] = field(default_factory=list)
+    incoming: list[Incoming] = field(default_factory=list)
+    joint: bool = False
+    codec: Codec | None = None
+    raw_nbytes: int = 0
+    raw_numel: int = 0
+    detail: Any = None
+    fresh: bool = True
+    changes: int = -1
+
+    @property
+    def parts(self) -> list[Outgoing | Incoming]:
+        """All parts, those that leave first."""
+        return [*self.outgoing, *self.incoming]
+
+    def refresh(self) -> None:
+        """Work out kinds and sizes of the next frames anew: some stream started, stopped or changed its view."""
+        self.changes = self.site.changes.count
+        parts = [part for part in self.parts if part.codec is not None]
+        for part in parts:
+            codec, stream = part.codec, part.stream
+            assert codec is not None
+            assert stream is not None
+            part.fresh = codec.lossless or stream.is_fresh(part.numel, self.dtype)
+            part.key_nbytes = HEADER_NBYTES + raw_nbytes(part.numel, self.dtype)
+            part.residual_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=False)
+        self.fresh = any(part.fresh for part in parts)
+        if self.joint and parts:
+            largest = max(part.residual_nbytes for part in parts)
+            for part in parts:
+                part.fresh, part.residual_nbytes = self.fresh, largest
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Asks the policy and the layout hints about messages.
+
+    Attributes:
+        label: names group and rank in messages.
+        codec: used where the policy names none.
+        policy, layouts: functions of :class:`CallInfo`; ``None`` for none.
+        min_numel: smaller messages pass through.
+    """
+
+    label: str
+    codec: Codec
+    policy: Policy | None
+    layouts: LayoutHints | None
+    min_numel: int
+
+    @staticmethod
+    def info(
+        call: Call, dtype: torch.dtype, numel: int, source: int | None = None, target: int | None = None
+    ) -> CallInfo:
+        """The policy's view of one directed message."""
+        return CallInfo(call.site, call.op, dtype, numel, max(call.step, 0), source, target)
+
+    def ask(self, info: CallInfo) -> Any:
+        """The policy's answer, or the reason why it is not asked."""
+        if info.numel < self.min_numel or info.numel == 0:
+            return PassReason.SMALL
+        return None if self.policy is None else self.policy(info)
+
+    def choose(self, info: CallInfo, answer: Any) -> Codec | PassReason:
+        """The codec for one directed message, or the reason it passes through.
+
+        Raises:
+            ConfigError: the policy function returned something that is no codec.
+        """
+        if answer is None:
+            return self.codec
+        if isinstance(answer, Codec):
+            return answer
+        if answer is PassReason.SMALL:
+            return PassReason.SMALL
+        if isinstance(answer, str) and answer == PASS:
+            return PassReason.POLICY
+        if isinstance(answer, str | dict):
+            return codecs.get(answer)
+        raise ConfigError(
+            f"{self.label}, site '{info.key}': the policy returned {answer!r}; it must return a codec, 'pass' or None"
+        )
+
+    def hint(self, info: CallInfo) -> MatrixView | None:
+        """The matrix view a layout hint gives for one directed message.
+
+        Raises:
+            LayoutError: the hint does not fit the message.
+        """
+        if self.layouts is None:
+            return None
+        layout = self.layouts(info)
+        if layout is None:
+            return None
+        try:
+            return layout.resolve(info.numel)
+        except LayoutError as error:
+            raise LayoutError(f"{self.label}, site '{info.key}' ({info.op}): {error}") from None

@@ -1,0 +1,62 @@
+"""A request among several that a server interleaves: its own site keys, steps and history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from compactdist.errors import ConfigError
+from compactdist.group.keys import Clock, KeyBook
+
+__all__ = ["Request"]
+
+
+class Request:
+    """One of several requests that a server interleaves; made by ``CompressedProcessGroup.request``.
+
+    Attributes:
+        name: as given.
+        prefix: of the request's site keys.
+    """
+
+    def __init__(self, name: str, keys: KeyBook, forget: Callable[[Request], None]) -> None:
+        self.name = name
+        self.prefix = f"request:{name}"
+        self._keys = keys
+        self._forget = forget
+        self._clock: Clock | None = Clock()
+        self._scopes: list[AbstractContextManager[None]] = []
+
+    def resume(self) -> AbstractContextManager[None]:
+        """Let calls and steps of this thread belong to the request, inside a ``with`` block.
+
+        Raises:
+            ConfigError: the request has ended.
+        """
+        if self._clock is None:
+            raise ConfigError(f"request '{self.name}' has ended: begin another with request()")
+        return self._keys.within_request(self.prefix, self._clock)
+
+    def restart(self) -> None:
+        """The group was reset: steps count from the first again."""
+        if self._clock is not None:
+            self._clock.step = -1
+            self._clock.counts.clear()
+
+    def end(self) -> None:
+        """Drop the request's history. Ending twice is fine."""
+        if self._clock is not None:
+            self._clock = None
+            self._forget(self)
+
+    def __enter__(self) -> Request:
+        scope = self.resume()
+        scope.__enter__()
+        self._scopes.append(scope)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._scopes.pop().__exit__(*exc)
+        if not self._scopes:
+            self.end()

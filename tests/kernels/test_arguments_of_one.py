@@ -1,0 +1,67 @@
+"""Triton makes a Python constant of every integer argument that equals 1: the kernels must compile with those too.
+
+The interpreter passes such arguments as they are, so only a compilation can show it. Nothing is run here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from compactdist import codecs
+from compactdist.state.matrix_view import Layout, blocks, plain
+from tests.kernels.test_gpu import _Compiler
+
+gpu = pytest.importorskip("compactdist.kernels.gpu")
+
+CASES = {
+    "by row and channel": ({"id": "int4"}, plain(128 * 256, 1, 256)),
+    "many tiles, one scale a group": ({"id": "ternary"}, blocks(300)),
+    "more than 64 tiles": ({"id": "int8"}, plain(5000 * 72, 1, 72)),
+    "scattered": ({"id": "fp8"}, Layout("(h s d) -> 1 s (d h)", h=3, d=8).resolve(3 * 70 * 8)),
+    "by block": ({"id": "int2", "scales": "block"}, plain(128 * 256, 1, 256)),
+    "by block, units across ends": ({"id": "int3", "scales": "block", "block": 33}, plain(3 * 40 * 65, 3, 65)),
+}
+
+
+class _WithOnes(_Compiler):
+    """Compiles each launch with all of its plain integers set to 1."""
+
+    def launch(self, kernel: Any, *args: Any, **others: Any) -> None:
+        assert any(type(value) is int for value in args), kernel.fn.__name__
+        super().launch(kernel, *(1 if type(value) is int else value for value in args), **others)
+
+
+@pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compile_with_every_integer_equal_to_one(case, monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    compiler = _WithOnes()
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
+    form, cut = CASES[case]
+    codec = codecs.get(form)
+    x, base = torch.zeros(cut.numel, dtype=torch.bfloat16), torch.zeros(cut.numel, dtype=torch.bfloat16)
+    payload = gpu.encode_residual(codec, x, base, cut, base)
+    gpu.decode_residual(codec, payload, base, cut, base, x)
+    assert {"decode_codes"} < set(compiler.ptx)
+
+
+@pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
+def test_tensors_of_one_channel_compile(monkeypatch):
+    """What sets such arguments in use: one channel, one row, one group, one block."""
+    from triton.runtime.jit import JITFunction
+
+    compiler = _Compiler()
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
+    for form, cut in (
+        ({"id": "int4"}, plain(1, 1, 1)),
+        ({"id": "int4"}, blocks(1)),
+        ({"id": "int2", "scales": "block", "block": 8}, plain(8, 1, 8)),
+    ):
+        codec = codecs.get(form)
+        x, base = torch.zeros(cut.numel), torch.zeros(cut.numel)
+        gpu.decode_residual(codec, gpu.encode_residual(codec, x, base, cut, base), base, cut, base, x)
+    assert {"encode_blocks", "encode_codes", "decode_codes"} <= set(compiler.ptx)
