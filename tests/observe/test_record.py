@@ -42,7 +42,7 @@ def test_every_pattern_is_recorded_as_it_was_sent(tmp_path: Path) -> None:
                 else:
                     dist.recv(received, peer)
                 dist.broadcast(tensor(40 + rank, t, N), src=1)
-        assert dist._ctx.tap is None
+        assert dist._engine.tap is None
         assert recording.skipped == {}
         return recording.path, recording.written
 
@@ -231,7 +231,7 @@ def test_too_much_is_said_at_the_end_and_no_rank_hangs(tmp_path: Path) -> None:
             compactdist.record(dist, path, max_bytes=20000) as recording,
         ):
             loop()
-        assert dist._ctx.tap is None
+        assert dist._engine.tap is None
         return dist.stats().compressed_calls, recording.nbytes, path.exists()
 
     assert run_ranks(body, 2, timeout=60)[0] == (STEPS, 0, False)
@@ -264,7 +264,7 @@ def test_misuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             pass
         with pytest.raises(ZeroDivisionError), compactdist.record(dist, path):
             gather(dist, tensor(rank)).reshape(1 // 0)
-        assert dist._ctx.tap is None
+        assert dist._engine.tap is None
         monkeypatch.setitem(sys.modules, "safetensors.torch", None)
         with pytest.raises(TraceError, match="pip install safetensors"):
             recorded()

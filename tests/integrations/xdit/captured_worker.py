@@ -132,7 +132,7 @@ def measure(kind: str, ulysses: int, ring: int) -> dict[str, Any]:
                 "layouts": {
                     f"{route} {site.key}": [*stream.view.shape, bool(stream.view.hint)]
                     for route, group in handle.groups.items()
-                    for site in group._ctx.store.sites()
+                    for site in group._engine.store.sites()
                     for stream in site.encoders.values()
                 },
             }
