@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 
 import compactdist_xdit
+from compactdist_harness.cpu import xdit as xdit_on_cpu
 
 TINY = "--tiny" in sys.argv
 if TINY:
     os.environ.setdefault("LOG_LEVEL", "error")  # read by xfuser at import
-    compactdist_xdit.cpu.install()
+    xdit_on_cpu.install()
 
 
 def start(model: str, prompt: str, **defaults: Any) -> tuple[argparse.Namespace, Any, Any]:

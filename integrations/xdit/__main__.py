@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from compactdist_common.launch import run_as_main
 from compactdist_xdit.auto import Automatic
 from compactdist_xdit.flags import VARIABLE, add_cli_args, arguments_from, options_from
-from compactdist_xdit.launch import run_as_main
 
 _USAGE = "python -m compactdist_xdit (SCRIPT | -m MODULE) [its own arguments] [--compact_codec CODEC ...]"
 

@@ -88,14 +88,14 @@ def test_launcher_refuses(words: list[str], message: str, capsys: pytest.Capture
 
 SCRIPT = """
 import sys
-from compactdist_xdit import cpu
-cpu.install()
+from compactdist_harness.cpu import xdit as xdit_on_cpu
+xdit_on_cpu.install()
 import torch
 from xfuser import xFuserArgs
 from xfuser.config import FlexibleArgumentParser
 from xfuser.core.distributed import get_runtime_state
 from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
-from compactdist_diffusers.tiny import build
+from compactdist_harness.tiny import build
 
 assert __name__ == "__main__"
 args = xFuserArgs.add_cli_args(FlexibleArgumentParser()).parse_args()
@@ -117,7 +117,7 @@ def test_an_unmodified_script_runs_compressed(tmp_path: Path) -> None:
     # xfuser is made to run on this machine before the launcher imports it, as a GPU would let it run
     start = tmp_path / "start.py"
     start.write_text(
-        "from compactdist_xdit import cpu; cpu.install()\nfrom compactdist_xdit.__main__ import main; main()"
+        "from compactdist_harness.cpu import xdit; xdit.install()\nfrom compactdist_xdit.__main__ import main; main()"
     )
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(start), str(script), "--model", "tiny", "--ring_degree", "2", "--attention_backend", "SDPA_FLASH"]
