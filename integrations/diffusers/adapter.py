@@ -84,19 +84,8 @@ def enable(
     groups: dict[str, Any] = {}
     # Exact: attention uses its own keys and values as they are, and those of other ranks as they were decoded.
     options: dict[str, Any] = {"local": "exact", "layouts": sites.layout_of} | wrap_options
-    policy = options.pop("policy", None)
     try:
-        wrapped: dict[int, Any] = {}
-        for name, route, mesh, _ in meshes:
-            if id(mesh) in wrapped:
-                continue
-            rules = without_gathers(policy) if route == "ulysses" else policy
-            (group,) = compactdist.wrap_mesh(mesh, 0, codec, policy=rules, **options).values()
-            patches.add(group.close)
-            wrapped[id(mesh)] = groups[name] = group
-        for config in {id(config): config for _, _, _, config in meshes}.values():
-            mine = {route: wrapped[id(mesh)] for _, route, mesh, owner in meshes if owner is config}
-            sites.groups.append((config, mine))
+        _wrap(meshes, codec, options, groups, sites, patches)
         patches.add(sites.remove)
         sites.install()
         clock = Clock(list(groups.values()), forwards_per_step)
@@ -111,6 +100,29 @@ def enable(
         patches.undo()
         raise
     return Handle(groups, clock, patches)
+
+
+def _wrap(
+    meshes: list[tuple[str, str, Any, Any]],
+    codec: Any,
+    options: dict[str, Any],
+    groups: dict[str, Any],
+    sites: Sites,
+    patches: Patches,
+) -> None:
+    """Wrap the group of every mesh once, and add it to `groups` by name and to `sites` by configuration and route."""
+    policy = options.pop("policy", None)
+    wrapped: dict[int, Any] = {}
+    for name, route, mesh, _ in meshes:
+        if id(mesh) in wrapped:
+            continue
+        rules = without_gathers(policy) if route == "ulysses" else policy
+        (group,) = compactdist.wrap_mesh(mesh, 0, codec, policy=rules, **options).values()
+        patches.add(group.close)
+        wrapped[id(mesh)] = groups[name] = group
+    for config in {id(config): config for _, _, _, config in meshes}.values():
+        mine = {route: wrapped[id(mesh)] for _, route, mesh, owner in meshes if owner is config}
+        sites.groups.append((config, mine))
 
 
 def _routes(routes: str | Iterable[str] | None) -> tuple[str, ...] | None:

@@ -34,7 +34,7 @@ def test_flags_become_arguments_of_enable() -> None:
 
 
 def test_flags_without_a_codec_are_refused() -> None:
-    with pytest.raises(ValueError, match="--compact_order: of no use without --compact_codec"):
+    with pytest.raises(ValueError, match="--compact_order: no effect without --compact_codec; add it"):
         parsed("--compact_order", "1")
 
 
@@ -77,7 +77,7 @@ def test_a_misspelt_value_is_an_error(value: str) -> None:
     [
         (["script.py"], "nothing to do"),
         (["script.py", "--compact_codek", "int2"], "unknown flag --compact_codek"),
-        (["script.py", "--compact_order", "1"], "of no use without --compact_codec"),
+        (["script.py", "--compact_order", "1"], "no effect without --compact_codec"),
     ],
 )
 def test_launcher_refuses(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
