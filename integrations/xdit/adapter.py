@@ -85,7 +85,8 @@ def enable(
         if method is None:
             raise ValueError("codec=None compresses nothing; name a codec, or a parallel_method to run without one")
         if wrap_options:
-            raise ValueError(f"codec=None wraps no group, so {', '.join(wrap_options)} would have no effect; leave out")
+            names = ", ".join(wrap_options)
+            raise ValueError(f"{names}: no effect with codec=None, which wraps no group; name a codec, or leave it out")
     if vars(inner).get(_MARK) is not None:
         raise ValueError("compression is already enabled for this pipeline; call disable() on its handle first")
     probe.check_version()

@@ -82,7 +82,7 @@ class Session:
         if self._codec is not None and not found:
             raise ValueError(
                 f"no group of {', '.join(self._wanted)} spans more than one rank: set ring_degree, ulysses_degree or "
-                "pipefusion_parallel_degree, or name the routes cfg and sp where those are what is parallel"
+                "pipefusion_parallel_degree, or pass routes='cfg,sp' where only these groups are parallel"
             )
         if self._slots and self._is_bound(found) and _same(self._attached, self.transformers()):
             return
