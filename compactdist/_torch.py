@@ -107,6 +107,33 @@ def group_store(group: Any) -> Any:
     return c10d._world.pg_map[group][1]
 
 
+def adopt_backends(wrapper: Any, inner: Any) -> None:
+    """Hand the inner group's backends to the wrapper's C++ base, for C++ code that goes round Python (2.13)."""
+    names = c10d.BackendConfig(c10d.Backend(c10d._world.pg_backend_config[inner])).get_device_backend_map()
+    default = None
+    for device in inner._device_types:
+        kind = c10d.Backend.backend_type_map.get(names.get(device.type, ""), BackendType.CUSTOM)
+        dist.ProcessGroup._register_backend(wrapper, device, kind, inner._get_backend(device))
+        default = kind
+    if default is not None:
+        wrapper._set_default_backend(default)
+
+
+_DDP_MODULES = frozenset({"torch.distributed.utils", "torch.nn.parallel.distributed"})
+
+
+def called_by_ddp() -> bool:
+    """Whether DistributedDataParallel is being built: its C++ logger asks the group's base for backends (2.13)."""
+    frame = sys._getframe(2)
+    for _ in range(6):
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__") in _DDP_MODULES:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def register(wrapper: Any, inner: Any, name: str) -> None:
     """Make the wrapper a group torch.distributed knows by name, with inner's ranks, store and backend name (2.13)."""
     world = c10d._world

@@ -9,7 +9,7 @@ import xdit_common
 # isort: split
 from xfuser import xFuserCogVideoXPipeline
 
-from compactdist_xdit import tiny
+from compactdist_harness import xdit
 
 MODEL = "THUDM/CogVideoX-2b"
 PROMPT = "A little girl rides a bicycle along a river"
@@ -19,7 +19,7 @@ DEFAULTS = {"height": 480, "width": 720, "num_frames": 49, "num_inference_steps"
 def main() -> None:
     args, engine_config, inputs = xdit_common.start(MODEL, PROMPT, **DEFAULTS)
     if args.tiny:
-        pipe, call_kwargs = tiny.wrapped("cogvideox", engine_config)
+        pipe, call_kwargs = xdit.tiny_under(engine_config, "cogvideox")
     else:
         pipe = xdit_common.load(xFuserCogVideoXPipeline, args, engine_config)
         call_kwargs = {

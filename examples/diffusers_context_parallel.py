@@ -15,7 +15,8 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig, DiffusionPipeline
 
 import compactdist_diffusers
-from compactdist_diffusers import cpu, tiny
+from compactdist_harness import tiny
+from compactdist_harness.cpu import diffusers as diffusers_on_cpu
 
 parser = argparse.ArgumentParser(description="diffusers with compressed context parallelism")
 parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev", help="a checkpoint by name, on GPUs")
@@ -30,7 +31,7 @@ args = parser.parse_args()
 
 rank = int(os.environ["RANK"])
 if args.tiny:
-    cpu.install()
+    diffusers_on_cpu.install()
     dist.init_process_group("gloo")
     pipe, call_kwargs = tiny.build(args.tiny, steps=args.steps)
 else:

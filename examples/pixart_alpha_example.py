@@ -9,7 +9,7 @@ import xdit_common
 # isort: split
 from xfuser import xFuserPixArtAlphaPipeline
 
-from compactdist_xdit import tiny
+from compactdist_harness import xdit
 
 MODEL = "PixArt-alpha/PixArt-XL-2-1024-MS"
 PROMPT = "A cat holding a sign that says hello world"
@@ -19,7 +19,7 @@ DEFAULTS = {"num_inference_steps": 20}
 def main() -> None:
     args, engine_config, inputs = xdit_common.start(MODEL, PROMPT, **DEFAULTS)
     if args.tiny:
-        pipe, call_kwargs = tiny.wrapped("pixart", engine_config)
+        pipe, call_kwargs = xdit.tiny_under(engine_config, "pixart")
     else:
         pipe = xdit_common.load(xFuserPixArtAlphaPipeline, args, engine_config)
         call_kwargs = {

@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 from xfuser.core.distributed import initialize_runtime_state
 from xfuser.model_executor.models.transformers.transformer_wan import xFuserWanTransformer3DWrapper
 
-from compactdist_xdit import tiny
+from compactdist_harness import xdit
 
 MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 PROMPT = "A little girl rides a bicycle along a river"
@@ -22,7 +22,7 @@ DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps"
 def main() -> None:
     args, engine_config, inputs = xdit_common.start(MODEL, PROMPT, **DEFAULTS)
     if args.tiny:
-        pipe, call_kwargs = tiny.wrapped("wan", engine_config)
+        pipe, call_kwargs = xdit.tiny_under(engine_config, "wan")
     else:
         bf16 = {"torch_dtype": torch.bfloat16}
         transformer = xFuserWanTransformer3DWrapper.from_pretrained(args.model, subfolder="transformer", **bf16)

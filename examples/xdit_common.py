@@ -1,4 +1,4 @@
-"""What the xDiT examples share: flags, a tiny pipeline instead of a checkpoint, and the end of a run.
+"""What the xDiT examples share: flags, the CPU that `--tiny` needs, compression, and the end of a run.
 
 Import it before xfuser: with `--tiny` it prepares xfuser for a CPU.
 """
@@ -16,18 +16,19 @@ import torch
 import torch.distributed as dist
 
 import compactdist_xdit
+from compactdist_harness.cpu import xdit as xdit_on_cpu
 
 TINY = "--tiny" in sys.argv
 if TINY:
     os.environ.setdefault("LOG_LEVEL", "error")  # read by xfuser at import
-    compactdist_xdit.cpu.install()
+    xdit_on_cpu.install()
 
 
 def start(model: str, prompt: str, **defaults: Any) -> tuple[argparse.Namespace, Any, Any]:
-    """Read the command line; the arguments, and xfuser's engine and input configurations.
+    """Read the command line. Returns its arguments, and xfuser's engine and input configurations.
 
     Args:
-        model, prompt: used where the command line has none.
+        model, prompt: for a command line without `--model` or `--prompt`.
         defaults: of other flags of xfuser, for instance `height=1024`.
     """
     from xfuser import xFuserArgs
@@ -64,7 +65,7 @@ def generator(input_config: Any) -> torch.Generator:
 
 @contextlib.contextmanager
 def compressed(pipe: Any, args: argparse.Namespace) -> Iterator[None]:
-    """Run requests inside: compressed as the command line says, not at all where it says nothing."""
+    """Compress the requests in the block as the command line says; without `--compact_*` flags compress nothing."""
     options = compactdist_xdit.options_from(args)
     if options is None:
         yield
@@ -76,7 +77,7 @@ def compressed(pipe: Any, args: argparse.Namespace) -> Iterator[None]:
 
 
 def finish(output: Any, path: str) -> None:
-    """Save what came out, on the last of the ranks that have it, and leave xfuser's groups."""
+    """Save the picture or video, on the last rank that has it, and leave xfuser's groups."""
     from xfuser.core.distributed import get_runtime_state
 
     if output is not None and dist.get_rank() == dist.get_world_size() - 1:

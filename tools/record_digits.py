@@ -22,9 +22,9 @@ import torch.distributed as dist
 
 import compactdist
 from compactdist.observe.trace import Trace, save_trace
+from compactdist_harness.digits import CLASSES, STEPS
+from compactdist_harness.xdit import parallel_digits
 from compactdist_xdit.adapter import enable
-from compactdist_xdit.demo_worker import parallel_pipeline
-from compactdist_xdit.digits import CLASSES, STEPS
 
 SITES = ("kv/transformer_blocks.0.attn/*", "kv/single_transformer_blocks.1.attn/*")
 
@@ -55,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
-    pipe, call_kwargs = parallel_pipeline("ring", args.steps, None)
+    pipe, call_kwargs = parallel_digits("ring", args.steps)
     with tempfile.TemporaryDirectory() as folder, enable(pipe, codec="raw") as handle:
         whole = Path(folder, "whole.safetensors")
         ring = handle.groups["ring"]

@@ -1,5 +1,5 @@
 """Train the small FLUX checkpoint that the demo and the tests run:
-`integrations/xdit/assets/digits_flux.safetensors`.
+`integrations/harness/assets/digits_flux.safetensors`.
 
 A `FluxTransformer2DModel` (hidden 128, 4 heads of 32, 2 double and 2 single blocks) learns scikit-learn's
 bundled handwritten digits, enlarged to 16x16, as a rectified flow: `x_s = (1 - s) x + s e` and the model
@@ -47,7 +47,7 @@ MODEL_CONFIG = {
     "guidance_embeds": False,
     "axes_dims_rope": (8, 12, 12),
 }
-DEFAULT_OUT = Path(__file__).resolve().parents[1] / "integrations/xdit/assets/digits_flux.safetensors"
+DEFAULT_OUT = Path(__file__).resolve().parents[1] / "integrations/harness/assets/digits_flux.safetensors"
 WARMUP_STEPS = 100
 EMA_DECAY = 0.999
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.quality.over_seeds import measure
-from compactdist_xdit.digits import STEPS
+from compactdist_harness.digits import STEPS
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {"codec": "int8"},

@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.quality import over_seeds
 from compactdist import Rule
-from compactdist_xdit.demo_worker import pass_everything
-from compactdist_xdit.digits import STEPS
+from compactdist_harness.demo_worker import pass_everything
+from compactdist_harness.digits import STEPS
 
 LAST = STEPS - 1
 PASS: dict[str, Any] = {"codec": "raw", "policy": pass_everything}

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from compactdist_xdit.demo_worker import METHODS, UNCOMPRESSED, parallel_pipeline, run
-from compactdist_xdit.digits import STEPS, noise_latents
+from compactdist_harness.demo_worker import METHODS, UNCOMPRESSED, run
+from compactdist_harness.digits import STEPS, noise_latents
+from compactdist_harness.xdit import parallel_digits
 
 RANKS = 2
 
@@ -28,7 +29,7 @@ RANKS = 2
 def measure(route: str, variants: dict[str, dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
     """A row for each of the variants, options of `enable`; empty on the rank without pictures."""
     torch.set_num_threads(1)
-    pipe, call_kwargs = parallel_pipeline(route, STEPS, None)
+    pipe, call_kwargs = parallel_digits(route, STEPS)
     rows: dict[str, dict[str, Any]] = {name: {"variant": name, "errors": []} for name in variants}
     for seed in range(seeds):
         call_kwargs["latents"] = noise_latents(seed)
@@ -67,7 +68,7 @@ def main(
     Args:
         doc: of the script.
         script: its name in this package.
-        route: of `parallel_pipeline`.
+        route: of `parallel_digits`.
         variants: what to measure, by name.
         seeds: how many, unless said otherwise.
         show: rows as text.
@@ -83,13 +84,13 @@ def main(
         return
     if "RANK" not in os.environ:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-        command += ["-m", f"benchmarks.{script}", *sys.argv[1:]]
+        command += ["-m", f"benchmarks.quality.{script}", *sys.argv[1:]]
         sys.exit(subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode)
     rows = measure(route, {name: variants[name] for name in args.variants}, args.seeds)
     if rows:
         sys.stdout.write(show(rows) + "\n")
         if args.json is not None:
-            command = f"python -m benchmarks.{script} --seeds {args.seeds}"
+            command = f"python -m benchmarks.quality.{script} --seeds {args.seeds}"
             record = {"command": command, "steps": STEPS, "ranks": RANKS, "torch": torch.__version__, "rows": rows}
             args.json.write_text(json.dumps(record, indent=1) + "\n")
     sys.stdout.flush()

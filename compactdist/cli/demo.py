@@ -24,7 +24,7 @@ __all__ = ["DemoError", "run_demo"]
 
 METHODS = ("uncompressed", "int8", "int4", "int2", "binary", "binary-no-residual")
 ROUTES = ("ring", "ulysses")
-_NEEDED = ("xfuser", "diffusers", "yunchang", "triton", "safetensors", "matplotlib", "compactdist_xdit")
+_NEEDED = ("xfuser", "diffusers", "yunchang", "triton", "safetensors", "matplotlib", "compactdist_harness")
 _TIMEOUT_SECONDS = 600.0
 _TABLE_WIDTH = 104
 
@@ -92,7 +92,7 @@ def _run_workers(route: str, folder: Path, steps: int, report: Any) -> None:
         old.unlink()
     log = folder / "log.txt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "compactdist_xdit.demo_worker", "--route", route, "--out", str(folder), "--steps", str(steps)]
+    command += ["-m", "compactdist_harness.demo_worker", "--route", route, "--out", str(folder), "--steps", str(steps)]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ}
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     with log.open("w") as stream:

@@ -18,7 +18,7 @@ from compactdist.codecs import Codec
 from compactdist.exchange.arrivals import Arrival
 from compactdist.exchange.engine import Engine, Flight, exact_bytes, write
 from compactdist.exchange.forward import Message
-from compactdist.exchange.plan import Call, CallPlan, Incoming, Outgoing, under_autograd
+from compactdist.exchange.plan import Call, CallPlan, Incoming, Outgoing
 from compactdist.exchange.work import Job, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import PassReason
@@ -372,9 +372,7 @@ class Send(_OneMessage):
         return engine.arrivals.hold(engine.arrivals.found(flight.inputs[0]), engine.store)
 
     def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
-        if under_autograd(x):
-            flight.passed = PassReason.AUTOGRAD
-        else:
+        if flight.passed is None:
             follows = x.device.type == "cpu"
             _stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=follows, reserve=True)
         if flight.passed is not None:

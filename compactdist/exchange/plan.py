@@ -25,7 +25,17 @@ from compactdist.wire import HEADER_NBYTES, raw_nbytes
 if TYPE_CHECKING:
     from compactdist.exchange.patterns import Pattern
 
-__all__ = ["AutogradRule", "Call", "CallPlan", "Chooser", "Incoming", "LayoutHints", "Outgoing", "refusal"]
+__all__ = [
+    "AutogradRule",
+    "Call",
+    "CallPlan",
+    "Chooser",
+    "Incoming",
+    "LayoutHints",
+    "Outgoing",
+    "refusal",
+    "under_autograd",
+]
 
 AutogradRule = Literal["tensor", "backward", "sender"]
 LayoutHints = Callable[[CallInfo], "Layout | None"]

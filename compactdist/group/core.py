@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from compactdist import _torch
 from compactdist.errors import ClosedGroupError
 from compactdist.exchange.engine import Engine, Flight, waits_at_once
+from compactdist.exchange.link import as_work
 from compactdist.exchange.patterns import Pattern
 from compactdist.exchange.plan import AutogradRule, Call, CallPlan, refusal
-from compactdist.exchange.work import FinishedWork, Job, PendingWork
+from compactdist.exchange.work import FinishedWork, PendingWork
 from compactdist.group.keys import KeyBook
 from compactdist.observe.stats import PassReason
 
@@ -31,6 +33,11 @@ class GroupCore:
     _keys: KeyBook
     _finished: FinishedWork
     _closed: bool
+
+    _adopted: bool
+
+    def _adopt_backends(self) -> None:
+        raise AssertionError("provided by the life cycle")
 
     def _warn_no_step(self, op: str) -> None:
         raise AssertionError("provided by the life cycle")
@@ -62,6 +69,8 @@ class GroupCore:
         stats.passed(op, reason, nbytes)
         if reason == PassReason.NO_STEP and stats.first_time(reason):
             self._warn_no_step(op)
+        if not self._adopted and _torch.called_by_ddp():
+            self._adopt_backends()
 
     def _plan(
         self,
@@ -102,28 +111,39 @@ class GroupCore:
             return None
         return call, plan
 
-    def _ship(self, flights: Sequence[Flight]) -> list[Job]:
-        """Prepare all flights, then launch all: a bad one leaves nothing of any on the wire, and no ordinal used.
+    def _ship(self, calls: Sequence[Flight | Callable[[], Any]]) -> list[Any]:
+        """Prepare all flights, then launch them and make the plain calls, in order.
+
+        A bad flight leaves nothing of any on the wire, and no ordinal used.
+
+        Args:
+            calls: flights, and functions that make a passed-through call on the inner group.
+
+        Returns:
+            Jobs, and the inner group's works.
 
         Raises:
             Whatever encoding or the inner group raises. Flights launched before the inner group failed stay under way,
             and both ends can tell.
         """
-        engine, prepared, jobs = self._engine, 0, []
+        engine, prepared, parts = self._engine, 0, []
+        flights = [call for call in calls if isinstance(call, Flight)]
         with engine.lock:
             try:
                 for flight in flights:
                     engine.prepare(flight)
                     prepared += 1
-                for flight in flights:
-                    jobs.append(engine.launch(flight))
+                for call in calls:
+                    parts.append(engine.launch(call) if isinstance(call, Flight) else as_work(call()))
             except BaseException:
-                for flight in flights[len(jobs) + (prepared == len(flights)) : prepared]:
-                    engine.withdraw(flight)
-                for flight in reversed(flights[len(jobs) :]):
+                left = [call for call in calls[len(parts) :] if isinstance(call, Flight)]
+                for flight in flights[:prepared]:
+                    if flight in left and flight.work is None:
+                        engine.withdraw(flight)
+                for flight in reversed(left):
                     self._keys.give_back(flight.call)
                 raise
-        return jobs
+        return parts
 
     def _work(self, parts: Sequence[Any], result: list[Tensor], opts: Any = None) -> Any:
         """The work of jobs and inner works; a synchronous call is finished first."""

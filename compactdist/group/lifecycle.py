@@ -52,6 +52,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         self._desc = "compactdist"
         self._closed = False
         self._owns_inner = owns_inner
+        self._adopted = False
         self._backend_name = "compactdist" if owns_inner else str(inner.name())
         self._pool: ThreadPoolExecutor | None = None
         self._pool_lock = threading.Lock()
@@ -77,12 +78,24 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
             forward=options.forward,
         )
 
-    # --- identity: the C++ base holds no backend, so that a closed group holds none; names and backends are ours ----
+    # --- identity: the C++ name lives in the first backend, which is shared with the inner group, so it is shadowed ---
 
     @property
     def group_name(self) -> str:
         """The name torch.distributed knows this group by; not the inner group's."""
+        if not self._adopted and self._inner is not None:
+            self._adopt_backends()
         return self._name
+
+    def _adopt_backends(self) -> None:
+        """Give the C++ base the inner group's backends, which it holds until this object is gone.
+
+        Functional collectives and DistributedDataParallel go round Python to them. Whoever uses neither never asks for
+        the name and is never DistributedDataParallel, so that a closed group holds nothing of the inner one.
+        """
+        self._adopted = True
+        if self._owns_inner or _torch.is_registered(self._inner):
+            _torch.adopt_backends(self, self._inner)
 
     @property
     def group_desc(self) -> str:

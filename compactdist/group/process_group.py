@@ -17,7 +17,6 @@ from torch import Tensor
 from compactdist import _torch
 from compactdist.errors import BadOutputError, ConfigError
 from compactdist.exchange.engine import Flight
-from compactdist.exchange.link import as_work
 from compactdist.exchange.patterns import (
     ALL_GATHER,
     ALL_TO_ALL,
@@ -28,7 +27,7 @@ from compactdist.exchange.patterns import (
     receive_any,
     stream_name,
 )
-from compactdist.exchange.plan import Call, refusal
+from compactdist.exchange.plan import Call, refusal, under_autograd
 from compactdist.exchange.work import Job, WaitOnce
 from compactdist.group.core import nbytes_of
 from compactdist.group.lifecycle import GroupLifecycle
@@ -119,11 +118,8 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         self, flights: Sequence[Flight | None], plain: Sequence[Callable[[], Any]], result: list[Tensor]
     ) -> Any:
         """The work of several calls in one: compressed ones are all prepared before anything is sent."""
-        jobs = iter(self._ship([flight for flight in flights if flight is not None]))
-        parts = [
-            next(jobs) if flight is not None else as_work(call()) for flight, call in zip(flights, plain, strict=True)
-        ]
-        return self._work(parts, result)
+        calls = [call if flight is None else flight for flight, call in zip(flights, plain, strict=True)]
+        return self._work(self._ship(calls), result)
 
     def _flights(self, calls: Sequence[tuple[Any, Tensor]], opts: Any) -> list[Flight | None]:
         """Flights of several all-gathers; where one is refused, no ordinal is used."""
@@ -295,7 +291,8 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         if planned is None:
             return None
         call, plan = planned
-        return Flight(plan, call, (x,), (), None, tag=tag)
+        passed = PassReason.AUTOGRAD if under_autograd(x) else None
+        return Flight(plan, call, (x,), (), None, tag=tag, passed=passed)
 
     def _receive_flight(self, x: Tensor, peer: int, tag: int) -> Flight | None:
         me = self._engine.rank
@@ -359,25 +356,21 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
                 self._keys.give_back(flight.call)
             raise
 
-        def plain(i: int) -> Any:
-            op = p2p_op_list[i]
-            return as_work((self.inner.send if is_send[i] else self.inner.recv)([op.tensor], op.group_peer, op.tag))
+        def plain(i: int) -> Callable[[], Any]:
+            op, call = p2p_op_list[i], self.inner.send if is_send[i] else self.inner.recv
+            return lambda: call([op.tensor], op.group_peer, op.tag)
 
-        compressed = [i for i in order if flights[i] is not None]
+        calls = [flights[i] or plain(i) for i in order]
         device = p2p_op_list[0].tensor.device
         if not _torch.supports_coalescing(self.inner, device):
-            jobs = dict(zip(compressed, self._ship([f for f in flights.values() if f is not None]), strict=True))
-            parts = {i: jobs[i] if i in jobs else plain(i) for i in order}
+            parts = dict(zip(order, self._ship(calls), strict=True))
             return [self._work([parts[i]], [op.tensor]) for i, op in enumerate(p2p_op_list)]
         with _torch.coalescing_manager(self.inner, device) as grouped:
-            grouped_jobs: list[Job] = self._ship([f for f in flights.values() if f is not None])
-            for i in order:
-                if flights[i] is None:
-                    plain(i)
+            jobs = [part for part in self._ship(calls) if isinstance(part, Job)]
         together = WaitOnce(grouped.works)
-        for job in grouped_jobs:
+        for job in jobs:
             job.replace_inner(together)
-        return [self._work([*grouped_jobs, together], [op.tensor for op in p2p_op_list])]
+        return [self._work([*jobs, together], [op.tensor for op in p2p_op_list])]
 
     # --- passed through, counted with the bytes their best algorithm sends --------------------------------------------
 

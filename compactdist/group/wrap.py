@@ -73,7 +73,7 @@ def wrap(
         _torch.group_store(group), common, str(group.group_name), group.rank(), ranks, chosen.fingerprint(), seconds
     )
     wrapped = CompressedProcessGroup(group, chosen, f"compactdist:{group.group_name}:{turn}")
-    _torch.register(wrapped, group, wrapped.group_name)
+    _torch.register(wrapped, group, wrapped._name)
     if any(_torch.supports_coalescing(group, device) for device in group._device_types if _usable(device)):
         _torch.patch_batch_isend_irecv(lambda g: isinstance(g, CompressedProcessGroup))
     _log.info("%r wraps '%s'", wrapped, group.group_name)

@@ -26,8 +26,12 @@ class Cell(Protocol):
         """The remembered tensor, flat, in the stream's dtype, yours to write over; ``None`` when empty."""
         ...
 
-    def put(self, value: Tensor) -> Tensor | None:
-        """Remember ``value``, which is the cell's from now on; returns a tensor that nobody needs any more."""
+    def put(self, value: Tensor, last: Tensor | None) -> Tensor | None:
+        """Remember ``value``, which is the cell's from now on; ``last`` is what ``read`` gave, if it was called.
+
+        Returns:
+            A tensor that nobody needs any more, or ``None``.
+        """
         ...
 
     def clear(self) -> None:
@@ -56,7 +60,7 @@ class ExactCell:
         """The remembered tensor itself."""
         return self.value
 
-    def put(self, value: Tensor) -> Tensor | None:
+    def put(self, value: Tensor, last: Tensor | None) -> Tensor | None:
         """Remember ``value``; returns the last tensor where ``value`` took its place."""
         last = self.value
         if last is value:
@@ -174,7 +178,7 @@ class LastValue(Predictor):
         return () if base is None else (base,)
 
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
-        return self._base.put(value)
+        return self._base.put(value, terms[0] if terms else None)
 
     def clear(self) -> None:
         self._base.clear()
@@ -204,8 +208,8 @@ class DampedVelocity(Predictor):
 
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
         base = terms[0] if terms else self._base.read()
-        self._velocity.put(self._change(value, base))
-        return self._base.put(value)
+        self._velocity.put(self._change(value, base), None)
+        return self._base.put(value, base)
 
     def _change(self, value: Tensor, base: Tensor | None) -> Tensor:
         if base is None:

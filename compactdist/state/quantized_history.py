@@ -139,10 +139,10 @@ class QuantizedCell:
         """What is left of the tensor after rounding."""
         return None if self._kept is None else self._kept.dequantize()
 
-    def put(self, value: Tensor) -> Tensor | None:
-        """Remember a rounded copy of ``value``, which stays the caller's."""
+    def put(self, value: Tensor, last: Tensor | None) -> Tensor | None:
+        """Remember a rounded copy of ``value``, which stays the caller's; ``last`` was a copy, too."""
         self._kept = quantize(value, self._form, value.dtype)
-        return None
+        return last
 
     def clear(self) -> None:
         """Forget."""

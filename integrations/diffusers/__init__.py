@@ -7,9 +7,8 @@
         pipe(...)
         print(handle.explain())
 
-`compactdist_diffusers.cpu.install()` lets context parallelism run on a CPU with gloo, and
-`compactdist_diffusers.tiny.build(name)` makes tiny pipelines to try things on. diffusers is imported only when
-something that needs it is called.
+diffusers is imported only when a function that needs it is called. To try the adapter on a CPU, with tiny pipelines:
+`compactdist_harness`.
 """
 
 from compactdist_diffusers.adapter import Handle, enable

@@ -1,68 +1,50 @@
 """Compressed context parallelism for a diffusers model or pipeline: one call, no change to diffusers.
 
-Three things happen in `enable`. The groups behind the ring and the Ulysses dimension of the model's device mesh are
-replaced by wrapped ones. Steps, requests and guidance branches are read off the calls of the model and its scheduler.
-The attention of the model names its call sites and knows the layouts of its buffers. The gather of the output, which
-feeds the scheduler, runs on a mesh of its own and stays plain.
+`enable` replaces the groups behind the ring and the Ulysses dimension of the model's device mesh by wrapped ones, tells
+steps, requests and guidance branches by the calls of the model and its scheduler (`clock`), and gives the call sites of
+attention names and layouts (`sites`). The gather of the output, which feeds the scheduler, has a mesh of its own and
+stays plain.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any
 
 import torch
 
 import compactdist
-from compactdist_diffusers.clock import Clock, Undo
+import compactdist_common
+from compactdist_common import Patches
+from compactdist_diffusers.clock import Clock
 from compactdist_diffusers.sites import Sites
 
 ROUTES = ("ring", "ulysses")
 
 
-class Handle:
-    """What `enable` returns: the wrapped groups and the way back. Also a context manager.
+class Handle(compactdist_common.Handle):
+    """What `enable` returns: the wrapped groups, what they sent, and the way back. Also a context manager.
 
-    Attributes:
-        groups: wrapped groups by name: `"ring"` and/or `"ulysses"`. Where a pipeline has several parallel models with
-            meshes of their own, those of the second and later carry the component's name: `"transformer_2.ring"`.
+    `groups` has `"ring"` and `"ulysses"`, as far as they span more than one rank. Where a pipeline has several parallel
+    models with meshes of their own, the names of the second and later ones begin with the component:
+    `"transformer_2.ring"`.
     """
 
-    def __init__(self, groups: dict[str, Any], clock: Clock, undo: Undo) -> None:
-        self.groups = groups
+    def __init__(self, groups: dict[str, Any], clock: Clock, patches: Patches) -> None:
+        super().__init__(lambda: groups, patches)
         self._clock = clock
-        self._undo = undo
 
     def new_request(self) -> None:
         """Forget the history: the next call of the model begins another request.
 
-        Needed only where no pipeline was given. Every rank must call it at the same place.
+        Needed only where `enable` got a model without its pipeline. Every rank must call it at the same place.
         """
         self._clock.new_request("new_request()")
 
-    def stats(self) -> dict[str, compactdist.Stats]:
-        """The statistics of each wrapped group, as `compactdist` reports them."""
-        return {name: group.stats() for name, group in self.groups.items()}
-
     def explain(self) -> str:
-        """How many steps and requests were seen, and what was sent at every call site, as a table for each group."""
-        tables = (f"{name}\n{group.explain()}" for name, group in self.groups.items())
-        return "\n\n".join((str(self._clock), *tables))
-
-    def disable(self) -> None:
-        """Give diffusers its own groups and functions back. Calling it again does nothing."""
-        while self._undo:
-            self._undo.pop()()
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.disable()
+        """How many steps and requests began, and a table for each group of the messages at every call site."""
+        return f"{self._clock}\n\n{super().explain()}"
 
 
 def enable(
@@ -77,18 +59,19 @@ def enable(
 
     Args:
         model_or_pipe: a diffusers model after `enable_parallelism(config=ContextParallelConfig(...))`, or a pipeline
-            with at least one such model; `torch.compile` them before. With a pipeline, requests are seen by
-            themselves. With a model alone, a request begins when the timesteps turn back (up, where they go down);
-            call `handle.new_request()` where that does not happen, as with a single step.
+            with at least one such model; `torch.compile` it before. With a pipeline, a request begins when the pipeline
+            sets its timesteps. With a model alone, a request begins when the timesteps turn back (up, where they go
+            down); call `handle.new_request()` where they do not, as with a single step.
         codec: a codec or its name, for `compactdist.wrap`.
-        routes: `"ring"`, `"ulysses"` or both; by default all that span more than one rank.
-        forwards_per_step: forwards of the model in one step (and branch of `cache_context`, where the pipeline names
-            those); by default a step begins when the timestep changes.
+        routes: `"ring"`, `"ulysses"` or both; by default those that span more than one rank.
+        forwards_per_step: forwards of the model in one step, and in one branch where the pipeline names branches in
+            `cache_context`; by default a step begins when the timestep changes.
         wrap_options: further arguments of `compactdist.wrap` (`policy`, `order`, `warmup_steps`, ...).
 
     Raises:
         TypeError: neither a diffusers model nor a pipeline.
-        ValueError: nothing to compress, an unknown route, a route of one rank, or compression is enabled already.
+        ValueError: no group spans more than one rank, an unknown route, a route of one rank, or compression is enabled
+            already.
         compactdist.CompactDistError: bad options, or the ranks do not agree.
     """
     if forwards_per_step is not None and forwards_per_step < 1:
@@ -97,42 +80,49 @@ def enable(
     models = _parallel_models(model_or_pipe)
     meshes = _meshes(models, chosen)
 
-    sites = Sites()
-    undo: Undo = []
-    handle = Handle({}, Clock([], forwards_per_step), undo)
-    # Exact: attention uses its own keys and values as they are, and those of other ranks are reconstructed.
+    sites, patches = Sites(), Patches()
+    groups: dict[str, Any] = {}
+    # Exact: attention uses its own keys and values as they are, and those of other ranks as they were decoded.
     options: dict[str, Any] = {"local": "exact", "layouts": sites.layout_of} | wrap_options
-    policy = options.pop("policy", None)
     try:
-        wrapped: dict[int, Any] = {}
-        for name, route, mesh, _ in meshes:
-            if id(mesh) in wrapped:
-                continue
-            rules = without_gathers(policy) if route == "ulysses" else policy
-            (group,) = compactdist.wrap_mesh(mesh, 0, codec, policy=rules, **options).values()
-            undo.append(group.close)
-            wrapped[id(mesh)] = handle.groups[name] = group
-        for config in {id(config): config for _, _, _, config in meshes}.values():
-            mine = {route: wrapped[id(mesh)] for _, route, mesh, owner in meshes if owner is config}
-            sites.groups.append((config, mine))
-        undo.append(sites.remove)
+        _wrap(meshes, codec, options, groups, sites, patches)
+        patches.add(sites.remove)
         sites.install()
-        _follow(handle, model_or_pipe, models, forwards_per_step)
+        clock = Clock(list(groups.values()), forwards_per_step)
+        for module in models.values():
+            clock.follow_model(module, patches)
+            if not _is_compiled(module):
+                for group in groups.values():
+                    patches.add(group.attach(module, step_module=None).detach)
+        if not isinstance(model_or_pipe, torch.nn.Module):
+            clock.follow_scheduler(model_or_pipe, patches)
     except BaseException:
-        handle.disable()
+        patches.undo()
         raise
-    return handle
+    return Handle(groups, clock, patches)
 
 
-def _follow(handle: Handle, model_or_pipe: Any, models: dict[str, Any], forwards_per_step: int | None) -> None:
-    groups = list(handle.groups.values())
-    clock = handle._clock = Clock(groups, forwards_per_step)
-    for module in models.values():
-        clock.follow_model(module, handle._undo)
-        if not _is_compiled(module):
-            handle._undo += [group.attach(module, step_module=None).detach for group in groups]
-    if not isinstance(model_or_pipe, torch.nn.Module):
-        clock.follow_scheduler(model_or_pipe, handle._undo)
+def _wrap(
+    meshes: list[tuple[str, str, Any, Any]],
+    codec: Any,
+    options: dict[str, Any],
+    groups: dict[str, Any],
+    sites: Sites,
+    patches: Patches,
+) -> None:
+    """Wrap the group of every mesh once, and add it to `groups` by name and to `sites` by configuration and route."""
+    policy = options.pop("policy", None)
+    wrapped: dict[int, Any] = {}
+    for name, route, mesh, _ in meshes:
+        if id(mesh) in wrapped:
+            continue
+        rules = without_gathers(policy) if route == "ulysses" else policy
+        (group,) = compactdist.wrap_mesh(mesh, 0, codec, policy=rules, **options).values()
+        patches.add(group.close)
+        wrapped[id(mesh)] = groups[name] = group
+    for config in {id(config): config for _, _, _, config in meshes}.values():
+        mine = {route: wrapped[id(mesh)] for _, route, mesh, owner in meshes if owner is config}
+        sites.groups.append((config, mine))
 
 
 def _routes(routes: str | Iterable[str] | None) -> tuple[str, ...] | None:
@@ -151,7 +141,7 @@ def _config(module: Any) -> Any:
 
 
 def _parallel_models(thing: Any) -> dict[str, Any]:
-    """Models with context parallelism by name; a model on its own is called by its class."""
+    """The models with context parallelism, by the name of the component, or of the class for a model on its own."""
     if isinstance(thing, torch.nn.Module):
         found = {type(getattr(thing, "_orig_mod", thing)).__name__: thing}
     elif isinstance(getattr(thing, "components", None), dict) and hasattr(thing, "scheduler"):
@@ -168,7 +158,7 @@ def _parallel_models(thing: Any) -> dict[str, Any]:
 
 
 def _meshes(models: dict[str, Any], routes: tuple[str, ...] | None) -> list[tuple[str, str, Any, Any]]:
-    """Name, route, mesh and configuration of everything to wrap; the same mesh may come more than once."""
+    """Name, route, mesh and configuration of every group to wrap; a mesh that two models share comes twice."""
     meshes: list[tuple[str, str, Any, Any]] = []
     for component, module in models.items():
         config = _config(module)
@@ -190,13 +180,13 @@ def _meshes(models: dict[str, Any], routes: tuple[str, ...] | None) -> list[tupl
 
 
 def _is_compiled(module: Any) -> bool:
-    """Whether hooks in the module would land in a compiled graph, where names cannot be kept."""
+    """Whether hooks in the module would land in a compiled graph, which cannot name call sites."""
     inner = getattr(module, "_orig_mod", module)
     return inner is not module or any(m._compiled_call_impl is not None for m in inner.modules())
 
 
 def without_gathers(policy: Any) -> Any:
-    """`policy`, but all-gathers pass: on a Ulysses group these are attention masks, and masks hold infinities."""
+    """`policy`, except that all-gathers pass: on a Ulysses group they carry attention masks, which hold infinities."""
     plain = compactdist.Rule("pass", op="all_gather")
     if policy is None:
         return plain
@@ -213,6 +203,6 @@ def without_gathers(policy: Any) -> Any:
     def decide(call: compactdist.CallInfo) -> Any:
         return "pass" if call.op == "all_gather" else function(call)
 
-    # Ranks compare policies by name, and an object with __call__ has none of its own.
+    # Ranks compare policies by `__qualname__`, which an object with __call__ does not have.
     decide.__qualname__ = getattr(function, "__qualname__", type(function).__qualname__)
     return decide

@@ -1,31 +1,33 @@
-"""Steps, requests and guidance branches of a diffusers model, read off its calls.
+"""Steps, requests and guidance branches of a diffusers model, told by its calls.
 
-A step begins when the model is called with another `timestep`, or, where the number of forwards in a step is given,
-when so many have been counted in a branch. A request begins at `scheduler.set_timesteps`; without a pipeline, or with a
-scheduler other than the one that was there at first, when the timesteps turn back; and at every `new_request`.
+A step begins when the model is called with another `timestep`; with `forwards_per_step=n`, after every n forwards of a
+branch. A request begins at `scheduler.set_timesteps` and at `new_request`. Without a pipeline, or once the pipeline has
+another scheduler than at first, it begins when the timesteps turn back.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-Undo = list[Callable[[], None]]
+from compactdist_common import Patches, timestep_of
 
 _LATE_COMPILE = "compactdist_diffusers counts steps here; compile the model before enable() to keep it out of the graph"
 
 
 class Clock:
-    """Tells wrapped groups of steps and requests.
+    """Tells wrapped groups when steps and requests begin.
+
+    Args:
+        groups: the wrapped groups.
+        forwards_per_step: forwards of the model in one step and branch; `None`: another timestep begins a step.
 
     Attributes:
-        requests: how many requests began, by what began them.
+        requests: how many requests began, by the event that began them.
         steps: how many steps began.
     """
 
@@ -45,6 +47,11 @@ class Clock:
         self._counted_steps = 0
 
     def new_request(self, cause: str) -> None:
+        """Reset the groups: a request begins.
+
+        Args:
+            cause: the event, for `requests`.
+        """
         self.requests[cause] += 1
         self._forget()
         for group in self._groups:
@@ -56,7 +63,12 @@ class Clock:
             group.step()
 
     def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = _timestep(module, args, kwargs)
+        """A forward pre-hook of the model.
+
+        Raises:
+            TypeError: the model is called without a timestep, and `forwards_per_step` is not set.
+        """
+        timestep = timestep_of(module, args, kwargs)
         if timestep is None and self._forwards_per_step is None:
             raise TypeError(
                 f"{type(module).__name__} was called without a timestep, so steps cannot be told apart; "
@@ -81,29 +93,27 @@ class Clock:
                 self._counted_steps += 1
                 self._step()
 
-    def follow_model(self, module: torch.nn.Module, undo: Undo) -> None:
-        """Count the forwards of `module` (compiled or not), and let `cache_context` name the guidance branch."""
+    def follow_model(self, module: torch.nn.Module, patches: Patches) -> None:
+        """Count the forwards of `module` (compiled or not), and take the guidance branch from `cache_context`."""
         if getattr(module, "_compiled_call_impl", None) is not None:
-            # module.compile() takes hooks into the graph, where counting would happen once, while it is traced.
-            compiled = module._compiled_call_impl
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                self.before_forward(module, args, kwargs)
-                return compiled(*args, **kwargs)
-
-            module._compiled_call_impl = call
-            undo.append(functools.partial(setattr, module, "_compiled_call_impl", compiled))
+            # module.compile() takes hooks into the graph, where they would count once, while it is traced.
+            patches.replace(module, "_compiled_call_impl", self._counting(module, module._compiled_call_impl))
         else:
             hook = torch.compiler.disable(self.before_forward, reason=_LATE_COMPILE)
-            undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
+            patches.add(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         model: Any = getattr(module, "_orig_mod", module)
-        original = getattr(model, "cache_context", None)
-        if original is None:
-            return
+        if hasattr(model, "cache_context"):
+            patches.wrap(model, "cache_context", self._branching)
 
+    def _counting(self, module: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.before_forward(module, args, kwargs)
+            return compiled(*args, **kwargs)
+
+        return call
+
+    def _branching(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @contextlib.contextmanager
-        @functools.wraps(original)
         def cache_context(name: str, **kwargs: Any) -> Iterator[Any]:
             before, self._branch = self._branch, name
             try:
@@ -114,35 +124,14 @@ class Clock:
             finally:
                 self._branch = before
 
-        model.cache_context = cache_context
-        undo.append(lambda: vars(model).pop("cache_context", None))
+        return cache_context
 
-    def follow_scheduler(self, pipe: Any, undo: Undo) -> None:
-        """Begin a request whenever the pipeline asks its scheduler for timesteps, as every pipeline does at first."""
+    def follow_scheduler(self, pipe: Any, patches: Patches) -> None:
+        """Begin a request when the pipeline calls `set_timesteps` of its scheduler, as every pipeline does at first."""
         scheduler = pipe.scheduler
-        original = scheduler.set_timesteps
-
-        # Pipelines read the signature of this method to see what it accepts.
-        @functools.wraps(original)
-        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            self.new_request("set_timesteps")
-            return original(*args, **kwargs)
-
-        scheduler.set_timesteps = set_timesteps
-        undo.append(lambda: vars(scheduler).pop("set_timesteps", None))
+        patches.before(scheduler, "set_timesteps", lambda: self.new_request("set_timesteps"))
         self._scheduled = lambda: pipe.scheduler is scheduler
 
     def __str__(self) -> str:
         causes = ", ".join(f"{cause} {count}" for cause, count in self.requests.items()) or "none seen yet"
         return f"steps: {self.steps}; requests begun: {causes}"
-
-
-def _timestep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    """The timestep of a call; the largest where every token has its own (0 for those given by an input picture)."""
-    timestep = kwargs.get("timestep")
-    if timestep is None:
-        model = getattr(module, "_orig_mod", module)
-        timestep = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments.get("timestep")
-    if timestep is None:
-        return None
-    return float(timestep.max()) if torch.is_tensor(timestep) else float(timestep)

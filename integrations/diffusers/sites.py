@@ -1,8 +1,8 @@
-"""What the buffers mean that diffusers' context parallelism (`diffusers.models.attention_dispatch`, 0.42) sends.
+"""Names and layouts of the messages of diffusers' context parallelism (`diffusers.models.attention_dispatch`, 0.42).
 
-A process group sees flat one-dimensional tensors. While `Sites` is installed, the attention of a parallel model runs
-inside named call sites, and the layout of the buffer about to be sent is known from the shapes of the arguments.
-`(B, S, H, D)`: batch, tokens of this rank, heads, head dimension; P: Ulysses degree.
+While `Sites` is installed, the attention of a parallel model runs inside named call sites, and the layout of the
+message it is about to send follows from the shapes of its arguments. `(B, S, H, D)`: batch, tokens of this rank, heads,
+head dimension; P: Ulysses degree.
 
 | site    | function                                   | one directed message, flat                                  |
 |---------|--------------------------------------------|-------------------------------------------------------------|
@@ -12,127 +12,101 @@ inside named call sites, and the layout of the buffer about to be sent is known 
 | q, k, v | all_to_all_single_any_qkv_async            | (S, B, H/P, D), heads padded                                |
 | out     | all_to_all_single_any_o_async              | (S of the receiver, B, H/P, D)                              |
 
-Tokens become rows and the joined heads become channels, as in `compactdist_xdit`. A function that a version of
-diffusers does not have is left alone; then the codec finds a layout by itself. Compiled code has neither names nor
-hints, for nothing of Python runs in it: there, calls are told apart by their order and encoders look for layouts.
+A function that a version of diffusers does not have is left out; its codec then finds a layout by itself. Compiled code
+runs no Python, so it can neither name call sites nor know layouts: there, the group tells calls apart by their order,
+and encoders find layouts.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import compactdist
-
-Guess = Callable[[int], "compactdist.Layout | None"]
-"""The layout of a message of so many elements."""
+from compactdist_common import CallSites, any_of, expect
 
 _EXCHANGES = ("q", "k", "v", "out", "lse")
 
 
-def _no_guess(numel: int) -> None:
-    return None
-
-
-def ring_guess(key: Tensor, ulysses: int) -> Guess:
-    """For `(kv b s h d)`. The tokens follow from the size: "anything" modes pad them to the longest rank's."""
-    b, _, h, d = key.shape
-    h = h // ulysses
-
-    def guess(numel: int) -> compactdist.Layout | None:
-        s, rest = divmod(numel, 2 * b * h * d)
-        return None if rest else compactdist.Layout("(kv b s h d) -> kv (b s) (h d)", kv=2, b=b, s=s, h=h, d=d)
-
-    return guess
-
-
-def exchange_guess(pattern: str, sizes: torch.Size | tuple[int, ...]) -> Guess:
-    """For a message whose axes are named by `pattern`, for instance `"s b h d"`; -1: this one follows from the size."""
-    names = pattern.split()
-
-    def guess(numel: int) -> compactdist.Layout | None:
-        known = dict(zip(names, sizes, strict=True))
-        free, rest = divmod(numel, math.prod(size for size in sizes if size >= 0))
-        layout = {name: free if size < 0 else size for name, size in known.items()}
-        if rest or math.prod(layout.values()) != numel:
-            return None
-        return compactdist.Layout(f"({pattern}) -> 1 (b s) (h d)", **layout)
-
-    return guess
-
-
-class Sites:
-    """Names the call sites of parallel attention and knows the layout of the message under way.
-
-    `layout_of` is meant to be passed to `compactdist.wrap(layouts=...)`.
+class Sites(CallSites):
+    """Names the call sites of parallel attention between `install()` and `remove()`, and knows their layouts.
 
     Attributes:
-        groups: each context parallel configuration of ours, with its wrapped groups by route.
+        groups: every context-parallel configuration that `enable` found, with its wrapped groups by route.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.groups: list[tuple[Any, dict[str, Any]]] = []
-        self._guess: Guess = _no_guess
-        self._exchanges = 0
-
-    def layout_of(self, info: Any) -> compactdist.Layout | None:
-        """The layout of the message described by `info`, or None where it is not one of the known ones."""
-        return self._guess(info.numel)
+        self._exchanges = 0  # of the attention under way, so far
 
     def find(self, config: Any) -> dict[str, Any] | None:
+        """The wrapped groups of a context-parallel configuration, `None` where another pipeline owns it."""
         return next((groups for known, groups in self.groups if known is config), None)
 
     def owns(self, group: Any) -> bool:
+        """Whether `group` is one of these wrapped groups."""
         return any(group is mine for _, groups in self.groups for mine in groups.values())
 
-    # Dynamo, where it meets these outside a graph, must not try to compile them.
+    # Dynamo may call these three methods outside a graph. It must not try to compile them.
     @torch.compiler.disable(recursive=False)
     def attention(self, call: Callable[[], Any], key: Tensor, config: Any) -> Any:
-        """Run one attention; what its ring group sends meanwhile is `kv`."""
+        """Run one attention, whose messages on the ring group are `kv`."""
         groups = self.find(config) or {}
         self._exchanges = 0
         ring = groups.get("ring")
         if ring is None:
             return call()
-        with ring.key("kv"):
-            return self._guessing(ring_guess(key, config.ulysses_degree), call)
+        b, _, h, d = key.shape
+        # The tokens follow from the message: the "anything" modes pad them to those of the longest rank.
+        with self.site(ring, "kv", expect("n b s h d", 2, b, -1, h // config.ulysses_degree, d)):
+            return call()
 
     @torch.compiler.disable(recursive=False)
     def exchange(self, call: Callable[[], Any], group: Any, buffer: Tensor) -> Any:
-        """Run one exchange of equal parts, `buffer` `(P, ...)`; an attention has four, and one for the log-sum-exp."""
+        """Run one exchange of equal parts: an attention has four, and a fifth for the log-sum-exp.
+
+        Args:
+            call: sends.
+            group: a wrapped Ulysses group.
+            buffer: `(P, ...)`, one message for every rank.
+        """
         site = _EXCHANGES[min(self._exchanges, len(_EXCHANGES) - 1)]
         self._exchanges += 1
-        guess: Guess = _no_guess
+        expected = any_of()
         if buffer.ndim == 5:
-            hybrid = any(group is groups.get("ulysses") and "ring" in groups for _, groups in self.groups)
-            pattern = "s b h d" if site != "out" else "h s b d" if hybrid else "h b s d"
-            guess = exchange_guess(pattern, buffer.shape[1:])
-        with group.key(site):
-            return self._guessing(guess, call)
+            with_ring = any(group is groups.get("ulysses") and "ring" in groups for _, groups in self.groups)
+            axes = "s b h d" if site != "out" else "h s b d" if with_ring else "h b s d"
+            expected = expect(axes, *buffer.shape[1:])
+        with self.site(group, site, expected):
+            return call()
 
     @torch.compiler.disable(recursive=False)
     def uneven_exchange(self, call: Callable[[], Any], group: Any, x: Tensor, out: bool) -> Any:
-        """Run one exchange of the "Ulysses anything" kind, `x` `(B, S, H, D)`."""
+        """Run one exchange of the "Ulysses anything" kind.
+
+        Args:
+            call: sends.
+            group: a wrapped Ulysses group.
+            x: `(B, S, H, D)`, the tensor to send.
+            out: `x` is the attention's output, not a query, key or value.
+        """
         site = "out" if out else _EXCHANGES[min(self._exchanges, 2)]
         self._exchanges += 1
         b, _, h, d = x.shape
         heads = h if out else -(-h // group.size())
-        with group.key(site):
-            return self._guessing(exchange_guess("s b h d", (-1, b, heads, d)), call)
-
-    def _guessing(self, guess: Guess, call: Callable[[], Any]) -> Any:
-        before, self._guess = self._guess, guess
-        try:
+        with self.site(group, site, expect("s b h d", -1, b, heads, d)):
             return call()
-        finally:
-            self._guess = before
 
     def install(self) -> None:
+        """Wrap diffusers' functions, or join the `Sites` of other pipelines for which they are wrapped already.
+
+        Pipelines may be disabled in any order. So the functions are wrapped once for all, and hold a list of the
+        `Sites` that are installed.
+        """
         from diffusers.models import attention_dispatch
 
         for name, make in _REPLACEMENTS.items():

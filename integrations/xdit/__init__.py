@@ -7,24 +7,11 @@
         pipe(...)
         print(handle.explain())
 
-`compactdist_xdit.cpu.install()` lets pip's xfuser run on a CPU with gloo, and `load_digits_pipeline()` gives
-a small trained FLUX model to try things on. xfuser and diffusers are imported only when something that needs
-them is called.
+xfuser and diffusers are imported only when a function that needs them is called. To try the adapter on a CPU, with a
+small trained model: `compactdist_harness`.
 """
 
-from typing import Any
-
 from compactdist_xdit.adapter import Handle, enable
-from compactdist_xdit.digits import decode_latents, load_digits_pipeline
 from compactdist_xdit.flags import add_cli_args, options_from
 
-__all__ = ["Handle", "add_cli_args", "cpu", "decode_latents", "enable", "load_digits_pipeline", "options_from"]
-
-
-def __getattr__(name: str) -> Any:
-    # Imported when asked for: `python -m compactdist_xdit.cpu` imports this package first, and would run a second copy.
-    if name == "cpu":
-        import compactdist_xdit.cpu as cpu
-
-        return cpu
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["Handle", "add_cli_args", "enable", "options_from"]

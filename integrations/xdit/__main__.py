@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 import sys
 
+from compactdist_common.launch import run_as_main
 from compactdist_xdit.auto import Automatic
 from compactdist_xdit.flags import VARIABLE, add_cli_args, arguments_from, options_from
-from compactdist_xdit.launch import run_as_main
 
 _USAGE = "python -m compactdist_xdit (SCRIPT | -m MODULE) [its own arguments] [--compact_codec CODEC ...]"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Take out the flags that are ours, install what they ask for, and run the rest as `__main__`."""
+    """Take the `--compact_*` flags from the command line, install compression, and run the script as `__main__`."""
     parser = add_cli_args(argparse.ArgumentParser("compactdist_xdit", usage=_USAGE, allow_abbrev=False, add_help=False))
     args, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     strangers = [word for word in rest if word.startswith("--compact")]
@@ -37,11 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"nothing to do: give --compact_codec or --parallel_method, or set {VARIABLE}")
     automatic = Automatic(options, explain=args.compact_explain)
     automatic.install()
-    seen = automatic.handles
     try:
         run_as_main(rest)
     finally:
-        nothing = not seen and not automatic.finished
+        nothing = not automatic.handles and not automatic.finished
         automatic.finish()
     if nothing:
         raise SystemExit("compactdist_xdit: the script built no xDiT pipeline, so nothing was compressed")

@@ -6,16 +6,18 @@
     print(handle.explain())
     handle.disable()                                    # or: with enable(pipe, ...): ...
 
-The groups that xfuser's activations travel on are replaced by wrapped ones (`compactdist_xdit.routes`), call sites get
-names and layouts (`sites`, `pipefusion`), steps and requests are found by themselves (`clock`).
+`enable` replaces the groups that xfuser's activations travel on by wrapped ones (`compactdist_xdit.routes`), gives call
+sites names and layouts (`sites`, `long_context`, `pipefusion`), and tells steps and requests by the calls of
+transformer and scheduler (`clock`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
+import compactdist_common
+from compactdist_common import Patches, unwrapped
 from compactdist_xdit import methods, probe
 from compactdist_xdit import routes as all_routes
 from compactdist_xdit.session import Session
@@ -23,47 +25,26 @@ from compactdist_xdit.session import Session
 _MARK = "_compactdist_xdit"
 
 
-class Handle:
-    """What `enable` returns: the wrapped groups and the way back. Also a context manager."""
+class Handle(compactdist_common.Handle):
+    """What `enable` returns: the wrapped groups, what they sent, and the way back. Also a context manager.
 
-    def __init__(self, session: Session) -> None:
-        self._session: Session | None = session
-        self._groups: dict[str, Any] = {}
+    `groups` has a wrapped group for each route (`"pipefusion[0]"` and `[1]` for two stages). It is empty without a
+    codec, and until xfuser has made its groups.
+
+    Attributes:
+        pipe: the diffusers pipeline.
+        method: the parallel method, `None` without one.
+    """
+
+    def __init__(self, session: Session, patches: Patches) -> None:
+        super().__init__(lambda: session.groups, patches)
         self.pipe = session.pipe
         self.method = session.method
 
-    @property
-    def groups(self) -> dict[str, Any]:
-        """Wrapped group by route (`"pipefusion[0]"` and `[1]` for two stages); empty without a codec, and until
-        xfuser has made its groups.
-        """
-        return self._groups if self._session is None else self._session.groups
-
-    def stats(self) -> dict[str, Any]:
-        """The statistics of each wrapped group, by route, as `compactdist` reports them."""
-        return {route: group.stats() for route, group in self.groups.items()}
-
     def explain(self) -> str:
-        """What was sent at every call site, as a table for each route, and what the parallel method did."""
-        parts = [f"{route}\n{group.explain()}" for route, group in self.groups.items()]
-        if self.method is not None:
-            parts.append(self.method.describe())
-        return "\n\n".join(parts)
-
-    def disable(self) -> None:
-        """Give xfuser its own groups and functions back. Calling it again does nothing."""
-        if self._session is not None:
-            session, self._groups, self._session = self._session, self._session.groups, None
-            vars(self.pipe).pop(_MARK, None)
-            session.close()
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.disable()
+        """A table of call sites for each route, and how often the parallel method did what."""
+        method = "" if self.method is None else self.method.describe()
+        return "\n\n".join(filter(None, (super().explain(), method)))
 
 
 def enable(
@@ -77,25 +58,25 @@ def enable(
     exact_own: bool = True,
     **wrap_options: Any,
 ) -> Handle:
-    """Compress what the ranks of `pipe` send each other from now on. Collective: every rank must call it.
+    """Compress the messages between the ranks of `pipe` from now on. Collective: every rank must call it.
 
-    Groups that xfuser makes later, or makes anew, are found when a request begins.
+    Groups that xfuser makes later, or makes anew, are wrapped when the next request begins.
 
     Args:
         pipe: an xDiT pipeline wrapper, or a diffusers pipeline whose transformer xfuser has parallelised.
         codec: a codec or its name, for `compactdist.wrap`; `None` compresses nothing (for a parallel method alone).
-        routes: what to compress, of `compactdist_xdit.routes.ROUTES`, as a list or with commas; by default `ring`,
-            `ulysses` and `pipefusion`, as far as they span more than one rank.
+        routes: of `compactdist_xdit.routes.ROUTES`, as a list or a text with commas; by default `ring`, `ulysses` and
+            `pipefusion`. Routes whose groups have one rank send nothing and are left out.
         parallel_method: `"patch"` or `"distrifusion"` in place of ring attention; see `compactdist_xdit.methods`.
-        method_warmup_steps, method_sync_from_step: of DistriFusion, the synchronous first and last steps.
-        exact_own: a rank attends to its own keys and values as they are, not as the others see them.
+        method_warmup_steps, method_sync_from_step: DistriFusion's synchronous first and last steps.
+        exact_own: a rank attends to its own keys and values as they are, not as the other ranks decode them.
         wrap_options: further arguments of `compactdist.wrap` (`policy`, `order`, `warmup_steps`, ...).
 
     Raises:
         ValueError: there is nothing to compress, a route or method is unknown, the pipeline is enabled already, or
-            something is on that compression cannot go with (8-bit communication, CPU offload).
+            xfuser is configured in a way that excludes compression (8-bit communication, CPU offload).
     """
-    inner, wanted = probe.unwrapped(pipe), all_routes.chosen(routes)
+    inner, wanted = unwrapped(pipe), all_routes.chosen(routes)
     method = None
     if parallel_method is not None:
         choices = {"warmup_steps": method_warmup_steps, "sync_from_step": method_sync_from_step, "exact_own": exact_own}
@@ -104,18 +85,21 @@ def enable(
         if method is None:
             raise ValueError("codec=None compresses nothing; name a codec, or a parallel_method to run without one")
         if wrap_options:
-            raise ValueError(f"{', '.join(wrap_options)}: of no use with codec=None, where nothing is wrapped")
+            names = ", ".join(wrap_options)
+            raise ValueError(f"{names}: no effect with codec=None, which wraps no group; name a codec, or leave it out")
     if vars(inner).get(_MARK) is not None:
         raise ValueError("compression is already enabled for this pipeline; call disable() on its handle first")
     probe.check_version()
     session = Session(inner, codec, wanted, method, exact_own, wrap_options)
-    handle = Handle(session)
+    patches = Patches()
+    patches.add(session.close)
+    handle = Handle(session, patches)
     try:
         if all_routes.initialized():
             session.bind()
             session.activate()
         session.follow()
-        vars(inner)[_MARK] = handle
+        patches.replace(inner, _MARK, handle)
     except BaseException:
         handle.disable()
         raise

@@ -1,27 +1,26 @@
 """Compression for pipelines that somebody else builds: an unmodified script, a server, a Ray worker.
 
-    COMPACTDIST_XDIT="--compact_codec int2"     and in the process     compactdist_xdit.auto.install_from_environment()
-
-Every xDiT pipeline built from then on is enabled as soon as it stands. Groups are wrapped when its first request
-begins, so it does not matter when xfuser makes them.
+The environment holds `COMPACTDIST_XDIT="--compact_codec int2"`, and the process calls
+`compactdist_xdit.auto.install_from_environment()`. Every xDiT pipeline that it builds from then on is enabled as soon
+as it is built. Its groups are wrapped when its first request begins, so xfuser may make them later.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any
 
+from compactdist_common import Patches, unwrapped
 from compactdist_xdit.adapter import Handle, enable
 from compactdist_xdit.flags import arguments_from, options_from
 
 
 class Automatic:
-    """Enables every pipeline that xfuser wraps, and those a script hands to `initialize_runtime_state`.
+    """Enables every pipeline that xfuser wraps, and every one that a script passes to `initialize_runtime_state`.
 
     Args:
         options: for `enable`.
-        explain: print each handle's table when xfuser's groups are destroyed, or at `finish()`.
+        explain: print each handle's table to stderr when xfuser's groups are destroyed, or at `finish()`.
 
     Attributes:
         handles: of the pipelines seen so far.
@@ -32,7 +31,7 @@ class Automatic:
         self.handles: list[Handle] = []
         self._options = options
         self._explain = explain
-        self._patched: list[tuple[Any, str, Any]] = []
+        self._patches = Patches()
         self.finished = 0
 
     def install(self) -> None:
@@ -42,58 +41,32 @@ class Automatic:
         from xfuser.model_executor.models.runner_models.base_model import xFuserModel
         from xfuser.model_executor.pipelines.base_pipeline import xFuserPipelineBaseWrapper
 
-        self._after(xFuserPipelineBaseWrapper, "__init__", lambda pipe, *_, **__: self._enable(pipe))
-        self._after(xFuserModel, "initialize", lambda model, *_, **__: self._enable(model.pipe))
-        # Scripts with a plain diffusers pipeline and a transformer of xfuser's call this by themselves. (What the two
-        # above call is a name of their own module.)
-        self._after(distributed, "initialize_runtime_state", lambda pipeline=None, *_, **__: self._enable(pipeline))
-        self._before(RuntimeState, "destroy_distributed_env", self.finish)
+        self._patches.after(xFuserPipelineBaseWrapper, "__init__", lambda pipe, *_, **__: self._enable(pipe))
+        self._patches.after(xFuserModel, "initialize", lambda model, *_, **__: self._enable(model.pipe))
+        # A script that puts xfuser's transformer into a diffusers pipeline calls this itself. The two classes above
+        # call it by a name of their own modules, which this does not replace.
+        made = "initialize_runtime_state"
+        self._patches.after(distributed, made, lambda pipeline=None, *_, **__: self._enable(pipeline))
+        self._patches.before(RuntimeState, "destroy_distributed_env", self.finish)
 
     def _enable(self, pipe: Any) -> None:
-        inner = getattr(pipe, "module", pipe)
+        inner = unwrapped(pipe)
         if hasattr(inner, "transformer") and not any(handle.pipe is inner for handle in self.handles):
             self.handles.append(enable(pipe, **self._options))
 
-    def _after(self, owner: Any, name: str, then: Any) -> None:
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            then(*args, **kwargs)
-            return result
-
-        self._replace(owner, name, call)
-
-    def _before(self, owner: Any, name: str, first: Any) -> None:
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            first()
-            return original(*args, **kwargs)
-
-        self._replace(owner, name, call)
-
-    def _replace(self, owner: Any, name: str, call: Any) -> None:
-        self._patched.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, call)
-
     def finish(self) -> None:
-        """Say what was sent, if that was asked for, and give xfuser everything back. Calling it again does nothing."""
+        """Print the tables, if `explain`, and disable every handle. Calling it again does nothing."""
         while self.handles:
             handle = self.handles.pop()
             self.finished += 1
             if self._explain:
                 print(handle.explain(), file=sys.stderr, flush=True)
             handle.disable()
-        while self._patched:
-            owner, name, original = self._patched.pop()
-            setattr(owner, name, original)
+        self._patches.undo()
 
 
 def install_from_environment() -> Automatic | None:
-    """What `COMPACTDIST_XDIT` asks for, installed; `None` where it asks for nothing.
+    """Install an `Automatic` with the flags in `COMPACTDIST_XDIT`; `None` where the variable asks for nothing.
 
     Raises:
         ValueError: a misspelt variable, flag or value.

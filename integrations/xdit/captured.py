@@ -1,8 +1,9 @@
 """Attention layers that keep the groups they were built with.
 
-`LongContextAttention` of yunchang, and what xfuser derives from it (Sana's linear attention; Step-Video builds one at
-every call), read the ring and Ulysses group once, in their constructor. Swapping the groups where xfuser keeps them
-does not reach a layer that stands, so the layers of a pipeline are found and given the wrapped groups as well.
+yunchang's `LongContextAttention` and the classes that xfuser derives from it (Sana's linear attention; Step-Video
+builds one at every call) read the ring and the Ulysses group once, in their constructor. Wrapped groups in xfuser's own
+places do not reach a layer that is already built. So the layers of a pipeline are found, and given the wrapped groups
+as well.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import compactdist
+from compactdist_common import Patches
 
 _log = logging.getLogger("compactdist")
 
-_KEPT = {"ring_pg": "ring", "ulysses_pg": "ulysses"}
+_KEPT = {"ring_pg": "ring", "ulysses_pg": "ulysses"}  # attribute of a layer: route
 
 
 def _attributes(thing: Any) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def _attributes(thing: Any) -> dict[str, Any]:
 
 
 def holders(modules: Iterable[Any]) -> list[Any]:
-    """Objects with groups of their own among modules, their attributes (processors), and the attributes of those."""
+    """The objects that keep both groups: modules, their attributes (processors), and the attributes of those."""
     found: dict[int, Any] = {}
     for module in modules:
         near = list(_attributes(module).values())
@@ -34,18 +36,18 @@ def holders(modules: Iterable[Any]) -> list[Any]:
 
 
 class Captured:
-    """Gives layers the wrapped groups in place of the plain ones they keep, and takes them back."""
+    """Gives layers the wrapped groups in place of the plain ones they keep, between `install()` and `remove()`."""
 
     def __init__(self) -> None:
-        self._swapped: list[tuple[Any, str, Any]] = []
+        self._patches = Patches()
         self._warned = False
 
     def install(self, layers: Iterable[Any], groups: dict[str, Any]) -> None:
-        """Swap.
+        """Replace the groups of layers.
 
         Args:
-            layers: what `holders` found.
-            groups: wrapped group by route; a route that is missing is left alone.
+            layers: found by `holders`.
+            groups: wrapped group by route; layers keep their plain group of a route that is missing.
         """
         for layer in layers:
             for attribute, route in _KEPT.items():
@@ -55,19 +57,17 @@ class Captured:
                 if wrapped is None or held is None or held.size() < 2:
                     continue
                 if held is wrapped.inner:
-                    self._swapped.append((layer, attribute, held))
-                    setattr(layer, attribute, wrapped)
+                    setattr(layer, attribute, held)  # which `remove` gives back
+                    self._patches.replace(layer, attribute, wrapped)
                 elif not self._warned:
                     self._warned = True
                     _log.warning(
-                        "%s keeps a %s group that xfuser has replaced since: what it sends is not compressed; build "
+                        "%s keeps a %s group that xfuser has replaced since: its messages are not compressed; build "
                         "the pipeline after its groups",
                         type(layer).__name__,
                         route,
                     )
 
     def remove(self) -> None:
-        """Give the layers back what they kept. Calling it again does nothing."""
-        while self._swapped:
-            layer, attribute, held = self._swapped.pop()
-            setattr(layer, attribute, held)
+        """Give the layers their plain groups back. Calling it again does nothing."""
+        self._patches.undo()

@@ -1,9 +1,9 @@
-"""Which messages the adapter sends with eight bits, whatever the codec, where the caller has no policy.
+"""The messages that the adapter sends with eight bits, whatever the codec, unless the caller has a policy.
 
-* What feeds the scheduler or the model's input: routes `cfg` and `sp`, and the latents from PipeFusion's last stage to
-  the first. They are small, and no attention averages their errors out.
-* PipeFusion's first residual and its last message of every stream. Stages hand each other the residual stream itself;
-  it moves most in the first step and in the last one, and nothing comes after the last to repair it.
+* Messages that feed the scheduler or the model's input: those on routes `cfg` and `sp`, and the latents that
+  PipeFusion's last stage sends to the first. They are small, and no attention averages their errors out.
+* The first residual and the last message of every PipeFusion stream. Stages send each other the hidden states of the
+  model. These change most in the first and in the last step, and no later message repairs an error of the last.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ FINE = "int8"
 
 
 class Fine:
-    """A policy for `compactdist.wrap`.
+    """A policy for `compactdist.wrap`: `FINE` for the messages above, the group's codec for all others.
 
     Args:
         route: of the group.
         last_stage: on `pipefusion`, the rank whose messages to the first stage are latents.
-        ends: on `pipefusion`, gives the numbers of messages within their streams that are first residuals or last. They
-            are read at every call and must be the same on all stages.
+        ends: on `pipefusion`, returns the numbers, within its stream, of the first residual and of the last message. It
+            is called for every message and must return the same numbers on all stages.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Fine:
 
 
 def ends(keyframes: int, timesteps: int | None, whole: int) -> frozenset[int]:
-    """Numbers, within PipeFusion's streams, of the first residual and of the last message of a request.
+    """The numbers, within PipeFusion's streams, of the first residual and of the last message of a request.
 
     Args:
-        keyframes: messages of a stream that are not residuals; the first one never is.
-        timesteps: of the request; `None`: the last message is not known.
-        whole: steps at the beginning before patches go their own ways; then streams of their own begin.
+        keyframes: messages at the beginning of a stream that are keyframes; the first message always is one.
+        timesteps: of the request; `None` where the number, and so the last message, is not known.
+        whole: PipeFusion's synchronous steps at the beginning. After them every patch begins a stream of its own.
     """
     first = max(1, keyframes)
     if timesteps is None:

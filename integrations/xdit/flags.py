@@ -1,4 +1,4 @@
-"""The adapter's options as command-line flags, and as one environment variable that holds such flags."""
+"""The options of `enable` as command-line flags, and as one environment variable that holds such flags."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ _PREFIX = "COMPACTDIST_X"
 
 def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the `--compact_*` flags and `--parallel_method`; stands beside `xFuserArgs.add_cli_args`."""
-    group = parser.add_argument_group("compactdist", "residual compression of what the ranks send each other")
+    group = parser.add_argument_group("compactdist", "residual compression of the messages between ranks")
     add = group.add_argument
     add("--compact_codec", help="codec: an id (int2, binary, ...) or a JSON object with its configuration")
     add("--compact_order", type=int, choices=(0, 1, 2), help="prediction: 0 none, 1 last value, 2 velocity")
-    add("--compact_warmup_steps", type=int, help="steps of a request that are sent as keyframes")
+    add("--compact_warmup_steps", type=int, help="steps at the beginning of a request that are sent as keyframes")
     add("--compact_routes", help=f"comma-separated, of {','.join(routes.ROUTES)} (usually {','.join(routes.USUAL)})")
     add("--compact_policy", type=Path, metavar="FILE", help="JSON list of compactdist.Rule objects")
-    add("--compact_explain", action="store_true", help="print at the end what was sent at every call site")
+    add("--compact_explain", action="store_true", help="print a table of call sites at the end")
     add("--parallel_method", choices=("patch", "distrifusion"), help="in place of ring attention")
     add("--method_warmup_steps", type=int, help="synchronous steps before DistriFusion gets stale")
     return parser
 
 
 def options_from(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Arguments for `enable`; `None` where neither a codec nor a parallel method was asked for.
+    """Arguments for `enable`; `None` where the flags name neither a codec nor a parallel method.
 
     Raises:
-        ValueError: flags that are of no use without a codec, or a policy file that is none.
+        ValueError: flags that have an effect only with a codec stand without one, or the policy file cannot be read.
     """
     options: dict[str, Any] = {
         "order": args.compact_order,
@@ -51,7 +51,7 @@ def options_from(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.compact_codec is None:
         if options:
             flags = ", ".join(f"--compact_{name}" for name in options)
-            raise ValueError(f"{flags}: of no use without --compact_codec")
+            raise ValueError(f"{flags}: no effect without --compact_codec; add it, or leave {flags} out")
         if args.parallel_method is None:
             return None
     codec: Any = args.compact_codec
@@ -69,7 +69,7 @@ def read_policy(path: Path) -> list[compactdist.Rule]:
     """Rules from a JSON list such as `[{"codec": "int4", "key": "*attn*", "first_step": 25}]`.
 
     Raises:
-        ValueError: the file, and what is wrong in it.
+        ValueError: the file cannot be read, or is no list of rules; names the file and the fault.
     """
     try:
         entries = json.loads(path.read_text())
@@ -85,10 +85,10 @@ def read_policy(path: Path) -> list[compactdist.Rule]:
 
 
 def arguments_from(environment: Mapping[str, str] = os.environ) -> argparse.Namespace | None:
-    """What `COMPACTDIST_XDIT="--compact_codec int2 ..."` asks for; `None` where it is not set.
+    """The flags in `COMPACTDIST_XDIT="--compact_codec int2 ..."`; `None` where the variable is not set.
 
     Raises:
-        ValueError: an unknown flag or value in it, or a variable whose name looks like a misspelling of it.
+        ValueError: an unknown flag or value in the variable, or another variable whose name looks like a misspelling.
     """
     alike = difflib.get_close_matches(VARIABLE, [name for name in environment if name != VARIABLE], n=1, cutoff=0.85)
     strangers = [n for n in environment if n.startswith(_PREFIX) and n != VARIABLE] or alike

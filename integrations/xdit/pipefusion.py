@@ -1,11 +1,11 @@
 """PipeFusion's messages: hidden states and latents between stages.
 
-Stages run ahead of one another and post receives early, so neither a stage's own step clock nor the order of calls
-tells both ends the same. What does is the name of a message (`latent`, `encoder_hidden_states`), its patch, and how
-many messages of that name and patch came before in the request. That number is the step the wrapped group is told, so
-`warmup_steps` counts messages of a stream here, and a patch has a history of its own.
+Stages run ahead of one another and post receives early, so sender and receiver of a message see different steps and
+different orders of calls. Both know the name of a message (`latent`, `encoder_hidden_states`), its patch, and how many
+messages of that name and patch came before it in the request. The wrapped group is told that number as its step: here
+`warmup_steps` counts the messages of a stream, and every patch has a history of its own.
 
-The shape handshakes before the first messages use xfuser's own groups and are never seen here.
+The shape handshakes before the first messages stay on xfuser's own groups.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from typing import Any
 
 from torch import Tensor
 
-import compactdist
+from compactdist_common import CallSites, Patches, any_of, expect
 
 
-class PipelineMessages:
-    """Stands in for the sending and receiving methods of one `PipelineGroupCoordinator`.
+class PipelineMessages(CallSites):
+    """Sends and receives the messages of one `PipelineGroupCoordinator` on wrapped groups.
 
     Args:
-        coordinator: xfuser's, with groups `device_groups` for two stages and `device_group` for more.
+        coordinator: xfuser's, which has `device_groups` for two stages and `device_group` for more.
     """
 
     def __init__(self, coordinator: Any) -> None:
+        super().__init__()
         self._coordinator = coordinator
         self._groups: dict[int | None, Any] = {}
         self._stream = ""
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._layout: compactdist.Layout | None = None
+        self._patches = Patches()
 
     @property
     def last_stage(self) -> int:
@@ -40,41 +41,32 @@ class PipelineMessages:
         return int(self._coordinator.world_size) - 1
 
     def use(self, groups: dict[int | None, Any]) -> None:
-        """The wrapped groups, by index in `device_groups`, or under `None` the only one."""
+        """Set the wrapped groups: by index in `device_groups` for two stages, the only one under `None` for more."""
         self._groups = groups
 
     def new_request(self) -> None:
-        """Count messages from the first again."""
+        """Begin to count messages at 0 again."""
         self._counts.clear()
 
-    def layout_of(self, info: Any) -> compactdist.Layout | None:
-        """Tokens as rows where the message under way has tokens: `(B, S, C)`."""
-        return self._layout
-
     def install(self) -> None:
-        """Put the methods in the coordinator's place; class and other instances stay as they are."""
-        own, original = vars(self._coordinator), self._coordinator
-        own["pipeline_send"] = self._naming_sent(original.pipeline_send)
-        own["pipeline_isend"] = self._naming_sent(original.pipeline_isend)
-        own["pipeline_recv"] = self._naming_received(original.pipeline_recv)
-        own["recv_next"] = self._naming_next(original.recv_next)
-        own["_pipeline_isend"] = self._in_stream(original._pipeline_isend, "send")
-        own["_pipeline_irecv"] = self._in_stream(original._pipeline_irecv, "recv")
+        """Replace methods of this coordinator; its class and other instances stay as they are."""
+        for name in ("pipeline_send", "pipeline_isend"):
+            self._patches.wrap(self._coordinator, name, self._naming_sent)
+        self._patches.wrap(self._coordinator, "pipeline_recv", self._naming_received)
+        self._patches.wrap(self._coordinator, "recv_next", self._naming_next)
+        for name, direction in (("_pipeline_isend", "send"), ("_pipeline_irecv", "recv")):
+            self._patches.wrap(self._coordinator, name, functools.partial(self._on_wrapped_group, direction))
 
     def remove(self) -> None:
-        """Give the coordinator its own methods back."""
-        for name in ("pipeline_send", "pipeline_isend", "pipeline_recv", "recv_next"):
-            vars(self._coordinator).pop(name, None)
-        for name in ("_pipeline_isend", "_pipeline_irecv"):
-            vars(self._coordinator).pop(name, None)
+        """Give the coordinator its own methods back. Calling it again does nothing."""
+        self._patches.undo()
 
     def _name(self, name: str | None, patch: int) -> None:
-        # Only latents are cut into patches. Other tensors are sent as segment -1 and received as segment 0.
+        # Only latents are cut into patches. xfuser sends other tensors as segment -1 and receives them as segment 0.
         name = name or "latent"
         self._stream = f"{name}.{patch}" if name == "latent" and patch >= 0 else name
 
     def _naming_sent(self, original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
         def send(tensor: Tensor, name: str = "latent", segment_idx: int = -1) -> None:
             self._name(name, segment_idx)
             original(tensor, name=name, segment_idx=segment_idx)
@@ -82,7 +74,6 @@ class PipelineMessages:
         return send
 
     def _naming_received(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(original)
         def receive(idx: int = -1, name: str = "latent") -> Tensor:
             self._name(name, idx)
             return original(idx=idx, name=name)
@@ -90,7 +81,6 @@ class PipelineMessages:
         return receive
 
     def _naming_next(self, original: Callable[[], None]) -> Callable[[], None]:
-        @functools.wraps(original)
         def receive() -> None:
             if self._coordinator.recv_tasks_queue:
                 self._name(*self._coordinator.recv_tasks_queue[0])
@@ -98,8 +88,9 @@ class PipelineMessages:
 
         return receive
 
-    def _in_stream(self, original: Callable[[Tensor], Any], direction: str) -> Callable[[Tensor], Any]:
-        @functools.wraps(original)
+    def _on_wrapped_group(self, direction: str, original: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """The original, with the wrapped group in the coordinator's places while it runs."""
+
         def call(tensor: Tensor) -> Any:
             coordinator = self._coordinator
             index = None
@@ -109,18 +100,14 @@ class PipelineMessages:
             number = self._counts[direction, self._stream]
             self._counts[direction, self._stream] += 1
             group.step(number)
-            self._layout = None
-            if tensor.dim() == 3:
-                b, s, c = tensor.shape
-                self._layout = compactdist.Layout("(b s c) -> 1 (b s) c", b=b, s=s, c=c)
-            plain = coordinator.device_group, coordinator.device_groups
-            coordinator.device_group = group
-            coordinator.device_groups = [group, group]
+            expected = expect("b s c", *tensor.shape) if tensor.dim() == 3 else any_of()
+            swapped = Patches()
+            swapped.replace(coordinator, "device_group", group)
+            swapped.replace(coordinator, "device_groups", [group, group])
             try:
-                with group.key(self._stream):
+                with self.site(group, self._stream, expected):
                     return original(tensor)
             finally:
-                coordinator.device_group, coordinator.device_groups = plain
-                self._layout = None
+                swapped.undo()
 
         return call

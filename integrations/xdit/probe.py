@@ -1,4 +1,4 @@
-"""What the installed xfuser offers, and what the adapter refuses, with reasons."""
+"""What the adapter needs of the installed xfuser, and the configurations it refuses, with reasons."""
 
 from __future__ import annotations
 
@@ -18,22 +18,15 @@ _NEEDED = {
 _PIPELINE = ("pipeline_send", "pipeline_isend", "pipeline_recv", "recv_next", "_pipeline_isend", "_pipeline_irecv")
 
 
-def unwrapped(thing: Any) -> Any:
-    """What xfuser wraps (pipelines, schedulers), which it keeps in `.module`; or the thing itself."""
-    while "module" in vars(thing):
-        thing = thing.module
-    return thing
-
-
 def check_version() -> None:
-    """Warn where this xfuser has never been tried."""
+    """Log a warning where this version of xfuser has never been tried."""
     installed = version("xfuser")
     if installed not in TRIED:
         _log.warning("xfuser %s is untested with compactdist_xdit (tried: %s)", installed, ", ".join(TRIED))
 
 
 def missing(routes: Sequence[str]) -> dict[str, list[str]]:
-    """What the installed xfuser lacks of what these routes build on, by route."""
+    """The functions that these routes need and the installed xfuser lacks, by route."""
     from xfuser.core.distributed import group_coordinator
     from xfuser.model_executor.layers import usp
 
@@ -45,14 +38,15 @@ def missing(routes: Sequence[str]) -> dict[str, list[str]]:
 
 
 def refuse(pipe: Any, routes: Sequence[str]) -> None:
-    """Refuse what would go wrong.
+    """Refuse a pipeline whose compression would fail or gain nothing.
 
     Raises:
-        ValueError: with the reason and what to do instead.
+        ValueError: xfuser lacks functions that a route needs, communicates with 8 bits, or keeps the transformer on the
+            CPU between forwards.
     """
     for route, names in missing(routes).items():
         raise ValueError(
-            f"xfuser {version('xfuser')} lacks {', '.join(names)}, which the {route} route builds on; use "
+            f"xfuser {version('xfuser')} lacks {', '.join(names)}, which the {route} route needs; use "
             f"xfuser {TRIED[-1]} or leave the route out"
         )
     from xfuser.core.distributed import runtime_state

@@ -8,8 +8,8 @@
 | cfg | the CFG coordinator's | the two branches' noise predictions |
 | sp | the sequence-parallel coordinator's | outputs of every forward (Wan and others), the final latents |
 
-What travels on `cfg` and `sp` feeds the scheduler directly, where no attention averages errors out, and is small. So
-these two are compressed only where they are named.
+The tensors on `cfg` and `sp` are small and feed the scheduler directly, where no attention averages errors out. So
+these two routes are compressed only where the caller names them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ USUAL = ("ring", "ulysses", "pipefusion")
 
 @dataclass(frozen=True)
 class Slot:
-    """One attribute of xfuser's that holds a group (or, with an index, a list that does)."""
+    """A place where xfuser keeps a group.
+
+    Attributes:
+        route: of the group.
+        owner: the object with the attribute.
+        attribute: holds the group, or a list of groups.
+        index: of the group in the list; `None` where the attribute holds the group itself.
+    """
 
     route: str
     owner: Any
@@ -32,21 +39,21 @@ class Slot:
     index: int | None = None
 
     def get(self) -> Any:
-        """The group in the slot."""
+        """The group that is in the slot now."""
         held = getattr(self.owner, self.attribute)
         return held if self.index is None else held[self.index]
 
     @property
     def name(self) -> str:
-        """The route, and the direction where a route has two groups."""
+        """The route, with the index where the route has a group for each direction: `"pipefusion[0]"`."""
         return self.route if self.index is None else f"{self.route}[{self.index}]"
 
 
 def chosen(routes: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Names of routes from a list or a text with commas; `None`: the usual ones.
+    """Names of routes from a list or a text with commas; `None`: those in `USUAL`.
 
     Raises:
-        ValueError: an unknown route, or none.
+        ValueError: an unknown route, or an empty list.
     """
     if routes is None:
         return USUAL

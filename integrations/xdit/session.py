@@ -1,17 +1,18 @@
 """One pipeline's wrapped groups, and their turn in xfuser's global places.
 
-xfuser keeps its groups in singletons, so two pipelines in one process take turns: whichever begins a request or calls
-its transformer puts its own groups in, and takes the other's out.
+xfuser keeps its groups in singletons, so two pipelines in one process take turns: the one that begins a request or
+calls its transformer takes the other's wrapped groups out and puts its own in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import compactdist
+from compactdist_common import Patches, unwrapped
 from compactdist_xdit import methods, probe, routes
 from compactdist_xdit.captured import Captured, holders
 from compactdist_xdit.clock import Clock
@@ -20,11 +21,11 @@ from compactdist_xdit.long_context import LongContextSites
 from compactdist_xdit.pipefusion import PipelineMessages
 from compactdist_xdit.sites import Sites
 
-_ACTIVE = "compactdist_session"  # an attribute of the singleton that the groups themselves live in
+_ACTIVE = "compactdist_session"  # attribute of PROCESS_GROUP, the singleton that holds the ring and Ulysses groups
 
 
 class Session:
-    """What `enable` keeps for one pipeline.
+    """The wrapped groups of one pipeline, from `enable` to `close`.
 
     Args:
         pipe: the diffusers pipeline.
@@ -35,7 +36,8 @@ class Session:
         options: further arguments of `compactdist.wrap`.
 
     Attributes:
-        groups: wrapped group by the name of its slot; empty until xfuser has made its groups.
+        groups: wrapped group by the name of its slot; empty until xfuser has made its groups. After `close` the closed
+            groups remain, for their statistics.
     """
 
     def __init__(
@@ -61,26 +63,26 @@ class Session:
         self._followed: list[Any] = []  # transformers and scheduler
         self._sites = Sites()
         self._long_context = LongContextSites()
-        self._layers: list[Any] = []  # that keep groups of their own
+        self._layers: list[Any] = []  # layers that keep groups of their own, see `captured`
         self._captured = Captured()
         self._messages: PipelineMessages | None = None
         self._attachments: list[Any] = []
-        self._undo: list[Callable[[], None]] = []
+        self._following = Patches()
         self._clock = Clock(self._begin_step, self._begin_request)
 
     # --- groups -----------------------------------------------------------------------------------------------------
 
     def bind(self) -> None:
-        """Wrap xfuser's groups of today. Does nothing where they are the ones wrapped already.
+        """Wrap the groups that xfuser has now. Does nothing where these groups are wrapped already.
 
         Raises:
-            ValueError: none of the routes spans more than one rank, or something stands in the way.
+            ValueError: none of the routes spans more than one rank, or `probe.refuse` refuses the pipeline.
         """
         found = self._found()
         if self._codec is not None and not found:
             raise ValueError(
                 f"no group of {', '.join(self._wanted)} spans more than one rank: set ring_degree, ulysses_degree or "
-                "pipefusion_parallel_degree, or name the routes cfg and sp where those are what is parallel"
+                "pipefusion_parallel_degree, or pass routes='cfg,sp' where only these groups are parallel"
             )
         if self._slots and self._is_bound(found) and _same(self._attached, self.transformers()):
             return
@@ -99,12 +101,11 @@ class Session:
         self._attached = self.transformers()
         self._layers = holders(module for transformer in self._attached for module in transformer.modules())
         for transformer in self._attached:
-            # xfuser wraps the transformer in a module of its own; its layers keep their names inside.
-            layers = getattr(transformer, "module", transformer)
+            layers = unwrapped(transformer)  # so that the names of layers do not begin with xfuser's "module."
             self._attachments += [self.groups[name].attach(layers, step_module=None) for name in self._stepped()]
 
     def _found(self) -> list[tuple[routes.Slot, Any]]:
-        """Where xfuser keeps its groups of today, and the plain groups."""
+        """The slots of the wanted routes, and the plain group that xfuser has for each now."""
         if self._codec is None:
             return []
         return [(slot, _plain(slot.get())) for slot in routes.slots(self._wanted)]
@@ -113,8 +114,8 @@ class Session:
         return _same([plain for _, plain in found], [plain for _, plain, _ in self._slots])
 
     def _wrap(self, slot: routes.Slot, plain: Any) -> Any:
-        # Attention takes its own keys and values as they are. Predictions and latents must be the same on all ranks,
-        # or the ranks' pictures drift apart.
+        # Attention uses its own keys and values as they are. Noise predictions and latents must be the same on all
+        # ranks, or the ranks' pictures drift apart.
         exact = self._exact_own and slot.route in ("ring", "ulysses")
         options: dict[str, Any] = {"local": "exact" if exact else "reconstructed"}
         if slot.route in ("ring", "ulysses"):
@@ -136,7 +137,7 @@ class Session:
         return Fine(route, self._messages.last_stage, lambda: ends(keyframes, self.timesteps(), _whole_steps()))
 
     def unbind(self) -> None:
-        """Close the wrapped groups; xfuser has its own back before."""
+        """Give xfuser its own groups back, and close the wrapped ones."""
         self.deactivate()
         for attachment in self._attachments:
             attachment.detach()
@@ -148,7 +149,7 @@ class Session:
         self._messages = None
 
     def _stepped(self) -> list[str]:
-        """Groups whose steps are the pipeline's; PipeFusion's messages carry their own."""
+        """Names of the groups that step with the pipeline. PipeFusion's groups step with their messages."""
         return [slot.name for slot, _, _ in self._slots if slot.route != "pipefusion"]
 
     # --- taking turns -----------------------------------------------------------------------------------------------
@@ -164,11 +165,11 @@ class Session:
             before.deactivate()
         setattr(PROCESS_GROUP, _ACTIVE, self)
         for slot, _, wrapped in self._slots:
-            if slot.route != "pipefusion":  # there only activations travel wrapped, see PipelineMessages
+            if slot.route != "pipefusion":  # PipelineMessages puts its group in for single messages
                 setattr(slot.owner, slot.attribute, wrapped)
         if self.method is not None:
             self.method.install()
-        self._sites.install()  # after the method: names and layouts belong to whatever stands at `ring_attn`
+        self._sites.install()  # after the method, which replaces `ring_attn`: the replacement gets the names
         if {"ring", "ulysses"} & self.groups.keys():
             self._captured.install(self._layers, self.groups)
             self._long_context.install()
@@ -190,27 +191,27 @@ class Session:
         if self.method is not None:
             self.method.stand_back()
         for slot, plain, wrapped in self._slots:
-            # xfuser may have made its groups anew meanwhile: those stay
+            # xfuser may have put a new group into the slot meanwhile, which stays there.
             if slot.route != "pipefusion" and slot.get() is wrapped:
                 setattr(slot.owner, slot.attribute, plain)
 
     # --- steps and requests -----------------------------------------------------------------------------------------
 
     def transformers(self) -> list[torch.nn.Module]:
-        """The pipeline's, one or two."""
+        """The pipeline's transformers, one or two."""
         found = [getattr(self.pipe, name, None) for name in ("transformer", "transformer_2")]
         return [module for module in found if isinstance(module, torch.nn.Module)]
 
     def timesteps(self) -> int | None:
-        """Timesteps of the request, as the scheduler has them on every rank; `None` where it does not say."""
+        """How many timesteps the scheduler has for the request, on every rank; `None` where it has no `timesteps`."""
         timesteps = getattr(self.pipe.scheduler, "timesteps", None)
         return None if timesteps is None else len(timesteps)
 
     def follow(self) -> None:
-        """Let the transformers advance the steps and the scheduler begin the requests.
+        """Tell steps by the forwards of the transformers, and requests by the scheduler.
 
-        Both may be replaced later, by xfuser's wrappers or by a script that wants another scheduler. So this is called
-        again when a request begins, and does nothing where they are the ones followed already.
+        Both may be replaced later, by xfuser's wrappers or by a script that wants another scheduler. So every beginning
+        of a request calls this again. It does nothing where it follows the same objects already.
 
         Raises:
             ValueError: the pipeline has no transformer.
@@ -220,13 +221,12 @@ class Session:
             raise ValueError(f"{type(self.pipe).__name__} has no transformer")
         if _same(self._followed, [*transformers, self.pipe.scheduler]):
             return
-        while self._undo:
-            self._undo.pop()()
+        self._following.undo()
         self._followed = [*transformers, self.pipe.scheduler]
         for transformer in transformers:
-            hooks = transformer.register_forward_pre_hook
-            self._undo.append(hooks(self._before_forward, with_kwargs=True).remove)
-        self._undo.append(self._clock.follow(self.pipe.scheduler))
+            hook = transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self._following.add(hook.remove)
+        self._clock.follow(self.pipe.scheduler, self._following)
 
     def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._missed_a_beginning():
@@ -250,7 +250,7 @@ class Session:
             self.method.begin_step()
 
     def _begin_request(self) -> None:
-        if self.method is not None:  # its gathers are under way in groups that are reset next
+        if self.method is not None:  # first, for it waits for gathers on the groups that are reset below
             self.method.new_request()
         self.follow()
         self.bind()
@@ -262,16 +262,17 @@ class Session:
         self.activate()
 
     def close(self) -> None:
-        """Undo everything."""
-        while self._undo:
-            self._undo.pop()()
+        """Stop following the pipeline, give xfuser its own groups and functions back, and close the wrapped groups."""
+        self._following.undo()
         if self.method is not None:
             self.method.new_request()
+        groups = self.groups
         self.unbind()
+        self.groups = groups
 
 
 def _plain(group: Any) -> Any:
-    """The group itself, also while another session's is in its place."""
+    """xfuser's own group, also where another session has put a wrapped one in its place."""
     return group.inner if isinstance(group, compactdist.CompressedProcessGroup) else group
 
 
@@ -293,7 +294,7 @@ def _whole_steps() -> int:
 
 
 def _patch_of() -> int | None:
-    """PipeFusion's patch about to be computed; `None` in its synchronous steps."""
+    """The patch that PipeFusion computes next; `None` in its synchronous steps."""
     from xfuser.core.distributed import get_runtime_state
 
     state = get_runtime_state()

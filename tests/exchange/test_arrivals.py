@@ -86,18 +86,16 @@ def test_held_only_while_the_decoder_stands_still():
     incoming = Incoming(arrivals, store)
     incoming.into(x)
     arrival = arrivals.found(x)
-    with arrivals.held(arrival, store) as held:
-        assert held is arrival
+    assert arrivals.hold(arrival, store) is arrival
+    arrival.release()
     store.reset()
-    with arrivals.held(arrival, store) as held:
-        assert held is None  # of a site that was forgotten
+    assert arrivals.hold(arrival, store) is None  # of a site that was forgotten
     arrivals, store = setup()
     incoming = Incoming(arrivals, store)
     incoming.into(x)
     arrival = arrivals.found(x)
     incoming.into(torch.empty(N))
-    with arrivals.held(arrival, store) as held:
-        assert held is None
+    assert arrivals.hold(arrival, store) is None
 
 
 def test_another_thread_at_the_site_is_not_waited_for():
@@ -115,12 +113,11 @@ def test_another_thread_at_the_site_is_not_waited_for():
     thread = threading.Thread(target=occupy)
     thread.start()
     assert inside.wait(10)
-    with arrivals.held(arrival, store) as held:
-        assert held is None
+    assert arrivals.hold(arrival, store) is None
     leave.set()
     thread.join()
-    with arrivals.held(arrival, store) as held:
-        assert held is arrival
+    assert arrivals.hold(arrival, store) is arrival
+    arrival.release()
 
 
 def test_off_the_cpu_only_on_trust():

@@ -35,7 +35,7 @@ def test_every_copy_of_a_chunk_is_the_owners_reconstruction(size, options):
         for t in range(STEPS):
             g.step()
             seen.append(ring(g, [chunk(rank, t)]))
-            kept.append(g._ctx.store.site(site(g, 0)).encoder((rank + 1) % size).predictor.base.clone())
+            kept.append(g._engine.store.site(site(g, 0)).encoder((rank + 1) % size).predictor.base.clone())
         return seen, kept, [counts(g, h) for h in range(size - 1)], g.stats().forwarded
 
     ranks = run_ranks(body, size)
@@ -175,7 +175,7 @@ def test_a_ring_that_begins_in_the_middle(numel):
                 seen.append(hop(g, [chunk(rank, t, numel).view(-1, 32).flip(1).repeat_interleave(2).view(-1)[:numel]]))
             else:
                 seen.append(ring(g, [own]))
-        view = g._ctx.store.site(site(g, 1)).encoder((rank + 1) % size).view
+        view = g._engine.store.site(site(g, 1)).encoder((rank + 1) % size).view
         return seen, counts(g, 1), view.shape
 
     ranks = run_ranks(body, 3)
@@ -292,7 +292,7 @@ def test_no_tensor_is_kept_alive_and_memory_does_not_grow():
         for t in range(8):
             g.step()
             ring(g, [chunk(rank, t)])
-            arrivals = g._ctx.arrivals
+            arrivals = g._engine.arrivals
             assert not arrivals._by_stream
             assert not arrivals._by_address
             held.append(g.stats().state_bytes)
@@ -311,7 +311,7 @@ def test_no_tensor_is_kept_alive_and_memory_does_not_grow():
                 ):
                     work.wait()
                 x = y
-        kept = sum(g._ctx.arrivals.kept_bytes().values())
+        kept = sum(g._engine.arrivals.kept_bytes().values())
         assert 2 * N // 2 < kept < 2 * N
         assert g.stats().state_bytes == held[-1] + kept
 

@@ -147,7 +147,7 @@ def test_an_ordinary_exchange_does_not_look_for_anything_to_pass_on():
             y = torch.empty_like(x)
             g.all_to_all_single(y, x)
             g.all_to_all_single(y, y.clone())
-        assert not g._ctx.arrivals._by_stream
+        assert not g._engine.arrivals._by_stream
         return g.stats().forwarded
 
     assert run_ranks(body, 2) == [0, 0]

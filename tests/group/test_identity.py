@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import compactdist
 from compactdist.errors import ClosedGroupError
-from tests.group.kit import NUMEL, Counted, close, data, gathered
+from tests.group.kit import NUMEL, Counted, close, data, gathered, replace_inner
 from tests.launch import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -151,7 +151,7 @@ def test_destroying_everything_ends_cleanly():
 def test_shutdown_and_abort_spare_the_inner_group(order):
     def body(rank, size):
         g = compactdist.wrap()
-        g.inner = None  # has neither: calling it would fail
+        replace_inner(g, None)  # has neither: calling it would fail
         getattr(g, order)()
         dist.all_reduce(x := torch.ones(1))
         assert x == size

@@ -19,10 +19,10 @@ def book() -> KeyBook:
 
 def test_ordinals_count_per_site_and_step():
     keys = book()
-    taken = [keys.take(site).name for site in ("a", "a", "b", "a")]
+    taken = [keys.take(site, "op").site for site in ("a", "a", "b", "a")]
     assert taken == ["a#0", "a#1", "b#0", "a#2"]
     keys.tick()
-    assert keys.take("a").name == "a#0"
+    assert keys.take("a", "op").site == "a#0"
 
 
 def test_prefixes_nest_in_a_fixed_order():
@@ -30,23 +30,23 @@ def test_prefixes_nest_in_a_fixed_order():
     with keys.prefixed("k1"), keys.prefixed("b", branch=True), keys.prefixed("k2"):
         keys.push_module("outer")
         keys.push_module("outer.inner")
-        assert keys.take("op").name == "b/k1/k2/outer.inner/op#0"
+        assert keys.take("op", "op").site == "b/k1/k2/outer.inner/op#0"
         keys.pop_module("outer.inner")
-        assert keys.take("op").name == "b/k1/k2/outer/op#0"
+        assert keys.take("op", "op").site == "b/k1/k2/outer/op#0"
         keys.pop_module("outer")
-    assert keys.take("op").name == "op#0"
+    assert keys.take("op", "op").site == "op#0"
     assert keys.current_branch == ""
     keys.pop_module("outer")  # too many are harmless
 
 
 def test_each_prefix_counts_for_itself():
     keys = book()
-    keys.take("op")
+    keys.take("op", "op")
     with keys.prefixed("a"):
-        assert keys.take("op").name == "a/op#0"
+        assert keys.take("op", "op").site == "a/op#0"
     with keys.prefixed("a"):
-        assert keys.take("op").name == "a/op#1"
-    assert keys.take("op").name == "op#1"
+        assert keys.take("op", "op").site == "a/op#1"
+    assert keys.take("op", "op").site == "op#1"
 
 
 def test_a_prefix_ends_with_its_block_even_if_it_raises():
@@ -66,38 +66,38 @@ def test_names_that_cannot_be_keys(name):
 
 def test_give_back_undoes_the_last_take_only():
     keys = book()
-    first, second = keys.take("a"), keys.take("a")
+    first, second = keys.take("a", "op"), keys.take("a", "op")
     keys.give_back(first)
-    assert keys.take("a").name == "a#2", "a later call has its ordinal already"
+    assert keys.take("a", "op").site == "a#2", "a later call has its ordinal already"
     keys.give_back(second)
-    keys.give_back(keys.take("a"))
-    assert keys.take("a").name == "a#3"
+    keys.give_back(keys.take("a", "op"))
+    assert keys.take("a", "op").site == "a#3"
 
 
 def test_step_and_epoch_of_a_call():
     keys = book()
-    assert (keys.take("a").step, keys.take("a").epoch) == (0, 0)
+    assert (keys.take("a", "op").step, keys.take("a", "op").epoch) == (0, 0)
     keys.tick()
-    assert keys.take("a").step == 1
+    assert keys.take("a", "op").step == 1
     keys.new_epoch()
-    assert (keys.take("a").step, keys.take("a").epoch) == (1, 1)
+    assert (keys.take("a", "op").step, keys.take("a", "op").epoch) == (1, 1)
     keys.restart()
     assert (keys.step, keys.epoch) == (-1, 2)
     keys.tick()
-    again = keys.take("a")
-    assert (again.name, again.step, again.epoch) == ("a#0", 0, 2)
+    again = keys.take("a", "op")
+    assert (again.site, again.step, again.epoch) == ("a#0", 0, 2)
 
 
 @pytest.mark.parametrize("engage", ["step", "key", "branch"])
 def test_what_engages(engage):
     keys = KeyBook()
-    assert not keys.active()
+    assert not keys.engaged
     if engage == "step":
         keys.tick()
     else:
         with keys.prefixed("a", branch=engage == "branch"):
             pass
-    assert keys.active()
+    assert keys.engaged
 
 
 def test_threads_have_their_own_prefixes_and_share_the_counters():
@@ -105,12 +105,12 @@ def test_threads_have_their_own_prefixes_and_share_the_counters():
     seen = []
     with keys.prefixed("main"):
         keys.push_module("m")
-        thread = threading.Thread(target=lambda: seen.append(keys.take("a").name))
+        thread = threading.Thread(target=lambda: seen.append(keys.take("a", "op").site))
         thread.start()
         thread.join(10)
         keys.pop_module("m")
     assert seen == ["a#0"]
-    assert keys.take("a").name == "a#1"
+    assert keys.take("a", "op").site == "a#1"
 
 
 def test_many_threads_never_share_an_ordinal():
@@ -118,7 +118,7 @@ def test_many_threads_never_share_an_ordinal():
     seen: list[str] = []
 
     def work():
-        seen.extend([keys.take("a").name for _ in range(500)])
+        seen.extend([keys.take("a", "op").site for _ in range(500)])
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for t in threads:

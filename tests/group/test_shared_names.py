@@ -286,7 +286,7 @@ def test_split_group_of_a_list_is_process_groups():
 
     def body(rank, size):
         g = compactdist.wrap()
-        g.inner = Inner()
+        g._inner = Inner()
         assert g.split_group([0, 1]) == (([0, 1],), {})
         assert g.split_group([0], group_name="sub") == (([0],), {"group_name": "sub"})
 

@@ -42,7 +42,7 @@ EMPTY = (0, "None", (), None)
 def of_group(group: Any) -> dict[str, Any]:
     """Per site: its streams. Whatever is under way is finished first."""
     sites = {}
-    for site in group._ctx.store.sites():
+    for site in group._engine.store.sites():
         drain(site)
         assert not site.pending
         sites[site.key] = {
@@ -51,7 +51,7 @@ def of_group(group: Any) -> dict[str, Any]:
             "refused": set(site.refused),
             "op": site.key.rpartition("/")[2],
         }
-    return {"sites": sites, "step": group.current_step, "epoch": group._ctx.keys.epoch}
+    return {"sites": sites, "step": group.current_step, "epoch": group._keys.epoch}
 
 
 def is_one_to_all(key: str) -> bool:

@@ -25,8 +25,8 @@ def body(rank, world_size, batch):
             torch.distributed.barrier()
             held = compare.of_group(dist)
             stats = dist.stats()
-            kept = sum(dist._ctx.arrivals.kept_bytes().values())
-            assert stats.state_bytes == kept + sum(site.state_bytes for site in dist._ctx.store.sites())
+            kept = sum(dist._engine.arrivals.kept_bytes().values())
+            assert stats.state_bytes == kept + sum(site.state_bytes for site in dist._engine.store.sites())
             digests = {i: [compare.digest(t) for t in tensors] for i, tensors in results.items()}
             torch.distributed.barrier()
         out.append((held, digests))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from compactdist import codecs
+from compactdist.codecs.base import Session
 from compactdist.codecs.lowrank.lowrank_int4 import LowRankInt4
 from compactdist.errors import NonFiniteError
 from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig, StreamEncoder, plain
@@ -18,8 +19,20 @@ CODECS = ("lowrank", "lowrank_int4")
 class Forgetful(LowRankInt4):
     """The same wire format without a memory."""
 
-    def encode_residual(self, x, base, view, out=None, *, memory=None, **others):
-        return super().encode_residual(x, base, view, out, **others)
+    def open(self, view, dtype, device):
+        return Session(self, view, dtype, device)
+
+
+def opened(codec):
+    return codec.open(HINT, torch.float32, torch.device("cpu"))
+
+
+def step(session, x, terms=()):
+    """One committed step: what the receiver reconstructs."""
+    out, payload = torch.empty_like(x), torch.empty(session.payload_nbytes, dtype=torch.uint8)
+    session.encode(x, terms, out, payload)
+    session.commit()
+    return out
 
 
 def walk(steps: int, rank: int = 40, seed: int = 0) -> list[torch.Tensor]:
@@ -39,7 +52,7 @@ def started(codec, order: int = 1) -> tuple[StreamEncoder, list[torch.Tensor]]:
     encoder = StreamEncoder(StreamConfig(order, find_layout=False), 0, "here")
     values = walk(6)
     for step, x in enumerate(values[:3]):
-        encoder.commit(encoder.stage(x, codec, keyframe=step == 0, hint=HINT), HINT)
+        encoder.commit(encoder.stage(x, codec, keyframe=step == 0), HINT)
     return encoder, values[3:]
 
 
@@ -67,7 +80,7 @@ def test_it_is_used():
     codec = codecs.get("lowrank_int4", rank=4)
     encoder, (x, *_) = started(codec)
     remembered = encoder.stage(x, codec, keyframe=False).frame
-    encoder._memory = None
+    encoder._form = None
     assert not torch.equal(encoder.stage(x, codec, keyframe=False).frame, remembered)
 
 
@@ -100,21 +113,21 @@ def test_reset_forgets_it():
 def test_another_codec_or_arrangement_starts_anew():
     codec, other = codecs.get("lowrank", rank=4), codecs.get("lowrank", rank=6)
     encoder, (x, y, _) = started(codec)
-    assert encoder._memory.codec == codec
+    assert encoder._form.codec == codec
     encoder.commit(encoder.stage(x, other, keyframe=False))
-    assert encoder._memory.codec == other
-    assert encoder._memory.entries["calls"] == 1
-    encoder.view = plain(HINT.numel, 1, 2 * SHAPE[1])
+    assert encoder._form.codec == other
+    assert encoder._form.session._memory["calls"] == 1
+    encoder.follow(1, 2 * SHAPE[1])
     encoder.commit(encoder.stage(y, other, keyframe=False))
-    assert encoder._memory.entries["calls"] == 1
+    assert encoder._form.session._memory["calls"] == 1
     encoder.commit(encoder.stage(y, codecs.get("int4"), keyframe=False))
-    assert encoder._memory.nbytes == 0
+    assert encoder._form.session.held_bytes == 0
 
 
 def test_its_bytes_are_counted():
     codec = codecs.get("lowrank_int4", rank=8)
     encoder, _ = started(codec)
-    assert encoder.state_bytes - encoder.history.state_bytes == 12 * SHAPE[1] * 2  # 1.5 rank directions in bfloat16
+    assert encoder.state_bytes - encoder.predictor.held_bytes == 12 * SHAPE[1] * 2  # 1.5 rank directions in bfloat16
 
 
 @pytest.mark.parametrize("codec_id", CODECS)
@@ -126,11 +139,9 @@ def test_both_ends_stay_equal_and_the_receiver_needs_none(codec_id):
 
 
 def loop_error(codec, values: list[torch.Tensor]) -> float:
-    base, memory, total = values[0].reshape(-1), {}, 0.0
+    base, session, total = values[0].reshape(-1), opened(codec), 0.0
     for x in values[1:]:
-        out = torch.empty_like(base)
-        codec.encode_residual(x.reshape(-1), base, HINT, out, memory=memory)
-        base = out
+        base = step(session, x.reshape(-1), (base,))
         total += float((x.reshape(-1) - base).square().sum())
     return total
 
@@ -142,14 +153,13 @@ def test_two_products_do_what_six_do_without_it():
 
 def test_residuals_that_change_their_character():
     """Everything remembered is useless: the first residual of another kind loses little, the next ones nothing."""
-    codec, memory = codecs.get("lowrank", rank=6), {}
+    session = opened(codecs.get("lowrank", rank=6))
     for x in walk(5):
-        codec.encode_residual(x.reshape(-1), None, HINT, memory=memory)
+        step(session, x.reshape(-1))
     g = torch.Generator().manual_seed(7)
     new = torch.randn(SHAPE[0], 6, generator=g) @ torch.randn(6, SHAPE[1], generator=g)
     x = (new + 0.05 * torch.randn(SHAPE, generator=g)).reshape(-1)
-    out = torch.empty_like(x)
-    codec.encode_residual(x, None, HINT, out, memory=memory)
+    out = step(session, x)
     best = torch.linalg.svdvals(x.view(SHAPE))[6:].square().sum()
     assert (x - out).square().sum() < 1.1 * best
 
@@ -160,7 +170,7 @@ def test_contraction_from_any_start(codec_id):
     codec = codecs.get(codec_id, rank=4)
     x = walk(1)[0].reshape(-1)
     for held in (torch.zeros(1, 6, SHAPE[1]), torch.ones(1, 6, SHAPE[1])):
-        out = torch.empty_like(x)
-        memory = {"calls": 3, "directions": held.bfloat16(), "shares": [0.5]}
-        codec.encode_residual(x, None, HINT, out, memory=memory)
+        session = opened(codec)
+        session._memory = {"calls": 3, "directions": held.bfloat16(), "shares": [0.5]}
+        out = step(session, x)
         assert (x - out).square().sum() < x.square().sum()

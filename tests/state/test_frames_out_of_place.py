@@ -16,8 +16,7 @@ from tests.state import kit
 
 def state_of(decoder):
     stream = decoder._stream
-    history = stream.history
-    copied = [t.clone() for t in history.held]
+    copied = [t.clone() for t in stream.predictor.held]
     return copied, stream.sequence, stream.live, stream.view, decoder._epoch
 
 

@@ -169,7 +169,7 @@ def test_the_bytes_are_half_or_a_quarter(form, order, feedback, dtype, share):
 
 
 def tensors_of(end):
-    open_loop = getattr(end._stream, "_open_loop", None)
+    open_loop = getattr(end._stream, "_own_predictor", None)
     return [*end._stream.predictor.held, *(open_loop.held if open_loop else ())]
 
 

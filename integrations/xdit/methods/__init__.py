@@ -1,16 +1,16 @@
 """Parallel methods that xfuser 0.7 does not have: patch parallelism and DistriFusion, on its ring group.
 
-xfuser's sequence-parallel attention (`xfuser.model_executor.layers.usp.USP`) hands queries, keys and values to
-`ring_attn`. While a method is installed it stands in `ring_attn`'s place: the keys and values of all ranks are
-gathered and attended to at once. Every model that uses USP gets it, with `ring_degree` as the number of ranks
-and with Ulysses around it where `ulysses_degree` is set as well.
+xfuser's sequence-parallel attention (`xfuser.model_executor.layers.usp.USP`) passes queries, keys and values to
+`ring_attn`. A method, while it is installed, replaces `ring_attn`: it gathers the keys and values of all ranks and
+attends to all of them at once. Every model that uses USP runs it, with `ring_degree` as the number of ranks, and with
+Ulysses around it where `ulysses_degree` is set as well.
 
 | method         | gather                        | keys and values of the other ranks          |
 |----------------|-------------------------------|---------------------------------------------|
 | `patch`        | waited for                    | those of this step                          |
 | `distrifusion` | waited for one step later     | those of the step before (but for warm-up)  |
 
-The group may be plain or wrapped by compactdist, which then compresses exactly these gathers.
+The group may be plain, or wrapped by compactdist, which then compresses these gathers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def create(
 
     Args:
         name: `"patch"` or `"distrifusion"`.
-        warmup_steps, sync_from_step: see `DistriFusion`; patch parallelism has no use for them.
+        warmup_steps, sync_from_step: see `DistriFusion`; patch parallelism ignores them.
         exact_own: see `GatheringMethod`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the methods share: standing in for `ring_attn`, telling call sites apart, one attention over all tokens."""
+"""What the parallel methods share: they replace `ring_attn`, tell call sites apart, and attend once to all tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed it and warns at the old name
+from compactdist_common import Patches
+
+# torch 2.13 renamed all_gather_into_tensor and warns at the old name.
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
@@ -35,20 +37,19 @@ class Place(NamedTuple):
 class GatheringMethod:
     """A method that gathers the keys and values of the ring group's ranks in one all-gather for each attention.
 
-    The owner of the clock calls `new_request()` before a request, `begin_step()` at a new timestep, and
-    `before_forward(transformer)` at every call of a transformer, after `begin_step()`. State belongs to a
-    `Place`, so the same attentions must be called in the same order in every step and on every rank, as the
-    all-gathers must be anyway.
+    The session calls `new_request()` before a request, `begin_step()` at a new timestep, and
+    `before_forward(transformer)` at every call of a transformer, after `begin_step()`. State belongs to a `Place`, so
+    every step and every rank must call the same attentions in the same order, as all-gathers require anyway.
 
     Args:
-        exact_own: a rank attends to its own keys and values as they are. `False`: to those that the gather
-            delivers for it as for all others, so that all ranks attend to the same ones.
+        exact_own: a rank attends to its own keys and values as they are. `False`: to its own as the gather delivers
+            them, so that all ranks attend to the same ones.
 
     Attributes:
         name: of the method, for `create` and for messages.
-        timesteps: gives the number of steps of the request, the same on all ranks, or `None` where it is not known;
-            set by the owner of the clock, read in every step.
-        counts: how often what happened on this rank; see `describe()`.
+        timesteps: returns the number of steps of the request, the same on all ranks, `None` where it is not known. The
+            session sets it; the method calls it in every step.
+        counts: calls of attention on this rank, by how their keys and values were gathered.
     """
 
     name = ""
@@ -62,7 +63,7 @@ class GatheringMethod:
         self._layer = 0
         self._model = 0
         self._models: dict[int, int] = {}
-        self._replaced: Callable[..., Any] | None = None
+        self._patches = Patches()
 
     # --- what each method decides -------------------------------------------------------------------------------
 
@@ -77,7 +78,7 @@ class GatheringMethod:
         raise NotImplementedError
 
     def forget(self) -> None:
-        """Drop what is remembered of the request."""
+        """Drop the state of the request."""
 
     @property
     def state_bytes(self) -> int:
@@ -85,24 +86,26 @@ class GatheringMethod:
         return 0
 
     def describe(self) -> str:
-        """One line: what was done so far, in calls of attention on this rank."""
+        """`counts` and the bytes of buffers in one line."""
         done = ", ".join(f"{count} {what}" for what, count in sorted(self.counts.items())) or "not called yet"
         return f"{self.name}: {done}; {self.state_bytes} bytes of buffers"
 
     # --- clock --------------------------------------------------------------------------------------------------
 
     def new_request(self) -> None:
-        """Forget everything: the next step is the first. Call it before a wrapped group is reset."""
+        """Drop the state of the request; the next step is the first. Call it before a wrapped group is reset."""
         self.forget()
         self.step = -1
         self._forward = -1
         self._models.clear()
 
     def begin_step(self) -> None:
+        """Count a step; the next forward is its first."""
         self.step += 1
         self._forward = -1
 
     def before_forward(self, transformer: object = None) -> None:
+        """Count a forward of a transformer; the next attention is its first."""
         self._forward += 1
         self._layer = 0
         self._model = self._models.setdefault(id(transformer), len(self._models))
@@ -110,7 +113,7 @@ class GatheringMethod:
     # --- in xfuser ----------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Stand in for `ring_attn`. Names and layouts of messages come from whoever wraps it after this.
+        """Replace `ring_attn`. `Sites`, installed after this, names the method's messages and knows their layouts.
 
         Raises:
             ValueError: a ring group of one rank, PipeFusion, or a method is installed already.
@@ -129,26 +132,24 @@ class GatheringMethod:
                 f"{self.name} cannot run with PipeFusion (pipefusion_parallel_degree is {stages}): its patches attend"
                 " to a cache of keys and values of their own; set pipefusion_parallel_degree to 1"
             )
-        self._replaced = usp.ring_attn
-        usp.ring_attn = self._ring_attn
+        self._patches.replace(usp, "ring_attn", self._ring_attn)
 
     def remove(self) -> None:
-        """Give xfuser its `ring_attn` back, and finish and forget what is under way. A second call does nothing."""
+        """Give xfuser its `ring_attn` back, wait for the gathers under way and drop the state of the request.
+
+        Calling it again does nothing.
+        """
         self.stand_back()
         self.new_request()
 
     def stand_back(self) -> None:
-        """Give xfuser its `ring_attn` back, but remember the request: it goes on after the next `install()`."""
-        if self._replaced is not None:
-            from xfuser.model_executor.layers import usp
-
-            usp.ring_attn = self._replaced
-            self._replaced = None
+        """Give xfuser its `ring_attn` back and keep the state of the request, which goes on after `install()`."""
+        self._patches.undo()
 
     def _ring_attn(self, *args: Any, **kwargs: Any) -> Tensor:
         from xfuser.model_executor.layers import usp
 
-        # read at every call: wrapping and unwrapping swap the group
+        # Read at every call: the session puts a wrapped group there and takes it out.
         return self.attend(usp.PROCESS_GROUP.RING_PG, *args, **kwargs)
 
     @torch.compiler.disable
@@ -171,10 +172,10 @@ class GatheringMethod:
             attention_function: as xfuser's, returns the output first.
             query: `(B, H, S_q, D)`.
             key, value: this rank's, `(B, H_kv, S, D)`, the same shape on all ranks.
-            dropout_p: handed on.
-            is_causal: refused.
+            dropout_p: for `attention_function`.
+            is_causal: must be `False`.
             joint_attn_kwargs: keys and values that all ranks have (`joint_strategy` "front" or "rear").
-            attention_kwargs: handed on; entries other than `None` are refused.
+            attention_kwargs: for `attention_function`; every entry must be `None`.
 
         Returns:
             `(B, H, S_q, D)`.
@@ -189,8 +190,8 @@ class GatheringMethod:
         self._layer += 1
         keys, values = self.keys_and_values(group, place, key, value)
         kwargs: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": False, "attention_kwargs": attention_kwargs}
-        # xfuser's attention functions put the joint tensors in front at the first of `total_steps` blocks and behind
-        # at the last one; here the only block is both.
+        # xfuser's attention functions put the joint tensors in front of the first of `total_steps` blocks and behind
+        # the last one. Here the only block is both.
         if joint_attn_kwargs is not None:
             joint_attn_kwargs = {**joint_attn_kwargs, "step": 0, "total_steps": 1}
         output, *_ = attention_function(query, keys, values, joint_attn_kwargs=joint_attn_kwargs, **kwargs)
@@ -246,11 +247,11 @@ def empty_for(group: Any, key: Tensor) -> Tensor:
 
 
 def sequence(gathered: Tensor, own: tuple[int, Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Keys and values in the order of ranks, in memory of their own: `gathered` may be written to again at once.
+    """Copy keys and values into the order of ranks; afterwards `gathered` may be written to again.
 
     Args:
         gathered: `(P, 2, B, H, S, D)`.
-        own: a rank and its keys and values `(B, H, S, D)`, taken in place of the gathered ones.
+        own: a rank and its keys and values `(B, H, S, D)`, which replace the gathered ones of that rank.
 
     Returns:
         Keys and values, each `(B, H, P * S, D)`.

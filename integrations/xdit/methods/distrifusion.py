@@ -1,7 +1,7 @@
 """DistriFusion (arXiv 2402.19481) on transformers: the other ranks' keys and values are one step old.
 
-Attention takes what was gathered in the step before, and this step's gather has a whole step's time to arrive.
-Works are waited for one step after they were issued, which a group wrapped by compactdist allows as well.
+Attention uses the keys and values gathered in the step before, so that this step's gather has a whole step's time to
+arrive. Works are waited for one step after they were issued; a group wrapped by compactdist allows that too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _log = logging.getLogger("compactdist")
 
 @dataclass
 class _Site:
-    """What one attention remembers.
+    """The state of one attention between steps.
 
     Attributes:
-        gathered: `(P, 2, B, H, S, D)`, written by the gather under way; attention never reads it (see `sequence`).
-        issued: step of the gather whose data it holds or will hold.
-        work, message: the gather under way and what it sends, which nobody else keeps alive.
+        gathered: `(P, 2, B, H, S, D)`, written by the gather under way. Attention reads a copy of it (see `sequence`).
+        issued: the step of the gather that wrote or will write `gathered`.
+        work, message: the gather under way, and the tensor it sends, which must stay alive until the gather is done.
     """
 
     gathered: Tensor
@@ -33,7 +33,7 @@ class _Site:
     message: Tensor | None = None
 
     def settle(self) -> bool:
-        """Wait for the gather under way; whether there was one."""
+        """Wait for the gather under way, and return whether there was one."""
         work, self.work = self.work, None
         if work is not None:
             work.wait()
@@ -44,19 +44,18 @@ class _Site:
 class DistriFusion(GatheringMethod):
     """Gathers asynchronously, one step stale, after a synchronous warm-up.
 
-    Where the number of steps is known, the last step gathers nothing: nobody would use it. Steps that come after all
-    the same are synchronous, and counted. A place that is new, or whose tensors changed shape, dtype or device, is
-    synchronous once more, and counted.
+    Where the number of steps is known, the last step gathers nothing, because no later step would use it. A step beyond
+    that number is synchronous. So is the first step of a place that is new, or whose tensors changed shape, dtype or
+    device. `counts` has all of these.
 
     Args:
         warmup_steps: steps at the beginning of a request that wait for their own gathers, >= 1.
-        sync_from_step: steps from this one on (counted from 0) wait as well; `num_inference_steps - 1` for the last
-            step alone, where keys and values change most. `None`: never.
-        exact_own: see `GatheringMethod`; with `False` one's own keys and values are a step old too.
+        sync_from_step: steps from this one on (counted from 0) wait for their own gathers too; for the last step
+            alone, where keys and values change most, `num_inference_steps - 1`. `None`: no step at the end waits.
+        exact_own: see `GatheringMethod`; with `False` a rank's own keys and values are a step old too.
 
     Raises:
-        ValueError: `warmup_steps` below 1, for the first step has nothing to be stale with, or a negative
-            `sync_from_step`.
+        ValueError: `warmup_steps` below 1, for the first step has no gather before it, or a negative `sync_from_step`.
     """
 
     name = "distrifusion"
@@ -80,8 +79,8 @@ class DistriFusion(GatheringMethod):
     def keys_and_values(self, group: Any, place: Place, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         site, why = self._site(group, place, key)
         own = (group.rank(), key, value) if self.exact_own else None
-        # Always, even if its data will not be used: collectives must be waited for in the order of issue, and the
-        # buffer is about to be written again.
+        # Wait even for data that this step does not use: collectives must be waited for in the order of issue, and the
+        # next gather writes the same buffer.
         site.settle()
         if why is not None:
             gather(group, site.gathered, key, value, async_op=False)
@@ -99,7 +98,7 @@ class DistriFusion(GatheringMethod):
         return joined
 
     def _site(self, group: Any, place: Place, key: Tensor) -> tuple[_Site, str | None]:
-        """The place's memory, and why it cannot be used in this step if it cannot."""
+        """The state of a place, and why this step must be synchronous there; `None` where it need not."""
         site = self._sites.get(place)
         shape = (group.size(), 2, *key.shape)
         why = self._synchronous()
@@ -125,13 +124,13 @@ class DistriFusion(GatheringMethod):
         return None
 
     def forget(self) -> None:
-        """Finish the gathers that nobody will use, and drop all buffers."""
+        """Wait for the gathers under way, whose data no step will use, and drop all buffers."""
         sites, self._sites = self._sites, {}
         for place, site in sites.items():
             self._drain(place, site)
 
     def _drain(self, place: Place, site: _Site) -> None:
-        """Wait for a gather whose data will not be used. An error in it spoils no result, so it is only reported."""
+        """Wait for a gather whose data no step will use. Its error spoils no result: log and count it."""
         try:
             if site.settle():
                 self.counts["drained"] += 1

@@ -10,7 +10,7 @@ from compactdist_xdit.methods.base import GatheringMethod, Place, empty_for, gat
 
 
 class PatchParallel(GatheringMethod):
-    """Gathers synchronously; without a codec the result is the ring's up to rounding. Keeps nothing between steps."""
+    """Gathers synchronously. Without a codec its result is the ring's up to rounding. Keeps no state between steps."""
 
     name = "patch"
 

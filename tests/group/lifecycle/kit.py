@@ -36,7 +36,7 @@ def gather_exact(x: torch.Tensor) -> torch.Tensor:
 
 
 def keys_of(dist: Any) -> list[str]:
-    return [site.key for site in dist._ctx.store.sites()]
+    return [site.key for site in dist._engine.store.sites()]
 
 
 def keyframes(dist: Any) -> dict[str, tuple[int, int]]:

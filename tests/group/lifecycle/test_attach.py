@@ -121,7 +121,7 @@ def test_a_forward_that_raises_leaves_no_name_behind():
             model.layers[0].broken = True
             model(kit.tensor(rank))
             assert kit.keys_of(dist) == ["Model/all_gather#0", "layers.1/all_gather#0"]
-            assert dist._ctx.keys.prefix == ""
+            assert dist._keys.prefix == ""
 
     run_ranks(body)
 

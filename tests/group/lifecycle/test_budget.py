@@ -79,7 +79,7 @@ def test_all_to_all_refuses_pairs_of_the_short_rank(short_rank):
                 dist.all_to_all_single(out, x)
                 torch.distributed.all_to_all_single(exact, x)
                 assert kit.nmse(out, exact) < 1e-3
-            site = dist._ctx.store.site("all_to_all#0")
+            site = dist._engine.store.site("all_to_all#0")
             if rank == short_rank:
                 assert len(site.refused) == 1
                 assert dist.stats().state_bytes == 2 * ONE

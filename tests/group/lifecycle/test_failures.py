@@ -70,12 +70,12 @@ def test_a_call_that_raises_before_sending_leaves_no_trace(where):
             for t in range(3):
                 dist.step()
                 kit.gather(dist, kit.tensor(rank, t))
-                before = compare.of_group(dist), dict(dist._ctx.keys._counts)
+                before = compare.of_group(dist), dict(dist._keys.clock.counts)
                 if where == "all ranks" or rank == 1:
                     for name, (error, call) in attempts(dist, rank).items():
                         with pytest.raises(error):
                             call()
-                        counts = {k: n for k, n in dist._ctx.keys._counts.items() if n}
+                        counts = {k: n for k, n in dist._keys.clock.counts.items() if n}
                         assert counts == before[1], name
                     after = compare.of_group(dist)
                     assert all(after["sites"][key] == held for key, held in before[0]["sites"].items())
@@ -119,11 +119,11 @@ def test_a_damaged_frame_names_site_rank_and_remedy(op):
         from compactdist.state import encoder
 
         def damaged(*args, **kwargs):
-            frame = seal(*args, **kwargs)
+            frame = write_head(*args, **kwargs)
             frame[20] ^= 1
             return frame
 
-        seal = encoder.seal
+        write_head = encoder.write_head
         with kit.wrap() as dist, pytest.MonkeyPatch.context() as patch:
             for t in range(2):
                 dist.step()
@@ -131,7 +131,7 @@ def test_a_damaged_frame_names_site_rank_and_remedy(op):
             held = compare.of_group(dist)
             dist.step()
             if rank == 1:
-                patch.setattr(encoder, "seal", damaged)
+                patch.setattr(encoder, "write_head", damaged)
                 call(dist, rank, 2)
                 patch.undo()
             else:

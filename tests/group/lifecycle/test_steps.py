@@ -74,7 +74,7 @@ def test_reset_begins_an_epoch_with_keyframes():
     def body(rank, world_size):
         with kit.wrap() as dist:
             for epoch in range(3):
-                assert dist._ctx.keys.epoch == epoch
+                assert dist._keys.epoch == epoch
                 for t in range(2):
                     dist.step()
                     kit.gather(dist, kit.tensor(rank, t))
@@ -124,7 +124,7 @@ def test_only_one_ranks_stream_changes_size():
                 dist.step()
                 out = torch.empty(sum(out_of))
                 dist.all_to_all_single(out, kit.tensor(rank, t, sum(into)), out_of, into)
-            frames = {peer: e.sequence for peer, e in dist._ctx.store.site("all_to_all#0").encoders.items()}
+            frames = {peer: e.sequence for peer, e in dist._engine.store.site("all_to_all#0").encoders.items()}
             assert set(frames.values()) == {4}
             return kit.finish(dist)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed
 
+from tests.group.kit import replace_inner
 from tests.group.lifecycle import kit
 from tests.launch import run_ranks
 
@@ -97,8 +98,7 @@ def test_bytes_are_those_handed_to_the_inner_group():
     def body(rank, world_size):
         with kit.wrap() as dist:
             counting = Counting(dist.inner)
-            dist._ctx.inner = counting
-            dist.inner = counting
+            replace_inner(dist, counting)
             raw = 0
             for t in range(4):
                 if t:
@@ -111,8 +111,8 @@ def test_bytes_are_those_handed_to_the_inner_group():
             assert set(stats.passed_reasons) >= {"no-step", "small", "dtype"}
             assert stats.ratio == stats.raw_bytes / stats.wire_bytes > 1
             for site in stats.sites.values():
-                assert site.state_bytes == dist._ctx.store.site(site.key).state_bytes
-            dist.inner = counting._inner
+                assert site.state_bytes == dist._engine.store.site(site.key).state_bytes
+            replace_inner(dist, counting._inner)
 
     run_ranks(body, world_size=3)
 

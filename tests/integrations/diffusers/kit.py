@@ -8,7 +8,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from compactdist_diffusers import cpu, tiny
+from compactdist_harness import tiny
+from compactdist_harness.cpu import diffusers as diffusers_on_cpu
 
 # Named once so that the modules behind diffusers' lazy names are loaded before ranks are forked.
 PIPELINES = (diffusers.FluxPipeline, diffusers.WanPipeline, diffusers.QwenImagePipeline)
@@ -24,7 +25,7 @@ def config(route: str, size: int, **options: Any) -> Any:
 
 def parallel(model: str, route: str, size: int, *, steps: int = STEPS, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A tiny pipeline whose transformer is parallel over `size` ranks, and the arguments to call it with."""
-    cpu.install()
+    diffusers_on_cpu.install()
     pipe, call_kwargs = tiny.build(model, steps=steps)
     pipe.transformer.enable_parallelism(config=config(route, size, **options))
     return pipe, call_kwargs

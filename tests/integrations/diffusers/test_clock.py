@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import compactdist
+from compactdist_common import Patches
 from compactdist_diffusers.adapter import without_gathers
-from compactdist_diffusers.clock import Clock, Undo
+from compactdist_diffusers.clock import Clock
 
 
 class Group:
@@ -51,11 +52,11 @@ class Scheduler:
 X = torch.ones(2)
 
 
-def followed(**options: Any) -> tuple[Model, Group, Clock, Undo]:
-    model, group, undo = Model(), Group(), []
+def followed(**options: Any) -> tuple[Model, Group, Clock, Patches]:
+    model, group, patches = Model(), Group(), Patches()
     clock = Clock([group], **options)
-    clock.follow_model(model, undo)
-    return model, group, clock, undo
+    clock.follow_model(model, patches)
+    return model, group, clock, patches
 
 
 @pytest.mark.parametrize("forwards", [1, 2, 3])
@@ -87,9 +88,9 @@ def test_timesteps_that_turn_back_begin_a_request(times: tuple[float, ...]) -> N
 
 
 def test_a_scheduler_decides_alone_until_it_is_replaced() -> None:
-    model, group, clock, undo = followed()
+    model, group, clock, patches = followed()
     pipe = SimpleNamespace(scheduler=Scheduler())
-    clock.follow_scheduler(pipe, undo)
+    clock.follow_scheduler(pipe, patches)
     assert pipe.scheduler.set_timesteps(4) == 4
     for t in (3.0, 2.0, 3.0, 1.0):  # some schedulers go back within a request
         model(X, timestep=t)
@@ -122,15 +123,14 @@ def test_without_timestep_or_count_it_refuses() -> None:
 
 
 def test_cache_context_names_the_branch_and_still_works() -> None:
-    model, group, _, undo = followed()
+    model, group, _, patches = followed()
     with model.cache_context("cond", step_index=3) as value:
         assert value == 3
         model(X, timestep=1.0)
     with pytest.raises(ZeroDivisionError), model.cache_context("uncond"):
         raise ZeroDivisionError
     assert group.history[:3] == ["into cond", "step", "out of cond"]
-    while undo:
-        undo.pop()()
+    patches.undo()
     with model.cache_context("cond"):
         model(X, timestep=0.0)
     assert group.history[3:] == ["into uncond"]
@@ -138,15 +138,14 @@ def test_cache_context_names_the_branch_and_still_works() -> None:
 
 
 def test_a_compiled_module_is_followed_outside_its_graph() -> None:
-    model, group, undo = Model(), Group(), []
+    model, group, patches = Model(), Group(), Patches()
     model.compile(backend="eager", fullgraph=True)
     compiled = model._compiled_call_impl
-    Clock([group]).follow_model(model, undo)
+    Clock([group]).follow_model(model, patches)
     for t in (2.0, 1.0, 1.0):
         assert torch.equal(model(X, timestep=torch.tensor(t)), X + 1)
     assert group.history == ["step"] * 2
-    undo.pop()
-    undo.pop()()
+    patches.undo()
     assert model._compiled_call_impl is compiled
 
 

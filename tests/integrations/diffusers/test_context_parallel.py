@@ -167,7 +167,7 @@ def test_two_pipelines_at_once() -> None:
 
 def test_refusals() -> None:
     def body(rank: int, size: int) -> None:
-        from compactdist_diffusers import tiny
+        from compactdist_harness import tiny
 
         plain, _ = tiny.build("flux")
         with pytest.raises(ValueError, match=r"no context parallelism: first call transformer\.enable_parallelism"):

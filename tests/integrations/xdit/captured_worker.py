@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import compactdist
-from compactdist_xdit import cpu, enable
+from compactdist_harness.cpu import xdit as xdit_on_cpu
+from compactdist_xdit import enable
 from tests.integrations.xdit.ranks import hand_in
 
 torch.set_num_threads(1)
 os.environ.setdefault("LOG_LEVEL", "error")
-cpu.install()
+xdit_on_cpu.install()
 import xfuser.envs as envs  # noqa: E402
 import yunchang.kernels.attention as kernels  # noqa: E402
 import yunchang.ring.utils as ring_utils  # noqa: E402
@@ -132,7 +133,7 @@ def measure(kind: str, ulysses: int, ring: int) -> dict[str, Any]:
                 "layouts": {
                     f"{route} {site.key}": [*stream.view.shape, bool(stream.view.hint)]
                     for route, group in handle.groups.items()
-                    for site in group._ctx.store.sites()
+                    for site in group._engine.store.sites()
                     for stream in site.encoders.values()
                 },
             }

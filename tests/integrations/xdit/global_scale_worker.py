@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 import compactdist
-from compactdist_xdit.demo_worker import METHODS, UNCOMPRESSED, parallel_pipeline, run
-from compactdist_xdit.digits import STEPS
+from compactdist_harness.demo_worker import METHODS, UNCOMPRESSED, run
+from compactdist_harness.digits import STEPS
+from compactdist_harness.xdit import parallel_digits
 
 torch.set_num_threads(1)
-pipe, call_kwargs = parallel_pipeline("ulysses", STEPS, None)
+pipe, call_kwargs = parallel_digits("ulysses", STEPS)
 reference, _ = run(pipe, call_kwargs, METHODS[UNCOMPRESSED])
 one_scale = compactdist.Layout("(n) -> 1 1 n")  # one row, so one scale for all
 errors = {}

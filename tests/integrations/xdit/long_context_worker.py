@@ -17,7 +17,7 @@ from torch.distributed.tensor.experimental import _attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import compactdist
-from compactdist_xdit import cpu
+from compactdist_harness.cpu import xdit as xdit_on_cpu
 from compactdist_xdit.long_context import LongContextSites
 from compactdist_xdit.sites import Sites
 
@@ -68,7 +68,7 @@ def yunchang(ulysses: int, ring: int, codec: str, **options: Any) -> dict[str, A
         result["passed"] |= group.stats().passed_reasons
         for key, site in group.stats().sites.items():
             result["sites"][f"{name} {key}"] = [site.calls, site.forwarded]
-        for site in group._ctx.store.sites():
+        for site in group._engine.store.sites():
             for stream in site.encoders.values():
                 result["layouts"][f"{name} {site.key}"] = [*stream.view.shape, bool(stream.view.hint)]
     dist.barrier()
@@ -116,7 +116,7 @@ def xfuser_ring(size: int, codec: str) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    cpu.install()
+    xdit_on_cpu.install()
     import yunchang.kernels.attention as kernels
 
     kernels._scaled_dot_product_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

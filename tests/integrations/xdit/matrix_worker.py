@@ -18,12 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from compactdist_xdit import cpu, enable
+from compactdist_harness.cpu import xdit as xdit_on_cpu
+from compactdist_xdit import enable
 
 torch.set_num_threads(1)
 os.environ.setdefault("LOG_LEVEL", "error")
-cpu.install()
-from compactdist_xdit.tiny import parallel  # noqa: E402
+xdit_on_cpu.install()
+from compactdist_harness.xdit import parallel_tiny  # noqa: E402
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "ulysses 2": {"ulysses_degree": 2},
@@ -48,7 +49,7 @@ def relative(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
 
 
 def cell(model: str, column: str) -> dict[str, Any]:
-    pipe, call_kwargs = parallel(model, **COLUMNS[column])
+    pipe, call_kwargs = parallel_tiny(model, **COLUMNS[column])
     plain = draw(pipe, call_kwargs)
     record: dict[str, Any] = {}
     for codec in ("raw", "int4"):

@@ -17,30 +17,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from compactdist_xdit import cpu, enable, load_digits_pipeline
-from compactdist_xdit.digits import noise_latents
+from compactdist_harness.cpu import xdit as xdit_on_cpu
+from compactdist_harness.digits import load_digits_pipeline, noise_latents
+from compactdist_harness.xdit import engine, wrapped
+from compactdist_xdit import enable
 
 STEPS = 8
 torch.set_num_threads(1)
 os.environ.setdefault("LOG_LEVEL", "error")
-cpu.install()
-from xfuser import xFuserArgs  # noqa: E402
+xdit_on_cpu.install()
 from xfuser.model_executor.layers import usp  # noqa: E402
-from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister  # noqa: E402
 
 out, ulysses = Path(sys.argv[1]), int(sys.argv[2])
 world = int(os.environ["WORLD_SIZE"])
-arguments = xFuserArgs(
-    model="digits",
-    ring_degree=world // ulysses,
-    ulysses_degree=ulysses,
-    attention_backend="SDPA_FLASH",
-    num_inference_steps=STEPS,
-)
-engine_config, _ = arguments.create_config()
-engine_config.runtime_config.dtype = torch.float32
+engine_config = engine("digits", STEPS, ring_degree=world // ulysses, ulysses_degree=ulysses)
 plain_pipe, call_kwargs = load_digits_pipeline(steps=STEPS)
-pipe = xFuserPipelineWrapperRegister.get_class(plain_pipe)(pipeline=plain_pipe, engine_config=engine_config)
+pipe = wrapped(plain_pipe, engine_config)
 has_output = dist.get_rank() == world - 1
 record: dict[str, Any] = {"errors": {}, "counts": {}, "calls": {}, "refusals": {}}
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parents[1]
+ROOT = FOLDER.parents[2]
 
 
 def run_worker(script: str, out: Path, *words: str, ranks: int = 2, timeout: float = 220) -> None:

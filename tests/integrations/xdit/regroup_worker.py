@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 
 import compactdist
-from compactdist_diffusers.tiny import build
-from compactdist_xdit import cpu, enable
+from compactdist_harness.cpu import xdit as xdit_on_cpu
+from compactdist_harness.tiny import build
+from compactdist_xdit import enable
 from tests.integrations.xdit.ranks import hand_in
 
 torch.set_num_threads(1)
 os.environ.setdefault("LOG_LEVEL", "error")
-cpu.install()
+xdit_on_cpu.install()
 from diffusers import FlowMatchEulerDiscreteScheduler  # noqa: E402
 from xfuser import xFuserArgs  # noqa: E402
 from xfuser.core.distributed import initialize_runtime_state, parallel_state  # noqa: E402

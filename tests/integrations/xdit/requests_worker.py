@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from compactdist_xdit import cpu, enable
+from compactdist_harness.cpu import xdit as xdit_on_cpu
+from compactdist_xdit import enable
 from tests.integrations.xdit.ranks import leave
 
 torch.set_num_threads(1)
 os.environ.setdefault("LOG_LEVEL", "error")
-cpu.install()
+xdit_on_cpu.install()
 from xfuser.core.distributed import parallel_state  # noqa: E402
 
-from compactdist_xdit.tiny import parallel  # noqa: E402
+from compactdist_harness.xdit import parallel_tiny  # noqa: E402
 
 STEPS = 6
 DEGREES: dict[str, dict[str, Any]] = {
@@ -36,7 +37,7 @@ latents: dict[str, torch.Tensor] = {}
 def pipeline(route: str) -> tuple[Any, dict[str, Any]]:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    return parallel("flux", steps=STEPS, **DEGREES[route])
+    return parallel_tiny("flux", steps=STEPS, **DEGREES[route])
 
 
 def draw(name: str, pipe: Any, call_kwargs: dict[str, Any], request: int, **more: Any) -> None:
@@ -62,7 +63,7 @@ def in_a_row(route: str, requests: list[int]) -> None:
 
 def nested(route: str, outer: int, inner: int) -> None:
     one, call_kwargs = pipeline(route)
-    two = parallel("flux", steps=STEPS, **DEGREES[route])[0]
+    two = parallel_tiny("flux", steps=STEPS, **DEGREES[route])[0]
     with enable(one, codec="int4", order=1, min_numel=256), enable(two, codec="int4", order=1, min_numel=256):
 
         def meanwhile(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from compactdist_xdit import cpu, enable
+from compactdist_harness.cpu import xdit as xdit_on_cpu
+from compactdist_xdit import enable
 from tests.integrations.xdit.ranks import hand_in
 
 torch.set_num_threads(1)
 os.environ.setdefault("LOG_LEVEL", "error")
-cpu.install()
+xdit_on_cpu.install()
 from yunchang.globals import PROCESS_GROUP  # noqa: E402
 
-from compactdist_xdit.tiny import parallel  # noqa: E402
+from compactdist_harness.xdit import parallel_tiny  # noqa: E402
 
 out, route = Path(sys.argv[1]), sys.argv[2]
 degrees = {f"{route}_degree": 2}
@@ -34,8 +35,8 @@ def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is None or b is None or torch.equal(a, b)
 
 
-one, one_kwargs = parallel("flux", **degrees)
-two, two_kwargs = parallel("flux", batch=2, **degrees)
+one, one_kwargs = parallel_tiny("flux", **degrees)
+two, two_kwargs = parallel_tiny("flux", batch=2, **degrees)
 plain_group = getattr(PROCESS_GROUP, attribute)
 uncompressed = draw(one, one_kwargs)
 with enable(one, codec="int4"):
@@ -69,7 +70,7 @@ seen["restored at last"] = getattr(PROCESS_GROUP, attribute) is plain_group
 seen["uncompressed again"] = same(draw(one, one_kwargs), uncompressed)
 
 # another batch size in the next request
-small = parallel("flux", **degrees)[1]
+small = parallel_tiny("flux", **degrees)[1]
 with enable(two, codec="int4") as handle:
     at_two = draw(two, two_kwargs)
     draw(two, small)
@@ -77,7 +78,7 @@ with enable(two, codec="int4") as handle:
 
 # under torch.compile, compiled before and after enable
 for when in ("before", "after"):
-    pipe, kwargs = parallel("flux", **degrees)
+    pipe, kwargs = parallel_tiny("flux", **degrees)
     module = pipe.module.transformer
     compiled = torch.compile(module.forward, backend="eager")
     if when == "before":

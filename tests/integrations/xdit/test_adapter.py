@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from compactdist_common import Patches
 from compactdist_xdit import routes
 from compactdist_xdit.clock import Clock
 
@@ -47,9 +48,10 @@ def followed(request: pytest.FixtureRequest) -> SimpleNamespace:
     clock = Clock(lambda: history.append("step"), lambda: history.append("request"))
     scheduler, transformer = request.param(), Transformer()
     hook = transformer.register_forward_pre_hook(clock.before_forward, with_kwargs=True)
-    back = clock.follow(scheduler)
+    patches = Patches()
+    clock.follow(scheduler, patches)
     return SimpleNamespace(
-        history=history, clock=clock, scheduler=scheduler, transformer=transformer, hook=hook, back=back
+        history=history, clock=clock, scheduler=scheduler, transformer=transformer, hook=hook, patches=patches
     )
 
 
@@ -97,7 +99,7 @@ def test_signatures_stay_visible_and_everything_is_given_back(followed: SimpleNa
     assert "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     assert list(inspect.signature(scheduler.step).parameters) == ["output", "timestep"]
     assert scheduler.step(1.0, 1.0) == type(scheduler)().step(1.0, 1.0)
-    followed.back()
+    followed.patches.undo()
     scheduler.set_timesteps(1)
     assert followed.history == []
     assert "step" not in vars(scheduler)

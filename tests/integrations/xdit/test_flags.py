@@ -34,7 +34,7 @@ def test_flags_become_arguments_of_enable() -> None:
 
 
 def test_flags_without_a_codec_are_refused() -> None:
-    with pytest.raises(ValueError, match="--compact_order: of no use without --compact_codec"):
+    with pytest.raises(ValueError, match="--compact_order: no effect without --compact_codec; add it"):
         parsed("--compact_order", "1")
 
 
@@ -77,7 +77,7 @@ def test_a_misspelt_value_is_an_error(value: str) -> None:
     [
         (["script.py"], "nothing to do"),
         (["script.py", "--compact_codek", "int2"], "unknown flag --compact_codek"),
-        (["script.py", "--compact_order", "1"], "of no use without --compact_codec"),
+        (["script.py", "--compact_order", "1"], "no effect without --compact_codec"),
     ],
 )
 def test_launcher_refuses(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,14 +88,14 @@ def test_launcher_refuses(words: list[str], message: str, capsys: pytest.Capture
 
 SCRIPT = """
 import sys
-from compactdist_xdit import cpu
-cpu.install()
+from compactdist_harness.cpu import xdit as xdit_on_cpu
+xdit_on_cpu.install()
 import torch
 from xfuser import xFuserArgs
 from xfuser.config import FlexibleArgumentParser
 from xfuser.core.distributed import get_runtime_state
 from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
-from compactdist_diffusers.tiny import build
+from compactdist_harness.tiny import build
 
 assert __name__ == "__main__"
 args = xFuserArgs.add_cli_args(FlexibleArgumentParser()).parse_args()
@@ -117,7 +117,7 @@ def test_an_unmodified_script_runs_compressed(tmp_path: Path) -> None:
     # xfuser is made to run on this machine before the launcher imports it, as a GPU would let it run
     start = tmp_path / "start.py"
     start.write_text(
-        "from compactdist_xdit import cpu; cpu.install()\nfrom compactdist_xdit.__main__ import main; main()"
+        "from compactdist_harness.cpu import xdit; xdit.install()\nfrom compactdist_xdit.__main__ import main; main()"
     )
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(start), str(script), "--model", "tiny", "--ring_degree", "2", "--attention_backend", "SDPA_FLASH"]

@@ -116,7 +116,7 @@ def test_refusals(record: dict[str, Any]) -> None:
     assert "compression is already enabled" in said["twice without a codec"]
     assert "codec=None compresses nothing" in said["nothing to do"]
     assert "one of patch, distrifusion, not 'pipefusion'" in said["unknown"]
-    assert "order: of no use with codec=None" in said["useless options"]
+    assert "order: no effect with codec=None" in said["useless options"]
 
 
 def test_afterwards_xfuser_is_as_it_was(record: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import pytest
 if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")):
     pytest.skip("xfuser is not installed", allow_module_level=True)
 
-from compactdist_diffusers import tiny
+from compactdist_harness import tiny
 
 pytestmark = [pytest.mark.xdit, pytest.mark.timeout(400)]
 
@@ -41,7 +41,7 @@ EXAMPLES = {
 def launch(folder: Path, words: list[str], codec: str | None) -> str:
     """Run `words` on two ranks in `folder`; what they say on stderr, with a table for each rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "compactdist_xdit.cpu"]
+    command += ["-m", "compactdist_harness.cpu"]
     if codec is not None:
         command += ["-m", "compactdist_xdit"]
         words = [*words, "--compact_codec", codec, "--compact_explain"]

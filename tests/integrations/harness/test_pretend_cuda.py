@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 
-from compactdist_xdit import cpu
+from compactdist_harness.cpu.__main__ import main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="does nothing where CUDA is available")
 
 SCRIPT = """
 import time
 import torch
-from compactdist_xdit import pretend_cuda
+from compactdist_harness.cpu import pretend_cuda
 
 default = torch.default_generator
 pretend_cuda.install()
@@ -87,12 +87,5 @@ def test_what_is_pretended() -> None:
 
 def test_nothing_to_run() -> None:
     for words in ([], ["-m"]):
-        with pytest.raises(SystemExit, match=r"usage: python -m compactdist_xdit\.cpu"):
-            cpu.main(words)
-
-
-def test_the_package_imports_its_cpu_module_only_when_asked() -> None:
-    # otherwise `python -m compactdist_xdit.cpu` would warn, and run a second copy of it
-    script = "import sys, compactdist_xdit as c; assert 'compactdist_xdit.cpu' not in sys.modules; print(c.cpu.install)"
-    done = run("-c", script)
-    assert done.stdout.startswith("<function install"), done.stderr
+        with pytest.raises(SystemExit, match=r"usage: python -m compactdist_harness\.cpu"):
+            main(words)

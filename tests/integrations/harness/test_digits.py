@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors")
 
-from compactdist_xdit.digits import CHECKPOINT, decode_latents, load_digits_pipeline  # noqa: E402
+from compactdist_harness.digits import CHECKPOINT, decode_latents, load_digits_pipeline  # noqa: E402
 
 
 def test_checkpoint_is_small_and_says_where_it_comes_from() -> None:

@@ -3,35 +3,35 @@
     pipe, call_kwargs = build("flux", steps=8)
     latents = pipe(**call_kwargs)[0]
 
-    python -m compactdist_diffusers.tiny FOLDER --model flux     # or save("flux", FOLDER): for from_pretrained(FOLDER)
+    python -m compactdist_harness.tiny FOLDER --model flux     # or save("flux", FOLDER): for from_pretrained(FOLDER)
 
-They are for tests and examples of context parallelism: a few layers, at most 80 tokens, float32, a second on a CPU.
-Every call gives the same latents, in every process: weights, text embeddings and the initial noise come from fixed
-seeds, and the noise is passed as `latents`. There are no text encoders (embeddings are passed) and the VAE is never
-called; a saved folder has both. Pictures drawn by random weights mean nothing: judge quality with a trained model.
+Tests and examples of parallel pipelines use them: a few layers, at most 80 tokens, float32, a second for a request on a
+CPU. Every call returns the same latents, in every process: weights, text embeddings and the initial noise come from
+fixed seeds, and the noise is passed as `latents`. A built pipeline has no text encoders (the call passes embeddings)
+and never calls its VAE; a saved folder has both. Pictures drawn by random weights mean nothing: judge quality with
+`compactdist_harness.digits`, which is trained.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compactdist_diffusers import _tiny_folder, _tiny_pictures, _tiny_videos
-from compactdist_diffusers._tiny_parts import Noise
+from compactdist_harness.tiny import checkpoint, pictures, videos
+from compactdist_harness.tiny.parts import Noise
 
 _BUILDERS = {
-    "flux": _tiny_pictures.flux,
-    "sd3": _tiny_pictures.sd3,
-    "pixart": _tiny_pictures.pixart,
-    "cogvideox": _tiny_videos.cogvideox,
-    "wan": _tiny_videos.wan,
-    "qwenimage": _tiny_pictures.qwenimage,
+    "flux": pictures.flux,
+    "sd3": pictures.sd3,
+    "pixart": pictures.pixart,
+    "cogvideox": videos.cogvideox,
+    "wan": videos.wan,
+    "qwenimage": pictures.qwenimage,
 }
 MODELS = tuple(_BUILDERS)
-SAVABLE = tuple(_tiny_folder.TEXTS)
+SAVABLE = tuple(checkpoint.TEXTS)
 
 
 def build(model: str, *, steps: int = 8, batch: int = 1) -> tuple[Any, dict[str, Any]]:
@@ -61,7 +61,7 @@ def build(model: str, *, steps: int = 8, batch: int = 1) -> tuple[Any, dict[str,
         raise ValueError(f"no tiny model named {model!r}; there are {', '.join(MODELS)}")
     if steps < 1 or batch < 1:
         raise ValueError(f"steps and batch must be at least 1, got steps={steps}, batch={batch}")
-    # Building modules draws biases from the global generator: fix it, and leave the caller's where it was.
+    # Modules draw their biases from the global generator. A fork with a fixed seed leaves the caller's where it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipe, call_kwargs = _BUILDERS[model](Noise(batch))
@@ -75,10 +75,10 @@ def build(model: str, *, steps: int = 8, batch: int = 1) -> tuple[Any, dict[str,
 
 
 def save(model: str, folder: Path | str) -> None:
-    """Write a complete pipeline folder, as published checkpoints are: about 2 MB, read by `from_pretrained(folder)`.
+    """Write a complete pipeline folder of 4 to 9 MB, for `from_pretrained(folder)`, as published checkpoints are.
 
-    Beside the transformer of `build` it holds text encoders, tokenizers (a token for each character) and a VAE, all
-    small and random, the same in every process.
+    It holds the transformer of `build`, and text encoders, tokenizers (one token a character) and a VAE, all small and
+    random. Every process writes the same files.
 
     Args:
         model: one of `SAVABLE`.
@@ -93,16 +93,4 @@ def save(model: str, folder: Path | str) -> None:
     pipe, _ = build(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _tiny_folder.save(pipe, model, Path(folder))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser("compactdist_diffusers.tiny", description="Write a tiny random checkpoint folder.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", choices=SAVABLE, required=True)
-    args = parser.parse_args()
-    save(args.model, args.folder)
-
-
-if __name__ == "__main__":
-    main()
+        checkpoint.save(pipe, model, Path(folder))

@@ -1,10 +1,18 @@
-"""Tiny text-to-video pipelines; what they are for: `compactdist_diffusers.tiny`."""
+"""Tiny text-to-video pipelines. Each function returns a pipeline and the arguments to call it with."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from compactdist_diffusers._tiny_parts import HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Noise, randomised
+from compactdist_harness.tiny.parts import (
+    HEAD_DIM,
+    HEADS,
+    TEXT_CHANNELS,
+    TEXT_TOKENS,
+    Noise,
+    randomised,
+    without_text_encoders,
+)
 
 SIDE = 64  # pixels, of height and width
 FRAMES = 9
@@ -37,15 +45,14 @@ def cogvideox(noise: Noise) -> tuple[Any, dict[str, Any]]:
     vae = AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
     )
-    pipe = CogVideoXPipeline(
-        tokenizer=None,
-        text_encoder=None,
+    pipe = without_text_encoders(
+        CogVideoXPipeline,
         vae=vae.eval(),
         transformer=randomised(transformer),
         scheduler=CogVideoXDDIMScheduler(),
     )
     return pipe, {
-        # As for PixArt.
+        # xDiT's wrapper of this pipeline has no default for the two prompts.
         "prompt": None,
         "negative_prompt": None,
         "prompt_embeds": noise.text(),
@@ -74,9 +81,8 @@ def wan(noise: Noise) -> tuple[Any, dict[str, Any]]:
         num_layers=3,
         rope_max_seq_len=32,
     )
-    pipe = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
+    pipe = without_text_encoders(
+        WanPipeline,
         vae=AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=randomised(transformer),

@@ -1,14 +1,13 @@
-"""Let diffusers' context parallelism (0.42) run on a CPU with gloo, for tests and examples. Nothing else imports this.
+"""Let diffusers' context parallelism (0.42) run on a CPU with gloo.
 
-    import compactdist_diffusers.cpu
-    compactdist_diffusers.cpu.install()      # before enable_parallelism()
-
-diffusers expects an accelerator in two places; `install` fills both from outside. Where CUDA is available it does
+diffusers expects an accelerator in two places: `enable_parallelism` counts devices, and ring attention needs a kernel
+that returns the log-sum-exp. `install()` replaces both functions from outside. Where CUDA is available, it does
 nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,13 +25,16 @@ def install() -> None:
     # enable_parallelism() computes `rank % torch.accelerator.device_count()`, and a CPU counts as no device.
     if torch.accelerator.device_count() == 0:
         torch.accelerator.device_count = lambda: 1
-
-    # Ring attention merges blocks by their log-sum-exp. The native backend, the only one for CPU tensors, returns none.
+    # The native backend, the only one for CPU tensors, returns no log-sum-exp.
     native = attention_dispatch._native_attention_forward_op
-    if hasattr(native, _MARK):
-        return
+    if not hasattr(native, _MARK):
+        attention_dispatch._native_attention_forward_op = _with_lse(native)
 
-    def native_with_lse(
+
+def _with_lse(native: Callable[..., Any]) -> Callable[..., Any]:
+    """diffusers' native attention, with the log-sum-exp where the caller asks for it."""
+
+    def attention(
         ctx: Any,
         query: Tensor,
         key: Tensor,
@@ -43,25 +45,13 @@ def install() -> None:
         scale: float | None = None,
         enable_gqa: bool = False,
         return_lse: bool = False,
-        _save_ctx: bool = True,
-        _parallel_config: Any = None,
+        *rest: Any,
+        **options: Any,
     ) -> Any:
-        """Query, key, value `(B, S, H, D)` -> output `(B, S, H, D)`, and log-sum-exp `(B, S, H)` where asked for."""
+        """Query, key, value `(B, S, H, D)` -> output `(B, S, H, D)`; with `return_lse` also log-sum-exp `(B, S, H)`."""
         if not return_lse:
-            return native(
-                ctx,
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale,
-                enable_gqa,
-                return_lse,
-                _save_ctx,
-                _parallel_config,
-            )
+            arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
+            return native(ctx, *arguments, *rest, **options)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             # This kernel adds its mask to the scores.
             attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
@@ -71,5 +61,5 @@ def install() -> None:
         )
         return out.permute(0, 2, 1, 3), lse.permute(0, 2, 1)
 
-    setattr(native_with_lse, _MARK, True)
-    attention_dispatch._native_attention_forward_op = native_with_lse
+    setattr(attention, _MARK, True)
+    return attention

@@ -1,17 +1,8 @@
 """Let pip's xfuser (0.7.0) run on a CPU with gloo.
 
-xfuser expects an accelerator: without one it raises at import, and a few module globals that its sequence
-parallelism reads stay empty. `install()` fills those gaps from outside; xfuser itself stays as pip installed
-it. Where CUDA is available it does nothing.
-
-    from compactdist_xdit import cpu
-    cpu.install()            # before the first import of xfuser
-    import xfuser
-
-Scripts that were not written with this in mind run as they are, with CUDA devices taken for the CPU (`pretend_cuda`):
-
-    torchrun --nproc-per-node 2 -m compactdist_xdit.cpu SCRIPT ...
-    torchrun --nproc-per-node 2 -m compactdist_xdit.cpu -m compactdist_xdit SCRIPT ... --compact_codec int2
+xfuser expects an accelerator: without one it raises at import, and a few module globals that its sequence parallelism
+reads stay empty. `install()` replaces the functions that raise and fills the globals, from outside: the files of xfuser
+stay as pip installed them. Where CUDA is available, `install()` does nothing.
 """
 
 from __future__ import annotations
@@ -26,15 +17,15 @@ from typing import Any
 
 import torch
 
-# triton is imported by xfuser's attention modules even where nothing will run on a GPU; pip resolves it only
-# with a CUDA build of torch, hence the second command.
+# xfuser's attention modules import triton even on a CPU. pip installs triton only along with a CUDA build of torch,
+# hence the second command.
 PIP_COMMAND = "pip install xfuser==0.7.0 && pip install --no-deps triton"
 _ENVS = "xfuser.envs"
 _MARK = "_compactdist_cpu"
 
 
 class _EnvsLoader(Loader):
-    """Runs `xfuser/envs.py` as it is, then replaces the answers that presuppose an accelerator."""
+    """Runs `xfuser/envs.py` as it is, then replaces those of its functions that presuppose an accelerator."""
 
     def __init__(self, inner: Loader) -> None:
         self._inner = inner
@@ -51,7 +42,7 @@ class _EnvsLoader(Loader):
         envs.get_device_version = lambda: "12.0"
         # Raises as well; this becomes the backend of init_process_group and of every new_group.
         envs.get_torch_distributed_backend = lambda: "gloo"
-        # Answered by the presence of CUDA, although the Ulysses and ring groups it guards do not need any.
+        # xfuser sets it where CUDA is available. It guards the Ulysses and ring groups, which need no CUDA.
         envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
         setattr(module, _MARK, True)
 
@@ -77,13 +68,13 @@ def install() -> None:
     if _ENVS in sys.modules:
         if hasattr(sys.modules[_ENVS], _MARK):
             return
-        raise RuntimeError("compactdist_xdit.cpu.install() must be called before xfuser is imported")
+        raise RuntimeError("compactdist_harness.cpu.xdit.install() must be called before xfuser is imported")
     missing = [name for name in ("xfuser", "triton") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"running xDiT needs {' and '.join(missing)}; install with: {PIP_COMMAND}")
 
-    # Other modules copy what envs answers while they are imported, so envs has to be patched in the middle of
-    # the import of xfuser: right after its own code ran and before anybody else read it.
+    # Other modules of xfuser call functions of envs while they are imported, and keep the results. So envs is patched
+    # in the middle of xfuser's import: right after its own code ran, before another module reads it.
     finder = _EnvsFinder()
     sys.meta_path.insert(0, finder)
     try:
@@ -96,9 +87,7 @@ def install() -> None:
 
 
 def _fill_process_groups() -> None:
-    """`PROCESS_GROUP` (the holder of the Ulysses and ring groups) is imported only where CUDA is
-    available.
-    """
+    """Give `PROCESS_GROUP`, the holder of the Ulysses and ring groups, to the modules that import it only with CUDA."""
     from xfuser.core.distributed import fp8_comms
     from xfuser.model_executor.layers import usp
     from yunchang.globals import PROCESS_GROUP
@@ -108,7 +97,7 @@ def _fill_process_groups() -> None:
 
 
 def _register_attention() -> None:
-    """Ring attention merges blocks by their log-sum-exp, which of the CPU kernels only this one returns."""
+    """Register the one CPU kernel that returns the log-sum-exp, by which ring attention merges blocks."""
     from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
 
     def flash_for_cpu(
@@ -129,17 +118,17 @@ def _register_attention() -> None:
 
 
 def _fix_pipefusion() -> None:
-    """PipeFusion leans on three properties of NCCL that gloo does not have."""
+    """Replace three methods of the pipeline's coordinator that rely on properties of NCCL that gloo lacks."""
     import torch.distributed as dist
     from xfuser.core.distributed import group_coordinator
 
     coordinator: Any = group_coordinator.PipelineGroupCoordinator
 
-    # Calls torch.cuda.synchronize().
+    # The original calls torch.cuda.synchronize().
     group_coordinator.synchronize = lambda *args, **kwargs: None
 
-    # xfuser drops the Work of an asynchronous send. gloo abandons a send whose Work is gone, and the receiver
-    # waits for ever, so keep them until they are done.
+    # xfuser drops the Work of an asynchronous send. gloo abandons a send whose Work is gone, and the receiver waits for
+    # ever. So the coordinator keeps its Works until they are done.
     def keep(self: Any, work: Any) -> Any:
         works = self.__dict__.setdefault("_cpu_works", [])
         works[:] = [w for w in works if not w.is_completed()]
@@ -151,8 +140,8 @@ def _fix_pipefusion() -> None:
     def pipeline_isend(self: Any, tensor: torch.Tensor) -> Any:
         return keep(self, original_isend(self, tensor))
 
-    # Both neighbours may announce a shape to each other at the same time. NCCL sends so small a message
-    # eagerly, gloo waits for the receiver: wait for the received shape only, never for the sent one.
+    # Both neighbours may send a shape to each other at the same time. NCCL sends so small a message at once, gloo waits
+    # for the receiver. So this waits for the received shape only, never for the sent one.
     def communicate_shapes(
         self: Any, tensor_send_to_next: torch.Tensor | None = None, recv_prev: bool = False
     ) -> torch.Size:
@@ -171,20 +160,3 @@ def _fix_pipefusion() -> None:
 
     coordinator._pipeline_isend = pipeline_isend
     coordinator._communicate_shapes = communicate_shapes
-
-
-def main(words: list[str] | None = None) -> None:
-    """Run a script or a module with everything of this file, and with `pretend_cuda`, installed."""
-    from compactdist_xdit import pretend_cuda
-    from compactdist_xdit.launch import run_as_main
-
-    words = sys.argv[1:] if words is None else words
-    if not words or words == ["-m"]:
-        raise SystemExit("usage: python -m compactdist_xdit.cpu (SCRIPT | -m MODULE) [its own arguments]")
-    install()
-    pretend_cuda.install()
-    run_as_main(words)
-
-
-if __name__ == "__main__":
-    main()

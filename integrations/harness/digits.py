@@ -1,8 +1,7 @@
 """The small trained FLUX model that draws handwritten digits (made by `tools/train_digits.py`).
 
-It is an ordinary diffusers `FluxPipeline`: what runs here runs the same way with any FLUX checkpoint. The
-"latents" are the picture itself, 16x16 with one channel, so the VAE is an untrained dummy that is never
-called.
+It is an ordinary diffusers `FluxPipeline`: code that runs it runs any FLUX checkpoint. Its latents are the picture
+itself, 16x16 with one channel. The pipeline needs a VAE and never calls it, so the VAE is untrained.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from compactdist_harness.tiny.parts import picture_vae, without_text_encoders
 
 CHECKPOINT = Path(__file__).parent / "assets" / "digits_flux.safetensors"
 CLASSES = 10
@@ -26,10 +27,19 @@ def load_digits_pipeline(
 ) -> tuple[Any, dict[str, Any]]:
     """The pipeline and the arguments of a call that draws the digits 0 to 9 as one batch.
 
-    `pipe(**call_kwargs)[0]` gives packed latents `(10, 64, 4)`, float32, for `decode_latents`. The initial
-    noise is fixed by `seed` and passed as `latents`, so repeated calls and all ranks draw the same digits.
+    `pipe(**call_kwargs)[0]` is the tensor of packed latents `(10, 64, 4)`, float32, which `decode_latents` makes into
+    pictures. `seed` fixes the initial noise, which is passed as `latents`: repeated calls and all ranks draw the same
+    digits.
+
+    Args:
+        path: the checkpoint; `None`: the one in this package.
+        seed: of the initial noise.
+        steps: denoising steps.
+
+    Raises:
+        FileNotFoundError: no checkpoint at `path`.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from safetensors import safe_open
 
     path = Path(path) if path is not None else CHECKPOINT
@@ -40,29 +50,20 @@ def load_digits_pipeline(
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     prompt_embeds = tensors.pop("prompt_embeds")
     pooled_prompt_embeds = tensors.pop("pooled_prompt_embeds")
+    side = int(metadata["image_side"])
 
-    with torch.random.fork_rng(devices=[]):  # building modules must not move the caller's generator
+    with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global generator
         transformer = FluxTransformer2DModel(**json.loads(metadata["config"]))
-        vae = AutoencoderKL(
-            latent_channels=1,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(4, 4, 4, 4),
-            norm_num_groups=4,
-        )
+        vae = picture_vae(latent_channels=1, sample_size=side * _VAE_SCALE)
     transformer.load_state_dict({name.removeprefix("transformer."): value for name, value in tensors.items()})
-    pipe = FluxPipeline(
+    pipe = without_text_encoders(
+        FluxPipeline,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=vae.eval(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
+        vae=vae,
         transformer=transformer.eval().requires_grad_(False),
     )
     pipe.set_progress_bar_config(disable=True)
 
-    side = int(metadata["image_side"])
     call_kwargs = {
         "prompt_embeds": prompt_embeds,
         "pooled_prompt_embeds": pooled_prompt_embeds,
@@ -78,7 +79,7 @@ def load_digits_pipeline(
 
 
 def noise_latents(seed: int, side: int = 16) -> Tensor:
-    """The noise the ten digits start from, packed as FLUX does: `(10, side * side / 4, 4)`, the same on all ranks."""
+    """The initial noise of the ten digits, packed as FLUX packs latents: `(10, side * side / 4, 4)`."""
     from diffusers import FluxPipeline
 
     noise = torch.randn(CLASSES, 1, side, side, generator=torch.Generator().manual_seed(seed))
@@ -86,7 +87,11 @@ def noise_latents(seed: int, side: int = 16) -> Tensor:
 
 
 def decode_latents(latents: Tensor) -> Tensor:
-    """Packed latents `(B, 64, 4)` -> pictures `(B, 16, 16)`, float32 in [0, 1], 1 is ink."""
+    """Packed latents `(B, 64, 4)` -> pictures `(B, 16, 16)`, float32 from 0 (paper) to 1 (ink).
+
+    Raises:
+        ValueError: latents of another shape.
+    """
     b, tokens, channels = latents.shape
     grid = round(tokens**0.5)
     if grid * grid != tokens or channels != 4:

@@ -1,28 +1,21 @@
-"""Tiny text-to-picture pipelines; what they are for: `compactdist_diffusers.tiny`."""
+"""Tiny text-to-picture pipelines. Each function returns a pipeline and the arguments to call it with."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from compactdist_diffusers._tiny_parts import HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, Noise, randomised
+from compactdist_harness.tiny.parts import (
+    HEAD_DIM,
+    HEADS,
+    TEXT_CHANNELS,
+    TEXT_TOKENS,
+    Noise,
+    picture_vae,
+    randomised,
+    without_text_encoders,
+)
 
 SIDE = 128  # pixels, of height and width
-
-
-def _vae() -> Any:
-    """Called for pictures only; pipelines read its scale factor of 8 and its numbers."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=SIDE,
-        shift_factor=0.0,
-    ).eval()
 
 
 def flux(noise: Noise) -> tuple[Any, dict[str, Any]]:
@@ -40,13 +33,10 @@ def flux(noise: Noise) -> tuple[Any, dict[str, Any]]:
         guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
     )
-    pipe = FluxPipeline(
+    pipe = without_text_encoders(
+        FluxPipeline,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
+        vae=picture_vae(latent_channels=4, sample_size=SIDE, shift_factor=0.0),
         transformer=randomised(transformer),
     )
     return pipe, {
@@ -76,16 +66,11 @@ def sd3(noise: Noise) -> tuple[Any, dict[str, Any]]:
         pooled_projection_dim=32,
         pos_embed_max_size=16,
     )
-    pipe = StableDiffusion3Pipeline(
+    pipe = without_text_encoders(
+        StableDiffusion3Pipeline,
         transformer=randomised(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        vae=picture_vae(latent_channels=4, sample_size=SIDE, shift_factor=0.0),
     )
     return pipe, {
         "prompt_embeds": noise.text(),
@@ -114,15 +99,14 @@ def pixart(noise: Noise) -> tuple[Any, dict[str, Any]]:
         caption_channels=TEXT_CHANNELS,
         use_additional_conditions=False,
     )
-    pipe = PixArtAlphaPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=_vae(),
+    pipe = without_text_encoders(
+        PixArtAlphaPipeline,
+        vae=picture_vae(latent_channels=4, sample_size=SIDE, shift_factor=0.0),
         transformer=randomised(transformer),
         scheduler=DPMSolverMultistepScheduler(),
     )
     return pipe, {
-        # xDiT's wrapper has no default for these two.
+        # xDiT's wrapper of this pipeline has no default for the two prompts.
         "prompt": None,
         "negative_prompt": None,
         "prompt_embeds": noise.text(),
@@ -155,11 +139,10 @@ def qwenimage(noise: Noise) -> tuple[Any, dict[str, Any]]:
         joint_attention_dim=TEXT_CHANNELS,
         axes_dims_rope=(8, 12, 12),
     )
-    pipe = QwenImagePipeline(
+    pipe = without_text_encoders(
+        QwenImagePipeline,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=AutoencoderKLQwenImage(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval(),
-        text_encoder=None,
-        tokenizer=None,
         transformer=randomised(transformer),
     )
     return pipe, {

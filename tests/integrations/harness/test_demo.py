@@ -16,7 +16,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")):
     pytest.skip("xfuser is not installed", allow_module_level=True)
 
-from compactdist_xdit.digits import load_digits_pipeline  # noqa: E402
+from compactdist_harness.digits import load_digits_pipeline  # noqa: E402
 
 LAYERS = [f"{kind}.{n}.attn" for kind in ("transformer_blocks", "single_transformer_blocks") for n in (0, 1)]
 STEPS = 28
@@ -28,7 +28,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Every method's record and latents, by name, from one launch of the worker."""
     out = tmp_path_factory.mktemp(request.param)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "compactdist_xdit.demo_worker", "--route", request.param, "--out", str(out)]
+    command += ["-m", "compactdist_harness.demo_worker", "--route", request.param, "--out", str(out)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ.copy())
     assert run.returncode == 0, run.stdout + run.stderr
     return {

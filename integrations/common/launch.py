@@ -1,4 +1,4 @@
-"""Run a script or a module as `python` itself would, in this process, after something else has been installed."""
+"""Run a user's script in this process, after an adapter has been installed in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 
 
 def run_as_main(words: list[str]) -> None:
-    """`["SCRIPT", *arguments]` or `["-m", "MODULE", *arguments]`, as `__main__` and with its own `sys.argv`."""
+    """Run a script or a module as `python WORDS` does: as `__main__`, with its own `sys.argv`.
+
+    Args:
+        words: `["SCRIPT", *arguments]` or `["-m", "MODULE", *arguments]`.
+    """
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -1,10 +1,10 @@
 """Let a script that names CUDA run on a CPU: its devices, its clocks and its memory counters, nothing more.
 
-    torchrun --nproc-per-node 2 -m compactdist_xdit.cpu SCRIPT ...
+    torchrun --nproc-per-node 2 -m compactdist_harness.cpu SCRIPT ...
 
-is how it is used, and the only use. It is for trying out and for tests: times are wall-clock times and memory counters
-stay at zero, so nothing that such a script reports about speed or memory means anything. `torch.cuda.is_available()`
-stays false, so that whoever asks keeps away from CUDA kernels; streams, graphs and device properties stay errors.
+installs it, and nothing else does. Times are wall-clock times and memory counters stay at zero, so the speed and memory
+that such a script reports mean nothing. `torch.cuda.is_available()` stays false, so that callers of it keep away from
+CUDA kernels; streams, graphs and device properties stay errors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CPU = torch.device("cpu")
 
 
 def _on_cpu(value: Any) -> Any:
-    """`value`, or the CPU where it names a CUDA device."""
+    """The CPU where `value` names a CUDA device, otherwise `value`."""
     if isinstance(value, torch.device):
         return _CPU if value.type == "cuda" else value
     if isinstance(value, str) and _CUDA.fullmatch(value):
@@ -39,12 +39,12 @@ class _CpuForCuda(TorchFunctionMode):
         if function is torch.Tensor.cuda:
             return args[0]
         if function is torch.device and _on_cpu((*args, *kwargs.values())[0]) in ("cpu", _CPU):
-            return _CPU  # torch.device("cuda", 1): the index goes as well
+            return _CPU  # drops the index of torch.device("cuda", 1), which a CPU device does not take
         return function(*map(_on_cpu, args), **{name: _on_cpu(value) for name, value in kwargs.items()})
 
 
 class _Event:
-    """`torch.cuda.Event` for work that is finished when the call returns."""
+    """`torch.cuda.Event` on a CPU, where every operation is finished when its call returns."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._seconds: float | None = None
@@ -53,19 +53,19 @@ class _Event:
         self._seconds = time.perf_counter()
 
     def elapsed_time(self, end: _Event) -> float:
-        """Milliseconds of wall-clock time."""
+        """Milliseconds of wall-clock time between this event and `end`."""
         if self._seconds is None or end._seconds is None:
-            raise RuntimeError("both events must be recorded before their distance is asked for")
+            raise RuntimeError("elapsed_time: both events must be recorded first; call record() on each")
         return 1000 * (end._seconds - self._seconds)
 
     def query(self) -> bool:
         return True
 
     def synchronize(self) -> None:
-        """Nothing is ever under way."""
+        """Return at once: no operation is under way."""
 
     def wait(self, stream: Any = None) -> None:
-        """Nothing is ever under way."""
+        """Return at once: no operation is under way."""
 
 
 _Generator = torch.Generator
@@ -83,19 +83,17 @@ class _CpuGenerator(metaclass=_GeneratorType):
         return _Generator(_on_cpu(device))
 
 
-_mode: _CpuForCuda | None = None
-
-
 def install() -> None:
-    """From now on this thread takes CUDA devices for the CPU. Idempotent; where CUDA is available it does nothing."""
-    global _mode
-    if _mode is not None or torch.cuda.is_available():
-        return
+    """Take CUDA devices for the CPU in this thread from now on.
+
+    Calling it again does nothing, nor does calling it where CUDA is available.
+    """
     cuda: Any = torch.cuda
-    # The counters themselves (max_memory_allocated, ...) answer zero by themselves where CUDA was never initialised.
+    if cuda.Event is _Event or cuda.is_available():
+        return
+    # max_memory_allocated() and the other counters return zero as they are, because CUDA is never initialised.
     for name in ("synchronize", "set_device", "reset_peak_memory_stats"):
         setattr(cuda, name, lambda *_, **__: None)
     cuda.Event = _Event
     setattr(torch, "Generator", _CpuGenerator)  # noqa: B010 - a class may not be assigned to, as far as mypy knows
-    _mode = _CpuForCuda()
-    _mode.__enter__()
+    _CpuForCuda().__enter__()  # torch's stack of modes keeps it

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from compactdist_diffusers import tiny
+from compactdist_harness import tiny
 from tests.integrations.diffusers import kit  # noqa: F401 - imports diffusers before any test counts its seconds
 
 pytestmark = [pytest.mark.xdit, pytest.mark.filterwarnings("ignore")]

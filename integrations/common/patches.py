@@ -1,0 +1,84 @@
+"""Changes in a framework's objects, from outside and for a while."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+class Patches:
+    """Changes something in objects of others, and undoes all changes in reverse order.
+
+    An attribute is replaced in the instance, module or class itself: some wrappers forward `setattr` to the object they
+    wrap. `undo()` puts the attribute's old value back, or removes the attribute where the owner had none of its own.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], Any]] = []
+
+    def __bool__(self) -> bool:
+        """Whether there is a change to undo."""
+        return bool(self._undo)
+
+    def add(self, undo: Callable[[], Any]) -> None:
+        """Call `undo` when this is undone; for changes made elsewhere, such as hooks and wrapped groups."""
+        self._undo.append(undo)
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Give an attribute of `owner` another value."""
+        own = vars(owner)
+        before = (own[name],) if name in own else ()
+        _put(owner, name, (value,))
+        self.add(lambda: _put(owner, name, before))
+
+    def wrap(self, owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replace a function by `around(function)`, which keeps its name and signature.
+
+        Frameworks read signatures to see which arguments a function takes.
+        """
+        original = getattr(owner, name)
+        self.replace(owner, name, functools.wraps(original)(around(original)))
+
+    def before(self, owner: Any, name: str, first: Callable[[], Any]) -> None:
+        """Call `first()` before every call of a function."""
+
+        def around(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                first()
+                return original(*args, **kwargs)
+
+            return call
+
+        self.wrap(owner, name, around)
+
+    def after(self, owner: Any, name: str, then: Callable[..., Any]) -> None:
+        """Call `then` after every call of a function, with the arguments of that call."""
+
+        def around(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                result = original(*args, **kwargs)
+                then(*args, **kwargs)
+                return result
+
+            return call
+
+        self.wrap(owner, name, around)
+
+    def undo(self) -> None:
+        """Undo every change, the last one first. Calling it again does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def _put(owner: Any, name: str, value: tuple[Any, ...]) -> None:
+    """Set an attribute of `owner` itself to the one value of a tuple, or remove it where the tuple is empty."""
+    if isinstance(owner, type):
+        if value:
+            setattr(owner, name, value[0])
+        elif name in vars(owner):
+            delattr(owner, name)
+    elif value:
+        vars(owner)[name] = value[0]
+    else:
+        vars(owner).pop(name, None)

@@ -1,0 +1,127 @@
+"""Changes in objects of others, and how they are undone."""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from compactdist_common import Patches
+
+
+class Base:
+    def draw(self, steps: int, *, seed: int = 0) -> str:
+        """Draw."""
+        return f"{steps} {seed}"
+
+
+class Derived(Base):
+    pass
+
+
+class Wrapper:
+    """As xfuser wraps a scheduler: attributes set on it land on the object it wraps."""
+
+    def __init__(self, inner: Any) -> None:
+        vars(self)["module"] = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["module"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(vars(self)["module"], name, value)
+
+
+def made_module() -> ModuleType:
+    module = ModuleType("made")
+    vars(module)["draw"] = Base().draw
+    return module
+
+
+def owner(kind: str) -> Any:
+    makers = {"instance": Base, "namespace": lambda: SimpleNamespace(draw=Base().draw), "module": made_module}
+    return makers[kind]()
+
+
+@pytest.mark.parametrize("kind", ["instance", "namespace", "module"])
+def test_an_attribute_is_replaced_and_given_back(kind: str) -> None:
+    thing = owner(kind)
+    own = dict(vars(thing))
+    patches = Patches()
+    assert not patches
+    patches.replace(thing, "draw", None)
+    assert patches
+    assert thing.draw is None
+    patches.undo()
+    assert vars(thing) == own
+    patches.replace(thing, "colour", "red")
+    patches.undo()
+    assert not hasattr(thing, "colour")
+
+
+def test_a_class_gets_its_own_attribute_back_or_loses_it() -> None:
+    before = Base.draw
+    patches = Patches()
+    patches.replace(Base, "draw", lambda self, steps: "base")
+    patches.replace(Derived, "draw", lambda self, steps: "derived")
+    assert (Base().draw(1), Derived().draw(1)) == ("base", "derived")
+    patches.undo()
+    assert Base.draw is before
+    assert "draw" not in vars(Derived)
+
+
+def test_a_wrapper_keeps_its_replacement_to_itself() -> None:
+    inner = Base()
+    wrapper = Wrapper(inner)
+    patches = Patches()
+    patches.wrap(wrapper, "draw", lambda original: lambda steps: original(steps).upper() + "!")
+    assert wrapper.draw(3) == "3 0!"
+    assert inner.draw(3) == "3 0"
+    patches.undo()
+    assert wrapper.draw(3) == "3 0"
+    assert vars(wrapper).keys() == {"module"}
+
+
+def test_changes_are_undone_from_the_last_to_the_first() -> None:
+    thing, told = Base(), []
+    patches = Patches()
+    patches.replace(thing, "draw", 1)
+    patches.add(lambda: told.append(thing.draw))
+    patches.replace(thing, "draw", 2)
+    patches.undo()
+    patches.undo()
+    assert told == [1]
+    assert thing.draw(1) == "1 0"
+
+
+def test_calls_are_heard_before_and_after_and_signatures_stay() -> None:
+    thing, told = Base(), []
+    patches = Patches()
+    patches.before(thing, "draw", lambda: told.append("before"))
+    patches.after(thing, "draw", lambda *args, **kwargs: told.append((args, kwargs)))
+    assert thing.draw(4, seed=2) == "4 2"
+    assert told == ["before", ((4,), {"seed": 2})]
+    assert list(inspect.signature(thing.draw).parameters) == ["steps", "seed"]
+    patches.undo()
+    thing.draw(4)
+    assert len(told) == 2
+
+
+def test_an_undo_that_fails_leaves_the_rest_to_another_call() -> None:
+    thing, patches = Base(), Patches()
+    patches.replace(thing, "draw", 1)
+    patches.add(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        patches.undo()
+    assert thing.draw == 1
+    patches.undo()
+    assert thing.draw(1) == "1 0"
+
+
+def test_a_missing_function_is_an_error() -> None:
+    patches = Patches()
+    with pytest.raises(AttributeError, match="paint"):
+        patches.before(Base(), "paint", print)
+    assert not patches
