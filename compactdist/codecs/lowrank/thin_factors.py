@@ -207,6 +207,8 @@ class LowRankSession(Session):
 
     __slots__ = ("_memory", "_staged")
 
+    remembers = True
+
     codec: LowRankCodec
 
     def __init__(self, codec: LowRankCodec, view: MatrixView, dtype: torch.dtype, device: torch.device) -> None:
