@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.errors import CodecConfigError, NonFiniteError, PayloadError
+from compactdist.kernels.spec import MatrixView
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -100,6 +102,28 @@ def sample(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
     x = DISTRIBUTIONS[name](shape, torch.Generator().manual_seed(seed))
     limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     return x.clamp(-limit, limit).to(dtype)
+
+
+def encode_residual(
+    codec: Codec,
+    x: Tensor,
+    terms: tuple[Tensor, ...],
+    view: MatrixView,
+    out: Tensor | None = None,
+    payload: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    """Encode one tensor by a session of its own; the payload, in new memory unless given."""
+    session = codec.open(view, x.dtype, x.device)
+    if payload is None:
+        payload = torch.empty(session.payload_nbytes, dtype=torch.uint8, device=x.device)
+    session.encode(x, terms, out, payload, **others)
+    return payload
+
+
+def decode_residual(codec: Codec, payload: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor) -> None:
+    """Decode one payload by a session of its own."""
+    codec.open(view, out.dtype, out.device).decode(payload, terms, out)
 
 
 def as_bytes(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from compactdist.kernels import use
 from compactdist.kernels.threads import PART_ELEMENTS, spread
 from compactdist.state import ResidualDecoder, ResidualEncoder, StateStore, StreamConfig
 from compactdist.state.matrix_view import plain
+from tests.codecs import kit
 
 cpu = pytest.importorskip("compactdist.kernels.cpu")
 elements = pytest.importorskip("compactdist.kernels.cpu_elements")
@@ -51,7 +52,7 @@ def test_no_byte_depends_on_the_number_of_threads(codec_id, threads):
     for count in (1, 2, 3, 5):
         threads(count)
         out = torch.empty_like(x)
-        results.append((codec.encode_residual(x, base, CUT, out), out))
+        results.append((kit.encode_residual(codec, x, (base,), CUT, out), out))
     for payload, out in results[1:]:
         assert torch.equal(payload, results[0][0])
         assert torch.equal(out, results[0][1])
@@ -61,9 +62,9 @@ def test_callers_on_several_threads(threads):
     threads(2)
     codec = codecs.get("int2")
     inputs = [torch.randn(CUT.numel, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    expected = [codec.encode_residual(x, None, CUT) for x in inputs]
+    expected = [kit.encode_residual(codec, x, (), CUT) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
-        got = list(pool.map(lambda x: codec.encode_residual(x, None, CUT), inputs))
+        got = list(pool.map(lambda x: kit.encode_residual(codec, x, (), CUT), inputs))
     assert all(map(torch.equal, got, expected))
 
 
@@ -71,7 +72,7 @@ def test_a_forked_child_makes_threads_of_its_own(threads):
     """OpenMP's do not survive a fork, and a child that used them would hang."""
     threads(2)
     codec, x = codecs.get("int2"), torch.randn(CUT.numel)
-    expected = codec.encode_residual(x, None, CUT)
+    expected = kit.encode_residual(codec, x, (), CUT)
     child = os.fork()
     if child == 0:
         before = torch.get_num_threads
@@ -81,7 +82,7 @@ def test_a_forked_child_makes_threads_of_its_own(threads):
         torch.get_num_threads = before
         os._exit(0 if (seen == 1).all() else 1)
     assert _ended_well(child, 60)
-    assert torch.equal(codec.encode_residual(x, None, CUT), expected)
+    assert torch.equal(kit.encode_residual(codec, x, (), CUT), expected)
 
 
 def _ended_well(child: int, seconds: float) -> bool:
@@ -217,15 +218,16 @@ import sys, logging
 sys.modules["numba"] = None
 import torch
 from compactdist import codecs
-from compactdist.state.matrix_view import plain
+from compactdist.kernels.spec import MatrixView
 seen = []
 handler = logging.Handler()
 handler.emit = lambda record: seen.append(record.getMessage())
 logging.getLogger("compactdist").addHandler(handler)
 logging.getLogger("compactdist").setLevel(logging.INFO)
-view = plain(1 << 16, 1, 128)
+session = codecs.get("int2").open(MatrixView(1 << 16, 1, 1 << 9, 128), torch.float32, torch.device("cpu"))
+payload = torch.empty(session.payload_nbytes, dtype=torch.uint8)
 for _ in range(3):
-    codecs.get("int2").encode_residual(torch.randn(1 << 16), None, view, torch.empty(1 << 16))
+    session.encode(torch.randn(1 << 16), (), torch.empty(1 << 16), payload)
 assert len(seen) == 1 and "Numba" in seen[0], seen
 """
     subprocess.run([sys.executable, "-c", script], check=True)

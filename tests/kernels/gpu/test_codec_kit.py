@@ -87,4 +87,4 @@ def test_a_residual_loop_converges(form):
 def test_a_difference_beyond_float32_is_not_finite(form):
     x = torch.full((5 * 72,), 3e38, device=kit.DEVICE)
     with use("gpu"), pytest.raises(NonFiniteError):
-        kit.get(form).encode_residual(x, -x, kit.plain(5 * 72, 1, 72))
+        codec_kit.encode_residual(kit.get(form), x, (-x,), kit.plain(5 * 72, 1, 72))
