@@ -13,7 +13,7 @@ from compactdist.kernels import use
 from compactdist.state import Layout, blocks, plain
 from tests.codecs import kit
 
-pytest.importorskip("compactdist.kernels.cpu")
+pytest.importorskip("numba")
 
 
 @pytest.mark.parametrize("magnitudes", [(0.8,), (0.45, 1.51), MAGNITUDES])
@@ -74,11 +74,11 @@ def test_decode_onto_a_base(view, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("view", VIEWS)
 def test_take_in(view, dtype):
-    from compactdist.kernels import cpu_lowrank
+    from compactdist.kernels.cpu import products
 
     x, base = kit.sample("laplace", (view.numel,), dtype), kit.sample("gaussian", (view.numel,), dtype)
     out = torch.empty(view.shape, dtype=torch.bfloat16)
-    norm = cpu_lowrank.take_in(x, (base,), view, out)
+    norm = products.take_in(x, (base,), view, out)
     residual = view.to_matrix(x.float() - base.float())
     assert torch.equal(out, residual.bfloat16())
     torch.testing.assert_close(norm, residual.flatten(1).norm(dim=1))
@@ -100,6 +100,6 @@ def test_large_matrices_contract_whatever_is_rounded():
                 session.commit()
                 error, energy = (out.double() - x.view(-1)).square().sum(), x.double().square().sum()
                 assert error < energy or not float(x.abs().max()) > 1e-4
+        bad = torch.zeros(view.numel).index_fill(0, torch.tensor([7]), float("nan"))
         with pytest.raises(NonFiniteError, match="1 of"):
-            bad = torch.zeros(view.numel).index_fill(0, torch.tensor([7]), float("nan"))
             session.encode(bad, (), None, payload)
