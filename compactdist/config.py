@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from compactdist import codecs
+from compactdist import codecs, kernels
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
 from compactdist.policy import CallInfo, Policy, Rule, Rules, as_policy, describe_policy
@@ -155,6 +155,7 @@ class Options:
             "streams": repr(self._stream),
             "local": self.local,
             "min_numel": str(self.min_numel),
+            "kernels": kernels.digest(),
         }
 
 
