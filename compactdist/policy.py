@@ -91,6 +91,8 @@ class Rule:
             raise ConfigError(f"rule matches nothing: max_numel {self.max_numel} < min_numel {self.min_numel}")
         if self.last_step is not None and self.last_step < self.first_step:
             raise ConfigError(f"rule matches nothing: last_step {self.last_step} < first_step {self.first_step}")
+        if self.between is not None and not all(_is_pair(pair) for pair in self.between):
+            raise ConfigError(f"a rule's between holds pairs of group ranks, as ((0, 1), (2, 3)), got {self.between!r}")
         if self.codec != PASS:
             object.__setattr__(self, "_resolved", codecs.get(self.codec))
 
@@ -115,6 +117,10 @@ class Rule:
     def result(self) -> CodecLike:
         """The codec this rule chooses, or ``"pass"``."""
         return PASS if self._resolved is None else self._resolved
+
+
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(rank, int) for rank in pair)
 
 
 class Rules:

@@ -23,7 +23,7 @@ from compactdist.exchange.work import Job, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import PassReason
 from compactdist.state import Site, blocks, state_nbytes
-from compactdist.wire import HEADER_NBYTES, MAGIC, from_raw, raw_nbytes
+from compactdist.wire import HEADER_NBYTES, MAGIC, STATELESS, from_raw, raw_nbytes
 
 __all__ = [
     "ALL_GATHER",
@@ -72,7 +72,7 @@ class Pattern:
         return PassReason.BUDGET
 
     def arrival(self, engine: Engine, flight: Flight) -> Arrival | None:
-        """What may be passed on, held."""
+        """What a pattern that ``forwards`` may pass on, held."""
         return None
 
     def refuse(self, engine: Engine, flight: Flight) -> set[int]:
@@ -225,7 +225,7 @@ class AllToAll(Pattern):
                 plan.incoming.append(part)
         plan.raw_numel = sum(part.numel for part in plan.outgoing)
         plan.raw_nbytes = plan.raw_numel * dtype.itemsize
-        plan.detail = "+".join(sorted(reasons)) or PassReason.BUDGET
+        plan.detail = sorted(reasons) or PassReason.BUDGET
         even = len({*leaving, *arriving}) == 1
         if even and reasons and not site.refused and all(part.codec is None for part in plan.parts):
             plan.reason = min(reasons)
@@ -434,12 +434,23 @@ class Receive(_OneMessage):
         flight.arrived = flight.keep = (frame,)
         flight.work = engine.link.receive(frame, flight.plan.incoming[0].peer, flight.tag)
 
+    def commit(self, engine: Engine, flight: Flight) -> None:
+        pass  # nothing left
+
     def taken(self, engine: Engine, flight: Flight, part: Incoming) -> None:
-        decoder = part.stream
-        if decoder is not None and decoder.header is not None and decoder.header.is_key:
+        plan, decoder = flight.plan, part.stream
+        assert decoder is not None
+        assert part.codec is not None
+        header = decoder.header
+        assert header is not None
+        if header.flags & STATELESS:
+            return
+        if header.is_key:
             # a receiver has no way to refuse: it follows the sender, even beyond its cap
-            what = (part.numel, flight.plan.dtype)
-            engine.store.reserve(flight.plan.site, part.peer, what, decoder.state_bytes, force=True)
+            what = (part.numel, plan.dtype)
+            engine.store.reserve(plan.site, part.peer, what, decoder.state_bytes, force=True)
+        raw, wire = part.numel * plan.dtype.itemsize, header.nbytes + header.payload_nbytes
+        engine.stats.received(flight.call.site, flight.call.op, part.codec.codec_id, raw=raw, wire=wire)
 
 
 class ReceiveExactly(Receive):

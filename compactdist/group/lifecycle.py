@@ -285,7 +285,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
                 attachment.restart()
         else:
             self._keys.new_epoch()
-            self._engine.stats.fold(prefix)
+        self._engine.stats.fold(prefix)
 
     # --- what it can tell ---------------------------------------------------------------------------------------------
 
