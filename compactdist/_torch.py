@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -39,9 +40,13 @@ def asked_by_torch() -> bool:
     return sys._getframe(2).f_globals.get("__name__") == c10d.__name__
 
 
+graph_task: Callable[[], int] = torch._C._current_graph_task_id
+"""Number of the autograd engine's task whose node this thread runs, -1 outside a backward pass (2.13)."""
+
+
 def in_backward() -> bool:
-    """Whether this thread runs a node of the autograd engine (2.13)."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    """Whether this thread runs a node of the autograd engine."""
+    return graph_task() != -1
 
 
 def records_gradients() -> bool:
@@ -124,13 +129,13 @@ _DDP_MODULES = frozenset({"torch.distributed.utils", "torch.nn.parallel.distribu
 
 def called_by_ddp() -> bool:
     """Whether DistributedDataParallel is being built: its C++ logger asks the group's base for backends (2.13)."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     for _ in range(6):
         if frame is None:
-            return False
+            break
         if frame.f_globals.get("__name__") in _DDP_MODULES:
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 

@@ -53,7 +53,6 @@ __all__ = [
     "explain",
     "key_hash",
     "pack",
-    "read_head",
     "seal",
     "unpack",
     "write_head",
@@ -210,11 +209,6 @@ def write_head(frame: Tensor, head: bytes) -> Tensor:
     else:
         frame[: len(head)].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
     return frame
-
-
-def read_head(frame: Tensor) -> bytes:
-    """The first bytes of a frame: as many as a header without a shape block has, or all there are."""
-    return frame[:HEADER_NBYTES].cpu().numpy().tobytes()
 
 
 def pack(header: Header, payload: Tensor | None, frame_nbytes: int | None = None) -> Tensor:

@@ -3,8 +3,8 @@
     python -m benchmarks.codecs.kernels_cpu --json benchmarks/results/kernels_cpu.json
     python -m benchmarks.codecs.kernels_cpu --show benchmarks/results/kernels_cpu.json
 
-For each case, codec and form of scales: ``encode_residual`` with payload and new base in memory of their own, and
-``decode_residual`` in place. The runs of one line take turns, every one next to a copy; medians of the ratios. Beside
+For each case, codec and form of scales: a session's ``encode`` with payload and new base in memory of their own, and
+``decode`` in place. The runs of one line take turns, every one next to a copy; medians of the ratios. Beside
 them what takes just moving the tensors (``moving.py``): no step can be faster at sizes that no cache holds.
 """
 
@@ -52,14 +52,14 @@ def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rou
     base = torch.randn(view.numel, generator=g).to(dtype)
     x = base + (0.1 * torch.randn(view.numel, generator=g)).to(dtype)
     out, copied, held, moved = torch.empty_like(x), torch.empty_like(x), base.clone(), base.clone()
-    payload = codec.encode_residual(x, base, view, out)
-    room = torch.empty_like(payload)
+    session = codec.open(view, dtype, x.device)
+    payload = torch.empty(session.payload_nbytes, dtype=torch.uint8)
 
     def encode() -> None:
-        codec.encode_residual(x, base, view, out, payload_out=room)
+        session.encode(x, (base,), out, payload)
 
     def decode() -> None:
-        codec.decode_residual(payload, held, view, held)
+        session.decode(payload, (held,), held)
 
     def move_encode() -> None:
         (move_for_blocks if spec.get("scales") == "block" else move_for_rows)(x, base, out)

@@ -59,20 +59,21 @@ class Encoder:
         self.name = name
         self.base = start.clone()
         self.codec = codecs.get("lowrank_int4", rank=RANK)
-        self.memory: dict[str, Any] = {}
+        view = plain(start.numel(), 1, start.shape[1])
+        self.session = self.codec.open(view, start.dtype, start.device)
+        self.payload = torch.empty(self.session.payload_nbytes, dtype=torch.uint8)
         self.generator = torch.Generator().manual_seed(1)
         self.milliseconds: list[float] = []
         self.error = 0.0
 
     def step(self, x: Tensor) -> None:
         flat, base = x.reshape(-1), self.base.reshape(-1)
-        view = plain(flat.numel(), 1, x.shape[1])
         encode: dict[str, Callable[[], Any]] = {
             "reference": lambda: reference_formulas.encode_lowrank_int4(
                 x.float() - self.base.float(), RANK, self.generator
             ),
-            "cold": lambda: self.codec.encode_residual(flat, base, view),
-            "warm": lambda: self.codec.encode_residual(flat, base, view, memory=self.memory),
+            "cold": lambda: self.session.encode(flat, (base,), None, self.payload),
+            "warm": lambda: self.session.encode(flat, (base,), None, self.payload),
         }
         before = time.perf_counter()
         coded = encode[self.name]()
@@ -82,7 +83,9 @@ class Encoder:
             decoded = u @ v.T
         else:
             assert isinstance(self.codec, LowRankInt4)
-            decoded = self.codec.decode(coded, x.shape, torch.float32)
+            decoded = self.codec.decode(self.payload, x.shape, torch.float32)
+            if self.name == "warm":
+                self.session.commit()  # or the session begins each search as at its first frame
         self.base = (self.base.float() + decoded).to(x.dtype)
         self.error += float((x.double() - self.base.double()).square().sum())
 

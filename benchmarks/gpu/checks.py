@@ -22,9 +22,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def gpu_kernels() -> Any:
     """The module under test; it imports Triton."""
-    from compactdist.kernels import gpu
+    from compactdist.kernels.gpu import steps
 
-    return gpu
+    return steps
 
 
 def cuts(*, small: bool) -> list[Any]:
@@ -61,11 +61,14 @@ def exactness(device: torch.device, *, small: bool) -> list[dict[str, Any]]:
             base, x = tensors(view, dtype)
             expected = torch.empty_like(x)
             with use("reference"):
-                reference = codec.encode_residual(x, base, view, expected)
-            out, held = base.to(device, copy=True), base.to(device, copy=True)
-            assert kernels.supports(codec, view, out)
-            payload = kernels.encode_residual(codec, x.to(device), out, view, out)
-            kernels.decode_residual(codec, reference.to(device), held, view, held)
+                session = codec.open(view, dtype, x.device)
+                reference = torch.empty(session.payload_nbytes, dtype=torch.uint8)
+                session.encode(x, (base,), expected, reference)
+            terms, held = (base.to(device, copy=True),), base.to(device, copy=True)
+            steps, out = kernels.steps_of(codec.spec, view, dtype, device), torch.empty_like(held)
+            payload = torch.empty_like(reference, device=device)
+            assert steps.encode(x.to(device), terms, out, payload)
+            assert steps.decode(reference.to(device), (held,), held)
             line["cases"] += 1
             wrong["payload"] += not torch.equal(payload.cpu(), reference)
             wrong["encoded"] += not torch.equal(out.cpu(), expected)
@@ -78,7 +81,7 @@ class Step:
     """One step of a stream on a device, all memory in place: ``encode`` and ``decode`` only launch."""
 
     def __init__(self, codec: Codec, view: Any, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.codec, self.view, self.kernels = codec, view, gpu_kernels()
+        self.steps = gpu_kernels().steps_of(codec.spec, view, dtype, device)
         g = torch.Generator(device).manual_seed(0)
         self.base = torch.randn(view.numel, generator=g, device=device).to(dtype)
         self.x = self.base + 0.1 * torch.randn(view.numel, generator=g, device=device).to(dtype)
@@ -88,12 +91,10 @@ class Step:
         self.flag = torch.zeros(1, dtype=torch.int32, device=device)
 
     def encode(self) -> None:
-        self.kernels.encode_residual(
-            self.codec, self.x, self.base, self.view, self.out, None, self.payload, flag=self.flag
-        )
+        self.steps.encode(self.x, (self.base,), self.out, self.payload, flag=self.flag)
 
     def decode(self) -> None:
-        self.kernels.decode_residual(self.codec, self.payload, self.base, self.view, self.held)
+        self.steps.decode(self.payload, (self.base,), self.held)
 
     @property
     def encode_bytes(self) -> int:

@@ -159,6 +159,9 @@ class Session:
 
     __slots__ = ("codec", "device", "dtype", "payload_nbytes", "view")
 
+    remembers: ClassVar[bool] = False
+    """The session has something to do in ``commit``, ``rollback`` or ``prepare``; else they need not be called."""
+
     def __init__(self, codec: Codec, view: MatrixView, dtype: torch.dtype, device: torch.device) -> None:
         self.codec = codec
         self.view = view

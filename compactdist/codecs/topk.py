@@ -134,7 +134,7 @@ class TopK(_OneOfM):
 class TopKInt4(_OneOfM):
     """Keeps one of every m elements, the largest, in four bits with a scale for each block of kept elements.
 
-    The places are those of ``topk``. The second section is the payload (``layout.py``, ``scales="block"``) of the
+    The places are those of ``topk``. The second section is the payload (``sections.py``, ``scales="block"``) of the
     kept values, a tensor ``(G, 1, K)``, in codes ``sign << 3 | magnitude`` of fifteen levels: the Lloyd-Max levels of
     the unit Gaussian with zero among them, listed in ``with_zero.py``.
 

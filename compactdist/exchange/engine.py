@@ -31,7 +31,7 @@ from compactdist.wire import NONFINITE, from_raw, raw_payload
 if TYPE_CHECKING:
     from compactdist.exchange.patterns import Pattern
 
-__all__ = ["Engine", "Flight", "Tap", "waits_at_once", "write"]
+__all__ = ["Engine", "Flight", "Tap", "exact_bytes"]
 
 Tap = Callable[[Call, int, Tensor, "MatrixView | None"], None]
 
@@ -140,7 +140,7 @@ class Engine:
         Raises:
             ConfigError, LayoutError: the policy or a layout hint answers with something impossible.
         """
-        site = self.store.site(call.site)
+        site = self.store.known.get(call.site) or self.store.site(call.site)
         if site.pending and pattern.waits_for_earlier_calls:
             drain(site)  # kinds and sizes of the next frames depend on what the last ones said
         plan: CallPlan | None = site.plan
@@ -167,38 +167,38 @@ class Engine:
             Whatever encoding raises, except for a tensor that is not finite: ``finish`` raises that, once the frames
             are on their way.
         """
-        plan, call = flight.plan, flight.call
+        plan = flight.plan
         pattern = plan.pattern
-        warm = 0 <= call.step < self._warmup_steps
+        warm = 0 <= flight.call.step < self._warmup_steps
         with _torch.without_autograd():
             try:
-                flight.arrival = pattern.arrival(self, flight)
+                if pattern.forwards:
+                    flight.arrival = pattern.arrival(self, flight)
                 if warm or plan.fresh:
                     flight.refusing = pattern.refuse(self, flight)
+                stage = partial(pattern.stage, self) if pattern.forwards else self.stage
                 for part, x in zip(plan.outgoing, flight.inputs, strict=True):
-                    if part.codec is None:
-                        flight.staged.append(None)
-                    else:
-                        pattern.stage(self, flight, part, x, warm or part.fresh)
+                    stage(flight, part, x, warm or part.fresh)
             except BaseException:
                 self.withdraw(flight)
                 raise
         return flight
 
-    def stage(self, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool, want_value: bool = False) -> Staged:
-        """Encode one tensor: the usual way for a pattern to stage a part."""
-        assert part.stream is not None
-        assert part.codec is not None
+    def stage(self, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> Staged:
+        """Encode one tensor."""
         if self.tap is not None:
             self.tap(flight.call, part.peer, x, part.hint)
-        staged, failure = part.stream.stage_or_flag(
+        stream, codec = part.stream, part.codec
+        assert stream is not None
+        assert codec is not None
+        staged, failure = stream.stage_or_flag(
             x,
-            part.codec,
+            codec,
             keyframe=keyframe,
             epoch=flight.call.epoch,
             frame_nbytes=part.key_nbytes if keyframe else part.residual_nbytes,
             refuse_state=bool(flight.refusing) and self._refuses(flight, part.peer),
-            want_value=want_value or bool(self.sample_every),
+            want_value=flight.plan.want_value,
         )
         if failure is not None:
             flight.failure = flight.failure or failure
@@ -237,37 +237,37 @@ class Engine:
             except BaseException:
                 self.withdraw(flight)
                 raise
-            pattern.commit(self, flight)
-            self._release(flight)
-            self._count(flight)
+            if pattern.forwards:
+                pattern.commit(self, flight)
+                self._release(flight)
+            else:
+                for part, staged in zip(plan.outgoing, flight.staged, strict=True):
+                    part.stream.commit(staged, part.hint)  # type: ignore[union-attr,arg-type]
+            if pattern.receives_only:
+                pass
+            elif flight.passed is None and plan.codec is not None:
+                self.stats.sent(
+                    flight.call.site,
+                    flight.call.op,
+                    plan.codec.codec_id,
+                    raw=plan.raw_nbytes,
+                    wire=flight.wire_nbytes,
+                    keyframe=flight.keyframes,
+                    numel=plan.raw_numel,
+                    forwarded=bool(flight.messages) and any(message.forwarded for message in flight.messages),
+                )
+                if self.sample_every and flight.failure is None:
+                    for part, x, made in zip(plan.outgoing, flight.inputs, flight.staged, strict=True):
+                        self._sample(flight.call, part, x, made)
+            else:
+                reason = flight.passed or plan.detail
+                self.stats.passed(flight.call.op, reason, plan.raw_nbytes, flight.call.site, wire=flight.wire_nbytes)
             if flight.own is not None:
-                self._keep_own(flight)
+                pattern.keep_own(self, flight)
         job = Job(flight.work, partial(self.finish, flight), None if pattern.sends_only else plan.site, flight.keep)
         if pattern.sends_only:
             self.outbox.add(plan.outgoing[0].peer, job)
         return job
-
-    def _count(self, flight: Flight) -> None:
-        plan, call = flight.plan, flight.call
-        if plan.pattern.receives_only:
-            pass
-        elif flight.passed is not None or plan.codec is None:
-            reason = flight.passed or plan.detail
-            self.stats.passed(call.op, reason, plan.raw_nbytes, call.site, wire=flight.wire_nbytes)
-        else:
-            self.stats.sent(
-                call.site,
-                call.op,
-                plan.codec.codec_id,
-                raw=plan.raw_nbytes,
-                wire=flight.wire_nbytes,
-                keyframe=flight.keyframes,
-                numel=plan.raw_numel,
-                forwarded=bool(flight.messages) and any(message.forwarded for message in flight.messages),
-            )
-            if self.sample_every and flight.failure is None:
-                for part, x, staged in zip(plan.outgoing, flight.inputs, flight.staged, strict=True):
-                    self._sample(call, part, x, staged)
 
     def _sample(self, call: Call, part: Outgoing, x: Tensor, staged: Staged | None) -> None:
         """Measure how far the reconstruction is from the tensor, on every ``sample_every``-th frame of a stream."""
@@ -278,16 +278,6 @@ class Engine:
         flat = x.detach().reshape(-1).double()
         error = float((staged.value.double() - flat).square().sum())
         self.stats.error(call.site, call.op, error, float(flat.square().sum()))
-
-    def _keep_own(self, flight: Flight) -> None:
-        """What one's own output gets, safe from whatever the caller does to the input before waiting."""
-        assert flight.own is not None
-        value = flight.plan.pattern.own_value(self, flight)
-        if value is None and flight.failure is None:
-            value = flight.own[0].detach().reshape(-1)
-            if not waits_at_once(flight.opts):
-                value = value.clone()
-        flight.own_value = value
 
     # --- finishing ----------------------------------------------------------------------------------------------------
 
@@ -301,11 +291,16 @@ class Engine:
         error: Exception | None = flight.failure
         refused = set(flight.refusing)
         with _torch.without_autograd():
-            if may_write and flight.own is not None and flight.own_value is not None:
-                write(flight.own[1], flight.own_value)
+            if may_write and flight.own_value is not None and flight.own is not None:
+                target = flight.own[1]
+                target.copy_(flight.own_value.view(target.shape))
             for part, data, target in zip(plan.incoming, flight.arrived, flight.outputs, strict=True):
                 try:
-                    self._take(flight, part, data, target, may_write, refused)
+                    value = self._take(flight, part, data, refused)
+                    if may_write and part.numel:
+                        target.copy_(value.view(target.shape))
+                        if part.codec is not None and plan.pattern.forwards:
+                            plan.pattern.remember(self, flight, part, target, data)
                 except Exception as e:
                     error = error or e
         for peer in refused:
@@ -313,16 +308,13 @@ class Engine:
         if error is not None:
             raise error
 
-    def _take(
-        self, flight: Flight, part: Incoming, data: Tensor, target: Tensor, may_write: bool, refused: set[int]
-    ) -> None:
+    def _take(self, flight: Flight, part: Incoming, data: Tensor, refused: set[int]) -> Tensor:
+        """The value of one arrived part, flat; it may share memory with the frame or the history."""
         plan, decoder = flight.plan, part.stream
         if part.codec is None or decoder is None:
-            if may_write and part.numel:
-                write(target, from_raw(data, part.numel, plan.dtype))
-            return
-        forwards = plan.pattern.forwards
-        if forwards:
+            return from_raw(data, part.numel, plan.dtype)
+        pattern = plan.pattern
+        if pattern.forwards:
             self.arrivals.forget(plan.site, part.peer)
         value = decoder.decode(
             data,
@@ -334,12 +326,10 @@ class Engine:
             refuse_state=bool(flight.refusing) and self._refuses(flight, part.peer),
         )
         if decoder.refused:
-            refused.add(Site.ALL if plan.pattern.whole_site else part.peer)
-        plan.pattern.taken(self, flight, part)
-        if may_write:
-            write(target, value)
-            if forwards:
-                plan.pattern.remember(self, flight, part, target, data)
+            refused.add(Site.ALL if pattern.whole_site else part.peer)
+        if pattern.receives_only:
+            pattern.taken(self, flight, part)
+        return value
 
     # --- the rest of a group's life -----------------------------------------------------------------------------------
 
@@ -370,16 +360,6 @@ class Engine:
         for key, nbytes in self.arrivals.kept_bytes().items():
             held[key] = held.get(key, 0) + nbytes
         return held
-
-
-def waits_at_once(opts: Any) -> bool:
-    """Whether the caller asked for a synchronous call: it will wait before anybody can look at the outputs."""
-    return getattr(opts, "asyncOp", True) is False
-
-
-def write(target: Tensor, flat: Tensor) -> None:
-    """Copy flat values into a user's tensor of any shape and strides; autograd is switched off by the caller."""
-    target.copy_(flat.view(target.shape))
 
 
 def exact_bytes(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from compactdist import _torch
 from compactdist.codecs import Codec
 from compactdist.exchange.arrivals import Arrival
-from compactdist.exchange.engine import Engine, Flight, exact_bytes, write
+from compactdist.exchange.engine import Engine, Flight, exact_bytes
 from compactdist.exchange.forward import Message
 from compactdist.exchange.plan import Call, CallPlan, Incoming, Outgoing
 from compactdist.exchange.work import Job, drain
@@ -80,25 +80,25 @@ class Pattern:
         return set()
 
     def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
-        """Make the frame of one outgoing part."""
-        engine.stage(flight, part, x, keyframe)
+        """Make the frame of one outgoing part of a pattern that ``forwards``; the others' parts are just encoded."""
+        raise NotImplementedError
 
     def transfer(self, engine: Engine, flight: Flight) -> None:
         """Hand the frames to the inner group: sets ``work``, ``arrived``, ``keep`` and ``wire_nbytes``."""
         raise NotImplementedError
 
     def commit(self, engine: Engine, flight: Flight) -> None:
-        """The frames are on their way."""
-        for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True):
-            if staged is not None and part.stream is not None:
-                part.stream.commit(staged, part.hint)
+        """The frames of a pattern that ``forwards`` are on their way."""
+        raise NotImplementedError
 
-    def own_value(self, engine: Engine, flight: Flight) -> Tensor | None:
-        """What one's own output gets instead of one's input, flat; ``None`` for the input."""
-        return None
+    def keep_own(self, engine: Engine, flight: Flight) -> None:
+        """Keep one's input for one's own output, safe from whatever the caller does to it before waiting."""
+        if flight.own is not None:
+            value = flight.own[0].detach().reshape(-1)
+            flight.own_value = value.clone() if getattr(flight.opts, "asyncOp", True) else value
 
     def taken(self, engine: Engine, flight: Flight, part: Incoming) -> None:
-        """A part's frame was decoded."""
+        """A frame of a pattern that ``receives_only`` was decoded."""
 
     def remember(self, engine: Engine, flight: Flight, part: Incoming, target: Tensor, frame: Tensor) -> None:
         """A part's value was written to ``target``: it may be passed on from there."""
@@ -120,6 +120,7 @@ class _OneMessage(Pattern):
         """A plan without parts, the codec (``None``: it passes through), and the hinted matrix view."""
         chooser, numel, dtype = engine.chooser, signature[0], signature[1]
         plan = CallPlan(self, engine.store.site(call.site), signature, dtype, self.answers(engine, call, signature))
+        plan.want_value = bool(engine.sample_every)
         info = chooser.info(call, dtype, numel, *self.ends(engine, signature))
         chosen = chooser.choose(info, plan.answers[0])
         if not isinstance(chosen, Codec):
@@ -143,6 +144,7 @@ class AllGather(_OneMessage):
         if codec is not None:
             me, numel, site = engine.rank, signature[0], plan.site
             plan.joint = True
+            plan.want_value |= not engine.exact_local
             plan.outgoing = [Outgoing(me, numel, codec, site.encoder(me), hint)]
             plan.incoming = [
                 Incoming(rank, numel, codec, site.decoder(rank), hint) for rank in range(engine.size) if rank != me
@@ -157,9 +159,6 @@ class AllGather(_OneMessage):
         fits = engine.store.reserve(plan.site, _EVERY_PEER, (numel, dtype), need)
         return set() if fits else {_EVERY_PEER}
 
-    def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
-        engine.stage(flight, part, x, keyframe, not engine.exact_local)
-
     def transfer(self, engine: Engine, flight: Flight) -> None:
         staged = flight.staged[0]
         assert staged is not None
@@ -171,9 +170,14 @@ class AllGather(_OneMessage):
         del rows[engine.rank]
         flight.arrived, flight.keep, flight.wire_nbytes = rows, (frame, gathered), (size - 1) * nbytes
 
-    def own_value(self, engine: Engine, flight: Flight) -> Tensor | None:
+    def keep_own(self, engine: Engine, flight: Flight) -> None:
         staged = flight.staged[0]
-        return None if engine.exact_local or staged is None else staged.value
+        if flight.failure is not None:
+            return
+        if engine.exact_local or staged is None or staged.value is None:
+            super().keep_own(engine, flight)
+        else:
+            flight.own_value = staged.value
 
 
 class AllToAll(Pattern):
@@ -198,6 +202,7 @@ class AllToAll(Pattern):
         leaving, arriving, dtype, _ = signature
         chooser, me, site = engine.chooser, engine.rank, engine.store.site(call.site)
         plan = CallPlan(self, site, signature, dtype, self.answers(engine, call, signature))
+        plan.want_value = bool(engine.sample_every)
         peers = [rank for rank in range(engine.size) if rank != me]
         reasons: set[PassReason] = set()
         for i, peer in enumerate((*peers, *peers)):
@@ -256,7 +261,10 @@ class AllToAll(Pattern):
         return refusing
 
     def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
-        _stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=False)
+        if part.codec is None:
+            flight.staged.append(None)
+        else:
+            _stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=False)
 
     def transfer(self, engine: Engine, flight: Flight) -> None:
         plan, size = flight.plan, engine.size
@@ -471,7 +479,7 @@ def receive_any(engine: Engine, call_from: Callable[[int], Call], x: Tensor, tag
             engine.stats.passed("recv", PassReason.PEER, 0)
             if may_write:
                 with _torch.without_autograd():
-                    write(x, from_raw(frame, numel, dtype))
+                    x.copy_(from_raw(frame, numel, dtype).view(x.shape))
             return
         call = call_from(source)
         drain(engine.store.site(call.site))

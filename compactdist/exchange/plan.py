@@ -76,7 +76,7 @@ def refusal(size: int, tensor: Tensor, active: bool, autograd: AutogradRule) -> 
         return PassReason.NO_STEP
     if autograd == "sender":
         return None
-    if _torch.in_backward():
+    if _torch.graph_task() != -1:
         return PassReason.AUTOGRAD
     if autograd == "tensor" and tensor.requires_grad and _torch.records_gradients():
         return PassReason.AUTOGRAD
@@ -143,6 +143,7 @@ class CallPlan:
         raw_nbytes: bytes on the link if the call were not compressed.
         raw_numel: elements in all messages that leave.
         detail: whatever else the pattern worked out.
+        want_value: encoders give what the receiver will reconstruct, even where they keep no history.
         fresh: some part's next frame must be a keyframe.
         changes: count of the site's changes that the parts' ``fresh`` and sizes were worked out at.
     """
@@ -160,6 +161,7 @@ class CallPlan:
     raw_nbytes: int = 0
     raw_numel: int = 0
     detail: Any = None
+    want_value: bool = False
     fresh: bool = True
     changes: int = -1
 

@@ -29,33 +29,41 @@ _log = logging.getLogger("compactdist")
 _NO_TIMEOUT = timedelta(0)
 
 
-def _always() -> object:
-    return _NO_TIMEOUT
-
-
 class Job:
     """One exchange under way.
 
     Args:
-        inner: the inner group's work, or ``None`` from a synchronous call; waited for exactly once (gloo's
-            point-to-point works hang on a second wait).
+        inner: the inner group's work; waited for exactly once (gloo's point-to-point works hang on a second wait).
         finish: decodes; gets ``True`` if it may write to the user's tensors.
         site: the call site whose jobs finish in issue order; ``None`` for a send, which has nothing to decode.
         keep: tensors that must live until the inner work is done.
     """
 
-    __slots__ = ("__weakref__", "_finish", "_inner", "_keep", "_lock", "_owner", "_site", "_waited", "done", "error")
+    __slots__ = (
+        "__weakref__",
+        "_attended",
+        "_finish",
+        "_inner",
+        "_keep",
+        "_lock",
+        "_owner",
+        "_site",
+        "_waited",
+        "done",
+        "error",
+    )
 
     def __init__(
         self, inner: Any, finish: Callable[[bool], None] | None, site: Site | None, keep: Sequence[torch.Tensor] = ()
     ) -> None:
-        self._inner = as_work(inner)
+        self._inner = inner
         self._finish = finish
         self._site = site
         self._keep: Sequence[torch.Tensor] = keep
         self._owner: Callable[[], object | None] | None = None
         self._lock = threading.RLock() if site is None else site.lock
         self._waited = False
+        self._attended = False
         self.done = False
         self.error: BaseException | None = None
         if site is not None:
@@ -67,7 +75,7 @@ class Job:
 
     def finish_now(self) -> None:
         """Wait, decode and write at once: the call is synchronous, and its outputs are the caller's still."""
-        self._owner = _always
+        self._attended = True
         self.settle()
 
     def replace_inner(self, inner: Any) -> None:
@@ -77,7 +85,7 @@ class Job:
     @property
     def dropped(self) -> bool:
         """Whether nobody holds the work: the user has let go of it, or it was never made."""
-        return self._owner is None or self._owner() is None
+        return not self._attended and (self._owner is None or self._owner() is None)
 
     @property
     def handed_out(self) -> bool:
@@ -105,7 +113,7 @@ class Job:
                 else:
                     self._inner.wait()
             if self._finish is not None:
-                self._finish(not self.dropped)
+                self._finish(self._attended or not self.dropped)
         except BaseException as error:
             self.error = error
             if self.dropped:

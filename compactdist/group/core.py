@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compactdist import _torch
 from compactdist.errors import ClosedGroupError
-from compactdist.exchange.engine import Engine, Flight, waits_at_once
+from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.link import as_work
 from compactdist.exchange.patterns import Pattern
 from compactdist.exchange.plan import AutogradRule, Call, CallPlan, refusal
@@ -145,9 +145,25 @@ class GroupCore:
                 raise
         return parts
 
-    def _work(self, parts: Sequence[Any], result: list[Tensor], opts: Any = None) -> Any:
-        """The work of jobs and inner works; a synchronous call is finished first."""
-        if opts is not None and waits_at_once(opts) and len(parts) == 1:
-            parts[0].finish_now()
-            return self._finished
+    def _fly(self, flight: Flight, result: list[Tensor]) -> Any:
+        """Prepare and launch one flight, and finish it if the call is synchronous; returns the call's work.
+
+        Raises:
+            Whatever encoding or the inner group raises; no ordinal is used then. Of a synchronous call, what decoding
+            raises.
+        """
+        engine = self._engine
+        with engine.lock:
+            try:
+                job = engine.launch(engine.prepare(flight))
+            except BaseException:
+                self._keys.give_back(flight.call)
+                raise
+        if getattr(flight.opts, "asyncOp", True):
+            return PendingWork((job,), result, self._future_pool)
+        job.finish_now()
+        return self._finished
+
+    def _work(self, parts: Sequence[Any], result: list[Tensor]) -> PendingWork:
+        """The work of jobs and inner works."""
         return PendingWork(parts, result, self._future_pool)

@@ -85,7 +85,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
     def _gather(self, outputs: list[Tensor] | Tensor, x: Tensor, opts: Any, result: list[Tensor]) -> Any:
         """The work of a compressed all-gather; ``None``: it passes through."""
         flight = self._gather_flight(outputs, x, opts)
-        return None if flight is None else self._work(self._ship((flight,)), result, opts)
+        return None if flight is None else self._fly(flight, result)
 
     @override
     def allgather(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
@@ -101,18 +101,13 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
                 return work
         return self.inner.allgather(output_tensors, input_tensors, opts)
 
-    def _gather_single(self, output: Tensor, x: Tensor, opts: Any) -> Any:
-        work = self._gather(output, x, opts, [output])
-        return work if work is not None else _torch.all_gather_single(self.inner, output, x, opts)
-
-    @shared_name
-    def all_gather_single(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Any:
+    def _gather_single(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Any:
         """``[N, ...]`` of every rank into ``[size() * N, ...]`` (``_allgather_base`` before torch 2.13)."""
-        return self._gather_single(output_tensor, input_tensor, opts)
+        work = self._gather(output_tensor, input_tensor, opts, [output_tensor])
+        return work if work is not None else _torch.all_gather_single(self.inner, output_tensor, input_tensor, opts)
 
-    @override
-    def _allgather_base(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Any:
-        return self._gather_single(output_tensor, input_tensor, opts)
+    all_gather_single = shared_name(_gather_single, "all_gather_single")
+    _allgather_base = override(_gather_single)
 
     def _together(
         self, flights: Sequence[Flight | None], plain: Sequence[Callable[[], Any]], result: list[Tensor]
@@ -174,7 +169,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
             return None
         call, plan = planned
         own = inputs.pop(me), outputs.pop(me)
-        return self._work(self._ship((Flight(plan, call, inputs, outputs, opts, own),)), result, opts)
+        return self._fly(Flight(plan, call, inputs, outputs, opts, own), result)
 
     def _passes_all_to_all(self, whole: Tensor, nbytes: float) -> bool:
         """Count an all-to-all that passes through whatever its chunks are: they need not make sense to us then."""
@@ -258,7 +253,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
             if planned is not None:
                 call, plan = planned
                 flight = Flight(plan, call, (x,) if plan.outgoing else (), (x,) if plan.incoming else (), opts)
-                return self._work(self._ship((flight,)), list(tensors), opts)
+                return self._fly(flight, list(tensors))
         else:
             self._pass("broadcast", PassReason.OP, nbytes)
         return self.inner.broadcast(tensors, opts)
@@ -310,7 +305,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         flight = self._send_flight(tensors[0], dst, tag) if len(tensors) == 1 else None
         if flight is None:
             return self.inner.send(tensors, dst, tag)
-        return self._work(self._ship((flight,)), list(tensors))
+        return self._fly(flight, list(tensors))
 
     @shared_name
     def recv(self, tensors: Any, src: int, tag: int = 0) -> Any:
@@ -318,7 +313,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         flight = self._receive_flight(tensors[0], src, tag) if len(tensors) == 1 else None
         if flight is None:
             return self.inner.recv(tensors, src, tag)
-        return self._work(self._ship((flight,)), list(tensors))
+        return self._fly(flight, list(tensors))
 
     @override
     def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:

@@ -27,8 +27,6 @@ _PG_KEYWORDS = {"tensors", "output_tensors", "input_tensors", "opts"}
 
 
 def _means_process_group(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if args and type(args[-1]).__name__.endswith("Options"):
-        return True
     for value in (*args, *kwargs.values()):
         if type(value).__name__.endswith("Options"):
             return True
@@ -38,19 +36,21 @@ def _means_process_group(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return isinstance(args[0], list | tuple | timedelta)
 
 
-def shared_name(method: Callable[..., Any]) -> Any:
-    """A ProcessGroup method whose name torch.distributed has too: choose by the arguments.
+def shared_name(method: Callable[..., Any], name: str | None = None) -> Any:
+    """A ProcessGroup method whose name (``method``'s unless given) torch.distributed has too: choose by the arguments.
 
     Dynamo does not trace into it, as into none of the methods that torch calls.
     """
+    shared = name or method.__name__
 
     @functools.wraps(method)
     def choose(self: Any, *args: Any, **kwargs: Any) -> Any:
         callback = _torch.set_eval_frame(None)
         try:
-            if _means_process_group(args, kwargs):
+            # torch's own calls end in an options object; the first test is for them
+            if (args and type(args[-1]).__name__.endswith("Options")) or _means_process_group(args, kwargs):
                 return method(self, *args, **kwargs)
-            return self._torch_function(method.__name__)(*args, **kwargs)
+            return self._torch_function(shared)(*args, **kwargs)
         finally:
             _torch.set_eval_frame(callback)
 
@@ -106,8 +106,9 @@ class TorchDistributedAPI:
     ) -> Any:
         """torch.distributed.all_gather_into_tensor on this group: ``[N, ...]`` per rank to ``[world * N, ...]``."""
         # torch 2.13 renamed it and warns at the old name
-        function = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        return function(output_tensor, input_tensor, group=self._resolve_group(group), async_op=async_op)
+        function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        group = self if group is None else self._resolve_group(group)
+        return function(output_tensor, input_tensor, group=group, async_op=async_op)
 
     def all_to_all(
         self,

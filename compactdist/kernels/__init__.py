@@ -1,8 +1,7 @@
-"""The primitives under the codecs. ``reference`` is the definition; faster twins must give the same bytes.
+"""The kernels under the codecs. ``reference`` is the definition; faster twins must give the same bytes.
 
-``cpu`` holds fused steps for CPU tensors, compiled by Numba when first used; ``gpu`` those for CUDA tensors, compiled
-by Triton. They are taken wherever they apply, and leave every byte as it is: which kernels ran is invisible but for the
-time.
+``cpu`` holds fused steps for CPU tensors, compiled when first used; ``gpu`` those for CUDA tensors, compiled by Triton.
+They are taken wherever they apply, and leave every byte as it is: which kernels ran is invisible but for the time.
 """
 
 from __future__ import annotations
@@ -11,18 +10,56 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import ModuleType
-from typing import Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
+from torch import Tensor
 
-__all__ = ["MIN_ELEMENTS", "cpu_kernels", "fused_kernels", "use"]
+from compactdist.kernels.sources import digest
+from compactdist.kernels.spec import MatrixView, QuantizerSpec
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["MIN_ELEMENTS", "Steps", "choice", "cpu_runs", "digest", "steps_for", "use"]
 
 MIN_ELEMENTS = 1 << 14
 """Below this the calls into the CPU kernels, and loading them, cost more than they save."""
 
 _log = logging.getLogger("compactdist")
-_forced: str | None = None
+
+
+class Steps(Protocol):
+    """The steps of one stream, prepared once: everything that does not change between two steps is held here."""
+
+    def encode(self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor) -> bool:
+        """Write the payload of ``x`` less the sum of ``terms``, and to ``out`` what :meth:`decode` will give.
+
+        Returns:
+            Whether it was done; if not, ``out`` and ``payload`` hold anything, and the reference has to do it.
+        """
+        ...
+
+    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor) -> bool:
+        """Write the sum of ``terms`` plus the decoded payload to ``out``, which may be the first of the terms.
+
+        Returns:
+            Whether it was done; if not, ``out`` is as it was.
+        """
+        ...
+
+
+class _Choice:
+    """Which kernels :func:`use` has forced. Whoever holds steps compares this with what it was when they were made."""
+
+    __slots__ = ("forced",)
+
+    def __init__(self) -> None:
+        self.forced: str | None = None
+
+
+choice = _Choice()
 
 
 @contextmanager
@@ -37,20 +74,19 @@ def use(kernels: Literal["reference", "cpu", "gpu"]) -> Iterator[None]:
         ValueError: There are no kernels of this name.
         RuntimeError: Triton's kernels cannot run here: neither on a GPU nor interpreted.
     """
-    global _forced
     if kernels not in ("reference", "cpu", "gpu"):
         raise ValueError(f"kernels are 'reference', 'cpu' or 'gpu', got {kernels!r}")
     if kernels == "gpu":
         _check_gpu()
-    before, _forced = _forced, kernels
+    before, choice.forced = choice.forced, kernels
     try:
         yield
     finally:
-        _forced = before
+        choice.forced = before
 
 
 def _check_gpu() -> None:
-    kernels = _gpu_kernels()
+    kernels = _gpu_steps()
     if kernels is None:
         raise RuntimeError("Triton cannot be imported, so there are no GPU kernels: pip install triton")
     if not kernels.INTERPRETED and not torch.cuda.is_available():
@@ -60,38 +96,50 @@ def _check_gpu() -> None:
         )
 
 
-def fused_kernels(device: str, numel: int) -> ModuleType | None:
-    """The module with fused steps for tensors of this device type and size, or ``None`` for the reference."""
-    if _forced == "gpu":
-        kernels = _gpu_kernels()
-        return kernels if kernels is not None and (device == "cpu") == kernels.INTERPRETED else None
-    if device == "cuda":
-        return None if _forced is not None else _gpu_kernels()
-    return cpu_kernels(numel) if device == "cpu" else None
+def steps_for(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device: torch.device) -> Steps | None:
+    """Prepare the fused steps of one stream, or of one tensor.
+
+    Args:
+        spec: of the quantizer.
+        view: how the flat tensors become matrices.
+        dtype: of the tensors.
+        device: of the tensors.
+
+    Returns:
+        The steps; ``None`` where the reference is to be used.
+    """
+    steps: Steps | None = None
+    module = None
+    if choice.forced == "gpu" or (device.type == "cuda" and choice.forced is None):
+        module = _gpu_steps()
+    elif device.type == "cpu" and cpu_runs(view.numel):
+        from compactdist.kernels.cpu import steps as module
+    if module is not None:
+        steps = module.steps_of(spec, view, dtype, device)
+    return steps
 
 
 @cache
-def _gpu_kernels() -> ModuleType | None:
+def _gpu_steps() -> ModuleType | None:
     try:
-        from compactdist.kernels import gpu
+        from compactdist.kernels.gpu import steps
     except ImportError as error:
         _log.info("codecs run on torch operations on the GPU, much slower: Triton cannot be imported (%s)", error)
         return None
-    return gpu
+    return steps
 
 
-def cpu_kernels(numel: int) -> ModuleType | None:
-    """The fused CPU kernels, or ``None`` where the reference is to be used for tensors of this size."""
-    if _forced == "reference" or (numel < MIN_ELEMENTS and _forced is None):
-        return None
-    return _cpu_kernels()
+def cpu_runs(numel: int) -> bool:
+    """Whether the compiled kernels are to be used for CPU tensors of this size."""
+    if choice.forced == "reference" or (numel < MIN_ELEMENTS and choice.forced is None):
+        return False
+    return _numba_is_there()
 
 
 @cache
-def _cpu_kernels() -> ModuleType | None:
-    try:
-        from compactdist.kernels import cpu
-    except ImportError as error:
-        _log.info("codecs run on torch operations, several times slower: Numba cannot be imported (%s)", error)
-        return None
-    return cpu
+def _numba_is_there() -> bool:
+    # not imported here: what is compiled already runs without it
+    there = find_spec("numba") is not None
+    if not there:
+        _log.info("codecs run on torch operations, several times slower: there is no Numba")
+    return there

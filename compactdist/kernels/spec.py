@@ -1,13 +1,101 @@
-"""What a kernel is told: how a flat buffer is a matrix. Imports nothing of codecs."""
+"""What a kernel is told: how a flat buffer is a matrix, and what a scalar quantizer makes of a matrix.
+
+A codec describes itself by a :class:`QuantizerSpec`. Kernels know nothing else of it, so any class that does so gets
+all of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["MatrixView"]
+from compactdist.kernels.sections import Sections
+
+__all__ = ["FLOAT8", "KINDS", "Float8", "MatrixView", "QuantizerSpec"]
+
+Kind = Literal["sign", "nearest", "trits", "linear", "e4m3", "e5m2"]
+KINDS: tuple[Kind, ...] = ("sign", "nearest", "trits", "linear", "e4m3", "e5m2")
+
+
+class Float8(NamedTuple):
+    """A format of the value ``1.mantissa * 2**(exponent - bias)``, and where its finite codes end."""
+
+    mantissa_bits: int
+    bias: int
+    largest_code: int
+
+    def level(self, code: int) -> float:
+        """Value of a code without sign, in units of the smallest subnormal: an integer."""
+        exponent, mantissa = divmod(min(code, self.largest_code), 1 << self.mantissa_bits)
+        return float(mantissa if exponent == 0 else ((1 << self.mantissa_bits) + mantissa) << (exponent - 1))
+
+    @property
+    def units(self) -> float:
+        """The largest value, in units of the smallest subnormal."""
+        return self.level(self.largest_code)
+
+
+FLOAT8 = {"e4m3": Float8(3, 7, 0x7E), "e5m2": Float8(2, 15, 0x7B)}
+"""The OCP 8-bit formats."""
+
+
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """How a scalar quantizer codes the elements of matrices.
+
+    Attributes:
+        kind: ``"sign"``: one bit, the sign. ``"nearest"``: the sign and the nearest of ``magnitudes``. ``"trits"``:
+            zero or a sign, five elements to a byte. ``"linear"``: the nearest integer, in two's complement.
+            ``"e4m3"``, ``"e5m2"``: the nearest float8.
+        bits: of a code; trits have 2, which are not used.
+        magnitudes: for ``"nearest"``: ``2 ** (bits - 1)`` levels in units of sigma, ascending. One of them may be 0.
+        reach: for ``"linear"`` and float8: the level of the largest code, which the largest value takes.
+        widening: for ``"nearest"``: how wide the scale is for tails heavier than those of a Gaussian; see
+            ``reference.scales.gaussian_scale``.
+        scales: ``"token_channel"``: a scale for each row and each channel. ``"block"``: one for each run of elements.
+        block: elements to a block, at most.
+    """
+
+    kind: Kind
+    bits: int
+    magnitudes: tuple[float, ...] = ()
+    reach: float = 0.0
+    widening: int = 1
+    scales: Literal["token_channel", "block"] = "token_channel"
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        levels = self.magnitudes
+        if self.kind not in KINDS or self.scales not in ("token_channel", "block"):
+            raise ValueError(f"no kernels for kind={self.kind!r} with scales={self.scales!r}; kinds: {KINDS}")
+        wanted = {"sign": (1,), "nearest": (2, 3, 4), "trits": (2,)}.get(self.kind, (8,))
+        if self.bits not in wanted:
+            raise ValueError(f"kind={self.kind!r} takes bits of {wanted}, got {self.bits}")
+        if self.kind == "nearest" and (
+            len(levels) != 1 << (self.bits - 1) or any(low >= high for low, high in pairwise((-1e-9, *levels)))
+        ):
+            raise ValueError(
+                f"kind='nearest' of {self.bits} bits takes {1 << (self.bits - 1)} magnitudes, ascending from 0, got "
+                f"{levels}"
+            )
+        if self.by_maximum and not self.reach > 0:
+            raise ValueError(f"kind={self.kind!r} needs the level of the largest code, got reach={self.reach}")
+
+    @property
+    def by_maximum(self) -> bool:
+        """Scales are such that the largest value takes the largest code, and no sum is needed."""
+        return self.kind in ("linear", "e4m3", "e5m2")
+
+    def sections_of(self, shape: Sequence[int]) -> Sections:
+        """The sections of the payload of a tensor of this shape."""
+        if self.scales == "block":
+            return Sections.of_blocks(shape, self.bits, self.block, base3=self.kind == "trits")
+        return Sections.of(shape, self.bits, base3=self.kind == "trits")
 
 
 @dataclass(frozen=True, slots=True)

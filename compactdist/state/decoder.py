@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Codec
+from compactdist.codecs.base import Codec, Session
 from compactdist.errors import FrameError, NonFiniteError
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.matrix_view import blocks
@@ -19,7 +19,6 @@ from compactdist.wire import (
     from_raw,
     payload_of,
     raw_nbytes,
-    read_head,
     unpack,
 )
 
@@ -77,9 +76,14 @@ class StreamDecoder(StreamState):
         if form is not None and form.codec is codec and self.live == (numel, dtype):
             # the residual that is due, without an announcement: what both ends know makes every byte of its header
             head = form.head.filled(epoch, self.sequence)
-            if read_head(frame) == head and form.frame_nbytes <= frame.numel():
+            arrived = frame[: len(head)]
+            same = (arrived if frame.is_cpu else arrived.cpu()).numpy().tobytes() == head
+            if same and form.frame_nbytes <= frame.numel():
                 self.header = form.head.header
-                return self._take_residual(frame, self.header, codec)
+                payload = frame[len(head) : form.frame_nbytes]
+                if payload.storage_offset() % 16:
+                    payload = payload.clone()
+                return self._take_residual(payload, form.session)
         header = unpack(frame, self.where)
         self._check(header, codec, numel, dtype, epoch, hint)
         self.header = header
@@ -95,35 +99,36 @@ class StreamDecoder(StreamState):
                 "written and this stream restarts with a keyframe. Find the source of the NaN, or let the site pass "
                 "through"
             )
-        return self._take_residual(frame, header, codec)
+        value = self._take_residual(payload_of(frame, header), self.form(codec, frame.device).session)
+        self.follow(header.next_groups, header.next_channels)
+        return value
 
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
         super().drop()
         self._torn = False
 
-    def _take_residual(self, frame: Tensor, header: Header, codec: Codec) -> Tensor:
+    def _take_residual(self, payload: Tensor, session: Session) -> Tensor:
         if self._torn:
             raise FrameError(
                 f"{self.where}: an earlier frame was interrupted while it was decoded, so what this end holds is not "
                 f"what the sender expects. Nothing was applied; {_RESET}"
             )
-        session = self.form(codec, frame.device).session
-        payload = payload_of(frame, header)
-        predictor = self.predictor
+        assert self.live is not None
+        predictor, (numel, dtype) = self.predictor, self.live
         terms = predictor.terms()
         if terms and predictor.decodes_in_place:
             value = terms[0]
         else:
-            value = torch.empty(header.numel, dtype=header.dtype, device=frame.device)
+            value = torch.empty(numel, dtype=dtype, device=payload.device)
         self._torn = True
         session.decode(payload, terms, value)
         predictor.advance(value, terms)
         self.sequence += 1
         self._torn = False
-        session.commit()
-        if header.next_channels:
-            self.follow(header.next_groups, header.next_channels)
+        if session.remembers:
+            session.commit()
+            session.prepare()
         return value
 
     def _take_key(self, frame: Tensor, header: Header, hint: MatrixView | None, refuse_state: bool) -> Tensor:

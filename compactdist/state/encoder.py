@@ -19,7 +19,6 @@ from compactdist.wire import (
     NONFINITE,
     STATELESS,
     Header,
-    empty_frame,
     header_bytes,
     pack,
     raw_payload,
@@ -119,8 +118,6 @@ class StreamEncoder(StreamState):
         if keyframe or codec.lossless:
             header = self._header(flat, codec, epoch, shape)
             return self._stage_key(flat, header, frame_nbytes, refuse_state, want_value)
-        if self.live != (flat.numel(), flat.dtype):
-            raise LayoutError(f"{self.where}: a residual needs a keyframe of the same size and dtype before it")
         return self._stage_residual(flat, codec, epoch, frame_nbytes, want_value, shape, row_weights)
 
     def _header(
@@ -169,16 +166,26 @@ class StreamEncoder(StreamState):
         shape: tuple[int, ...] | None,
         row_weights: Tensor | None,
     ) -> Staged:
-        form = self.form(codec, flat.device)
+        if self.live != (flat.numel(), flat.dtype):
+            raise LayoutError(f"{self.where}: a residual needs a keyframe of the same size and dtype before it")
+        form = self._form
+        if form is None or form.codec is not codec:
+            form = self.form(codec, flat.device)
         session, header, own = form.session, form.head.header, self._own_predictor
         if shape is None:
             head = form.head.filled(epoch, self.sequence)
         else:
             header = replace(header, epoch=epoch, sequence=self.sequence, shape=shape)
             head = header_bytes(header)
-        frame, payload = empty_frame(len(head), session.payload_nbytes, frame_nbytes, flat.device)
+        start, end = len(head), len(head) + session.payload_nbytes
+        frame = torch.empty(frame_nbytes or end, dtype=torch.uint8, device=flat.device)
+        payload = frame[start:end]
+        if frame_nbytes is not None and frame_nbytes > end:
+            frame[end:].zero_()
         terms = self.predictor.terms()
-        value = self._new_value(flat) if want_value or self._remembers else None
+        value = None
+        if want_value or self._remembers:
+            value = torch.empty_like(flat) if self._spares is None else self._spares.take(flat)
         # an open-loop sender predicts from other values than the receiver, and has two steps to take
         expected, out = (terms, value) if own is None else (own.terms(), None)
         try:
@@ -201,12 +208,6 @@ class StreamEncoder(StreamState):
         else:
             write_head(frame, head)
         return staged
-
-    def _new_value(self, flat: Tensor) -> Tensor:
-        """Memory for what the receiver will reconstruct."""
-        if self._spares is not None:
-            return self._spares.take(flat)
-        return torch.empty(flat.numel(), dtype=flat.dtype, device=flat.device)
 
     def _search(self, staged: Staged, residual: Tensor, epoch: int) -> None:
         """Look for a better matrix view in the first residual, and announce it in its frame."""
@@ -236,21 +237,16 @@ class StreamEncoder(StreamState):
         Returns:
             The frame, and the error to raise once it is on its way.
         """
+        flat = x.detach().reshape(-1)
+        if keyframe or codec.lossless:
+            header = self._header(flat, codec, epoch)
+            return self._stage_key(flat, header, frame_nbytes, refuse_state, want_value), None
         try:
-            return self.stage(
-                x,
-                codec,
-                keyframe=keyframe,
-                epoch=epoch,
-                frame_nbytes=frame_nbytes,
-                refuse_state=refuse_state,
-                want_value=want_value,
-            ), None
+            return self._stage_residual(flat, codec, epoch, frame_nbytes, want_value, None, None), None
         except NonFiniteError as error:
             # the frames it came through would keep the caller's tensors and works alive
             error.__context__ = error.__cause__ = None
             failure = error.with_traceback(None)
-        flat = x.detach().reshape(-1)
         header = self._header(flat, codec, epoch, flags=NONFINITE)
         return Staged(pack(header, flat.new_empty(0, dtype=torch.uint8), frame_nbytes), header), failure
 
@@ -292,7 +288,7 @@ class StreamEncoder(StreamState):
                 self._spares.give(unused)
         if self._own_predictor is not None and staged.exact is not None:
             self._own_predictor.advance(staged.exact, ())
-        if staged.session is not None:
+        if staged.session is not None and staged.session.remembers:
             staged.session.commit()
             staged.session.prepare()
         if staged.next_view is not None:

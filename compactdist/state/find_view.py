@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from compactdist.codecs.scalar.layout import MIN_CHANNELS_FOR_ROW_SCALES, MIN_ROWS_FOR_CHANNEL_SCALES
+from compactdist.kernels.sections import MIN_CHANNELS_FOR_ROW_SCALES, MIN_ROWS_FOR_CHANNEL_SCALES
 from compactdist.state.matrix_view import MatrixView, blocks, plain
 
 __all__ = ["find_view"]

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from compactdist.codecs.scalar.fp8 import encode_units, unit_levels
 from compactdist.kernels import reference as kernels
-from compactdist.state.history import ExactCell, Predictor, predictor_class
+from compactdist.state.history import ExactCell, ExactLastValue, LastValue, Predictor, predictor_class
 
 __all__ = ["BLOCK", "STATE_FORMS", "QuantizedCell", "StateForm", "make_predictor", "quantize", "state_copy_nbytes"]
 
@@ -156,5 +156,7 @@ class QuantizedCell:
 
 def make_predictor(order: int, damping: float, form: StateForm) -> Predictor:
     """An empty predictor of this order that keeps tensors in this form."""
-    new_cell = ExactCell if form == "exact" else functools.partial(QuantizedCell, form)
-    return predictor_class(order)(damping, new_cell)
+    kind = predictor_class(order)
+    if form != "exact":
+        return kind(damping, functools.partial(QuantizedCell, form))
+    return ExactLastValue(damping, ExactCell) if kind is LastValue else kind(damping, ExactCell)

@@ -85,6 +85,7 @@ class StateStore:
         budget_bytes: cap on history tensors of this rank; ``None`` for no cap.
 
     Attributes:
+        known: all sites by key; look up only.
         spares: buffers to write the next reconstructions to, one of each size for all sites. They hold no history and
             are not counted as state.
     """
@@ -95,25 +96,25 @@ class StateStore:
         self.budget_bytes = budget_bytes
         self.spares = Spares()
         self._reserved = 0
-        self._sites: dict[str, Site] = {}
+        self.known: dict[str, Site] = {}
         self._lock = threading.Lock()
 
     def site(self, key: str) -> Site:
         """The site of this key, made on first use."""
-        found = self._sites.get(key)
+        found = self.known.get(key)
         if found is None:
             with self._lock:
-                found = self._sites.setdefault(key, Site(key, self.config, f"{self._label}, site '{key}'", self.spares))
+                found = self.known.setdefault(key, Site(key, self.config, f"{self._label}, site '{key}'", self.spares))
         return found
 
     def find(self, key: str) -> Site | None:
         """The site of this key, if there is one."""
-        return self._sites.get(key)
+        return self.known.get(key)
 
     def sites(self) -> list[Site]:
         """All sites, in order of first use."""
         with self._lock:
-            return list(self._sites.values())
+            return list(self.known.values())
 
     def reserve(self, site: Site, peer: int, what: object, nbytes: int, *, force: bool = False) -> bool:
         """Take ``nbytes`` of budget for a stream (or all of a site's); a new amount replaces the old.
@@ -150,9 +151,9 @@ class StateStore:
         Exchanges under way keep their own site and finish against it.
         """
         with self._lock:
-            gone = [key for key in self._sites if prefix is None or key == prefix or key.startswith(prefix + "/")]
+            gone = [key for key in self.known if prefix is None or key == prefix or key.startswith(prefix + "/")]
             for key in gone:
-                site = self._sites.pop(key)
+                site = self.known.pop(key)
                 self._reserved -= sum(nbytes for _, nbytes in site.reserved.values())
                 site.reserved.clear()
             self.spares.clear()

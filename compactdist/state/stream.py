@@ -234,7 +234,8 @@ class StreamState:
     def form(self, codec: Codec, device: torch.device) -> Form:
         """What the next residual frame shares with those before it; the stream is live."""
         form = self._form
-        if form is not None and (form.codec is codec or form.codec == codec):
+        if form is not None and form.codec == codec:
+            form.codec = codec  # the next look is at its identity
             return form
         assert self.live is not None
         assert self.view is not None

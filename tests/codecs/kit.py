@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from compactdist.codecs import Codec
 from compactdist.errors import CodecConfigError, NonFiniteError, PayloadError
+from compactdist.kernels.spec import MatrixView
 from compactdist.testing import DISTRIBUTIONS, FLOAT_DTYPES, SHAPES, codec_checks, sample
 from compactdist.testing.codec_checks import (
     as_bytes,
@@ -30,6 +32,8 @@ __all__ = [
     "check_contraction",
     "check_input",
     "check_scale_equivariance",
+    "decode_residual",
+    "encode_residual",
     "nmse",
     "round_trip",
     "sample",
@@ -71,3 +75,25 @@ def check_bad_inputs(codec: Codec) -> None:
             codec.encode(torch.zeros(4, dtype=wrong))
         with pytest.raises(CodecConfigError, match=str(wrong).removeprefix("torch.")):
             codec.payload_nbytes((4,), wrong)
+
+
+def encode_residual(
+    codec: Codec,
+    x: Tensor,
+    terms: tuple[Tensor, ...],
+    view: MatrixView,
+    out: Tensor | None = None,
+    payload: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    """Encode one tensor by a session of its own; the payload, in new memory unless given."""
+    session = codec.open(view, x.dtype, x.device)
+    if payload is None:
+        payload = torch.empty(session.payload_nbytes, dtype=torch.uint8, device=x.device)
+    session.encode(x, terms, out, payload, **others)
+    return payload
+
+
+def decode_residual(codec: Codec, payload: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor) -> None:
+    """Decode one payload by a session of its own."""
+    codec.open(view, out.dtype, out.device).decode(payload, terms, out)

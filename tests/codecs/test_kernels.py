@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compactdist.codecs import Fp8, Int2, Int3, Int4
-from compactdist.codecs.scalar.fp8 import encode_units
+from compactdist.codecs.scalar.fp8 import encode_units, unit_levels
 from compactdist.kernels import reference as kernels
 
 bounded = settings(max_examples=60, deadline=None, derandomize=True)
@@ -110,7 +110,7 @@ def test_fp8_codes_are_those_of_torch(form, dtype, unit, largest):
     assert encode_units(torch.tensor([1e30]), form).item() == int(grid.numel()) - 1
     codec = Fp8(format=form)
     payload = codec.encode(torch.cat([grid, -grid])[:128])
-    levels = codec._levels(torch.arange(256).to(torch.uint8), 256)
+    levels = torch.tensor(unit_levels(form))
     assert torch.equal(levels[: grid.numel()] * unit, grid)
     assert torch.equal(levels[128 : 128 + grid.numel()], -levels[: grid.numel()])
     assert payload.numel() == 128 + 16

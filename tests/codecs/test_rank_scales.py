@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compactdist import codecs
-from compactdist.codecs.scalar.rank_scales import RankLayout
+from compactdist.codecs.scalar.rank_scales import RankSections
 from compactdist.errors import CodecConfigError
 from tests.codecs import kit
 
@@ -102,8 +102,8 @@ def test_more_components_are_never_worse_on_noise():
     [((1088, 3072), 4), ((160, 200), 4), ((102, 128), 3), ((64, 64), 2), ((32, 32), 1), ((2, 3, 4, 64, 2, 64), 4)],
 )
 def test_small_matrices_take_fewer_components(shape, rank):
-    layout = ranked().layout_of(shape)
-    assert isinstance(layout, RankLayout)
+    layout = ranked().sections_of(shape)
+    assert isinstance(layout, RankSections)
     assert layout.rank == rank
     factors = layout.total_nbytes - layout.u_at
     assert factors <= layout.codes_nbytes + 32, "the factors never take more than the signs"

@@ -15,12 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compactdist import codecs
+from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError, PayloadError
-from compactdist.kernels import cpu_kernels, use
-from compactdist.state.matrix_view import Layout, MatrixView, blocks, plain
+from compactdist.kernels import steps_for, use
+from compactdist.kernels.cpu import call, native
+from compactdist.kernels.cpu import steps as cpu
+from compactdist.kernels.spec import MatrixView, QuantizerSpec
+from compactdist.state.matrix_view import Layout, blocks, plain
+from tests.codecs import kit
 
-cpu = pytest.importorskip("compactdist.kernels.cpu")
-common = pytest.importorskip("compactdist.kernels.cpu_common")
+pytest.importorskip("numba")
 
 CODECS = ("binary", "int2", "int3", "int4", "int8", "ternary", "fp8")
 FORMS = (
@@ -100,25 +104,20 @@ def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def _both(spec: str | dict[str, Any], x: Tensor, base: Tensor | None, view: MatrixView, velocity: Tensor | None = None):
+def _both(spec: str | dict[str, Any] | Codec, x: Tensor, terms: tuple[Tensor, ...], view: MatrixView):
     codec = codecs.get(spec)
     expected, got = torch.empty_like(x), torch.empty_like(x)
     with use("reference"):
-        reference = codec.encode_residual(x, base, view, expected, velocity=velocity)
+        reference = kit.encode_residual(codec, x, terms, view, expected)
     room = torch.full((reference.numel() + 16,), 255, dtype=torch.uint8)[16:]  # nothing of it may stay
     with use("cpu"):
-        payload = codec.encode_residual(x, base, view, got, velocity=velocity, payload_out=room)
-        assert payload.data_ptr() == room.data_ptr()
-        assert torch.equal(payload, reference)
+        kit.encode_residual(codec, x, terms, view, got, room)
+        assert torch.equal(room, reference)
         assert torch.equal(_bytes(got), _bytes(expected))
-        assert torch.equal(codec.encode_residual(x, base, view, velocity=velocity), reference)
-        in_place = torch.empty_like(x) if base is None else base.clone()
-        codec.decode_residual(payload, None if base is None else in_place, view, in_place, velocity=velocity)
+        assert torch.equal(kit.encode_residual(codec, x, terms, view), reference)
+        in_place = terms[0].clone() if terms else torch.empty_like(x)
+        kit.decode_residual(codec, room, (in_place, *terms[1:]) if terms else (), view, in_place)
         assert torch.equal(_bytes(in_place), _bytes(expected))
-        if base is not None:
-            held = base.clone()
-            assert torch.equal(codec.encode_residual(x, held, view, held, velocity=velocity), reference)
-            assert torch.equal(_bytes(held), _bytes(expected))
 
 
 @given(
@@ -136,7 +135,8 @@ def test_same_bytes_as_the_reference(spec, dtype, view, kind, terms, seed):
     change, size = _special(kind, view, g), 1 if kind == "gaussian" else 0.01
     base = _cast(torch.randn(view.numel, generator=g) * size, dtype) if terms else None
     velocity = _cast(torch.randn(view.numel, generator=g) * size / 8, dtype) if terms > 1 else None
-    _both(spec, _cast(change if base is None else base.double() + change, dtype), base, view, velocity)
+    given = tuple(term for term in (base, velocity) if term is not None)
+    _both(spec, _cast(change if base is None else base.double() + change, dtype), given, view)
 
 
 @pytest.mark.parametrize("shape", [(300,), (70, 72), (3, 33, 64), (2, 40, 3, 24), (1, 200), (5, 1, 64)])
@@ -161,7 +161,7 @@ def test_same_bytes_in_every_arrangement(codec_id, dtype):
     for seed, view in enumerate(VIEWS):
         g = torch.Generator().manual_seed(seed)
         base = torch.randn(view.numel, generator=g).to(dtype)
-        _both(codec_id, (base.float() + _special("L", view, g)).to(dtype), base, view)
+        _both(codec_id, (base.float() + _special("L", view, g)).to(dtype), (base,), view)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,7 +171,7 @@ def test_same_bytes_past_the_caches(spec, dtype, monkeypatch):
     g = torch.Generator().manual_seed(5)
     for view in (plain(70 * 200, 1, 200), blocks(128 * 70 + 3), VIEWS[-2]):
         x, base = (torch.randn(view.numel, generator=g).to(dtype) for _ in range(2))
-        _both(spec, x, base, view)
+        _both(spec, x, (base,), view)
 
 
 @pytest.mark.parametrize("spec", FORMS, ids=str)
@@ -180,21 +180,25 @@ def test_ordinary_values_are_not_left_to_the_reference(spec):
     codec, taken = codecs.get(spec), 0
     for dtype, view in itertools.product(DTYPES, (plain(400 * 1024, 1, 1024), blocks(128 * 70 + 3), VIEWS[-2])):
         x, base, out = (torch.randn(view.numel, generator=torch.Generator().manual_seed(6)).to(dtype) for _ in range(3))
-        if cpu.supports(codec, view, x, base):
-            payload = cpu.encode_residual(codec, x + base, base, view, out)
-            assert payload is not None
-            assert cpu.decode_residual(codec, payload, base, view, out)
+        steps = _steps(codec, view, dtype)
+        if steps is not None:
+            payload = torch.empty(codec.payload_nbytes(view.shape, dtype), dtype=torch.uint8)
+            assert steps.encode(x + base, (base,), out, payload)
+            assert steps.decode(payload, (base,), out)
             taken += 1
-    assert taken or codec.offsets or (codec.base3 and codec.scales == "block"), "for which there are no fused steps"
+    assert taken or codec.spec is None or codec.spec.kind == "trits", "for which there are no fused steps"
+
+
+def _steps(codec: Codec, view: MatrixView, dtype: torch.dtype = torch.float32):
+    with use("cpu"):
+        return None if codec.spec is None else steps_for(codec.spec, view, dtype, torch.device("cpu"))
 
 
 def test_levels_too_uneven_to_be_looked_up_are_left_to_the_reference():
     """Two borders between the same whole numbers of grains, of which there are sixteen: no codec of ours."""
     view = plain(70 * 64, 1, 64)
-    codec = codecs.get("int3")
-    assert cpu.plan_for(codec, view) is not None
-    layout = codec.layout_of(view.shape)
-    assert common._plan(view, layout, "nearest", (0.01, 0.02, 0.03, 9.0), 0.0) is None
+    assert cpu.plan_of(codecs.get("int3").spec, view, "float32") is not None
+    assert cpu.plan_of(QuantizerSpec("nearest", 3, (0.01, 0.02, 0.03, 9.0)), view, "float32") is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -205,19 +209,28 @@ def test_a_new_base_need_not_begin_a_cache_line(spec, dtype):
     x, base = (torch.randn(view.numel, generator=torch.Generator().manual_seed(7)).to(dtype) for _ in range(2))
     expected, got = torch.empty_like(x), torch.empty(view.numel + 1, dtype=dtype)[1:]
     with use("reference"):
-        payload = codec.encode_residual(x, base / 8, view, expected)
+        payload = kit.encode_residual(codec, x, (base / 8,), view, expected)
     with use("cpu"):
-        assert torch.equal(codec.encode_residual(x, base / 8, view, got), payload)
+        assert torch.equal(kit.encode_residual(codec, x, (base / 8,), view, got), payload)
     assert torch.equal(_bytes(got), _bytes(expected))
 
 
 def test_what_is_large_and_begins_a_cache_line_goes_past_the_caches():
-    large = torch.empty(cpu.STREAMED_NBYTES // 4 + 1)
-    assert large.data_ptr() % 64 == 0
-    assert cpu._streams(large)
-    assert not cpu._streams(large[1:])
-    assert not cpu._streams(large[:-2])
-    assert not cpu._streams(None)
+    view = plain(cpu.STREAMED_NBYTES, 1, 1024)
+    steps = _steps(codecs.get("int8"), view)
+    session = codecs.get("int8").open(view, torch.float32, torch.device("cpu"))
+    x, room = torch.randn(view.numel), torch.empty(view.numel + 64)
+    payload = torch.empty(session.payload_nbytes + 64, dtype=torch.uint8)
+    assert room.data_ptr() % 64 == payload.data_ptr() % 64 == 0
+    for shift in (0, 1):
+        assert steps.encode(x, (), room[shift:][: view.numel], payload[16 * shift :][: session.payload_nbytes])
+        slots = steps._encoders[False].slots
+        assert (slots[call.OUT_STREAMS], slots[call.CODES_STREAM]) == (1 - shift, 0 if shift else 1)
+    small = _steps(codecs.get("int8"), plain(1 << 16, 1, 1024))
+    assert small.encode(
+        x[: 1 << 16], (), room[: 1 << 16], payload[: codecs.get("int8").payload_nbytes((64, 1024), x.dtype)]
+    )
+    assert small._encoders[False].slots[call.OUT_STREAMS] == 0
 
 
 @pytest.mark.parametrize("codec_id", CODECS)
@@ -229,46 +242,90 @@ def test_same_reconstruction_of_any_payload(codec_id):
         payload = torch.randint(256, (codec.payload_nbytes(view.shape, torch.float32),), generator=g).to(torch.uint8)
         base, expected, got = (torch.randn(view.numel, generator=g).to(dtype) for _ in range(3))
         with use("reference"):
-            codec.decode_residual(payload, base, view, expected)
+            kit.decode_residual(codec, payload, (base,), view, expected)
         with use("cpu"):
-            codec.decode_residual(payload, base, view, got)
+            kit.decode_residual(codec, payload, (base,), view, got)
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(_bytes(got.nan_to_num()), _bytes(expected.nan_to_num()))
 
 
 def test_the_fused_steps_are_what_runs():
     view = plain(64 * 64, 1, 64)
-    x = torch.randn(view.numel)
     for codec_id in CODECS:
-        assert cpu.supports(codecs.get(codec_id), view, x, None)
+        assert isinstance(_steps(codecs.get(codec_id), view), cpu.CpuSteps)
     for codec_id in ("binary", "int2", "int4", "int8", "int3"):
-        assert cpu.supports(codecs.get(codec_id, scales="block"), view, x, None)
-    assert not cpu.supports(codecs.get("binary"), plain(40 * 65, 1, 65), x, None), "rows that share bytes"
-    assert cpu.supports(codecs.get("int2"), plain(40 * 65, 1, 65), x, None)
-    assert not cpu.supports(codecs.get("binary"), view, x.double(), None)
-    assert not cpu.supports(codecs.get("binary"), view, x, x.half())
-    assert cpu_kernels(1 << 20) is cpu
-    assert cpu_kernels(100) is None
-    with use("reference"):
-        assert cpu_kernels(1 << 20) is None
-        with use("cpu"):
-            assert cpu_kernels(100) is cpu
+        assert _steps(codecs.get(codec_id, scales="block"), view) is not None
+    assert _steps(codecs.get("binary"), plain(40 * 65, 1, 65)) is None, "rows that share bytes"
+    assert _steps(codecs.get("int2"), plain(40 * 65, 1, 65)) is not None
+    assert _steps(codecs.get("binary"), view, torch.float64) is None
+    steps, x = _steps(codecs.get("binary"), view), torch.randn(view.numel)
+    payload = torch.empty(codecs.get("binary").payload_nbytes(view.shape, x.dtype), dtype=torch.uint8)
+    assert steps.encode(x, (x / 2,), torch.empty_like(x), payload)
+    for wrong in (x.half(), x.double(), x[:-1], torch.empty(view.numel, device="meta")):
+        assert not steps.encode(wrong, (x,), None, payload)
+        assert not steps.encode(x, (wrong,), None, payload)
+        assert not steps.encode(x, (), wrong, payload)
+        assert not steps.decode(payload, (wrong,), x)
+        assert not steps.decode(payload, (), wrong)
+    for wrong in (payload[1:], payload.view(torch.int8), torch.empty(2 * payload.numel(), dtype=torch.uint8)[::2]):
+        assert not steps.encode(x, (), None, wrong)
+        assert not steps.decode(wrong, (), x)
+
+
+def test_kernels_can_be_switched_under_open_sessions():
+    view = plain(64 * 64, 1, 64)
+    session, x = codecs.get("int4").open(view, torch.float32, torch.device("cpu")), torch.randn(64 * 64)
+    payload = torch.empty(session.payload_nbytes, dtype=torch.uint8)
+
+    def steps():
+        session.encode(x, (), None, payload)
+        return session._steps
+
+    assert steps() is None, "too small"
+    with use("cpu"):
+        assert isinstance(steps(), cpu.CpuSteps)
+        with use("reference"):
+            assert steps() is None
+        assert isinstance(steps(), cpu.CpuSteps)
+    assert steps() is None
     with pytest.raises(ValueError, match="tpu"), use("tpu"):
         pass
 
 
-def test_every_16_bit_pattern_is_converted_as_torch_does():
-    numba = pytest.importorskip("numba")
-    memory = pytest.importorskip("compactdist.kernels.cpu_memory")
-    data_of, load_first, rounded_for, store_first = (
-        getattr(memory, name) for name in ("data_of", "load_first", "rounded_for", "store_first")
-    )
+def test_a_step_takes_few_calls():
+    view = plain(512 * 512, 1, 512)
+    session, x = codecs.get("int4").open(view, torch.float32, torch.device("cpu")), torch.randn(view.numel)
+    payload, base, out = torch.empty(session.payload_nbytes, dtype=torch.uint8), torch.randn(view.numel), x.clone()
+    counted = {}
+    for name, step in (
+        ("encode", lambda: session.encode(x, (base,), out, payload)),
+        ("decode", lambda: session.decode(payload, (base,), out)),
+    ):
+        step()
+        calls = []
+        sys.setprofile(lambda frame, event, argument, calls=calls: calls.append(frame) if event == "call" else None)
+        step()
+        sys.setprofile(None)
+        counted[name] = len(calls) - 1  # the lambda
+    assert counted["encode"] <= 3
+    assert counted["decode"] <= 3
 
-    @numba.njit
-    def convert(x, out):
-        source, target = data_of(x), data_of(out)
-        for j in range(0, x.size, 64):
-            store_first(rounded_for(target, load_first(source, j, x.size - j)), target, j, x.size - j)
+
+def test_every_16_bit_pattern_is_converted_as_torch_does():
+    from compactdist.kernels.cpu.simd.memory import load_first, rounded_for, store_first
+    from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT
+
+    def convert(x: Tensor, out: Tensor) -> None:
+        from_at, to_at = (ELEMENTS_AT[cpu.DTYPES[one.dtype]] for one in (x, out))
+
+        def body(args):
+            source, target, count = from_at(args, 0), to_at(args, 4), args[13]
+            for j in range(0, count, 64):
+                store_first(rounded_for(target, load_first(source, j, count - j)), target, j, count - j)
+            return 0
+
+        block = cpu.Block(native.build(body), {0: x.data_ptr(), 4: out.data_ptr(), 13: x.numel()}, {})
+        block.run(block.address)
 
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     infinity = torch.tensor(torch.inf)
@@ -276,7 +333,7 @@ def test_every_16_bit_pattern_is_converted_as_torch_does():
         x, largest = patterns.view(dtype), torch.finfo(dtype).max
         finite = x[x.isfinite()]
         wide = torch.zeros(finite.numel() + 1)
-        convert(common.bits_of(finite, dtype), wide[:-1].numpy())
+        convert(finite, wide[:-1])
         assert torch.equal(_bytes(wide[:-1]), _bytes(finite.float()))
         assert wide[-1] == 0, "written past the end"
         # each value, the middles between neighbours, and what lies just beside those
@@ -285,7 +342,7 @@ def test_every_16_bit_pattern_is_converted_as_torch_does():
         values = torch.cat([finite.float(), middles, middles.nextafter(infinity), middles.nextafter(-infinity)])
         values = torch.cat([values, torch.tensor([0.0, -0.0, 1e30, 3.4e38, torch.inf, -torch.inf])])
         narrow = torch.empty(values.numel(), dtype=dtype)
-        convert(values.numpy(), common.bits_of(narrow, dtype))
+        convert(values, narrow)
         assert torch.equal(_bytes(narrow), _bytes(values.clamp(-largest, largest).to(dtype)))
 
 
@@ -298,7 +355,7 @@ def test_not_finite_is_found_and_nothing_written(codec_id, dtype, bad):
     x[-1] = bad
     before = out.clone()
     with use("cpu"), pytest.raises(NonFiniteError, match=f"1 of {view.numel} elements"):
-        codec.encode_residual(x, base, view, out)
+        kit.encode_residual(codec, x, (base,), view, out)
     assert torch.equal(out, before)
 
 
@@ -307,26 +364,26 @@ def test_a_difference_beyond_float32_is_not_finite(codec_id):
     view = plain(70 * 72, 1, 72)
     x = torch.full((view.numel,), 3e38)
     with use("cpu"), pytest.raises(NonFiniteError):
-        codecs.get(codec_id).encode_residual(x, -x, view)
+        kit.encode_residual(codecs.get(codec_id), x, (-x,), view)
 
 
 def test_a_payload_of_another_length_is_refused():
     view = plain(70 * 72, 1, 72)
     base = torch.randn(view.numel)
     with use("cpu"), pytest.raises(PayloadError):
-        codecs.get("int2").decode_residual(torch.zeros(5, dtype=torch.uint8), base, view, base)
+        kit.decode_residual(codecs.get("int2"), torch.zeros(5, dtype=torch.uint8), (base,), view, base)
 
 
 def test_strided_and_inference_tensors():
     view, codec = plain(70 * 72, 1, 72), codecs.get("int4")
     x = torch.randn(view.numel, 2)[:, 1]
-    _both("int4", x, None, view)
+    _both("int4", x, (), view)
     with torch.inference_mode():
         base = torch.randn(view.numel)
-    payload = codec.encode_residual(x, base, view)
+    payload = kit.encode_residual(codec, x, (base,), view)
     for kernels in ("reference", "cpu"):
         with use(kernels):
-            codec.decode_residual(payload, base, view, base)
+            kit.decode_residual(codec, payload, (base,), view, base)
 
 
 @pytest.mark.slow
@@ -335,7 +392,7 @@ def test_same_bytes_on_a_processor_without_vector_extensions(tmp_path):
     """What Numba compiles for a plain processor: no AVX-512 permutation, no float16 conversion."""
     script = """
 import torch
-from compactdist.kernels.cpu_vectors import HOST
+from compactdist.kernels.cpu.simd.vectors import HOST
 from tests.kernels.test_fused_steps import _both, blocks, plain
 assert not any(HOST.values())
 for view in (plain(70 * 264, 1, 264), blocks(128 * 70 + 3)):
@@ -343,7 +400,7 @@ for view in (plain(70 * 264, 1, 264), blocks(128 * 70 + 3)):
         base = torch.randn(view.numel, generator=torch.Generator().manual_seed(0)).to(dtype)
         x = base + torch.randn(view.numel, generator=torch.Generator().manual_seed(1)).to(dtype) / 8
         for spec in ("binary", "int4", "int8", *({"id": i, "scales": "block"} for i in ("binary", "int4", "int8"))):
-            _both(spec, x, base, view)
+            _both(spec, x, (base,), view)
 """
     plain_processor = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, **plain_processor}, timeout=480)

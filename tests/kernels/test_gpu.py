@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from compactdist import codecs
-from compactdist.kernels import fused_kernels, use
+from compactdist.kernels import steps_for, use
 from compactdist.state.matrix_view import Layout, blocks, plain
 
-gpu = pytest.importorskip("compactdist.kernels.gpu")
+gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -67,19 +67,24 @@ def test_forcing_them_says_what_is_missing():
         pass
 
 
-def test_cuda_tensors_get_them():
-    assert fused_kernels("cuda", 1) is gpu
-    assert fused_kernels("xpu", 1 << 20) is None
+def test_cuda_tensors_get_them(monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu, "steps_of", lambda spec, view, dtype, device: asked.append(device.type))
+    spec, view = codecs.get("int4").spec, plain(1 << 20, 1, 1 << 10)
+    for device in ("cuda", "xpu"):
+        assert steps_for(spec, view, torch.float32, torch.device(device)) is None
+    assert asked == ["cuda"]
     for other in ("reference", "cpu"):
         with use(other):
-            assert fused_kernels("cuda", 1 << 20) is None
+            steps_for(spec, view, torch.float32, torch.device("cuda"))
+    assert asked == ["cuda"]
 
 
 def test_they_are_loaded_only_when_they_are_needed():
     script = (
         "import sys, compactdist, torch; from compactdist import codecs; "
         "codecs.get('int2').decode(codecs.get('int2').encode(torch.randn(4, 64)), (4, 64), torch.float32); "
-        "assert 'compactdist.kernels.gpu' not in sys.modules"
+        "assert 'compactdist.kernels.gpu.steps' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
@@ -88,13 +93,17 @@ def test_without_triton_it_is_said_once():
     script = """
 import sys, logging
 sys.modules["triton"] = None
-from compactdist.kernels import fused_kernels, use
+import torch
+from compactdist.codecs import Int4
+from compactdist.kernels import steps_for, use
+from compactdist.kernels.spec import MatrixView
 seen = []
 handler = logging.Handler()
 handler.emit = lambda record: seen.append(record.getMessage())
 logging.getLogger("compactdist").addHandler(handler)
 logging.getLogger("compactdist").setLevel(logging.INFO)
-assert fused_kernels("cuda", 1 << 20) is None and fused_kernels("cuda", 1 << 20) is None
+for _ in range(2):
+    assert steps_for(Int4().spec, MatrixView(256, 1, 16, 16), torch.float32, torch.device("cuda")) is None
 assert len(seen) == 1 and "Triton" in seen[0], seen
 try:
     with use("gpu"):
@@ -161,14 +170,19 @@ def test_they_compile_for_an_h100(form, view, dtype, monkeypatch):
     """What the interpreter cannot show: types, no contracted multiply-add, IEEE division, loads of 16 bytes."""
     from triton.runtime.jit import JITFunction
 
+    from compactdist.kernels.gpu.plan import plan_of
+
     compiler = _Compiler()
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
     codec, x, base = codecs.get(form), torch.zeros(view.numel, dtype=dtype), torch.zeros(view.numel, dtype=dtype)
-    payload = gpu.encode_residual(codec, x, base, view, base)
-    gpu.decode_residual(codec, payload, base, view, base, x)
+    plan = plan_of(codec.spec, view, torch.device("cpu"))
+    steps = gpu.TritonSteps(plan, dtype, torch.device("cpu"))
+    payload = torch.zeros(plan.sections.total_nbytes, dtype=torch.uint8)
+    assert steps.encode(x, (base,), torch.zeros_like(x), payload)
+    assert steps.decode(payload, (base, x), base)
     expected = {"decode_codes"}
     if "block" in form.values():
-        expected |= {"encode_blocks", "find_not_finite"} | ({"encode_codes"} if "block" in form else set())
+        expected |= {"encode_blocks"} | ({"encode_codes"} if "block" in form else set())
     else:
         expected |= {"row_statistics", "tile_sums", "settle", "encode_codes"}
         expected |= {"fold_many_tiles"} if view.rows > 4096 else set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -9,31 +10,58 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 
 from compactdist import codecs
 from compactdist.errors import NonFiniteError
 from compactdist.kernels import use
-from compactdist.kernels.threads import PART_ELEMENTS, spread
+from compactdist.kernels.cpu import call, native
+from compactdist.kernels.cpu.call import Work
+from compactdist.kernels.cpu.steps import Block
+from compactdist.kernels.threads import team
 from compactdist.state import ResidualDecoder, ResidualEncoder, StateStore, StreamConfig
 from compactdist.state.matrix_view import plain
+from tests.codecs import kit
 
-cpu = pytest.importorskip("compactdist.kernels.cpu")
-elements = pytest.importorskip("compactdist.kernels.cpu_elements")
+pytest.importorskip("numba")
 CODECS = ("binary", "int2", "int4", "int8")
 CUT = plain(2 * 301 * 264, 2, 264)
 
 
-@elements.jit
-def mark(parts, seen):
-    """Count every element of the parts that this thread gets."""
-    lo, hi = elements.next_part(parts)
-    while lo < hi:
-        for i in range(lo, hi):
-            seen[i] += 1
-        lo, hi = elements.next_part(parts)
+@functools.cache
+def _marking() -> int:
+    """The address of a loop that counts every element of the parts that a thread gets, and notes their bounds."""
+    from compactdist.kernels.cpu.simd.slots import longs_at, next_part
+
+    work = call.FIRST_PASS
+
+    def body(args):
+        seen, bounds = longs_at(args, call_x), longs_at(args, call_out)
+        lo, hi = next_part(args, work)
+        part = 0
+        while lo < hi:
+            bounds[2 * part], bounds[2 * part + 1] = lo, hi
+            part += 1
+            for i in range(lo, hi):
+                seen[i] += 1
+            lo, hi = next_part(args, work)
+        return 0
+
+    call_x, call_out = call.X, call.OUT
+    return native.build(body)
+
+
+def _mark(count: int, elements: int, backwards: bool = False) -> tuple[torch.Tensor, list[list[int]]]:
+    """How often each of ``count`` things was met, and the parts, if it was one thread."""
+    team.prepare()
+    seen, bounds = torch.zeros(count, dtype=torch.int64), torch.zeros(2 * count, dtype=torch.int64)
+    slots = {call.X: seen.data_ptr(), call.OUT: bounds.data_ptr(), call.TEAM: team.address}
+    slots[call.THREADS] = torch.get_num_threads()
+    work = Work(count, elements, _marking(), backwards)
+    block = Block(native.address_of("entries.first_pass"), slots, {call.FIRST_PASS: work})
+    assert block.run(block.address) == 1
+    return seen, bounds.view(-1, 2)[: block.slots[call.FIRST_PASS + call.PARTS]].tolist()
 
 
 @pytest.fixture
@@ -51,7 +79,7 @@ def test_no_byte_depends_on_the_number_of_threads(codec_id, threads):
     for count in (1, 2, 3, 5):
         threads(count)
         out = torch.empty_like(x)
-        results.append((codec.encode_residual(x, base, CUT, out), out))
+        results.append((kit.encode_residual(codec, x, (base,), CUT, out), out))
     for payload, out in results[1:]:
         assert torch.equal(payload, results[0][0])
         assert torch.equal(out, results[0][1])
@@ -61,9 +89,9 @@ def test_callers_on_several_threads(threads):
     threads(2)
     codec = codecs.get("int2")
     inputs = [torch.randn(CUT.numel, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    expected = [codec.encode_residual(x, None, CUT) for x in inputs]
+    expected = [kit.encode_residual(codec, x, (), CUT) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
-        got = list(pool.map(lambda x: codec.encode_residual(x, None, CUT), inputs))
+        got = list(pool.map(lambda x: kit.encode_residual(codec, x, (), CUT), inputs))
     assert all(map(torch.equal, got, expected))
 
 
@@ -71,17 +99,17 @@ def test_a_forked_child_makes_threads_of_its_own(threads):
     """OpenMP's do not survive a fork, and a child that used them would hang."""
     threads(2)
     codec, x = codecs.get("int2"), torch.randn(CUT.numel)
-    expected = codec.encode_residual(x, None, CUT)
+    expected = kit.encode_residual(codec, x, (), CUT)
+    assert (_mark(10, 1 << 20)[0] == 1).all()  # compiles it
     child = os.fork()
     if child == 0:
         before = torch.get_num_threads
         torch.get_num_threads = lambda: 2
-        seen = np.zeros(10, np.int64)
-        spread(lambda parts: mark(parts, seen), 10, 1 << 20)
+        seen, _ = _mark(10, 1 << 20)
         torch.get_num_threads = before
         os._exit(0 if (seen == 1).all() else 1)
     assert _ended_well(child, 60)
-    assert torch.equal(codec.encode_residual(x, None, CUT), expected)
+    assert torch.equal(kit.encode_residual(codec, x, (), CUT), expected)
 
 
 def _ended_well(child: int, seconds: float) -> bool:
@@ -97,33 +125,25 @@ def _ended_well(child: int, seconds: float) -> bool:
 
 
 @pytest.mark.parametrize("openmp", [True, False])
-def test_parts_cover_the_range_and_raise(threads, monkeypatch, openmp):
+def test_parts_cover_the_range(threads, openmp):
     if not openmp:
-        monkeypatch.setattr("compactdist.kernels.threads._openmp", lambda: None)
-    for count in (1, 2, 3, 7, 100):
-        for wanted in (1, 2, 5):
-            threads(wanted)
-            seen = np.zeros(count, np.int64)
-            spread(lambda parts, seen=seen: mark(parts, seen), count, 1 << 22)
-            assert (seen == 1).all()
-    threads(2)
-
-    def refuse(parts: np.ndarray) -> None:
-        raise ValueError("not today")
-
-    with pytest.raises(ValueError, match="not today"):
-        spread(refuse, 10, 1 << 20)
+        team.use_pool()
+    try:
+        for count in (1, 2, 3, 7, 100):
+            for wanted in (1, 2, 5):
+                threads(wanted)
+                assert (_mark(count, 1 << 22)[0] == 1).all()
+    finally:
+        team.address = 0
+        team.prepare()
 
 
 def test_parts_are_small_and_go_backwards_if_asked(threads):
     threads(1)
-    given: list[list[int]] = []
-    spread(lambda parts: given.append(parts.tolist()), 10, 100)
-    assert given.pop() == [0, 0, 10], "nothing to share"
-    spread(lambda parts: given.append(parts.tolist()), 10, 4 * PART_ELEMENTS)
-    assert given.pop() == [0, 0, 2, 2, 5, 5, 7, 7, 10]
-    spread(lambda parts: given.append(parts.tolist()), 10, 4 * PART_ELEMENTS, backwards=True)
-    assert given.pop() == [0, 7, 10, 5, 7, 2, 5, 0, 2]
+    assert _mark(10, 100)[1] == [[0, 10]], "nothing to share"
+    parts = [[0, 2], [2, 5], [5, 7], [7, 10]]
+    assert _mark(10, 4 * call.PART_ELEMENTS)[1] == parts
+    assert _mark(10, 4 * call.PART_ELEMENTS, True)[1] == parts[::-1]
 
 
 def _resident() -> int:
@@ -217,15 +237,16 @@ import sys, logging
 sys.modules["numba"] = None
 import torch
 from compactdist import codecs
-from compactdist.state.matrix_view import plain
+from compactdist.kernels.spec import MatrixView
 seen = []
 handler = logging.Handler()
 handler.emit = lambda record: seen.append(record.getMessage())
 logging.getLogger("compactdist").addHandler(handler)
 logging.getLogger("compactdist").setLevel(logging.INFO)
-view = plain(1 << 16, 1, 128)
+session = codecs.get("int2").open(MatrixView(1 << 16, 1, 1 << 9, 128), torch.float32, torch.device("cpu"))
+payload = torch.empty(session.payload_nbytes, dtype=torch.uint8)
 for _ in range(3):
-    codecs.get("int2").encode_residual(torch.randn(1 << 16), None, view, torch.empty(1 << 16))
+    session.encode(torch.randn(1 << 16), (), torch.empty(1 << 16), payload)
 assert len(seen) == 1 and "Numba" in seen[0], seen
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compactdist.codecs.scalar.scales import SIGMA_OF_MEAN_MAGNITUDE, storable_scale
-from compactdist.kernels import cpu_kernels
+from compactdist.kernels import cpu_runs
 from compactdist.kernels import reference as kernels
+from compactdist.kernels.reference.scales import SIGMA_OF_MEAN_MAGNITUDE, storable_scale
 
 REFITS = 5
 SMALLEST_FACTOR = 2.0**-40
@@ -48,8 +48,8 @@ def fit(factor: Tensor, magnitudes: Sequence[float], refits: int = REFITS) -> Fi
 
     """
     borders = [(low + high) / 2 for low, high in pairwise(magnitudes)]
-    if factor.device.type == "cpu" and cpu_kernels(2 * refits * factor.numel()) is not None:
-        from compactdist.kernels import cpu_lowrank
+    if factor.device.type == "cpu" and cpu_runs(2 * refits * factor.numel()):
+        from compactdist.kernels.cpu import products as cpu_lowrank
 
         codes, level, scale, near = cpu_lowrank.fit_levels(
             factor, SMALLEST_FACTOR, borders, magnitudes, SIGMA_OF_MEAN_MAGNITUDE, refits

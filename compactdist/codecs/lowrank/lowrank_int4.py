@@ -24,7 +24,7 @@ from compactdist.kernels import reference as kernels
 class LowRankInt4(LowRankCodec):
     """As ``lowrank``, with the factors in four bits and a scale for each component of each factor.
 
-    The first section is that of ``lowrank``. The second is the payload (``layout.py``) of U transposed, a tensor
+    The first section is that of ``lowrank``. The second is the payload (``sections.py``) of U transposed, a tensor
     ``(G * r, 1, R)`` with one scale for each of its ``G * r`` rows, in codes ``sign << 3 | magnitude`` of fifteen
     levels: the Lloyd-Max levels of the unit Gaussian with zero among them, listed in ``with_zero.py``. The third is
     V in the same form, ``(G * r, 1, C)``. The decoder does with the factors what that of ``lowrank`` does.
@@ -104,12 +104,12 @@ class LowRankInt4(LowRankCodec):
 
     def _pack(self, parts: list[Fitted], length: int) -> Tensor:
         codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
-        layout = self._quantizer(length).layout_of((len(codes), 1, length))
-        data = torch.zeros(layout.total_nbytes, dtype=torch.uint8, device=codes.device)
-        packed = kernels.pack_codes(codes.view(-1), layout.bits)
+        sections = self._quantizer(length).sections_of((len(codes), 1, length))
+        data = torch.zeros(sections.total_nbytes, dtype=torch.uint8, device=codes.device)
+        packed = kernels.pack_codes(codes.view(-1), sections.bits)
         data[: packed.numel()] = packed
         scale_bytes = kernels.encode_bf16(scale)
-        data[layout.channel_scales_at :][: scale_bytes.numel()] = scale_bytes
+        data[sections.channel_scales_at :][: scale_bytes.numel()] = scale_bytes
         return data
 
     def _decode_factor(self, data: Tensor, components: int, length: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compactdist.codecs.scalar.quantized import finite_amax
 from compactdist.errors import CodecConfigError
-from compactdist.kernels import cpu_kernels
+from compactdist.kernels import cpu_runs
 from compactdist.kernels import reference as kernels
 from compactdist.kernels.spec import MatrixView
 
@@ -132,9 +132,9 @@ def of_residual(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView) -> tuple
     groups, rows, channels = view.shape
     if rows * channels < MIN_ELEMENTS_FOR_BF16 or x.device.type != "cpu" or not _multiplies_bf16(x.device):
         return None
-    if cpu_kernels(view.numel) is None:
+    if not cpu_runs(view.numel):
         return None
-    from compactdist.kernels import cpu_lowrank
+    from compactdist.kernels.cpu import products as cpu_lowrank
 
     if not cpu_lowrank.supports(x, *terms):
         return None

@@ -17,7 +17,7 @@ from compactdist.codecs.lowrank.subspace import Starts, evened, left_directions
 from compactdist.codecs.options import check_integer
 from compactdist.codecs.scalar.quantized import check_dtype
 from compactdist.codecs.shapes import matrix_shape, padded_nbytes
-from compactdist.kernels import cpu_kernels
+from compactdist.kernels import cpu_runs
 from compactdist.kernels import reference as kernels
 from compactdist.kernels.spec import MatrixView
 
@@ -162,9 +162,9 @@ class LowRankCodec(Codec):
 
     def add_decoded(self, payload: Tensor, terms: Terms, view: MatrixView, out: Tensor) -> bool:
         """Write the sum of ``terms`` plus the decoded payload to ``out`` in one go; whether that is possible here."""
-        if not view.numel or cpu_kernels(view.numel) is None:
+        if not view.numel or not cpu_runs(view.numel):
             return False
-        from compactdist.kernels import cpu_lowrank
+        from compactdist.kernels.cpu import products as cpu_lowrank
 
         if not cpu_lowrank.supports(out, *terms):
             return False
@@ -207,6 +207,8 @@ class LowRankSession(Session):
 
     __slots__ = ("_memory", "_staged")
 
+    remembers = True
+
     codec: LowRankCodec
 
     def __init__(self, codec: LowRankCodec, view: MatrixView, dtype: torch.dtype, device: torch.device) -> None:
@@ -244,8 +246,8 @@ class LowRankSession(Session):
 def multiply(u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
     """``(G, r, R)`` and ``(G, r, C)`` to ``(G, R, C)``, the sum over r in ascending order times ``gain (G, 1, 1)``."""
     groups, rank, rows = u.shape
-    if u.device.type == "cpu" and cpu_kernels(groups * rows * v.shape[2]) is not None:
-        from compactdist.kernels import cpu_lowrank
+    if u.device.type == "cpu" and cpu_runs(groups * rows * v.shape[2]):
+        from compactdist.kernels.cpu import products as cpu_lowrank
 
         product: Tensor = cpu_lowrank.multiply(u, v, _SMALLEST_SUM, gain)
         return product

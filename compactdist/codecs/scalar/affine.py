@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compactdist.codecs.scalar.layout import Layout
 from compactdist.errors import CodecConfigError
 from compactdist.kernels import reference as kernels
+from compactdist.kernels.sections import Sections
 
 _SMALLEST = 2.0**-87
 
@@ -33,16 +33,16 @@ def wanted(codec_id: str, centroids: str, scales: str) -> bool:
     return centroids == "minmax"
 
 
-def encode(values: Tensor, amax: Tensor, layout: Layout) -> Tensor:
+def encode(values: Tensor, amax: Tensor, sections: Sections) -> Tensor:
     """Encode float32 ``(G, 1, L)``, each group a block; ``amax`` is ``(G, 1, 1)``."""
     factor = kernels.power_of_two_near_inverse(amax)
     v = values * factor
-    last = float((1 << layout.bits) - 1)
+    last = float((1 << sections.bits) - 1)
     low, high = v.amin(2, keepdim=True), v.amax(2, keepdim=True)
     step = (high - low) / last
     one = torch.ones((), dtype=torch.float32, device=v.device)
     codes = ((v - low) * kernels.divide_or_zero(one, step)).round_().clamp_(0, last)
-    count = float(layout.channels)
+    count = float(sections.channels)
     mean_v, mean_q = kernels.row_sums(v) / count, kernels.row_sums(codes) / count
     dq = codes - mean_q
     above = kernels.row_sums(dq * (v - mean_v)).clamp_(min=0)
@@ -52,25 +52,25 @@ def encode(values: Tensor, amax: Tensor, layout: Layout) -> Tensor:
     worse = kernels.row_sums(error * error) >= kernels.row_sums(v * v)
     c = torch.where(worse, torch.zeros_like(c), c)
     a = torch.where(worse, _rounded(mean_v, factor), a)
-    payload = torch.zeros(layout.total_nbytes, dtype=torch.uint8, device=v.device)
-    payload[: layout.codes_nbytes] = kernels.pack_codes(codes.to(torch.uint8).view(-1), layout.bits)
+    payload = torch.zeros(sections.total_nbytes, dtype=torch.uint8, device=v.device)
+    payload[: sections.codes_nbytes] = kernels.pack_codes(codes.to(torch.uint8).view(-1), sections.bits)
     c_bytes = kernels.encode_bf16(c / factor)
-    payload[layout.channel_scales_at :][: c_bytes.numel()] = c_bytes
+    payload[sections.channel_scales_at :][: c_bytes.numel()] = c_bytes
     a_bytes = kernels.encode_signed_bf16(a / factor)
-    payload[_offsets_at(layout) :][: a_bytes.numel()] = a_bytes
+    payload[_offsets_at(sections) :][: a_bytes.numel()] = a_bytes
     return payload
 
 
-def decode(payload: Tensor, layout: Layout) -> Tensor:
+def decode(payload: Tensor, sections: Sections) -> Tensor:
     """Decode to float32 ``(G, 1, L)``."""
-    c = kernels.decode_bf16(payload[layout.channel_scales_at :][: 2 * layout.groups]).view(-1, 1, 1)
-    a = kernels.decode_bf16(payload[_offsets_at(layout) :][: 2 * layout.groups]).view(-1, 1, 1)
-    codes = kernels.unpack_codes(payload[: layout.codes_nbytes], layout.bits, layout.elements)
-    return (codes.to(torch.float32).view(layout.groups, 1, layout.channels) * c).add_(a)
+    c = kernels.decode_bf16(payload[sections.channel_scales_at :][: 2 * sections.groups]).view(-1, 1, 1)
+    a = kernels.decode_bf16(payload[_offsets_at(sections) :][: 2 * sections.groups]).view(-1, 1, 1)
+    codes = kernels.unpack_codes(payload[: sections.codes_nbytes], sections.bits, sections.elements)
+    return (codes.to(torch.float32).view(sections.groups, 1, sections.channels) * c).add_(a)
 
 
-def _offsets_at(layout: Layout) -> int:
-    return (layout.channel_scales_at + layout.total_nbytes) // 2
+def _offsets_at(sections: Sections) -> int:
+    return (sections.channel_scales_at + sections.total_nbytes) // 2
 
 
 def _rounded(value: Tensor, factor: Tensor) -> Tensor:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compactdist.codecs import shapes
 from compactdist.codecs.base import About
 from compactdist.codecs.registry import register
 from compactdist.codecs.scalar import rank_scales
-from compactdist.codecs.scalar.layout import Layout
 from compactdist.codecs.scalar.quantized import ScalarQuantizer
-from compactdist.codecs.scalar.scales import RowScales, mean_sums, row_weight, storable_scale
-from compactdist.kernels import reference as kernels
+from compactdist.kernels.reference import steps as reference
+from compactdist.kernels.sections import Sections
+from compactdist.kernels.spec import QuantizerSpec
 
 
 @register
@@ -25,7 +25,7 @@ class Binary(ScalarQuantizer):
     About 1.02 bits for each element of a ``[1088, 3072]`` tensor, NMSE 0.364 on white Gaussian data.
 
     Args:
-        scales: ``"token_channel"`` or ``"block"`` (``layout.py``), or ``"rank"``: the sum of ``rank`` products of a
+        scales: ``"token_channel"`` or ``"block"`` (``sections.py``), or ``"rank"``: the sum of ``rank`` products of a
             scale for each row and one for each channel (``rank_scales.py``).
         block: Elements to a block, at most; with ``scales="block"`` only.
         rank: Components, 1 to 16, of which a small tensor uses fewer; with ``scales="rank"`` only.
@@ -38,10 +38,10 @@ class Binary(ScalarQuantizer):
     about = About(
         sends="the sign",
         use="the slowest links; take `order=2` with it, which halves the error for twice the state",
-        source="CompactFusion, arXiv 2507.17511; least-squares scale: `binary.py`; scales of rank k: `rank_scales.py`",
+        source="CompactFusion, arXiv 2507.17511; scale: least squares, `reference/steps.py`; rank k: `rank_scales.py`",
     )
+    kind = "sign"
     bits = 1
-    fused = "sign"
     scale_choices = ("token_channel", "block", "rank")
 
     def __init__(
@@ -58,26 +58,27 @@ class Binary(ScalarQuantizer):
         config = super().get_config()
         return config if self.rank == rank_scales.DEFAULT_RANK else {**config, "rank": self.rank}
 
-    def layout_of(self, shape: Sequence[int]) -> Layout:
-        """Return the layout of the payload for a tensor of this shape."""
-        ranked = rank_scales.RankLayout.of_rank(shape, self.rank) if self.scales == "rank" else None
-        return super().layout_of(shape) if ranked is None else ranked
+    @cached_property
+    def spec(self) -> QuantizerSpec | None:
+        return None if self.scales == "rank" else super().spec
 
-    def encode_checked(self, values: Tensor, magnitude: Tensor, amax: Tensor, layout: Layout) -> Tensor:
-        if isinstance(layout, rank_scales.RankLayout):
-            return rank_scales.encode(values, magnitude, amax, layout)
-        return super().encode_checked(values, magnitude, amax, layout)
+    def sections_of(self, shape: Sequence[int]) -> Sections:
+        """Return the sections of the payload for a tensor of this shape."""
+        if self.scales != "rank":
+            return super().sections_of(shape)
+        ranked = rank_scales.RankSections.of_rank(shape, self.rank)
+        return _BY_ROW_AND_CHANNEL.sections_of(shape) if ranked is None else ranked
 
-    def _dequantized(self, payload: Tensor, layout: Layout) -> Tensor:
-        if isinstance(layout, rank_scales.RankLayout):
-            return rank_scales.decode(payload, layout)
-        return super()._dequantized(payload, layout)
+    def _encode_matrices(self, values: Tensor, magnitude: Tensor, amax: Tensor, sections: Sections) -> Tensor:
+        if isinstance(sections, rank_scales.RankSections):
+            return rank_scales.encode(values, magnitude, amax, sections)
+        return reference.encode(self.spec or _BY_ROW_AND_CHANNEL, values, magnitude, amax, sections)
 
-    def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
-        # Least squares: the error energy is sum(m ** 2) - sum(m * t) ** 2 / sum(t ** 2), less than there was.
-        c = kernels.divide_or_zero(mean_sums(magnitude, rows, layout), row_weight(rows, layout))
-        codes = (values >= 0).view(-1).to(torch.uint8)
-        return kernels.pack_codes(codes, 1), storable_scale(c)
+    def _decode_matrices(self, payload: Tensor, sections: Sections) -> Tensor:
+        if isinstance(sections, rank_scales.RankSections):
+            return rank_scales.decode(payload, sections)
+        return reference.decode(self.spec or _BY_ROW_AND_CHANNEL, payload, sections)
 
-    def _levels(self, packed: Tensor, count: int) -> Tensor:
-        return kernels.unpack_levels(packed, (-1.0, 1.0), 1, count)
+
+_BY_ROW_AND_CHANNEL = QuantizerSpec("sign", 1)
+"""What a tensor too thin for scales of any rank is sent with."""

@@ -22,7 +22,6 @@ class Int2(LloydMaxQuantizer):
     )
     bits = 2
     widening = 2
-    fused = "nearest"
     # Lloyd-Max for the unit Gaussian, NMSE 0.117482; computed as lloyd_max.py says.
     uniform_step = 0.9956866859435064
     magnitudes = (0.45278003463649646, 1.510417608499104)

@@ -22,7 +22,6 @@ class Int3(LloydMaxQuantizer):
         source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); scales: `scales.py`",
     )
     bits = 3
-    fused = "nearest"
     # Lloyd-Max for the unit Gaussian, NMSE 0.034548; computed as lloyd_max.py says.
     uniform_step = 0.5860194414434869
     magnitudes = (0.24509417894422308, 0.7560052812058808, 1.3439092785050053, 2.151945704536992)

@@ -21,7 +21,6 @@ class Int4(LloydMaxQuantizer):
         source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); scales: `scales.py`",
     )
     bits = 4
-    fused = "nearest"
     # Lloyd-Max for the unit Gaussian, NMSE 0.009501; computed as lloyd_max.py says.
     uniform_step = 0.3352006121999727
     magnitudes = (

@@ -16,19 +16,12 @@ with P and M the probability and the first moment of cell i; found by bisection.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
 
 from compactdist.codecs.options import check_choice
 from compactdist.codecs.scalar import affine
-from compactdist.codecs.scalar.layout import Layout
 from compactdist.codecs.scalar.quantized import ScalarQuantizer
-from compactdist.codecs.scalar.scales import RowScales, moments, refitted_scale
 from compactdist.codecs.shapes import BLOCK_ELEMENTS
-from compactdist.kernels import reference as kernels
 
 
 class LloydMaxQuantizer(ScalarQuantizer):
@@ -45,6 +38,7 @@ class LloydMaxQuantizer(ScalarQuantizer):
         CodecConfigError: An option has a value it does not take.
     """
 
+    kind = "nearest"
     uniform_step: ClassVar[float]
 
     def __init__(
@@ -62,18 +56,3 @@ class LloydMaxQuantizer(ScalarQuantizer):
         if self.centroids != "lloyd_max":
             config["centroids"] = self.centroids
         return config
-
-    def _fit(self, values: Tensor, magnitude: Tensor, rows: RowScales, layout: Layout) -> tuple[Tensor, Tensor]:
-        c = self.channel_scale(*moments(magnitude, rows, layout))
-        borders = [(low + high) / 2 for low, high in pairwise(self.magnitudes)]
-        index = kernels.count_above(kernels.normalised(magnitude, rows.t, c), borders)
-        codes = (values < 0).to(torch.uint8).mul_(len(self.magnitudes)).add_(index).view(-1)
-        packed = kernels.pack_codes(codes, self.bits)
-        if layout.rows == 1:
-            levels = kernels.unpack_levels(packed, self.magnitudes * 2, self.bits, layout.elements)
-            c = refitted_scale(c, magnitude, levels.view_as(magnitude))
-        return packed, c
-
-    def _levels(self, packed: Tensor, count: int) -> Tensor:
-        signed = self.magnitudes + tuple(-level for level in self.magnitudes)
-        return kernels.unpack_levels(packed, signed, self.bits, count)

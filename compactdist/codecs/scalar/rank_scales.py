@@ -8,7 +8,7 @@ codec (arXiv 2507.17511 and its public code).
 The payload of a tensor seen as ``(G, R, C)`` (``shapes.matrix_shape``) is four sections, each filled up with zeros to a
 multiple of 16 bytes, all numbers bfloat16 with the low byte first:
 
-1. **codes**, one bit for each element, as ``layout.py`` says: 1 for values >= 0, else 0;
+1. **codes**, one bit for each element, as ``sections.py`` says: 1 for values >= 0, else 0;
 2. **gains**, G, not negative;
 3. **U transposed**, ``(G, k, R)``;
 4. **V**, ``(G, k, C)``.
@@ -31,12 +31,12 @@ from torch import Tensor
 
 from compactdist.codecs.lowrank.factors import SMALLEST_FACTOR
 from compactdist.codecs.options import check_integer
-from compactdist.codecs.scalar.layout import Layout
 from compactdist.codecs.shapes import matrix_shape, padded_nbytes
 from compactdist.errors import CodecConfigError
 from compactdist.kernels import reference as kernels
+from compactdist.kernels.sections import Sections
 
-__all__ = ["DEFAULT_RANK", "RankLayout", "check_rank", "decode", "encode"]
+__all__ = ["DEFAULT_RANK", "RankSections", "check_rank", "decode", "encode"]
 
 DEFAULT_RANK = 4
 
@@ -50,7 +50,7 @@ _SMALLEST_SUM = 2.0**-30
 
 
 @dataclass(frozen=True)
-class RankLayout(Layout):
+class RankSections(Sections):
     """Sizes and offsets, in bytes, of one payload.
 
     Attributes:
@@ -60,8 +60,8 @@ class RankLayout(Layout):
     rank: int = 1
 
     @classmethod
-    def of_rank(cls, shape: Sequence[int], rank: int) -> RankLayout | None:
-        """Return the layout of a tensor of this shape, or ``None`` if it is too thin for a single component."""
+    def of_rank(cls, shape: Sequence[int], rank: int) -> RankSections | None:
+        """Return the sections of a tensor of this shape, or ``None`` if it is too thin for a single component."""
         groups, rows, channels = matrix_shape(shape)
         rank = min(rank, rows * channels // (_BITS_OF_A_FACTOR * max(1, rows + channels)))
         return cls(groups, rows, channels, bits=1, rank=rank) if rank and groups else None
@@ -99,7 +99,7 @@ def check_rank(codec_id: str, scales: str, rank: int) -> int:
     return rank
 
 
-def encode(values: Tensor, magnitude: Tensor, amax: Tensor, layout: RankLayout) -> Tensor:
+def encode(values: Tensor, magnitude: Tensor, amax: Tensor, sections: RankSections) -> Tensor:
     """Encode one sign for each element, and the scales.
 
     U spans the strongest left directions of the magnitudes, by subspace iteration from the constant direction, which
@@ -111,18 +111,18 @@ def encode(values: Tensor, magnitude: Tensor, amax: Tensor, layout: RankLayout) 
         values: float32 ``(G, R, C)``, finite.
         magnitude: Their absolute values in memory of their own; overwritten.
         amax: float32 ``(G, 1, 1)``, the largest magnitude of each group.
-        layout: Of the original shape.
+        sections: Of the original shape.
     """
     factor = kernels.power_of_two_near_inverse(amax)
     magnitude.mul_(factor)
     generator = torch.Generator().manual_seed(_SEED)
-    count = min(layout.rank + _SPARE_DIRECTIONS, layout.rows, layout.channels)
-    start = torch.randn(layout.channels, count, generator=generator)
+    count = min(sections.rank + _SPARE_DIRECTIONS, sections.rows, sections.channels)
+    start = torch.randn(sections.channels, count, generator=generator)
     start[:, 0] = 1
     start = start.to(values.device)
     u_parts, v_parts, gains = [], [], []
     for m in magnitude:  # group by group: a batched product may round otherwise than a single one
-        u = kernels.round_signed_bf16(_strongest_left(m, start, layout.rank), SMALLEST_FACTOR)
+        u = kernels.round_signed_bf16(_strongest_left(m, start, sections.rank), SMALLEST_FACTOR)
         v = kernels.round_signed_bf16(_least_squares_right(m, u), SMALLEST_FACTOR)
         s = _sums(u.unsqueeze(0), v.unsqueeze(0))[0]
         gains.append(kernels.divide_or_zero((m * s).sum(), (s * s).sum()))
@@ -130,22 +130,22 @@ def encode(values: Tensor, magnitude: Tensor, amax: Tensor, layout: RankLayout) 
         v_parts.append(v)
     gain = kernels.round_bf16(torch.stack(gains)) / factor.view(-1)
     gain = torch.where(gain < _SMALLEST_GAIN, torch.zeros_like(gain), gain)
-    payload = torch.zeros(layout.total_nbytes, dtype=torch.uint8, device=values.device)
-    payload[: layout.codes_nbytes] = kernels.pack_codes((values >= 0).view(-1).to(torch.uint8), 1)
-    payload[layout.gains_at :][: 2 * layout.groups] = kernels.encode_bf16(gain)
-    for at, parts in ((layout.u_at, u_parts), (layout.v_at, v_parts)):
+    payload = torch.zeros(sections.total_nbytes, dtype=torch.uint8, device=values.device)
+    payload[: sections.codes_nbytes] = kernels.pack_codes((values >= 0).view(-1).to(torch.uint8), 1)
+    payload[sections.gains_at :][: 2 * sections.groups] = kernels.encode_bf16(gain)
+    for at, parts in ((sections.u_at, u_parts), (sections.v_at, v_parts)):
         data = kernels.encode_signed_bf16(torch.stack(parts))
         payload[at:][: data.numel()] = data
     return payload
 
 
-def decode(payload: Tensor, layout: RankLayout) -> Tensor:
+def decode(payload: Tensor, sections: RankSections) -> Tensor:
     """Decode to float32 ``(G, R, C)``."""
-    groups, rank, rows, channels = layout.groups, layout.rank, layout.rows, layout.channels
-    gain = kernels.decode_bf16(payload[layout.gains_at :][: 2 * groups]).view(groups, 1, 1)
-    u = kernels.decode_bf16(payload[layout.u_at :][: 2 * groups * rank * rows]).view(groups, rank, rows)
-    v = kernels.decode_bf16(payload[layout.v_at :][: 2 * groups * rank * channels]).view(groups, rank, channels)
-    signs = kernels.unpack_levels(payload[: layout.codes_nbytes], (-1.0, 1.0), 1, layout.elements)
+    groups, rank, rows, channels = sections.groups, sections.rank, sections.rows, sections.channels
+    gain = kernels.decode_bf16(payload[sections.gains_at :][: 2 * groups]).view(groups, 1, 1)
+    u = kernels.decode_bf16(payload[sections.u_at :][: 2 * groups * rank * rows]).view(groups, rank, rows)
+    v = kernels.decode_bf16(payload[sections.v_at :][: 2 * groups * rank * channels]).view(groups, rank, channels)
+    signs = kernels.unpack_levels(payload[: sections.codes_nbytes], (-1.0, 1.0), 1, sections.elements)
     return _sums(u, v).mul_(gain).mul_(signs.view(groups, rows, channels))
 
 

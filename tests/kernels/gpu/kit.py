@@ -12,6 +12,7 @@ from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.kernels import use
 from compactdist.state.matrix_view import Layout, blocks, plain
+from tests.codecs import kit as codec_kit
 from tests.kernels.gpu.conftest import INTERPRETED
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -80,22 +81,18 @@ def raw(x: Tensor) -> Tensor:
     return x.detach().cpu().contiguous().view(torch.uint8).clone()
 
 
-def check_same(codec: Codec, x: Tensor, base: Tensor | None, view: Any, velocity: Tensor | None = None) -> None:
-    """A step with the kernels, in place if there is a base, gives the bytes of the reference on the CPU."""
+def check_same(codec: Codec, x: Tensor, terms: tuple[Tensor, ...], view: Any) -> None:
+    """A step with the kernels, decoding in place if there is a base, gives the bytes of the reference on the CPU."""
     expected = torch.empty_like(x)
     with use("reference"):
-        reference = codec.encode_residual(x, base, view, expected, velocity=velocity)
-
-    def here(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(DEVICE, copy=True)
-
-    out = torch.empty_like(x, device=DEVICE) if base is None else here(base)
-    held = torch.empty_like(x, device=DEVICE) if base is None else here(base)
+        reference = codec_kit.encode_residual(codec, x, terms, view, expected)
+    before = tuple(term.to(DEVICE, copy=True) for term in terms)
+    out = torch.empty_like(x, device=DEVICE)
+    held = before[0] if terms else torch.empty_like(x, device=DEVICE)
     payload = torch.full_like(reference, 255, device=DEVICE)  # what is not written shows
     with use("gpu"):
-        before = None if base is None else out
-        codec.encode_residual(here(x), before, view, out, velocity=here(velocity), payload_out=payload)
-        codec.decode_residual(payload, None if base is None else held, view, held, velocity=here(velocity))
+        codec_kit.encode_residual(codec, x.to(DEVICE), before, view, out, payload)
+        codec_kit.decode_residual(codec, payload, before, view, held)
     assert torch.equal(payload.cpu(), reference)
     assert torch.equal(raw(out), raw(expected))
     assert torch.equal(raw(held), raw(expected))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from compactdist.codecs import Codec
 from compactdist.errors import NonFiniteError
-from compactdist.kernels import gpu, use
+from compactdist.kernels import use
+from compactdist.kernels.gpu.steps import TritonSteps
 from tests.codecs import kit as codec_kit
 from tests.kernels.gpu import kit
 
@@ -41,8 +42,8 @@ class OnDevice:
 @pytest.fixture(autouse=True)
 def _the_kernels_run(monkeypatch):
     calls = []
-    real = gpu.encode_residual
-    monkeypatch.setattr(gpu, "encode_residual", lambda *args, **kwargs: calls.append(0) or real(*args, **kwargs))
+    real = TritonSteps.encode
+    monkeypatch.setattr(TritonSteps, "encode", lambda *args, **kwargs: calls.append(0) or real(*args, **kwargs))
     yield
     assert calls
 
@@ -87,4 +88,4 @@ def test_a_residual_loop_converges(form):
 def test_a_difference_beyond_float32_is_not_finite(form):
     x = torch.full((5 * 72,), 3e38, device=kit.DEVICE)
     with use("gpu"), pytest.raises(NonFiniteError):
-        kit.get(form).encode_residual(x, -x, kit.plain(5 * 72, 1, 72))
+        codec_kit.encode_residual(kit.get(form), x, (-x,), kit.plain(5 * 72, 1, 72))

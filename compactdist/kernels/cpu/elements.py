@@ -1,0 +1,199 @@
+"""Steps on sixty-four elements at a time, from which the loops are made; compiled by Numba.
+
+A *source* is ``(x, base, velocity, terms)``, pointers, of which the first ``1 + terms`` are good. Elements from
+``have`` on are not there: they count as zero and are not written. ``have`` may be negative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+
+from compactdist.kernels.cpu import call
+from compactdist.kernels.cpu.call import E4M3, LINEAR, SIGN
+from compactdist.kernels.cpu.simd.elements import Pointer
+from compactdist.kernels.cpu.simd.float8 import float8_codes, float8_levels
+from compactdist.kernels.cpu.simd.ints import (
+    as_whole_floats,
+    bins_of,
+    bits_of,
+    nearest_ints,
+    no_bits,
+    raised,
+    signed_floats,
+    with_sign,
+)
+from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, types
+from compactdist.kernels.cpu.simd.memory import load_first, prefetch, rounded_for, sixteen_at, store_first, stream
+from compactdist.kernels.cpu.simd.packing import codes_at, mask_at
+from compactdist.kernels.cpu.simd.slots import floats_at
+from compactdist.kernels.cpu.simd.vectors import HOST, chosen, magnitude, negative, where, zeros
+from compactdist.kernels.reference import LANES
+
+_u32, _f32 = np.uint32, np.float32
+
+AHEAD = 2048
+"""Elements between those that are computed and those that are asked for; measured, and anything near does."""
+_SEARCHES = HOST.get("avx512f", False)
+
+
+_X, _BASE, _VELOCITY, _TERMS, _TABLE = call.X, call.BASE, call.VELOCITY, call.TERMS, call.TABLE
+_BORDERS, _GRAIN, _BOUND = call.BORDERS, call.GRAIN, call.BOUND
+
+
+@inlined
+def source_of(args: Any, elements_at: Any, one: bool) -> Any:
+    """The source of a block; where there is just ``one`` term, the compiler is told."""
+    terms = 1 if one else args[_TERMS]
+    return elements_at(args, _X), elements_at(args, _BASE), elements_at(args, _VELOCITY), terms
+
+
+@inlined
+def table_of(args: Any) -> Pointer:
+    """The table of a block: what is in it says ``call.py``."""
+    return floats_at(args, _TABLE)
+
+
+@inlined
+def grain_of(table: Pointer) -> Any:
+    """What magnitudes are multiplied with before borders are looked up."""
+    return table[_GRAIN]
+
+
+@inlined
+def bound_of(table: Pointer) -> Any:
+    """What holds a scale, or the level of the largest code."""
+    return table[_BOUND]
+
+
+@intrinsic(prefer_literal=True)
+def floats_from(typing_context: Any, pointer: Any, at: Any, count: Any) -> Any:
+    """So many float32 from ``at`` on as a tuple, so that a search among them is unrolled."""
+    result = types.UniTuple(types.float32, count.literal_value)
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        pointer, at, _ = arguments
+        places = [builder.add(at, ir.Constant(at.type, k)) for k in range(result.count)]
+        values = [builder.load(builder.gep(pointer, [place])) for place in places]
+        return context.make_tuple(builder, result, values)
+
+    return signature(result, types.CPointer(types.float32), types.int64, count), build
+
+
+@inlined
+def expected_at(source: Any, at: int, have: int) -> Any:
+    """What was expected: the sum of those of base and velocity that are there."""
+    _, base, velocity, terms = source
+    if terms == 0:
+        return zeros()
+    one = load_first(base, at, have)
+    if terms > 1:
+        one = one + load_first(velocity, at, have)
+    return one
+
+
+@inlined
+def residual_at(source: Any, at: int, have: int) -> Any:
+    """``x`` less what was expected."""
+    return load_first(source[0], at, have) - expected_at(source, at, have)
+
+
+@inlined
+def ask_for_expected(source: Any, at: int) -> None:
+    """Ask for elements of base and velocity that are about to be needed, so that memory does not rest."""
+    _, base, velocity, terms = source
+    if terms:
+        prefetch(base, at)
+    if terms > 1:
+        prefetch(velocity, at)
+
+
+@inlined
+def ask_for(source: Any, at: int) -> None:
+    """The same, and for those of ``x``."""
+    prefetch(source[0], at)
+    ask_for_expected(source, at)
+
+
+@inlined
+def put(expected: Any, change: Any, target: Any, at: int, have: int) -> None:
+    """``out = expected + change``, rounded and kept finite.
+
+    A *target* is ``(out, streams)``: whether ``out`` begins a cache line and is written past the caches.
+    """
+    out, streams = target
+    value = rounded_for(out, expected + change)
+    if have >= LANES and streams and at % LANES == 0:
+        stream(value, out, at)
+    else:
+        store_first(value, out, at, have)
+
+
+@inlined
+def search_of(borders: Any, tables: Pointer) -> Any:
+    """What ``nearest_codes`` takes; ``tables`` as ``plan.py`` makes them."""
+    return borders, sixteen_at(tables, 16), sixteen_at(tables, 32)
+
+
+@inlined
+def nearest_codes(value: Any, u: Any, search: Any, trits: bool) -> Any:
+    """How many borders lie below ``u``, the magnitude in grains, and the sign: the bit above, or for trits 2 for 1."""
+    borders, border_in, count_below = search
+    if len(borders) > 2 and _SEARCHES:
+        bins = bins_of(u)
+        index = bits_of(chosen(count_below, bins))
+        index = raised(index, u > chosen(border_in, bins), _u32(1))
+    else:
+        index = no_bits()
+        for i in range(len(borders)):
+            index = raised(index, u > borders[i], _u32(1))
+    if trits:
+        return raised(index, value < _f32(0), index)
+    value = value + _f32(0)  # -0 counts as positive
+    if len(borders) == 7:
+        return with_sign(index, value, 8)
+    if len(borders) == 3:
+        return with_sign(index, value, 4)
+    return with_sign(index, value, 2) if len(borders) == 1 else raised(index, value < _f32(0), _u32(len(borders) + 1))
+
+
+@inlined
+def nearest_float8(kind: int, u: Any, below: Any) -> Any:
+    """The nearest float8 of ``u``, with the sign where ``below``."""
+    codes = float8_codes(u, 3, 0x7E) if kind == E4M3 else float8_codes(u, 2, 0x7B)
+    return raised(codes, below, _u32(0x80))
+
+
+@inlined
+def change_by_float8(kind: int, scale: Any, codes: Any) -> Any:
+    """What the receiver adds for a float8; 0 for -0, which a base of -0 would tell apart."""
+    levels = float8_levels(codes, 3, 0x7E) if kind == E4M3 else float8_levels(codes, 2, 0x7B)
+    return scale * levels + _f32(0)
+
+
+@inlined
+def reaching(kind: int, u: Any, below: Any, scale: Any) -> Any:
+    """Codes of a kind from ``LINEAR`` on for values ``u``, in units of their scales, and what the receiver adds.
+
+    ``below`` tells negative values, also those that ``u`` has rounded to zero.
+    """
+    if kind == LINEAR:
+        # scales are rounded up, so that nothing is nearer to an integer beyond the largest
+        whole = nearest_ints(u)
+        return whole, scale * as_whole_floats(whole)
+    codes = nearest_float8(kind, magnitude(u), below)
+    return codes, change_by_float8(kind, scale, codes)
+
+
+@inlined
+def change_of(kind: int, scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
+    """What the receiver adds: for a bit, for a byte in two's complement or a float8, or for a code of a table."""
+    if kind == SIGN:
+        return where(mask_at(packed, element, count), scale, negative(scale))
+    if kind == LINEAR:
+        return scale * signed_floats(codes_at(packed, 8, element, count))
+    if kind > LINEAR:
+        return change_by_float8(kind, scale, codes_at(packed, 8, element, count))
+    return scale * chosen(table, codes_at(packed, bits, element, count))

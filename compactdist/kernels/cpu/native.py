@@ -1,0 +1,165 @@
+"""Compiled code by name, from a cache on disk or from Numba; what was compiled once runs without importing Numba.
+
+A *unit* is one function of a block of numbers (``call.py``), made by a maker in one of the modules beside this one from
+a key of plain values: ``address_of("rows.apply_codes", "float32", True, 2, 4)``. Its object code is kept in a folder
+whose name is a digest of all sources of the kernel room, of the versions it was compiled with, and of the processor. A
+change of any of these leads to another folder, so compiled code is never stale; nothing in it refers to other files,
+and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import tempfile
+import threading
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llvmlite import binding
+
+from compactdist.kernels.sources import digest, digest_now
+
+__all__ = ["address_of", "build", "folder"]
+
+_SYMBOL = "compactdist_unit"
+_CHECK_NBYTES = 32
+_lock = threading.RLock()
+
+
+class _Machine(NamedTuple):
+    """What code is made for: Numba's own choices, which its environment variables may override."""
+
+    cpu: str
+    features: str
+    target: Any
+
+
+class _Loaded(NamedTuple):
+    """Code in memory, as long as this lives."""
+
+    engine: Any
+    address: int
+
+
+@cache
+def _machine() -> _Machine:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    cpu, features = os.environ.get("NUMBA_CPU_NAME"), os.environ.get("NUMBA_CPU_FEATURES")
+    named = cpu or binding.get_host_cpu_name()
+    if features is None:
+        features = "" if cpu else binding.get_host_cpu_features().flatten()
+    triple = binding.Target.from_default_triple()
+    target = triple.create_target_machine(
+        cpu=named, features=features, opt=3, reloc="default", codemodel="jitdefault", jit=True
+    )
+    return _Machine(named, features, target)
+
+
+@cache
+def folder() -> Path | None:
+    """Where compiled code is kept; ``None`` if nothing can be written anywhere."""
+    machine = _machine()
+    made_with = [digest(), *(f"{name} {version(name)}" for name in ("numba", "llvmlite", "numpy"))]
+    made_with += [platform.python_version(), platform.machine(), machine.cpu, machine.features]
+    name = "compactdist-" + hashlib.sha256("\n".join(made_with).encode()).hexdigest()[:20]
+    for place in _places():
+        with contextlib.suppress(OSError):
+            (place / name).mkdir(parents=True, exist_ok=True)
+            if os.access(place / name, os.W_OK):
+                return place / name
+    return None
+
+
+def _places() -> list[Path]:
+    """As Numba has it: where the user says, else beside the sources, else in the user's cache."""
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    if chosen:
+        return [Path(chosen)]
+    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return [Path(__file__).parent / "__pycache__", Path(cache_home) / "compactdist"]
+
+
+@cache
+def address_of(unit: str, *key: Any) -> int:
+    """The address of a unit's function, which takes the address of a block and returns an integer.
+
+    Args:
+        unit: module beside this one, a dot, and the maker in it.
+        key: what the maker is called with: strings, integers and booleans.
+    """
+    return _loaded(unit, key).address
+
+
+@cache
+def _loaded(unit: str, key: tuple[Any, ...]) -> _Loaded:
+    with _lock:
+        place = folder()
+        name = "-".join([unit, *(str(int(part) if isinstance(part, bool) else part) for part in key)])
+        path = None if place is None else place / f"{name}.o"
+        data = None if path is None else _read(path)
+        if data is None:
+            module, maker = unit.split(".")
+            made = getattr(import_module(f"compactdist.kernels.cpu.{module}"), maker)(*key)
+            data = _compiled(made)
+            if path is not None and digest_now() == digest():  # else sources were edited in the meantime
+                _write(path, data)
+        return _in_memory(data)
+
+
+def build(function: Any) -> int:
+    """Compile a function of a block that is not part of the kernel room, for this process alone."""
+    return _built(function).address
+
+
+@cache
+def _built(function: Any) -> _Loaded:
+    with _lock:
+        return _in_memory(_compiled(function))
+
+
+def _compiled(function: Any) -> bytes:
+    from compactdist.kernels.cpu.simd import jit
+
+    text, name = jit.ir_of(function)
+    module = binding.parse_assembly(text)
+    for one in [*module.functions, *module.global_variables]:
+        if not one.is_declaration:
+            one.linkage = "internal"
+    entry = module.get_function(name)
+    entry.linkage = "external"
+    entry.name = _SYMBOL
+    code: bytes = _machine().target.emit_object(module)
+    return code
+
+
+def _in_memory(code: bytes) -> _Loaded:
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine().target)
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return _Loaded(engine, engine.get_function_address(_SYMBOL))
+
+
+def _read(path: Path) -> bytes | None:
+    """What :func:`_write` wrote, if it is whole."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    code = data[_CHECK_NBYTES:]
+    return code if hashlib.sha256(code).digest() == data[:_CHECK_NBYTES] else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Write to a file of another name first: other processes read and write here."""
+    with contextlib.suppress(OSError):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(name, path)

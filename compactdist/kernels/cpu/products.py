@@ -1,0 +1,149 @@
+"""What the low-rank codecs call: tensors to blocks for the loops of ``lowrank.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compactdist.kernels.cpu import call
+from compactdist.kernels.cpu.call import Work
+from compactdist.kernels.cpu.native import address_of
+from compactdist.kernels.cpu.steps import DTYPES, Block, scratch
+from compactdist.kernels.offsets import WIDTH, Offsets, offsets_of
+from compactdist.kernels.spec import MatrixView
+from compactdist.kernels.threads import team
+
+__all__ = ["add_product", "fit_levels", "multiply", "supports", "take_in"]
+
+
+def supports(*tensors: Tensor) -> bool:
+    """Whether ``take_in`` and ``add_product`` apply: contiguous CPU tensors of one known dtype."""
+    return all(one.is_cpu and one.dtype == tensors[0].dtype in DTYPES and one.is_contiguous() for one in tensors)
+
+
+def take_in(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor) -> Tensor:
+    """Write ``x`` less the sum of ``terms`` as matrices to ``out``, bfloat16 ``(G, R, C)``, rounded once.
+
+    Returns:
+        Frobenius norms before rounding, float32 ``(G,)``.
+    """
+    groups, rows, _ = view.shape
+    squares, offsets = np.empty(groups * rows, np.float32), offsets_of(view)
+    slots = _placed(offsets) | _expected(terms)
+    slots |= {call.X: x.data_ptr(), call.OUT: out.data_ptr(), call.SQUARES: squares.ctypes.data}
+    _run(Work(groups * rows, view.numel, address_of("lowrank.take_in", DTYPES[x.dtype])), slots)
+    norms = np.sqrt(squares.reshape(groups, rows).sum(1, dtype=np.float64))
+    return torch.from_numpy(norms.astype(np.float32))
+
+
+def multiply(u: Tensor, v: Tensor, smallest: float, gain: Tensor) -> Tensor:
+    """``(G, r, R)`` and ``(G, r, C)`` to ``(G, R, C)``: sums over r, below ``smallest`` zero, times a gain by group."""
+    groups, _, rows = u.shape
+    channels = v.shape[2]
+    at = np.arange(0, channels, WIDTH, dtype=np.int64)
+    row_at = np.arange(groups * rows, dtype=np.int64) * channels
+    lengths = np.diff(np.append(at, channels))
+    out = torch.empty(groups, rows, channels)
+    offsets = Offsets(row_at, at, at, lengths, rows, channels, groups * rows * channels)
+    _add_product(u, v, smallest, gain, {call.TERMS: -1}, offsets, out)
+    return out
+
+
+def add_product(
+    u: Tensor, v: Tensor, smallest: float, gain: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor
+) -> None:
+    """Write the sum of ``terms`` plus what ``multiply`` gives to ``out``, kept finite and rounded once.
+
+    ``out`` may be the first of the terms.
+    """
+    _add_product(u, v, smallest, gain, _expected(terms), offsets_of(view), out)
+
+
+def _add_product(
+    u: Tensor, v: Tensor, smallest: float, gain: Tensor, expected: dict[int, int], offsets: Offsets, out: Tensor
+) -> None:
+    groups, rank, rows = u.shape
+    u, v, gain, numbers = (
+        u.contiguous(),
+        v.contiguous(),
+        gain.reshape(-1).contiguous(),
+        np.array([smallest], np.float32),
+    )
+    slots = _placed(offsets) | expected
+    slots |= {
+        call.OUT: out.data_ptr(),
+        call.U: u.data_ptr(),
+        call.V: v.data_ptr(),
+        call.GAINS: gain.data_ptr(),
+        call.RANK: rank,
+        call.NUMBERS: numbers.ctypes.data,
+    }
+    body = address_of("lowrank.add_product", DTYPES[out.dtype])
+    _run(Work(groups * rows, groups * rows * v.shape[2] * rank, body), slots)
+
+
+def fit_levels(
+    factor: Tensor, smallest: float, borders: Sequence[float], magnitudes: Sequence[float], sigma: float, refits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``factors._fit``, with elements below ``smallest`` as zeros."""
+    count, length = factor.shape
+    codes, level = torch.empty(count, length, dtype=torch.uint8), torch.empty(count, length)
+    scale, near = torch.empty(count, 1), torch.empty(count, 1)
+    limits, levels = list(borders), list(magnitudes)
+    if not limits:  # a search among none cannot be compiled: a border that nothing exceeds
+        limits, levels = [np.inf], levels * 2
+    numbers, factor = np.array([smallest, sigma, *limits, *levels], np.float32), factor.contiguous()
+    slots = {
+        call.X: factor.data_ptr(),
+        call.CODES: codes.data_ptr(),
+        call.LENGTH: length,
+        call.REFITS: refits,
+        call.RANK: len(magnitudes),
+        call.NUMBERS: numbers.ctypes.data,
+        call.LEVELS: level.data_ptr(),
+        call.SCALES: scale.data_ptr(),
+        call.NEAR: near.data_ptr(),
+    }
+    work = Work(count, factor.numel() * refits, address_of("lowrank.fit_levels", len(limits)))
+    _run(work, slots, own=-(-3 * length // 16) * 16)
+    return codes, level, scale, near
+
+
+def _placed(offsets: Offsets) -> dict[int, int]:
+    return {
+        call.ROW_AT: offsets.row_at.ctypes.data,
+        call.CHUNK_AT: offsets.chunk_at.ctypes.data,
+        call.CHUNK_FROM: offsets.chunk_from.ctypes.data,
+        call.CHUNK_LEN: offsets.chunk_len.ctypes.data,
+        call.CHUNKS: offsets.chunk_at.size,
+        call.ROWS: offsets.rows,
+        call.CHANNELS: offsets.channels,
+        call.NUMEL: offsets.numel,
+        call.ROW_COUNT: offsets.row_at.size,
+    }
+
+
+def _expected(terms: tuple[Tensor, ...]) -> dict[int, int]:
+    slots = (call.BASE, call.VELOCITY)
+    return {call.TERMS: len(terms), **{slot: term.data_ptr() for slot, term in zip(slots, terms, strict=False)}}
+
+
+def _run(work: Work, slots: dict[int, int], own: int = 0) -> None:
+    """Run a work that stands alone."""
+    team.prepare()
+    threads = torch.get_num_threads()
+    if scratch.size < threads * own:
+        scratch.grow(threads * own)
+    given: dict[int, Any] = {
+        call.THREADS: threads,
+        call.TEAM: team.address,
+        call.SCRATCH: scratch.address,
+        call.OWN_ROOM: 0,
+        call.OWN_EACH: own,
+    }
+    block = Block(address_of("entries.first_pass"), slots | given, {call.FIRST_PASS: work})
+    block.run(block.address)

@@ -1,0 +1,1 @@
+"""Sixty-four lanes as one value, for Numba; importing any of it imports Numba."""

@@ -1,0 +1,292 @@
+"""Pointers, and vectors from and to memory, compiled by Numba: elements of three dtypes, packed codes, tables.
+
+Element types are those of the bits: float32 for itself, uint16 for bfloat16, int16 for float16. Where fewer than 64
+elements are left, lanes from there on read as zero and are not written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from compactdist.kernels.cpu.simd.elements import narrow_f16, widen_f16
+from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, types
+from compactdist.kernels.cpu.simd.vectors import (
+    FLOATS,
+    HALVES,
+    HOST,
+    INTS,
+    SIXTEEN,
+    call,
+    every_nth,
+    first_lanes,
+    full,
+    joined,
+    part,
+    spread,
+    unknown,
+)
+from compactdist.kernels.reference import LANES
+
+CACHE_LINE = 64
+"""Bytes."""
+
+_byte, _i16, _i64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
+
+
+@intrinsic
+def data_of(typing_context: Any, array: Any) -> Any:
+    """Where an array's elements are. The array must outlive the pointer: take those of arguments only."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return context.make_array(sig.args[0])(context, builder, arguments[0]).data
+
+    return types.CPointer(array.dtype)(array), build
+
+
+@intrinsic
+def shifted(typing_context: Any, pointer: Any, by: Any) -> Any:
+    """A pointer to ``by`` elements further on."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return pointer(pointer, types.int64), build
+
+
+@intrinsic(prefer_literal=True)
+def stack_floats(typing_context: Any, count: Any) -> Any:
+    """So many float32, at the beginning of a cache line, until the function returns."""
+    size = count.literal_value
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        with builder.goto_entry_block():
+            place = builder.alloca(ir.FloatType(), ir.Constant(ir.IntType(32), size))
+            place.align = CACHE_LINE
+            return place
+
+    return types.CPointer(types.float32)(count), build
+
+
+@intrinsic(prefer_literal=True)
+def stack_bytes(typing_context: Any, count: Any) -> Any:
+    """So many bytes, until the function returns."""
+    size = count.literal_value
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        with builder.goto_entry_block():
+            return builder.alloca(_byte, ir.Constant(ir.IntType(32), size))
+
+    return types.CPointer(types.uint8)(count), build
+
+
+def read(builder: Any, pointer: Any, kind: Any, count: Any = None) -> Any:
+    """``kind`` from a pointer, or its first ``count`` elements and zeros."""
+    pointer = builder.bitcast(pointer, kind.as_pointer())
+    if count is None:
+        loaded = builder.load(pointer)
+        loaded.align = 1
+        return loaded
+    mask, zeros = first_lanes(builder, count, kind.count), ir.Constant(kind, None)
+    return call(builder, f"llvm.masked.load.{_name(kind)}.p0", kind, pointer, mask, zeros)
+
+
+def write(builder: Any, value: Any, pointer: Any, count: Any = None) -> None:
+    """Undo ``read``."""
+    pointer = builder.bitcast(pointer, value.type.as_pointer())
+    if count is None:
+        builder.store(value, pointer).align = 1
+        return
+    mask = first_lanes(builder, count, value.type.count)
+    call(builder, f"llvm.masked.store.{_name(value.type)}.p0", ir.VoidType(), value, pointer, mask)
+
+
+def write_past(builder: Any, value: Any, pointer: Any, align: int) -> None:
+    """Write past the caches, to a multiple of ``align`` bytes, the size of the value or of a cache line."""
+    stored = builder.store(value, builder.bitcast(pointer, value.type.as_pointer()))
+    stored.align = align
+    stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+
+
+def _name(kind: Any) -> str:
+    return f"v{kind.count}" + ("f32" if isinstance(kind.element, ir.FloatType) else f"i{kind.element.width}")
+
+
+def _by_lane(context: Any, builder: Any, function: Any, sig: Any, values: Any, result: Any) -> Any:
+    """What a compiled function of a scalar gives for every lane: slow, and the same everywhere."""
+    out = ir.Constant(ir.VectorType(result, LANES), ir.Undefined)
+    for lane in range(LANES):
+        at = ir.Constant(ir.IntType(32), lane)
+        one = context.compile_internal(builder, function, sig, [builder.extract_element(values, at)])
+        out = builder.insert_element(out, one, at)
+    return out
+
+
+def _widened(context: Any, builder: Any, element: Any, loaded: Any) -> Any:
+    if element == types.uint16 and HOST.get("avx512bw", False):
+        return _widened_under_masks(builder, loaded)
+    if element == types.uint16:
+        zeros, lanes = ir.Constant(loaded.type, None), [at for j in range(LANES) for at in (LANES + j, j)]
+        lanes = ir.Constant(ir.VectorType(ir.IntType(32), 2 * LANES), lanes)
+        return builder.bitcast(builder.shuffle_vector(loaded, zeros, lanes), FLOATS.of)
+    if element == types.int16 and HOST.get("f16c", False):
+        return builder.fpext(builder.bitcast(loaded, ir.VectorType(ir.HalfType(), LANES)), FLOATS.of)
+    if element == types.int16:
+        return _by_lane(context, builder, widen_f16, types.float32(types.int16), loaded, ir.FloatType())
+    return loaded
+
+
+def _widened_under_masks(builder: Any, loaded: Any) -> Any:
+    """The same with zeros from a mask that LLVM does not see through: else they come from a register to be cleared."""
+    kind = ir.VectorType(_i16, LANES // 2)
+    upper = builder.bitcast(unknown(builder, ir.Constant(ir.IntType(32), 0xAAAAAAAA)), ir.VectorType(ir.IntType(1), 32))
+    parts = []
+    for start in range(0, LANES, 16):
+        twice = part(builder, loaded, [start + j // 2 for j in range(32)])
+        parts.append(builder.select(upper, twice, ir.Constant(kind, None)))
+    return builder.bitcast(joined(builder, parts), FLOATS.of)
+
+
+def _narrowed(context: Any, builder: Any, element: Any, value: Any) -> Any:
+    if element == types.float32:
+        bits = builder.bitcast(value, INTS.of)
+        return builder.bitcast(_within(builder, bits, 0x7F7FFFFF), FLOATS.of)
+    if element == types.uint16:
+        # half the registers of a sum in 32 bits: up if more than half is cut off, or half from an odd number
+        kept, cut = every_nth(builder, value, 16, 1), every_nth(builder, value, 16, 0)
+        cut = builder.or_(cut, builder.and_(kept, full(1, HALVES)))
+        more = builder.add(kept, spread(builder, unknown(builder, ir.Constant(_i16, 1)), HALVES))
+        return _within(
+            builder, builder.select(builder.icmp_unsigned(">", cut, full(0x8000, HALVES)), more, kept), 0x7F7F
+        )
+    if HOST.get("f16c", False):
+        half = builder.fptrunc(value, ir.VectorType(ir.HalfType(), LANES))
+        half = builder.bitcast(half, ir.VectorType(_i16, LANES))
+    else:
+        half = _by_lane(context, builder, narrow_f16, types.int16(types.float32), value, _i16)
+    return _within(builder, half, 0x7BFF)
+
+
+def _within(builder: Any, bits: Any, largest: int) -> Any:
+    """Bits of floats, infinities replaced by the largest numbers."""
+    width = bits.type.element.width
+    name = f"v{LANES}i{width}"
+    positive = ir.Constant(bits.type, [largest] * LANES)
+    negative = ir.Constant(bits.type, [largest | 1 << (width - 1)] * LANES)
+    # as signed integers negative floats are below all others, as unsigned ones above
+    bits = call(builder, f"llvm.smin.{name}", bits.type, bits, positive)
+    return call(builder, f"llvm.umin.{name}", bits.type, bits, negative)
+
+
+def _load(typing_context: Any, pointer: Any, at: Any, *count: Any) -> Any:
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        kind = ir.VectorType(context.get_value_type(pointer.dtype), LANES)
+        loaded = read(builder, builder.gep(arguments[0], [arguments[1]]), kind, *arguments[2:])
+        return _widened(context, builder, pointer.dtype, loaded)
+
+    return signature(FLOATS, pointer, types.uintp, *count), build
+
+
+def _store(typing_context: Any, value: Any, pointer: Any, at: Any, *count: Any) -> Any:
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        write(builder, arguments[0], builder.gep(arguments[1], [arguments[2]]), *arguments[3:])
+        return context.get_dummy_value()
+
+    return signature(types.void, value, pointer, types.uintp, *count), build
+
+
+@intrinsic
+def load(typing_context: Any, pointer: Any, at: Any) -> Any:
+    """Sixty-four elements from ``at`` on, widened to float32."""
+    return _load(typing_context, pointer, at)
+
+
+@intrinsic
+def _load_first(typing_context: Any, pointer: Any, at: Any, count: Any) -> Any:
+    return _load(typing_context, pointer, at, types.int64)
+
+
+@intrinsic
+def store(typing_context: Any, value: Any, pointer: Any, at: Any) -> Any:
+    """Sixty-four values to ``at`` and on: float32, or what ``rounded_for`` made for the type of the elements."""
+    return _store(typing_context, value, pointer, at)
+
+
+@intrinsic
+def _store_first(typing_context: Any, value: Any, pointer: Any, at: Any, count: Any) -> Any:
+    return _store(typing_context, value, pointer, at, types.int64)
+
+
+@intrinsic
+def rounded_for(typing_context: Any, pointer: Any, value: Any) -> Any:
+    """Float32 values rounded to nearest even to the type of the elements; infinities become its largest numbers."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return _narrowed(context, builder, pointer.dtype, arguments[1])
+
+    return signature(FLOATS if pointer.dtype == types.float32 else HALVES, pointer, FLOATS), build
+
+
+@intrinsic
+def stream(typing_context: Any, value: Any, pointer: Any, at: Any) -> Any:
+    """``store`` past the caches, to the beginning of a cache line; ``settle_streams`` before another thread reads."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        value, pointer, at = arguments
+        write_past(builder, value, builder.gep(pointer, [at]), CACHE_LINE)
+        return context.get_dummy_value()
+
+    return signature(types.void, value, pointer, types.uintp), build
+
+
+@intrinsic
+def settle_streams(typing_context: Any) -> Any:
+    """Let what was streamed be seen by other threads."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@inlined
+def load_first(pointer: Any, at: Any, count: int) -> Any:
+    """The first ``count`` of the elements that ``load`` would read; zeros in other lanes."""
+    return load(pointer, at) if count >= LANES else _load_first(pointer, at, count)
+
+
+@inlined
+def store_first(value: Any, pointer: Any, at: Any, count: int) -> None:
+    """Undo ``load_first``."""
+    if count >= LANES:
+        store(value, pointer, at)
+    else:
+        _store_first(value, pointer, at, count)
+
+
+@intrinsic
+def prefetch(typing_context: Any, pointer: Any, at: Any) -> Any:
+    """Ask for the cache lines of sixty-four elements; they need not exist."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        line = 64 // context.get_abi_sizeof(context.get_value_type(pointer.dtype))
+        numbers = [ir.Constant(ir.IntType(32), n) for n in (0, 3, 1)]  # to read, often, data
+        for start in range(0, LANES, line):
+            at = builder.add(arguments[1], ir.Constant(_i64, start))
+            where = builder.bitcast(builder.gep(arguments[0], [at]), _byte.as_pointer())
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), where, *numbers)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.uintp), build
+
+
+@intrinsic
+def sixteen_at(typing_context: Any, pointer: Any, at: Any) -> Any:
+    """Sixteen float32 from ``at`` on."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return read(builder, builder.gep(arguments[0], [arguments[1]]), SIXTEEN.of)
+
+    return SIXTEEN(types.CPointer(types.float32), types.uintp), build

@@ -1,0 +1,183 @@
+"""Packed codes of 1, 2, 4 and 8 bits, sixty-four at a time, compiled by Numba; the first code lies lowest in its byte.
+
+Of the codes the first ``count`` are there, which with the position of the first must fill their bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, types
+from compactdist.kernels.cpu.simd.memory import read, write, write_past
+from compactdist.kernels.cpu.simd.vectors import HOST, INTS, MASK, call, every_nth, part
+from compactdist.kernels.reference import LANES
+
+_byte, _i64 = ir.IntType(8), ir.IntType(64)
+
+
+def _packed(builder: Any, bits: int, codes: Any) -> Any:
+    """Ints below ``2 ** bits``, or for -8 numbers in two's complement, or a mask, as bytes."""
+    if bits == 1:
+        return builder.bitcast(codes, ir.VectorType(_byte, LANES // 8))
+    if HOST.get("avx512bw", False):
+        return _packed_in_registers(builder, bits, codes)
+    narrow = every_nth(builder, every_nth(builder, codes, 16, 0), 8, 0)
+    if abs(bits) == 8:
+        return narrow
+    count = LANES * bits // 8
+    groups = ir.VectorType(ir.IntType(64 // bits), count)
+    group = builder.bitcast(narrow, groups)
+    together = group
+    for k in range(1, 8 // bits):
+        shift = ir.Constant(groups, [k * (8 - bits)] * count)
+        together = builder.or_(together, builder.lshr(group, shift))
+    return builder.trunc(together, ir.VectorType(_byte, count))
+
+
+def _packed_in_registers(builder: Any, bits: int, codes: Any) -> Any:
+    """``_packed`` for all but masks: registers narrowed in pairs, neighbours added, order restored at the end."""
+
+    def x86(name: str, width: int, a: Any, b: Any) -> Any:
+        kind = ir.VectorType(ir.IntType(width), 512 // width)
+        return call(builder, f"llvm.x86.avx512.{name}.512", kind, a, b)
+
+    def weights(width: int, high: int) -> Any:
+        kind = ir.VectorType(ir.IntType(width), 512 // width)
+        return ir.Constant(kind, [1, high] * (kind.count // 2))
+
+    to_words, to_bytes = ("packssdw", "packsswb") if bits < 0 else ("packusdw", "packuswb")
+    parts = [part(builder, codes, range(at, at + 16)) for at in range(0, LANES, 16)]
+    words = [x86(to_words, 16, parts[at], parts[at + 1]) for at in (0, 2)]
+    group = x86(to_bytes, 8, *words)
+    if bits in (2, 4):
+        group = x86("pmaddubs.w", 16, group, weights(8, 1 << bits))
+    if bits == 2:
+        group = x86("pmaddw.d", 32, group, weights(16, 16))
+    # of each four codes in a row one byte, or two bytes of 16 bits; packing took them from four registers in turn
+    group = builder.bitcast(group, ir.VectorType(_byte, 64))
+    fours = [4 * (4 * quarter + register) for register in range(4) for quarter in range(4)]
+    kept = {2: 1, 4: 2}.get(bits, 4)
+    step = 2 if bits == 4 else 1
+    return part(builder, group, [at + j * step for at in fours for j in range(kept)])
+
+
+def _unpacked(builder: Any, bits: int, data: Any) -> Any:
+    if bits == 1:
+        return builder.bitcast(data, MASK.of)
+    if bits < 8:
+        count, width = LANES * bits // 8, 64 // bits
+        groups = ir.VectorType(ir.IntType(width), count)
+        group = builder.zext(data, groups)
+        apart = group
+        for k in range(1, 8 // bits):
+            shift = ir.Constant(groups, [k * (8 - bits)] * count)
+            apart = builder.or_(apart, builder.shl(group, shift))
+        kept = sum(((1 << bits) - 1) << at for at in range(0, width, 8))
+        data = builder.bitcast(builder.and_(apart, ir.Constant(groups, [kept] * count)), ir.VectorType(_byte, LANES))
+    return builder.zext(data, INTS.of)
+
+
+def _size(builder: Any, width: int, count: Any) -> Any:
+    return builder.ashr(builder.mul(count, ir.Constant(_i64, abs(width))), ir.Constant(_i64, 3))
+
+
+@intrinsic(prefer_literal=True)
+def _pack(typing_context: Any, codes: Any, bits: Any, pointer: Any, at: Any, count: Any) -> Any:
+    width = bits.literal_value
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        codes, _, pointer, at, count = arguments
+        data, where = _packed(builder, width, codes), builder.gep(pointer, [at])
+        whole = builder.icmp_signed(">=", count, ir.Constant(_i64, LANES))
+        with builder.if_else(whole, likely=True) as (all_lanes, some):
+            with all_lanes:
+                write(builder, data, where)
+            with some:
+                write(builder, data, where, _size(builder, width, count))
+        return context.get_dummy_value()
+
+    return signature(types.void, codes, bits, pointer, types.uintp, types.int64), build
+
+
+@intrinsic(prefer_literal=True)
+def _unpack(typing_context: Any, bits: Any, pointer: Any, at: Any, count: Any) -> Any:
+    width = bits.literal_value
+    kind = ir.VectorType(_byte, LANES * width // 8)
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        _, pointer, at, count = arguments
+        where = builder.gep(pointer, [at])
+        whole = builder.icmp_signed(">=", count, ir.Constant(_i64, LANES))
+        with builder.if_else(whole, likely=True) as (all_lanes, some):
+            with all_lanes:
+                one, after_one = read(builder, where, kind), builder.block
+            with some:
+                other, after_other = read(builder, where, kind, _size(builder, width, count)), builder.block
+        data = builder.phi(kind)
+        data.add_incoming(one, after_one)
+        data.add_incoming(other, after_other)
+        return _unpacked(builder, width, data)
+
+    return signature(MASK if width == 1 else INTS, bits, pointer, types.uintp, types.int64), build
+
+
+@intrinsic(prefer_literal=True)
+def _stream(typing_context: Any, codes: Any, bits: Any, pointer: Any, at: Any) -> Any:
+    width = bits.literal_value
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        codes, _, pointer, at = arguments
+        write_past(builder, _packed(builder, width, codes), builder.gep(pointer, [at]), LANES * abs(width) // 8)
+        return context.get_dummy_value()
+
+    return signature(types.void, codes, bits, pointer, types.uintp), build
+
+
+@inlined
+def store_mask(mask: Any, out: Any, element: int, count: int) -> None:
+    """A bit for each of the first ``count`` lanes, to position ``element`` and on; both must fill their bytes."""
+    _pack(mask, 1, out, element >> 3, count)
+
+
+@inlined
+def mask_at(packed: Any, element: int, count: int) -> Any:
+    """Undo ``store_mask``."""
+    return _unpack(1, packed, element >> 3, count)
+
+
+@inlined
+def store_codes(codes: Any, bits: int, to: Any, element: int, count: int) -> None:
+    """Pack ints to 2, 4 or 8 bits each, the first lowest, as ``store_mask`` does; -8 bits for two's complement.
+
+    ``to`` is where, and whether that begins a cache line and is written past the caches.
+    """
+    out, streams = to
+    past = streams and count >= LANES and element % LANES == 0
+    if bits == 2:
+        _pack(codes, 2, out, element >> 2, count)
+    elif bits == 4:
+        if past:
+            _stream(codes, 4, out, element >> 1)
+        else:
+            _pack(codes, 4, out, element >> 1, count)
+    elif bits < 0:
+        if past:
+            _stream(codes, -8, out, element)
+        else:
+            _pack(codes, -8, out, element, count)
+    elif past:
+        _stream(codes, 8, out, element)
+    else:
+        _pack(codes, 8, out, element, count)
+
+
+@inlined
+def codes_at(packed: Any, bits: int, element: int, count: int) -> Any:
+    """Undo ``store_codes``."""
+    if bits == 2:
+        return _unpack(2, packed, element >> 2, count)
+    if bits == 4:
+        return _unpack(4, packed, element >> 1, count)
+    return _unpack(8, packed, element, count)

@@ -1,0 +1,379 @@
+"""Fused steps of the scalar quantizers on CPU tensors: from x and terms to payload and new base, and from payload and
+terms to new base, without a residual in memory.
+
+The bytes are those of ``reference/steps.py``. Everything that does not change between two steps of a stream lies in a
+block of numbers (``call.py``); a step writes the addresses of its tensors there and calls one compiled function
+(``entries.py``). Where values come near the ends of float32 the steps decline, and the reference does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compactdist.kernels.cpu import call
+from compactdist.kernels.cpu.call import LINEAR, LITTLE, MUCH, NEAREST, SIGN, TRITS, Work
+from compactdist.kernels.cpu.native import address_of
+from compactdist.kernels.offsets import Offsets, offsets_of, offsets_of_blocks
+from compactdist.kernels.reference import LANES, TILE_ROWS
+from compactdist.kernels.reference.scales import LARGEST_OF_MEAN
+from compactdist.kernels.sections import Sections
+from compactdist.kernels.spec import KINDS, MatrixView, QuantizerSpec
+from compactdist.kernels.threads import team
+
+__all__ = ["DTYPES", "Block", "CpuSteps", "scratch", "steps_of"]
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""What the loops take."""
+
+STREAMED_NBYTES = 1 << 21
+"""What is smaller, and written, may still lie in a cache when it is read again. What is larger is written past the
+caches if it begins a cache line: a line that is written without having been read need not be fetched.
+"""
+
+CACHE_LINE = 64
+"""Bytes."""
+
+_DYNAMIC = struct.Struct(f"={call.DYNAMIC}q")
+_Entry = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
+
+
+class Scratch(threading.local):
+    """Memory for one step, of each thread that takes steps; kept, for fresh pages cost more than the work.
+
+    Attributes:
+        address: where it begins, a cache line.
+        size: float32 there are.
+    """
+
+    address = 0
+    size = 0
+    _memory: Tensor | None = None
+
+    def grow(self, size: int) -> None:
+        """Hold at least ``size`` float32."""
+        self._memory = torch.empty(size, dtype=torch.float32)
+        self.address, self.size = self._memory.data_ptr(), size
+
+
+scratch = Scratch()
+
+
+class Block:
+    """A block in memory, and the compiled function that it is for.
+
+    Attributes:
+        slots: see ``call.py``.
+        buffer: the same memory.
+        address: of the slots.
+        run: calls the function; 0 if it declines.
+    """
+
+    __slots__ = ("_memory", "address", "buffer", "run", "slots")
+
+    def __init__(self, entry: int, slots: dict[int, int], works: dict[int, Work]) -> None:
+        self._memory = torch.zeros(call.SIZE, dtype=torch.int64)  # torch's begin a cache line, NumPy's need not
+        self.slots: NDArray[np.int64] = self._memory.numpy()
+        self.buffer = self.slots.data
+        self.address = self._memory.data_ptr()
+        self.run: Any = _Entry(entry)
+        for slot, value in slots.items():
+            self.slots[slot] = value
+        for at, work in works.items():
+            self.slots[at : at + 8] = work.slots()
+
+
+class Plan(NamedTuple):
+    """What the loops need to know of a quantizer, a matrix view and a dtype.
+
+    Attributes:
+        sections: of the payload.
+        offsets: of the elements; rows are blocks where a scale covers one row or less.
+        by_block: they are.
+        kind: of codes, see ``call.py``.
+        dtype: its name.
+        bits: width of the codes that the loops write: their own where they fill the bytes of every chunk, else 8.
+        apart: codes are packed in a loop of its own.
+        borders: how many there are between the magnitudes.
+        table: sixteen float32 each: the level of every code of a table codec, zero past the last one; the border from
+            each whole number of grains to the next, infinity where there is none; and how many borders there are below
+            that number, the bits of an int32. Then the bound, the grain and the borders, see ``call.py``.
+        slots: of a block, but for addresses of tensors.
+        scratch_size, own_size: float32 of the scratch memory, and those that each worker adds.
+        apart_at: where in it, in bytes, codes that are packed apart lie.
+    """
+
+    sections: Sections
+    offsets: Offsets
+    by_block: bool
+    kind: int
+    dtype: str
+    bits: int
+    apart: bool
+    borders: int
+    table: NDArray[np.float32]
+    slots: dict[int, int]
+    scratch_size: int
+    own_size: int
+    apart_at: int
+
+    def encoder(self, one: bool) -> Block:
+        """A block for encoding, with just ``one`` term or any number."""
+        at, dtype, sign = self.sections, self.dtype, self.kind == SIGN
+        works: dict[int, Work] = {}
+        if self.by_block:
+            if sign:
+                body = address_of("blocks.block_signs", dtype, one)
+            elif self.kind >= LINEAR:
+                body = address_of("blocks.block_reaching", dtype, one, self.kind)
+            else:
+                body = address_of("blocks.block_nearest", dtype, one, self.bits, self.borders)
+            works[call.FIRST_PASS] = Work(self.offsets.row_at.size, at.elements, body)
+        else:
+            tiles = -(-at.rows // TILE_ROWS)
+            survey = "signs" if sign else "reach" if self.kind >= LINEAR else "moments"
+            body = address_of(f"rows.survey_{survey}", dtype)
+            works[call.FIRST_PASS] = Work(at.groups * tiles, at.elements, body)
+            runs, sums = -(-at.channels // LANES), at.groups * tiles * at.channels
+            works[call.FOLD] = Work(at.groups * runs, sums, address_of("scales.fold_tiles"))
+            if sign:
+                body = self._apply(one)
+            elif self.kind >= LINEAR:
+                body = address_of("rows.code_reaching", dtype, one, self.kind)
+            else:
+                body = address_of("rows.code_nearest", dtype, one, self.bits, self.borders, self.kind == TRITS)
+            # backwards: the end is in a cache still
+            works[call.SECOND_PASS] = Work(self.offsets.row_at.size, at.elements, body, True)
+        if self.apart:
+            works[call.APART_PASS] = self._apart("pack")
+        return Block(address_of("entries.encode_blocks" if self.by_block else "entries.encode_rows"), self.slots, works)
+
+    def decoder(self, one: bool) -> Block:
+        """A block for decoding, with just ``one`` term or any number."""
+        works = {call.SECOND_PASS: Work(self.offsets.row_at.size, self.sections.elements, self._apply(one))}
+        if self.apart:
+            works[call.APART_PASS] = self._apart("unpack")
+        return Block(address_of("entries.decode_blocks" if self.by_block else "entries.decode_rows"), self.slots, works)
+
+    def _apply(self, one: bool) -> int:
+        return address_of("rows.apply_codes", self.dtype, one, NEAREST if self.kind == TRITS else self.kind, self.bits)
+
+    def _apart(self, what: str) -> Work:
+        at = self.sections
+        if at.base3:
+            return Work(at.codes_nbytes, at.elements, address_of(f"codes.{what}_trits"))
+        return Work(-(-at.elements // 8), at.elements, address_of(f"codes.{what}_eights"))
+
+
+def steps_of(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device: torch.device) -> CpuSteps | None:
+    """The steps of one stream; ``None`` where the loops do not apply: another dtype, blocks that are not consecutive in
+    memory, trits with a scale for each block, signs that do not fill their bytes, or levels too uneven to be looked up.
+    """
+    if view.numel == 0 or device.type != "cpu" or dtype not in DTYPES:
+        return None
+    plan = plan_of(spec, view, DTYPES[dtype])
+    return None if plan is None else CpuSteps(plan, view.numel, dtype)
+
+
+@lru_cache(maxsize=256)
+def plan_of(spec: QuantizerSpec, view: MatrixView, dtype: str) -> Plan | None:
+    """The plan, or ``None`` where the loops do not apply."""
+    sections, kind = spec.sections_of(view.shape), KINDS.index(spec.kind)
+    by_block = sections.rows == 1
+    offsets = offsets_of_blocks(view, sections.groups, sections.channels) if by_block else offsets_of(view)
+    table = _table_of(spec)
+    if offsets is None or table is None or (by_block and sections.base3):
+        return None
+    apart = sections.base3 or sections.bits == 3 or bool(((offsets.chunk_len * sections.bits) % 8).any())
+    if kind == SIGN and apart:
+        return None  # signs are packed as they are found
+    bits = 8 if apart else sections.bits
+    sizes = _rooms(sections, by_block, apart)
+    starts = np.concatenate([[0], np.cumsum([-(-size // 16) * 16 for size in sizes.values()])]).tolist()
+    slots = dict(zip(sizes, starts, strict=False))
+    apart_at = 4 * slots.pop(call.CODES)
+    block = max(LITTLE if kind == SIGN or kind >= LINEAR else MUCH, -(-sections.channels // LANES) * LANES)
+    own = 3 * block if by_block else -(-sections.channels // LANES) * LANES + LANES
+    slots |= {
+        call.ROW_AT: offsets.row_at.ctypes.data,
+        call.CHUNK_AT: offsets.chunk_at.ctypes.data,
+        call.CHUNK_FROM: offsets.chunk_from.ctypes.data,
+        call.CHUNK_LEN: offsets.chunk_len.ctypes.data,
+        call.CHUNKS: offsets.chunk_at.size,
+        call.GROUPS: 1 if by_block else sections.groups,
+        call.ROWS: offsets.rows,
+        call.CHANNELS: offsets.channels,
+        call.NUMEL: offsets.numel,
+        call.ROW_COUNT: offsets.row_at.size,
+        call.ELEMENTS: sections.elements,
+        call.TILES: -(-sections.rows // TILE_ROWS),
+        call.KIND: kind,
+        call.APART: int(apart),
+        call.WEIGHTED: int(sections.row_scale_count > 0),
+        call.SHARED: int(sections.channel_scales_per_group == 1),
+        call.WIDENING: spec.widening,
+        call.TABLE: table.ctypes.data,
+        call.CODES_NBYTES: sections.codes_nbytes,
+        call.ROW_SCALES_AT: sections.row_scales_at,
+        call.ROW_SCALE_COUNT: sections.row_scale_count,
+        call.CHANNEL_SCALES_AT: sections.channel_scales_at,
+        call.SCALE_COUNT: sections.groups * sections.channel_scales_per_group,
+        call.TOTAL_NBYTES: sections.total_nbytes,
+        call.BITS: sections.bits,
+        call.OWN_EACH: own,
+    }
+    borders = len(spec.magnitudes) - 1 if kind == NEAREST else 1
+    return Plan(sections, offsets, by_block, kind, dtype, bits, apart, borders, table, slots, starts[-1], own, apart_at)
+
+
+def _rooms(sections: Sections, by_block: bool, apart: bool) -> dict[int, int]:
+    """Float32 of each part of the scratch memory; what each worker has comes last."""
+    rows = sections.groups * sections.rows
+    scales = sections.channels if by_block else sections.groups * sections.channels
+    tiles = -(-sections.rows // TILE_ROWS)
+    sums = 0 if by_block else sections.groups * tiles * sections.channels
+    return {
+        call.STAT_ROOM: rows,
+        call.T_ROOM: rows,
+        call.INVERSE_T_ROOM: rows,
+        call.NORMS_ROOM: sections.groups,
+        call.WEIGHTS_ROOM: tiles,
+        call.FIRST_ROOM: sums,
+        call.SECOND_ROOM: sums,
+        call.C_ROOM: scales,
+        call.INVERSE_C_ROOM: scales,
+        call.CODES: -(-sections.elements // 4) if apart else 0,
+        call.OWN_ROOM: 0,
+    }
+
+
+def _table_of(spec: QuantizerSpec) -> NDArray[np.float32] | None:
+    """The table, see ``Plan``; ``None`` for levels that the loops cannot look up."""
+    magnitudes = (0.0, 1.0) if spec.kind == "trits" else spec.magnitudes if spec.kind == "nearest" else ()
+    table, count, levels = np.zeros(call.TABLE_SIZE, np.float32), len(magnitudes), np.array(magnitudes, np.float32)
+    if spec.kind == "nearest" and magnitudes[0] <= 0:
+        return None
+    grain, borders = _in_grains([np.float32((low + high) / 2) for low, high in pairwise(magnitudes)])
+    if spec.kind == "trits":
+        table[:3] = levels[0], levels[1], -levels[1]
+    else:
+        table[:count], table[count : 2 * count] = levels, -levels
+    whole = np.array(borders).astype(int)
+    if np.unique(whole).size < whole.size:  # two borders in one place of the table: no levels of ours
+        return None
+    table[16:32] = np.inf
+    table[16 + whole] = borders
+    table[32:48] = (whole[:, None] < np.arange(16)).sum(0, dtype=np.int32).view(np.float32)
+    table[call.BOUND] = LARGEST_OF_MEAN / magnitudes[0] if spec.kind == "nearest" else spec.reach
+    table[call.GRAIN] = grain
+    table[call.BORDERS : call.BORDERS + len(borders)] = borders
+    return table
+
+
+def _in_grains(borders: list[np.float32]) -> tuple[np.float32, tuple[np.float32, ...]]:
+    """The smallest grains of which no border is sixteen, and the borders in them."""
+    if not borders:
+        return np.float32(1), ()
+    grain = np.exp2(np.floor(np.log2(np.nextafter(np.float32(16), np.float32(0)) / borders[-1])), dtype=np.float32)
+    return grain, tuple(border * grain for border in borders)
+
+
+class CpuSteps:
+    """The steps of one stream, see ``kernels.Steps``. One thread at a time may take one."""
+
+    __slots__ = ("_codes_stream", "_decoders", "_dtype", "_encoders", "_numel", "_out_streams", "_total_nbytes", "plan")
+
+    def __init__(self, plan: Plan, numel: int, dtype: torch.dtype) -> None:
+        team.prepare()
+        self.plan = plan
+        self._numel = numel
+        self._dtype = dtype
+        self._total_nbytes = plan.sections.total_nbytes
+        self._out_streams = numel * dtype.itemsize >= STREAMED_NBYTES
+        self._codes_stream = not plan.apart and self._total_nbytes >= STREAMED_NBYTES
+        # compiled, or read from disk, when first needed; by whether there is just one term
+        self._encoders: list[Block | None] = [None, None]
+        self._decoders: list[Block | None] = [None, None]
+
+    def encode(self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor) -> bool:
+        numel, dtype, count = self._numel, self._dtype, len(terms)
+        for one in (x, *terms):
+            if one.dtype is not dtype or not one.is_cpu or one.numel() != numel:
+                return False
+            if not one.is_contiguous():
+                return self.encode(x.contiguous(), tuple(term.contiguous() for term in terms), out, payload)
+        if payload.dtype is not torch.uint8 or payload.numel() != self._total_nbytes or not payload.is_contiguous():
+            return False
+        out_at = 0
+        if out is not None:
+            if out.dtype is not dtype or not out.is_cpu or out.numel() != numel or not out.is_contiguous():
+                return False
+            out_at = out.data_ptr()
+        block = self._encoders[count == 1]
+        if block is None:
+            block = self._encoders[count == 1] = self.plan.encoder(count == 1)
+        threads, plan, payload_at = torch.get_num_threads(), self.plan, payload.data_ptr()
+        needed = plan.scratch_size + threads * plan.own_size
+        if scratch.size < needed:
+            scratch.grow(needed)
+        _DYNAMIC.pack_into(
+            block.buffer,
+            0,
+            x.data_ptr(),
+            terms[0].data_ptr() if count else 0,
+            terms[1].data_ptr() if count > 1 else 0,
+            count,
+            out_at,
+            payload_at,
+            scratch.address + plan.apart_at if plan.apart else payload_at,
+            self._out_streams and out_at % CACHE_LINE == 0,
+            self._codes_stream and payload_at % CACHE_LINE == 0,
+            threads,
+            team.address,
+            scratch.address,
+        )
+        return bool(block.run(block.address))
+
+    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor) -> bool:
+        numel, dtype, count = self._numel, self._dtype, len(terms)
+        for one in (out, *terms):
+            if one.dtype is not dtype or not one.is_cpu or one.numel() != numel:
+                return False
+            if not one.is_contiguous():
+                return False
+        if payload.dtype is not torch.uint8 or payload.numel() != self._total_nbytes or not payload.is_contiguous():
+            return False
+        block = self._decoders[count == 1]
+        if block is None:
+            block = self._decoders[count == 1] = self.plan.decoder(count == 1)
+        threads, plan, payload_at = torch.get_num_threads(), self.plan, payload.data_ptr()
+        needed = plan.scratch_size + threads * plan.own_size
+        if scratch.size < needed:
+            scratch.grow(needed)
+        out_at = out.data_ptr()
+        _DYNAMIC.pack_into(
+            block.buffer,
+            0,
+            out_at,
+            terms[0].data_ptr() if count else 0,
+            terms[1].data_ptr() if count > 1 else 0,
+            count,
+            out_at,
+            payload_at,
+            scratch.address + plan.apart_at if plan.apart else payload_at,
+            0,
+            0,
+            threads,
+            team.address,
+            scratch.address,
+        )
+        return bool(block.run(block.address))

@@ -1,0 +1,1 @@
+"""Triton kernels: for CUDA tensors, and interpreted for tests. Importing this imports Triton."""

@@ -1,0 +1,245 @@
+"""The primitives of ``reference.py`` as Triton functions, to the bit, and how elements are read and written.
+
+No function here leaves a rounding open: division and square root are the IEEE ones, bfloat16 is made by integer
+arithmetic (Triton's interpreter truncates), and kernels are launched with multiply-add contraction switched off.
+bfloat16 tensors come as their bits, int16.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from compactdist.kernels import reference
+from compactdist.kernels.reference import scales
+
+CONSECUTIVE = tl.constexpr(0)
+"""Rows lie one behind the other in memory."""
+EIGHTS = tl.constexpr(1)
+"""Rows and channels are permuted, and eight channels in a row still lie together, from a multiple of eight on."""
+SCATTERED = tl.constexpr(2)
+"""Rows and channels are permuted, and every channel is looked up."""
+
+INFINITY_BITS = tl.constexpr(0x7F800000)
+_UE5M3_BIAS = tl.constexpr(reference.UE5M3_BIAS)
+_UE5M3_FIRST_NONZERO_BITS = tl.constexpr(reference.UE5M3_FIRST_NONZERO_BITS)
+_BF16_MAX_BITS = tl.constexpr(reference.BF16_MAX_BITS)
+_F32_MAX = tl.constexpr(3.4028234663852886e38)
+_BF16_MAX = tl.constexpr(3.3895313892515355e38)
+_F16_MAX = tl.constexpr(65504.0)
+_SMALLEST_SCALE = tl.constexpr(scales.SMALLEST_SCALE)
+_SAFE_LOW, _SAFE_HIGH = map(tl.constexpr, scales.SAFE_STATISTIC)
+_TO_LOW = tl.constexpr(2.0**-64)
+_FROM_LOW = tl.constexpr(2.0**64)
+_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, half to even
+
+
+@triton.jit
+def bits_of(value):
+    return value.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def from_bits(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def read(source, at, ok):
+    value = tl.load(source + at, mask=ok, other=0)
+    if value.dtype == tl.int16:
+        return from_bits(value.to(tl.int32) << 16)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def clamped(value, limit):
+    """Hold between ``-limit`` and ``limit``; NaN stays."""
+    value = tl.where(value > limit, limit, value)
+    return tl.where(value < -limit, -limit, value)
+
+
+@triton.jit
+def write(target, at, value, ok):
+    """Clamp to what the dtype holds, round once, to nearest even, and store."""
+    if target.dtype.element_ty == tl.int16:
+        bits = bits_of(clamped(value, _BF16_MAX))
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(value != value, 0x7FC0, rounded)
+        tl.store(target + at, rounded.to(tl.int16), mask=ok)
+    elif target.dtype.element_ty == tl.float16:
+        tl.store(target + at, clamped(value, _F16_MAX).to(tl.float16), mask=ok)
+    else:
+        tl.store(target + at, clamped(value, _F32_MAX), mask=ok)
+
+
+@triton.jit
+def expected(base, velocity, at, ok, TERMS: tl.constexpr):
+    """What both ends expect: nothing, ``base``, or ``base + velocity``, by the number of terms."""
+    if TERMS == 0:
+        return tl.zeros(at.shape, tl.float32)
+    elif TERMS == 1:
+        return read(base, at, ok)
+    else:
+        return read(base, at, ok) + read(velocity, at, ok)
+
+
+@triton.jit
+def magnitudes(x, base, velocity, at, ok, TERMS: tl.constexpr):
+    """Magnitudes of the residual, zero where there is no element."""
+    return tl.abs(read(x, at, ok) - expected(base, velocity, at, ok, TERMS))
+
+
+@triton.jit
+def applied(before, scale, level):
+    """What was expected plus the decoded change, which is made finite first."""
+    return before + clamped(scale * level, _F32_MAX)
+
+
+@triton.jit
+def divide_or_zero(numerator, denominator):
+    positive = denominator > 0
+    return tl.where(positive, tl.div_rn(numerator, tl.where(positive, denominator, 1.0)), 0.0)
+
+
+@triton.jit
+def inverse_or_zero(value):
+    return divide_or_zero(tl.full(value.shape, 1.0, tl.float32), value)
+
+
+@triton.jit
+def power_of_two_near_inverse(value):
+    exponent = 254 - (bits_of(value) >> 23)
+    return from_bits(tl.minimum(tl.maximum(exponent, 1), 254) << 23)
+
+
+@triton.jit
+def magnitude_bits(value):
+    """The bits of a float32 without its sign, which order magnitudes, infinity and NaN above all."""
+    return bits_of(value) & 0x7FFFFFFF
+
+
+@triton.jit
+def round_half_even(value):
+    """Of a value from 0 to 2**22."""
+    return (value + _ROUNDING) - _ROUNDING
+
+
+@triton.jit
+def round_3_bits(value):
+    return from_bits((bits_of(value) + (1 << 19)) & -(1 << 20))
+
+
+@triton.jit
+def encode_ue5m3(value):
+    bits = bits_of(value)
+    code = ((bits + (1 << 19)) >> 20) - _UE5M3_BIAS
+    code = tl.maximum(code, tl.where(bits >= _UE5M3_FIRST_NONZERO_BITS, 1, 0))
+    return tl.minimum(code, 255)
+
+
+@triton.jit
+def decode_ue5m3(code):
+    return from_bits(tl.where(code == 0, 0, (code + _UE5M3_BIAS) << 20))
+
+
+@triton.jit
+def storable_scale(c, UP: tl.constexpr):
+    bits = bits_of(c)
+    if UP:
+        bits = bits + 0xFFFF
+    else:
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+    rounded = from_bits(bits & -0x10000)
+    return tl.where(rounded < _SMALLEST_SCALE, 0.0, rounded)
+
+
+@triton.jit
+def encode_bf16(value):
+    return tl.minimum(bits_of(value) >> 16, _BF16_MAX_BITS)
+
+
+@triton.jit
+def decode_bf16(code):
+    return from_bits(code << 16)
+
+
+@triton.jit
+def scale_factor(statistic, amax):
+    safe = (statistic >= _SAFE_LOW) & (statistic <= _SAFE_HIGH) | (amax == 0)
+    return tl.where(safe, 1.0, power_of_two_near_inverse(amax))
+
+
+@triton.jit
+def lowered(magnitude):
+    """A second copy of a magnitude, for sums that would overflow without it."""
+    return magnitude * _TO_LOW
+
+
+@triton.jit
+def scaled_statistic(statistic, low, largest, factor):
+    """The statistic of a row as it would be of ``magnitude * factor``.
+
+    Powers of two commute with sums except where a sum overflows: there that of the lowered magnitudes is taken.
+
+    Args:
+        statistic: Of the magnitudes as they are.
+        low: Of the lowered ones.
+        largest: ``statistic`` of the group's largest row.
+        factor: Of the group.
+    """
+    return tl.where(largest > _SAFE_HIGH, low * (factor * _FROM_LOW), statistic * factor)
+
+
+@triton.jit
+def fold_lanes(sums, ROWS: tl.constexpr):
+    """``(ROWS, 64)`` to ``(ROWS,)``, the upper half onto the lower half until one is left."""
+    for step in tl.static_range(6):
+        sums = tl.sum(tl.reshape(sums, (ROWS, 2, 32 >> step)), axis=1)
+    return tl.reshape(sums, (ROWS,))
+
+
+@triton.jit
+def fold_tiles(sums, WIDTH: tl.constexpr):
+    """``(64, WIDTH)`` to ``(WIDTH,)``, in the same order."""
+    for step in tl.static_range(6):
+        sums = tl.sum(tl.reshape(sums, (2, 32 >> step, WIDTH)), axis=0)
+    return tl.reshape(sums, (WIDTH,))
+
+
+@triton.jit
+def is_zero(flag):
+    """Of a flag in memory, ``(1, 1)``: the interpreter cannot mask blocks with a scalar."""
+    return tl.load(flag + tl.zeros((1, 1), tl.int32)) == 0
+
+
+@triton.jit
+def in_rows(row, inside, unit, row_at, column_at, channels, numel, PLACE: tl.constexpr, WHOLE: tl.constexpr):
+    """Where channels ``8 * unit`` to ``8 * unit + 7`` of rows lie in memory, and whether they do: ``(rows, units, 8)``.
+
+    Args:
+        row: Number of each row, int32 ``(rows, 1, 1)``; any number there is where it is not ``inside``.
+        unit: ``(1, units, 1)``.
+        row_at: Offset of each row, unless rows are consecutive.
+        column_at: Offset of every eighth channel (``EIGHTS``) or of every channel (``SCATTERED``).
+        channels: In each row.
+        numel: Elements in memory.
+        WHOLE: ``channels`` and ``numel`` are multiples of 8, so that masks are of units and loads of 16 bytes.
+    """
+    lane = tl.arange(0, 8)[None, None, :]
+    column = 8 * unit + lane
+    if PLACE == CONSECUTIVE:
+        if WHOLE:
+            start = 8 * (row * (channels // 8) + unit)
+            return start + lane, inside & (8 * unit < channels) & (start < numel)
+        else:
+            at = row * channels + column
+            return at, inside & (column < channels) & (at < numel)
+    elif PLACE == EIGHTS:
+        start = tl.load(row_at + row) + tl.load(column_at + tl.where(8 * unit < channels, unit, 0))
+        return tl.multiple_of(start, (8, 8, 8)) + lane, inside & (8 * unit < channels)
+    else:
+        at = tl.load(row_at + row) + tl.load(column_at + tl.where(column < channels, column, 0))
+        return at, inside & (column < channels)

@@ -1,0 +1,237 @@
+"""What the Triton kernels need to know of a codec and a view, worked out once; and memory for their sums.
+
+A plan holds small tables on the device, and making one copies them there: a step must have run once before it can be
+captured in a CUDA graph (Triton compiles in that first run, too).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compactdist.kernels.gpu import codes, elements
+from compactdist.kernels.offsets import offsets_of
+from compactdist.kernels.reference.scales import LARGEST_OF_MEAN, LEVEL_OF_TRITS
+from compactdist.kernels.sections import Sections
+from compactdist.kernels.spec import FLOAT8, MatrixView, QuantizerSpec
+
+KINDS: dict[str, int] = {
+    "sign": codes.SIGN.value,
+    "nearest": codes.NEAREST.value,
+    "trits": codes.TERNARY.value,
+    "linear": codes.LINEAR.value,
+    "e4m3": codes.FLOAT8.value,
+    "e5m2": codes.FLOAT8.value,
+}
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""The kernels run on CPU tensors, and only there."""
+
+UNITS_OF_TILE = 128 if INTERPRETED else 32
+"""Eighths of the channels that one program sums up over a tile. No block size changes a result."""
+
+MOST_ELEMENTS = 2**31 - 2**20
+"""Kernels count in int32, and the last program of a pass may reach beyond the end."""
+
+_MOST_PLANS = 256
+_here = threading.local()
+
+
+class Offsets(NamedTuple):
+    """Where the elements of a matrix lie: ``kind`` and tables as ``elements.in_rows`` takes them, int32."""
+
+    kind: int
+    row_at: Tensor
+    column_at: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Of one codec, view and device.
+
+    Attributes:
+        sections: Of the payload.
+        by_block: A scale covers one row of the sections, or a block: what ``blocks.py`` is for.
+        kind, mantissa, widening, table, constant: Of the codec, as ``codes`` takes them.
+        per: Codes of a unit, 8 or 5.
+        whole, place, padded: As ``codes.in_memory`` takes them.
+        whole_rows: As ``elements.in_rows`` takes it.
+        blocks, pad, matrix_channels, numel: Likewise, in its ``where``.
+        units: Of the section of codes, alignment included.
+        tiles: Of 64 rows, in each group.
+        channel_blocks: Of ``8 * UNITS_OF_TILE`` channels, in each row.
+    """
+
+    sections: Sections
+    by_block: bool
+    kind: int
+    mantissa: int
+    widening: int
+    table: Tensor
+    constant: float
+    per: int
+    whole: bool
+    whole_rows: bool
+    offsets: Offsets
+    padded: bool
+    blocks: int
+    pad: int
+    matrix_channels: int
+    numel: int
+    units: int
+    tiles: int
+    channel_blocks: int
+
+    @property
+    def codec_flags(self) -> dict[str, Any]:
+        """The constants that describe a code."""
+        return {"KIND": self.kind, "BITS": self.sections.bits, "MANTISSA": self.mantissa}
+
+    @property
+    def offsets_flags(self) -> dict[str, Any]:
+        """The constants that describe where coded elements lie."""
+        return {"WHOLE": self.whole, "PADDED": self.padded, "PLACE": self.offsets.kind}
+
+
+@lru_cache(maxsize=256)
+def plan_of(spec: QuantizerSpec, view: MatrixView, device: torch.device) -> Plan | None:
+    """The plan, or ``None`` where there are no kernels for so many elements, or for none."""
+    sections = spec.sections_of(view.shape)
+    if view.numel == 0 or sections.elements > MOST_ELEMENTS or (spec.kind == "nearest" and spec.magnitudes[0] <= 0):
+        return None
+    groups, rows, channels = view.shape
+    blocks = sections.groups // groups
+    pad = sections.elements // groups - rows * channels
+    offsets = _offsets(view, device)
+    per = 5 if sections.base3 else 8
+    whole_rows = channels % 8 == 0 and view.numel % 8 == 0
+    whole = per == 8 and (sections.channels % 8, pad % 8, view.numel % 8) == (0, 0, 0)
+    if offsets.kind != elements.CONSECUTIVE.value:
+        whole = whole and whole_rows
+        if not whole and offsets.kind == elements.EIGHTS.value:
+            offsets = _offsets(view, device, look_up_all=True)
+    section = sections.row_scales_at
+    return Plan(
+        sections=sections,
+        by_block=sections.rows == 1,
+        kind=KINDS[spec.kind],
+        mantissa=FLOAT8[spec.kind].mantissa_bits if spec.kind in FLOAT8 else 0,
+        widening=spec.widening,
+        table=torch.tensor(_table(spec), dtype=torch.float32, device=device),
+        constant=_constant(spec),
+        per=per,
+        whole=whole,
+        whole_rows=whole_rows,
+        offsets=offsets,
+        padded=pad > 0 and (groups > 1 or offsets.kind != elements.CONSECUTIVE.value),
+        blocks=blocks,
+        pad=pad,
+        matrix_channels=channels,
+        numel=view.numel,
+        units=section if sections.base3 else -(-section // sections.bits),
+        tiles=-(-sections.rows // 64),
+        channel_blocks=-(-sections.channels // (8 * UNITS_OF_TILE)),
+    )
+
+
+def _table(spec: QuantizerSpec) -> list[float]:
+    if spec.kind != "nearest":
+        return [0.0]
+    borders = [(low + high) / 2 for low, high in pairwise(spec.magnitudes)]
+    return [*spec.magnitudes, *(-level for level in spec.magnitudes), *borders]
+
+
+def _constant(spec: QuantizerSpec) -> float:
+    if spec.kind == "nearest":
+        return LARGEST_OF_MEAN / spec.magnitudes[0]
+    return LEVEL_OF_TRITS if spec.kind == "trits" else spec.reach
+
+
+def _offsets(view: MatrixView, device: torch.device, *, look_up_all: bool = False) -> Offsets:
+    if view.axes is None:
+        nothing = torch.zeros(1, dtype=torch.int32, device=device)
+        return Offsets(elements.CONSECUTIVE.value, nothing, nothing)
+
+    def on_device(at: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(at.astype(np.int32)).to(device)
+
+    at = offsets_of(view)
+    chunks = zip(at.chunk_from.tolist(), at.chunk_len.tolist(), strict=True)
+    columns = np.concatenate([np.arange(first, first + length) for first, length in chunks])
+    if not look_up_all and at.channels % 8 == 0 and not (at.row_at % 8).any():
+        eights = columns.reshape(-1, 8)
+        if not (eights[:, 0] % 8).any() and (eights == eights[:, :1] + np.arange(8)).all():
+            return Offsets(elements.EIGHTS.value, on_device(at.row_at), on_device(eights[:, 0]))
+    return Offsets(elements.SCATTERED.value, on_device(at.row_at), on_device(columns))
+
+
+class Scratch(NamedTuple):
+    """Memory for one step, in parts. ``zeroed`` begins with ``flag`` and goes on with ``largest``."""
+
+    zeroed: Tensor
+    flag: Tensor
+    largest: Tensor
+    statistic: Tensor
+    low: Tensor
+    row_weights: Tensor
+    first: Tensor
+    energy: Tensor
+    weight: Tensor
+    inverse: Tensor
+    wire: Tensor
+    factors: Tensor
+
+
+def scratch_of(plan: Plan, device: torch.device) -> Scratch:
+    """Memory for a step.
+
+    Kept for each thread and stream, whose steps follow one another; a step that is captured in a CUDA graph gets memory
+    of its own, for its replays follow nothing.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return _parts(plan, None, device)
+    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    if not hasattr(_here, "streams"):
+        _here.streams = {}
+    buffer, known = _here.streams.get(key, (None, {}))
+    if plan not in known:
+        needed, size = sum(_sizes(plan)), 0 if buffer is None else buffer.numel()
+        if size < needed or len(known) >= _MOST_PLANS:
+            buffer, known = _memory(max(needed, size), device), {}
+            _here.streams[key] = buffer, known
+        known[plan] = _parts(plan, buffer, device)
+    parts: Scratch = known[plan]
+    return parts
+
+
+def _memory(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # or it could not be written to outside of the mode it was made in
+        return torch.empty(size, dtype=torch.float32, device=device)
+
+
+def _sizes(plan: Plan) -> list[int]:
+    at = plan.sections
+    scales = at.groups * at.channel_scales_per_group
+    used = [4, 3 * at.groups, 0, 0, 0, 0, 0, 0, scales, scales, at.groups]
+    if not plan.by_block:
+        sums, weights = at.groups * plan.tiles * at.channels, at.groups * plan.tiles * plan.channel_blocks
+        energies = sums if plan.kind in (codes.NEAREST.value, codes.TERNARY.value) else 0
+        used[2:8] = [*[at.groups * at.rows] * 3, sums, energies, weights]
+    return [-(-size // 4) * 4 for size in used]
+
+
+def _parts(plan: Plan, buffer: Tensor | None, device: torch.device) -> Scratch:
+    sizes = _sizes(plan)
+    if buffer is None:
+        buffer = _memory(sum(sizes), device)
+    parts = buffer[: sum(sizes)].split(sizes)
+    zeroed = buffer[: sizes[0] + sizes[1]].view(torch.int32)
+    return Scratch(zeroed, zeroed[:1], zeroed[sizes[0] :], *parts[2:])

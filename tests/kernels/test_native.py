@@ -1,0 +1,109 @@
+"""Compiled code on disk: never stale, never half, and as much of it as one likes in one process."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compactdist import kernels
+
+pytest.importorskip("numba")
+from compactdist.kernels.cpu import native
+
+PACKAGE = Path(kernels.__file__).parent.parent
+
+# Reads one channel scale of 1 and says whether it is one that is safe to multiply with: a constant of scales.py.
+READ_A_SCALE = """
+import sys, torch
+from compactdist.kernels import digest
+from compactdist.kernels.cpu import call
+from compactdist.kernels.cpu.call import Work
+from compactdist.kernels.cpu.native import address_of, folder
+from compactdist.kernels.cpu.steps import Block
+payload, room = torch.tensor([0x80, 0x3F], dtype=torch.uint8), torch.zeros(64)
+slots = {call.PAYLOAD: payload.data_ptr(), call.SCRATCH: room.data_ptr(), call.SCALE_COUNT: 1, call.C_ROOM: 16}
+works = {call.SECOND_PASS: Work(0, 0, address_of("codes.pack_eights"))}
+block = Block(address_of("entries.decode_blocks"), slots, works)
+print(block.run(block.address), "numba" in sys.modules, digest(), folder().parent)
+"""
+
+
+def _run(script: str, folder: Path, **environment: str) -> list[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=folder, env={**kept, "PYTHONPATH": str(folder), **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_a_change_in_an_imported_file_is_seen(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "compactdist", ignore=shutil.ignore_patterns("__pycache__"))
+    cold, warm = _run(READ_A_SCALE, tmp_path), _run(READ_A_SCALE, tmp_path)
+    assert cold[:2] == ["1", "True"]
+    assert warm[:2] == ["1", "False"], "what was compiled is loaded without Numba"
+    assert warm[3].startswith(str(tmp_path))
+    imported = tmp_path / "compactdist/kernels/cpu/scales.py"
+    changed = imported.read_text().replace("_LARGEST_SCALE = np.float32(2.0**90)", "_LARGEST_SCALE = np.float32(0.5)")
+    assert changed != imported.read_text()
+    imported.write_text(changed)
+    after = _run(READ_A_SCALE, tmp_path)
+    assert after[:2] == ["0", "True"], "the old code ran"
+    assert after[2] != warm[2], "the digest is the same"
+
+
+def test_more_units_than_numba_would_hold(tmp_path):
+    """Numba's cache forgets functions that others take as arguments after 128, and raises ReferenceError then."""
+    script = """
+import shutil, sys
+from compactdist.kernels.cpu import native
+first = native.address_of("codes.pack_eights")
+numba = "numba" in sys.modules
+made = native.folder() / "codes.pack_eights.o"
+for i in range(200):
+    shutil.copy(made, native.folder() / f"codes.pack_eights-{i}.o")
+addresses = {native.address_of("codes.pack_eights", i) for i in range(200)}
+print(len(addresses | {first}), native.address_of("codes.pack_trits") != 0, numba)
+"""
+    cache = str(tmp_path)
+    assert _run(script, PACKAGE.parent, NUMBA_CACHE_DIR=cache) == ["201", "True", "True"]
+    assert _run(script, PACKAGE.parent, NUMBA_CACHE_DIR=cache) == ["201", "True", "False"]
+
+
+def test_half_a_file_is_not_loaded(tmp_path):
+    path = tmp_path / "unit.o"
+    assert native._read(path) is None
+    native._write(path, b"code" * 100)
+    assert native._read(path) == b"code" * 100
+    assert [one.name for one in tmp_path.iterdir()] == ["unit.o"]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert native._read(path) is None
+
+
+def test_code_is_kept_for_one_processor(monkeypatch, tmp_path):
+    script = "from compactdist.kernels.cpu import native; print(native.folder().name)"
+    here = {
+        _run(script, PACKAGE.parent, NUMBA_CACHE_DIR=str(tmp_path), **other)[0]
+        for other in (
+            {},
+            {},
+            {"NUMBA_CPU_NAME": "generic"},
+            {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+avx"},
+        )
+    }
+    assert len(here) == 3
+
+
+def test_the_digest_needs_no_numba():
+    script = "import sys; from compactdist import kernels; print(kernels.digest(), 'numba' in sys.modules)"
+    digest, numba = _run(script, PACKAGE.parent)
+    assert re.fullmatch("[0-9a-f]{16}", digest)
+    assert digest == kernels.digest()
+    assert numba == "False"
