@@ -18,16 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {
-    "compactdist": "compactdist",
-    "compactdist_xdit": "integrations/xdit",
-    "compactdist_diffusers": "integrations/diffusers",
-    "integrations": "integrations",
-    "tests": "tests",
-    "benchmarks": "benchmarks",
-    "tools": "tools",
-}
-"""Import name to folder."""
+FOLDERS = ("compactdist", "integrations", "tests", "benchmarks", "tools")
+"""What is parsed; an adapter's folder ``integrations/NAME`` is imported as ``compactdist_NAME``."""
 
 LEAVES = ("errors", "wire", "_torch", "observe.stats", "kernels.spec")
 """Anyone may import them; they import nothing of the house but each other."""
@@ -42,14 +34,16 @@ HEIGHT = {
     "observe": 5,
     "group": 6,
     "compactdist": 7,  # __init__.py, the public names
-    "cli": 8,
     "testing": 8,
-    "integrations": 8,
-    "benchmarks": 9,
-    "tools": 10,
-    "tests": 11,
+    "integrations.common": 8,
+    "integrations": 9,
+    "integrations.harness": 10,
+    "cli": 11,
+    "benchmarks": 12,
+    "tools": 13,
+    "tests": 14,
 }
-"""An arrow goes down, or stays in its room."""
+"""An arrow goes down, or stays in its room. ``integrations`` stands for every adapter that has no line of its own."""
 
 OBSERVERS = frozenset({"group", "compactdist", "cli", "testing", "integrations", "benchmarks", "tools", "tests"})
 """Who may import observe (other than observe.stats)."""
@@ -126,8 +120,7 @@ class House:
 
     def __init__(self, root: Path = ROOT) -> None:
         self.root = root
-        folders = {folder.split("/")[0] for folder in PACKAGES.values()}
-        paths = sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
+        paths = sorted(path for folder in FOLDERS for path in (root / folder).rglob("*.py"))
         self.known = {path.relative_to(root).as_posix() for path in paths}
         self.files = {name: self._parse(name) for name in sorted(self.known)}
 
@@ -164,13 +157,10 @@ class House:
             yield self._file_of(module) or module
 
     def _file_of(self, module: str) -> str | None:
-        parts = module.split(".")
-        for length in (2, 1):
-            folder = PACKAGES.get(".".join(parts[:length]))
-            if folder is not None:
-                stem = "/".join([folder, *parts[length:]])
-                return next((path for path in (f"{stem}.py", f"{stem}/__init__.py") if path in self.known), None)
-        return None
+        head, *rest = module.split(".")
+        folder = head.replace("compactdist_", "integrations/", 1)
+        stem = "/".join([folder, *rest])
+        return next((path for path in (f"{stem}.py", f"{stem}/__init__.py") if path in self.known), None)
 
     def arrows(self, *, typing: bool = False) -> Iterator[tuple[File, File, Import]]:
         """From file to file, each import once; those for type checkers only if ``typing``."""
@@ -283,10 +273,13 @@ def _may_import(importing: str, imported: str) -> bool:
     a, b = importing.split(".")[0], imported.split(".")[0]
     if b == "observe" and a not in OBSERVERS:
         return False
-    if imported == "compactdist":  # public names and the version: for those who stand above the package
-        return HEIGHT.get(a, 0) > HEIGHT["compactdist"]
+    below, above = _height(imported, len(HEIGHT)), _height(importing, -1)
     # a room without a height may import nothing but leaves, until it is given one
-    return a == b or HEIGHT.get(a, 0) > HEIGHT.get(b, len(HEIGHT)) or {a, b} == {"policy", "config"}
+    return above > below or {a, b} == {"policy", "config"}
+
+
+def _height(room: str, unknown: int) -> int:
+    return HEIGHT.get(room, HEIGHT.get(room.split(".")[0], unknown))
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool, bool]]:

@@ -20,9 +20,10 @@ VIEWS = (
     MatrixView(300, 1, 3, 128),  # the last row is filled up with zeros
     MatrixView(33 * 65, 1, 33, 65),
     MatrixView(2 * 40 * 72, 2, 40, 72),
+    MatrixView(2 * 200 * 130, 2, 200, 130),  # large enough for any codec's fast path
     MatrixView(2 * 3 * 20 * 16, 2, 20, 48, axes=(2, 3, 20, 16), order=(0, 2, 1, 3)),  # heads between groups and rows
 )
-"""One element, a padded tail, an odd matrix, groups, permuted axes."""
+"""One element, a padded tail, an odd matrix, groups, many elements, permuted axes."""
 
 STEPS = 6
 

@@ -67,6 +67,11 @@ def test_codecs_of_this_package_pass(codec_id: str) -> None:
     passes(codecs.get(codec_id))
 
 
+@pytest.mark.parametrize("codec_id", codecs.list())
+def test_sessions_of_every_codec(codec_id: str) -> None:
+    check_sessions(codecs.get(codec_id))
+
+
 def test_an_unregistered_codec_is_told_how_to_register() -> None:
     with pytest.raises(AssertionError, match=r"Half\(\) is not registered: decorate .*compactdist\.codecs\.register"):
         passes(Half())
