@@ -6,35 +6,28 @@ To add a collective: a class here that says what its plan is (:meth:`Pattern.pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from compactdist import _torch
 from compactdist.codecs import Codec
 from compactdist.exchange.arrivals import Arrival
 from compactdist.exchange.engine import Engine, Flight, exact_bytes
 from compactdist.exchange.forward import Message
 from compactdist.exchange.plan import Call, CallPlan, Incoming, Outgoing
-from compactdist.exchange.work import Job, drain
-from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import PassReason
-from compactdist.state import Site, blocks, state_nbytes
-from compactdist.wire import HEADER_NBYTES, MAGIC, STATELESS, from_raw, raw_nbytes
+from compactdist.state import Site, state_nbytes
 
 __all__ = [
     "ALL_GATHER",
     "ALL_TO_ALL",
     "BROADCAST",
-    "RECEIVE",
-    "RECEIVE_EXACTLY",
-    "SEND",
+    "OneMessage",
     "Pattern",
-    "receive_any",
-    "stream_name",
+    "commit_messages",
+    "stage_message",
 ]
 
 _EVERY_PEER = Site.ALL
@@ -105,7 +98,7 @@ class Pattern:
         engine.arrivals.put(flight.plan.site, part.peer, target, frame)
 
 
-class _OneMessage(Pattern):
+class OneMessage(Pattern):
     """A pattern whose parts are all of one size; signature: (numel, dtype, device, further facts)."""
 
     def ends(self, engine: Engine, signature: tuple[Any, ...]) -> tuple[int | None, int | None]:
@@ -130,7 +123,7 @@ class _OneMessage(Pattern):
         return plan, chosen, chooser.hint(info)
 
 
-class AllGather(_OneMessage):
+class AllGather(OneMessage):
     """One encoder, every other rank decodes; all frames of a call have one size. One's own chunk, too, is written."""
 
     op = "all_gather"
@@ -264,7 +257,7 @@ class AllToAll(Pattern):
         if part.codec is None:
             flight.staged.append(None)
         else:
-            _stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=False)
+            stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=False)
 
     def transfer(self, engine: Engine, flight: Flight) -> None:
         plan, size = flight.plan, engine.size
@@ -286,7 +279,7 @@ class AllToAll(Pattern):
         flight.arrived, flight.keep, flight.wire_nbytes = chunks, (wire, arrived), wire.numel()
 
     def commit(self, engine: Engine, flight: Flight) -> None:
-        _commit_messages(flight)
+        commit_messages(flight)
 
     def remember(self, engine: Engine, flight: Flight, part: Incoming, target: Tensor, frame: Tensor) -> None:
         leaving, arriving, *_ = flight.plan.signature
@@ -299,7 +292,7 @@ def _rotates(me: int, numels: Sequence[int]) -> bool:
     return not numels[me] and sum(1 for numel in numels if numel) <= 1
 
 
-class Broadcast(_OneMessage):
+class Broadcast(OneMessage):
     """The root encodes once, every other rank decodes. The root's own tensor stays as it was.
 
     Signature: (numel, dtype, device, group rank of the root).
@@ -348,162 +341,7 @@ class Broadcast(_OneMessage):
         flight.work, flight.keep = engine.link.broadcast(frame, flight.opts), (frame,)
 
 
-def stream_name(source: int, target: int, tag: int) -> str:
-    """The part of a site key that both ends of a directed pair share."""
-    return f"send/{source}>{target}/t{tag}"
-
-
-class Send(_OneMessage):
-    """One stream per directed pair, tag and ordinal. The frame says what it is, so a receiver on the CPU follows it.
-
-    A differentiable tensor, or one for which there is no state budget, travels as it is in a frame that touches no
-    history: the receiver cannot foresee either. Signature: (numel, dtype, device, source, target).
-    """
-
-    op = "send"
-    waits_for_earlier_calls = False
-    forwards = True
-    sends_only = True
-
-    def ends(self, engine: Engine, signature: tuple[Any, ...]) -> tuple[int | None, int | None]:
-        return signature[3], signature[4]
-
-    def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
-        plan, codec, hint = self.choose(engine, call, signature)
-        numel, peer = signature[0], signature[4]
-        plan.raw_numel, plan.raw_nbytes = numel, numel * plan.dtype.itemsize
-        if codec is not None:
-            plan.outgoing = [Outgoing(peer, numel, codec, plan.site.encoder(peer), hint)]
-        return plan
-
-    def arrival(self, engine: Engine, flight: Flight) -> Arrival | None:
-        return engine.arrivals.hold(engine.arrivals.found(flight.inputs[0]), engine.store)
-
-    def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
-        if flight.passed is None:
-            follows = x.device.type == "cpu"
-            _stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=follows, reserve=True)
-        if flight.passed is not None:
-            assert part.stream is not None
-            assert part.codec is not None
-            flight.staged.append(part.stream.stage_stateless(x, part.codec, epoch=flight.call.epoch))
-
-    def transfer(self, engine: Engine, flight: Flight) -> None:
-        staged = flight.staged[0]
-        assert staged is not None
-        flight.work = engine.link.send(staged.frame, flight.plan.outgoing[0].peer, flight.tag)
-        flight.keep, flight.wire_nbytes = (staged.frame,), staged.frame.numel()
-
-    def commit(self, engine: Engine, flight: Flight) -> None:
-        _commit_messages(flight)
-        stream = flight.plan.outgoing[0].stream
-        if stream is not None and stream.relay is not None and stream.relay.shared:
-            engine.store.reserve(flight.plan.site, flight.plan.outgoing[0].peer, "shared", 0)
-
-
-class Receive(_OneMessage):
-    """The other end of :class:`Send`. Signature: (numel, dtype, device, source, target).
-
-    On the CPU a receive is posted at the upper bound of the frame's size (gloo takes a shorter message, and kills the
-    process on a longer one), so that the sender alone decides what it sends.
-    """
-
-    op = "send"  # the policy is asked about the message, the same on both ends
-    waits_for_earlier_calls = False
-    forwards = True
-    receives_only = True
-
-    def ends(self, engine: Engine, signature: tuple[Any, ...]) -> tuple[int | None, int | None]:
-        return signature[3], signature[4]
-
-    def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
-        plan, codec, hint = self.choose(engine, call, signature)
-        numel, source = signature[0], signature[3]
-        if codec is not None:
-            plan.incoming = [Incoming(source, numel, codec, plan.site.decoder(source), hint)]
-            plan.detail = _frame_bound(codec, numel, plan.dtype, hint)
-        return plan
-
-    def frame_nbytes(self, engine: Engine, flight: Flight) -> int:
-        """Bytes of the buffer that the receive is posted with."""
-        return int(flight.plan.detail)
-
-    def transfer(self, engine: Engine, flight: Flight) -> None:
-        nbytes, device = self.frame_nbytes(engine, flight), flight.plan.signature[2]
-        frame = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        flight.arrived = flight.keep = (frame,)
-        flight.work = engine.link.receive(frame, flight.plan.incoming[0].peer, flight.tag)
-
-    def commit(self, engine: Engine, flight: Flight) -> None:
-        pass  # nothing left
-
-    def taken(self, engine: Engine, flight: Flight, part: Incoming) -> None:
-        plan, decoder = flight.plan, part.stream
-        assert decoder is not None
-        assert part.codec is not None
-        header = decoder.header
-        assert header is not None
-        if header.flags & STATELESS:
-            return
-        if header.is_key:
-            # a receiver has no way to refuse: it follows the sender, even beyond its cap
-            what = (part.numel, plan.dtype)
-            engine.store.reserve(plan.site, part.peer, what, decoder.state_bytes, force=True)
-        raw, wire = part.numel * plan.dtype.itemsize, header.nbytes + header.payload_nbytes
-        engine.stats.received(flight.call.site, flight.call.op, part.codec.codec_id, raw=raw, wire=wire)
-
-
-class ReceiveExactly(Receive):
-    """A receive where both ends' sizes must be equal (NCCL): its kind and size follow from what both ends share."""
-
-    waits_for_earlier_calls = True
-
-    def frame_nbytes(self, engine: Engine, flight: Flight) -> int:
-        part = flight.plan.incoming[0]
-        warm = 0 <= flight.call.step < engine.config.warmup_steps
-        return part.key_nbytes if warm or part.fresh else part.residual_nbytes
-
-
-def _frame_bound(codec: Codec, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> int:
-    """The most bytes a frame of this message can have: raw, or scales gone wild in an odd matrix view."""
-    shapes = [blocks(numel).shape] + ([hint.shape] if hint is not None else [])
-    coded = max(codec.payload_nbytes(shape, torch.float32) for shape in shapes)
-    return HEADER_NBYTES + max(raw_nbytes(numel, dtype), coded + numel // 8 + 64)
-
-
-def receive_any(engine: Engine, call_from: Callable[[int], Call], x: Tensor, tag: int) -> Job:
-    """Receive from whoever sends first; the frame says whose stream it belongs to (CPU only).
-
-    Args:
-        engine: the group's.
-        call_from: makes the call from the sender's group rank, once that is known.
-        x: output tensor.
-        tag: of the message.
-    """
-    numel, dtype = x.numel(), x.dtype
-    frame = torch.empty(HEADER_NBYTES + raw_nbytes(numel, dtype) + numel + 4096, dtype=torch.uint8, device=x.device)
-    work = engine.link.receive_any(frame, tag)
-
-    def finish(may_write: bool) -> None:
-        source = int(work._source_rank())
-        if frame[:4].numpy().tobytes() != MAGIC:  # the sender let this one pass through
-            engine.stats.passed("recv", PassReason.PEER, 0)
-            if may_write:
-                with _torch.without_autograd():
-                    x.copy_(from_raw(frame, numel, dtype).view(x.shape))
-            return
-        call = call_from(source)
-        drain(engine.store.site(call.site))
-        plan = engine.plan(RECEIVE, call, (numel, dtype, x.device, source, engine.rank))
-        if not plan.incoming:  # the policy lets it pass here; the sender's did not
-            codec, site = engine.chooser.codec, plan.site
-            plan = replace(plan, incoming=[Incoming(source, numel, codec, site.decoder(source))])
-        engine.finish(Flight(plan, call, (), (x,), None, arrived=(frame,)), may_write)
-
-    return Job(work, finish, None, (frame,))
-
-
-def _stage_message(
+def stage_message(
     engine: Engine,
     flight: Flight,
     part: Outgoing,
@@ -541,7 +379,7 @@ def _stage_message(
         message.announce(engine.stage(flight, part, x, message.keyframe))
 
 
-def _commit_messages(flight: Flight) -> None:
+def commit_messages(flight: Flight) -> None:
     framed = [
         (part, staged) for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True) if staged is not None
     ]
@@ -552,4 +390,3 @@ def _commit_messages(flight: Flight) -> None:
 
 
 ALL_GATHER, ALL_TO_ALL, BROADCAST = AllGather(), AllToAll(), Broadcast()
-SEND, RECEIVE, RECEIVE_EXACTLY = Send(), Receive(), ReceiveExactly()

@@ -17,17 +17,9 @@ from torch import Tensor
 from compactdist import _torch
 from compactdist.errors import BadOutputError, ConfigError
 from compactdist.exchange.engine import Flight
-from compactdist.exchange.patterns import (
-    ALL_GATHER,
-    ALL_TO_ALL,
-    BROADCAST,
-    RECEIVE,
-    RECEIVE_EXACTLY,
-    SEND,
-    receive_any,
-    stream_name,
-)
+from compactdist.exchange.patterns import ALL_GATHER, ALL_TO_ALL, BROADCAST
 from compactdist.exchange.plan import Call, refusal, under_autograd
+from compactdist.exchange.point_to_point import RECEIVE, RECEIVE_EXACTLY, SEND, receive_any, stream_name
 from compactdist.exchange.work import Job, WaitOnce
 from compactdist.group.core import nbytes_of
 from compactdist.group.lifecycle import GroupLifecycle
