@@ -380,6 +380,7 @@ def stage_message(
 
 
 def commit_messages(flight: Flight) -> None:
+    """Commit the messages of a flight that was launched."""
     framed = [
         (part, staged) for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True) if staged is not None
     ]
