@@ -1,7 +1,9 @@
 """Ranks agree on a configuration through the store, before any byte travels on the group.
 
-Each rank posts what it wants and reads what the others posted. A rank that is found to be wrapping another group it
-shares with us will never come here: that is an order error, told at once instead of after the timeout.
+Each rank posts what it wants and reads what the others posted. Two slots per group are written in turn: a rank that
+comes to a slot again has read what all others posted in the other one, so nobody reads the old post any more. A rank
+that is found to be wrapping another group it shares with us will never come here: that is an order error, told at once
+instead of after the timeout.
 """
 
 from __future__ import annotations
@@ -22,6 +24,12 @@ def _get(store: Any, key: str) -> dict[str, Any] | None:
         return None
     value: dict[str, Any] = json.loads(store.get(key).decode())
     return value
+
+
+def _fingerprint(store: Any, key: str, turn: int) -> dict[str, Any] | None:
+    """What a peer posted for this turn; an earlier turn's may lie in the slot still."""
+    value = _get(store, key)
+    return value["fingerprint"] if value is not None and value["turn"] == turn else None
 
 
 def agree(
@@ -53,17 +61,17 @@ def agree(
     """
     me = global_ranks[rank]
     turn = int(store.add(f"compactdist/turns/{rank}", 1))
-    here = f"compactdist/group/wrap/{turn}"
+    here = f"compactdist/wrap/{turn % 2}"
     announcement = f"compactdist/wrapping/{me}"
     common_store.set(announcement, json.dumps({"group": group, "turn": turn, "ranks": global_ranks}))
     try:
-        store.set(f"{here}/{rank}", json.dumps(fingerprint))
+        store.set(f"{here}/{rank}", json.dumps({"turn": turn, "fingerprint": fingerprint}))
         common_store.set(f"compactdist/posted/{me}/{group}", json.dumps({"turn": turn}))
         missing = set(range(len(global_ranks))) - {rank}
         deadline = time.monotonic() + timeout
         while missing:
             for peer in sorted(missing):
-                theirs = _get(store, f"{here}/{peer}")
+                theirs = _fingerprint(store, f"{here}/{peer}", turn)
                 if theirs is not None:
                     missing.discard(peer)
                     _compare(group, rank, peer, fingerprint, theirs)
@@ -73,7 +81,7 @@ def agree(
             if word is not None:
                 raise ConfigMismatchError(word["message"])
             for peer in sorted(missing):
-                _check_order(store, common_store, here, group, me, peer, global_ranks)
+                _check_order(store, common_store, here, turn, group, me, peer, global_ranks)
             if time.monotonic() > deadline:
                 raise WrapTimeoutError(
                     f"group '{group}', rank {rank}: rank{'s' if len(missing) > 1 else ''} "
@@ -100,6 +108,7 @@ def _check_order(
     store: Any,
     common_store: Any,
     here: str,
+    turn: int,
     group: str,
     me: int,
     peer: int,
@@ -111,7 +120,7 @@ def _check_order(
     posted = _get(common_store, f"compactdist/posted/{me}/{busy['group']}")
     if posted and posted["turn"] >= busy["turn"]:
         return  # the peer is only still reading what we posted there
-    if store.check([f"{here}/{peer}"]):
+    if _fingerprint(store, f"{here}/{peer}", turn) is not None:
         return  # it came here between our two looks
     message = (
         f"rank {me} wraps group '{group}' while rank {global_ranks[peer]} wraps group '{busy['group']}' "

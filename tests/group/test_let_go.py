@@ -33,7 +33,7 @@ print(threads())
 
 
 def test_no_thread_of_the_inner_group_is_left():
-    """Though the closed wrapper is still held. (After functional collectives, threads stay on a plain group as well.)"""
+    """The closed wrapper is still held. After functional collectives, threads stay, on a plain group as well."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True
     )

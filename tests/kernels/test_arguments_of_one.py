@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from compactdist import codecs
+from compactdist.kernels.spec import MatrixView
 from compactdist.state.matrix_view import Layout, blocks, plain
 from tests.kernels.test_gpu import _Compiler
 
-gpu = pytest.importorskip("compactdist.kernels.gpu")
+gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 
 CASES = {
     "by row and channel": ({"id": "int4"}, plain(128 * 256, 1, 256)),
@@ -24,6 +25,17 @@ CASES = {
     "by block": ({"id": "int2", "scales": "block"}, plain(128 * 256, 1, 256)),
     "by block, units across ends": ({"id": "int3", "scales": "block", "block": 33}, plain(3 * 40 * 65, 3, 65)),
 }
+
+
+def _run_both_ends(form: dict[str, Any], view: MatrixView, dtype: torch.dtype) -> None:
+    from compactdist.kernels.gpu.plan import plan_of
+
+    plan = plan_of(codecs.get(form).spec, view, torch.device("cpu"))
+    steps = gpu.TritonSteps(plan, dtype, torch.device("cpu"))
+    x, base = torch.zeros(view.numel, dtype=dtype), torch.zeros(view.numel, dtype=dtype)
+    payload = torch.zeros(plan.sections.total_nbytes, dtype=torch.uint8)
+    steps.encode(x, (base,), torch.zeros_like(x), payload)
+    steps.decode(payload, (base, x), base)
 
 
 class _WithOnes(_Compiler):
@@ -41,11 +53,7 @@ def test_kernels_compile_with_every_integer_equal_to_one(case, monkeypatch):
 
     compiler = _WithOnes()
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
-    form, cut = CASES[case]
-    codec = codecs.get(form)
-    x, base = torch.zeros(cut.numel, dtype=torch.bfloat16), torch.zeros(cut.numel, dtype=torch.bfloat16)
-    payload = gpu.encode_residual(codec, x, base, cut, base)
-    gpu.decode_residual(codec, payload, base, cut, base, x)
+    _run_both_ends(*CASES[case], torch.bfloat16)
     assert {"decode_codes"} < set(compiler.ptx)
 
 
@@ -56,12 +64,10 @@ def test_tensors_of_one_channel_compile(monkeypatch):
 
     compiler = _Compiler()
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
-    for form, cut in (
+    for form, view in (
         ({"id": "int4"}, plain(1, 1, 1)),
         ({"id": "int4"}, blocks(1)),
         ({"id": "int2", "scales": "block", "block": 8}, plain(8, 1, 8)),
     ):
-        codec = codecs.get(form)
-        x, base = torch.zeros(cut.numel), torch.zeros(cut.numel)
-        gpu.decode_residual(codec, gpu.encode_residual(codec, x, base, cut, base), base, cut, base, x)
+        _run_both_ends(form, view, torch.float32)
     assert {"encode_blocks", "encode_codes", "decode_codes"} <= set(compiler.ptx)
