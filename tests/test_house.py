@@ -14,26 +14,7 @@ from tools.house import House, room_of
 ROOT = Path(__file__).parents[1]
 
 # What breaks a rule today. Both sets are to become empty: an entry that is no longer needed fails the tests too.
-KNOWN_WRONG_ARROWS: frozenset[str] = frozenset(
-    {
-        "compactdist/kernels/cpu.py -> compactdist/codecs/scalar/layout.py",
-        "compactdist/kernels/cpu_common.py -> compactdist/codecs/scalar/layout.py",
-        "compactdist/kernels/cpu_common.py -> compactdist/codecs/scalar/scales.py",
-        "compactdist/kernels/cpu_settle.py -> compactdist/codecs/scalar/scales.py",
-        "compactdist/kernels/gpu_codes.py -> compactdist/codecs/scalar/scales.py",
-        "compactdist/kernels/gpu_elements.py -> compactdist/codecs/scalar/scales.py",
-        "compactdist/kernels/gpu_plan.py -> compactdist/codecs/scalar/binary.py",
-        "compactdist/kernels/gpu_plan.py -> compactdist/codecs/scalar/fp8.py",
-        "compactdist/kernels/gpu_plan.py -> compactdist/codecs/scalar/int2.py",
-        "compactdist/kernels/gpu_plan.py -> compactdist/codecs/scalar/int3.py",
-        "compactdist/kernels/gpu_plan.py -> compactdist/codecs/scalar/int4.py",
-        "compactdist/kernels/gpu_plan.py -> compactdist/codecs/scalar/int8.py",
-        "compactdist/kernels/gpu_plan.py -> compactdist/codecs/scalar/layout.py",
-        "compactdist/kernels/gpu_plan.py -> compactdist/codecs/scalar/lloyd_max.py",
-        "compactdist/kernels/gpu_plan.py -> compactdist/codecs/scalar/scales.py",
-        "compactdist/kernels/gpu_plan.py -> compactdist/codecs/scalar/ternary.py",
-    }
-)
+KNOWN_WRONG_ARROWS: frozenset[str] = frozenset()
 KNOWN_LONG_FUNCTIONS: frozenset[str] = frozenset(
     {
         "benchmarks/codecs/kernels_cpu.py:_line",
@@ -57,7 +38,7 @@ def test_arrows_point_one_way(house: House) -> None:
 
 def test_kernels_know_no_codec(house: House) -> None:
     found = {f"{a.path} -> {b.path}" for a, b, _ in house.arrows() if a.room == "kernels" and b.room == "codecs"}
-    assert found == {arrow for arrow in KNOWN_WRONG_ARROWS if arrow.startswith("compactdist/kernels/")}
+    assert found == set()
 
 
 def test_codecs_state_and_kernels_import_nothing_distributed(house: House) -> None:

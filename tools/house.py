@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("compactdist", "integrations", "tests", "benchmarks", "tools")
 """What is parsed; an adapter's folder ``integrations/NAME`` is imported as ``compactdist_NAME``."""
 
-LEAVES = ("errors", "wire", "_torch", "observe.stats", "kernels.spec")
+LEAVES = ("errors", "wire", "_torch", "observe.stats", "kernels.spec", "kernels.sections")
 """Anyone may import them; they import nothing of the house but each other."""
 
 HEIGHT = {
