@@ -80,12 +80,19 @@ def _rank(rank: int, core: int, folder: str, body: Callable[..., Any], args: tup
     os._exit(0)
 
 
+def _module(script: Path) -> str:
+    """The dotted name that a benchmark is run by: ``benchmarks.gpu`` or ``benchmarks.link.all_gather``."""
+    parts = script.resolve().with_suffix("").parts
+    named = parts[len(parts) - 1 - parts[::-1].index("benchmarks") :]
+    return ".".join(named[:-1] if named[-1] == "__main__" else named)
+
+
 def finish(path: Path | None, result: dict[str, Any]) -> None:
     """Write the result with what is needed to judge it: command, versions, machine."""
     if path is None:
         return
     about = {
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _module(Path(sys.argv[0])), *sys.argv[1:]]),
         "torch": torch.__version__,
         "compactdist": compactdist.__version__,
         "python": platform.python_version(),

@@ -87,7 +87,6 @@ def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rou
             with use("reference"):
                 for name, work in (("eager_encode", encode), ("eager_decode", decode)):
                     samples[name].append(_timed(work))
-    ms = {name: statistics.median(values) for name, values in samples.items()}
     line: dict[str, Any] = {
         "codec": spec["id"],
         "scales": spec.get("scales", "token_channel"),
@@ -96,17 +95,21 @@ def _line(spec: dict[str, Any], rows: int, dtype: torch.dtype, threads: int, rou
         "threads": threads,
         "copy_ms": round(statistics.median(copies), 2),
     }
-    for name in ("encode", "decode"):
-        spread = quartiles(ratios[name])
-        line |= {
-            f"{name}_ms": round(ms[name], 2),
-            f"{name}_copies": round(spread["median"], 2),
-            f"{name}_copies_quartiles": [round(spread["q1"], 2), round(spread["q3"], 2)],
-            f"moved_{name}_copies": round(statistics.median(ratios[f"moved_{name}"]), 2),
-            f"eager_{name}_ms": round(ms[f"eager_{name}"], 1),
-            f"{name}_speedup": round(ms[f"eager_{name}"] / ms[name], 1),
-        }
-    return line
+    return line | _figures("encode", samples, ratios) | _figures("decode", samples, ratios)
+
+
+def _figures(name: str, samples: dict[str, list[float]], ratios: dict[str, list[float]]) -> dict[str, Any]:
+    """Milliseconds, copies and speedup of ``encode`` or ``decode``."""
+    taken, eager = statistics.median(samples[name]), statistics.median(samples[f"eager_{name}"])
+    spread = quartiles(ratios[name])
+    return {
+        f"{name}_ms": round(taken, 2),
+        f"{name}_copies": round(spread["median"], 2),
+        f"{name}_copies_quartiles": [round(spread["q1"], 2), round(spread["q3"], 2)],
+        f"moved_{name}_copies": round(statistics.median(ratios[f"moved_{name}"]), 2),
+        f"eager_{name}_ms": round(eager, 1),
+        f"{name}_speedup": round(eager / taken, 1),
+    }
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -60,7 +60,6 @@ def measure(
         A row per subject.
     """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    target = torch.empty_like(x)
     able = [subject for subject in subjects if subject.missing is None]
     sent: dict[str, Any] = {}
     quality: dict[str, tuple[float, float]] = {}
@@ -68,25 +67,7 @@ def measure(
         with subject.around():
             sent[subject.name] = subject.encode(x)
             quality[subject.name] = _quality(subject, sent[subject.name], x)
-    encode: dict[str, list[tuple[int, int]]] = {subject.name: [] for subject in able}
-    decode: dict[str, list[tuple[int, int]]] = {subject.name: [] for subject in able}
-
-    def beside_a_copy(body: Callable[[], Any]) -> tuple[int, int]:
-        target.copy_(x)
-        return _nanoseconds(lambda: target.copy_(x)), _nanoseconds(body)
-
-    began = time.monotonic()
-    for turn in range(_WARM_UP_ROUNDS + rounds):
-        if turn >= _WARM_UP_ROUNDS + 3 and time.monotonic() - began > seconds:
-            break
-        for subject in able:
-            payload = sent[subject.name]
-            with subject.around():
-                first = beside_a_copy(lambda s=subject: s.encode(x))  # type: ignore[misc]
-                second = beside_a_copy(lambda s=subject, p=payload: s.decode(p, x))  # type: ignore[misc]
-            if turn >= _WARM_UP_ROUNDS:
-                encode[subject.name].append(first)
-                decode[subject.name].append(second)
+    encode, decode = _take_turns(able, sent, x, rounds, seconds)
     copies = [pair[0] for pairs in (*encode.values(), *decode.values()) for pair in pairs]
     copy_ns = statistics.median(copies) if copies else math.nan
     rows = []
@@ -110,6 +91,36 @@ def measure(
         row |= _timings("decode", decode[subject.name], x, touched[1], copy_ns)
         rows.append(row)
     return rows
+
+
+_Pairs = dict[str, list[tuple[int, int]]]
+
+
+def _take_turns(
+    able: Sequence[Subject], sent: dict[str, Any], x: Tensor, rounds: int, seconds: float
+) -> tuple[_Pairs, _Pairs]:
+    """Nanoseconds of a copy of ``x`` and of encode right after it, by subject; then the same for decode."""
+    target = torch.empty_like(x)
+    encode: _Pairs = {subject.name: [] for subject in able}
+    decode: _Pairs = {subject.name: [] for subject in able}
+
+    def beside_a_copy(body: Callable[[], Any]) -> tuple[int, int]:
+        target.copy_(x)
+        return _nanoseconds(lambda: target.copy_(x)), _nanoseconds(body)
+
+    began = time.monotonic()
+    for turn in range(_WARM_UP_ROUNDS + rounds):
+        if turn >= _WARM_UP_ROUNDS + 3 and time.monotonic() - began > seconds:
+            break
+        for subject in able:
+            payload = sent[subject.name]
+            with subject.around():
+                first = beside_a_copy(lambda s=subject: s.encode(x))  # type: ignore[misc]
+                second = beside_a_copy(lambda s=subject, p=payload: s.decode(p, x))  # type: ignore[misc]
+            if turn >= _WARM_UP_ROUNDS:
+                encode[subject.name].append(first)
+                decode[subject.name].append(second)
+    return encode, decode
 
 
 def _timings(name: str, pairs: list[tuple[int, int]], x: Tensor, touched: int, copy_ns: float) -> dict[str, Any]:

@@ -44,10 +44,10 @@ class Flight:
 
     Attributes:
         plan, call: of the call.
-        inputs: tensors that leave, as ``plan.outgoing``.
+        inputs: tensors that leave, as ``plan.outgoing``; let go of at the launch.
         outputs: tensors to be written, as ``plan.incoming``.
         opts: the caller's options object or ``None``.
-        own: one's own chunk, (input, output), where the collective has one.
+        own_input, own_output: one's own chunk, where the collective has one.
         tag: of a point-to-point message.
         staged: frames, as ``plan.outgoing``; ``None`` for a tensor that travels as it is.
         messages: decisions to encode or to pass on, where the pattern makes them.
@@ -68,7 +68,8 @@ class Flight:
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
     opts: Any
-    own: tuple[Tensor, Tensor] | None = None
+    own_input: Tensor | None = None
+    own_output: Tensor | None = None
     tag: int = 0
     staged: list[Staged | None] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
@@ -262,8 +263,9 @@ class Engine:
             else:
                 reason = flight.passed or plan.detail
                 self.stats.passed(flight.call.op, reason, plan.raw_nbytes, flight.call.site, wire=flight.wire_nbytes)
-            if flight.own is not None:
+            if flight.own_output is not None:
                 pattern.keep_own(self, flight)
+            flight.inputs, flight.own_input = (), None  # the caller's, who may let go of them
         job = Job(flight.work, partial(self.finish, flight), None if pattern.sends_only else plan.site, flight.keep)
         if pattern.sends_only:
             self.outbox.add(plan.outgoing[0].peer, job)
@@ -291,8 +293,8 @@ class Engine:
         error: Exception | None = flight.failure
         refused = set(flight.refusing)
         with _torch.without_autograd():
-            if may_write and flight.own_value is not None and flight.own is not None:
-                target = flight.own[1]
+            target = flight.own_output
+            if may_write and flight.own_value is not None and target is not None:
                 target.copy_(flight.own_value.view(target.shape))
             for part, data, target in zip(plan.incoming, flight.arrived, flight.outputs, strict=True):
                 try:

@@ -86,8 +86,8 @@ class Pattern:
 
     def keep_own(self, engine: Engine, flight: Flight) -> None:
         """Keep one's input for one's own output, safe from whatever the caller does to it before waiting."""
-        if flight.own is not None:
-            value = flight.own[0].detach().reshape(-1)
+        if flight.own_input is not None:
+            value = flight.own_input.detach().reshape(-1)
             flight.own_value = value.clone() if getattr(flight.opts, "asyncOp", True) else value
 
     def taken(self, engine: Engine, flight: Flight, part: Incoming) -> None:

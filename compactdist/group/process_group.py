@@ -55,7 +55,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
             self._keys.give_back(call)
             raise
         own = rows.pop(engine.rank)
-        return Flight(plan, call, (x,), rows, opts, (x, own))
+        return Flight(plan, call, (x,), rows, opts, x, own)
 
     def _rows(self, output: Tensor, x: Tensor) -> list[Tensor]:
         size = self._engine.size
@@ -161,7 +161,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
             return None
         call, plan = planned
         own = inputs.pop(me), outputs.pop(me)
-        return self._fly(Flight(plan, call, inputs, outputs, opts, own), result)
+        return self._fly(Flight(plan, call, inputs, outputs, opts, *own), result)
 
     def _passes_all_to_all(self, whole: Tensor, nbytes: float) -> bool:
         """Count an all-to-all that passes through whatever its chunks are: they need not make sense to us then."""
