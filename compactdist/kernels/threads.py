@@ -71,7 +71,8 @@ class Team:
         except KeyboardInterrupt:
             interrupted = True
         # whoever calls a loop again finds no part left to take
-        for finish in (partial(work, block), *(one.result for one in under_way)):
+        calls: list[Callable[[], Any]] = [partial(work, block), *(one.result for one in under_way)]
+        for finish in calls:
             interrupted |= _to_the_end(finish)
         if interrupted:
             _thread.interrupt_main()
