@@ -1,4 +1,4 @@
-"""Where the elements of a matrix lie in a flat buffer, for the loops of ``cpu_loops.py``."""
+"""Where the elements of a matrix lie in a flat buffer, for loops and tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Offsets", "offsets_of", "offsets_of_blocks"]
 
 WIDTH = 256
-"""Longest chunk of channels; the buffers of ``cpu_lowrank.py`` are as long."""
+"""Longest chunk of channels; the sums of ``cpu/lowrank.py`` have room for as many."""
 
 
 class Offsets(NamedTuple):
@@ -38,7 +38,7 @@ class Offsets(NamedTuple):
 
 @lru_cache(maxsize=64)
 def offsets_of(view: MatrixView) -> Offsets:
-    """Work out where a matrix view's elements lie; the same matrix view is asked for at every step."""
+    """Work out where a matrix view's elements lie."""
     groups, rows, channels = view.shape
     if view.axes is None:
         row_at, column_at = np.arange(groups * rows, dtype=np.int64) * channels, np.arange(channels, dtype=np.int64)

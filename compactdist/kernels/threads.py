@@ -9,10 +9,12 @@ pools are not used, for they abort in such a child or when two threads call at a
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +59,40 @@ class Team:
         self.address = ctypes.cast(function, ctypes.c_void_p).value or 0
 
     def _in_pool(self, loop: int, block: int, threads: int, _: int) -> None:
-        work, under_way = _Loop(loop), []
-        for _ in range(threads - 1):
-            try:
+        """Compiled code calls this, and what it raised would be lost: an interrupt has to wait until all is done."""
+        work = _Loop(loop)
+        under_way: list[Future[int]] = []
+        interrupted = False
+        try:
+            for _ in range(threads - 1):
                 under_way.append(self._threads(threads).submit(work, block))
-            except RuntimeError:  # the interpreter is on its way down and starts no more threads
-                break
-        work(block)
-        for one in under_way:
-            one.result()
+        except RuntimeError:  # the interpreter is on its way down and starts no more threads
+            pass
+        except KeyboardInterrupt:
+            interrupted = True
+        # whoever calls a loop again finds no part left to take
+        calls: list[Callable[[], Any]] = [partial(work, block), *(one.result for one in under_way)]
+        for finish in calls:
+            interrupted |= _to_the_end(finish)
+        if interrupted:
+            _thread.interrupt_main()
 
     def _threads(self, wanted: int) -> ThreadPoolExecutor:
         """A pool with at least ``wanted - 1`` threads."""
         if self._pool is None or self._pool[0] < wanted:
             self._pool = wanted, ThreadPoolExecutor(wanted - 1, thread_name_prefix="compactdist-codec")
         return self._pool[1]
+
+
+def _to_the_end(call: Callable[[], Any]) -> bool:
+    """Call until it has returned; whether there was an interrupt."""
+    interrupted = False
+    while True:
+        try:
+            call()
+            return interrupted
+        except KeyboardInterrupt:
+            interrupted = True
 
 
 @cache

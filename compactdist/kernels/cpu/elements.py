@@ -168,9 +168,9 @@ def nearest_float8(kind: int, u: Any, below: Any) -> Any:
 
 @inlined
 def change_by_float8(kind: int, scale: Any, codes: Any) -> Any:
-    """What the receiver adds for a float8; 0 for -0, which a base of -0 would tell apart."""
+    """What the receiver adds for a float8."""
     levels = float8_levels(codes, 3, 0x7E) if kind == E4M3 else float8_levels(codes, 2, 0x7B)
-    return scale * levels + _f32(0)
+    return scale * levels
 
 
 @inlined

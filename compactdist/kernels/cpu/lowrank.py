@@ -13,7 +13,7 @@ import numpy as np
 
 from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.elements import expected_at, floats_from, put, residual_at, source_of
-from compactdist.kernels.cpu.rows import place_of
+from compactdist.kernels.cpu.rows import offsets_in
 from compactdist.kernels.cpu.simd.elements import fold
 from compactdist.kernels.cpu.simd.jit import inlined
 from compactdist.kernels.cpu.simd.memory import load_first, rounded_for, shifted, stack_floats, store_first
@@ -41,7 +41,7 @@ def take_in(dtype: str) -> Any:
     elements_at, rounded_at = ELEMENTS_AT[dtype], ELEMENTS_AT["bfloat16"]
 
     def body(args: Any) -> int:
-        row_at, (chunk_at, chunk_from, chunk_len, chunks), _, channels, numel, _ = place_of(args)
+        row_at, (chunk_at, chunk_from, chunk_len, chunks), _, channels, numel, _ = offsets_in(args)
         given, outs, squares = source_of(args, elements_at, False), rounded_at(args, _OUT), floats_at(args, _SQUARES)
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:
@@ -69,7 +69,7 @@ def add_product(dtype: str) -> Any:
     elements_at = ELEMENTS_AT[dtype]
 
     def body(args: Any) -> int:
-        row_at, (chunk_at, chunk_from, chunk_len, chunks), rows, channels, numel, _ = place_of(args)
+        row_at, (chunk_at, chunk_from, chunk_len, chunks), rows, channels, numel, _ = offsets_in(args)
         rank, terms, smallest = args[_RANK], args[_TERMS], floats_at(args, _NUMBERS)[0]
         given, outs, summed = source_of(args, elements_at, False), elements_at(args, _OUT), stack_floats(WIDTH)
         lo, hi = next_part(args, _FIRST_PASS)

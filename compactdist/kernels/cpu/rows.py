@@ -10,7 +10,7 @@ Each maker returns a loop for a dtype and a kind of code, and for whether there 
 number. What is fixed is constant to the compiler, and the loop holds nothing that it does not need. Where 64 elements
 are left of a row, nothing asks how many there are. Where the address of ``out`` is 0, no reconstruction is wanted.
 
-A *place* tells where matrix elements lie: ``(row_at, (chunk_at, chunk_from, chunk_len, chunks), rows, channels, numel,
+*Offsets* tell where matrix elements lie: ``(row_at, (chunk_at, chunk_from, chunk_len, chunks), rows, channels, numel,
 row_count)``, see ``offsets.py``. A *source* is ``(x, base, velocity, terms)``: pointers, of which the first
 ``1 + terms`` are good. A *tile* is 64 rows of one group.
 """
@@ -80,8 +80,8 @@ _CODES_STREAM = call.CODES_STREAM
 
 
 @inlined
-def place_of(args: Any) -> Any:
-    """The place of a block."""
+def offsets_in(args: Any) -> Any:
+    """The offsets in a block."""
     chunks = longs_at(args, _CHUNK_AT), longs_at(args, _CHUNK_FROM), longs_at(args, _CHUNK_LEN), args[_CHUNKS]
     return longs_at(args, _ROW_AT), chunks, args[_ROWS], args[_CHANNELS], args[_NUMEL], args[_ROW_COUNT]
 
@@ -115,8 +115,8 @@ def _read_row(source: Any, at: int, chunks: Any, numel: int, values: Pointer) ->
 
 
 @inlined
-def _fill_lanes(place: Any) -> bool:
-    chunk_len, count, filled = place[1][2], place[1][3], True
+def _fill_lanes(offsets: Any) -> bool:
+    chunk_len, count, filled = offsets[1][2], offsets[1][3], True
     for k in range(count - 1):
         filled = filled and chunk_len[k] % LANES == 0
     return filled
@@ -144,13 +144,13 @@ def _update(add: Any, given: Any, value: Any, factor: Any, sums: Any, s: int, el
 
 
 @inlined
-def _for_tiles(settle: Any, add: Any, given: Any, args: Any, source: Any, place: Any, sums: Any) -> None:
+def _for_tiles(settle: Any, add: Any, given: Any, args: Any, source: Any, offsets: Any, sums: Any) -> None:
     """Rows of parts of the tiles: read one, settle its factor, and add it to the tile's sums by channel.
 
     To settle gets what is given, the row, what ``_read_row`` returns, and the row's values. To add gets what is given,
     64 values, the factor, the sums so far, the position in the matrix and how many channels there are from there on.
     """
-    row_at, chunks, rows, channels, numel, row_count = place
+    row_at, chunks, rows, channels, numel, row_count = offsets
     tiles, last, whole = (rows + TILE - 1) // TILE, row_count - 1, channels // LANES * LANES
     values = own_room(args, _FIRST_PASS)
     lo, hi = next_part(args, _FIRST_PASS)
@@ -208,9 +208,9 @@ def survey_signs(dtype: str) -> Any:
     elements_at = ELEMENTS_AT[dtype]
 
     def body(args: Any) -> int:
-        place, one = place_of(args), room_at(args, _FIRST_ROOM)
-        given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, _fill_lanes(place), bytes_at(args, _CODES)
-        _for_tiles(_weight, _add_signs, given, args, source_of(args, elements_at, False), place, (one, one, False))
+        offsets, one = offsets_in(args), room_at(args, _FIRST_ROOM)
+        given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, _fill_lanes(offsets), bytes_at(args, _CODES)
+        _for_tiles(_weight, _add_signs, given, args, source_of(args, elements_at, False), offsets, (one, one, False))
         return 0
 
     return body
@@ -221,9 +221,9 @@ def survey_moments(dtype: str) -> Any:
     elements_at = ELEMENTS_AT[dtype]
 
     def body(args: Any) -> int:
-        place, to = place_of(args), (room_at(args, _FIRST_ROOM), room_at(args, _SECOND_ROOM), True)
-        given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, _fill_lanes(place)
-        _for_tiles(_weight, _add_moments, given, args, source_of(args, elements_at, False), place, to)
+        offsets, to = offsets_in(args), (room_at(args, _FIRST_ROOM), room_at(args, _SECOND_ROOM), True)
+        given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, _fill_lanes(offsets)
+        _for_tiles(_weight, _add_moments, given, args, source_of(args, elements_at, False), offsets, to)
         return 0
 
     return body
@@ -234,22 +234,22 @@ def survey_reach(dtype: str) -> Any:
     elements_at = ELEMENTS_AT[dtype]
 
     def body(args: Any) -> int:
-        place, one = place_of(args), room_at(args, _FIRST_ROOM)
+        offsets, one = offsets_in(args), room_at(args, _FIRST_ROOM)
         given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0
-        _for_tiles(_inverse, _add_reach, given, args, source_of(args, elements_at, False), place, (one, one, False))
+        _for_tiles(_inverse, _add_reach, given, args, source_of(args, elements_at, False), offsets, (one, one, False))
         return 0
 
     return body
 
 
 @inlined
-def _for_rows(step: Any, given: Any, args: Any, place: Any, weights: Any) -> None:
+def _for_rows(step: Any, given: Any, args: Any, offsets: Any, weights: Any) -> None:
     """Call ``step(given, (t, 1 / t), at, channel, code, count, have)`` for each run of 64 channels of some rows.
 
     ``at``: offset in x, terms and out. ``channel``: number among the channels of all groups. ``code``: first code in
     the payload. ``count``: channels from there on in the run. ``have``: elements from there on in memory.
     """
-    row_at, (chunk_at, chunk_from, chunk_len, chunks), rows, channels, numel, _ = place
+    row_at, (chunk_at, chunk_from, chunk_len, chunks), rows, channels, numel, _ = offsets
     t, inverse_t = weights
     lo, hi = next_part(args, _SECOND_PASS)
     while lo < hi:
@@ -324,7 +324,7 @@ def code_nearest(dtype: str, one: bool, bits: int, borders: int, trits: bool) ->
             trits,
             args[_OUT] != 0,
         )
-        _for_rows(_nearest, given, args, place_of(args), (room_at(args, _T_ROOM), room_at(args, _INVERSE_T_ROOM)))
+        _for_rows(_nearest, given, args, offsets_in(args), (room_at(args, _T_ROOM), room_at(args, _INVERSE_T_ROOM)))
         return 0
 
     return body
@@ -344,7 +344,7 @@ def code_reaching(dtype: str, one: bool, kind: int) -> Any:
             kind,
             args[_OUT] != 0,
         )
-        _for_rows(_reaching, given, args, place_of(args), (room_at(args, _T_ROOM), room_at(args, _INVERSE_T_ROOM)))
+        _for_rows(_reaching, given, args, offsets_in(args), (room_at(args, _T_ROOM), room_at(args, _INVERSE_T_ROOM)))
         return 0
 
     return body
@@ -358,7 +358,7 @@ def apply_codes(dtype: str, one: bool, kind: int, bits: int) -> Any:
         levels, target = sixteen_at(table_of(args), 0), (elements_at(args, _OUT), args[_OUT_STREAMS] != 0)
         source, t = source_of(args, elements_at, one), room_at(args, _T_ROOM)
         given = source, target, bytes_at(args, _CODES), room_at(args, _C_ROOM), kind, bits, levels
-        _for_rows(_apply, given, args, place_of(args), (t, t))
+        _for_rows(_apply, given, args, offsets_in(args), (t, t))
         return 0
 
     return body

@@ -115,7 +115,7 @@ def code_of(
 
 @triton.jit
 def _float8_of(size, MANTISSA: tl.constexpr):
-    """As ``fp8.encode_units``."""
+    """As ``reference.float8_codes``."""
     DROP: tl.constexpr = 23 - MANTISSA
     bits = bits_of(size)
     normal = ((bits + ((1 << (DROP - 1)) - 1) + ((bits >> DROP) & 1)) >> DROP) - ((126 + MANTISSA) << MANTISSA)

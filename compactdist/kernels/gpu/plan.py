@@ -62,7 +62,7 @@ class Plan:
         by_block: A scale covers one row of the sections, or a block: what ``blocks.py`` is for.
         kind, mantissa, widening, table, constant: Of the codec, as ``codes`` takes them.
         per: Codes of a unit, 8 or 5.
-        whole, place, padded: As ``codes.in_memory`` takes them.
+        whole, offsets, padded: As ``codes.in_memory`` takes them.
         whole_rows: As ``elements.in_rows`` takes it.
         blocks, pad, matrix_channels, numel: Likewise, in its ``where``.
         units: Of the section of codes, alignment included.

@@ -1,4 +1,4 @@
-"""Float8 codes of sixty-four values at a time and back, as ``fp8.encode_units`` and ``fp8.unit_levels`` have them.
+"""Float8 codes of sixty-four values at a time and back, as ``reference.float8_codes`` and ``float8_levels`` have them.
 
 A format is given by its bits of mantissa and its largest finite code. Values are in units of its smallest subnormal, so
 what lies below ``2 ** mantissa`` is an integer, and above that the bits of a float32 are those of the code but for more

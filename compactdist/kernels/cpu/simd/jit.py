@@ -24,7 +24,6 @@ __all__ = [
     "inlined",
     "intrinsic",
     "ir_of",
-    "jit",
     "lower_builtin",
     "lower_cast",
     "models",
@@ -33,11 +32,8 @@ __all__ = [
     "types",
 ]
 
-jit = numba.njit(nogil=True, error_model="numpy")
-"""Compiles a function that others call, once for each set of types, for this process alone."""
-
-inlined = numba.njit(nogil=True, error_model="numpy", forceinline=True)
-"""Compiles a function that becomes part of those that call it."""
+inlined = numba.njit(error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""Compiles a function that becomes part of those that call it; Python itself cannot call it."""
 
 _OF_A_BLOCK = types.int64(types.CPointer(types.int64))
 
