@@ -18,13 +18,10 @@ from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
 
-__all__ = ["COMPRESSED_OPS", "PASS", "CallInfo", "Policy", "Rule", "Rules", "describe_policy"]
+__all__ = ["PASS", "CallInfo", "Policy", "Rule", "Rules", "describe_policy"]
 
 PASS = "pass"
 """A rule or a policy function returns this to let a call pass through."""
-
-COMPRESSED_OPS = ("all_gather", "all_to_all", "send", "broadcast")
-"""Operations a policy is asked about. A receive is asked about as the ``send`` it belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +59,7 @@ class Rule:
     Attributes:
         codec: a codec, or ``"pass"``.
         key: glob over the key (``*`` crosses slashes), e.g. ``"*attn*"``.
-        op: one of :data:`COMPRESSED_OPS`; ``None`` for any.
+        op: ``"all_gather"``, ``"all_to_all"``, ``"send"`` or ``"broadcast"``, else ``wrap`` refuses; ``None`` for any.
         dtype: ``None`` for any.
         min_numel, max_numel: inclusive bounds on elements.
         first_step, last_step: inclusive bounds on the step since reset.
@@ -85,8 +82,6 @@ class Rule:
     _resolved: Codec | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        if self.op is not None and self.op not in COMPRESSED_OPS:
-            raise ConfigError(f"a rule's op is one of {', '.join(COMPRESSED_OPS)}, got {self.op!r}")
         if self.max_numel is not None and self.max_numel < self.min_numel:
             raise ConfigError(f"rule matches nothing: max_numel {self.max_numel} < min_numel {self.min_numel}")
         if self.last_step is not None and self.last_step < self.first_step:

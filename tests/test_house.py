@@ -57,7 +57,10 @@ def test_the_script_prints_one_json_object() -> None:
     printed = json.loads(done.stdout)
     assert printed["circles"] == []
     assert printed["rooms"]["group"]["files"] > 5
-    assert any(title.startswith("Add a codec") for title in printed["recipes"])
+    recipes = printed["recipes"]
+    assert len(recipes) == 8
+    for what in ("quantizer", "collective", "predictor", "metric"):
+        assert 1 <= len(recipes[f"Add a {what}"]) <= 2, what
 
 
 # --- the script finds what it looks for

@@ -75,7 +75,7 @@ def evaluate(
             help="A codec: id, id:option=value,... or JSON. May be repeated; all registered ones if not given."
         ),
     ] = None,
-    order: Annotated[int, typer.Option(min=0, max=2, help="Prediction: 0 none, 1 last value, 2 velocity.")] = 1,
+    order: Annotated[int, typer.Option(min=0, help="Prediction: 0 none, 1 last value, 2 velocity.")] = 1,
     damping: Annotated[float, typer.Option(min=0, max=1, help="Factor of the velocity, for --order 2.")] = 0.5,
     warmup: Annotated[int, typer.Option(min=0, help="Steps of keyframes; the first step is one in any case.")] = 1,
     state: Annotated[

@@ -52,6 +52,11 @@ class Pattern:
     sends_only: ClassVar[bool] = False
     receives_only: ClassVar[bool] = False
 
+    @staticmethod
+    def histories(size: int) -> tuple[int, int, int]:
+        """For one call in a group of ``size`` ranks: messages on the link, encoders and decoders with a history."""
+        raise NotImplementedError
+
     def answers(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[Any, ...]:
         """The policy's answers for the messages of a call, which the plan was made with."""
         raise NotImplementedError
@@ -129,6 +134,10 @@ class AllGather(OneMessage):
     op = "all_gather"
     whole_site = True
 
+    @staticmethod
+    def histories(size: int) -> tuple[int, int, int]:
+        return size - 1, 1, size - 1
+
     def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
         plan, codec, hint = self.choose(engine, call, signature)
         links = engine.size - 1
@@ -183,6 +192,10 @@ class AllToAll(Pattern):
 
     op = "all_to_all"
     forwards = True
+
+    @staticmethod
+    def histories(size: int) -> tuple[int, int, int]:
+        return size - 1, size - 1, size - 1
 
     def answers(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[Any, ...]:
         leaving, arriving, dtype, _ = signature
@@ -300,6 +313,10 @@ class Broadcast(OneMessage):
 
     op = "broadcast"
     whole_site = True
+
+    @staticmethod
+    def histories(size: int) -> tuple[int, int, int]:
+        return size - 1, 1, 0
 
     def ends(self, engine: Engine, signature: tuple[Any, ...]) -> tuple[int | None, int | None]:
         return signature[3], None

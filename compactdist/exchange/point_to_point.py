@@ -41,6 +41,10 @@ class Send(OneMessage):
     forwards = True
     sends_only = True
 
+    @staticmethod
+    def histories(size: int) -> tuple[int, int, int]:
+        return 1, 1, 0
+
     def ends(self, engine: Engine, signature: tuple[Any, ...]) -> tuple[int | None, int | None]:
         return signature[3], signature[4]
 

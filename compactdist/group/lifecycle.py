@@ -17,6 +17,7 @@ from compactdist.config import Options
 from compactdist.errors import ConfigError
 from compactdist.exchange.engine import Engine
 from compactdist.exchange.link import Link
+from compactdist.exchange.ops import patterns_by_op
 from compactdist.exchange.plan import Chooser
 from compactdist.exchange.work import FinishedWork, drain
 from compactdist.group.attach import Attachment
@@ -27,12 +28,26 @@ from compactdist.group.torch_api import TorchDistributedAPI
 from compactdist.observe.estimate import Estimate, estimate
 from compactdist.observe.explain import explain
 from compactdist.observe.stats import GroupStats, Stats
+from compactdist.policy import Rules
 from compactdist.state import StateStore
 
 __all__ = ["GroupLifecycle"]
 
 _log = logging.getLogger("compactdist")
 _FLUSH_SECONDS = 5.0
+
+
+def _check_rules(options: Options) -> None:
+    """Refuse a rule that can never match.
+
+    Raises:
+        ConfigError: a rule names an operation that is not compressed.
+    """
+    rules = options.policy_function.rules if isinstance(options.policy_function, Rules) else ()
+    known = patterns_by_op()
+    wrong = [rule for rule in rules if rule.op is not None and rule.op not in known]
+    if wrong:
+        raise ConfigError(f"a rule's op is one of {', '.join(known)}, got {wrong[0].op!r}")
 
 
 class GroupLifecycle(GroupCore, TorchDistributedAPI):
@@ -44,6 +59,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
     """
 
     def __init__(self, inner: Any, options: Options, name: str, *, owns_inner: bool = False) -> None:
+        _check_rules(options)
         # (rank, size): torch refuses the (store, rank, size) overload for Python subclasses
         dist.ProcessGroup.__init__(self, inner.rank(), inner.size())  # type: ignore[call-arg,arg-type]
         self._inner = inner

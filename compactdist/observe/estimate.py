@@ -8,7 +8,7 @@ import torch
 
 from compactdist.config import Options
 from compactdist.errors import ConfigError
-from compactdist.policy import COMPRESSED_OPS
+from compactdist.exchange.ops import patterns_by_op
 from compactdist.state import state_nbytes
 from compactdist.state.stream import StreamState
 
@@ -63,19 +63,14 @@ def estimate(
     Raises:
         ConfigError: an unknown op or a number below 1.
     """
-    if op not in COMPRESSED_OPS:
-        raise ConfigError(f"op is one of {', '.join(COMPRESSED_OPS)}, got {op!r}")
+    patterns = patterns_by_op()
+    if op not in patterns:
+        raise ConfigError(f"op is one of {', '.join(patterns)}, got {op!r}")
     if min(world_size, numel, sites) < 1 or (steps is not None and steps < 1):
         raise ConfigError("world_size, numel, sites and steps must be at least 1")
-    links = 1 if op == "send" else world_size - 1
-    one = state_nbytes(options.stream, numel, dtype, sender=True)
-    other = state_nbytes(options.stream, numel, dtype, sender=False)
-    held = {
-        "all_gather": one + links * other,
-        "all_to_all": links * (one + other),
-        "send": one,
-        "broadcast": one,
-    }[op]
+    links, encoders, decoders = patterns[op].histories(world_size)
+    held = encoders * state_nbytes(options.stream, numel, dtype, sender=True)
+    held += decoders * state_nbytes(options.stream, numel, dtype, sender=False)
     stream = StreamState(options.stream, 0, "estimate")
     codec = options.default_codec
     residual = links * sites * stream.frame_nbytes(codec, numel, dtype, keyframe=False)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from compactdist.codecs.base import Terms
+from compactdist.errors import ConfigError
 
-__all__ = ["DampedVelocity", "ExactCell", "LastValue", "Memoryless", "Predictor", "predictor_class"]
+__all__ = ["DampedVelocity", "ExactCell", "LastValue", "Memoryless", "PREDICTORS", "Predictor", "predictor_class"]
 
 
 class Cell(Protocol):
@@ -251,6 +252,16 @@ class DampedVelocity(Predictor):
         return self._base.held + self._velocity.held
 
 
+PREDICTORS: tuple[type[Predictor], ...] = (Memoryless, LastValue, DampedVelocity)
+"""By order: 0 no prediction, 1 last value, 2 last value and damped velocity."""
+
+
 def predictor_class(order: int) -> type[Predictor]:
-    """The predictor of an order: 0 no prediction, 1 last value, 2 last value and damped velocity."""
-    return (Memoryless, LastValue, DampedVelocity)[order]
+    """The predictor of an order, which knows what the order means.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order < len(PREDICTORS):
+        raise ConfigError(f"order must be an integer from 0 to {len(PREDICTORS) - 1}, got {order!r}")
+    return PREDICTORS[order]

@@ -60,8 +60,7 @@ class StreamConfig:
     def __post_init__(self) -> None:
         if self.state not in STATE_FORMS:
             raise ConfigError(f"state must be one of {', '.join(map(repr, STATE_FORMS))}, got {self.state!r}")
-        if self.order not in (0, 1, 2):
-            raise ConfigError(f"order must be 0, 1 or 2, got {self.order!r}")
+        predictor_class(self.order)
         if not 0 <= self.damping <= 1:
             raise ConfigError(f"damping must lie in [0, 1], got {self.damping!r}")
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:

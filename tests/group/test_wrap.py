@@ -50,6 +50,7 @@ def test_before_init():
         ({"state_budget_bytes": -1}, ConfigError, "state_budget_bytes"),
         ({"layouts": {"*": 3}}, ConfigError, "layouts"),
         ({"policy": [1]}, ConfigError, "policy"),
+        ({"policy": compactdist.Rule("pass", op="gather")}, ConfigError, "a rule's op is one of"),
         ({"options": compactdist.Options(), "order": 2}, ConfigError, "not both"),
     ],
 )

@@ -53,7 +53,7 @@ def test_the_first_match_decides():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"op": "gather"}, {"min_numel": 5, "max_numel": 4}, {"first_step": 3, "last_step": 2}],
+    [{"between": (3,)}, {"min_numel": 5, "max_numel": 4}, {"first_step": 3, "last_step": 2}],
 )
 def test_impossible_rules(wrong):
     with pytest.raises(ConfigError):

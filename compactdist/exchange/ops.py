@@ -1,0 +1,20 @@
+"""Every compressed operation by its name in the policy's terms; a new pattern is found here by itself."""
+
+from __future__ import annotations
+
+from compactdist.exchange import point_to_point
+from compactdist.exchange.patterns import Pattern
+
+__all__ = ["patterns_by_op"]
+
+
+def patterns_by_op() -> dict[str, type[Pattern]]:
+    """The pattern of each operation; of point-to-point messages the sender's, as policies are asked about sends."""
+    found: dict[str, type[Pattern]] = {point_to_point.Send.op: point_to_point.Send}
+    pending = [Pattern]
+    while pending:
+        kind = pending.pop(0)
+        pending += kind.__subclasses__()
+        if "op" in kind.__dict__:
+            found.setdefault(kind.op, kind)
+    return found
