@@ -115,11 +115,19 @@ def group_store(group: Any) -> Any:
 def adopt_backends(wrapper: Any, inner: Any) -> None:
     """Hand the inner group's backends to the wrapper's C++ base, for C++ code that goes round Python (2.13)."""
     names = c10d.BackendConfig(c10d.Backend(c10d._world.pg_backend_config[inner])).get_device_backend_map()
+    _adopt(wrapper, inner, {device: c10d.Backend.backend_type_map.get(name) for device, name in names.items()})
+
+
+def adopt_own_backends(wrapper: Any, inner: Any) -> None:
+    """As ``adopt_backends``, for an inner group that torch does not know: gloo, and NCCL for CUDA tensors (2.13)."""
+    _adopt(wrapper, inner, {"cpu": BackendType.GLOO, "cuda": BackendType.NCCL})
+
+
+def _adopt(wrapper: Any, inner: Any, kinds: dict[str, Any]) -> None:
     default = None
     for device in inner._device_types:
-        kind = c10d.Backend.backend_type_map.get(names.get(device.type, ""), BackendType.CUSTOM)
-        dist.ProcessGroup._register_backend(wrapper, device, kind, inner._get_backend(device))
-        default = kind
+        default = kinds.get(device.type) or BackendType.CUSTOM
+        dist.ProcessGroup._register_backend(wrapper, device, default, inner._get_backend(device))
     if default is not None:
         wrapper._set_default_backend(default)
 

@@ -56,7 +56,7 @@ class Job:
     def __init__(
         self, inner: Any, finish: Callable[[bool], None] | None, site: Site | None, keep: Sequence[torch.Tensor] = ()
     ) -> None:
-        self._inner = inner
+        self._inner = as_work(None) if inner is None else inner
         self._finish = finish
         self._site = site
         self._keep: Sequence[torch.Tensor] = keep

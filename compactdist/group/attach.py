@@ -4,13 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from compactdist.errors import ConfigError
-from compactdist.group.keys import KeyBook
+from compactdist.group.keys import Clock, KeyBook
 
 __all__ = ["Attachment"]
+
+_NOTHING = object()
+
+
+class _Seen:
+    """What an attachment has seen of one request, which has a clock of its own.
+
+    Attributes:
+        forwards: of the module that counts steps, by branch.
+        steps: that began.
+        last_value: of ``step_value``.
+    """
+
+    __slots__ = ("forwards", "last_value", "steps")
+
+    def __init__(self) -> None:
+        self.forwards: dict[str, int] = {}
+        self.steps = 0
+        self.last_value: Any = _NOTHING
 
 
 class Attachment:
@@ -51,9 +71,7 @@ class Attachment:
 
     def restart(self) -> None:
         """Forget how many forwards were seen (a new request)."""
-        self._forwards: dict[str, int] = {}
-        self._steps_seen = 0
-        self._last_value: Any = _NOTHING
+        self._seen: WeakKeyDictionary[Clock, _Seen] = WeakKeyDictionary()
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any) -> None:
@@ -70,17 +88,19 @@ class Attachment:
         return hook
 
     def _count(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        clock = self._keys.clock
+        seen = self._seen.setdefault(clock, _Seen())
         if self._step_value is not None:
             value = self._step_value(module, args, kwargs)
-            if self._last_value is _NOTHING or value != self._last_value:
-                self._last_value = value
+            if seen.last_value is _NOTHING or value != seen.last_value:
+                seen.last_value = value
                 self._keys.tick()
             return
         branch = self._keys.current_branch
-        seen = self._forwards.get(branch, 0)
-        self._forwards[branch] = seen + 1
-        if seen // self._forwards_per_step >= self._steps_seen:
-            self._steps_seen += 1
+        forwards = seen.forwards.get(branch, 0)
+        seen.forwards[branch] = forwards + 1
+        if forwards // self._forwards_per_step >= seen.steps:
+            seen.steps += 1
             self._keys.tick()
 
     def detach(self) -> None:
@@ -94,6 +114,3 @@ class Attachment:
 
     def __exit__(self, *exc: object) -> None:
         self.detach()
-
-
-_NOTHING = object()

@@ -26,7 +26,7 @@ class Clock:
         counts: calls so far in this step, by prefix and operation.
     """
 
-    __slots__ = ("counts", "step")
+    __slots__ = ("__weakref__", "counts", "step")
 
     def __init__(self) -> None:
         self.step = -1

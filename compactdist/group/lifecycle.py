@@ -110,7 +110,9 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         the name and is never DistributedDataParallel, so that a closed group holds nothing of the inner one.
         """
         self._adopted = True
-        if self._owns_inner or _torch.is_registered(self._inner):
+        if self._owns_inner:
+            _torch.adopt_own_backends(self, self._inner)
+        elif _torch.is_registered(self._inner):
             _torch.adopt_backends(self, self._inner)
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -329,15 +330,16 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         exchange whose sends are posted first. A backend that groups calls (NCCL) gets the whole batch in one group, as
         ungrouped it can deadlock.
         """
+        # torch's own isend and irecv hand complex tensors over as pairs of reals
+        tensors = [torch.view_as_real(op.tensor) if op.tensor.is_complex() else op.tensor for op in p2p_op_list]
         is_send = [op.op.__name__ == "isend" for op in p2p_op_list]
         order = sorted(range(len(p2p_op_list)), key=lambda i: is_send[i])
         flights: dict[int, Flight | None] = {}
         try:
             for i in order:
                 op = p2p_op_list[i]
-                flights[i] = (self._send_flight if is_send[i] else self._receive_flight)(
-                    op.tensor, op.group_peer, op.tag
-                )
+                plan_flight = self._send_flight if is_send[i] else self._receive_flight
+                flights[i] = plan_flight(tensors[i], op.group_peer, op.tag)
         except BaseException:
             for flight in reversed([flight for flight in flights.values() if flight is not None]):
                 self._keys.give_back(flight.call)
@@ -345,10 +347,10 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
 
         def plain(i: int) -> Callable[[], Any]:
             op, call = p2p_op_list[i], self.inner.send if is_send[i] else self.inner.recv
-            return lambda: call([op.tensor], op.group_peer, op.tag)
+            return lambda: call([tensors[i]], op.group_peer, op.tag)
 
         calls = [flights[i] or plain(i) for i in order]
-        device = p2p_op_list[0].tensor.device
+        device = tensors[0].device
         if not _torch.supports_coalescing(self.inner, device):
             parts = dict(zip(order, self._ship(calls), strict=True))
             return [self._work([parts[i]], [op.tensor]) for i, op in enumerate(p2p_op_list)]

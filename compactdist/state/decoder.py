@@ -190,3 +190,6 @@ class StreamDecoder(StreamState):
             size = codec.payload_nbytes(view.shape, torch.float32)
         if header.payload_nbytes != size:
             raise wrong("payload size", header.payload_nbytes, size, same_config)
+        if header.next_channels and numel % max(1, header.next_groups * header.next_channels):
+            next_view = f"{header.next_groups} groups of rows of {header.next_channels}"
+            raise wrong("announced view", next_view, f"a divisor of {numel} elements", same_config)

@@ -240,3 +240,26 @@ def test_gloo_leaves_torch_unpatched():
         assert dist.batch_isend_irecv is before is c10d.batch_isend_irecv
 
     run_ranks(body, 1)
+
+
+def test_complex_tensors_travel_as_pairs_of_reals_in_a_batch_too():
+    def body(rank, size):
+        g = compactdist.wrap(codec="int8", min_numel=64)
+        peer = 1 - rank
+
+        def z(of: int, seed: int) -> torch.Tensor:
+            return torch.complex(data(of, seed=seed), data(of, seed=seed + 7))
+
+        for seed in range(3):
+            g.step()
+            out = torch.empty(NUMEL, dtype=torch.complex64)
+            if rank == 0:  # one end in a batch, the other alone
+                g.send(z(0, seed), 1)
+                g.recv(out, 1)
+            else:
+                for work in g.batch_isend_irecv([g.P2POp(g.irecv, out, 0), g.P2POp(g.isend, z(1, seed), 0)]):
+                    work.wait()
+            assert close(torch.view_as_real(out), torch.view_as_real(z(peer, seed)))
+        assert g.stats().compressed_calls == 3
+
+    run_ranks(body, pg_timeout=15)

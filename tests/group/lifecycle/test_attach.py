@@ -170,3 +170,20 @@ def test_what_cannot_be_attached():
             assert not model._forward_pre_hooks
 
     run_ranks(body)
+
+
+def test_each_request_has_steps_of_its_own():
+    """Two requests alternate, with equal timesteps: what one showed last says nothing of the other."""
+
+    def body(rank, world_size):
+        model = torch.nn.Linear(4, 4)
+        with kit.wrap() as dist:
+            dist.attach(model, step_value=lambda module, args, kwargs: float(args[0][0]))
+            requests = [dist.request(name) for name in ("a", "b")]
+            for t in range(3):
+                for request in requests:
+                    with request.resume():
+                        model(torch.full((4,), float(t)))
+                        assert dist.current_step == t
+
+    run_ranks(body)
