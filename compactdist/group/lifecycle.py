@@ -31,13 +31,13 @@ from compactdist.observe.stats import GroupStats, Stats
 from compactdist.policy import Rules
 from compactdist.state import StateStore
 
-__all__ = ["GroupLifecycle"]
+__all__ = ["GroupLifecycle", "check_rules"]
 
 _log = logging.getLogger("compactdist")
 _FLUSH_SECONDS = 5.0
 
 
-def _check_rules(options: Options) -> None:
+def check_rules(options: Options) -> None:
     """Refuse a rule that can never match.
 
     Raises:
@@ -59,7 +59,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
     """
 
     def __init__(self, inner: Any, options: Options, name: str, *, owns_inner: bool = False) -> None:
-        _check_rules(options)
+        check_rules(options)
         # (rank, size): torch refuses the (store, rank, size) overload for Python subclasses
         dist.ProcessGroup.__init__(self, inner.rank(), inner.size())  # type: ignore[call-arg,arg-type]
         self._inner = inner

@@ -14,6 +14,7 @@ from compactdist import _torch
 from compactdist.config import Options
 from compactdist.errors import ClosedGroupError, ConfigError, NotInitializedError
 from compactdist.group.agree import agree
+from compactdist.group.lifecycle import check_rules
 from compactdist.group.process_group import CompressedProcessGroup
 
 __all__ = ["unwrap", "unwrap_mesh", "wrap", "wrap_mesh"]
@@ -53,6 +54,7 @@ def wrap(
         ConfigMismatchError, WrapTimeoutError: the ranks do not agree.
     """
     chosen = _options(codec, options, settings)
+    check_rules(chosen)
     if not dist.is_initialized():
         raise NotInitializedError("wrap() needs a process group: call torch.distributed.init_process_group() first")
     if group is None:

@@ -18,7 +18,8 @@ class Int2(LloydMaxQuantizer):
     about = About(
         sends="sign and one of two magnitudes",
         use="the default: errors that are not seen in images at a seventh of the bytes",
-        source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); scales: `reference/scales.py`",
+        source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); "
+        "scales: `reference/scales.py`",
     )
     bits = 2
     widening = 2

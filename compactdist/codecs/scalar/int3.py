@@ -19,7 +19,8 @@ class Int3(LloydMaxQuantizer):
     about = About(
         sends="sign and one of four magnitudes",
         use="between `int2` and `int4`",
-        source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); scales: `reference/scales.py`",
+        source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); "
+        "scales: `reference/scales.py`",
     )
     bits = 3
     # Lloyd-Max for the unit Gaussian, NMSE 0.034548; computed as lloyd_max.py says.

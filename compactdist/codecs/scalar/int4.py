@@ -18,7 +18,8 @@ class Int4(LloydMaxQuantizer):
     about = About(
         sends="sign and one of eight magnitudes",
         use="links that are a few times too slow; a first try in a new pipeline",
-        source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); scales: `reference/scales.py`",
+        source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); "
+        "scales: `reference/scales.py`",
     )
     bits = 4
     # Lloyd-Max for the unit Gaussian, NMSE 0.009501; computed as lloyd_max.py says.

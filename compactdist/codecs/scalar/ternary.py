@@ -18,7 +18,8 @@ class Ternary(ScalarQuantizer):
     about = About(
         sends="zero or a sign, five elements to a byte",
         use="between `binary` and `int2`; residuals in which much stands still",
-        source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); scales: `reference/scales.py`",
+        source="Lloyd-Max levels of the Gaussian (Max, Quantizing for minimum distortion, 1960); "
+        "scales: `reference/scales.py`",
     )
     kind = "trits"
     bits = 2
