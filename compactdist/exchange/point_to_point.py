@@ -130,7 +130,7 @@ class Receive(OneMessage):
 
 
 class ReceiveExactly(Receive):
-    """A receive whose size must equal the sent one (NCCL): the frame's kind and size follow from what both ends know."""
+    """A receive whose size must equal the sent one (NCCL): the frame's kind and size follow from what both know."""
 
     waits_for_earlier_calls = True
 

@@ -164,7 +164,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         return self._fly(Flight(plan, call, inputs, outputs, opts, *own), result)
 
     def _passes_all_to_all(self, whole: Tensor, nbytes: float) -> bool:
-        """Count an all-to-all that passes through whatever its chunks are: they need not make sense to us then."""
+        """Whether an all-to-all passes through whatever its chunks are; counts it then. Its splits need no check."""
         self._ready()
         reason = refusal(self._engine.size, whole, self._keys.engaged, "tensor")
         if reason is not None:
@@ -325,9 +325,9 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         return self._work([receive_any(engine, call_from, x, tag)], list(tensors))
 
     def _batch(self, p2p_op_list: list[Any]) -> list[Any]:
-        """All sends are encoded before anything is posted; then receives are posted first: gloo halves the rate of an
-        exchange whose sends are posted first. A backend that groups calls (NCCL) gets the whole batch in one group, as
-        ungrouped it can deadlock.
+        """Encode all sends, then post the receives, then the sends: gloo halves the rate of an exchange whose sends are
+        posted first. A backend that groups calls (NCCL) gets the whole batch in one group, for an ungrouped batch can
+        deadlock there.
         """
         is_send = [op.op.__name__ == "isend" for op in p2p_op_list]
         order = sorted(range(len(p2p_op_list)), key=lambda i: is_send[i])
@@ -456,10 +456,10 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
 
 
 class ClosedProcessGroup(CompressedProcessGroup):
-    """What a wrapped group is after ``close``: torch.distributed learns that it is closed, not that it is unknown."""
+    """A wrapped group after ``close``: torch.distributed's functions raise ClosedGroupError, not an unknown group."""
 
     def __hash__(self) -> int:
-        # torch.distributed looks every group up in tables, and this one is in none any more
+        # torch.distributed hashes every group to look it up in its tables: the place to say that this one is closed
         if _torch.asked_by_torch():
             self._ready()
         return super().__hash__()
