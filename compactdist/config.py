@@ -35,8 +35,8 @@ class Options:
         damping: velocity factor of order 2, in [0, 1].
         error_feedback: ``None``: on wherever there is a prediction; ``False``: the open loop, in which the sender
             predicts from its own values and errors add up.
-        local: ``"reconstructed"``: an all-gather gives every rank the same bytes; ``"exact"``: one's own chunk
-            stays exact.
+        local: ``"reconstructed"``: an all-gather gives every rank the same bytes; ``"exact"``: a rank's own
+            chunk stays exact.
         min_numel: messages with fewer elements pass through.
         layouts: hints for the matrix view of flat buffers: a mapping from globs over site keys to :class:`Layout`, or a
             function of :class:`CallInfo`.

@@ -30,7 +30,7 @@ class Arrival:
 
     Attributes:
         received: the frame.
-        site: call site of the stream; whoever holds its lock keeps the decoder from moving on.
+        site: call site of the stream; while its lock is held, the decoder does not move on.
         stream: key of the site and group rank of the sender.
         storage: weak reference to the tensor's storage.
         address, shape, strides, dtype: of the tensor; together with ``storage`` they identify it.

@@ -41,7 +41,7 @@ class Pattern:
         waits_for_earlier_calls: sizes depend on the frames of the site's earlier calls, so these are decoded first.
         forwards: frames that arrive may be passed on, and tensors that leave may go in a frame that arrived.
         whole_site: history is kept with all peers of a site or with none.
-        sends_only: nothing arrives, and whoever waits for the work waits for the peer.
+        sends_only: nothing arrives, and waiting for the work is waiting for the peer.
         receives_only: nothing leaves, so nothing is put on the link.
     """
 

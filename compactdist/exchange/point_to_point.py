@@ -1,4 +1,4 @@
-"""Send and receive: one stream per directed pair, tag and ordinal. The frame says what it is."""
+"""Send and receive: one stream per directed pair, tag and ordinal. Every frame tells its own kind and size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stream_name(source: int, target: int, tag: int) -> str:
 
 
 class Send(OneMessage):
-    """One stream per directed pair, tag and ordinal. The frame says what it is, so a receiver on the CPU follows it.
+    """One stream per directed pair, tag and ordinal. A receiver on the CPU takes kind and size from the frame itself.
 
     A differentiable tensor, or one for which there is no state budget, travels as it is in a frame that touches no
     history: the receiver cannot foresee either. Signature: (numel, dtype, device, source, target).

@@ -192,7 +192,7 @@ class PendingWork(_torch.Work):
         """Wait for the exchange and write the outputs. May be called again; raises the same error again.
 
         Raises:
-            FrameError, NonFiniteError: from :meth:`Engine.finish`; also whatever the inner work raises.
+            FrameError, NonFiniteError: from ``Engine.finish``; also whatever the inner work raises.
         """
         error: BaseException | None = None
         with self._lock:

@@ -1,7 +1,7 @@
 """The backend name ``"compactdist"``, for ``init_process_group``, ``new_group`` and ``init_device_mesh``.
 
-The same class as ``wrap`` underneath, over gloo for CPU tensors and NCCL for CUDA tensors where torch has it. Options
-come from ``pg_options=compactdist.Options(...)`` or the environment: ``COMPACTDIST_`` and the name of an option in
+Its groups are those that ``wrap`` makes, over gloo for CPU tensors and NCCL for CUDA tensors where torch has it. The
+options come from ``pg_options=compactdist.Options(...)`` or the environment: ``COMPACTDIST_`` and the name of an option in
 capitals, see :func:`options_from_environment`.
 """
 

@@ -309,7 +309,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
 
     @override
     def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:
-        """Receive from whoever sends first; the frame says whose stream it belongs to."""
+        """Receive from whichever rank sends first; the message tells which stream it belongs to."""
         self._ready()
         engine, keys, x = self._engine, self._keys, tensors[0]
         reason = refusal(engine.size, x, keys.engaged, "sender")

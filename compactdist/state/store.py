@@ -47,7 +47,7 @@ class Site:
         self.lock = threading.RLock()
 
     def encoder(self, peer: int) -> StreamEncoder:
-        """The stream to ``peer`` (one's own rank for a stream every rank receives)."""
+        """The stream to ``peer`` (this rank itself for a stream that every rank receives)."""
         found = self.encoders.get(peer)
         if found is None:
             found = self.encoders[peer] = StreamEncoder(

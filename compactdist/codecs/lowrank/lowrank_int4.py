@@ -31,7 +31,7 @@ class LowRankInt4(LowRankCodec):
 
     About ``4 r (R + C) / (R C)`` bits for each element: 0.16 for the default at ``[1088, 3072]``.
 
-    With ``allocation="energy"`` the same bits are shared out by the energy of components (``allocation.py``). There are
+    With ``allocation="energy"`` as many bits are shared out by the energy of components (``allocation.py``). There are
     ``n = min(2 r, R, C)`` of them, component k with ``b_k`` bits, 0 to 6, for each element of both its factors, and the
     sum of all ``b_k`` is ``4 r``. The payload is five sections, each filled up with zeros to a multiple of 16 bytes:
 
