@@ -1,8 +1,8 @@
 """The backend name ``"compactdist"``, for ``init_process_group``, ``new_group`` and ``init_device_mesh``.
 
 Its groups are those that ``wrap`` makes, over gloo for CPU tensors and NCCL for CUDA tensors where torch has it. The
-options come from ``pg_options=compactdist.Options(...)`` or the environment: ``COMPACTDIST_`` and the name of an option in
-capitals, see :func:`options_from_environment`.
+options come from ``pg_options=compactdist.Options(...)`` or the environment: ``COMPACTDIST_`` and the name of an option
+in capitals, see :func:`options_from_environment`.
 """
 
 from __future__ import annotations

@@ -337,7 +337,8 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
     def close(self) -> None:
         """Forget the history and unregister the group; the inner group lives on. Closing twice is fine.
 
-        Exchanges that have arrived are decoded first, and sends get 5 s to be received; later arrivals are dropped.
+        Exchanges that have arrived are decoded first, and sends get 5 s to be received. A work that is still
+        pending then finishes when it is waited for.
 
         Later calls raise ClosedGroupError, torch.distributed's functions and functional or compiled collectives
         included, as long as somebody holds the closed group. A group that torch made by backend name stays registered

@@ -456,7 +456,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
 
 
 class ClosedProcessGroup(CompressedProcessGroup):
-    """A wrapped group after ``close``: torch.distributed's functions raise ClosedGroupError, not an unknown group."""
+    """A wrapped group after ``close``: torch.distributed's functions then raise ClosedGroupError."""
 
     def __hash__(self) -> int:
         # torch.distributed hashes every group to look it up in its tables: the place to say that this one is closed

@@ -82,9 +82,9 @@ def _totals(stats: Stats, budget: int | None) -> str:
 def explain(group: GroupLifecycle) -> str:
     """Per call site: calls, codec, bytes, ratio, error; then why calls passed through; then totals.
 
-    ``fwd`` counts calls that passed on a received tensor, ``recv`` compressed messages that arrived in calls that send
-    nothing (their bytes are in the line of totals). Bits are wire bits per element of the last residual call, header
-    and scales included; the ratio is over all calls, keyframes included; NMSE is over the sampled calls
+    ``fwd`` counts calls that passed on a received tensor, ``recv`` compressed messages that arrived in receives (their
+    bytes are in the line of totals). Bits are wire bits per element of the last residual call, header and scales
+    included; the ratio is over all calls, keyframes included; NMSE is over the sampled calls
     (``sample_errors_every``), ``-`` without any.
     """
     stats = group.stats()

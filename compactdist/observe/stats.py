@@ -80,8 +80,9 @@ class SiteStats:
 
     Attributes:
         key, op, codec: the site key, the operation, and the codec applied last.
-        calls, keyframes, forwarded: compressed calls that sent, and how many of them sent a keyframe or forwarded.
-        received: compressed messages that arrived in calls of this site that send nothing.
+        calls, keyframes, forwarded: compressed calls other than receives, and how many of them carried keyframes only
+            or passed a frame on. A broadcast counts on every rank, with 0 bytes on its receivers.
+        received: compressed messages that arrived in receives of this site.
         raw_bytes, wire_bytes: put on the link by this rank, passed-through calls of the site included.
         received_raw_bytes, received_wire_bytes: of the ``received`` messages.
         last_wire_bits_per_element: of the last residual frame sent; NaN before there was one.
@@ -169,8 +170,7 @@ class Stats:
         passed_reasons: number of passed-through calls by reason.
         state_bytes: bytes held now: histories, the codecs' memory, and payloads kept to be passed on.
         sites: per call site, in order of first use; then one record per operation for the sites that were folded.
-        received_calls: calls that send nothing (receives, mostly) and got a compressed message; not among
-            ``compressed_calls``.
+        received_calls: receives that got a compressed message; not among ``compressed_calls``.
         received_raw_bytes, received_wire_bytes: bytes of those messages; not among ``raw_bytes`` and ``wire_bytes``.
     """
 
@@ -234,7 +234,7 @@ class GroupStats:
                 site.last_wire_bits_per_element = 8 * wire / numel
 
     def received(self, key: str, op: str, codec: str, *, raw: int, wire: int) -> None:
-        """Count a compressed message that arrived in a call that sends nothing.
+        """Count a compressed message that arrived in a receive.
 
         Args:
             key: the site key.
