@@ -61,9 +61,9 @@ def records_gradients() -> bool:
 
 
 def opaque(method: Callable[..., Any]) -> Any:
-    """A method that Dynamo neither traces into nor compiles the callees of: it crashes on the pybind object of a group.
+    """Wrap a method so that Dynamo neither traces it nor compiles what it calls (Dynamo crashes on groups).
 
-    ``torch.compiler.disable`` does the same in three Python frames a call where this takes one (2.13).
+    ``torch.compiler.disable`` does this in three Python frames a call, the wrapper made here in one (2.13).
     """
 
     @functools.wraps(method)
@@ -88,7 +88,7 @@ def mark_opaque(function: Callable[..., Any]) -> Any:
 without_autograd: Any = functools.partial(torch._C._InferenceMode, True)
 """Context in which tensors of any kind may be read and written and autograd sees nothing, versions included.
 
-``torch.inference_mode`` without its Python frames, of which a call of ours would enter a dozen (2.13).
+``torch.inference_mode`` would add a dozen Python frames to every compressed call (2.13).
 """
 
 
@@ -98,7 +98,7 @@ def default_group() -> Any:
 
 
 def is_non_member(group: Any) -> bool:
-    """Whether ``group`` is what new_group gives ranks outside it."""
+    """Whether ``group`` is the placeholder that new_group returns on the ranks outside the new group."""
     return group is c10d.GroupMember.NON_GROUP_MEMBER
 
 
@@ -153,7 +153,7 @@ def register(wrapper: Any, inner: Any, name: str) -> None:
     backend, store = world.pg_map[inner]
     config = world.pg_backend_config[inner]
     ranks = {global_rank: i for i, global_rank in enumerate(dist.get_process_group_ranks(inner))}
-    # without this prefix torch would not find the group by its tag; permute_tensor would make one to learn a rank
+    # without this prefix torch does not find the group by its tag, and permute_tensor makes another to learn a rank
     tag = f"user:{name}"
     if hasattr(c10d, "_register_pg_in_world"):
         c10d._register_pg_in_world(
@@ -166,7 +166,7 @@ def register(wrapper: Any, inner: Any, name: str) -> None:
             pg_tag=tag,
         )
         return
-    # torch 2.11 and 2.12: what that function does, by hand
+    # torch 2.11 and 2.12 lack _register_pg_in_world: make the entries that it makes
     world.pg_map[wrapper] = backend, store
     world.pg_names[wrapper] = group_name(name)
     world.pg_backend_config[wrapper] = config
@@ -196,7 +196,7 @@ def unregister(wrapper: Any) -> None:
 
 
 def bury(wrapper: Any) -> None:
-    """Let a closed group be found by its name still: compiled and functional code reaches it and is told (2.13).
+    """Keep a closed group under its name: compiled and functional code finds it and meets ClosedGroupError (2.13).
 
     torch's registry of names holds groups weakly. The name goes with the group, or when all groups are destroyed.
     """
@@ -235,7 +235,11 @@ def _mesh_registries(mesh: Any) -> list[Any]:
 
 
 def first_method(inner: Any, names: tuple[str, ...]) -> Any:
-    """The first of several methods that the inner group has: names changed between 2.11 and 2.13."""
+    """The first of several methods that the inner group has: names changed between 2.11 and 2.13.
+
+    Raises:
+        AttributeError: the inner group has none of them.
+    """
     for name in names:
         method = getattr(inner, name, None)
         if method is not None:
@@ -317,7 +321,7 @@ def options(name: str) -> Any:
 
 
 def nccl_backend(opts: Any) -> Any:
-    """An NCCL backend for a custom backend's creator (read in 2.13's helper; not run)."""
+    """An NCCL backend for a custom backend's creator, built as torch 2.13's own helper builds it (not run)."""
     options = c10d.ProcessGroupNCCL.Options()
     options._timeout = opts.timeout
     options.global_ranks_in_group = opts.global_ranks_in_group

@@ -25,7 +25,7 @@ Layouts = Mapping[str, Layout] | Callable[[CallInfo], "Layout | None"] | None
 
 @dataclass(frozen=True)
 class Options:
-    """Everything ``wrap`` can be told.
+    """The options of ``wrap``.
 
     Attributes:
         codec: id, configuration dictionary or Codec used where the policy names none.
@@ -33,19 +33,21 @@ class Options:
         warmup_steps: steps after a reset whose frames are all keyframes, >= 0.
         order: 0 no prediction (plain quantization), 1 last value, 2 damped velocity.
         damping: velocity factor of order 2, in [0, 1].
-        error_feedback: ``None`` on wherever there is a prediction; ``False`` the open loop.
-        local: ``"reconstructed"``: an all-gather gives every rank the same bytes; ``"exact"``: one's own chunk
-            stays exact.
+        error_feedback: ``None``: on wherever there is a prediction; ``False``: the open loop, in which the sender
+            predicts from its own values and errors add up.
+        local: ``"reconstructed"``: an all-gather gives every rank the same bytes; ``"exact"``: a rank's own
+            chunk stays exact.
         min_numel: messages with fewer elements pass through.
-        layouts: hints for the layout of flat buffers: a mapping from key globs, or a function of :class:`CallInfo`.
-        find_layout: let encoders search the layout of buffers without a hint.
-        state: ``"exact"``: reconstructions are remembered in the tensors' dtype; ``"int8"`` or ``"fp8"``: in one byte
+        layouts: hints for the matrix view of flat buffers: a mapping from globs over site keys to :class:`Layout`, or a
+            function of :class:`CallInfo`.
+        find_layout: let encoders find the matrix view of buffers without a hint.
+        state: ``"exact"``: both ends keep reconstructions in the tensors' dtype; ``"int8"`` or ``"fp8"``: in one byte
             for each element and a scale for every 128.
         forward: a received tensor that is sent again untouched goes on in the frame it arrived in, instead of being
             encoded once more (:mod:`compactdist.exchange.forward`). The sender alone decides, so ranks may differ.
         state_budget_bytes: cap on history tensors of this rank; new sites beyond it pass through on all ranks
             concerned. A receiver of ``send`` or ``broadcast`` has no way to refuse and follows the sender, even beyond
-            its cap. What the encoders of low-rank codecs remember for themselves is beside it. ``None``: no cap.
+            its cap. The cap does not count what the encoders of low-rank codecs keep for themselves. ``None``: no cap.
         sample_errors_every: measure the reconstruction error on every n-th call of a site; 0 never.
 
     Raises:
@@ -113,7 +115,7 @@ class Options:
 
     @property
     def stream(self) -> StreamConfig:
-        """How streams predict."""
+        """The configuration of the group's streams; without prediction if no call can meet a lossy codec."""
         return self._stream
 
     @property
@@ -133,7 +135,7 @@ class Options:
 
     @property
     def _timeout(self) -> None:
-        """Timeout of a mesh dimension, which torch asks its options for (2.13); ours leave the default."""
+        """Torch reads this from the options of a mesh dimension (2.13); ``None`` leaves torch's default timeout."""
         return
 
     def fingerprint(self) -> dict[str, str]:

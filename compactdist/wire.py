@@ -10,15 +10,15 @@ Layout of the header (little endian, version 1)::
          7     1  number of dimensions in the shape block (0 without one)
          8     4  codec   crc32 of the codec's id and configuration
         12     4  epoch   resets so far
-        16     8  key     hash of the call site's key
+        16     8  key     hash of the site key
         24     4  sequence  frames sent on this stream before, in this epoch
-        28     4  layout  crc32 of the layout hint in use, 0 without one
+        28     4  layout  crc32 of the layout hint behind the matrix view, 0 without one
         32     8  payload bytes, padding to a common frame size excluded
         40     8  elements
-        48    12  groups, rows, channels the payload was made with
+        48    12  groups, rows, channels of the payload's matrix view
         60     8  groups, channels announced for the next frame (0, 0: no change)
         68     4  crc32 of the header with this field zero
-        72     8  digest of the state the payload was made against (reserved, 0)
+        72     8  digest of the history that the payload was made against (reserved, 0)
 
 The header and the shape block (eight 8-byte sizes) are multiples of 16 bytes, so a payload may be viewed as any dtype.
 A frame made for a group carries no shape block: both ends know the shape.
@@ -183,7 +183,7 @@ class HeadTemplate:
     """The bytes before the payload that all frames of one kind on a stream share; only epoch and sequence differ.
 
     Args:
-        header: any such frame's; its epoch and sequence do not count.
+        header: of any frame of that kind; its epoch and sequence are ignored.
     """
 
     __slots__ = ("_raw", "header")
@@ -215,12 +215,15 @@ def pack(header: Header, payload: Tensor | None, frame_nbytes: int | None = None
     """Put header and payload into one frame.
 
     Args:
-        header: what the frame says of itself; ``payload_nbytes`` must be the payload's length.
+        header: its ``payload_nbytes`` must be the payload's length.
         payload: 1-D uint8, or ``None`` for a frame whose payload is all zeros.
         frame_nbytes: total length; the frame is padded with zeros up to it. ``None``: no padding.
 
     Returns:
         1-D uint8 tensor on the payload's device (CPU without a payload).
+
+    Raises:
+        ConfigError: the shape has more than eight dimensions or the dtype has no code.
     """
     device = torch.device("cpu") if payload is None else payload.device
     frame, room = empty_frame(header.nbytes, header.payload_nbytes, frame_nbytes, device)
@@ -234,13 +237,16 @@ def pack(header: Header, payload: Tensor | None, frame_nbytes: int | None = None
 def empty_frame(
     head_nbytes: int, payload_nbytes: int, frame_nbytes: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """A frame to be filled: the whole, zero where it is padded, and the view that the payload goes to.
+    """Memory for a frame whose header and payload are yet to be written.
 
     Args:
-        head_nbytes: ``Header.nbytes``; a multiple of 16, as the payload's place therefore is.
-        payload_nbytes: of the payload.
+        head_nbytes: ``Header.nbytes``: a multiple of 16, so that the payload is aligned to 16 bytes.
+        payload_nbytes: length of the payload.
         frame_nbytes: total length; ``None`` for no padding.
         device: of the frame.
+
+    Returns:
+        The frame, 1-D uint8, its padding zero, and the view of it that will hold the payload.
     """
     end = head_nbytes + payload_nbytes
     frame = torch.empty(end if frame_nbytes is None else frame_nbytes, dtype=torch.uint8, device=device)
@@ -321,7 +327,7 @@ def explain(frame: Tensor) -> str:
 
 
 def payload_of(frame: Tensor, header: Header) -> Tensor:
-    """The payload bytes of a frame: 1-D uint8; a view where it is aligned, so that it can be seen as any dtype."""
+    """The payload bytes of a frame, 1-D uint8: a view where they are aligned to 16 bytes, else an aligned copy."""
     payload = frame[header.nbytes : header.nbytes + header.payload_nbytes]
     return payload if payload.storage_offset() % 16 == 0 else payload.clone()
 
@@ -337,7 +343,7 @@ def raw_payload(x: Tensor) -> Tensor:
 
 
 def raw_nbytes(numel: int, dtype: torch.dtype) -> int:
-    """Length of ``raw_payload`` for this many elements."""
+    """Bytes of ``raw_payload`` for this many elements."""
     return (numel * dtype.itemsize + 15) // 16 * 16
 
 

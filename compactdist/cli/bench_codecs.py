@@ -53,11 +53,11 @@ def measure(
         subjects: what to time.
         shape: ``[N, C]`` of the tensor.
         dtype: of the tensor.
-        rounds: how often each is timed.
-        seconds: begin no further round after this time (three are made in any case).
+        rounds: how often each subject is timed.
+        seconds: no round begins after this time, except the first three.
 
     Returns:
-        A row per subject.
+        A row per subject: times in ms, bits per element, NMSE and gap in dB.
     """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     able = [subject for subject in subjects if subject.missing is None]
@@ -99,7 +99,7 @@ _Pairs = dict[str, list[tuple[int, int]]]
 def _take_turns(
     able: Sequence[Subject], sent: dict[str, Any], x: Tensor, rounds: int, seconds: float
 ) -> tuple[_Pairs, _Pairs]:
-    """Nanoseconds of a copy of ``x`` and of encode right after it, by subject; then the same for decode."""
+    """Nanoseconds of a copy of ``x`` and of the call right after it, by subject: encode calls, then decode calls."""
     target = torch.empty_like(x)
     encode: _Pairs = {subject.name: [] for subject in able}
     decode: _Pairs = {subject.name: [] for subject in able}
@@ -195,7 +195,7 @@ def show(shape: tuple[int, int], rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path, shape: tuple[int, int], rows: Sequence[dict[str, Any]], load: float) -> None:
-    """Write the rows with what is needed to judge them."""
+    """Write the rows with command, versions, machine and load, to judge them by."""
     about = {
         "command": " ".join(["compactdist", *sys.argv[1:]]),
         "torch": torch.__version__,

@@ -40,7 +40,7 @@ def run_demo(out: Path, json_file: Path | None, steps: int, routes: Sequence[str
         out: folder for ``samples.png`` and the workers' results.
         json_file: where to write ``{"rows": [...]}``, or ``None``.
         steps: denoising steps.
-        routes: of ``ring`` and ``ulysses``.
+        routes: ``ring``, ``ulysses`` or both.
 
     Returns:
         The table's rows.
@@ -169,7 +169,7 @@ def _table(rows: Sequence[dict[str, Any]], steps: int) -> Table:
 
 
 def _draw(path: Path, out: Path, routes: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """One picture: a column of sample rows per route, a row per method."""
+    """Draw one picture of samples: a column per route, a row per method."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -27,16 +27,16 @@ _TABLE_WIDTH = 110
 
 @dataclass
 class Score:
-    """What one codec did with a trace.
+    """Bytes and errors of one codec on a trace.
 
     Attributes:
         elements, wire_bytes: of all frames but the keyframes of the warm-up; headers and scales included.
         request_elements, request_bytes: of all frames.
         error_energy, energy: sums of squares over the frames counted in ``elements``.
-        relative_error_sum, frames: sum of ``||x - x_hat|| / ||x||`` and how many; frames with ``||x|| = 0`` are
-            left out.
-        worst: (relative error, site, step) of the worst.
-        state_bytes: held by the sender after the last step, all sites.
+        relative_error_sum, frames: sum of ``||x - x_hat|| / ||x||`` over frames, and their number; frames with
+            ``||x|| = 0`` are left out.
+        worst: (relative error, site, step) of the frame with the largest relative error.
+        state_bytes: bytes that the sender holds after the last step, over all sites.
     """
 
     elements: int = 0
@@ -73,7 +73,7 @@ class Score:
         return 10 * math.log10(self.error_energy / self.energy) if self.energy else math.inf
 
     def count(self, site: str, step: int, x: Tensor, x_hat: Tensor, wire_bytes: int) -> None:
-        """Add a frame that is no keyframe of the warm-up."""
+        """Count a frame that is no keyframe of the warm-up."""
         exact = x.double()
         error, energy = float((x_hat.double() - exact).square().sum()), float(exact.square().sum())
         self.elements += x.numel()
@@ -96,16 +96,16 @@ def play(
     """Play every site of a trace through an encoder and a decoder of every codec.
 
     Args:
-        trace: what to play.
-        codecs: by name.
-        config: of the streams; the shape ``[N, C]`` is their layout, so no search is needed.
+        trace: the trace to play.
+        codecs: codecs by name.
+        config: configuration of the streams; ``[N, C]`` gives their matrix view, so no search is needed.
         report: called with each site's name before it is played.
 
     Returns:
         A score by the codec's name.
 
     Raises:
-        TraceError: a tensor is unfit, or there are no steps after the warm-up.
+        TraceError: a tensor cannot be played, or there are no steps after the warm-up.
         CompactDistError: encoder and decoder disagree.
     """
     scores = {name: Score() for name in codecs}
@@ -148,7 +148,7 @@ def _play_site(
 def _check_equal(
     encoder: StreamEncoder, decoder: StreamDecoder, value: Tensor | None, x_hat: Tensor, where: str
 ) -> None:
-    """The loop is sound only while both ends hold the same bits."""
+    """Raise CompactDistError unless both ends hold the same bits."""
     ours, theirs = (value, *encoder.predictor.held), (x_hat, *decoder.predictor.held)
     equal = len(ours) == len(theirs) and all(
         a is not None and b is not None and _same_bits(a, b) for a, b in zip(ours, theirs, strict=True)

@@ -1,4 +1,4 @@
-"""What ``compactdist bench codecs`` times: the library's codecs, and what one would use without it."""
+"""What ``compactdist bench codecs`` times: the library's codecs, and alternatives outside the library."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Subject:
 
     Attributes:
         name: shown to the user.
-        encode: a tensor to whatever would be sent.
-        decode: that and the original tensor (for its shape and dtype only) to a tensor.
-        wire_nbytes: bytes of what would be sent, with all that the receiver needs.
-        touched: times the tensor's size that encoding and decoding read and write, beside what is sent.
-        around: entered for every use of ``encode`` and ``decode``.
-        missing: why it cannot run here; ``None`` if it can.
+        encode: makes a message of a tensor.
+        decode: makes a tensor of the message and the original tensor (of which it uses shape and dtype only).
+        wire_nbytes: bytes of the message, with everything that the receiver needs.
+        touched: bytes that encoding and decoding read and write beside the message, as multiples of the tensor's.
+        around: context for every use of ``encode`` and ``decode``.
+        missing: why the subject cannot run here; ``None`` if it can.
     """
 
     name: str
@@ -55,14 +55,14 @@ def _missing(name: str, why: str) -> Subject:
 
 
 class _Stream:
-    """One step of a stream that starts from zeros, in memory of its own, as both ends take it."""
+    """One step of a stream that starts from zeros, at both ends, each in memory of its own."""
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
         self._of: Tensor | None = None
 
     def encode(self, x: Tensor) -> Tensor:
-        """From tensor and base to payload and new base."""
+        """Make payload and new base of tensor and base."""
         if self._of is not x:
             self._of, self._view = x, whole_view(x.shape, in_blocks=False)
             self._base, self._new = torch.zeros_like(x).view(-1), torch.empty_like(x).view(-1)
@@ -74,7 +74,7 @@ class _Stream:
         return self._payload
 
     def decode(self, payload: Tensor, like: Tensor) -> Tensor:
-        """From payload and base to new base, in place."""
+        """Make the new base of payload and base, in place."""
         self._session.decode(payload, (self._held,), self._held)
         return self._held.view(like.shape)
 
@@ -101,7 +101,7 @@ def _of_codec(name: str, codec: Codec, around: Callable[[], AbstractContextManag
 
 @contextmanager
 def _reference_kernels() -> Iterator[None]:
-    """Codecs run on torch's operations inside, where the library has anything faster."""
+    """Run codecs on torch's own operations inside, even where the library has faster kernels."""
     with kernels.use("reference"):
         yield
 
@@ -112,7 +112,7 @@ def of_codecs(codecs: Mapping[str, Codec]) -> list[Subject]:
 
 
 def peers(codecs: Mapping[str, Codec]) -> list[Subject]:
-    """The same codecs in eager torch, torch's quantization, numpy's bits and zstandard; no header is counted."""
+    """The lossy ``codecs`` in eager torch (headers counted), and torch's quantization, numpy's bits and zstandard."""
     eager = [
         _of_codec(f"{name}, eager torch", codec, _reference_kernels)
         for name, codec in codecs.items()

@@ -10,7 +10,7 @@ Example:
     >>> payload = int4.encode(x)
     >>> payload.numel() == int4.payload_nbytes(x.shape, x.dtype)
     True
-    >>> bool((int4.decode(payload, x.shape, x.dtype) - x).abs().max() < 0.01)
+    >>> bool((int4.decode(payload, x.shape, x.dtype) - x).abs().max() < 0.05)
     True
 """
 

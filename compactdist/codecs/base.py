@@ -7,10 +7,9 @@ one end of a stream remembers lies in a :class:`Session`, which ``Codec.open`` m
 Four promises hold for every codec, and the shared test kit checks each of them:
 
 * ``payload_nbytes`` depends on shape and dtype only, so both ends know the size before a byte moves;
-* ``decode`` gives the same bits on every machine: it uses elementwise operations in a fixed order, nothing
-  else;
+* ``decode`` gives the same bits on every machine: it uses nothing but elementwise operations in a fixed order;
 * the error energy of one round trip never exceeds the input energy, so a residual loop cannot diverge;
-* ``encode`` refuses NaN and infinity (unless the codec is lossless) instead of spreading them into the base.
+* ``encode`` refuses NaN and infinity (unless the codec is lossless), so that they never reach the history.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ if TYPE_CHECKING:
 
 
 class About(NamedTuple):
-    """What the page of codecs says of one (``tools/codecs_page.py``).
+    """What the page of codecs says of one codec (``tools/codecs_page.py``).
 
     Attributes:
         sends: what travels.
-        use: when to choose it.
+        use: when to choose the codec.
         source: where method and formulas come from.
     """
 
@@ -69,7 +68,7 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """Encode a tensor of any shape, strided as it likes.
+        """Encode a tensor of any shape and strides.
 
         Returns:
             Contiguous uint8 tensor ``(payload_nbytes(x.shape, x.dtype),)`` on the device of ``x``.
@@ -89,10 +88,10 @@ class Codec(ABC):
         """
 
     def open(self, view: MatrixView, dtype: torch.dtype, device: torch.device) -> Session:
-        """One end of one directed stream of tensors.
+        """Open one end of one directed stream of tensors.
 
         Args:
-            view: how the flat tensors of the stream become matrices.
+            view: matrix view of the stream's flat tensors.
             dtype: of the tensors.
             device: of the tensors.
 
@@ -140,14 +139,14 @@ class Codec(ABC):
 
 
 Terms = tuple[Tensor, ...]
-"""What a predictor expects: flat tensors to be added up in float32, ``()``, ``(base,)`` or ``(base, velocity)``."""
+"""A prediction, as flat tensors to be added up in float32: ``()``, ``(base,)`` or ``(base, velocity)``."""
 
 
 class Session:
     """One end of one directed stream under a codec: what does not change between two steps, and the codec's memory.
 
-    The same class serves both ends. This one suits every codec whose ``encode`` and ``decode`` hold no memory; a codec
-    with fused steps or a memory returns a class of its own from ``Codec.open``.
+    Both ends use the same class. This base class suits every codec without memory; a codec with fused steps or a memory
+    returns a class of its own from ``Codec.open``.
 
     ``encode`` changes nothing that a later ``encode`` or ``decode`` can see until ``commit`` is called; ``rollback``
     forgets what the last ``encode`` would have changed.
@@ -160,7 +159,7 @@ class Session:
     __slots__ = ("codec", "device", "dtype", "payload_nbytes", "view")
 
     remembers: ClassVar[bool] = False
-    """The session has something to do in ``commit``, ``rollback`` or ``prepare``; else they need not be called."""
+    """Whether ``commit``, ``rollback`` and ``prepare`` do anything; if not, callers may leave these calls out."""
 
     def __init__(self, codec: Codec, view: MatrixView, dtype: torch.dtype, device: torch.device) -> None:
         self.codec = codec
@@ -177,15 +176,15 @@ class Session:
 
         Args:
             x: flat, ``view.numel`` elements of ``dtype``.
-            terms: what both ends expect, each flat, finite, of ``dtype``.
-            out: flat, contiguous, of ``dtype``, none of the terms; gets what :meth:`decode` will give. ``None``: no
-                use for it.
-            payload: contiguous uint8, ``payload_nbytes`` long, aligned to 16 bytes; gets the payload.
+            terms: terms of the prediction, each flat, finite, of ``dtype``.
+            out: flat, contiguous, of ``dtype``, none of the terms; receives what :meth:`decode` will write. ``None``:
+                the reconstruction is not needed.
+            payload: contiguous uint8, ``payload_nbytes`` long, aligned to 16 bytes; receives the payload.
             row_weights: how much errors in each row matter, float ``(R,)`` or ``(G, R)``; for codecs that take them.
 
         Raises:
-            NonFiniteError: The difference is not finite; ``out`` and ``payload`` hold anything, the terms are as they
-                were.
+            NonFiniteError: The difference is not finite; the contents of ``out`` and ``payload`` are then undefined,
+                the terms unchanged.
             CodecConfigError: This codec takes no row weights.
         """
         if row_weights is not None:
@@ -200,30 +199,30 @@ class Session:
 
         Args:
             payload: what ``encode`` wrote at the other end.
-            terms: what both ends expect, as for ``encode``.
+            terms: terms of the prediction, as for ``encode``.
             out: flat, contiguous, of ``dtype``; may be the first of the terms.
 
         Raises:
             PayloadError: The payload is not uint8 of the expected length.
         """
         decoded = self.view.to_flat(self.codec.decode(payload, self.view.shape, torch.float32))
-        total = decoded + (sum_of(terms) if terms else 0.0)  # without terms, no -0 either
+        total = decoded + (sum_of(terms) if terms else 0.0)  # without terms -0 becomes 0
         limit = torch.finfo(out.dtype).max
-        with torch.inference_mode():  # lets an inference tensor be written to, wherever this is called
+        with torch.inference_mode():  # ``out`` may be an inference tensor, which can be written to in this mode only
             out.copy_(total.clamp(-limit, limit))
 
     def commit(self) -> None:
-        """The frame of the last ``encode`` is on its way: what it changes holds from now on."""
+        """Keep the changes of the last ``encode``, whose frame is on its way, or of the last ``decode``."""
 
     def rollback(self) -> None:
-        """The frame of the last ``encode`` will not be sent: forget what it would have changed."""
+        """Forget the changes of the last ``encode``, whose frame will not be sent."""
 
     def prepare(self) -> None:
-        """Do work that the next frame needs, while there is time: between a commit and the site's next call."""
+        """Do work that the next frame needs. Called after a commit, when the site's next call is a step away."""
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of tensors that this end remembers between two steps, the predictor's apart."""
+        """Bytes of tensors that this session keeps between two steps; the predictor's are not among them."""
         return 0
 
 

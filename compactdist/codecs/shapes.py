@@ -1,4 +1,4 @@
-"""How a tensor of any shape is seen as groups of matrices, and how sections are aligned."""
+"""The matrix view of a tensor of any shape, and the alignment of a payload's sections."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ __all__ = ["BLOCK_ELEMENTS", "SECTION_ALIGN_NBYTES", "matrix_shape", "padded_nby
 
 
 def whole_view(shape: Sequence[int], *, in_blocks: bool) -> MatrixView:
-    """The matrix view of a contiguous tensor of this shape when nobody says more about it.
+    """The matrix view of a contiguous tensor of this shape when there is no hint.
 
     Args:
         shape: of the tensor.
-        in_blocks: blocks, and no rows, have scales; then a tensor without channels is a single row.
+        in_blocks: scales belong to blocks, not to rows and channels; a tensor of at most one dimension is then a
+            single row.
     """
     numel = math.prod(shape)
     return MatrixView(numel, *((1, 1, numel) if in_blocks and len(shape) <= 1 else matrix_shape(shape)))

@@ -1,4 +1,4 @@
-"""One of every m elements: its place, and its value in 16 or in 4 bits."""
+"""Codecs that send one of every m elements: its place in the run of m, and its value in 16 or in 4 bits."""
 
 from __future__ import annotations
 

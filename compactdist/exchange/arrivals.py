@@ -1,6 +1,6 @@
-"""What arrived last on every stream, as far as it may be sent on: found again by the tensor it was written to.
+"""The last frame of every incoming stream that may be passed on, found again by the tensor it was decoded to.
 
-Nothing here keeps a user's tensor alive: storages are referred to weakly, and what was kept for one goes with it.
+Nothing here keeps a user's tensor alive: an arrival refers weakly to its storage and is removed when that is collected.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Arrival:
 
     Attributes:
         received: the frame.
-        site: of the stream; its lock keeps the decoder where it is.
+        site: call site of the stream; while its lock is held, the decoder does not move on.
         stream: key of the site and group rank of the sender.
-        storage: the tensor's, weakly.
-        address, shape, strides, dtype: what else identifies it.
+        storage: weak reference to the tensor's storage.
+        address, shape, strides, dtype: of the tensor; together with ``storage`` they identify it.
     """
 
     received: Received
@@ -50,7 +50,7 @@ class Arrival:
         self.site.lock.release()
 
     def is_in(self, x: Tensor) -> bool:
-        """Whether ``x`` is this tensor: same storage, place, shape, strides and dtype."""
+        """Whether ``x`` is this tensor: same storage, address, shape, strides and dtype."""
         return (
             (self.shape, self.strides, self.dtype) == (x.shape, x.stride(), x.dtype)
             and self.address == x.data_ptr()
@@ -66,7 +66,7 @@ class Arrivals:
     """The arrivals of one group.
 
     Args:
-        enabled: remember anything at all.
+        enabled: ``False``: remember nothing.
     """
 
     def __init__(self, enabled: bool) -> None:
@@ -80,12 +80,12 @@ class Arrivals:
 
     @property
     def trusted(self) -> bool:
-        """Whether this thread's caller vouches for it that received tensors are sent on untouched."""
+        """Whether this thread is inside :meth:`trust`."""
         return self._trust.depth > 0
 
     @contextmanager
     def trust(self) -> Iterator[None]:
-        """Let this thread's caller vouch for it."""
+        """Context in which this thread promises that it sends received tensors on untouched."""
         self._trust.depth += 1
         try:
             yield
@@ -100,7 +100,7 @@ class Arrivals:
             source: group rank of the sender.
             x: the user's tensor.
             frame: 1-D uint8.
-            by_size: let :meth:`latest` find it.
+            by_size: let :meth:`latest` find the arrival.
         """
         decoder = site.decoder(source)
         header = decoder.header
@@ -115,7 +115,7 @@ class Arrivals:
                 received.digest = digest_of(x)
         try:
             storage = x.untyped_storage()
-        except NotImplementedError:  # a subclass that has none
+        except NotImplementedError:  # a tensor subclass without storage
             return
         arrival = Arrival(
             received,
@@ -134,7 +134,7 @@ class Arrivals:
                 self._by_size[x.numel(), x.dtype] = arrival
 
     def forget(self, site: Site, source: int) -> None:
-        """The stream's decoder is about to move on."""
+        """Forget a stream's arrival, because its decoder is about to move on."""
         if self.enabled:
             with self._lock:
                 arrival = self._by_stream.get((site.key, source))
@@ -168,28 +168,34 @@ class Arrivals:
             self._relayed = {stream for stream in self._relayed if not gone(stream)}
 
     def relayed(self, arrival: Arrival) -> None:
-        """Another stream stands on this one: keep what passing on its next frames takes."""
+        """An outgoing stream relays this one: from now on keep the payloads and digests that passing on needs."""
         with self._lock:
             self._relayed.add(arrival.stream)
 
     def found(self, x: Tensor) -> Arrival | None:
-        """What was received into this very tensor; off the CPU, where nothing proves it untouched, only on trust."""
+        """The arrival that was decoded into this very tensor, or ``None``.
+
+        Off the CPU nothing proves that the tensor is untouched, so there an arrival is found inside :meth:`trust` only.
+        """
         if not self._by_address or (x.device.type != "cpu" and not self.trusted):
             return None
         arrival = self._by_address.get(x.data_ptr())
         return arrival if arrival is not None and arrival.is_in(x) else None
 
     def latest(self, x: Tensor) -> Arrival | None:
-        """What of this size and dtype was put last with ``by_size``, wherever its values are now (on the CPU)."""
+        """The last arrival of this size and dtype put with ``by_size``, or ``None``; on the CPU only.
+
+        The caller must prove that ``x`` holds its values: they may have been copied since.
+        """
         return self._by_size.get((x.numel(), x.dtype)) if x.device.type == "cpu" else None
 
     def hold(self, arrival: Arrival | None, store: StateStore) -> Arrival | None:
-        """Keep an arrival's decoder where it is until ``release``.
+        """Keep an arrival's decoder from moving on until :meth:`Arrival.release`.
 
         Returns:
-            The arrival; ``None`` if its stream has moved on, if its site was forgotten by a reset, or if another thread
-            is about to move it. Waiting for that thread could block for ever: what it waits for may depend on what this
-            one is about to send.
+            The arrival; ``None`` if its stream has moved on, if a reset has dropped its site, or if another thread
+            holds the site's lock. Waiting for that thread could block for ever: it may wait for a message that depends
+            on the one this thread is about to send.
         """
         if arrival is None or store.find(arrival.site.key) is not arrival.site:
             return None
@@ -201,7 +207,7 @@ class Arrivals:
         return None
 
     def kept_bytes(self) -> dict[str, int]:
-        """Bytes of payloads kept, by key of the site they arrived at."""
+        """Bytes of payloads kept, by the key of the site where they arrived."""
         kept: dict[str, int] = {}
         with self._lock:
             for arrival in list(self._by_stream.values()):

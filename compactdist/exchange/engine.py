@@ -43,24 +43,25 @@ class Flight:
     """One call on its way along a plan.
 
     Attributes:
-        plan, call: of the call.
-        inputs: tensors that leave, as ``plan.outgoing``; let go of at the launch.
-        outputs: tensors to be written, as ``plan.incoming``.
+        plan: the site's plan.
+        call: the call's site key, step and epoch.
+        inputs: tensors that leave, in the order of ``plan.outgoing``; released at the launch.
+        outputs: tensors to be written, in the order of ``plan.incoming``.
         opts: the caller's options object or ``None``.
-        own_input, own_output: one's own chunk, where the collective has one.
+        own_input, own_output: this rank's own chunk, where the collective has one.
         tag: of a point-to-point message.
-        staged: frames, as ``plan.outgoing``; ``None`` for a tensor that travels as it is.
-        messages: decisions to encode or to pass on, where the pattern makes them.
-        arrival: what is passed on, held until the launch.
-        failure: what to raise once the frames are on their way.
+        staged: frames, in the order of ``plan.outgoing``; ``None`` for a tensor that travels as it is.
+        messages: one decision to encode or to pass on for each frame, where the pattern ``forwards``.
+        arrival: the arrival that may be passed on, held until the launch.
+        failure: the error to raise once the frames are on their way.
         refusing: peers with which no history will be kept.
-        passed: why the message travels without touching the history; ``None`` if it does not.
+        passed: why the message travels in a frame that touches no history; ``None`` for every other message.
         keyframes: whether all frames are keyframes.
-        work: the inner group's.
-        arrived: bytes to be decoded, as ``plan.incoming``; a frame may be shorter.
+        work: work of the inner call.
+        arrived: buffers to be decoded, 1-D uint8, in the order of ``plan.incoming``; a frame may be shorter.
         keep: tensors that must live until the inner work is done.
         wire_nbytes: bytes put on the link.
-        own_value: what one's own output gets.
+        own_value: the value to be written to ``own_output``.
     """
 
     plan: CallPlan
@@ -90,22 +91,22 @@ class Engine:
     """One wrapped group as its calls see it.
 
     Attributes:
-        link: the inner group, by what frames need of it.
+        link: the inner group's calls that carry frames.
         rank, size: in the group.
-        label: names group and rank in messages.
-        config: how streams predict.
+        label: names group and rank in error messages.
+        config: configuration of the streams.
         chooser: policy and layout hints.
-        exact_local: all-gather leaves one's own chunk exact.
+        exact_local: an all-gather leaves the rank's own chunk exact.
         sample_every: measure the reconstruction error of every n-th call of a site; 0 never.
         store: streams by call site.
         stats: counters.
-        forward: pass on what was received and is sent again untouched.
+        forward: pass on the frame of a received tensor that is sent again untouched.
         lock: held while a call is encoded and handed to the inner group.
         outbox: sends whose works were dropped.
-        arrivals: what was received and may be passed on.
-        tap: shown every tensor right before it is encoded or passed on: call, the peer it goes to (the sender itself
-            where all ranks get the same), tensor, and the matrix view of its layout hint. It must not raise or change
-            anything.
+        arrivals: frames that were received and may be passed on.
+        tap: called as ``tap(call, peer, tensor, view)`` right before a tensor is encoded or passed on. ``peer`` is the
+            receiver's group rank (the sender's own where all ranks receive the tensor), ``view`` the matrix view of the
+            layout hint. The tap must neither raise nor change anything.
     """
 
     link: Link
@@ -143,7 +144,7 @@ class Engine:
         """
         site = self.store.known.get(call.site) or self.store.site(call.site)
         if site.pending and pattern.waits_for_earlier_calls:
-            drain(site)  # kinds and sizes of the next frames depend on what the last ones said
+            drain(site)  # kinds and sizes of the next frames depend on what the last frames announced
         plan: CallPlan | None = site.plan
         if (
             plan is None
@@ -186,7 +187,7 @@ class Engine:
         return flight
 
     def stage(self, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> Staged:
-        """Encode one tensor."""
+        """Encode one tensor and append its frame to ``flight.staged``."""
         if self.tap is not None:
             self.tap(flight.call, part.peer, x, part.hint)
         stream, codec = part.stream, part.codec
@@ -265,7 +266,7 @@ class Engine:
                 self.stats.passed(flight.call.op, reason, plan.raw_nbytes, flight.call.site, wire=flight.wire_nbytes)
             if flight.own_output is not None:
                 pattern.keep_own(self, flight)
-            flight.inputs, flight.own_input = (), None  # the caller's, who may let go of them
+            flight.inputs, flight.own_input = (), None  # the caller may free its tensors from here on
         job = Job(flight.work, partial(self.finish, flight), None if pattern.sends_only else plan.site, flight.keep)
         if pattern.sends_only:
             self.outbox.add(plan.outgoing[0].peer, job)
@@ -287,7 +288,8 @@ class Engine:
         """Decode what arrived, in order, and write it if the outputs may still be written to.
 
         Raises:
-            FrameError, NonFiniteError: the first that a decoder raised; every part was looked at.
+            FrameError, NonFiniteError: the flight's ``failure``, else the first error of a decoder; every other part
+                has been decoded.
         """
         plan = flight.plan
         error: Exception | None = flight.failure
@@ -336,7 +338,7 @@ class Engine:
     # --- the rest of a group's life -----------------------------------------------------------------------------------
 
     def check_outputs(self, op: str, outputs: Sequence[Tensor], numel: int, like: Tensor) -> None:
-        """Refuse outputs that cannot hold what will arrive: one tensor for every rank, each as large as ``like``.
+        """Refuse outputs that cannot hold one tensor of ``numel`` elements from every rank, in the dtype of ``like``.
 
         Raises:
             BadOutputError: wrong number, sizes or dtype; nothing was sent.
@@ -357,7 +359,7 @@ class Engine:
         self.arrivals.clear(prefix)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes held per site key: histories, what codecs remember, and payloads kept to be passed on."""
+        """Bytes held per site key: histories, the codecs' memory, and payloads kept to be passed on."""
         held = self.store.state_bytes()
         for key, nbytes in self.arrivals.kept_bytes().items():
             held[key] = held.get(key, 0) + nbytes

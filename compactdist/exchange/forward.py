@@ -1,10 +1,10 @@
-"""Encode a tensor, or pass on the frame it was decoded from: the decision, once for every message that is sent.
+"""Encode a tensor, or pass on the frame it was decoded from: decided here for every message of a pattern that forwards.
 
 Passing on adds no error, so a chunk is the same on every rank it has visited. Where the receiver follows the frame
-(point-to-point on the CPU) the outgoing stream shares the predictor of the incoming one, and a switch from one way to
-the other is a keyframe. Where sizes are agreed beforehand (collectives, other devices) the sender keeps a history of
-its own, which equals the receiver's whether it encodes or passes on: it may encode again at any time, and begins to
-pass on where a keyframe is due anyway.
+(point-to-point on the CPU) the outgoing stream shares the predictor of the incoming one, and every switch between
+encoding and passing on takes a keyframe. Where sizes are agreed beforehand (collectives, other devices) the sender
+keeps a history of its own, which equals the receiver's whether it encodes or passes on: it may encode again at any
+time, and begins to pass on where a keyframe is expected anyway.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class Message:
     """A tensor on its way to one receiver, and the decision what its frame will be.
 
     Args:
-        arrivals: of the group.
-        encoder: of the stream.
+        arrivals: arrivals of the group.
+        encoder: encoder of the outgoing stream.
         x: the tensor.
-        codec: for residuals.
+        codec: codes a residual.
         keyframe_expected: whether the receiver expects a keyframe.
-        arrival: what may be passed on, held; ``None`` for nothing.
+        arrival: the arrival that may be passed on, held; ``None`` for none.
         accepts_unannounced_keyframe: whether the receiver takes a keyframe it does not expect.
 
     Attributes:
-        keyframe: what the frame will be, unless it is passed on.
-        forwards: the frame that arrived is passed on.
-        forwarded: after ``commit``: the receiver gets, to the bit, what was received here.
+        forwards: whether the frame that arrived is passed on.
+        keyframe: whether the frame will be a keyframe, if it is not passed on.
+        forwarded: after ``commit``: whether the receiver gets, to the bit, the tensor that was received here.
     """
 
     __slots__ = (
@@ -75,7 +75,7 @@ class Message:
     ) -> None:
         self._arrivals, self._encoder, self._x, self._codec = arrivals, encoder, x, codec
         config = encoder.config
-        # a lossless codec without history has nothing to encode, and nothing to pass on
+        # a lossless codec without history makes every frame from the tensor alone: passing on would save nothing
         self._arrival = None if codec.lossless and not config.remembers else arrival
         self._share = accepts_unannounced_keyframe and config.predictor.can_share
         self._announce: MatrixView | None = None
@@ -101,7 +101,7 @@ class Message:
         return self._x.device.type == "cpu" and is_untouched(self._arrival.received, self._x)
 
     def _may_forward(self, relay: Relay, keyframe_expected: bool, accepts_unannounced_keyframe: bool) -> bool:
-        """Whether the receiver can take the frame: the next one for it, of a kind and matrix view it can tell."""
+        """Whether the arrival is the relayed stream's next frame, of the kind and matrix view the receiver expects."""
         if self._arrival is None or not relay.expects(self._arrival.received):
             return False
         received, encoder = self._arrival.received, self._encoder
@@ -115,7 +115,7 @@ class Message:
         return (header.is_key or kept) and view == received.decoder.view
 
     def _switch_if_worth_it(self, arrival: Arrival) -> None:
-        """Make a keyframe of a residual, so that the frames after it can be passed on."""
+        """Send a keyframe in place of a residual where that pays, so that the frames after it can be passed on."""
         theirs = arrival.received.decoder.view
         fits = theirs == self._encoder.view
         relay = self._encoder.relay = self._encoder.relay or Relay()
@@ -133,12 +133,12 @@ class Message:
         return pass_on(self._encoder, self._arrival.received, self._x, self._codec, epoch)
 
     def announce(self, staged: Staged) -> None:
-        """Let the frame that was made say how later ones will be, where that was decided."""
+        """Announce the incoming stream's matrix view in the staged keyframe, if that was decided."""
         if self._announce is not None and not staged.header.flags & NONFINITE:
             announce(staged, self._announce)
 
     def commit(self, staged: Staged, hint: MatrixView | None) -> None:
-        """Make the state change, and stand on the incoming stream from now on if both hold the same."""
+        """Commit the frame; if the receivers of both streams now hold the same state, relay the incoming stream."""
         encoder, arrival = self._encoder, self._arrival
         encoder.commit(staged, hint)
         if arrival is None:
@@ -153,7 +153,7 @@ class Message:
             return
         compare = self._x.device.type == "cpu"
         decoder = arrival.received.decoder
-        # without a look at the bytes: a keyframe sets the last value, but only the first one everything else
+        # where bytes are not compared: any keyframe makes last values equal, but only the first makes velocities equal
         if not compare and config.predictor.copies > 1 and (encoder.sequence, decoder.sequence) != (1, 1):
             return
         if same_state(encoder, decoder, compare=compare):

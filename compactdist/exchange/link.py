@@ -1,6 +1,6 @@
-"""The inner group's six calls that carry frames. Everything that a backend or a torch version does otherwise is here.
+"""The inner group's six calls that carry frames; callers see no difference between backends or torch versions.
 
-A work that is ``None`` (NCCL, for a synchronous call) counts as done: later work on the same stream comes after it.
+A work that is ``None`` (NCCL, for a synchronous call) counts as done: later work on its CUDA stream comes after it.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class Done(_torch.Work):
 
 
 def as_work(work: Any) -> Any:
-    """What an inner call returned, as a work."""
+    """The work that an inner call returned, or a :class:`Done` if it returned ``None``."""
     return Done() if work is None else work
 
 
 class Link:
-    """An inner group, by what frames need of it.
+    """The calls of an inner group that carry frames, 1-D uint8 tensors. Every call returns a work.
 
     Args:
-        inner: the group frames travel on; ``None``: a closed group's, which is never used.
+        inner: the group that frames travel on; ``None`` once the wrapped group is closed: then no call can be made.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -55,26 +55,26 @@ class Link:
         self._all_to_all = _torch.first_method(inner, _torch.ALL_TO_ALL_SINGLE)
 
     def all_gather(self, arrived: Tensor, frame: Tensor, opts: Any) -> Any:
-        """Every rank's frame, all of one size, into ``arrived``, one after the other."""
+        """Gather every rank's frame, all of one size, into ``arrived``, in rank order."""
         return as_work(self._all_gather(arrived, frame, opts or _torch.options("AllgatherOptions")))
 
     def all_to_all(self, arrived: Tensor, frames: Tensor, arriving: list[int], leaving: list[int], opts: Any) -> Any:
-        """Bytes to and from every rank; sizes by group rank."""
+        """Exchange frames between all ranks; ``arriving`` and ``leaving`` give bytes by group rank."""
         opts = opts or _torch.options("AllToAllOptions")
         return as_work(self._all_to_all(arrived, frames, arriving, leaving, opts))
 
     def broadcast(self, frame: Tensor, opts: Any) -> Any:
-        """The root's frame into every rank's."""
+        """Copy the root's frame into every other rank's ``frame``."""
         return as_work(self._inner.broadcast([frame], opts))
 
     def send(self, frame: Tensor, peer: int, tag: int) -> Any:
-        """A frame to group rank ``peer``."""
+        """Send a frame to group rank ``peer``."""
         return as_work(self._inner.send([frame], peer, tag))
 
     def receive(self, frame: Tensor, peer: int, tag: int) -> Any:
-        """A frame from group rank ``peer``."""
+        """Receive a frame from group rank ``peer``."""
         return as_work(self._inner.recv([frame], peer, tag))
 
     def receive_any(self, frame: Tensor, tag: int) -> Any:
-        """A frame from whoever sends first; the work's ``_source_rank`` says who that was."""
+        """Receive a frame from whichever rank sends first; the work's ``_source_rank`` gives its group rank."""
         return as_work(self._inner.recv_anysource([frame], tag))

@@ -39,9 +39,9 @@ class Pattern:
     Attributes:
         op: the collective's name in the policy's terms.
         waits_for_earlier_calls: sizes depend on the frames of the site's earlier calls, so these are decoded first.
-        forwards: what arrives may be passed on, and what leaves may be what arrived.
+        forwards: frames that arrive may be passed on, and tensors that leave may go in a frame that arrived.
         whole_site: history is kept with all peers of a site or with none.
-        sends_only: nothing arrives, and whoever waits for the work waits for the peer.
+        sends_only: nothing arrives, and waiting for the work is waiting for the peer.
         receives_only: nothing leaves, so nothing is put on the link.
     """
 
@@ -70,15 +70,15 @@ class Pattern:
         return PassReason.BUDGET
 
     def arrival(self, engine: Engine, flight: Flight) -> Arrival | None:
-        """What a pattern that ``forwards`` may pass on, held."""
+        """The arrival that a pattern with ``forwards`` may pass on, held; ``None`` for none."""
         return None
 
     def refuse(self, engine: Engine, flight: Flight) -> set[int]:
-        """Take memory for histories that begin; returns the peers (or ``Site.ALL``) for which there is none."""
+        """Reserve budget for histories that begin; returns the peers (or ``Site.ALL``) it does not suffice for."""
         return set()
 
     def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
-        """Make the frame of one outgoing part of a pattern that ``forwards``; the others' parts are just encoded."""
+        """Make the frame of an outgoing part of a pattern with ``forwards``; the engine encodes all other parts."""
         raise NotImplementedError
 
     def transfer(self, engine: Engine, flight: Flight) -> None:
@@ -86,25 +86,25 @@ class Pattern:
         raise NotImplementedError
 
     def commit(self, engine: Engine, flight: Flight) -> None:
-        """The frames of a pattern that ``forwards`` are on their way."""
+        """Commit the frames of a pattern with ``forwards``, which are on their way."""
         raise NotImplementedError
 
     def keep_own(self, engine: Engine, flight: Flight) -> None:
-        """Keep one's input for one's own output, safe from whatever the caller does to it before waiting."""
+        """Keep this rank's input for its own output, safe from what the caller does to the input before it waits."""
         if flight.own_input is not None:
             value = flight.own_input.detach().reshape(-1)
             flight.own_value = value.clone() if getattr(flight.opts, "asyncOp", True) else value
 
     def taken(self, engine: Engine, flight: Flight, part: Incoming) -> None:
-        """A frame of a pattern that ``receives_only`` was decoded."""
+        """Count a decoded frame of a pattern with ``receives_only``."""
 
     def remember(self, engine: Engine, flight: Flight, part: Incoming, target: Tensor, frame: Tensor) -> None:
-        """A part's value was written to ``target``: it may be passed on from there."""
+        """Remember that ``target`` holds a part's value, whose ``frame`` may be passed on when ``target`` is sent."""
         engine.arrivals.put(flight.plan.site, part.peer, target, frame)
 
 
 class OneMessage(Pattern):
-    """A pattern whose parts are all of one size; signature: (numel, dtype, device, further facts)."""
+    """A pattern whose parts are all of one size; signature: (numel, dtype, device, further items of the pattern)."""
 
     def ends(self, engine: Engine, signature: tuple[Any, ...]) -> tuple[int | None, int | None]:
         """Source and target of the message, as the policy sees them."""
@@ -115,7 +115,7 @@ class OneMessage(Pattern):
         return (chooser.ask(chooser.info(call, signature[1], signature[0], *self.ends(engine, signature))),)
 
     def choose(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[CallPlan, Codec | None, Any]:
-        """A plan without parts, the codec (``None``: it passes through), and the hinted matrix view."""
+        """A plan without parts, the codec (``None``: the call passes through), and the matrix view of the hint."""
         chooser, numel, dtype = engine.chooser, signature[0], signature[1]
         plan = CallPlan(self, engine.store.site(call.site), signature, dtype, self.answers(engine, call, signature))
         plan.want_value = bool(engine.sample_every)
@@ -129,7 +129,7 @@ class OneMessage(Pattern):
 
 
 class AllGather(OneMessage):
-    """One encoder, every other rank decodes; all frames of a call have one size. One's own chunk, too, is written."""
+    """One encoder, every other rank decodes; all frames of a call have one size. A rank's own chunk is written too."""
 
     op = "all_gather"
     whole_site = True
@@ -183,7 +183,7 @@ class AllGather(OneMessage):
 
 
 class AllToAll(Pattern):
-    """An encoder and a decoder per peer; one's own chunk is exact.
+    """An encoder and a decoder per peer; a rank's own chunk is exact.
 
     Whether a directed chunk is compressed depends on its own number of elements and the policy's answer for its two
     ends, so uneven splits need no agreement beyond what each pair of ranks knows. Signature: (elements to each rank,
@@ -238,7 +238,7 @@ class AllToAll(Pattern):
         return plan
 
     def reason_if_refused(self, plan: CallPlan) -> PassReason | None:
-        # another rank may see it differently, so that chunks without history travel this way still
+        # the call cannot pass through, for other ranks may send frames in it: chunks without history travel as they are
         for part in plan.parts:
             if part.peer in plan.site.refused:
                 part.codec = part.stream = None
@@ -278,7 +278,7 @@ class AllToAll(Pattern):
         leaving, arriving = [0] * size, [0] * size
         frames = []
         for part, x, staged in zip(plan.outgoing, flight.inputs, flight.staged, strict=True):
-            # unpadded: to a rank whose chunks all pass through these are the bytes of an uncompressed call
+            # an exact chunk travels unpadded: a rank whose chunks all pass through makes the plain call for it
             frames.append(exact_bytes(x) if staged is None else staged.frame)
             leaving[part.peer] = frames[-1].numel()
         for into in plan.incoming:
@@ -301,7 +301,7 @@ class AllToAll(Pattern):
 
 
 def _rotates(me: int, numels: Sequence[int]) -> bool:
-    """Whether there is one chunk only and it is another rank's: a rotation, which a ring is made of."""
+    """Whether at most one chunk has elements and it is another rank's: one hop of a ring."""
     return not numels[me] and sum(1 for numel in numels if numel) <= 1
 
 
@@ -368,7 +368,10 @@ def stage_message(
     accepts_unannounced_keyframe: bool,
     reserve: bool = False,
 ) -> None:
-    """Encode a part, or pass on the frame it arrived in; with ``reserve``, say in ``passed`` if no memory is left."""
+    """Encode a part, or pass on the frame it arrived in.
+
+    With ``reserve``, take budget for a keyframe's history first; without budget left, only set ``flight.passed``.
+    """
     assert part.stream is not None
     assert part.codec is not None
     message = Message(

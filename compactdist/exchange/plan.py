@@ -1,7 +1,7 @@
 """What a call site does: decided when the site is first met, held in its :class:`CallPlan`, replayed by later calls.
 
-All reasons to pass a call through are found here: those of the kind of call in :func:`refusal`, those of one message in
-:meth:`Chooser.choose`, and a used-up budget by the patterns that plan.
+Reasons to pass a call through: :func:`refusal` finds those of the kind of call, :meth:`Chooser.choose` those of one
+message, the patterns a used-up budget; ``group/process_group.py`` passes the operations that are never compressed.
 """
 
 from __future__ import annotations
@@ -63,10 +63,11 @@ def refusal(size: int, tensor: Tensor, active: bool, autograd: AutogradRule) -> 
 
     Args:
         size: ranks of the group.
-        tensor: of the call.
+        tensor: tensor of the call.
         active: whether a step, a key or an attached module has been seen.
-        autograd: ``"tensor"``: differentiable tensors and calls in a backward pass are refused; ``"backward"``: only
-            the latter, where not all ranks see the tensor; ``"sender"``: neither, the sender's frame tells.
+        autograd: ``"tensor"``: refuse differentiable tensors and calls in a backward pass; ``"backward"``: refuse only
+            calls in a backward pass, where not all ranks see the tensor; ``"sender"``: refuse neither, for the sender
+            decides and its frame says so.
     """
     if size == 1:
         return PassReason.WORLD_SIZE
@@ -93,13 +94,14 @@ class Outgoing:
     """A tensor of a call that leaves this rank.
 
     Attributes:
-        peer: group rank it goes to; one's own where every rank receives it.
-        numel: its elements.
-        codec: of its residuals; ``None``: it travels as it is, without a frame.
-        stream: its encoder; ``None`` without a codec.
-        hint: matrix view of its layout hint.
-        fresh: the next frame must be a keyframe, as some stream it depends on is empty.
-        key_nbytes, residual_nbytes: of the next frame, by its kind.
+        peer: group rank it goes to; this rank's own where every rank receives it.
+        numel: elements of the tensor.
+        codec: codes the residuals; ``None``: the tensor travels as it is, without a frame.
+        stream: encoder of the tensor; ``None`` without a codec.
+        hint: matrix view of the layout hint.
+        fresh: the next frame must be a keyframe: its stream (any stream of a joint plan) is empty, or the codec is
+            lossless.
+        key_nbytes, residual_nbytes: bytes of the next frame, if it is a keyframe and if it is a residual.
     """
 
     peer: int
@@ -135,17 +137,17 @@ class CallPlan:
         site: the call site.
         signature: sizes, dtype and device of the call's tensors; another signature needs another plan.
         dtype: of the tensors.
-        answers: the policy's answer for each size of message, in the pattern's order.
+        answers: the policy's answer for each directed message, in the pattern's order.
         reason: why the call passes through; ``None`` if it is compressed.
         outgoing, incoming: the parts, in the order of the tensors handed to the engine.
         joint: all parts have one kind and size of frame, as in a collective whose sizes must be equal.
-        codec: shown in statistics.
+        codec: the codec that statistics show.
         raw_nbytes: bytes on the link if the call were not compressed.
         raw_numel: elements in all messages that leave.
-        detail: whatever else the pattern worked out.
-        want_value: encoders give what the receiver will reconstruct, even where they keep no history.
+        detail: a pattern's own result: why chunks pass through (all-to-all), bytes of the buffer (receive).
+        want_value: encoders return what the receiver will reconstruct, even where they keep no history.
         fresh: some part's next frame must be a keyframe.
-        changes: count of the site's changes that the parts' ``fresh`` and sizes were worked out at.
+        changes: the site's count of changes when ``fresh`` and the sizes were worked out.
     """
 
     pattern: Pattern
@@ -171,7 +173,7 @@ class CallPlan:
         return [*self.outgoing, *self.incoming]
 
     def refresh(self) -> None:
-        """Work out kinds and sizes of the next frames anew: some stream started, stopped or changed its view."""
+        """Work out kinds and sizes of the next frames anew: a stream started, stopped or changed its matrix view."""
         self.changes = self.site.changes.count
         parts = [part for part in self.parts if part.codec is not None]
         for part in parts:
@@ -193,7 +195,7 @@ class Chooser:
     """Asks the policy and the layout hints about messages.
 
     Attributes:
-        label: names group and rank in messages.
+        label: names group and rank in error messages.
         codec: used where the policy names none.
         policy, layouts: functions of :class:`CallInfo`; ``None`` for none.
         min_numel: smaller messages pass through.
@@ -222,7 +224,8 @@ class Chooser:
         """The codec for one directed message, or the reason it passes through.
 
         Raises:
-            ConfigError: the policy function returned something that is no codec.
+            ConfigError: the policy returned something that is no codec.
+            UnknownCodecError, CodecConfigError: the policy returned the id or configuration of no codec.
         """
         if answer is None:
             return self.codec

@@ -1,4 +1,4 @@
-"""Send and receive: one stream per directed pair, tag and ordinal. The frame says what it is."""
+"""Send and receive: one stream per directed pair, tag and ordinal. Every frame tells its own kind and size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stream_name(source: int, target: int, tag: int) -> str:
 
 
 class Send(OneMessage):
-    """One stream per directed pair, tag and ordinal. The frame says what it is, so a receiver on the CPU follows it.
+    """One stream per directed pair, tag and ordinal. A receiver on the CPU takes kind and size from the frame itself.
 
     A differentiable tensor, or one for which there is no state budget, travels as it is in a frame that touches no
     history: the receiver cannot foresee either. Signature: (numel, dtype, device, source, target).
@@ -88,7 +88,7 @@ class Receive(OneMessage):
     process on a longer one), so that the sender alone decides what it sends.
     """
 
-    op = "send"  # the policy is asked about the message, the same on both ends
+    op = "send"  # both ends ask the policy about the one message
     waits_for_earlier_calls = False
     forwards = True
     receives_only = True
@@ -115,7 +115,7 @@ class Receive(OneMessage):
         flight.work = engine.link.receive(frame, flight.plan.incoming[0].peer, flight.tag)
 
     def commit(self, engine: Engine, flight: Flight) -> None:
-        pass  # nothing left
+        pass  # no frame was sent
 
     def taken(self, engine: Engine, flight: Flight, part: Incoming) -> None:
         plan, decoder = flight.plan, part.stream
@@ -126,7 +126,7 @@ class Receive(OneMessage):
         if header.flags & STATELESS:
             return
         if header.is_key:
-            # a receiver has no way to refuse: it follows the sender, even beyond its cap
+            # a receiver cannot refuse: it follows the sender, even beyond its cap
             what = (part.numel, plan.dtype)
             engine.store.reserve(plan.site, part.peer, what, decoder.state_bytes, force=True)
         raw, wire = part.numel * plan.dtype.itemsize, header.nbytes + header.payload_nbytes
@@ -134,7 +134,7 @@ class Receive(OneMessage):
 
 
 class ReceiveExactly(Receive):
-    """A receive where both ends' sizes must be equal (NCCL): its kind and size follow from what both ends share."""
+    """A receive whose size must equal the sent one (NCCL): the frame's kind and size follow from what both know."""
 
     waits_for_earlier_calls = True
 
@@ -145,20 +145,26 @@ class ReceiveExactly(Receive):
 
 
 def _frame_bound(codec: Codec, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> int:
-    """The most bytes a frame of this message can have: raw, or scales gone wild in an odd matrix view."""
+    """The most bytes a frame of this message can have: a keyframe's, or a residual's with room for more scales.
+
+    A matrix view found later may need more scales than the views known here: ``numel // 8 + 64`` bytes are set aside.
+    """
     shapes = [blocks(numel).shape] + ([hint.shape] if hint is not None else [])
     coded = max(codec.payload_nbytes(shape, torch.float32) for shape in shapes)
     return HEADER_NBYTES + max(raw_nbytes(numel, dtype), coded + numel // 8 + 64)
 
 
 def receive_any(engine: Engine, call_from: Callable[[int], Call], x: Tensor, tag: int) -> Job:
-    """Receive from whoever sends first; the frame says whose stream it belongs to (CPU only).
+    """Receive from whichever rank sends first (CPU only).
 
     Args:
-        engine: the group's.
-        call_from: makes the call from the sender's group rank, once that is known.
+        engine: engine of the group.
+        call_from: makes the call from the sender's group rank, which is known once the message has arrived.
         x: output tensor.
-        tag: of the message.
+        tag: tag of the message.
+
+    Returns:
+        The job that waits, decodes and writes ``x``.
     """
     numel, dtype = x.numel(), x.dtype
     frame = torch.empty(HEADER_NBYTES + raw_nbytes(numel, dtype) + numel + 4096, dtype=torch.uint8, device=x.device)
@@ -166,7 +172,7 @@ def receive_any(engine: Engine, call_from: Callable[[int], Call], x: Tensor, tag
 
     def finish(may_write: bool) -> None:
         source = int(work._source_rank())
-        if frame[:4].numpy().tobytes() != MAGIC:  # the sender let this one pass through
+        if frame[:4].numpy().tobytes() != MAGIC:  # the sender let the message pass through
             engine.stats.passed("recv", PassReason.PEER, 0)
             if may_write:
                 with _torch.without_autograd():
@@ -175,7 +181,7 @@ def receive_any(engine: Engine, call_from: Callable[[int], Call], x: Tensor, tag
         call = call_from(source)
         drain(engine.store.site(call.site))
         plan = engine.plan(RECEIVE, call, (numel, dtype, x.device, source, engine.rank))
-        if not plan.incoming:  # the policy lets it pass here; the sender's did not
+        if not plan.incoming:  # this rank would let the message pass through, but the sender compressed it
             codec, site = engine.chooser.codec, plan.site
             plan = replace(plan, incoming=[Incoming(source, numel, codec, site.decoder(source))])
         engine.finish(Flight(plan, call, (), (x,), None, arrived=(frame,)), may_write)

@@ -34,7 +34,7 @@ class Job:
 
     Args:
         inner: the inner group's work; waited for exactly once (gloo's point-to-point works hang on a second wait).
-        finish: decodes; gets ``True`` if it may write to the user's tensors.
+        finish: decodes; called with ``True`` if it may write to the user's tensors.
         site: the call site whose jobs finish in issue order; ``None`` for a send, which has nothing to decode.
         keep: tensors that must live until the inner work is done.
     """
@@ -74,12 +74,12 @@ class Job:
         self._owner = weakref.ref(work)
 
     def finish_now(self) -> None:
-        """Wait, decode and write at once: the call is synchronous, and its outputs are the caller's still."""
+        """Wait, decode and write at once: the call is synchronous, so the caller still holds its outputs."""
         self._attended = True
         self.settle()
 
     def replace_inner(self, inner: Any) -> None:
-        """Wait for this work instead: calls made inside a group of calls complete together."""
+        """Wait for ``inner`` in place of the inner call's own work: calls that a backend groups complete together."""
         self._inner = as_work(inner)
 
     @property
@@ -93,7 +93,7 @@ class Job:
         return self._owner is not None
 
     def settle(self, timeout: timedelta = _NO_TIMEOUT) -> None:
-        """Wait for and decode all that was issued before at this site, then this; raises what went wrong with this."""
+        """Finish all jobs issued earlier at this site, then this one; raises this job's error."""
         with self._lock:
             pending = self._site.pending if self._site is not None else None
             while pending and pending[0] is not self and not self.done:
@@ -104,7 +104,7 @@ class Job:
             raise self.error
 
     def run(self, timeout: timedelta = _NO_TIMEOUT) -> None:
-        """Wait, decode, and keep the error if there is one. The lock is held."""
+        """Wait, decode, and keep the error if there is one. The caller holds the lock."""
         try:
             if not self._waited:
                 self._waited = True
@@ -130,7 +130,7 @@ class Job:
         return self.done or bool(self._inner.is_completed())
 
     def poll(self) -> bool:
-        """Decode if nothing has to be waited for; whether the job is done."""
+        """Decode if that needs no waiting; returns whether the job is done."""
         if self.done:
             return True
         if not self._lock.acquire(blocking=False):
@@ -153,7 +153,7 @@ class Job:
 
 
 def drain(site: Site) -> None:
-    """Settle everything issued before at this site: needed where the next frames depend on what the last ones said."""
+    """Finish all jobs of this site: needed where the next frames depend on what the last frames announced."""
     if site.pending:
         with site.lock:
             while site.pending:
@@ -167,7 +167,7 @@ class PendingWork(_torch.Work):
     Args:
         jobs: :class:`Job` objects, or inner works of parts that passed through (``None`` from synchronous ones).
         result: the output tensors.
-        future_pool: gives the group's thread for futures.
+        future_pool: returns the group's executor, which resolves futures.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class PendingWork(_torch.Work):
         """Wait for the exchange and write the outputs. May be called again; raises the same error again.
 
         Raises:
-            FrameError, NonFiniteError: see the decoder; whatever the inner work raises.
+            FrameError, NonFiniteError: from ``Engine.finish``; also whatever the inner work raises.
         """
         error: BaseException | None = None
         with self._lock:
@@ -294,7 +294,7 @@ class FinishedWork(_torch.Work):
 
 
 class WaitOnce:
-    """Several inner works that are waited for together, once, by whoever comes first."""
+    """Several inner works as one: the first ``wait`` waits for all of them, later ones return at once."""
 
     def __init__(self, works: Sequence[Any]) -> None:
         self._works = [as_work(work) for work in works]
@@ -315,9 +315,9 @@ class WaitOnce:
 class Outbox:
     """Keeps the frames of sends alive whose works the caller dropped: gloo loses a send whose work is collected.
 
-    gloo says that a send is complete only to a waiter, so the oldest of those dropped is waited for once there are more
-    than ``depth`` of them to one peer; NCCL would have blocked the stream long before. A send whose work the caller
-    holds is the caller's to wait for: waiting here could be for a peer that waits for this rank.
+    gloo reports a send as complete only to a waiter, so once more than ``depth`` works of sends to one peer are
+    dropped, the oldest of these sends is waited for; NCCL would have blocked the CUDA stream long before. A send whose
+    work the caller holds is never waited for here: its peer may be waiting for this rank.
     """
 
     def __init__(self, depth: int = 64) -> None:
@@ -326,7 +326,7 @@ class Outbox:
         self._lock = threading.Lock()
 
     def add(self, peer: int, job: Job) -> None:
-        """Hold a send to ``peer`` until it is known to be done. Its work is yet to be made."""
+        """Hold a send to ``peer`` until it is known to be done. Call this before the work of ``job`` is made."""
         with self._lock:
             queue = self._queues.setdefault(peer, _Queue())
             while queue.jobs and queue.jobs[0].done:
@@ -353,10 +353,10 @@ class _Queue:
         self._calls_to_skip = 0
 
     def dropped_beyond(self, depth: int) -> list[Job]:
-        """Take out the oldest dropped sends, all but ``depth``, and those that are done.
+        """Remove finished sends and all dropped sends but the last ``depth``; returns the removed dropped ones.
 
-        A long queue is not looked through in every call, but in one of ``len(jobs) // 64 + 1``: with 10,000 sends under
-        way that is 64 of them a call, and up to 156 more than ``depth`` may have been dropped.
+        A long queue is not searched in every call, but in one of ``len(jobs) // 64 + 1`` calls: with 10,000 sends under
+        way a call looks at 64 of them on average, and up to 156 more than ``depth`` may have been dropped.
         """
         if len(self.jobs) <= depth:
             return []

@@ -1,9 +1,9 @@
 """Ranks agree on a configuration through the store, before any byte travels on the group.
 
-Each rank posts what it wants and reads what the others posted. Two slots per group are written in turn: a rank that
-comes to a slot again has read what all others posted in the other one, so nobody reads the old post any more. A rank
-that is found to be wrapping another group it shares with us will never come here: that is an order error, told at once
-instead of after the timeout.
+Each rank posts its fingerprint and reads those of the others. Two slots per group are written in turn: a rank that
+comes to a slot again has read all posts in the other slot, so no rank reads the old posts of this one any more. A rank
+that is wrapping another group which it shares with this rank will never come here: the order of wrapping is wrong, and
+the error is raised at once, not after the timeout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _get(store: Any, key: str) -> dict[str, Any] | None:
 
 
 def _fingerprint(store: Any, key: str, turn: int) -> dict[str, Any] | None:
-    """What a peer posted for this turn; an earlier turn's may lie in the slot still."""
+    """The fingerprint a peer posted for this turn; ``None`` while the slot is empty or holds an earlier turn's post."""
     value = _get(store, key)
     return value["fingerprint"] if value is not None and value["turn"] == turn else None
 
@@ -45,19 +45,19 @@ def agree(
 
     Args:
         store: the group's own store.
-        common_store: a store all groups share; tells which group each rank is wrapping now.
+        common_store: a store that all groups share; it says which group each rank is wrapping now.
         group: the group's name.
-        rank: group rank.
+        rank: group rank of the caller.
         global_ranks: global ranks of the group, by group rank.
-        fingerprint: what must be equal.
-        timeout: seconds.
+        fingerprint: names and values that must be equal on all ranks.
+        timeout: seconds to wait for the other ranks.
 
     Returns:
         How many times this group has been wrapped, this time included: the same number on every rank.
 
     Raises:
         ConfigMismatchError: fingerprints differ, or ranks wrap groups in different orders.
-        WrapTimeoutError: some ranks did not come.
+        WrapTimeoutError: some ranks did not call in time.
     """
     me = global_ranks[rank]
     turn = int(store.add(f"compactdist/turns/{rank}", 1))
@@ -121,12 +121,12 @@ def _check_order(
     if posted and posted["turn"] >= busy["turn"]:
         return  # the peer is only still reading what we posted there
     if _fingerprint(store, f"{here}/{peer}", turn) is not None:
-        return  # it came here between our two looks
+        return  # the peer posted here after it was last looked for
     message = (
         f"rank {me} wraps group '{group}' while rank {global_ranks[peer]} wraps group '{busy['group']}' "
         "(global ranks): wrap groups in the same order on every rank; nothing was sent"
     )
-    # the peer waits for us there and may not look before we have withdrawn: leave word
+    # the peer waits for this rank there, and may look only after this rank has left: post the error for it
     common_store.set(_misordered(busy["group"], busy["turn"]), json.dumps({"message": message}))
     raise ConfigMismatchError(message)
 

@@ -75,7 +75,7 @@ class Attachment:
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any) -> None:
-            if not torch.compiler.is_compiling():  # a compiled graph holds no names: its calls are told by their order
+            if not torch.compiler.is_compiling():  # a compiled graph holds no names: its calls are counted in order
                 self._keys.push_module(name)
 
         return hook

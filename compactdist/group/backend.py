@@ -1,8 +1,8 @@
 """The backend name ``"compactdist"``, for ``init_process_group``, ``new_group`` and ``init_device_mesh``.
 
-The same class as ``wrap`` underneath, over gloo for CPU tensors and NCCL for CUDA tensors where torch has it. Options
-come from ``pg_options=compactdist.Options(...)`` or the environment: ``COMPACTDIST_`` and the name of an option in
-capitals, see :func:`options_from_environment`.
+Its groups are those that ``wrap`` makes, over gloo for CPU tensors and NCCL for CUDA tensors where torch has it. The
+options come from ``pg_options=compactdist.Options(...)`` or the environment: ``COMPACTDIST_`` and the name of an option
+in capitals, see :func:`options_from_environment`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "SAMPLE_ERRORS_EVERY": (int, "an integer"),
 }
 _OF_ADAPTERS = frozenset({"XDIT"})
-"""Variables of this prefix that are read by adapters, whose misspellings adapters find."""
+"""Names behind the prefix that adapters read and check themselves."""
 
 
 def options_from_environment(environment: Mapping[str, str] | None = None) -> Options:
@@ -62,10 +62,14 @@ def options_from_environment(environment: Mapping[str, str] | None = None) -> Op
 
     ``COMPACTDIST_CODEC`` takes a codec's id or its configuration, ``{"id": "int4", "scales": "block"}``; switches
     (``FORWARD``, ``FIND_LAYOUT``, ``ERROR_FEEDBACK``) take ``1``, ``0``, ``true`` and ``false``, and
-    ``COMPACTDIST_ERROR_FEEDBACK`` also ``auto``, which is ``None``. Policies and layouts cannot be given so.
+    ``COMPACTDIST_ERROR_FEEDBACK`` also ``auto``, which is ``None``. No variable sets a policy or layouts.
+
+    Args:
+        environment: variables by name; ``None``: those of this process.
 
     Raises:
         ConfigError: an unknown variable of that prefix, or a value of the wrong kind.
+        UnknownCodecError, CodecConfigError: ``COMPACTDIST_CODEC`` names no codec.
     """
     env = os.environ if environment is None else environment
     settings: dict[str, Any] = {}

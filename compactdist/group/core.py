@@ -56,7 +56,7 @@ class GroupCore:
         """The group that was wrapped; use it for traffic that must not be compressed.
 
         Raises:
-            ClosedGroupError: the wrapped group was closed, and has let go of it.
+            ClosedGroupError: the wrapped group was closed and has let go of the inner group.
         """
         if self._inner is None:
             self._ready()
@@ -85,10 +85,10 @@ class GroupCore:
 
         Args:
             pattern: how the parts travel.
-            site: what identifies the call among those under a prefix.
-            tensor: tells dtype, device and differentiability.
-            signature: of the call, in the pattern's form.
-            nbytes: on the link, should it pass through.
+            site: the part of the site key between prefix and ordinal.
+            tensor: tensor of the call; its dtype and differentiability decide.
+            signature: sizes, dtype and device of the call's tensors, in the pattern's form.
+            nbytes: bytes on the link, should the call pass through.
             autograd: see :func:`~compactdist.exchange.plan.refusal`.
         """
         if self._closed:
@@ -114,7 +114,7 @@ class GroupCore:
     def _ship(self, calls: Sequence[Flight | Callable[[], Any]]) -> list[Any]:
         """Prepare all flights, then launch them and make the plain calls, in order.
 
-        A bad flight leaves nothing of any on the wire, and no ordinal used.
+        If one flight cannot be prepared, nothing is sent and no ordinal is used.
 
         Args:
             calls: flights, and functions that make a passed-through call on the inner group.
@@ -149,8 +149,8 @@ class GroupCore:
         """Prepare and launch one flight, and finish it if the call is synchronous; returns the call's work.
 
         Raises:
-            Whatever encoding or the inner group raises; no ordinal is used then. Of a synchronous call, what decoding
-            raises.
+            Whatever encoding or the inner group raises; no ordinal is used then. A synchronous call also raises the
+            errors of decoding.
         """
         engine = self._engine
         with engine.lock:
@@ -165,5 +165,5 @@ class GroupCore:
         return self._finished
 
     def _work(self, parts: Sequence[Any], result: list[Tensor]) -> PendingWork:
-        """The work of jobs and inner works."""
+        """A work that waits for several jobs and inner works."""
         return PendingWork(parts, result, self._future_pool)

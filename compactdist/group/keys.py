@@ -98,14 +98,14 @@ class KeyBook:
             clock.counts.clear()
 
     def restart(self) -> None:
-        """A new epoch: the next step is the first again."""
+        """Begin a new epoch, whose first step is the next one."""
         with self._lock:
             self.epoch += 1
             self._clock.step = -1
             self._clock.counts.clear()
 
     def new_epoch(self) -> None:
-        """A new epoch within the running step, for a reset of some sites."""
+        """Begin a new epoch within the running step, for a reset of some sites."""
         with self._lock:
             self.epoch += 1
 
@@ -113,8 +113,11 @@ class KeyBook:
         """Use up the next ordinal of ``prefix/site``.
 
         Args:
-            site: the operation, and the pair of ranks where one counts.
-            op: name in the policy's terms.
+            site: the operation; for point-to-point calls, followed by the pair of ranks and the tag.
+            op: the operation's name in the policy's terms.
+
+        Returns:
+            The call, with its site key, step and epoch.
         """
         prefixes = self._prefixes
         counter = f"{prefixes.text}/{site}" if prefixes.text else site
@@ -188,10 +191,10 @@ class KeyBook:
 
 
 def check_name(name: object) -> None:
-    """Refuse what cannot be part of a site key.
+    """Refuse a name that cannot be part of a site key.
 
     Raises:
-        ConfigError: no string, an empty one, or one with ``#``.
+        ConfigError: ``name`` is no string, is empty, or contains ``#``.
     """
     if not isinstance(name, str) or not name or "#" in name:
         raise ConfigError(f"a key is a non-empty string without '#', got {name!r}")

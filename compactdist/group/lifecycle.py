@@ -51,7 +51,7 @@ def check_rules(options: Options) -> None:
 
 
 class GroupLifecycle(GroupCore, TorchDistributedAPI):
-    """Construction, identity and life cycle of :class:`~compactdist.group.CompressedProcessGroup`.
+    """Construction, identity and life cycle of :class:`~compactdist.group.process_group.CompressedProcessGroup`.
 
     Attributes:
         inner: the group that was wrapped; use it for traffic that must not be compressed.
@@ -106,8 +106,8 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
     def _adopt_backends(self) -> None:
         """Give the C++ base the inner group's backends, which it holds until this object is gone.
 
-        Functional collectives and DistributedDataParallel go round Python to them. Whoever uses neither never asks for
-        the name and is never DistributedDataParallel, so that a closed group holds nothing of the inner one.
+        Functional collectives and DistributedDataParallel reach the backends without Python. The former ask for the
+        name first, the latter is recognised: a group used by neither never adopts, and holds no backend once closed.
         """
         self._adopted = True
         if self._owns_inner:
@@ -172,11 +172,11 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         self.inner._enable_collectives_timing()
 
     def _get_sequence_number_for_group(self) -> int:
-        """The inner group's."""
+        """The inner group's sequence number."""
         return int(self.inner._get_sequence_number_for_group())
 
     def _set_sequence_number_for_group(self) -> None:
-        """Set the inner group's."""
+        """Set the inner group's sequence number."""
         self.inner._set_sequence_number_for_group()
 
     def get_group_store(self) -> Any:
@@ -207,24 +207,35 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         Args:
             index: which step, for a pipeline whose ends run ahead of one another: both name the step that a message
                 belongs to. ``None``: the one after the last.
+
+        Raises:
+            ConfigError: a negative index.
         """
         self._ready()
         self._keys.tick(index)
         return nullcontext()
 
     def key(self, name: str) -> AbstractContextManager[None]:
-        """Put this thread's calls under a prefix: ``with dist.key("layer3.kv"):``. Prefixes nest."""
+        """Put this thread's calls under a prefix: ``with dist.key("layer3.kv"):``. Prefixes nest.
+
+        Raises:
+            ConfigError: on entering: an empty name, or one with ``#``.
+        """
         self._ready()
         return self._keys.prefixed(name)
 
     def branch(self, name: str) -> AbstractContextManager[None]:
-        """Name one pass of a step that has several (classifier-free guidance): ``with dist.branch("cond"):``."""
+        """Name one pass of a step that has several (classifier-free guidance): ``with dist.branch("cond"):``.
+
+        Raises:
+            ConfigError: on entering: an empty name, or one with ``#``.
+        """
         self._ready()
         return self._keys.prefixed(name, branch=True)
 
     def request(self, name: str) -> Request:
-        """A scope for one of several requests that a server interleaves: its calls are sites of their own, its steps
-        are counted by themselves, and its history is dropped when it ends.
+        """A scope for one of several requests that a server interleaves: it has call sites and a step count of its own,
+        and its history is dropped when it ends.
 
         ``with dist.request("7f3a"):`` around a whole request; or, where steps of several requests alternate in one
         thread, ``request = dist.request("7f3a")``, ``with request.resume():`` around each step, and ``request.end()``.
@@ -262,10 +273,10 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         Args:
             module: its submodules' qualified names become key prefixes (the innermost running module's).
             step_module: qualified name of the module whose forwards count steps, ``""`` for ``module`` itself;
-                ``None``: steps are yours to advance.
+                ``None``: forwards count no steps, call ``step()``.
             forwards_per_step: forwards of that module per branch and step.
             step_value: called as ``step_value(module, args, kwargs)`` before each forward of ``step_module`` instead of
-                counting; a step begins when what it returns changes (a timestep, say).
+                counting; a step begins when the returned value (a timestep, say) changes.
 
         Returns:
             A handle: ``detach()``, or use it as a context manager.
@@ -328,7 +339,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         sites: int = 1,
         steps: int | None = None,
     ) -> Estimate:
-        """State memory and traffic before running; see :func:`compactdist.estimate.estimate`."""
+        """State memory and traffic before running; see :func:`compactdist.observe.estimate.estimate`."""
         return estimate(self.options, self._engine.size, numel, op=op, dtype=dtype, sites=sites, steps=steps)
 
     def _warn_no_step(self, op: str) -> None:
@@ -342,7 +353,10 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
     # --- ending -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Finish what is under way, forget everything, unregister; the inner group lives on. Closing twice is fine.
+        """Forget the history and unregister the group; the inner group lives on. Closing twice is fine.
+
+        Exchanges that have arrived are decoded first, and sends get 5 s to be received. A work that is still
+        pending then finishes when it is waited for.
 
         Later calls raise ClosedGroupError, torch.distributed's functions and functional or compiled collectives
         included, as long as somebody holds the closed group. A group that torch made by backend name stays registered
@@ -407,7 +421,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
             self._let_go()
 
     def abort(self) -> None:
-        """As ``shutdown``, for a group in trouble."""
+        """As ``shutdown``, but abort the inner group if this group made it."""
         if not self._closed:
             self._retire()
         if self._owns_inner and self._inner is not None:

@@ -165,7 +165,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         return self._fly(Flight(plan, call, inputs, outputs, opts, *own), result)
 
     def _passes_all_to_all(self, whole: Tensor, nbytes: float) -> bool:
-        """Count an all-to-all that passes through whatever its chunks are: they need not make sense to us then."""
+        """Whether an all-to-all passes through whatever its chunks are; counts it then. Its splits need no check."""
         self._ready()
         reason = refusal(self._engine.size, whole, self._keys.engaged, "tensor")
         if reason is not None:
@@ -310,7 +310,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
 
     @override
     def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:
-        """Receive from whoever sends first; the frame says whose stream it belongs to."""
+        """Receive from whichever rank sends first; the message tells which stream it belongs to."""
         self._ready()
         engine, keys, x = self._engine, self._keys, tensors[0]
         reason = refusal(engine.size, x, keys.engaged, "sender")
@@ -326,9 +326,9 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         return self._work([receive_any(engine, call_from, x, tag)], list(tensors))
 
     def _batch(self, p2p_op_list: list[Any]) -> list[Any]:
-        """All sends are encoded before anything is posted; then receives are posted first: gloo halves the rate of an
-        exchange whose sends are posted first. A backend that groups calls (NCCL) gets the whole batch in one group, as
-        ungrouped it can deadlock.
+        """Encode all sends, then post the receives, then the sends: gloo halves the rate of an exchange whose sends are
+        posted first. A backend that groups calls (NCCL) gets the whole batch in one group, for an ungrouped batch can
+        deadlock there.
         """
         # torch's own isend and irecv hand complex tensors over as pairs of reals
         tensors = [torch.view_as_real(op.tensor) if op.tensor.is_complex() else op.tensor for op in p2p_op_list]
@@ -458,10 +458,10 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
 
 
 class ClosedProcessGroup(CompressedProcessGroup):
-    """What a wrapped group is after ``close``: torch.distributed learns that it is closed, not that it is unknown."""
+    """A wrapped group after ``close``: torch.distributed's functions then raise ClosedGroupError."""
 
     def __hash__(self) -> int:
-        # torch.distributed looks every group up in tables, and this one is in none any more
+        # torch.distributed hashes every group to look it up in its tables: the place to say that this one is closed
         if _torch.asked_by_torch():
             self._ready()
         return super().__hash__()

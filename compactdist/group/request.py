@@ -16,8 +16,8 @@ class Request:
     """One of several requests that a server interleaves; made by ``CompressedProcessGroup.request``.
 
     Attributes:
-        name: as given.
-        prefix: of the request's site keys.
+        name: the request's name.
+        prefix: prefix of the request's site keys.
     """
 
     def __init__(self, name: str, keys: KeyBook, forget: Callable[[Request], None]) -> None:
@@ -39,7 +39,7 @@ class Request:
         return self._keys.within_request(self.prefix, self._clock)
 
     def restart(self) -> None:
-        """The group was reset: steps count from the first again."""
+        """Count steps from the first again, because the group was reset."""
         if self._clock is not None:
             self._clock.step = -1
             self._clock.counts.clear()

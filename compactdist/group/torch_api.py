@@ -37,9 +37,13 @@ def _means_process_group(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def shared_name(method: Callable[..., Any], name: str | None = None) -> Any:
-    """A ProcessGroup method whose name (``method``'s unless given) torch.distributed has too: choose by the arguments.
+    """Wrap a ProcessGroup method whose name torch.distributed has too: the arguments decide which of both is called.
 
-    Dynamo does not trace into it, as into none of the methods that torch calls.
+    Dynamo does not trace into the result, nor into any other method that torch calls.
+
+    Args:
+        method: the ProcessGroup method.
+        name: name of torch.distributed's function; ``None``: the method's name.
     """
     shared = name or method.__name__
 
@@ -166,10 +170,10 @@ class TorchDistributedAPI:
         return P2POp
 
     def batch_isend_irecv(self, p2p_op_list: list[Any]) -> list[Any]:
-        """torch.distributed.batch_isend_irecv: receives are posted first, and a backend that can groups the batch.
+        """torch.distributed.batch_isend_irecv: receives are posted first; a backend that groups calls gets one group.
 
         Returns:
-            One work per operation, in the order given (a single one where the backend groups them).
+            One work per operation, in the batch's order; a single work where the backend groups the batch.
 
         Raises:
             ConfigError: an operation belongs to another group.

@@ -36,7 +36,7 @@ def wrap(
     versions through the store before anything is sent.
 
     Args:
-        group: the group to wrap; ``None``: the default group. A rank outside the group gets it back as it is.
+        group: the group to wrap; ``None``: the default group. A rank outside the group gets ``group`` itself back.
         codec: see :class:`Options`.
         options: all options at once, instead of ``codec`` and ``settings``.
         timeout: how long to wait for the other ranks, seconds or timedelta.
@@ -50,7 +50,7 @@ def wrap(
 
     Raises:
         NotInitializedError: no process group has been initialized.
-        ConfigError, UnknownCodecError: bad options.
+        ConfigError, UnknownCodecError, CodecConfigError: bad options.
         ConfigMismatchError, WrapTimeoutError: the ranks do not agree.
     """
     chosen = _options(codec, options, settings)
@@ -155,7 +155,7 @@ def wrap_mesh(
         the plain one back.
 
     Raises:
-        ConfigError: no such dimension, or it is wrapped already; else as :func:`wrap`.
+        ConfigError: no such dimension, or its group is wrapped already. The other errors are those of :func:`wrap`.
     """
     names = mesh.mesh_dim_names
     wrapped: dict[str | int, CompressedProcessGroup] = {}

@@ -17,13 +17,13 @@ __all__ = ["Estimate", "estimate"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one rank will hold and send. Bytes; per step unless said otherwise.
+    """What one rank will hold and send, in bytes; traffic is that of one step.
 
     Attributes:
         state_bytes: history tensors of all sites together.
         raw_bytes: uncompressed traffic.
         keyframe_bytes: traffic of a step of keyframes.
-        wire_bytes: traffic of a compressed step, headers and scales included (in the layout without a hint).
+        wire_bytes: traffic of a step of residuals, headers and scales included (in the matrix view without a hint).
         request_ratio: raw over wire for ``steps`` steps with their warm-up; ``None`` if no number of steps was given.
     """
 
@@ -49,7 +49,7 @@ def estimate(
     sites: int = 1,
     steps: int | None = None,
 ) -> Estimate:
-    """Estimate for ``sites`` equal call sites.
+    """Estimate state memory and traffic of ``sites`` equal call sites.
 
     Args:
         options: the group's options.

@@ -82,10 +82,10 @@ def _totals(stats: Stats, budget: int | None) -> str:
 def explain(group: GroupLifecycle) -> str:
     """Per call site: calls, codec, bytes, ratio, error; then why calls passed through; then totals.
 
-    ``fwd`` counts calls that passed on what they had received, ``recv`` compressed messages that arrived in calls that
-    send nothing (their bytes are in the line of totals). Bits are wire bits per element of the last compressed call,
-    header and scales included; the ratio is over all calls, keyframes included; NMSE is of the sampled calls
-    (``sample_errors_every``; what is passed on is not sampled), ``-`` if none was.
+    ``fwd`` counts calls that passed on a received tensor, ``recv`` compressed messages that arrived in receives (their
+    bytes are in the line of totals). Bits are wire bits per element of the last residual call, header and scales
+    included; the ratio is over all calls, keyframes included; NMSE is over the sampled calls
+    (``sample_errors_every``), ``-`` without any.
     """
     stats = group.stats()
     engine, keys = group._engine, group._keys

@@ -3,8 +3,8 @@
     with compactdist.record(dist, "trace-{rank}.safetensors"):
         pipe(...)
 
-A site's tensor is taken right before it is encoded. With ``wrap(codec="raw")`` the run, and so the trace, is the
-uncompressed one; with a lossy codec the activations are those of the compressed run.
+A site's tensor is copied right before it is encoded. With ``wrap(codec="raw")`` the trace holds the activations of an
+uncompressed run; with a lossy codec, those of the compressed run.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class _Site:
 
 @dataclass
 class Recording:
-    """What ``record`` keeps; complete when its ``with`` block has ended.
+    """What ``record`` wrote; complete when its ``with`` block has ended.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         written: shape ``[steps, N, C]`` by site.
         skipped: why a site is not in the file, by site.
-        nbytes: held in memory until the file is written.
+        nbytes: bytes held in memory until the file is written.
     """
 
     path: str
@@ -62,7 +62,7 @@ class Recording:
 
 
 class _Recorder:
-    """The tap. It runs inside collectives, where an error would leave other ranks waiting: errors wait for the end."""
+    """The engine's tap. An error inside a collective would leave other ranks waiting: ``save`` raises it instead."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class _Recorder:
 
     @torch.no_grad()
     def save(self, metadata: dict[str, str]) -> None:
-        """Arrange, check and write what was kept.
+        """Write the kept entries as matrices; leave out sites with NaN or Inf.
 
         Raises:
             TraceError: too large, or nothing to write.
@@ -166,7 +166,7 @@ class _Recorder:
 
 
 def _arrangement(site: _Site) -> MatrixView:
-    """The hint's, else what an encoder would find on its first residual, else one row."""
+    """The matrix view of the hint, else the one an encoder would find on its first residual, else a single row."""
     numel = site.entries[0].numel()
     if site.hint is not None:
         return site.hint
@@ -189,22 +189,23 @@ def record(
 ) -> Iterator[Recording]:
     """Record what this rank sends at the call sites of a wrapped group, one entry per site and step.
 
-    Recorded is the tensor before it is encoded: an all-gather's input, each peer's chunk of an all-to-all (its site
-    gets ``>peer`` appended), a sent tensor, the root's tensor of a broadcast. It is arranged as ``[steps, N, C]`` by
-    the site's layout hint, or as the encoder's search would arrange it; groups become rows and their number is kept in
-    the file's metadata. Everything stays in memory until the block ends. Recording is local to this rank and ends at
+    An entry is the tensor before it is encoded: an all-gather's input, each peer's chunk of an all-to-all (its site
+    gets ``>peer`` appended), a sent tensor, the root's tensor of a broadcast. A site is stored as ``[steps, N, C]`` in
+    the matrix view of its layout hint, or in the one that an encoder's search would find; groups become rows, and their
+    number goes into the file's metadata. Everything stays in memory until the block ends. Recording is local to this
+    rank and ends at
     the first ``reset()`` after something was recorded. If the block raises, nothing is written.
 
     Args:
         group: what ``wrap`` returned.
-        path: of the file; ``{rank}`` in it becomes the rank in the group. Ranks need different paths.
+        path: path of the file; ``{rank}`` in it becomes the rank in the group. Ranks need different paths.
         sites: glob, or globs, over the names of sites.
-        max_steps: keep the first so many entries of each site.
-        dtype: store as this type (``torch.float16``); as it is if not given.
-        max_bytes: most bytes to hold.
+        max_steps: number of entries to keep of each site, the first ones; ``None``: all.
+        dtype: floating-point dtype to store (``torch.float16``, say); ``None``: the tensor's own.
+        max_bytes: largest number of bytes to hold in memory.
 
     Yields:
-        What was written and what was not and why, once the block has ended.
+        A :class:`Recording` that says, once the block has ended, which sites were written and why others were not.
 
     Raises:
         ConfigError: not a wrapped group, a bad option, or the group is being recorded already.

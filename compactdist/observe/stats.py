@@ -79,15 +79,16 @@ class SiteStats:
     """One call site. See :class:`Stats` for the meaning of bytes.
 
     Attributes:
-        key, op, codec: what was called, and the codec applied last.
-        calls, keyframes, forwarded: compressed calls that sent, and how many of them sent a keyframe or forwarded.
-        received: compressed messages that arrived in calls of this site that send nothing.
+        key, op, codec: the site key, the operation, and the codec applied last.
+        calls, keyframes, forwarded: compressed calls other than receives, and how many of them carried keyframes only
+            or passed a frame on. A broadcast counts on every rank, with 0 bytes on its receivers.
+        received: compressed messages that arrived in receives of this site.
         raw_bytes, wire_bytes: put on the link by this rank, passed-through calls of the site included.
         received_raw_bytes, received_wire_bytes: of the ``received`` messages.
         last_wire_bits_per_element: of the last residual frame sent; NaN before there was one.
-        state_bytes: history tensors held now.
-        passed: reason to number of calls.
-        error_energy, energy, sampled: sums over the sampled calls, and their number.
+        state_bytes: bytes held now: histories, the codecs' memory, and payloads kept to be passed on.
+        passed: number of passed-through calls by reason.
+        error_energy, energy, sampled: sums of squares over the sampled calls, and the number of these calls.
     """
 
     key: str
@@ -115,16 +116,16 @@ class SiteStats:
 
     @property
     def nmse_db(self) -> float:
-        """Energy of the reconstruction error over that of the tensor in dB, over the sampled calls; NaN if none was."""
+        """Energy of the reconstruction error over that of the tensor, in dB, of the sampled calls; NaN without any."""
         return decibel(self.error_energy, self.energy) if self.sampled else math.nan
 
     @property
     def activity(self) -> int:
-        """Everything that was ever counted here; it stands still while the site is not used."""
+        """Number of all events counted here; it stands still while the site is not used."""
         return self.calls + self.received + self.sampled + sum(self.passed.values())
 
     def add(self, other: SiteStats) -> None:
-        """Count what ``other`` counted here too."""
+        """Add the counts of ``other`` to these."""
         self.codec = other.codec or self.codec
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -163,15 +164,14 @@ class Stats:
         raw_bytes: bytes the calls would have sent uncompressed, passed-through calls included.
         wire_bytes: bytes really sent, headers, scales, padding and passed-through calls included.
         compressed_calls: calls that went through a codec (keyframes included).
-        forwarded: those of them that passed on what was received, to the bit, in the frame it arrived in (or, where a
-            keyframe was due, in one of its own); no encoder added an error.
+        forwarded: compressed calls that passed on a received tensor to the bit: in the frame it arrived in or, where a
+            keyframe was expected, in a keyframe of their own; no encoder added an error.
         passed_through: calls that went to the inner group unchanged.
-        passed_reasons: how often for which reason.
-        state_bytes: bytes of history tensors held now, and of what encoders remember for themselves.
+        passed_reasons: number of passed-through calls by reason.
+        state_bytes: bytes held now: histories, the codecs' memory, and payloads kept to be passed on.
         sites: per call site, in order of first use; then one record per operation for the sites that were folded.
-        received_calls: calls that send nothing, a receive above all, and got a compressed message; not among
-            ``compressed_calls``.
-        received_raw_bytes, received_wire_bytes: of those messages; not among ``raw_bytes`` and ``wire_bytes``.
+        received_calls: receives that got a compressed message; not among ``compressed_calls``.
+        received_raw_bytes, received_wire_bytes: bytes of those messages; not among ``raw_bytes`` and ``wire_bytes``.
     """
 
     raw_bytes: int
@@ -234,12 +234,12 @@ class GroupStats:
                 site.last_wire_bits_per_element = 8 * wire / numel
 
     def received(self, key: str, op: str, codec: str, *, raw: int, wire: int) -> None:
-        """Count a compressed message that arrived in a call that sends nothing.
+        """Count a compressed message that arrived in a receive.
 
         Args:
-            key: of the site.
-            op: of the site.
-            codec: what the message was coded with.
+            key: the site key.
+            op: operation of the site.
+            codec: id of the message's codec.
             raw: bytes of the tensor.
             wire: bytes of the frame.
         """
@@ -266,9 +266,9 @@ class GroupStats:
         Args:
             op: operation.
             reason: a :class:`PassReason`, or the several reasons of a call's parts.
-            nbytes: bytes on the link.
-            key: of the site; ``None``: count the call under its operation only.
-            wire: bytes on the link where the tensor travelled in a frame.
+            nbytes: bytes of the uncompressed tensors on the link.
+            key: the site key; ``None``: count the call under its operation only.
+            wire: bytes really on the link, where the tensor travelled in a frame; ``None``: ``nbytes``.
         """
         name = PassReason.joined(reason)
         with self._lock:
@@ -292,8 +292,8 @@ class GroupStats:
         Totals stay as they are. Folded records appear as one record per operation.
 
         Args:
-            prefix: the records of all sites under this prefix. ``None``, for a full reset: the records of the sites
-                that were not used since the full reset before; sites that come back in every request keep theirs.
+            prefix: merge the records of all sites under this prefix. ``None``, for a full reset: merge those of the
+                sites that were not used since the full reset before; sites used in every request keep their records.
         """
         with self._lock:
             if prefix is None:

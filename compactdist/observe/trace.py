@@ -2,8 +2,8 @@
 
 A tensor is named after its site and has the shape ``[steps, N, C]``: what the site sent at each step, as ``N`` rows
 (tokens) of ``C`` channels, any floating-point dtype. The file's metadata may hold ``groups``, a JSON object from
-site to the number of groups (K and V, say) that were put one behind the other into the ``N`` rows; without it a site
-is one group. Files with nothing but tensors are good traces.
+site to the number of groups (K and V, say) that were put one behind the other into the ``N`` rows; a site without an
+entry is one group. A file of tensors without metadata is a valid trace.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Trace:
     """A trace file. Tensors are read one by one, for a trace may be larger than memory.
 
     Attributes:
-        path: of the file.
-        sites: names, sorted.
-        metadata: the file's own, text to text.
+        path: path of the file.
+        sites: names of the sites, sorted.
+        metadata: metadata of the file, text to text.
 
     Raises:
         TraceError: no such file, not a safetensors file, no tensors in it.
@@ -120,7 +120,7 @@ class Trace:
         """Number of groups that the ``rows`` of a site consist of.
 
         Raises:
-            TraceError: the rows do not divide by it.
+            TraceError: ``rows`` is not a multiple of this number.
         """
         count = self._groups.get(site, 1)
         if count < 1 or rows % count:
@@ -137,10 +137,13 @@ def save_trace(
     """Write a trace; the file appears complete or not at all.
 
     Args:
-        path: of the file; missing folders are made.
+        path: path of the file; missing folders are made.
         tensors: ``[steps, N, C]`` by site.
-        groups: groups by site; 1 where missing.
+        groups: number of groups by site; 1 for sites without an entry.
         metadata: further entries, text to text.
+
+    Raises:
+        TraceError: the package ``safetensors`` is missing.
     """
     require_safetensors()
     from safetensors.torch import save_file

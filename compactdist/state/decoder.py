@@ -32,7 +32,7 @@ class StreamDecoder(StreamState):
 
     Attributes:
         refused: the last keyframe said that the sender keeps no history.
-        header: of the last frame decoded; of a residual's, epoch and sequence do not count.
+        header: of the last frame decoded; in that of a residual, ``epoch`` and ``sequence`` mean nothing.
     """
 
     __slots__ = ("_torn", "header", "refused")
@@ -57,12 +57,12 @@ class StreamDecoder(StreamState):
         """Check a frame against what this stream expects, decode it and move the state on.
 
         Args:
-            frame: 1-D uint8; may be longer than the frame in it.
-            codec: how the sender codes residuals.
-            numel: elements to come.
+            frame: 1-D uint8; bytes behind the end of the frame are ignored.
+            codec: codes the sender's residuals.
+            numel: elements that the frame must hold.
             dtype: of the elements.
             epoch: resets of the group so far.
-            hint: matrix view to start with, from a layout hint.
+            hint: matrix view that a layout hint gives the stream when it starts.
             refuse_state: this end keeps no history for the site.
 
         Returns:
@@ -74,7 +74,7 @@ class StreamDecoder(StreamState):
         """
         form = self._form
         if form is not None and form.codec is codec and self.live == (numel, dtype):
-            # the residual that is due, without an announcement: what both ends know makes every byte of its header
+            # an expected residual without an announcement: this end can make every byte of its header, and compare
             head = form.head.filled(epoch, self.sequence)
             arrived = frame[: len(head)]
             same = (arrived if frame.is_cpu else arrived.cpu()).numpy().tobytes() == head

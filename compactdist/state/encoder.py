@@ -29,7 +29,7 @@ __all__ = ["StreamEncoder"]
 
 
 def _own(flat: Tensor) -> Tensor:
-    """A copy of the caller's values with plain strides."""
+    """A contiguous copy of the caller's values."""
     return flat.clone(memory_format=torch.contiguous_format)
 
 
@@ -45,7 +45,7 @@ class StreamEncoder(StreamState):
     Callers switch gradients off.
 
     Attributes:
-        relay: how the stream stands to an incoming one whose frames it passes on; ``None`` if it never did.
+        relay: relation to the incoming stream whose frames this one passes on; ``None`` if it never passed one on.
     """
 
     __slots__ = ("_own_predictor", "_remembers", "_searched", "_spares", "relay")
@@ -67,9 +67,9 @@ class StreamEncoder(StreamState):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of tensors held; an open-loop sender's true values and the codec's memory included.
+        """Bytes of tensors held, an open-loop sender's true values and the codec's memory included.
 
-        A predictor that is another stream's counts there.
+        A predictor shared with an incoming stream counts as that stream's.
         """
         shared = self.relay is not None and self.relay.shared
         held = (0 if shared else self.predictor.held_bytes) + self.session_bytes
@@ -105,14 +105,18 @@ class StreamEncoder(StreamState):
             codec: how to code a residual.
             keyframe: send the tensor itself.
             epoch: resets of the group so far.
-            frame_nbytes: agreed frame size; ``None`` for the natural one.
+            frame_nbytes: agreed frame size, padded with zeros; ``None``: no padding.
             refuse_state: say in the frame that this end keeps no history for the site.
             want_value: fill ``Staged.value`` even where the stream keeps no history.
             shape: put this shape into the frame.
-            row_weights: for a codec that takes them.
+            row_weights: how much errors in each row matter, float ``(R,)`` or ``(G, R)``; for a codec that takes them.
+
+        Returns:
+            The frame; :meth:`commit` or :meth:`withdraw` it.
 
         Raises:
             NonFiniteError: ``x`` holds NaN or Inf and a residual was asked for.
+            LayoutError: a residual was asked for, and no keyframe of this size and dtype came before it.
         """
         flat = x.detach().reshape(-1)
         if keyframe or codec.lossless:
@@ -186,7 +190,7 @@ class StreamEncoder(StreamState):
         value = None
         if want_value or self._remembers:
             value = torch.empty_like(flat) if self._spares is None else self._spares.take(flat)
-        # an open-loop sender predicts from other values than the receiver, and has two steps to take
+        # an open-loop sender's prediction is not the receiver's: encode against its own, decode with the receiver's
         expected, out = (terms, value) if own is None else (own.terms(), None)
         try:
             session.encode(flat, expected, out, payload, row_weights=row_weights)
@@ -194,7 +198,7 @@ class StreamEncoder(StreamState):
             session.rollback()
             if not bool(torch.isfinite(flat).all()):
                 raise NonFiniteError(f"{self.where}: {error}") from None
-            # two huge finite values: send as much of the change as float32 holds, the next frame brings the rest
+            # the difference of huge finite values left float32: send what float32 holds, the next frame sends the rest
             out = None
             session.encode(_bounded(residual_of(flat, expected)), (), None, payload, row_weights=row_weights)
         except BaseException:
@@ -232,10 +236,10 @@ class StreamEncoder(StreamState):
         refuse_state: bool = False,
         want_value: bool = False,
     ) -> tuple[Staged, NonFiniteError | None]:
-        """As ``stage``, but a tensor that is not finite still gives a frame: others wait for one of the agreed size.
+        """As ``stage``, but a tensor that is not finite gives a flagged frame: peers wait for one of the agreed size.
 
         Returns:
-            The frame, and the error to raise once it is on its way.
+            The frame, and the error to raise once the frame is on its way, or ``None``.
         """
         flat = x.detach().reshape(-1)
         if keyframe or codec.lossless:
@@ -244,7 +248,7 @@ class StreamEncoder(StreamState):
         try:
             return self._stage_residual(flat, codec, epoch, frame_nbytes, want_value, None, None), None
         except NonFiniteError as error:
-            # the frames it came through would keep the caller's tensors and works alive
+            # a traceback would keep the caller's tensors and works alive
             error.__context__ = error.__cause__ = None
             failure = error.with_traceback(None)
         header = self._header(flat, codec, epoch, flags=NONFINITE)
@@ -257,7 +261,7 @@ class StreamEncoder(StreamState):
         return Staged(pack(header, payload), header)
 
     def withdraw(self, staged: Staged) -> None:
-        """The staged frame will not be sent: the stream is as if it had never been made."""
+        """Undo ``stage``: the frame will not be sent and leaves no trace in the stream."""
         if staged.session is not None:
             staged.session.rollback()
 
@@ -266,7 +270,7 @@ class StreamEncoder(StreamState):
 
         Args:
             staged: the frame, which is on its way.
-            hint: matrix view to start with, from a layout hint.
+            hint: matrix view that a layout hint gives the stream when it starts.
         """
         header = staged.header
         flags = header.flags

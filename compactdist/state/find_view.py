@@ -3,7 +3,7 @@
 Scales per channel pay when channels have unequal energy, and they are most unequal at the true channel count: at a
 wrong count every column mixes all channels. The gain of knowing the energies e_j, in bits per element, is half the log
 of arithmetic over geometric mean (reverse water-filling, Cover and Thomas, Elements of Information Theory, 10.3.3),
-corrected for the spread that a finite number of rows shows by chance, less the bits the scales cost.
+corrected for the spread that a finite number of rows shows by chance, less the bits that the scales cost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MIN_CHANNELS, _MAX_CHANNELS = 16, 16384
 _MAX_GROUPS = 64
 _SEARCH_ELEMENTS = 1 << 20
 _MIN_GAIN_BITS = 0.02
-"""A found layout must promise at least this much over blocks (0.12 dB), or the default stays."""
+"""A found matrix view must promise at least this much more than blocks (0.12 dB), or blocks stay."""
 
 
 def _divisors(n: int, low: int, high: int) -> list[int]:
@@ -31,7 +31,7 @@ def _divisors(n: int, low: int, high: int) -> list[int]:
 
 
 def _spread_bits(energy: Tensor, samples: int) -> float:
-    """Bits per element that knowing the energies (last dimension) saves, chance spread taken off.
+    """Bits per element that knowing the energies (last dimension) saves, less what chance alone would show.
 
     E[log2 of a chi-square mean with k degrees] is about -log2(e)/k below the log of its mean.
     """
@@ -43,10 +43,10 @@ def _spread_bits(energy: Tensor, samples: int) -> float:
 
 
 def _gain_bits(square: Tensor, groups: int, channels: int) -> tuple[float, float]:
-    """Saving in bits per element of seeing ``square`` (flat, squared values) as (groups, rows, channels).
+    """Saving, in bits per element, of a (groups, rows, channels) view of ``square`` (flat, squared values).
 
     Returns:
-        The saving less what the scales cost, and the saving itself: what structure there is.
+        The saving less the cost of the scales, and the saving alone, which measures the structure.
     """
     matrix = square.view(groups, -1, channels)
     rows = matrix.shape[1]
@@ -99,7 +99,7 @@ def find_view(residual: Tensor) -> MatrixView:
         ):
             gain, structure = _gain_bits(square, groups, channels)
             if structure < structure_of_blocks + _MIN_GAIN_BITS:
-                continue  # narrow rows cost fewer scales, but coding them takes longer: only structure is worth it
+                continue  # cheaper scales alone do not pay for the slower coding of narrow rows
             if gain > best_gain + (1e-3 if groups > best.groups else 0.0):
                 best, best_gain = plain(numel, groups, channels), gain
     return best

@@ -1,8 +1,8 @@
-"""What both ends of a stream remember, and what they expect the next tensor to be: one predictor class for each order.
+"""What both ends of a stream remember, and what they predict from it: one predictor class for each order.
 
 A predictor gives ``terms()``, the tensors whose sum is the prediction, and takes the reconstruction in ``advance``. The
 arithmetic is elementwise float32 in a fixed order with one rounding to the tensor's dtype, so two ends that start equal
-stay equal to the bit. Nobody else compares ``order``: whoever needs to know asks the class (``copies``, ``can_share``).
+stay equal to the bit. No other code compares ``order``: it asks the class (``copies``, ``can_share``).
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ class Cell(Protocol):
     """A place for one remembered tensor."""
 
     def read(self) -> Tensor | None:
-        """The remembered tensor, flat, in the stream's dtype, yours to write over; ``None`` when empty."""
+        """The remembered tensor, flat ``[numel]`` in the stream's dtype; ``None`` when empty. May be overwritten."""
         ...
 
     def put(self, value: Tensor, last: Tensor | None) -> Tensor | None:
-        """Remember ``value``, which is the cell's from now on; ``last`` is what ``read`` gave, if it was called.
+        """Remember ``value``.
+
+        Args:
+            value: flat ``[numel]``; belongs to the cell from now on.
+            last: what ``read`` returned for this frame; ``None`` if it was not called.
 
         Returns:
-            A tensor that nobody needs any more, or ``None``.
+            A tensor of the same size that nobody needs any more, or ``None``.
         """
         ...
 
@@ -48,8 +52,8 @@ class Cell(Protocol):
 class ExactCell:
     """Remembers a tensor as it is.
 
-    On a CPU the cell takes the tensor it is given, and hands back the last one. Elsewhere the tensor is copied into the
-    cell's own memory, whose address lasts as long as the stream: a captured CUDA graph knows addresses only.
+    On a CPU the cell keeps the tensor passed to ``put`` and returns the one it kept before. Elsewhere it copies the
+    tensor into its own memory, whose address lasts as long as the stream: a captured CUDA graph knows addresses only.
     """
 
     __slots__ = ("value",)
@@ -62,7 +66,7 @@ class ExactCell:
         return self.value
 
     def put(self, value: Tensor, last: Tensor | None) -> Tensor | None:
-        """Remember ``value``; returns the last tensor where ``value`` took its place."""
+        """Remember ``value``; returns the tensor kept before, if ``value`` itself is kept now."""
         last = self.value
         if last is value:
             return None
@@ -83,7 +87,7 @@ class ExactCell:
 
 
 class Predictor(ABC):
-    """Expects the next tensor of a stream.
+    """Predicts the next tensor of a stream from earlier reconstructions.
 
     Args:
         damping: factor g of the velocity, 0 <= g <= 1; used by :class:`DampedVelocity` only.
@@ -91,10 +95,10 @@ class Predictor(ABC):
     """
 
     copies: ClassVar[int]
-    """Tensors that are remembered, each as large as the stream's."""
+    """Number of remembered tensors, each as large as the stream's."""
 
     can_share: ClassVar[bool] = False
-    """Whether a stream that passes frames on may look at the incoming stream's predictor and keep none of its own."""
+    """Whether a stream that passes frames on may share the incoming stream's predictor and keep none of its own."""
 
     decodes_in_place: ClassVar[bool] = False
     """Whether the reconstruction may be written over the first term."""
@@ -112,7 +116,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def terms(self) -> Terms:
-        """The prediction, as tensors to be added up in float32; empty for no expectation."""
+        """The prediction, as flat tensors to be added up in float32; empty without a prediction."""
 
     @abstractmethod
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
@@ -142,7 +146,7 @@ class Predictor(ABC):
 
 
 class Memoryless(Predictor):
-    """Order 0: expects nothing (plain quantization)."""
+    """Order 0: predicts nothing (plain quantization)."""
 
     copies = 0
     __slots__ = ()
@@ -165,7 +169,7 @@ class Memoryless(Predictor):
 
 
 class LastValue(Predictor):
-    """Order 1: expects the last value."""
+    """Order 1: predicts the last reconstruction."""
 
     copies = 1
     can_share = decodes_in_place = True
@@ -190,7 +194,7 @@ class LastValue(Predictor):
 
 
 class ExactLastValue(LastValue):
-    """Order 1 with the last value kept as it is: what nearly every stream uses, in half the Python."""
+    """Order 1 with the last reconstruction kept as it is: nearly every stream's, at half the Python calls."""
 
     __slots__ = ("_cell",)
 
@@ -214,9 +218,10 @@ class ExactLastValue(LastValue):
 
 
 class DampedVelocity(Predictor):
-    """Order 2: expects the last value plus a damped velocity.
+    """Order 2: predicts the last reconstruction plus a damped velocity.
 
-    CompactFusion, arXiv 2507.17511, residual level 2; damping g: v <- g * (x_hat - base), zero after the first value.
+    Source: CompactFusion, arXiv 2507.17511, residual level 2. With damping g the velocity becomes
+    ``g * (x_hat - base)`` after every frame; it is zero after the first.
     """
 
     copies = 2

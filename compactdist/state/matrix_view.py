@@ -1,9 +1,10 @@
-"""How a flat buffer is cut into (groups, rows, channels) before it meets a codec.
+"""How a flat buffer becomes a (groups, rows, channels) matrix before a codec sees it.
 
 Frameworks send flat buffers: K behind V, heads interleaved with tokens. Scales per token and per channel only help when
-the codec sees tokens as rows and channels as columns. A :class:`Layout` is the hint a user or an adapter gives; an
-:class:`MatrixView` is a layout made concrete for a number of elements. Both ends of a stream must use the same one; a
-hint is part of the group's configuration, a found view is announced in the frame before it is used.
+the codec sees tokens as rows and channels as columns. A :class:`Layout` is the hint that a user or an adapter gives; a
+:class:`MatrixView` is the matrix that a hint or a search yields for a number of elements. Both ends of a stream must
+use the same matrix view: a hint is part of the group's configuration, a found view is announced in the frame before
+the first that uses it.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Layout:
         """Make the hint concrete for a buffer of ``numel`` elements.
 
         Raises:
-            LayoutError: the sizes do not multiply (or divide) to ``numel``.
+            LayoutError: the product of the sizes is not ``numel``, or does not divide it where a size is left out.
         """
         known = math.prod(self.sizes.values())
         sizes = dict(self.sizes)

@@ -55,11 +55,11 @@ class Quantized:
     dtype: torch.dtype
 
     def dequantize(self, out: Tensor | None = None) -> Tensor:
-        """The values, flat ``[numel]`` of ``dtype``, in ``out`` if that is given."""
+        """The values, flat ``[numel]`` of ``dtype``, written to ``out`` if there is one."""
         limit = torch.finfo(self.dtype).max
         if out is None:
             out = torch.empty(self.codes.numel(), dtype=self.dtype, device=self.codes.device)
-        with torch.inference_mode():  # a scratch made in this mode could not be written to outside of it
+        with torch.inference_mode():  # an ``out`` made in this mode can be written to in this mode only
             for elements, blocks in _parts(self.codes):
                 codes = self.codes[elements]
                 if codes.dtype == torch.int8:
@@ -96,7 +96,7 @@ def quantize(values: Tensor, form: Literal["int8", "fp8"], dtype: torch.dtype) -
     Args:
         values: flat ``[numel]``, any compressible dtype.
         form: ``"int8"``: 127 equal steps to each side; ``"fp8"``: E4M3, a constant relative error over six decades.
-        dtype: what :meth:`Quantized.dequantize` gives.
+        dtype: of the tensor that :meth:`Quantized.dequantize` returns.
     """
     codes = torch.empty(values.numel(), dtype=torch.int8 if form == "int8" else torch.uint8, device=values.device)
     scales = torch.empty(-(-values.numel() // BLOCK), dtype=torch.bfloat16, device=values.device)
@@ -106,7 +106,7 @@ def quantize(values: Tensor, form: Literal["int8", "fp8"], dtype: torch.dtype) -
 
 
 def _quantize(values: Tensor, form: Literal["int8", "fp8"]) -> tuple[Tensor, Tensor]:
-    """Codes and scales, these as bfloat16 values in float32."""
+    """Codes ``[numel]`` and scales ``[ceil(numel / 128)]``, which are bfloat16 values in float32."""
     blocks = _in_blocks(values.float())
     scales = kernels.round_bf16(blocks.abs().amax(1, keepdim=True) / _LARGEST_CODE[form], up=True)
     scales = torch.where(scales < _SMALLEST_SCALE, torch.zeros_like(scales), scales)
@@ -136,11 +136,11 @@ class QuantizedCell:
         self._kept: Quantized | None = None
 
     def read(self) -> Tensor | None:
-        """What is left of the tensor after rounding."""
+        """The rounded tensor, in new memory."""
         return None if self._kept is None else self._kept.dequantize()
 
     def put(self, value: Tensor, last: Tensor | None) -> Tensor | None:
-        """Remember a rounded copy of ``value``, which stays the caller's; ``last`` was a copy, too."""
+        """Remember a rounded copy of ``value``; returns ``last``, a copy that ``read`` made and nobody needs now."""
         self._kept = quantize(value, self._form, value.dtype)
         return last
 

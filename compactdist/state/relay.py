@@ -45,11 +45,12 @@ class Received:
     """The last frame of an incoming stream.
 
     Attributes:
-        decoder: of the stream, which has applied the frame.
-        sequence: the decoder's after the frame; when it has moved on, this is of no use any more.
-        header: the frame's.
-        payload: a residual's, where it may be passed on; 1-D uint8.
-        digest: of the decoded tensor's bytes, where the decoder does not keep them and it may be passed on.
+        decoder: decoder of the stream, which has applied the frame.
+        sequence: ``decoder.sequence`` after the frame; once they differ, the frame can no longer be passed on.
+        header: header of the frame.
+        payload: payload of a residual, 1-D uint8; kept only where an outgoing stream relays this one.
+        digest: of the decoded tensor's bytes; kept only where an outgoing stream relays this one and the decoder's
+            history does not hold those bytes.
     """
 
     decoder: StreamDecoder
@@ -61,16 +62,16 @@ class Received:
 
 @dataclass(slots=True)
 class Relay:
-    """How an outgoing stream stands to the incoming one whose frames it passes on.
+    """Relation of an outgoing stream to the incoming one whose frames it passes on.
 
     Attributes:
         source: the incoming stream; ``None`` while this one encodes by itself.
-        passed: its sequence after the last frame that was passed on.
-        shared: this end looks at the decoder's history and keeps none; then going back to encoding takes a keyframe.
-        owes_key: history was given up; the next frame must be a keyframe.
+        passed: sequence of ``source`` after the last frame that was passed on.
+        shared: the encoder shares the decoder's predictor and has none of its own; encoding again takes a keyframe.
+        owes_key: the encoder gave up its history; the next frame must be a keyframe.
         streak: residuals encoded in a row although they could have been passed on after a keyframe.
-        patience: how long such a row must be to be worth the keyframe. Doubled at each way back, so that a call site
-            that keeps changing its mind pays for few of them.
+        patience: the streak that is worth a keyframe. It doubles each time the stream encodes by itself again, so that
+            a call site that alternates pays for few keyframes.
     """
 
     source: StreamDecoder | None = None
@@ -113,7 +114,7 @@ def digest_of(x: Tensor) -> bytes:
 def is_untouched(received: Received, x: Tensor) -> bool:
     """Whether a CPU tensor has the bytes the frame was decoded to.
 
-    Compared with the decoder's state where that holds them, else by the digest taken on arrival.
+    The comparison is with the decoder's history where that holds the bytes, else with the digest taken on arrival.
     """
     if received.decoder.config.remembers_values:
         base = received.decoder.predictor.base
@@ -122,12 +123,13 @@ def is_untouched(received: Received, x: Tensor) -> bool:
 
 
 def same_state(encoder: StreamEncoder, decoder: StreamDecoder, *, compare: bool = True) -> bool:
-    """Whether the receiver of one stream holds what this end's receiver of another holds.
+    """Whether the receiver of the outgoing stream holds the same history as the decoder of the incoming one.
 
     Args:
         encoder: of the outgoing stream, with a history of its own.
         decoder: of the incoming stream.
-        compare: look at the bytes; without it, only at what the host knows of them.
+        compare: compare the bytes; ``False``: only size, dtype, matrix view and number of tensors, which the host knows
+            without waiting for a device.
     """
     if encoder.live is None or (encoder.live, encoder.view) != (decoder.live, decoder.view):
         return False
@@ -136,13 +138,13 @@ def same_state(encoder: StreamEncoder, decoder: StreamDecoder, *, compare: bool 
 
 
 def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec, epoch: int) -> Staged:
-    """The frame as it arrived, for another stream.
+    """Make the outgoing stream's frame of the payload that arrived on another stream.
 
     Args:
-        encoder: of the outgoing stream; commit the result with it.
-        received: the frame; ``payload`` must be there unless it is a keyframe.
-        x: the tensor it was decoded to.
-        codec: the outgoing stream's.
+        encoder: of the outgoing stream; it must commit the result.
+        received: the frame that arrived; a residual needs its ``payload``.
+        x: the tensor that the frame was decoded to.
+        codec: codec of the outgoing stream.
         epoch: resets of the group so far.
     """
     header = replace(
@@ -159,24 +161,24 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
 
 
 def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Relay:
-    """Let the next frame of an incoming stream, whose state is the same as ours, be passed on.
+    """Let an outgoing stream pass on the next frame of an incoming stream with the same state.
 
     Args:
         encoder: of the outgoing stream.
         decoder: of the incoming one.
-        share: look at the decoder's history from now on and keep none.
+        share: use the decoder's predictor from now on and give up the encoder's own.
     """
     relay = encoder.relay = encoder.relay or Relay()
     if share and not relay.shared:
         live, view = encoder.live, encoder.view
-        encoder.drop()  # with all that encoding needs besides
+        encoder.drop()  # also frees what only encoding needs, such as the codec's memory
         encoder.live, encoder.view, encoder.predictor = live, view, decoder.predictor
     relay.source, relay.passed, relay.shared, relay.owes_key = decoder, decoder.sequence, share, False
     return relay
 
 
 def leave(encoder: StreamEncoder, relay: Relay) -> None:
-    """Encode by oneself again; after sharing, from a keyframe on."""
+    """Let a stream encode by itself again; if it shared a predictor, from a keyframe on."""
     if relay.shared:
         stop_sharing(encoder, relay)
         relay.owes_key = True
@@ -192,12 +194,12 @@ def stop_sharing(encoder: StreamEncoder, relay: Relay) -> None:
 
 
 def announced(header: Header) -> MatrixView | None:
-    """The matrix view a frame announces."""
+    """The matrix view that a frame announces; ``None`` if it announces none."""
     return plain(header.numel, header.next_groups, header.next_channels) if header.next_channels else None
 
 
 def can_announce(view: MatrixView | None) -> bool:
-    """Whether a header has words for the matrix view: consecutive rows without padding, no hint."""
+    """Whether a header can announce the matrix view: consecutive rows without padding, no hint."""
     return (
         view is not None
         and not view.hint

@@ -30,7 +30,7 @@ class ResidualEncoder:
         codec: id, configuration dictionary or :class:`~compactdist.codecs.Codec`.
         order, damping, error_feedback, warmup_steps, find_layout, state: see :class:`StreamConfig`. The first
             ``warmup_steps`` frames, the first of all, and any frame of another size or dtype are keyframes.
-        layout: how to cut the flattened tensor; both ends must be given the same.
+        layout: hint for the matrix view of the flattened tensor; equal on both ends.
 
     Raises:
         ConfigError, UnknownCodecError: bad arguments.
@@ -60,15 +60,17 @@ class ResidualEncoder:
 
         Args:
             x: any shape of at most eight dimensions; float32, float16 or bfloat16 (any dtype with codec ``raw``).
-            row_weights: for a low-rank codec, how much errors in each row matter, ``(R,)`` or ``(G, R)`` in the layout
-                in use, positive; give a ``layout`` so that you know what the rows are. Keyframes do without them.
+            row_weights: for a low-rank codec, how much errors in each row of the matrix view matter, ``(R,)`` or
+                ``(G, R)``, positive; give a ``layout`` so that you know what the rows are. Keyframes ignore them.
 
         Returns:
             1-D uint8 frame on ``x``'s device.
 
         Raises:
-            CodecConfigError: a dtype the codec cannot take, or weights it cannot.
-            NonFiniteError: NaN or Inf where a residual is due; nothing has changed.
+            CodecConfigError: the codec does not take this dtype or these weights.
+            ConfigError: ``x`` has more than eight dimensions.
+            LayoutError: ``layout`` does not describe a tensor of this size.
+            NonFiniteError: ``x`` holds NaN or Inf and a residual is to be sent; nothing has changed.
         """
         if x.dtype not in COMPRESSIBLE_DTYPES and not self.codec.lossless:
             raise CodecConfigError(f"codec {self.codec.codec_id} takes float32, float16 or bfloat16, got {x.dtype}")
@@ -96,9 +98,9 @@ class ResidualEncoder:
 
     @property
     def state(self) -> Tensor | None:
-        """What the decoder holds after the last frame: flat, or ``None``. Do not write to it.
+        """What the decoder holds after the last frame: flat ``[numel]``, or ``None``. Do not write to it.
 
-        With a quantized ``state`` a new tensor: what is left of the last reconstruction after rounding.
+        With a quantized ``state`` this is a new tensor: the last reconstruction, rounded.
         """
         return self._stream.predictor.base
 
@@ -137,8 +139,9 @@ class ResidualDecoder:
         """The value in a frame, in the shape and dtype the encoder was given; yours to keep and to change.
 
         Raises:
-            FrameError: not the frame that is due here (lost, repeated, reordered, damaged, another configuration);
+            FrameError: not the frame that this end expects (lost, repeated, reordered, damaged, another configuration);
                 nothing was applied.
+            LayoutError: ``layout`` does not describe a tensor of this size.
         """
         header = unpack(frame, self._stream.where)
         if header.shape is None:
@@ -156,9 +159,9 @@ class ResidualDecoder:
 
     @property
     def state(self) -> Tensor | None:
-        """The reconstruction held: flat, or ``None``. Do not write to it; the next frame does.
+        """The last reconstruction: flat ``[numel]``, or ``None``. Do not write to it; the next frame does.
 
-        With a quantized ``state`` a new tensor: what is left of the last reconstruction after rounding.
+        With a quantized ``state`` this is a new tensor: the last reconstruction, rounded.
         """
         return self._stream.predictor.base
 

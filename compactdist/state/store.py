@@ -18,10 +18,11 @@ class Site:
     """One call site: its encoders and decoders by peer, and its exchanges that are not yet decoded, oldest first.
 
     Attributes:
-        key: the site's full key.
+        key: the site key.
+        hash: of the key, as frames carry it.
         encoders, decoders: streams to and from peers (group ranks).
-        changes: of the streams, which a plan holds against.
-        plan: what the site's last call was planned to do; its owner is :mod:`compactdist.exchange`.
+        changes: counts the changes of the streams that outdate a plan.
+        plan: the :class:`~compactdist.exchange.plan.CallPlan` of the site's last call; only the exchanges use it.
         refused: peers with which no history is kept for lack of budget; :data:`ALL` for the whole site.
         reserved: bytes of budget taken per peer (or :data:`ALL`).
         pending: exchanges issued and not yet decoded.
@@ -46,7 +47,7 @@ class Site:
         self.lock = threading.RLock()
 
     def encoder(self, peer: int) -> StreamEncoder:
-        """The stream to ``peer`` (one's own rank for a stream every rank receives)."""
+        """The stream to ``peer`` (this rank itself for a stream that every rank receives)."""
         found = self.encoders.get(peer)
         if found is None:
             found = self.encoders[peer] = StreamEncoder(
@@ -85,9 +86,9 @@ class StateStore:
         budget_bytes: cap on history tensors of this rank; ``None`` for no cap.
 
     Attributes:
-        known: all sites by key; look up only.
-        spares: buffers to write the next reconstructions to, one of each size for all sites. They hold no history and
-            are not counted as state.
+        known: all sites by key, for reading only.
+        spares: buffers for the next reconstructions, one of each size for all sites. They hold no history and do not
+            count as state.
     """
 
     def __init__(self, config: StreamConfig, label: str, budget_bytes: int | None) -> None:
@@ -121,10 +122,13 @@ class StateStore:
 
         Args:
             site: the call site.
-            peer: whose stream, or :data:`Site.ALL`.
-            nbytes: history tensors it will hold.
-            force: take it even beyond the cap, where only the other end could have refused.
-            what: identifies the amount (numel and dtype); the same again is free.
+            peer: the stream's other end, or :data:`Site.ALL`.
+            what: identifies the amount (numel and dtype); asking for an equal ``what`` again takes nothing.
+            nbytes: bytes of history tensors that will be held.
+            force: take the amount even beyond the cap, where only the other end could have refused.
+
+        Returns:
+            Whether the amount was taken; ``False``: it would go beyond the cap.
         """
         with self._lock:
             old, held = site.reserved.get(peer, (None, 0))

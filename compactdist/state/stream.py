@@ -1,4 +1,4 @@
-"""What encoder and decoder of one directed stream share: configuration, history, view and frame sizes.
+"""What encoder and decoder of one directed stream share: configuration, history, matrix view and frame sizes.
 
 Both ends move through the same sequence of :class:`StreamState` values. Everything a frame's size depends on is here,
 so that either end can tell the size of the next frame before it arrives.
@@ -53,7 +53,7 @@ class StreamConfig:
     state: StateForm = "exact"
 
     def __repr__(self) -> str:
-        # groups compare this text; without ``state`` it is that of versions that had no such option
+        # groups compare this text: leaving out the default ``state`` keeps the text of versions without that option
         shown = [name for name in (f.name for f in fields(self)) if name != "state" or self.state != "exact"]
         return f"StreamConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
@@ -70,7 +70,7 @@ class StreamConfig:
 
     @property
     def predictor(self) -> type[Predictor]:
-        """The predictor's class, which knows what the order means."""
+        """The predictor class of ``order``."""
         return predictor_class(self.order)
 
     @property
@@ -85,7 +85,7 @@ class StreamConfig:
 
     @property
     def remembers_values(self) -> bool:
-        """Whether a decoder's state holds the bytes of what it decoded last."""
+        """Whether a decoder's history holds the exact bytes of the tensor it decoded last."""
         return self.remembers and self.state == "exact"
 
     def new_predictor(self) -> Predictor:
@@ -96,8 +96,8 @@ class StreamConfig:
 class Spares:
     """Buffers that reconstructions are written to: at most one of each size, shared by the streams of a group.
 
-    A sender writes the next reconstruction beside the last one, for a frame that was only staged must change nothing;
-    when the frame is committed the two change places.
+    A sender writes the next reconstruction beside the last one, since a staged frame must not change the history; when
+    the frame is committed, the last one becomes the spare buffer.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Spares:
         return sum(held.nbytes for held in tuple(self._held.values()))
 
     def take(self, like: Tensor) -> Tensor:
-        """A flat buffer as large as ``like``, with anything in it."""
+        """A flat buffer of as many elements as ``like``, same dtype and device, its contents undefined."""
         held = self._held.pop((like.numel(), like.dtype, like.device), None)
         return torch.empty(like.numel(), dtype=like.dtype, device=like.device) if held is None else held
 
@@ -123,13 +123,13 @@ class Spares:
 
 
 class Form:
-    """What the residual frames of a live stream share: worked out at the first of them, replayed by all others.
+    """What the residual frames of a live stream share: worked out at the first of them, used again by all others.
 
     Attributes:
         codec: codes the residuals.
         session: this end of the stream under that codec.
-        head: of every frame.
-        frame_nbytes: of every frame, header included and without padding.
+        head: the bytes before the payload; epoch and sequence are filled in for each frame.
+        frame_nbytes: bytes of every frame, header included, padding excluded.
     """
 
     __slots__ = ("codec", "frame_nbytes", "head", "session")
@@ -147,9 +147,9 @@ class Staged:
 
     Attributes:
         frame: 1-D uint8, header and payload, padded to the agreed size.
-        header: what the frame says of itself; of a residual's, epoch and sequence do not count.
-        value: what the receiver will reconstruct, flat, the sender's dtype; ``None`` if not needed.
-        terms: what the receiver expected; empty for a keyframe.
+        header: header of the frame; in that of a residual, ``epoch`` and ``sequence`` mean nothing.
+        value: what the receiver will reconstruct, flat ``[numel]``, the sender's dtype; ``None`` if not needed.
+        terms: terms of the receiver's prediction; empty for a keyframe.
         exact: the sender's own values, flat; kept by an open-loop sender only.
         next_view: the matrix view announced for the next frame, or ``None``.
         searched: this frame's residual was searched for a matrix view.
@@ -167,10 +167,10 @@ class Staged:
 
 
 class Changes:
-    """Counts changes of what decides the next frame's kind and size, for all streams of a call site.
+    """Counts the events that change kind or size of a next frame, for all streams of a call site.
 
     Attributes:
-        count: changes so far; a plan made at one count holds until the next.
+        count: such events so far; a plan made at one count holds until the count changes.
     """
 
     __slots__ = ("count",)
@@ -185,11 +185,11 @@ class StreamState:
     Attributes:
         config: how the stream predicts.
         key: hash of the site key, as frames carry it.
-        predictor: what the receiving end holds; the sending end keeps the same.
-        live: (numel, dtype) the predictor is about; ``None`` while the stream is empty.
+        predictor: holds the history, whose bytes are equal on both ends.
+        live: (numel, dtype) of the history; ``None`` while the stream is empty.
         sequence: frames so far in this epoch; counts on when the history is dropped, so that a repeated or lost
             keyframe is noticed as well.
-        view: how residuals become matrices; ``None`` until the stream is live.
+        view: matrix view of the residuals; ``None`` until the stream is live.
         where: call site and ranks, for error messages.
     """
 
@@ -217,7 +217,7 @@ class StreamState:
         return 0 if self._form is None else self._form.session.held_bytes
 
     def is_fresh(self, numel: int, dtype: torch.dtype) -> bool:
-        """Whether the next frame of such a tensor has nothing to refer to and must be a keyframe."""
+        """Whether the stream holds no history for such a tensor, so that its next frame must be a keyframe."""
         return self.live != (numel, dtype)
 
     def frame_nbytes(
@@ -231,10 +231,10 @@ class StreamState:
         return head + codec.payload_nbytes((view or blocks(numel)).shape, torch.float32)
 
     def form(self, codec: Codec, device: torch.device) -> Form:
-        """What the next residual frame shares with those before it; the stream is live."""
+        """What the next residual frame shares with those before it. The stream must be live."""
         form = self._form
         if form is not None and form.codec == codec:
-            form.codec = codec  # the next look is at its identity
+            form.codec = codec  # callers compare identities first, which is cheaper
             return form
         assert self.live is not None
         assert self.view is not None
@@ -264,7 +264,7 @@ class StreamState:
             self._use(hint or blocks(numel))
 
     def follow(self, groups: int, channels: int) -> None:
-        """Use an announced view from the next frame on (0, 0: no change)."""
+        """Use an announced matrix view from the next frame on (0, 0: no change)."""
         if channels and self.live is not None:
             self._use(plain(self.live[0], groups, channels))
 
@@ -281,11 +281,11 @@ class StreamState:
 
 
 def state_nbytes(config: StreamConfig, numel: int, dtype: torch.dtype, *, sender: bool) -> int:
-    """Bytes of history one end of a stream will hold for tensors of this size.
+    """Bytes of history that one end of a stream will hold for tensors of this size.
 
-    What a codec's session remembers is not in it: it is a few hundredths of the history, depends on the matrix view
-    found later, and budgets are about what both ends have to agree to keep. ``state_bytes`` counts it. An open-loop
-    sender keeps the true values beside the receiver's reconstruction.
+    The memory of the codec's session is not included: it is a few hundredths of the history and depends on the matrix
+    view found later, and a budget caps only what both ends must agree to keep. ``state_bytes`` includes that memory. An
+    open-loop sender keeps the true values beside the receiver's reconstruction.
     """
     copies = config.predictor.copies * (2 if sender and config.open_loop else 1)
     return copies * state_copy_nbytes(config.state, numel, dtype)

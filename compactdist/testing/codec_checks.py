@@ -80,7 +80,7 @@ def as_bytes(x: Tensor) -> Tensor:
 
 
 def round_trip(codec: Codec, x: Tensor) -> Tensor:
-    """What arrives when ``x`` is sent."""
+    """``x`` encoded and decoded."""
     return codec.decode(codec.encode(x), x.shape, x.dtype)
 
 
@@ -119,7 +119,7 @@ def check_round_trip(codec: Codec, x: Tensor) -> None:
 
 
 def check_exact_size(codec: Codec, x: Tensor) -> None:
-    """The payload is flat uint8, as long as was said before, a multiple of 16 bytes."""
+    """The payload is flat uint8, ``payload_nbytes`` long, a multiple of 16 bytes."""
     payload = codec.encode(x)
     flat = payload.dtype == torch.uint8 and payload.dim() == 1 and payload.is_contiguous()
     expect(flat, codec, f"the payload must be flat contiguous uint8, is {payload.dtype} {tuple(payload.shape)}", x)
@@ -163,7 +163,7 @@ def check_strides(codec: Codec, x: Tensor) -> None:
 
 
 def check_contraction(codec: Codec, x: Tensor, *, strictly: bool = False) -> None:
-    """The error's energy is at most the input's; ``strictly``: and less, where the input is not tiny."""
+    """The error's energy is at most the input's; with ``strictly`` it is less, unless the input is tiny."""
     energy = float(x.double().square().sum())
     error = float((round_trip(codec, x).double() - x.double()).square().sum())
     # The result is rounded to dtype: half a step of each element, also where the steps are absolute.
@@ -240,7 +240,7 @@ def check_bad_inputs(codec: Codec, device: str | torch.device = "cpu") -> None:
 
 
 def check_residual_loop(codec: Codec, device: str | torch.device = "cpu") -> None:
-    """Both ends add what was sent to the base; while the tensor stands still, the base never moves away from it."""
+    """Both ends add the decoded residual to the base; while the tensor does not change, the base never moves away."""
     x = sample("student4", (96, 80)).to(device)
     base = torch.zeros_like(x)
     errors = []

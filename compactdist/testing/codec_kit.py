@@ -1,4 +1,4 @@
-"""What every codec must pass; a codec outside this package is put through it in one line.
+"""The checks every codec must pass; a codec outside this package is put through them in one line.
 
     from compactdist.testing import check_codec
 
@@ -44,7 +44,7 @@ def check_codec(codec: Codec, *, examples: int = 50, device: str | torch.device 
         device: where tensors and payloads live.
 
     Raises:
-        AssertionError: a promise is broken; the text says which, and on what input.
+        AssertionError: a promise is broken; the text names the promise and the input.
         CompactDistError: hypothesis is not installed and ``examples`` is not 0.
     """
     check_config_round_trip(codec)

@@ -1,4 +1,4 @@
-"""Inner groups with planned faults: what a wrapped group does when a link, a peer or a user misbehaves.
+"""Inner groups with planned faults, to test a wrapped group over a link, a peer or a user that misbehaves.
 
     from compactdist.testing import Fault, inject, remove
 
@@ -8,8 +8,8 @@
     assert faulty.hits == [("all_gather", 2, "flip")]
     wrapped.close(); remove(faulty)
 
-A :class:`FaultyGroup` is a registered ProcessGroup that hands every call to a real inner group, and does to the n-th
-call of an operation on this rank what the plan says.
+A :class:`FaultyGroup` is a registered ProcessGroup that hands every call to a real inner group, and makes the faults
+that the plan lists for the n-th call of an operation on this rank.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KINDS: dict[str, str] = {
     "fail-wait": "wait raises PlannedFaultError, every time, once the transport is through",
     "interrupt": "the first wait raises KeyboardInterrupt before it waits; later ones wait",
 }
-"""What can be planned."""
+"""Kinds of faults, with what happens."""
 
 _METHODS: dict[str, tuple[str, int | None]] = {
     "allgather": ("all_gather", 1),
@@ -71,7 +71,7 @@ _METHODS: dict[str, tuple[str, int | None]] = {
     "recv": ("recv", None),
     "recv_anysource": ("recv", None),
 }
-"""Methods of ProcessGroup, with their operation and the argument that holds what is sent; None: nothing that may be
+"""Methods of ProcessGroup, with their operation and the index of the argument that is sent; None: no argument may be
 replaced by a copy, since the call also writes to it."""
 
 OPERATIONS = frozenset(op for op, _ in _METHODS.values())
@@ -80,7 +80,7 @@ _NO_TIMEOUT = timedelta(0)
 
 
 class PlannedFaultError(CompactDistError, RuntimeError):
-    """Raised where a plan says so; never by anything else."""
+    """Raised by planned faults only."""
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,16 @@ class Fault:
             raise ConfigError(f"mask {self.mask} flips no bits of a byte; give 1 to 255")
 
     def meets(self, op: str, call: int) -> bool:
-        """Whether it is planned for this call."""
+        """Whether the fault is planned for call number ``call`` of ``op``."""
         return self.op == op and self.nth in (None, call)
 
     def text(self, call: int) -> str:
-        """What a planned error says."""
+        """Text of the planned error."""
         return f"planned fault {self.kind!r} in call {call} of {self.op}"
 
 
 class FaultyWork(_torch.Work):
-    """The works of one faulty call, and what shall happen when they are waited for."""
+    """The works of one faulty call, and the faults that happen when they are waited for."""
 
     def __init__(self, works: Sequence[Any], arrived: Callable[[], None], keep: Any, faults: Sequence[tuple[str, str]]):
         super().__init__()
@@ -142,7 +142,7 @@ class FaultyWork(_torch.Work):
 
     @torch.compiler.disable
     def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
-        """Wait once for all works, then do what is planned."""
+        """Wait once for all works, then make the planned faults."""
         with self._lock:
             if self._interrupts:
                 self._interrupts = False
@@ -165,7 +165,7 @@ class FaultyWork(_torch.Work):
         return self._waited or all(work.is_completed() for work in self._works)
 
     def is_success(self) -> bool:
-        """Whether it is complete and will not fail."""
+        """Whether the work is complete and will not fail."""
         return self.is_completed() and self._fails is None
 
     def exception(self) -> BaseException | None:
@@ -187,7 +187,7 @@ class FaultyWork(_torch.Work):
     _source_rank = source_rank
 
     def get_future(self) -> Any:
-        """A future that is resolved already: asking for it waits."""
+        """A resolved future; this call waits for the works."""
         future: Any = torch.futures.Future()
         try:
             self.wait()
@@ -357,18 +357,18 @@ class FaultyGroup(dist.ProcessGroup):
 
 
 def inject(group: Any, plan: Iterable[Fault | Mapping[str, Any]], name: str | None = None) -> FaultyGroup:
-    """A group over ``group`` that does what the plan says.
+    """Make a group over ``group`` with planned faults.
 
-    Every rank of the group calls it at the same place; the plans may differ.
+    Every rank of the group calls this function at the same place; the plans may differ.
 
     Args:
         group: a registered process group.
         plan: faults, or mappings of their fields (a plan read from JSON).
-        name: of the new group, equal on all ranks; derived from the group's name if not given, so that a second
+        name: name of the new group, equal on all ranks. ``None``: a name derived from the group's, so that a second
             injection into one group needs a name.
 
     Raises:
-        ConfigError: a fault that does not exist, or torch.distributed knows no such group.
+        ConfigError: a fault that does not exist, or torch.distributed does not know ``group``.
     """
     faults = [fault if isinstance(fault, Fault) else Fault(**fault) for fault in plan]
     if not _torch.is_registered(group):
@@ -379,7 +379,7 @@ def inject(group: Any, plan: Iterable[Fault | Mapping[str, Any]], name: str | No
 
 
 def remove(group: FaultyGroup) -> Any:
-    """Take the group out of torch.distributed's registry; the inner group, which stays as it was."""
+    """Take the group out of torch.distributed's registry; returns the inner group, which stays as it was."""
     _torch.unregister(group)
     return group.inner
 

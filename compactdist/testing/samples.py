@@ -1,4 +1,4 @@
-"""Tensors that find a codec's weak places: shapes and distributions, each drawn the same by whoever asks."""
+"""Tensors that find a codec's weak places: shapes and distributions; a seed draws the same tensor again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["DISTRIBUTIONS", "FLOAT_DTYPES", "SHAPES", "sample"]
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""What every codec takes."""
+"""The dtypes that every codec takes."""
 
 SHAPES = (
     (),
@@ -84,7 +84,7 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] =
     "denormal": lambda shape, g: _gaussian(shape, g) * 1e-40,
     "huge": lambda shape, g: _gaussian(shape, g) * 1e39,
 }
-"""Name to a function of shape and generator; float64, possibly beyond what a narrower dtype holds."""
+"""Name to a function of shape and generator; the function's float64 values may be beyond a narrower dtype's range."""
 
 
 def sample(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the sessions of every codec must pass: two ends that stay equal, and an end that forgets what it is told to."""
+"""The checks the sessions of every codec must pass: both ends stay equal, and a rolled-back frame leaves no trace."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def check_session(
 ) -> None:
     """Run a stream through sessions of a codec, with no, one and two terms, and compare its ends at every step.
 
-    The sender is disturbed on the way: it encodes frames that are rolled back, that are replaced by the next one
-    without a word, and that hold NaN. A twin that never saw them must send the same payloads.
+    The sender is disturbed on the way: it encodes frames that are rolled back, frames that the next one replaces
+    without a rollback, and tensors with NaN. A twin that never saw them must send equal payloads.
 
     Args:
-        codec: has ``open``.
-        view: how the flat tensors become matrices.
+        codec: a codec with ``open``.
+        view: matrix view of the flat tensors.
         dtype: of the tensors.
         name: distribution of the tensors, of :data:`~compactdist.testing.samples.DISTRIBUTIONS`.
         device: where the tensors live.
@@ -64,7 +64,7 @@ def check_session(
 
 
 class _Stream:
-    """A sender, its undisturbed twin, a receiver, and one that decodes in place; what they expect is shared."""
+    """A sender, its undisturbed twin, a receiver, and a receiver that decodes in place; they share the terms."""
 
     def __init__(self, codec: Any, view: MatrixView, dtype: torch.dtype, name: str, device: torch.device) -> None:
         self.codec = codec
@@ -90,7 +90,7 @@ class _Stream:
         self.refuse_wrong_payloads(size)
 
     def draw(self, seed: int) -> Tensor:
-        # A quarter of the largest value, so that no difference of two tensors leaves float32.
+        # At most a quarter of the largest value, so that no difference of two tensors leaves float32.
         return (sample(self.name, (self.view.numel,), self.dtype, seed) / 4).to(self.device)
 
     def bounded(self, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class _Stream:
         return out, torch.full((self.sender.payload_nbytes,), 0xA5, dtype=torch.uint8, device=self.device)
 
     def disturb(self, step: int, x: Tensor) -> None:
-        """Encode frames that will not be sent; nothing of them may be seen later."""
+        """Encode frames that will not be sent; they must not change later ones."""
         out, payload = self.buffers()
         other = self.bounded(x.float().flip(0) * 2 + 1)
         self.sender.encode(other, self.terms, out, payload)
@@ -126,7 +126,7 @@ class _Stream:
             self.sender.rollback()
 
     def step(self, step: int, x: Tensor) -> Tensor:
-        """Send x; what every end now holds."""
+        """Send ``x``; returns the tensor that every end now holds."""
         inputs = [x, *self.terms]
         before = [as_bytes(tensor).clone() for tensor in inputs]
         out, payload = self.buffers()

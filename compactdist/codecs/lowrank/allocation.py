@@ -1,9 +1,9 @@
-"""``lowrank_int4`` with ``allocation="energy"``: the bits of four for each component, where they help most.
+"""``lowrank_int4`` with ``allocation="energy"``: as many bits as four for each component, given where they help most.
 
-Reverse water-filling (C. E. Shannon 1959; T. M. Cover and J. A. Thomas, "Elements of Information Theory", 13.3): with b
-bits for each element of both factors, a component of energy e is left with the error ``e * (1 - (1 - d_b)^2)``, d_b
-being the loss of the Lloyd-Max levels of b bits. That falls by ever smaller steps, so giving each bit to whichever
-component gains most by it is the same as taking the largest steps of all.
+Reverse water-filling (C. E. Shannon 1959; T. M. Cover and J. A. Thomas, "Elements of Information Theory", 10.3.3): with
+b bits for each element of both factors, a component of energy e is left with the error ``e * (1 - (1 - d_b)^2)``, where
+d_b is the loss of the Lloyd-Max levels of b bits. Each further bit lowers this error by less than the one before, so
+the best allocation takes the largest reductions among all components.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _SMALLEST_SCALE = 2.0**-60
 
 
 class Sizes:
-    """Sections of a payload.
+    """Sizes and offsets of a payload's sections.
 
     Attributes:
-        candidates: n, components that may get bits.
-        planes: Bits for each position, of all components together.
+        candidates: n, the number of components that may get bits.
+        planes: Bits that all components together have for each row, and for each channel.
         counts_at, scales_at, u_at, v_at, total_nbytes: Offsets in bytes, and the length.
     """
 
@@ -66,7 +66,19 @@ def encode(
     memory: dict[str, Any] | None,
     weights: Tensor | None,
 ) -> Tensor:
-    """The payload for matrices of ``shape``, with checked weights ``(G, R)``."""
+    """Encode matrices of ``shape``, one of ``products`` for each group.
+
+    Args:
+        products: the matrices, scaled by ``factor``.
+        factor: powers of two ``(G,)``.
+        shape: ``(groups, rows, channels)``.
+        rank: a quarter of the bits for each row and channel.
+        memory: memory of the stream, see :class:`Starts`; ``None`` for a call that stands alone.
+        weights: checked row weights, float32 ``(G, R)``, or ``None``.
+
+    Returns:
+        The payload, 1-D uint8.
+    """
     sizes = Sizes(shape, rank)
     groups, n = shape[0], sizes.candidates
     payload = torch.zeros(sizes.total_nbytes, dtype=torch.uint8, device=factor.device)
@@ -129,7 +141,7 @@ def decode(payload: Tensor, shape: tuple[int, int, int], rank: int) -> tuple[Ten
 
 
 def _levels(factor: Tensor, widths: list[int]) -> tuple[Tensor, Tensor]:
-    """Nearest levels of each row ``(n, L)``, before any scale, and their bit planes ``(sum of widths, L)``."""
+    """Nearest levels of each row, unscaled, ``(n, L)``, and their bit planes ``(sum of widths, L)``."""
     levels, planes, at = torch.zeros_like(factor), [], 0
     for width in range(MOST_BITS, 0, -1):
         count = widths.count(width)
@@ -175,8 +187,9 @@ def _least_squares(gram: Tensor, towards: Tensor) -> Tensor:
 def _scales(products: Products, u: Tensor, v: Tensor, towards: Tensor) -> Tensor:
     """The bfloat16 scales ``(n,)`` of least error for the chosen levels, none negative.
 
-    All components together by least squares; what that leaves below zero is dropped, and one gain fitted to the rest,
-    as the codec's other allocation does. Where not even that helps, nothing is sent.
+    A least-squares fit of all components together gives the scales; negative ones become zero, and all others are
+    multiplied by one gain, fitted as with ``allocation="equal"``. If these scales would not lower the error, all are
+    zero.
     """
     v_gram = v @ v.T
     h = (v * towards).sum(1)
@@ -187,6 +200,6 @@ def _scales(products: Products, u: Tensor, v: Tensor, towards: Tensor) -> Tensor
     agreement = scales @ h - products.doubt(scaled, v, v_gram, energy, scales[:, None] * towards)
     scales = scales * kernels.divide_or_zero(agreement.clamp(min=0), energy)
     scales = kernels.round_bf16(torch.where(scales < _SMALLEST_SCALE, torch.zeros_like(scales), scales))
-    # rounded one by one, and components are not quite orthogonal: make sure
+    # scales are rounded one by one, and components are not quite orthogonal: check that the error still falls
     gained = 2 * (scales @ h) - scales @ both @ scales
     return torch.where(gained > 0, scales, torch.zeros_like(scales))

@@ -1,6 +1,6 @@
 """Fitting few levels to the factors of a low-rank product: one scale for each component, moved until it settles.
 
-Only the choice of codes is made here. What codes and scales mean is said where they are sent.
+This module only chooses codes and scales; the codecs that send them define their meaning.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Fitted(NamedTuple):
     """A factor as it will be sent.
 
     Attributes:
-        codes: uint8 ``(n, L)``, the index of the magnitude, plus the number of magnitudes below zero.
+        codes: uint8 ``(n, L)``: the index of the magnitude; for a negative element plus the number of magnitudes.
         scale: bfloat16-valued float32 ``(n, 1)``.
-        value: What they decode to, float32 ``(n, L)``.
+        value: The decoded factor, float32 ``(n, L)``.
     """
 
     codes: Tensor
@@ -37,15 +37,14 @@ class Fitted(NamedTuple):
 def fit(factor: Tensor, magnitudes: Sequence[float], refits: int = REFITS) -> Fitted:
     """Choose a scale for each row and the nearest level for each element.
 
-    The scale starts at what a Gaussian would have, and is then fitted to the chosen levels by least squares and the
-    levels to the scale, in turn (S. P. Lloyd, IEEE Trans. Inf. Theory 28, 1982, with all levels moving together):
-    factors are short and seldom Gaussian, and each turn lowers the error.
+    The scale starts at the value that suits a Gaussian factor. Then levels are chosen for the scale and the scale is
+    fitted to the levels by least squares, in turn (S. P. Lloyd, IEEE Trans. Inf. Theory 28, 1982, with all levels
+    moving together): factors are short and seldom Gaussian, and each turn lowers the error.
 
     Args:
         factor: float32 ``(n, L)``, finite. Elements below ``2**-40`` in magnitude count as zero.
         magnitudes: The levels without their signs, ascending.
-        refits: Turns.
-
+        refits: Number of turns.
     """
     borders = [(low + high) / 2 for low, high in pairwise(magnitudes)]
     if factor.device.type == "cpu" and cpu_runs(2 * refits * factor.numel()):
@@ -63,10 +62,10 @@ def fit(factor: Tensor, magnitudes: Sequence[float], refits: int = REFITS) -> Fi
 def _fit(
     factor: Tensor, borders: list[float], magnitudes: Sequence[float], refits: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition; ``kernels/cpu_lowrank.py`` has to give the same bits.
+    """The definition; ``kernels/cpu/products.py`` has to give the same bits.
 
     Returns:
-        Codes; their levels with signs; scales, for rows times ``near``; ``near``, powers of two.
+        Codes; their levels with signs; scales for the rows multiplied by ``near``; ``near``, powers of two.
     """
     size = factor.abs()
     size = torch.where(size < SMALLEST_FACTOR, torch.zeros_like(size), size)

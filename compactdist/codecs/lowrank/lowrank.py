@@ -32,7 +32,7 @@ class LowRank(LowRankCodec):
     rank and is barely reduced; structure is.
 
     Args:
-        rank: Components, 1 to 1024.
+        rank: Number of components, 1 to 1024.
 
     Raises:
         CodecConfigError: The rank is out of range.

@@ -27,17 +27,17 @@ class LowRankInt4(LowRankCodec):
     The first section is that of ``lowrank``. The second is the payload (``sections.py``) of U transposed, a tensor
     ``(G * r, 1, R)`` with one scale for each of its ``G * r`` rows, in codes ``sign << 3 | magnitude`` of fifteen
     levels: the Lloyd-Max levels of the unit Gaussian with zero among them, listed in ``with_zero.py``. The third is
-    V in the same form, ``(G * r, 1, C)``. The decoder does with the factors what that of ``lowrank`` does.
+    V in the same form, ``(G * r, 1, C)``. The decoder multiplies the factors as that of ``lowrank`` does.
 
     About ``4 r (R + C) / (R C)`` bits for each element: 0.16 for the default at ``[1088, 3072]``.
 
-    With ``allocation="energy"`` the same bits are shared out by the energy of components (``allocation.py``). There are
+    With ``allocation="energy"`` as many bits are shared out by the energy of components (``allocation.py``). There are
     ``n = min(2 r, R, C)`` of them, component k with ``b_k`` bits, 0 to 6, for each element of both its factors, and the
     sum of all ``b_k`` is ``4 r``. The payload is five sections, each filled up with zeros to a multiple of 16 bytes:
 
     1. **gains**, G bfloat16, low byte first, powers of two;
     2. **counts**, for each group six uint16, low byte first: how many components have 6, 5, 4, 3, 2 and 1 bits. They
-       come in this order; what is left of the n components has none;
+       come in this order; the remaining ones of the n components have none;
     3. **scales**, ``(G, n)`` bfloat16, not negative;
     4. **U transposed**, one run of bits, lowest bit of a byte first: for each group and component its ``b_k`` bit
        planes of R bits, the lowest bits of all its codes first;
@@ -47,7 +47,8 @@ class LowRankInt4(LowRankCodec):
     computes ``((s_0 u[n,0]) v[0,j] + (s_1 u[n,1]) v[1,j] + ...) * gain`` as that of ``lowrank`` does.
 
     Args:
-        rank: Components, 1 to 1024; with ``allocation="energy"`` a quarter of the bits for each row and channel.
+        rank: Number of components, 1 to 1024; with ``allocation="energy"`` a quarter of the bits that each row and each
+            channel has.
         allocation: ``"equal"`` or ``"energy"``.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Products of the matrices of a residual with thin ones, scaled, and in bfloat16 where that is much faster.
+"""Products of a residual's matrices with thin matrices, scaled, and in bfloat16 where that is much faster.
 
-Only encoders come here, so matrix products are welcome, and bits may differ between machines.
+Only encoders use this module, so it may use matrix products, whose bits differ between machines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 def _bf16_memory(shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Room for bfloat16 matrices; on a CPU it is the thread's own and kept, for fresh pages cost more than the work."""
+    """Memory for bfloat16 matrices; on a CPU each thread keeps its own, for fresh pages cost more than the work."""
     count = shape[0] * shape[1] * shape[2]
     if device.type != "cpu":
         return torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -47,15 +47,16 @@ def _bf16_memory(shape: tuple[int, int, int], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """Products of one matrix times a power of two with the rows of thin ones.
+    """Products of one matrix, times a power of two, with thin matrices.
 
-    With bfloat16 matrices, operands and products are rounded to it, and sums are in float32.
+    Where the matrix is bfloat16, operands and products are rounded to bfloat16, and sums are float32.
 
     Attributes:
-        a: float32 or bfloat16 ``(R, C)``, finite. In bfloat16 on a CPU it is the thread's, and good until its next use.
+        a: float32 or bfloat16 ``(R, C)``, finite. A bfloat16 matrix on a CPU lies in the thread's scratch memory and is
+            valid until that is used again.
         factor: The power of two, ``()``.
         norm: Frobenius norm of ``a * factor``, ``()``; before any rounding.
-        weights: float32 ``(R,)``: products are of the matrix whose rows are multiplied by them; ``None`` for ones.
+        weights: float32 ``(R,)``: the rows of the matrix are multiplied by them first; ``None`` for ones.
     """
 
     a: Tensor
@@ -65,23 +66,23 @@ class Products:
 
     @property
     def noise(self) -> float:
-        """Energy of what rounding adds, relative to that of the strongest direction, roughly."""
+        """Energy that rounding adds, roughly, relative to that of the strongest direction."""
         return 2.0**-16 if self.a.dtype == torch.bfloat16 else 1e-7
 
     def with_rows(self, rows: Tensor) -> Tensor:
-        """``(p, C)`` to ``(p, R)``: every row of the matrix times every row given."""
+        """``(p, C)`` to ``(p, R)``: the inner product of every row of the matrix and every one of ``rows``."""
         seen = (self.a @ rows.to(self.a.dtype).T).T.to(torch.float32, memory_format=torch.contiguous_format)
         return seen * self.factor if self.weights is None else (seen * self.weights) * self.factor
 
     def with_columns(self, rows: Tensor) -> Tensor:
-        """``(p, R)`` to ``(p, C)``: every column of the matrix times every row given."""
+        """``(p, R)`` to ``(p, C)``: the inner product of every column of the matrix and every one of ``rows``."""
         if self.weights is not None:
             rows = rows * self.weights
         # Scaling by a power of two commutes with rounding, and the rows are fewer than the products.
         return ((rows * self.factor).to(self.a.dtype) @ self.a).float()
 
     def doubt(self, u: Tensor, v: Tensor, v_gram: Tensor, energy: Tensor, products: Tensor) -> Tensor:
-        """How far ``(v * with_columns(u)).sum()`` may be off, at most, for what bfloat16 rounded away.
+        """Bound on the error that bfloat16 rounding leaves in ``(v * with_columns(u)).sum()``.
 
         Three roundings: the matrix (by Cauchy and Schwarz ``2**-9 |A| |U V|``), ``u`` (``|A| |dU V|``) and the
         products themselves (``2**-9 |V| |products|``). ``v_gram`` is ``v @ v.T`` and ``energy`` is ``|U V|^2``.
@@ -100,7 +101,7 @@ def of_matrices(values: Tensor, elements: int) -> tuple[list[Products], Tensor]:
 
     Args:
         values: The matrices.
-        elements: Of the original tensor, for the message.
+        elements: Number of elements of the original tensor, for the error message.
 
     Returns:
         The products, and the powers of two ``(G,)``.
@@ -114,7 +115,7 @@ def of_matrices(values: Tensor, elements: int) -> tuple[list[Products], Tensor]:
     usual = _usual(scale)
     near = torch.ones_like(scale)
     if not bool(usual.all()):
-        # Zeros among them, and what leaves float32 when squared: scaled by its largest value first.
+        # Groups that are all zero, or whose squares leave float32: scale each by its largest value first.
         largest = finite_amax(values.abs(), elements)
         near = torch.where(usual, near, kernels.power_of_two_near_inverse(largest).view(-1))
         values = values * near.view(-1, 1, 1)
@@ -128,7 +129,7 @@ def of_matrices(values: Tensor, elements: int) -> tuple[list[Products], Tensor]:
 
 
 def of_residual(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView) -> tuple[list[Products], Tensor] | None:
-    """As ``of_matrices`` of ``x`` less the sum of ``terms``, in one pass; ``None`` where that cannot be."""
+    """As ``of_matrices`` of ``x`` less the sum of ``terms``, in one pass; ``None`` where no kernel can do that."""
     groups, rows, channels = view.shape
     if rows * channels < MIN_ELEMENTS_FOR_BF16 or x.device.type != "cpu" or not _multiplies_bf16(x.device):
         return None
@@ -153,7 +154,7 @@ def check_weights(
     """Weights of rows as float32 ``(G, R)``, of mean square 1 in each group.
 
     Raises:
-        CodecConfigError: They are of another shape, or not all positive and finite and within a factor of 2**20.
+        CodecConfigError: Weights of another shape, or not all positive, finite and within a factor of 2**20.
     """
     if weights is None:
         return None

@@ -1,13 +1,13 @@
-"""Directions that carry most of a matrix: subspace iteration with spare directions, and what a stream remembers of it.
+"""Directions that carry most of a matrix: subspace iteration with spare directions, and a stream's memory of them.
 
 Method: N. Halko, P. G. Martinsson, J. A. Tropp, "Finding structure with randomness", SIAM Review 53 (2011), algorithm
 4.4, with spare directions. CompactFusion (arXiv 2507.17511) uses it without any, in float32, from random directions at
 every step: six products with the matrix where a stream here needs two.
 
 In a loop with error feedback the residuals of one stream do resemble one another, but hardly in the directions that
-were sent: those have just been emptied. What the next residual is sure to hold are the directions that were found and
-*not* sent. A stream remembers these and the strongest of those sent, and adds a few random ones at each call, through
-which anything new enters: found at one step, strong enough to be sent at the next.
+were sent: those have just been emptied. The next residual is sure to hold the directions that were found and *not*
+sent. A stream remembers these and the strongest of those sent, and adds a few random ones at each call. New directions
+enter through the random ones: they are found at one step, and strong enough to be sent at the next.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def strongest(rows: Tensor, noise: float) -> Tensor:
     that they are made of rounding errors come out as zeros: scaled up, they would be copies of the strong ones.
 
     Args:
-        rows: What to span.
-        noise: Energy, relative to that of the strongest direction, that rounding may account for.
+        rows: float32 ``(p, L)``.
+        noise: Energy that rounding may account for, relative to that of the strongest direction.
     """
     values, vectors = torch.linalg.eigh(rows @ rows.T)
     real = values > values[-1:].clamp(min=1e-30) * noise
@@ -40,7 +40,7 @@ def strongest(rows: Tensor, noise: float) -> Tensor:
 
 
 def evened(rows: Tensor) -> Tensor:
-    """Rows ``(p, C)`` of mean square 1: as long as random ones, that no rounding and no sorting favours some."""
+    """Rows ``(p, C)`` scaled to mean square 1, as random ones have, so that rounding and sorting favour none."""
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     even: Tensor = rows * (rows.shape[1] ** 0.5 / lengths.clamp(min=1e-30))
     return even
@@ -62,11 +62,11 @@ class Starts:
         shape: ``(groups, rows, channels)``.
         rank: Wanted directions.
         device: Of the tensor.
-        at_least: Directions to find, wanted or not, if the matrix has as many.
+        at_least: Least number of directions to find, wanted or not, if the matrix has as many.
 
     Attributes:
-        rounds: Rounds of iteration this start needs.
-        wide: What is found beside the wanted directions is remembered.
+        rounds: Rounds of iteration that this start needs.
+        wide: Whether the stream remembers the directions found beside the wanted ones.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class Starts:
         fits = held is not None and held.shape == (groups, self._kept, channels) and held.device == device
         self._held: Tensor | None = held if fits else None
         self._shares: list[float] = memory["shares"] if memory and fits else [0.0] * groups
-        # Small matrices cost calls, not products: they are searched as if nothing was remembered.
+        # Small matrices cost calls, not products: they take all rounds even from remembered directions.
         small = rows * channels < MIN_ELEMENTS_FOR_BF16
         self.rounds = 0 if fits and not small else 2
-        # New directions at each call: what one set of them misses, and error feedback piles up, the next one finds.
+        # New directions at each call: error feedback piles up what one set of them misses, and the next set finds it.
         generator = torch.Generator().manual_seed(_SEED + self._calls)
         count = self._count - (self._kept if fits else 0)
         words = torch.empty(-(-count * channels // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
@@ -106,12 +106,14 @@ class Starts:
         return self._random if self._held is None else torch.cat([self._held[group], self._random.bfloat16()])
 
     def disappoint(self, group: int, along: Tensor, norm: Tensor) -> bool:
-        """Whether what was found carries less than half the share of energy it did at the last call.
+        """Whether the directions found carry less than half the share of energy that those of the last call did.
+
+        If they do not, they are kept for :meth:`remember`.
 
         Args:
-            group: Which group.
+            group: Index of the group.
             along: ``(p, channels)``, the matrix along the directions found, the wanted ones first.
-            norm: Of the matrix.
+            norm: Norm of the matrix, ``()``.
         """
         if not self.wide:
             return False
@@ -125,7 +127,7 @@ class Starts:
         return False
 
     def remember(self) -> None:
-        """Leave to the stream's next call what was found, in bfloat16. Entries are replaced, never written to."""
+        """Store the directions found, in bfloat16, for the stream's next call. Entries are replaced, not written to."""
         if self._memory is not None:
             self._memory.update(
                 calls=self._calls + 1, directions=torch.stack(self._next).bfloat16(), shares=self._next_shares

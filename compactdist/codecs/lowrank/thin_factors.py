@@ -61,14 +61,16 @@ class LowRankCodec(Codec):
         """As ``Codec.encode``.
 
         Args:
-            x: What to encode.
+            x: The tensor to encode.
             row_weights: How much errors in a row matter, ``(R,)`` or ``(G, R)``, positive; only their ratios count.
                 Factors then minimise the sum of squared errors times squared weights (CompactFusion, arXiv 2507.17511,
                 weights the rows of K by how strongly they are attended to). The gain remains that of least unweighted
-                error, so the error energy stays below that of the input, and the decoder is not concerned.
+                error, so the error energy stays below that of the input. The decoder needs no weights.
 
         Raises:
-            CodecConfigError: Weights of another shape, or not all positive and finite and within a factor of 2**20.
+            CodecConfigError: The codec does not take the dtype of ``x``, or weights of another shape, or not all
+                positive, finite and within a factor of 2**20.
+            NonFiniteError: ``x`` holds NaN or infinity.
         """
         check_dtype(self.codec_id, x.dtype)
         return self._encode(_matrices(x), x.numel(), None, row_weights)
@@ -79,7 +81,7 @@ class LowRankCodec(Codec):
     def encode_difference(
         self, x: Tensor, terms: Terms, view: MatrixView, memory: dict[str, Any], row_weights: Tensor | None
     ) -> Tensor:
-        """The payload of ``x`` less the sum of ``terms``; ``memory`` is the stream's, and gets new entries."""
+        """The payload of ``x`` less the sum of ``terms``; replaces entries of ``memory``, the stream's."""
         check_dtype(self.codec_id, x.dtype)
         taken = of_residual(x, terms, view)
         if taken is not None:
@@ -161,7 +163,7 @@ class LowRankCodec(Codec):
         return y.reshape(-1)[: math.prod(shape)].reshape(tuple(shape)).clamp_(-limit, limit).to(dtype)
 
     def add_decoded(self, payload: Tensor, terms: Terms, view: MatrixView, out: Tensor) -> bool:
-        """Write the sum of ``terms`` plus the decoded payload to ``out`` in one go; whether that is possible here."""
+        """Write the sum of ``terms`` plus the decoded payload to ``out`` in one pass; ``False`` if no kernel can."""
         if not view.numel or not cpu_runs(view.numel):
             return False
         from compactdist.kernels.cpu import products as cpu_lowrank
@@ -192,7 +194,7 @@ class LowRankCodec(Codec):
         raise NotImplementedError
 
     def _pack(self, parts: list[Fitted], length: int) -> Tensor:
-        """The section of a factor: all groups, one after the other."""
+        """The section of a factor, 1-D uint8: all groups, one after the other."""
         raise NotImplementedError
 
     def _decode_factor(self, data: Tensor, components: int, length: int) -> Tensor:
@@ -254,12 +256,12 @@ def multiply(u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
     y = u[:, 0, :, None] * v[:, 0, None, :]
     for k in range(1, rank):
         y += u[:, k, :, None] * v[:, k, None, :]
-    # What cancellation left over could become subnormal by the gain, and machines differ in those.
+    # The gain could make what cancellation left over subnormal, and machines differ in subnormal numbers.
     return torch.where(y.abs() < _SMALLEST_SUM, torch.zeros_like(y), y).mul_(gain)
 
 
 def _matrices(x: Tensor) -> Tensor:
-    """Any tensor as float32 ``(G, R, C)``, the tail of a flat one filled up with zeros."""
+    """Any tensor as float32 ``(G, R, C)``; the tail of a flat tensor is filled up with zeros."""
     shape = matrix_shape(x.shape)
     flat = x.detach().to(torch.float32).reshape(-1)
     missing = math.prod(shape) - flat.numel()

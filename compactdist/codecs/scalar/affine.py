@@ -7,7 +7,7 @@ again to the codes, by least squares: for codes q with mean q', values v with me
     offset = v' - step * q'
 
 so that the error energy is below the energy of the block, which the ends of the range alone would not ensure. Should
-the rounding of the two to bfloat16 spoil that, the block is sent as its mean.
+rounding offset and step to bfloat16 spoil that, the block is sent as its mean.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _SMALLEST = 2.0**-87
 
 
 def wanted(codec_id: str, centroids: str, scales: str) -> bool:
-    """Whether the options ask for this form.
+    """Whether the options ask for levels between the two ends of a block.
 
     Raises:
-        CodecConfigError: They do, but with scales by row and channel.
+        CodecConfigError: They do, but without ``scales="block"``.
     """
     if centroids == "minmax" and scales != "block":
         raise CodecConfigError(f"codec {codec_id!r}: centroids='minmax' needs scales='block', got scales={scales!r}")
@@ -74,5 +74,5 @@ def _offsets_at(sections: Sections) -> int:
 
 
 def _rounded(value: Tensor, factor: Tensor) -> Tensor:
-    """Round to bfloat16, to nearest; what would come close to a subnormal on the wire is zero."""
+    """Round to bfloat16, to nearest; a value that would be almost subnormal in the payload becomes zero."""
     return kernels.round_signed_bf16(value, _SMALLEST * factor)

@@ -81,4 +81,4 @@ class Binary(ScalarQuantizer):
 
 
 _BY_ROW_AND_CHANNEL = QuantizerSpec("sign", 1)
-"""What a tensor too thin for scales of any rank is sent with."""
+"""Codes a tensor that is too thin for scales of rank 1."""

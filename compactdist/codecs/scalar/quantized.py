@@ -1,6 +1,6 @@
-"""What the scalar quantizers share: the view as matrices, the payload, and streams of them.
+"""What the scalar quantizers share: the matrix view, the payload, and sessions.
 
-The wire format is in ``kernels/sections.py``; what is computed, by spec, in ``kernels/reference/steps.py``.
+``kernels/sections.py`` describes the wire format, ``kernels/reference/steps.py`` defines the arithmetic of each spec.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def finite_amax(magnitude: Tensor, elements: int | None = None) -> Tensor:
     """Return the largest magnitude of each group, ``(G, 1, 1)``, after making sure that all are finite.
 
-    This is the only place where encoding waits for the device.
+    This is the only place where a scalar quantizer's encoding by torch operations waits for the device.
 
     Args:
         magnitude: float32 ``(G, R, C)``.
-        elements: Elements of the original tensor, for the message; those of ``magnitude`` unless given.
+        elements: Number of elements of the original tensor, for the error message; ``None``: those of ``magnitude``.
 
     Raises:
         NonFiniteError: Some element is NaN or infinite.
@@ -54,7 +54,7 @@ def check_dtype(codec_id: str, dtype: torch.dtype) -> None:
     """Make sure that a lossy codec can take this dtype.
 
     Raises:
-        CodecConfigError: It cannot.
+        CodecConfigError: ``dtype`` is none of :data:`DTYPES`.
     """
     if dtype not in DTYPES:
         takes = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
@@ -67,11 +67,11 @@ class ScalarQuantizer(Codec):
     """A codec of one level for each element, scaled by row and by channel, or by block.
 
     Subclasses set ``kind`` and ``bits`` and, as their kind needs, ``magnitudes``, ``widening`` or ``reach``. Kernels
-    have to know nothing else (:attr:`spec`).
+    are told nothing else (:attr:`spec`).
 
     Args:
-        scales: ``"token_channel"``: a scale for each row and each channel, as ``sections.py`` says. ``"block"``: one
-            for each run of elements in row-major order.
+        scales: ``"token_channel"``: a scale for each row and each channel, as ``sections.py`` says. ``"block"``: a
+            scale for each run of elements in row-major order.
         block: Elements to a block, at most; 2 to 65536.
 
     Raises:
@@ -105,8 +105,8 @@ class ScalarQuantizer(Codec):
 
     @cached_property
     def spec(self) -> QuantizerSpec | None:
-        """What kernels are told; ``None`` where this codec computes something else, by ``_encode_matrices`` and
-        ``_decode_matrices`` of its own.
+        """What kernels are told; ``None`` where the codec's own ``_encode_matrices`` and ``_decode_matrices`` compute
+        what no kernel does.
         """
         if self.offsets:
             return None
@@ -143,7 +143,7 @@ class ScalarQuantizer(Codec):
         Args:
             values: the elements of each group.
             sections: of the payload.
-            elements: of the original tensor, for the message.
+            elements: number of elements of the original tensor, for the error message.
 
         Raises:
             NonFiniteError: Some element is NaN or infinite.
@@ -166,7 +166,7 @@ class ScalarQuantizer(Codec):
             out = torch.empty(tuple(shape), dtype=dtype, device=payload.device)
             if steps.decode(payload, (), out.view(-1)):
                 return out
-        y = self.decode_by_reference(payload, shape) + 0.0  # where nothing was expected there is no -0
+        y = self.decode_by_reference(payload, shape) + 0.0  # without a prediction -0 becomes 0
         limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
         return y.clamp(-limit, limit).to(dtype)
 
@@ -199,7 +199,7 @@ class ScalarQuantizer(Codec):
 
 
 class ScalarSession(Session):
-    """A stream whose steps are fused kernels, where there are some for its device, dtype and size."""
+    """A session whose steps are fused kernels, where there are any for its device, dtype and size."""
 
     __slots__ = ("_chosen_under", "_steps")
 
@@ -226,7 +226,7 @@ class ScalarSession(Session):
     def _encode_by_reference(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, row_weights: Tensor | None
     ) -> None:
-        """Also where something is not finite, which it says."""
+        """Encode by torch operations; raises the NonFiniteError where a kernel met a value that is not finite."""
         if row_weights is not None or not self.view.numel:
             super().encode(x, terms, out, payload, row_weights=row_weights)
             return
@@ -249,8 +249,8 @@ class ScalarSession(Session):
         if not self.view.numel:
             return
         change = self.view.to_flat(self.codec.decode_by_reference(payload, self.view.shape))
-        # -0 and a change of -0 are -0, as kernels have it; without terms there is no -0
+        # -0 plus a change of -0 is -0, as in the kernels; without terms -0 becomes 0
         total = sum_of(terms) + change if terms else change + 0.0
         limit = min(torch.finfo(out.dtype).max, torch.finfo(torch.float32).max)
-        with torch.inference_mode():  # lets an inference tensor be written to, wherever this is called
+        with torch.inference_mode():  # ``out`` may be an inference tensor, which can be written to in this mode only
             out.copy_(total.clamp(-limit, limit))

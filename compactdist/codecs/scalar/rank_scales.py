@@ -91,7 +91,7 @@ def check_rank(codec_id: str, scales: str, rank: int) -> int:
     """Return ``rank`` if these options go together.
 
     Raises:
-        CodecConfigError: It is not an integer from 1 to 16, or ``scales`` leaves it without effect.
+        CodecConfigError: ``rank`` is not an integer from 1 to 16, or ``scales`` leaves it without effect.
     """
     check_integer(codec_id, "rank", rank, 1, _LARGEST_RANK)
     if scales != "rank" and rank != DEFAULT_RANK:
@@ -109,9 +109,9 @@ def encode(values: Tensor, magnitude: Tensor, amax: Tensor, sections: RankSectio
 
     Args:
         values: float32 ``(G, R, C)``, finite.
-        magnitude: Their absolute values in memory of their own; overwritten.
+        magnitude: Absolute values of ``values``, in memory of their own; overwritten.
         amax: float32 ``(G, 1, 1)``, the largest magnitude of each group.
-        sections: Of the original shape.
+        sections: Sections for the original shape.
     """
     factor = kernels.power_of_two_near_inverse(amax)
     magnitude.mul_(factor)
@@ -154,7 +154,7 @@ def _sums(u: Tensor, v: Tensor) -> Tensor:
     total = u[:, 0].unsqueeze(2) * v[:, 0].unsqueeze(1)
     for component in range(1, u.shape[1]):
         total += u[:, component].unsqueeze(2) * v[:, component].unsqueeze(1)
-    # what cancellation left over could become subnormal by the gain, and machines differ in those
+    # the gain could make what cancellation left over subnormal, and machines differ in subnormal numbers
     return torch.where(total < _SMALLEST_SUM, torch.zeros_like(total), total)
 
 

@@ -1,4 +1,4 @@
-"""Four bits and a zero level: what the hybrid codecs code their values with."""
+"""Four bits with a zero level, for the values of ``topk_int4`` and the factors of ``lowrank_int4``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MAGNITUDES = (
 
 
 class Int4WithZero(ScalarQuantizer):
-    """Codes ``sign << 3 | magnitude`` of fifteen levels, zero among them, in the layout of ``sections.py``.
+    """Codes ``sign << 3 | magnitude`` of fifteen levels, zero among them, in the wire format of ``sections.py``.
 
-    A part of other codecs: not registered. Unlike ``int4`` it returns exact zeros where it was given zeros.
+    A part of other codecs: not registered. Unlike with ``int4``, zeros decode to exact zeros.
     """
 
     codec_id = "int4_with_zero"
