@@ -259,8 +259,7 @@ class Engine:
                     forwarded=bool(flight.messages) and any(message.forwarded for message in flight.messages),
                 )
                 if self.sample_every and flight.failure is None:
-                    for part, x, made in zip(plan.outgoing, flight.inputs, flight.staged, strict=True):
-                        self._sample(flight.call, part, x, made)
+                    self._sample(flight)
             else:
                 reason = flight.passed or plan.detail
                 self.stats.passed(flight.call.op, reason, plan.raw_nbytes, flight.call.site, wire=flight.wire_nbytes)
@@ -272,15 +271,22 @@ class Engine:
             self.outbox.add(plan.outgoing[0].peer, job)
         return job
 
-    def _sample(self, call: Call, part: Outgoing, x: Tensor, staged: Staged | None) -> None:
-        """Measure how far the reconstruction is from the tensor, on every ``sample_every``-th frame of a stream."""
-        if staged is None or staged.value is None or staged.header.flags & NONFINITE or part.stream is None:
-            return
-        if part.stream.sequence % self.sample_every:
-            return
-        flat = x.detach().reshape(-1).double()
-        error = float((staged.value.double() - flat).square().sum())
-        self.stats.error(call.site, call.op, error, float(flat.square().sum()))
+    def _sample(self, flight: Flight) -> None:
+        """Measure how far reconstructions are from the tensors, on every ``sample_every``-th frame of a stream.
+
+        A frame that is passed on is not sampled: no encoder added an error to it.
+        """
+        call, messages = flight.call, iter(flight.messages)
+        for part, x, staged in zip(flight.plan.outgoing, flight.inputs, flight.staged, strict=True):
+            if staged is None or part.stream is None:
+                continue
+            message = next(messages, None)
+            if staged.value is None or staged.header.flags & NONFINITE or (message is not None and message.forwards):
+                continue
+            if part.stream.sequence % self.sample_every == 0:
+                flat = x.detach().reshape(-1).double()
+                error = float((staged.value.double() - flat).square().sum())
+                self.stats.error(call.site, call.op, error, float(flat.square().sum()))
 
     # --- finishing ----------------------------------------------------------------------------------------------------
 

@@ -61,8 +61,8 @@ class Send(OneMessage):
 
     def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
         if flight.passed is None:
-            follows = x.device.type == "cpu"
-            stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=follows, reserve=True)
+            accepts = x.device.type == "cpu"
+            stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=accepts, reserve=True)
         if flight.passed is not None:
             assert part.stream is not None
             assert part.codec is not None

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from compactdist import _torch
 from compactdist.config import Options
-from compactdist.errors import ConfigError
+from compactdist.errors import ClosedGroupError, ConfigError
 from compactdist.exchange.engine import Engine
 from compactdist.exchange.link import Link
 from compactdist.exchange.ops import patterns_by_op
@@ -432,6 +432,8 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         with self._pool_lock:
             if self._pool is None:
                 if self._closed:
-                    raise ConfigError(f"{self._engine.label}: no futures from a closed group")
+                    raise ClosedGroupError(
+                        f"{self._engine.label}: a closed group gives no futures; wait for the work instead"
+                    )
                 self._pool = ThreadPoolExecutor(1, thread_name_prefix="compactdist-future")
             return self._pool

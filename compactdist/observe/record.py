@@ -138,7 +138,7 @@ class _Recorder:
             if problem is not None:
                 self.result.skipped[name] = problem
                 continue
-            view = _arrangement(site)
+            view = _view_of(site)
             tensors[name] = torch.stack([view.to_matrix(x) for x in site.entries]).flatten(1, 2)
             groups[name] = view.groups
             site.entries.clear()
@@ -165,7 +165,7 @@ class _Recorder:
         )
 
 
-def _arrangement(site: _Site) -> MatrixView:
+def _view_of(site: _Site) -> MatrixView:
     """The matrix view of the hint, else the one an encoder would find on its first residual, else a single row."""
     numel = site.entries[0].numel()
     if site.hint is not None:
@@ -221,27 +221,27 @@ def record(
         raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
     require_safetensors()
     group._ready()
-    ctx = group._engine
-    if ctx.tap is not None:
-        raise ConfigError(f"{ctx.label} is being recorded already")
+    engine = group._engine
+    if engine.tap is not None:
+        raise ConfigError(f"{engine.label} is being recorded already")
     globs = (sites,) if isinstance(sites, str) else tuple(sites)
-    result = Recording(os.fspath(path).replace("{rank}", str(ctx.rank)))
+    result = Recording(os.fspath(path).replace("{rank}", str(engine.rank)))
     recorder = _Recorder(result, globs, max_steps, dtype, max_bytes)
-    ctx.tap = recorder
+    engine.tap = recorder
     try:
         yield result
     finally:
-        ctx.tap = None
-    recorder.save(_about(ctx))
+        engine.tap = None
+    recorder.save(_about(engine))
 
 
-def _about(ctx: Any) -> dict[str, str]:
+def _about(engine: Any) -> dict[str, str]:
     from compactdist import __version__
 
     return {
         "format": "compactdist trace 1",
-        "codec": repr(ctx.chooser.codec),
+        "codec": repr(engine.chooser.codec),
         "compactdist": __version__,
         "torch": torch.__version__,
-        "rank": f"{ctx.rank} of {ctx.size}",
+        "rank": f"{engine.rank} of {engine.size}",
     }

@@ -12,7 +12,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -326,7 +326,8 @@ class GroupStats:
             reasons: Counter[str] = Counter()
             for (_, reason), (count, _) in self._passed.items():
                 reasons[reason] += int(count)
-            sites = {**self._sites, **self._folded}
+            live = {**self._sites, **self._folded}
+            sites = {key: replace(site, passed=Counter(site.passed)) for key, site in live.items()}
             return Stats(
                 raw_bytes=sum(s.raw_bytes for s in sites.values()) + passed_bytes,
                 wire_bytes=sum(s.wire_bytes for s in sites.values()) + passed_bytes,

@@ -207,3 +207,14 @@ def test_to_dict_is_json() -> None:
     assert values["sites"]["b/recv#0"]["last_wire_bits_per_element"] is None
     assert values["passed_reasons"] == {"peer-passed": 1}
     assert math.isinf(stats.snapshot({}).sites["a/all_gather#0"].nmse_db)
+
+
+def test_what_was_taken_does_not_change_any_more() -> None:
+    stats = GroupStats()
+    send(stats, "a/all_gather#0")
+    taken = stats.snapshot({})
+    before = taken.to_dict()
+    send(stats, "a/all_gather#0")
+    stats.passed("all_gather", PassReason.POLICY, 10, "a/all_gather#0")
+    assert taken.to_dict() == before
+    assert stats.snapshot({}).to_dict() != before
