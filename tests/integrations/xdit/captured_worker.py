@@ -128,7 +128,10 @@ def measure(kind: str, ulysses: int, ring: int) -> dict[str, Any]:
                 "repeats": torch.equal(pipe(), latents),
                 "passed": {route: s.passed_reasons for route, s in stats.items()},
                 "sites": {
-                    f"{r} {key}": [s.calls, s.forwarded] for r, of in stats.items() for key, s in of.sites.items()
+                    f"{route} {key}": [site.calls, site.forwarded]
+                    for route, of_route in stats.items()
+                    for key, site in of_route.sites.items()
+                    if site.calls  # a receive's site has none
                 },
                 "layouts": {
                     f"{route} {site.key}": [*stream.view.shape, bool(stream.view.hint)]

@@ -67,7 +67,8 @@ def yunchang(ulysses: int, ring: int, codec: str, **options: Any) -> dict[str, A
     for name, group in sites.groups.items():
         result["passed"] |= group.stats().passed_reasons
         for key, site in group.stats().sites.items():
-            result["sites"][f"{name} {key}"] = [site.calls, site.forwarded]
+            if site.calls:  # a receive's site has none
+                result["sites"][f"{name} {key}"] = [site.calls, site.forwarded]
         for site in group._engine.store.sites():
             for stream in site.encoders.values():
                 result["layouts"][f"{name} {site.key}"] = [*stream.view.shape, bool(stream.view.hint)]
