@@ -122,10 +122,11 @@ def measure(kind: str, ulysses: int, ring: int) -> dict[str, Any]:
     for codec in ("raw", "int4"):
         with enable(pipe, codec=codec, min_numel=1) as handle:
             latents = pipe()
+            repeats = torch.equal(pipe(), latents)
             stats = handle.stats()
             record[codec] = {
                 "error": float((latents - truth).norm() / truth.norm()),
-                "repeats": torch.equal(pipe(), latents),
+                "repeats": repeats,
                 "passed": {route: s.passed_reasons for route, s in stats.items()},
                 "sites": {
                     f"{route} {key}": [site.calls, site.forwarded]
