@@ -303,12 +303,13 @@ class Engine:
         with _torch.without_autograd():
             target = flight.own_output
             if may_write and flight.own_value is not None and target is not None:
-                target.copy_(flight.own_value.view(target.shape))
+                own = flight.own_value
+                target.copy_(own if own.shape == target.shape else own.view(target.shape))
             for part, data, target in zip(plan.incoming, flight.arrived, flight.outputs, strict=True):
                 try:
                     value = self._take(flight, part, data, refused)
                     if may_write and part.numel:
-                        target.copy_(value.view(target.shape))
+                        target.copy_(value if value.shape == target.shape else value.view(target.shape))
                         if part.codec is not None and plan.pattern.forwards:
                             plan.pattern.remember(self, flight, part, target, data)
                 except Exception as e:

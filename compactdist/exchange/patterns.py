@@ -168,8 +168,9 @@ class AllGather(OneMessage):
         nbytes = frame.numel()
         gathered = torch.empty(size * nbytes, dtype=torch.uint8, device=frame.device)
         flight.work = engine.link.all_gather(gathered, frame, flight.opts)
-        rows = list(gathered.view(size, nbytes).unbind(0))
-        del rows[engine.rank]
+        rows = []
+        for part in flight.plan.incoming:
+            rows.append(gathered.narrow(0, part.peer * nbytes, nbytes))
         flight.arrived, flight.keep, flight.wire_nbytes = rows, (frame, gathered), (size - 1) * nbytes
 
     def keep_own(self, engine: Engine, flight: Flight) -> None:

@@ -66,7 +66,8 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
                 f"{size} x {x.numel()} x {x.dtype} will arrive; nothing was sent"
             )
         if output.is_contiguous():
-            return list(output.view(size, -1).unbind(0))
+            flat = output if output.dim() == 1 else output.view(-1)
+            return list(flat.chunk(size)) if x.numel() else [flat] * size
         if output.shape[0] % size:
             raise BadOutputError(
                 f"{self._engine.label}, all_gather: an output of shape {tuple(output.shape)} that is not contiguous "

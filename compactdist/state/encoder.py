@@ -189,7 +189,8 @@ class StreamEncoder(StreamState):
         terms = self.predictor.terms()
         value = None
         if want_value or self._remembers:
-            value = torch.empty_like(flat) if self._spares is None else self._spares.take(flat)
+            spares = self._spares or Spares()
+            value = spares.take(flat)
         # an open-loop sender's prediction is not the receiver's: encode against its own, decode with the receiver's
         expected, out = (terms, value) if own is None else (own.terms(), None)
         try:

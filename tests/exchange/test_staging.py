@@ -84,3 +84,25 @@ def test_an_output_that_is_not_contiguous_is_written():
             g.all_gather_into_tensor(torch.empty(rows * size // 3, 3).t(), torch.empty(rows))
 
     run_ranks(body, pg_timeout=15, timeout=60)
+
+
+def test_ones_own_chunk_is_right_however_late_it_is_waited_for():
+    """Sites of one size share the memory that reconstructions are written to."""
+
+    def body(rank, size):
+        g = compactdist.wrap(codec="int8", min_numel=64, timeout=20)
+        for seed in range(4):
+            g.step()
+            outputs = [torch.full((size * NUMEL,), torch.nan) for _ in range(4)]
+            works = [
+                g.all_gather_into_tensor(output, data(rank, seed=10 * site + seed), async_op=True)
+                for site, output in enumerate(outputs)
+            ]
+            for site in (2, 0, 3, 1):
+                works[site].wait()
+                for source, chunk in enumerate(outputs[site].view(size, -1)):
+                    assert close(chunk, data(source, seed=10 * site + seed)), (seed, site, source)
+            held = g._engine.store.site("all_gather#1").encoder(rank).predictor.base
+            assert torch.equal(outputs[1].view(size, -1)[rank], held)
+
+    run_ranks(body, pg_timeout=15, timeout=60)
