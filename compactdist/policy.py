@@ -86,8 +86,14 @@ class Rule:
             raise ConfigError(f"rule matches nothing: max_numel {self.max_numel} < min_numel {self.min_numel}")
         if self.last_step is not None and self.last_step < self.first_step:
             raise ConfigError(f"rule matches nothing: last_step {self.last_step} < first_step {self.first_step}")
-        if self.between is not None and not all(_is_pair(pair) for pair in self.between):
-            raise ConfigError(f"a rule's between holds pairs of group ranks, as ((0, 1), (2, 3)), got {self.between!r}")
+        if self.between is not None:
+            pairs = tuple(tuple(pair) if _is_pair(pair) else pair for pair in self.between)
+            if not pairs or not all(map(_is_pair, pairs)):
+                raise ConfigError(
+                    "a rule's between holds pairs of two different group ranks, as ((0, 1), (2, 3)), got "
+                    f"{self.between!r}"
+                )
+            object.__setattr__(self, "between", pairs)
         if self.codec != PASS:
             object.__setattr__(self, "_resolved", codecs.get(self.codec))
 
@@ -115,7 +121,9 @@ class Rule:
 
 
 def _is_pair(pair: object) -> bool:
-    return isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(rank, int) for rank in pair)
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or pair[0] == pair[1]:
+        return False
+    return all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 for rank in pair)
 
 
 class Rules:

@@ -83,6 +83,8 @@ NO_STATE = 16
 
 _FLAG_NAMES = {KEY: "key", SHAPE: "shape", NONFINITE: "nonfinite", STATELESS: "stateless", NO_STATE: "no-state"}
 
+_KNOWN_FLAGS = sum(_FLAG_NAMES)
+
 DTYPES: tuple[torch.dtype, ...] = (
     torch.float32,
     torch.float16,
@@ -298,6 +300,11 @@ def unpack(frame: Tensor, where: str) -> Header:
     intact = zlib.crc32(block, zlib.crc32(bytes(head))) == fields[17]
     if not intact or dtype >= len(DTYPES) or ndim > MAX_DIMS or (has_shape and len(block) < SHAPE_NBYTES):
         raise FrameError(f"{where}: the frame's header is damaged (its checksum does not match); nothing was applied")
+    if flags & ~_KNOWN_FLAGS:
+        raise FrameError(
+            f"{where}: the frame has flags {flags & ~_KNOWN_FLAGS:#04x} that this version does not know; nothing was "
+            "applied. Install one version on all ranks"
+        )
     header = Header(
         flags=flags & ~SHAPE,
         dtype=DTYPES[dtype],

@@ -158,6 +158,8 @@ class Engine:
             if site.refused and plan.reason is None:
                 plan.reason = pattern.reason_if_refused(plan)
             plan.refresh()
+        if plan.fresh and self.chooser.layouts is not None:
+            pattern.ask_hints(self, call, plan)  # streams begin with what the hints say now, not when it was planned
         return plan
 
     # --- shipping -----------------------------------------------------------------------------------------------------

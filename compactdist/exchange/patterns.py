@@ -65,6 +65,21 @@ class Pattern:
         """The parts of a call with tensors of these sizes, or the reason why it passes through."""
         raise NotImplementedError
 
+    def ends_of(self, engine: Engine, plan: CallPlan, part: Outgoing | Incoming) -> tuple[int | None, int | None]:
+        """Source and target of a part, as policy and layout hints see them."""
+        raise NotImplementedError
+
+    def ask_hints(self, engine: Engine, call: Call, plan: CallPlan) -> None:
+        """Ask for the layout hints of streams that begin with this call.
+
+        Raises:
+            LayoutError: a hint does not fit its message.
+        """
+        for part in plan.parts:
+            if part.codec is not None:
+                ends = self.ends_of(engine, plan, part)
+                part.hint = engine.chooser.hint(engine.chooser.info(call, plan.dtype, part.numel, *ends))
+
     def reason_if_refused(self, plan: CallPlan) -> PassReason | None:
         """Why a call passes through where some history was refused for lack of budget."""
         return PassReason.BUDGET
@@ -109,6 +124,9 @@ class OneMessage(Pattern):
     def ends(self, engine: Engine, signature: tuple[Any, ...]) -> tuple[int | None, int | None]:
         """Source and target of the message, as the policy sees them."""
         return None, None
+
+    def ends_of(self, engine: Engine, plan: CallPlan, part: Outgoing | Incoming) -> tuple[int | None, int | None]:
+        return self.ends(engine, plan.signature)
 
     def answers(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[Any, ...]:
         chooser = engine.chooser
@@ -204,6 +222,9 @@ class AllToAll(Pattern):
         out = [chooser.ask(chooser.info(call, dtype, n, me, rank)) for rank, n in enumerate(leaving) if rank != me]
         into = [chooser.ask(chooser.info(call, dtype, n, rank, me)) for rank, n in enumerate(arriving) if rank != me]
         return (*out, *into)
+
+    def ends_of(self, engine: Engine, plan: CallPlan, part: Outgoing | Incoming) -> tuple[int | None, int | None]:
+        return (engine.rank, part.peer) if isinstance(part, Outgoing) else (part.peer, engine.rank)
 
     def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
         leaving, arriving, dtype, _ = signature

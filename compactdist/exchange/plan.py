@@ -6,6 +6,7 @@ message, the patterns a used-up budget; ``group/process_group.py`` passes the op
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -218,7 +219,8 @@ class Chooser:
         """The policy's answer, or the reason why it is not asked."""
         if info.numel < self.min_numel or info.numel == 0:
             return PassReason.SMALL
-        return None if self.policy is None else self.policy(info)
+        answer = None if self.policy is None else self.policy(info)
+        return copy.deepcopy(answer) if isinstance(answer, dict) else answer  # the function may change its dict later
 
     def choose(self, info: CallInfo, answer: Any) -> Codec | PassReason:
         """The codec for one directed message, or the reason it passes through.

@@ -104,6 +104,12 @@ class Receive(OneMessage):
             plan.detail = _frame_bound(codec, numel, plan.dtype, hint)
         return plan
 
+    def ask_hints(self, engine: Engine, call: Call, plan: CallPlan) -> None:
+        super().ask_hints(engine, call, plan)
+        for part in plan.incoming:
+            if part.codec is not None:
+                plan.detail = _frame_bound(part.codec, part.numel, plan.dtype, part.hint)
+
     def frame_nbytes(self, engine: Engine, flight: Flight) -> int:
         """Bytes of the buffer that the receive is posted with."""
         return int(flight.plan.detail)

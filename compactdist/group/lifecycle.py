@@ -45,9 +45,11 @@ def check_rules(options: Options) -> None:
     """
     rules = options.policy_function.rules if isinstance(options.policy_function, Rules) else ()
     known = patterns_by_op()
-    wrong = [rule for rule in rules if rule.op is not None and rule.op not in known]
-    if wrong:
-        raise ConfigError(f"a rule's op is one of {', '.join(known)}, got {wrong[0].op!r}")
+    for rule in rules:
+        if rule.op is not None and rule.op not in known:
+            raise ConfigError(f"a rule's op is one of {', '.join(known)}, got {rule.op!r}")
+        if rule.op is not None and rule.between is not None and known[rule.op].whole_site:
+            raise ConfigError(f"a rule with between matches no {rule.op}, whose messages all ranks receive: {rule!r}")
 
 
 class GroupLifecycle(GroupCore, TorchDistributedAPI):

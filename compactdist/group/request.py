@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from compactdist.errors import ConfigError
@@ -36,7 +36,16 @@ class Request:
         """
         if self._clock is None:
             raise ConfigError(f"request '{self.name}' has ended: begin another with request()")
-        return self._keys.within_request(self.prefix, self._clock)
+        return self._scope(self._clock)
+
+    @contextmanager
+    def _scope(self, clock: Clock) -> Iterator[None]:
+        try:
+            with self._keys.within_request(self.prefix, clock):
+                yield
+        finally:
+            if self._clock is None:  # ended inside the block: calls after that began histories anew
+                self._forget(self)
 
     def restart(self) -> None:
         """Count steps from the first again, because the group was reset."""

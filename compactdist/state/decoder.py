@@ -189,6 +189,10 @@ class StreamDecoder(StreamState):
             size = codec.payload_nbytes(view.shape, torch.float32)
         if header.payload_nbytes != size:
             raise wrong("payload size", header.payload_nbytes, size, same_config)
-        if header.next_channels and numel % max(1, header.next_groups * header.next_channels):
+        if header.flags & NO_STATE and not header.flags & KEY:
+            raise wrong("flags", "no-state without key", "no-state on keyframes only", same_config)
+        per_row = header.next_groups * header.next_channels
+        announces = bool(header.next_groups or header.next_channels)
+        if announces and (per_row == 0 or numel % per_row):
             next_view = f"{header.next_groups} groups of rows of {header.next_channels}"
             raise wrong("announced view", next_view, f"a divisor of {numel} elements", same_config)

@@ -45,8 +45,13 @@ def test_all_to_all_and_sends_are_exact_between_near_ranks_only(policy):
     run_ranks(body, world_size=3, pg_timeout=15, timeout=90)
 
 
-def test_a_rule_refuses_what_is_no_pair():
+@pytest.mark.parametrize("between", [((0, 1, 2),), (3,), (), ((0, 0),), ((0, -1),), {0: 1}, ("ab",)])
+def test_a_rule_refuses_what_is_no_pair(between):
     with pytest.raises(ConfigError, match="between"):
-        Rule("pass", between=((0, 1, 2),))
-    with pytest.raises(ConfigError, match="between"):
-        Rule("pass", between=(3,))
+        Rule("pass", between=between)
+
+
+def test_a_rule_takes_pairs_in_any_form_and_is_a_value():
+    rule = Rule("pass", between=([a, a + 1] for a in (0, 2)))
+    assert rule.between == ((0, 1), (2, 3))
+    assert hash(rule) == hash(Rule("pass", between=((0, 1), (2, 3))))

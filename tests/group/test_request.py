@@ -93,3 +93,19 @@ def test_a_reset_begins_all_requests_anew():
                 g.reset()
 
     run_ranks(body, pg_timeout=15, timeout=60)
+
+
+def test_a_request_that_ends_inside_its_block_leaves_nothing():
+    def body(rank, size):
+        with compactdist.wrap(**OPTIONS) as g:
+            for i in range(5):
+                request = g.request(f"r{i}")
+                with request.resume():
+                    g.step()
+                    _call(g, rank, 0)
+                    request.end()
+                    _call(g, rank, 1)
+            assert g.stats().state_bytes == 0
+            assert not g._engine.store.sites()
+
+    run_ranks(body, pg_timeout=15, timeout=60)

@@ -120,17 +120,32 @@ def _both(spec: str | dict[str, Any] | Codec, x: Tensor, terms: tuple[Tensor, ..
         assert torch.equal(_bytes(in_place), _bytes(expected))
 
 
-@given(
-    spec=st.sampled_from(FORMS),
-    dtype=st.sampled_from(DTYPES),
-    view=st.sampled_from(VIEWS),
-    kind=st.sampled_from(KINDS),
-    terms=st.integers(0, 2),
-    seed=st.integers(0, 1000),
-)
+ANY_CASE = {
+    "spec": st.sampled_from(FORMS),
+    "dtype": st.sampled_from(DTYPES),
+    "view": st.sampled_from(VIEWS),
+    "kind": st.sampled_from(KINDS),
+    "terms": st.integers(0, 2),
+    "seed": st.integers(0, 1000),
+}
+
+
+@given(**ANY_CASE)
 @pytest.mark.timeout(300)
-@settings(phases=[Phase.explicit, Phase.generate], deadline=None, max_examples=250)
+@settings(phases=[Phase.explicit, Phase.generate], deadline=None, max_examples=40)
 def test_same_bytes_as_the_reference(spec, dtype, view, kind, terms, seed):
+    _check_any(spec, dtype, view, kind, terms, seed)
+
+
+@pytest.mark.slow
+@given(**ANY_CASE)
+@pytest.mark.timeout(400)
+@settings(phases=[Phase.explicit, Phase.generate], deadline=None, max_examples=400)
+def test_same_bytes_as_the_reference_at_length(spec, dtype, view, kind, terms, seed):
+    _check_any(spec, dtype, view, kind, terms, seed)
+
+
+def _check_any(spec, dtype, view, kind, terms, seed):
     g = torch.Generator().manual_seed(seed)
     change, size = _special(kind, view, g), 1 if kind == "gaussian" else 0.01
     base = _cast(torch.randn(view.numel, generator=g) * size, dtype) if terms else None

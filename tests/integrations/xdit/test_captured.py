@@ -21,7 +21,7 @@ needs_xfuser = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")),
     reason="xfuser is not installed",
 )
-pytestmark = [pytest.mark.xdit, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.xdit, pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")

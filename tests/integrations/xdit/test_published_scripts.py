@@ -88,6 +88,7 @@ def uncompressed(home: Path) -> np.ndarray:
     return run_runner(home, RING, None)[0]
 
 
+@pytest.mark.slow
 def test_runner_compressed(home: Path, uncompressed: np.ndarray) -> None:
     assert uncompressed.shape == (128, 128, 3)
     assert uncompressed.std() > 0.05, "a picture on which errors would not be seen"

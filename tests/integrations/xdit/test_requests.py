@@ -15,7 +15,7 @@ if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "
 
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.xdit, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdit, pytest.mark.slow, pytest.mark.timeout(300)]
 
 TOGETHER = "ring 0+1, ring 0(1), pipefusion 0+1"
 # The order of routes differs: what comes first in a process is beyond doubt fresh.

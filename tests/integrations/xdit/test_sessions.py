@@ -13,7 +13,7 @@ from tests.integrations.xdit.ranks import run_worker
 if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")):
     pytest.skip("xfuser is not installed", allow_module_level=True)
 
-pytestmark = [pytest.mark.xdit, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.xdit, pytest.mark.slow, pytest.mark.timeout(240)]
 
 MUST_HOLD = (
     "restored",
@@ -28,7 +28,7 @@ MUST_HOLD = (
 )
 
 
-@pytest.mark.parametrize("route", ["ulysses", pytest.param("ring", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("route", ["ulysses", "ring"])
 def test_sessions(route: str, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     run_worker("sessions_worker.py", out, route)
