@@ -23,6 +23,9 @@ STEPS = 28
 SITES = {"ring": {"kv": "all_gather"}, "ulysses": {"qkv": "all_to_all", "out": "all_to_all"}}
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module", params=["ring", "ulysses"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every method's record and latents, by name, from one launch of the worker."""
