@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from compactdist.exchange import point_to_point
 from compactdist.exchange.patterns import Pattern
 
@@ -11,7 +13,7 @@ __all__ = ["patterns_by_op"]
 def patterns_by_op() -> dict[str, type[Pattern]]:
     """The pattern of each operation; of point-to-point messages the sender's, as policies are asked about sends."""
     found: dict[str, type[Pattern]] = {point_to_point.Send.op: point_to_point.Send}
-    pending = [Pattern]
+    pending: list[Any] = [Pattern]
     while pending:
         kind = pending.pop(0)
         pending += kind.__subclasses__()

@@ -6,6 +6,7 @@ To add a collective: a class here that says what its plan is (:meth:`Pattern.pla
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -33,7 +34,7 @@ __all__ = [
 _EVERY_PEER = Site.ALL
 
 
-class Pattern:
+class Pattern(ABC):
     """How the parts of one collective travel. It holds no state: what a site needs lies in its plan.
 
     Attributes:
@@ -53,21 +54,21 @@ class Pattern:
     receives_only: ClassVar[bool] = False
 
     @staticmethod
+    @abstractmethod
     def histories(size: int) -> tuple[int, int, int]:
         """For one call in a group of ``size`` ranks: messages on the link, encoders and decoders with a history."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answers(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[Any, ...]:
         """The policy's answers for the messages of a call, which the plan was made with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
         """The parts of a call with tensors of these sizes, or the reason why it passes through."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ends_of(self, engine: Engine, plan: CallPlan, part: Outgoing | Incoming) -> tuple[int | None, int | None]:
         """Source and target of a part, as policy and layout hints see them."""
-        raise NotImplementedError
 
     def ask_hints(self, engine: Engine, call: Call, plan: CallPlan) -> None:
         """Ask for the layout hints of streams that begin with this call.
@@ -93,16 +94,16 @@ class Pattern:
         return set()
 
     def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
-        """Make the frame of an outgoing part of a pattern with ``forwards``; the engine encodes all other parts."""
-        raise NotImplementedError
+        """Make the frame of an outgoing part. The engine asks patterns with ``forwards`` only, and encodes others."""
+        engine.stage(flight, part, x, keyframe)
 
+    @abstractmethod
     def transfer(self, engine: Engine, flight: Flight) -> None:
         """Hand the frames to the inner group: sets ``work``, ``arrived``, ``keep`` and ``wire_nbytes``."""
-        raise NotImplementedError
 
     def commit(self, engine: Engine, flight: Flight) -> None:
         """Commit the frames of a pattern with ``forwards``, which are on their way."""
-        raise NotImplementedError
+        commit_messages(flight)
 
     def keep_own(self, engine: Engine, flight: Flight) -> None:
         """Keep this rank's input for its own output, safe from what the caller does to the input before it waits."""
@@ -110,8 +111,8 @@ class Pattern:
             value = flight.own_input.detach().reshape(-1)
             flight.own_value = value.clone() if getattr(flight.opts, "asyncOp", True) else value
 
-    def taken(self, engine: Engine, flight: Flight, part: Incoming) -> None:
-        """Count a decoded frame of a pattern with ``receives_only``."""
+    def taken(self, engine: Engine, flight: Flight, part: Incoming) -> None:  # noqa: B027 (most patterns count nothing)
+        """Count a decoded frame; the engine asks patterns with ``receives_only`` only."""
 
     def remember(self, engine: Engine, flight: Flight, part: Incoming, target: Tensor, frame: Tensor) -> None:
         """Remember that ``target`` holds a part's value, whose ``frame`` may be passed on when ``target`` is sent."""
@@ -312,9 +313,6 @@ class AllToAll(Pattern):
         chunks = list(arrived.split(arriving))
         del chunks[engine.rank]
         flight.arrived, flight.keep, flight.wire_nbytes = chunks, (wire, arrived), wire.numel()
-
-    def commit(self, engine: Engine, flight: Flight) -> None:
-        commit_messages(flight)
 
     def remember(self, engine: Engine, flight: Flight, part: Incoming, target: Tensor, frame: Tensor) -> None:
         leaving, arriving, *_ = flight.plan.signature

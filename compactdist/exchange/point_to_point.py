@@ -93,6 +93,10 @@ class Receive(OneMessage):
     forwards = True
     receives_only = True
 
+    @staticmethod
+    def histories(size: int) -> tuple[int, int, int]:
+        return 0, 0, 1
+
     def ends(self, engine: Engine, signature: tuple[Any, ...]) -> tuple[int | None, int | None]:
         return signature[3], signature[4]
 
@@ -119,9 +123,6 @@ class Receive(OneMessage):
         frame = torch.empty(nbytes, dtype=torch.uint8, device=device)
         flight.arrived = flight.keep = (frame,)
         flight.work = engine.link.receive(frame, flight.plan.incoming[0].peer, flight.tag)
-
-    def commit(self, engine: Engine, flight: Flight) -> None:
-        pass  # no frame was sent
 
     def taken(self, engine: Engine, flight: Flight, part: Incoming) -> None:
         plan, decoder = flight.plan, part.stream

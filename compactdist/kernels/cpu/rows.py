@@ -147,8 +147,9 @@ def _update(add: Any, given: Any, value: Any, factor: Any, sums: Any, s: int, el
 def _for_tiles(settle: Any, add: Any, given: Any, args: Any, source: Any, offsets: Any, sums: Any) -> None:
     """Rows of parts of the tiles: read one, settle its factor, and add it to the tile's sums by channel.
 
-    To settle gets what is given, the row, what ``_read_row`` returns, and the row's values. To add gets what is given,
-    64 values, the factor, the sums so far, the position in the matrix and how many channels there are from there on.
+    Calls ``settle(given, row, read, values, channels)`` for each row, ``read`` being what ``_read_row`` returned for it;
+    then ``add(given, value, factor, first, second, element, count)`` for each run of 64 values. ``given``: opaque to
+    this loop; ``element``: position in the matrix; ``count``: channels from there on.
     """
     row_at, chunks, rows, channels, numel, row_count = offsets
     tiles, last, whole = (rows + TILE - 1) // TILE, row_count - 1, channels // LANES * LANES
