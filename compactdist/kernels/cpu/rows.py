@@ -147,8 +147,8 @@ def _update(add: Any, given: Any, value: Any, factor: Any, sums: Any, s: int, el
 def _for_tiles(settle: Any, add: Any, given: Any, args: Any, source: Any, offsets: Any, sums: Any) -> None:
     """Rows of parts of the tiles: read one, settle its factor, and add it to the tile's sums by channel.
 
-    Calls ``settle(given, row, read, values, channels)`` for each row, ``read`` being what ``_read_row`` returned for it;
-    then ``add(given, value, factor, first, second, element, count)`` for each run of 64 values. ``given``: opaque to
+    Calls ``settle(given, row, read, values, channels)`` for each row, ``read`` being what ``_read_row`` returned; then
+    ``add(given, value, factor, first, second, element, count)`` for each run of 64 values. ``given``: opaque to
     this loop; ``element``: position in the matrix; ``count``: channels from there on.
     """
     row_at, chunks, rows, channels, numel, row_count = offsets
