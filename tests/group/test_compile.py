@@ -127,6 +127,7 @@ def test_full_graphs_of_inductor():
     check("inductor")
 
 
+@pytest.mark.slow
 def test_a_full_graph_of_inductor():
     check("inductor", only=["gather_by_name", "all_to_all_single"])
 

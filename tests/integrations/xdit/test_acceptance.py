@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.xdit, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.xdit, pytest.mark.slow, pytest.mark.timeout(400)]
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 MOST = {"int8": 1e-3, "int4": 5e-3, "int2": 1.5e-2, "binary": 3e-2}

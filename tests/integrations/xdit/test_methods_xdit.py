@@ -15,7 +15,7 @@ import pytest
 if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")):
     pytest.skip("xfuser is not installed", allow_module_level=True)
 
-pytestmark = [pytest.mark.xdit, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdit, pytest.mark.slow, pytest.mark.timeout(300)]
 
 STEPS, LAYERS = 8, 4
 CALLS = STEPS * LAYERS
