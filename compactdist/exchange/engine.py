@@ -26,12 +26,12 @@ from compactdist.exchange.work import Job, Outbox, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import GroupStats, PassReason
 from compactdist.state import Site, Staged, StateStore, StreamConfig
-from compactdist.wire import NONFINITE, from_raw, raw_payload
+from compactdist.wire import NONFINITE, from_raw
 
 if TYPE_CHECKING:
     from compactdist.exchange.patterns import Pattern
 
-__all__ = ["Engine", "Flight", "Tap", "exact_bytes"]
+__all__ = ["Engine", "Flight", "Tap"]
 
 Tap = Callable[[Call, int, Tensor, "MatrixView | None"], None]
 
@@ -54,6 +54,7 @@ class Flight:
         messages: one decision to encode or to pass on for each frame, where the pattern ``forwards``.
         arrival: the arrival that may be passed on, held until the launch.
         failure: the error to raise once the frames are on their way.
+        warm: the call falls into a warm-up step, whose frames are all keyframes; set by ``prepare``.
         refusing: peers with which no history will be kept.
         passed: why the message travels in a frame that touches no history; ``None`` for every other message.
         keyframes: whether all frames are keyframes.
@@ -76,6 +77,7 @@ class Flight:
     messages: list[Message] = field(default_factory=list)
     arrival: Arrival | None = None
     failure: NonFiniteError | None = None
+    warm: bool = False
     refusing: frozenset[int] | set[int] = _NOBODY
     passed: PassReason | None = None
     keyframes: bool = True
@@ -173,7 +175,7 @@ class Engine:
         """
         plan = flight.plan
         pattern = plan.pattern
-        warm = 0 <= flight.call.step < self._warmup_steps
+        warm = flight.warm = 0 <= flight.call.step < self._warmup_steps
         with _torch.without_autograd():
             try:
                 if pattern.forwards:
@@ -373,8 +375,3 @@ class Engine:
         for key, nbytes in self.arrivals.kept_bytes().items():
             held[key] = held.get(key, 0) + nbytes
         return held
-
-
-def exact_bytes(x: Tensor) -> Tensor:
-    """The bytes of a tensor without padding: what an uncompressed call would send."""
-    return raw_payload(x)[: x.numel() * x.dtype.itemsize]

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from compactdist.codecs import Codec
 from compactdist.exchange.arrivals import Arrival
-from compactdist.exchange.engine import Engine, Flight, exact_bytes
+from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.forward import Message
 from compactdist.exchange.plan import Call, CallPlan, Incoming, Outgoing
 from compactdist.observe.stats import PassReason
 from compactdist.state import Site, state_nbytes
+from compactdist.wire import raw_payload
 
 __all__ = [
     "ALL_GATHER",
@@ -297,15 +298,14 @@ class AllToAll(Pattern):
 
     def transfer(self, engine: Engine, flight: Flight) -> None:
         plan, size = flight.plan, engine.size
-        warm = 0 <= flight.call.step < engine.config.warmup_steps
         leaving, arriving = [0] * size, [0] * size
         frames = []
         for part, x, staged in zip(plan.outgoing, flight.inputs, flight.staged, strict=True):
             # an exact chunk travels unpadded: a rank whose chunks all pass through makes the plain call for it
-            frames.append(exact_bytes(x) if staged is None else staged.frame)
+            frames.append(_exact_bytes(x) if staged is None else staged.frame)
             leaving[part.peer] = frames[-1].numel()
         for into in plan.incoming:
-            arriving[into.peer] = into.key_nbytes if warm or into.fresh else into.residual_nbytes
+            arriving[into.peer] = into.expected_nbytes(flight.warm)
         device = flight.inputs[0].device
         wire = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *frames])
         arrived = torch.empty(sum(arriving), dtype=torch.uint8, device=device)
@@ -318,6 +318,11 @@ class AllToAll(Pattern):
         leaving, arriving, *_ = flight.plan.signature
         if _rotates(engine.rank, leaving) and _rotates(engine.rank, arriving):
             engine.arrivals.put(flight.plan.site, part.peer, target, frame, by_size=True)
+
+
+def _exact_bytes(x: Tensor) -> Tensor:
+    """The bytes of a tensor without padding: what an uncompressed call would send."""
+    return raw_payload(x)[: x.numel() * x.dtype.itemsize]
 
 
 def _rotates(me: int, numels: Sequence[int]) -> bool:
@@ -370,10 +375,8 @@ class Broadcast(OneMessage):
             flight.wire_nbytes = (engine.size - 1) * frame.numel()
         else:
             part = plan.incoming[0]
-            warm = 0 <= flight.call.step < engine.config.warmup_steps
-            flight.keyframes = warm or part.fresh
-            nbytes = part.key_nbytes if flight.keyframes else part.residual_nbytes
-            frame = torch.empty(nbytes, dtype=torch.uint8, device=plan.signature[2])
+            flight.keyframes = flight.warm or part.fresh
+            frame = torch.empty(part.expected_nbytes(flight.warm), dtype=torch.uint8, device=plan.signature[2])
             flight.arrived = (frame,)
         flight.work, flight.keep = engine.link.broadcast(frame, flight.opts), (frame,)
 
@@ -421,11 +424,11 @@ def stage_message(
 
 def commit_messages(flight: Flight) -> None:
     """Commit the messages of a flight that was launched."""
+    if flight.passed is not None:
+        return
     framed = [
         (part, staged) for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True) if staged is not None
     ]
-    if flight.passed is not None:
-        return
     for message, (part, staged) in zip(flight.messages, framed, strict=True):
         message.commit(staged, part.hint)
 

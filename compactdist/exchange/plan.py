@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ __all__ = [
     "Incoming",
     "LayoutHints",
     "Outgoing",
+    "Part",
     "refusal",
     "under_autograd",
 ]
@@ -90,15 +91,18 @@ def under_autograd(tensor: Tensor) -> bool:
     return (tensor.requires_grad and _torch.records_gradients()) or _torch.in_backward()
 
 
+StreamT = TypeVar("StreamT", StreamEncoder, StreamDecoder)
+
+
 @dataclass(slots=True)
-class Outgoing:
-    """A tensor of a call that leaves this rank.
+class Part(Generic[StreamT]):
+    """One tensor of a call.
 
     Attributes:
-        peer: group rank it goes to; this rank's own where every rank receives it.
+        peer: group rank at the other end; this rank's own where every rank receives the tensor.
         numel: elements of the tensor.
         codec: codes the residuals; ``None``: the tensor travels as it is, without a frame.
-        stream: encoder of the tensor; ``None`` without a codec.
+        stream: this rank's end of the tensor's stream; ``None`` without a codec.
         hint: matrix view of the layout hint.
         fresh: the next frame must be a keyframe: its stream (any stream of a joint plan) is empty, or the codec is
             lossless.
@@ -108,25 +112,27 @@ class Outgoing:
     peer: int
     numel: int
     codec: Codec | None
-    stream: StreamEncoder | None
+    stream: StreamT | None
     hint: MatrixView | None = None
     fresh: bool = True
     key_nbytes: int = 0
     residual_nbytes: int = 0
 
 
-@dataclass(slots=True)
-class Incoming:
-    """A tensor of a call that arrives at this rank. Attributes as for :class:`Outgoing`, ``stream`` is its decoder."""
+class Outgoing(Part[StreamEncoder]):
+    """A tensor that leaves this rank; ``peer`` is the receiver."""
 
-    peer: int
-    numel: int
-    codec: Codec | None
-    stream: StreamDecoder | None
-    hint: MatrixView | None = None
-    fresh: bool = True
-    key_nbytes: int = 0
-    residual_nbytes: int = 0
+    __slots__ = ()
+
+
+class Incoming(Part[StreamDecoder]):
+    """A tensor that arrives at this rank; ``peer`` is the sender."""
+
+    __slots__ = ()
+
+    def expected_nbytes(self, warm: bool) -> int:
+        """Bytes that arrive next, in a warm-up step or in another."""
+        return self.key_nbytes if warm or self.fresh else self.residual_nbytes
 
 
 @dataclass(slots=True)

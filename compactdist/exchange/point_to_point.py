@@ -114,12 +114,12 @@ class Receive(OneMessage):
             if part.codec is not None:
                 plan.detail = _frame_bound(part.codec, part.numel, plan.dtype, part.hint)
 
-    def frame_nbytes(self, engine: Engine, flight: Flight) -> int:
+    def frame_nbytes(self, flight: Flight) -> int:
         """Bytes of the buffer that the receive is posted with."""
         return int(flight.plan.detail)
 
     def transfer(self, engine: Engine, flight: Flight) -> None:
-        nbytes, device = self.frame_nbytes(engine, flight), flight.plan.signature[2]
+        nbytes, device = self.frame_nbytes(flight), flight.plan.signature[2]
         frame = torch.empty(nbytes, dtype=torch.uint8, device=device)
         flight.arrived = flight.keep = (frame,)
         flight.work = engine.link.receive(frame, flight.plan.incoming[0].peer, flight.tag)
@@ -145,10 +145,8 @@ class ReceiveExactly(Receive):
 
     waits_for_earlier_calls = True
 
-    def frame_nbytes(self, engine: Engine, flight: Flight) -> int:
-        part = flight.plan.incoming[0]
-        warm = 0 <= flight.call.step < engine.config.warmup_steps
-        return part.key_nbytes if warm or part.fresh else part.residual_nbytes
+    def frame_nbytes(self, flight: Flight) -> int:
+        return flight.plan.incoming[0].expected_nbytes(flight.warm)
 
 
 def _frame_bound(codec: Codec, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> int:
