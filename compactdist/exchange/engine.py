@@ -147,7 +147,8 @@ class Engine:
         site = self.store.known.get(call.site) or self.store.site(call.site)
         if site.pending and pattern.waits_for_earlier_calls:
             drain(site)  # kinds and sizes of the next frames depend on what the last frames announced
-        plan: CallPlan | None = site.plan
+        known: CallPlan | None = site.plan
+        plan = known
         if (
             plan is None
             or plan.signature != signature
@@ -155,13 +156,13 @@ class Engine:
             or (self.chooser.policy is not None and plan.answers != pattern.answers(self, call, signature))
         ):
             plan = pattern.plan(self, call, signature)
-            site.plan = plan
         if plan.changes != site.changes.count:
             if site.refused and plan.reason is None:
                 plan.reason = pattern.reason_if_refused(plan)
             plan.refresh()
-        if plan.fresh and self.chooser.layouts is not None:
+        if self.chooser.layouts is not None and (plan.fresh or plan is not known):
             pattern.ask_hints(self, call, plan)  # streams begin with what the hints say now, not when it was planned
+        site.plan = plan
         return plan
 
     # --- shipping -----------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
-        """The parts of a call with tensors of these sizes, or the reason why it passes through."""
+        """The parts of a call with tensors of these sizes, or why it passes through; hints are asked next."""
 
     @abstractmethod
     def ends_of(self, engine: Engine, plan: CallPlan, part: Outgoing | Incoming) -> tuple[int | None, int | None]:
@@ -134,8 +134,8 @@ class OneMessage(Pattern):
         chooser = engine.chooser
         return (chooser.ask(chooser.info(call, signature[1], signature[0], *self.ends(engine, signature))),)
 
-    def choose(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[CallPlan, Codec | None, Any]:
-        """A plan without parts, the codec (``None``: the call passes through), and the matrix view of the hint."""
+    def choose(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[CallPlan, Codec | None]:
+        """A plan without parts, and the codec; ``None``: the call passes through."""
         chooser, numel, dtype = engine.chooser, signature[0], signature[1]
         plan = CallPlan(self, engine.store.site(call.site), signature, dtype, self.answers(engine, call, signature))
         plan.want_value = bool(engine.sample_every)
@@ -143,9 +143,9 @@ class OneMessage(Pattern):
         chosen = chooser.choose(info, plan.answers[0])
         if not isinstance(chosen, Codec):
             plan.reason = chosen
-            return plan, None, None
+            return plan, None
         plan.codec = chosen
-        return plan, chosen, chooser.hint(info)
+        return plan, chosen
 
 
 class AllGather(OneMessage):
@@ -159,7 +159,7 @@ class AllGather(OneMessage):
         return size - 1, 1, size - 1
 
     def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
-        plan, codec, hint = self.choose(engine, call, signature)
+        plan, codec = self.choose(engine, call, signature)
         links = engine.size - 1
         plan.raw_numel = links * signature[0]
         plan.raw_nbytes = plan.raw_numel * plan.dtype.itemsize
@@ -167,9 +167,9 @@ class AllGather(OneMessage):
             me, numel, site = engine.rank, signature[0], plan.site
             plan.joint = True
             plan.want_value |= not engine.exact_local
-            plan.outgoing = [Outgoing(me, numel, codec, site.encoder(me), hint)]
+            plan.outgoing = [Outgoing(me, numel, codec, site.encoder(me))]
             plan.incoming = [
-                Incoming(rank, numel, codec, site.decoder(rank), hint) for rank in range(engine.size) if rank != me
+                Incoming(rank, numel, codec, site.decoder(rank)) for rank in range(engine.size) if rank != me
             ]
         return plan
 
@@ -243,14 +243,13 @@ class AllToAll(Pattern):
             if not isinstance(chosen, Codec):
                 reasons.add(chosen)
             codec = chosen if isinstance(chosen, Codec) and peer not in site.refused else None
-            hint = None if codec is None else chooser.hint(info)
             if sends:
                 stream = None if codec is None else site.encoder(peer)
-                plan.outgoing.append(Outgoing(peer, info.numel, codec, stream, hint))
+                plan.outgoing.append(Outgoing(peer, info.numel, codec, stream))
                 plan.codec = plan.codec or codec
             else:
                 decoder = None if codec is None else site.decoder(peer)
-                part = Incoming(peer, info.numel, codec, decoder, hint)
+                part = Incoming(peer, info.numel, codec, decoder)
                 part.key_nbytes = part.residual_nbytes = info.numel * dtype.itemsize
                 plan.incoming.append(part)
         plan.raw_numel = sum(part.numel for part in plan.outgoing)
@@ -347,16 +346,16 @@ class Broadcast(OneMessage):
         return signature[3], None
 
     def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
-        plan, codec, hint = self.choose(engine, call, signature)
+        plan, codec = self.choose(engine, call, signature)
         numel, root, site = signature[0], signature[3], plan.site
         links = engine.size - 1 if engine.rank == root else 0
         plan.raw_numel = links * numel
         plan.raw_nbytes = plan.raw_numel * plan.dtype.itemsize
         if codec is not None:
             if engine.rank == root:
-                plan.outgoing = [Outgoing(root, numel, codec, site.encoder(root), hint)]
+                plan.outgoing = [Outgoing(root, numel, codec, site.encoder(root))]
             else:
-                plan.incoming = [Incoming(root, numel, codec, site.decoder(root), hint)]
+                plan.incoming = [Incoming(root, numel, codec, site.decoder(root))]
         return plan
 
     def refuse(self, engine: Engine, flight: Flight) -> set[int]:

@@ -49,11 +49,11 @@ class Send(OneMessage):
         return signature[3], signature[4]
 
     def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
-        plan, codec, hint = self.choose(engine, call, signature)
+        plan, codec = self.choose(engine, call, signature)
         numel, peer = signature[0], signature[4]
         plan.raw_numel, plan.raw_nbytes = numel, numel * plan.dtype.itemsize
         if codec is not None:
-            plan.outgoing = [Outgoing(peer, numel, codec, plan.site.encoder(peer), hint)]
+            plan.outgoing = [Outgoing(peer, numel, codec, plan.site.encoder(peer))]
         return plan
 
     def arrival(self, engine: Engine, flight: Flight) -> Arrival | None:
@@ -101,11 +101,11 @@ class Receive(OneMessage):
         return signature[3], signature[4]
 
     def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
-        plan, codec, hint = self.choose(engine, call, signature)
+        plan, codec = self.choose(engine, call, signature)
         numel, source = signature[0], signature[3]
         if codec is not None:
-            plan.incoming = [Incoming(source, numel, codec, plan.site.decoder(source), hint)]
-            plan.detail = _frame_bound(codec, numel, plan.dtype, hint)
+            plan.incoming = [Incoming(source, numel, codec, plan.site.decoder(source))]
+            plan.detail = _frame_bound(codec, numel, plan.dtype, None)
         return plan
 
     def ask_hints(self, engine: Engine, call: Call, plan: CallPlan) -> None:
