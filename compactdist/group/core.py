@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -140,10 +140,15 @@ class GroupCore:
                 for flight in flights[:prepared]:
                     if flight in left and flight.work is None:
                         engine.withdraw(flight)
-                for flight in reversed(left):
-                    self._keys.give_back(flight.call)
+                self._give_back(left)
                 raise
         return parts
+
+    def _give_back(self, flights: Iterable[Flight | None]) -> None:
+        """Undo the use of ordinals by calls that sent nothing, the last one first."""
+        for flight in reversed(list(flights)):
+            if flight is not None:
+                self._keys.give_back(flight.call)
 
     def _fly(self, flight: Flight, result: list[Tensor]) -> Any:
         """Prepare and launch one flight, and finish it if the call is synchronous; returns the call's work.

@@ -416,18 +416,17 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
 
     def shutdown(self) -> None:
         """Called by destroy_process_group. The inner group is borrowed and stays, unless this group made it."""
-        if not self._closed:
-            self._retire()
-        if self._owns_inner and self._inner is not None:
-            self._inner.shutdown()
-            self._let_go()
+        self._end("shutdown")
 
     def abort(self) -> None:
         """As ``shutdown``, but abort the inner group if this group made it."""
+        self._end("abort")
+
+    def _end(self, how: str) -> None:
         if not self._closed:
             self._retire()
         if self._owns_inner and self._inner is not None:
-            self._inner.abort()
+            getattr(self._inner, how)()
             self._let_go()
 
     def _future_pool(self) -> ThreadPoolExecutor:

@@ -117,8 +117,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
             for outputs, x in calls:
                 flights.append(self._gather_flight(outputs, x, opts))
         except BaseException:
-            for flight in reversed([flight for flight in flights if flight is not None]):
-                self._keys.give_back(flight.call)
+            self._give_back(flights)
             raise
         return flights
 
@@ -342,8 +341,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
                 plan_flight = self._send_flight if is_send[i] else self._receive_flight
                 flights[i] = plan_flight(tensors[i], op.group_peer, op.tag)
         except BaseException:
-            for flight in reversed([flight for flight in flights.values() if flight is not None]):
-                self._keys.give_back(flight.call)
+            self._give_back(flights.values())
             raise
 
         def plain(i: int) -> Callable[[], Any]:
