@@ -22,6 +22,7 @@ from compactdist.exchange.plan import Chooser
 from compactdist.exchange.work import FinishedWork, drain
 from compactdist.group.attach import Attachment
 from compactdist.group.core import GroupCore
+from compactdist.group.identity import OwnName
 from compactdist.group.keys import KeyBook, check_name
 from compactdist.group.request import Request
 from compactdist.group.torch_api import TorchDistributedAPI
@@ -52,7 +53,7 @@ def check_rules(options: Options) -> None:
             raise ConfigError(f"a rule with between matches no {rule.op}, whose messages all ranks receive: {rule!r}")
 
 
-class GroupLifecycle(GroupCore, TorchDistributedAPI):
+class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
     """Construction, identity and life cycle of :class:`~compactdist.group.process_group.CompressedProcessGroup`.
 
     Attributes:
@@ -99,7 +100,7 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
     # --- identity: the C++ name lives in the first backend, which is shared with the inner group, so it is shadowed ---
 
     @property
-    def group_name(self) -> str:
+    def group_name(self) -> Any:
         """The name torch.distributed knows this group by; not the inner group's."""
         if not self._adopted and self._inner is not None:
             self._adopt_backends()
@@ -117,50 +118,6 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
         elif _torch.is_registered(self._inner):
             _torch.adopt_backends(self, self._inner)
 
-    @property
-    def group_desc(self) -> str:
-        """Description."""
-        return self._desc
-
-    def getGroupName(self) -> str:
-        """Same as ``group_name``."""
-        return self._name
-
-    def getGroupDesc(self) -> str:
-        """Same as ``group_desc``."""
-        return self._desc
-
-    def setGroupName(self, name: str) -> None:
-        """Rename this group, not the inner one."""
-        self._name = name
-
-    _set_group_name = setGroupName
-
-    def setGroupDesc(self, desc: str) -> None:
-        """Describe this group, not the inner one."""
-        self._desc = desc
-
-    _set_group_desc = setGroupDesc
-
-    def getBackendName(self) -> str:
-        """``compactdist`` for a group made by backend name, else the inner group's."""
-        return self._backend_name
-
-    name = getBackendName
-
-    @property
-    def _device_types(self) -> Any:
-        """The inner group's devices."""
-        return self.inner._device_types
-
-    def _get_backend(self, device: torch.device) -> Any:
-        """The inner group's backend for a device."""
-        return self.inner._get_backend(device)
-
-    def _get_backend_name(self) -> str:
-        """Same as ``getBackendName``."""
-        return self._backend_name
-
     def _has_hooks(self) -> bool:
         """Whether the inner group has completion hooks."""
         return bool(self.inner._has_hooks())
@@ -172,27 +129,6 @@ class GroupLifecycle(GroupCore, TorchDistributedAPI):
     def _enable_collectives_timing(self) -> None:
         """Switch timing on in the inner group."""
         self.inner._enable_collectives_timing()
-
-    def _get_sequence_number_for_group(self) -> int:
-        """The inner group's sequence number."""
-        return int(self.inner._get_sequence_number_for_group())
-
-    def _set_sequence_number_for_group(self) -> None:
-        """Set the inner group's sequence number."""
-        self.inner._set_sequence_number_for_group()
-
-    def get_group_store(self) -> Any:
-        """The inner group's store."""
-        return self.inner.get_group_store()
-
-    @property
-    def bound_device_id(self) -> Any:
-        """The inner group's device."""
-        return self.inner.bound_device_id
-
-    def set_timeout(self, timeout: Any) -> None:
-        """Set the inner group's timeout."""
-        self.inner.set_timeout(timeout)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"codec {self.options.default_codec!r}"

@@ -33,7 +33,7 @@ override = _torch.opaque
 _ALL_GATHER_OPTIONS = "AllgatherOptions"
 
 
-class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore[misc,override]
+class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore[override]
     """A process group that sends compressed residuals of what each call site sent last; made by ``wrap``."""
 
     # --- all-gather -------------------------------------------------------------------------------------------------

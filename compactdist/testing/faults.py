@@ -28,6 +28,7 @@ from torch import Tensor
 
 from compactdist import _torch
 from compactdist.errors import CompactDistError, ConfigError
+from compactdist.group.identity import OwnName
 
 __all__ = ["KINDS", "Fault", "FaultyGroup", "PlannedFaultError", "inject", "remove"]
 
@@ -214,7 +215,7 @@ def _forwarding(cls: type[FaultyGroup]) -> type[FaultyGroup]:
 
 
 @_forwarding
-class FaultyGroup(dist.ProcessGroup):
+class FaultyGroup(OwnName, dist.ProcessGroup):  # type: ignore[override]
     """A registered ProcessGroup over a real one, with planned faults; made by :func:`inject`.
 
     Attributes:
@@ -232,59 +233,9 @@ class FaultyGroup(dist.ProcessGroup):
         self.hits: list[tuple[str, int, str]] = []
         self._name = name
         self._desc = "compactdist.testing"
+        self._backend_name = str(inner.name())
         self._lock = threading.Lock()
         self._orphans: list[Any] = []
-
-    # The C++ base holds no backend: names and backends are this object's own, or the inner group's.
-
-    @property
-    def group_name(self) -> Any:
-        """The name torch.distributed knows this group by."""
-        return self._name
-
-    @property
-    def group_desc(self) -> str:
-        """Description."""
-        return self._desc
-
-    def getGroupName(self) -> str:
-        """Same as ``group_name``."""
-        return self._name
-
-    def getGroupDesc(self) -> str:
-        """Same as ``group_desc``."""
-        return self._desc
-
-    def setGroupName(self, name: str) -> None:
-        """Rename this group, not the inner one."""
-        self._name = name
-
-    _set_group_name = setGroupName
-
-    def setGroupDesc(self, desc: str) -> None:
-        """Describe this group, not the inner one."""
-        self._desc = desc
-
-    _set_group_desc = setGroupDesc
-
-    def getBackendName(self) -> str:
-        """The inner group's."""
-        return str(self.inner.name())
-
-    name = _get_backend_name = getBackendName
-
-    @property
-    def _device_types(self) -> Any:
-        return self.inner._device_types
-
-    def _get_backend(self, device: torch.device) -> Any:
-        return self.inner._get_backend(device)
-
-    def _get_sequence_number_for_group(self) -> int:
-        return int(self.inner._get_sequence_number_for_group())
-
-    def _set_sequence_number_for_group(self) -> None:
-        self.inner._set_sequence_number_for_group()
 
     def _start_coalescing(self, device: torch.device) -> None:
         self.inner._start_coalescing(device)
@@ -295,19 +246,6 @@ class FaultyGroup(dist.ProcessGroup):
     def monitored_barrier(self, *args: Any, **kwargs: Any) -> None:
         """The inner group's; no fault can be planned for it."""
         self.inner.monitored_barrier(*args, **kwargs)
-
-    @property  # type: ignore[misc]
-    def bound_device_id(self) -> Any:
-        """The inner group's."""
-        return self.inner.bound_device_id
-
-    def get_group_store(self) -> Any:
-        """The inner group's store."""
-        return self.inner.get_group_store()
-
-    def set_timeout(self, timeout: Any) -> None:
-        """Set the inner group's timeout."""
-        self.inner.set_timeout(timeout)
 
     def __repr__(self) -> str:
         return f"<FaultyGroup '{self._name}' over {self.inner!r}, {len(self.plan)} planned faults>"
