@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,14 +84,14 @@ class _OneOfM(Codec):
     def _index_nbytes(runs: int) -> int:
         return padded_nbytes(-(-runs // 2))
 
-    def _values_nbytes(self, groups: int, runs: int) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _values_nbytes(self, groups: int, runs: int) -> int: ...
 
-    def _encode_values(self, kept: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _encode_values(self, kept: Tensor) -> Tensor: ...
 
-    def _decode_values(self, data: Tensor, groups: int, runs: int) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _decode_values(self, data: Tensor, groups: int, runs: int) -> Tensor: ...
 
 
 @register

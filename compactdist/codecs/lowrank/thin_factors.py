@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -186,19 +187,19 @@ class LowRankCodec(Codec):
         v = self._decode_factor(payload[v_at:], groups * rank, channels).view(groups, rank, channels)
         return u, v, gain
 
-    def _factor_nbytes(self, components: int, length: int) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _factor_nbytes(self, components: int, length: int) -> int: ...
 
+    @abstractmethod
     def _round(self, factor: Tensor) -> Fitted:
         """Round ``(r, length)`` to what will be sent."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _pack(self, parts: list[Fitted], length: int) -> Tensor:
         """The section of a factor, 1-D uint8: all groups, one after the other."""
-        raise NotImplementedError
 
-    def _decode_factor(self, data: Tensor, components: int, length: int) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _decode_factor(self, data: Tensor, components: int, length: int) -> Tensor: ...
 
 
 class LowRankSession(Session):

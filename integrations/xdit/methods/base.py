@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class Place(NamedTuple):
         return f"attention {self.layer} of forward {self.forward} (transformer {self.model})"
 
 
-class GatheringMethod:
+class GatheringMethod(ABC):
     """A method that gathers the keys and values of the ring group's ranks in one all-gather for each attention.
 
     The session calls `new_request()` before a request, `begin_step()` at a new timestep, and
@@ -67,6 +68,7 @@ class GatheringMethod:
 
     # --- what each method decides -------------------------------------------------------------------------------
 
+    @abstractmethod
     def keys_and_values(self, group: Any, place: Place, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all ranks, each `(B, H, P * S, D)` in the order of ranks.
 
@@ -75,9 +77,8 @@ class GatheringMethod:
             place: the call site.
             key, value: this rank's, `(B, H, S, D)` each.
         """
-        raise NotImplementedError
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027 (patch parallelism keeps no state)
         """Drop the state of the request."""
 
     @property
