@@ -64,35 +64,27 @@ def _clip(channels: int, *, projected: bool) -> tuple[Any, Any]:
     return tokenizer, randomised(model)
 
 
+def _named(*texts: tuple[Any, Any]) -> dict[str, Any]:
+    """Tokenizers and encoders by the names of a pipeline's components, in its order."""
+    named = {}
+    for number, (tokenizer, encoder) in enumerate(texts, 1):
+        suffix = f"_{number}" if number > 1 else ""
+        named |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
+    return named
+
+
 def _flux() -> dict[str, Any]:
-    tokenizer, encoder = _clip(TEXT_CHANNELS, projected=False)
-    tokenizer_2, encoder_2 = _t5()
-    return {
-        "tokenizer": tokenizer,
-        "text_encoder": encoder,
-        "tokenizer_2": tokenizer_2,
-        "text_encoder_2": encoder_2,
-    }
+    return _named(_clip(TEXT_CHANNELS, projected=False), _t5())
 
 
 def _sd3() -> dict[str, Any]:
     # The pipeline joins both CLIP embeddings into one of TEXT_CHANNELS channels, which the transformer takes.
-    tokenizer, encoder = _clip(TEXT_CHANNELS // 2, projected=True)
-    tokenizer_2, encoder_2 = _clip(TEXT_CHANNELS // 2, projected=True)
-    tokenizer_3, encoder_3 = _t5()
-    return {
-        "tokenizer": tokenizer,
-        "text_encoder": encoder,
-        "tokenizer_2": tokenizer_2,
-        "text_encoder_2": encoder_2,
-        "tokenizer_3": tokenizer_3,
-        "text_encoder_3": encoder_3,
-    }
+    half = TEXT_CHANNELS // 2
+    return _named(_clip(half, projected=True), _clip(half, projected=True), _t5())
 
 
 def _one_t5() -> dict[str, Any]:
-    tokenizer, encoder = _t5()
-    return {"tokenizer": tokenizer, "text_encoder": encoder}
+    return _named(_t5())
 
 
 TEXTS = {"flux": _flux, "sd3": _sd3, "pixart": _one_t5, "cogvideox": _one_t5}
