@@ -13,7 +13,7 @@ from compactdist import codecs, kernels
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
 from compactdist.policy import CallInfo, Policy, Rule, Rules, as_policy, describe_policy
-from compactdist.state import Layout, StateForm, StreamConfig
+from compactdist.state import Layout, StateForm, StreamConfig, keyframe_codec
 from compactdist.wire import VERSION
 
 __all__ = ["DEFAULT_MIN_NUMEL", "Options"]
@@ -43,6 +43,8 @@ class Options:
         find_layout: let encoders find the matrix view of buffers without a hint.
         state: ``"exact"``: both ends keep reconstructions in the tensors' dtype; ``"int8"`` or ``"fp8"``: in one byte
             for each element and a scale for every 128.
+        keyframe: id, configuration dictionary or Codec of the frames that carry tensors themselves, in blocks of
+            consecutive elements; ``"raw"``: the tensors' own bytes.
         forward: a received tensor that is sent again untouched goes on in the frame it arrived in, instead of being
             encoded once more (:mod:`compactdist.exchange.forward`). The sender alone decides, so ranks may differ.
         state_budget_bytes: cap on history tensors of this rank; new sites beyond it pass through on all ranks
@@ -65,6 +67,7 @@ class Options:
     layouts: Layouts = None
     find_layout: bool = True
     state: StateForm = "exact"
+    keyframe: str | dict[str, Any] | Codec = "raw"
     forward: bool = True
     state_budget_bytes: int | None = None
     sample_errors_every: int = 0
@@ -88,7 +91,13 @@ class Options:
         order = 0 if self._only_lossless() else self.order
         feedback = self.error_feedback if order or not self.error_feedback else None
         checked = StreamConfig(
-            self.order, self.damping, self.error_feedback, self.warmup_steps, self.find_layout, self.state
+            self.order,
+            self.damping,
+            self.error_feedback,
+            self.warmup_steps,
+            self.find_layout,
+            self.state,
+            keyframe_codec(self.keyframe),
         )
         object.__setattr__(self, "_stream", replace(checked, order=order, error_feedback=feedback))
 

@@ -1,27 +1,12 @@
-"""The frame: a fixed 80-byte header, an optional shape block, and the payload.
+"""The frame: a fixed 128-byte header, an optional shape block, and the payload.
 
-Layout of the header (little endian, version 1)::
-
-    offset  size  field
-         0     4  magic  b"CDF1"
-         4     1  version
-         5     1  flags   (KEY, SHAPE, NONFINITE, STATELESS, NO_STATE)
-         6     1  dtype   index into DTYPES
-         7     1  number of dimensions in the shape block (0 without one)
-         8     4  codec   crc32 of the codec's id and configuration
-        12     4  epoch   resets so far
-        16     8  key     hash of the site key
-        24     4  sequence  frames sent on this stream before, in this epoch
-        28     4  layout  crc32 of the layout hint behind the matrix view, 0 without one
-        32     8  payload bytes, padding to a common frame size excluded
-        40     8  elements
-        48    12  groups, rows, channels of the payload's matrix view
-        60     8  groups, channels announced for the next frame (0, 0: no change)
-        68     4  crc32 of the header with this field zero
-        72     8  digest of the history that the payload was made against (reserved, 0)
-
+:data:`FIELDS` is the header, little endian, version 2: packing, unpacking and ``docs/wire_format.md`` read that table.
 The header and the shape block (eight 8-byte sizes) are multiples of 16 bytes, so a payload may be viewed as any dtype.
 A frame made for a group carries no shape block: both ends know the shape.
+
+Checksums are sums of 32-bit words, each times an odd number that depends on its position, modulo 2**64
+(:func:`weight`). Another word always gives another sum. The order of summing does not matter, so that kernels may add
+up words while they pack them.
 """
 
 from __future__ import annotations
@@ -29,59 +14,148 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import struct
-import zlib
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from compactdist.errors import ConfigError, FrameError
+from compactdist.kernels.spec import CHECKSUM_WEIGHT
 
 __all__ = [
+    "CHECKSUM_WEIGHTED_SUM",
     "DTYPES",
+    "FIELDS",
+    "Field",
     "HEADER_NBYTES",
+    "HeadTemplate",
+    "Header",
     "KEY",
+    "MASK64",
     "MAX_DIMS",
     "NONFINITE",
     "NO_STATE",
+    "RESTART",
     "SHAPE",
     "SHAPE_NBYTES",
     "STATELESS",
-    "HeadTemplate",
-    "Header",
     "empty_frame",
     "explain",
-    "key_hash",
+    "is_frame",
     "pack",
     "seal",
     "starts_with",
+    "stream_fingerprint",
+    "table",
     "unpack",
+    "weight",
     "write_head",
 ]
 
-MAGIC = b"CDF1"
-VERSION = 1
-_STRUCT = struct.Struct("<4sBBBBIIQIIQQIIIIIIQ")
+MAGIC = b"CDF2"
+VERSION = 2
+CHECKSUM_WEIGHTED_SUM = 1
+MASK64 = (1 << 64) - 1
+_MASK32 = (1 << 32) - 1
+
+
+class Field(NamedTuple):
+    """One field of the header.
+
+    Attributes:
+        name: of the :class:`Header`'s attribute, or of what only the wire knows.
+        code: of :mod:`struct`.
+        about: what the field says, for the documentation.
+    """
+
+    name: str
+    code: str
+    about: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return struct.calcsize("<" + self.code)
+
+
+FIELDS = (
+    Field("magic", "4s", "`CDF2`"),
+    Field("version", "B", "2"),
+    Field("flags", "B", "1 keyframe, 2 shape block, 4 non-finite, 8 stateless, 16 no state, 32 restart"),
+    Field("dtype", "B", "0 float32, 1 float16, 2 bfloat16, 3 float64, then integers, bool, complex (`wire.DTYPES`)"),
+    Field("dims", "B", "dimensions in the shape block, 0 without one"),
+    Field("step", "i", "step of the call since the last reset, from 0; -1 outside of steps"),
+    Field("epoch", "I", "resets so far"),
+    Field("sequence", "I", "frames sent on this stream before, in this epoch"),
+    Field("part", "H", "number of this frame among the parts of one tensor, from 0"),
+    Field("parts", "H", "frames that make up one tensor, 1 or more"),
+    Field("stream", "Q", "blake2b-64 of group name, site key and stream configuration"),
+    Field("numel", "Q", "elements"),
+    Field("payload_nbytes", "Q", "payload bytes; padding to a common frame size is not counted"),
+    Field("groups", "I", "groups of the payload's matrix view"),
+    Field("rows", "I", "rows of it"),
+    Field("channels", "I", "channels of it"),
+    Field("layout", "I", "crc32 of the layout hint behind the matrix view, 0 without one"),
+    Field("next_groups", "I", "groups of the view announced for the next frame, 0: no change"),
+    Field("next_channels", "I", "channels of it, 0: no change"),
+    Field("rate", "B", "rate of this payload, 0 where the codec has just one"),
+    Field("next_rate", "B", "rate announced for the next frame, 0: no change"),
+    Field("next_kind", "B", "1: the next frame is a keyframe, 0: not announced"),
+    Field("predictor", "B", "order of the prediction: 0 none, 1 last value, 2 damped velocity"),
+    Field("checksum_kind", "B", "1: weighted sum"),
+    Field("reserved", "3s", "zero"),
+    Field("codec", "I", "crc32 of id and configuration of the codec of residuals"),
+    Field("keyframe_codec", "I", "the same of the codec of keyframes, 0: the tensor's own bytes"),
+    Field("coefficient", "f", "first coefficient of the predictor (the damping of order 2)"),
+    Field("coefficient_2", "f", "second coefficient"),
+    Field("checksum", "Q", "weighted sum of the payload"),
+    Field("digest", "Q", "of all payloads that made the history which this one was made against; 0: none"),
+    Field("reserved_2", "8s", "zero"),
+    Field("header_checksum", "Q", "weighted sum of header and shape block, this field left out"),
+)
+"""The header. A field's offset is the sum of the bytes before it."""
+
+_STRUCT = struct.Struct("<" + "".join(field.code for field in FIELDS))
+_OFFSETS = dict(
+    zip((field.name for field in FIELDS), accumulate((field.nbytes for field in FIELDS), initial=0), strict=False)
+)
+_PLAIN = tuple(
+    field.name
+    for field in FIELDS
+    if field.name not in ("magic", "version", "flags", "dtype", "dims", "reserved", "reserved_2", "header_checksum")
+)
 _SHAPE_STRUCT = struct.Struct("<8Q")
-_WORD = struct.Struct("<I")
-_EPOCH_OFFSET, _SEQUENCE_OFFSET, _CRC_OFFSET = 12, 24, 68
 HEADER_NBYTES = _STRUCT.size
 SHAPE_NBYTES = _SHAPE_STRUCT.size
 MAX_DIMS = 8
+
+_CALL, _CALL_AT = struct.Struct("<iII"), _OFFSETS["step"]
+_SUMS, _SUMS_AT = struct.Struct("<QQ8xQ"), _OFFSETS["checksum"]
 
 KEY = 1
 """The payload is the tensor itself and starts (or restarts) the stream's history."""
 SHAPE = 2
 """A shape block follows the header."""
 NONFINITE = 4
-"""The sender's tensor held NaN or Inf. Without KEY there is nothing to decode; with KEY the data is exact. Either way
-both ends forget the stream's history."""
+"""The sender's tensor held NaN or Inf. Without KEY, or with a coded keyframe, there is nothing to decode; with a raw
+keyframe the data is exact. Either way both ends forget the stream's history."""
 STATELESS = 8
 """The payload is the tensor itself and must not touch the history (a pass-through the receiver could not foresee)."""
 NO_STATE = 16
 """The sender has no memory budget for this site: from the next call on it passes through."""
+RESTART = 32
+"""The payload codes the tensor itself, as a residual with a prediction of zero; the history starts anew from it."""
 
-_FLAG_NAMES = {KEY: "key", SHAPE: "shape", NONFINITE: "nonfinite", STATELESS: "stateless", NO_STATE: "no-state"}
+_FLAG_NAMES = {
+    KEY: "key",
+    SHAPE: "shape",
+    NONFINITE: "nonfinite",
+    STATELESS: "stateless",
+    NO_STATE: "no-state",
+    RESTART: "restart",
+}
 
 _KNOWN_FLAGS = sum(_FLAG_NAMES)
 
@@ -103,22 +177,34 @@ DTYPES: tuple[torch.dtype, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a frame says about itself. See the module docstring for sizes and meanings."""
+    """What a frame says about itself; :data:`FIELDS` gives sizes and meanings."""
 
+    stream: int
     codec: int
-    key: int
+    step: int
     epoch: int
     sequence: int
     payload_nbytes: int
     numel: int
     dtype: torch.dtype
     flags: int = 0
+    part: int = 0
+    parts: int = 1
     layout: int = 0
     groups: int = 0
     rows: int = 0
     channels: int = 0
     next_groups: int = 0
     next_channels: int = 0
+    rate: int = 0
+    next_rate: int = 0
+    next_kind: int = 0
+    predictor: int = 0
+    checksum_kind: int = CHECKSUM_WEIGHTED_SUM
+    keyframe_codec: int = 0
+    coefficient: float = 0.0
+    coefficient_2: float = 0.0
+    checksum: int = 0
     digest: int = 0
     shape: tuple[int, ...] | None = None
 
@@ -136,10 +222,26 @@ class Header:
         """One line for error messages and ``explain``."""
         names = [name for bit, name in _FLAG_NAMES.items() if self.flags & bit] or ["residual"]
         return (
-            f"{'+'.join(names)} frame {self.sequence} of epoch {self.epoch}, key {self.key:016x}, "
-            f"codec {self.codec:08x}, {self.numel} elements of {str(self.dtype).removeprefix('torch.')} as "
-            f"({self.groups}, {self.rows}, {self.channels}), payload {self.payload_nbytes} bytes"
+            f"{'+'.join(names)} frame {self.sequence} of epoch {self.epoch}, step {self.step}, stream "
+            f"{self.stream:016x}, codec {self.codec:08x}, {self.numel} elements of "
+            f"{str(self.dtype).removeprefix('torch.')} as ({self.groups}, {self.rows}, {self.channels}), payload "
+            f"{self.payload_nbytes} bytes"
         )
+
+
+def weight(position: int) -> int:
+    """The odd 32-bit number that the word at a position is multiplied with."""
+    return (2 * position + 1) * CHECKSUM_WEIGHT & _MASK32
+
+
+_CHECKED = struct.Struct(f"<{(HEADER_NBYTES - 8) // 4}I8x{SHAPE_NBYTES // 4}I")
+_CHECKED_WEIGHTS = [weight(at // 4) for at in range(0, HEADER_NBYTES + SHAPE_NBYTES, 4) if not 120 <= at < 128]
+
+
+def _header_sum(raw: bytes) -> int:
+    """The checksum of a header, with or without a shape block behind it."""
+    words = _CHECKED.unpack(raw.ljust(_CHECKED.size, b"\0"))
+    return sum(map(int.__mul__, words, _CHECKED_WEIGHTS)) & MASK64
 
 
 def header_bytes(header: Header) -> bytes:
@@ -155,54 +257,53 @@ def header_bytes(header: Header) -> bytes:
         dtype = DTYPES.index(header.dtype)
     except ValueError:
         raise ConfigError(f"{header.dtype} cannot travel in a frame") from None
-    flags = header.flags | (SHAPE if shape is not None else 0)
-    fields = [
-        MAGIC,
-        VERSION,
-        flags,
-        dtype,
-        0 if shape is None else len(shape),
-        header.codec,
-        header.epoch,
-        header.key,
-        header.sequence,
-        header.layout,
-        header.payload_nbytes,
-        header.numel,
-        header.groups,
-        header.rows,
-        header.channels,
-        header.next_groups,
-        header.next_channels,
-        0,
-        header.digest,
-    ]
+    values = {name: getattr(header, name) for name in _PLAIN}
+    values |= {
+        "magic": MAGIC,
+        "version": VERSION,
+        "flags": header.flags | (SHAPE if shape is not None else 0),
+        "dtype": dtype,
+        "dims": 0 if shape is None else len(shape),
+        "reserved": bytes(3),
+        "reserved_2": bytes(8),
+        "header_checksum": 0,
+    }
     block = b"" if shape is None else _SHAPE_STRUCT.pack(*shape, *([0] * (MAX_DIMS - len(shape))))
-    fields[-2] = zlib.crc32(block, zlib.crc32(_STRUCT.pack(*fields)))
-    return _STRUCT.pack(*fields) + block
+    head = _STRUCT.pack(*(values[field.name] for field in FIELDS))
+    return head[:-8] + _header_sum(head + block).to_bytes(8, "little") + block
 
 
 class HeadTemplate:
-    """The bytes before the payload that all frames of one kind on a stream share; only epoch and sequence differ.
+    """The bytes before the payload that all frames of one kind on a stream share.
 
     Args:
-        header: of any frame of that kind; its epoch and sequence are ignored.
+        header: of any frame of that kind, without a shape. Its step, epoch, sequence, checksum and digest are ignored.
     """
 
-    __slots__ = ("_raw", "header")
+    __slots__ = ("_raw", "_total", "header")
 
     def __init__(self, header: Header) -> None:
-        self.header = header
-        self._raw = header_bytes(header)
+        self.header = replace(header, step=0, epoch=0, sequence=0, checksum=0, digest=0)
+        self._raw = header_bytes(self.header)
+        self._total = _header_sum(self._raw)
 
-    def filled(self, epoch: int, sequence: int) -> bytes:
+    def filled(self, step: int, epoch: int, sequence: int, checksum: int, digest: int) -> bytes:
         """The bytes before the payload of one frame."""
         raw = bytearray(self._raw)
-        _WORD.pack_into(raw, _EPOCH_OFFSET, epoch)
-        _WORD.pack_into(raw, _SEQUENCE_OFFSET, sequence)
-        _WORD.pack_into(raw, _CRC_OFFSET, 0)
-        _WORD.pack_into(raw, _CRC_OFFSET, zlib.crc32(raw))
+        _CALL.pack_into(raw, _CALL_AT, step, epoch, sequence)
+        total = self._total + (step & _MASK32) * _STEP_WEIGHT + epoch * _EPOCH_WEIGHT + sequence * _SEQUENCE_WEIGHT
+        total += (checksum & _MASK32) * _CHECKSUM_WEIGHTS[0] + (checksum >> 32) * _CHECKSUM_WEIGHTS[1]
+        total += (digest & _MASK32) * _DIGEST_WEIGHTS[0] + (digest >> 32) * _DIGEST_WEIGHTS[1]
+        _SUMS.pack_into(raw, _SUMS_AT, checksum, digest, total & MASK64)
         return bytes(raw)
+
+
+def _weights_of(name: str) -> tuple[int, int]:
+    return weight(_OFFSETS[name] // 4), weight(_OFFSETS[name] // 4 + 1)
+
+
+_STEP_WEIGHT, _EPOCH_WEIGHT, _SEQUENCE_WEIGHT = (_weights_of(name)[0] for name in ("step", "epoch", "sequence"))
+_CHECKSUM_WEIGHTS, _DIGEST_WEIGHTS = _weights_of("checksum"), _weights_of("digest")
 
 
 def write_head(frame: Tensor, head: bytes) -> Tensor:
@@ -221,26 +322,22 @@ def starts_with(frame: Tensor, head: bytes) -> bool:
     return frame[: len(head)].cpu().numpy().tobytes() == head
 
 
-def pack(header: Header, payload: Tensor | None, frame_nbytes: int | None = None) -> Tensor:
+def pack(header: Header, payload: Tensor, frame_nbytes: int | None = None) -> Tensor:
     """Put header and payload into one frame.
 
     Args:
-        header: its ``payload_nbytes`` must be the payload's length.
-        payload: 1-D uint8, or ``None`` for a frame whose payload is all zeros.
+        header: its ``payload_nbytes`` must be the payload's length, its ``checksum`` the payload's.
+        payload: 1-D uint8.
         frame_nbytes: total length; the frame is padded with zeros up to it. ``None``: no padding.
 
     Returns:
-        1-D uint8 tensor on the payload's device (CPU without a payload).
+        1-D uint8 tensor on the payload's device.
 
     Raises:
         ConfigError: the shape has more than eight dimensions or the dtype has no code.
     """
-    device = torch.device("cpu") if payload is None else payload.device
-    frame, room = empty_frame(header.nbytes, header.payload_nbytes, frame_nbytes, device)
-    if payload is None:
-        room.zero_()
-    else:
-        room.copy_(payload)
+    frame, room = empty_frame(header.nbytes, header.payload_nbytes, frame_nbytes, payload.device)
+    room.copy_(payload)
     return seal(frame, header)
 
 
@@ -269,8 +366,18 @@ def seal(frame: Tensor, header: Header) -> Tensor:
     return write_head(frame, header_bytes(header))
 
 
+def is_frame(data: Tensor) -> bool:
+    """Whether bytes on the CPU begin with an intact header of any length of frame; other bytes pass once in 2**96."""
+    flat = data.detach().reshape(-1).view(torch.uint8)[:HEADER_NBYTES]
+    raw = bytes(flat.numpy())
+    if len(raw) < HEADER_NBYTES or raw[: len(MAGIC)] != MAGIC:
+        return False
+    # a shape block is not there to be checked: frames with one are no messages of a group
+    return _header_sum(raw) == int.from_bytes(raw[-8:], "little")
+
+
 def unpack(frame: Tensor, where: str) -> Header:
-    """Read and check a frame's header.
+    """Read and check a frame's header. The payload's checksum is not looked at.
 
     Args:
         frame: 1-D uint8.
@@ -284,46 +391,34 @@ def unpack(frame: Tensor, where: str) -> Header:
     if frame.numel() < HEADER_NBYTES:
         raise FrameError(f"{where}: {frame.numel()} bytes are too few for a frame ({HEADER_NBYTES}-byte header)")
     raw = bytes(frame[: min(HEADER_NBYTES + SHAPE_NBYTES, frame.numel())].cpu().numpy())
-    fields = _STRUCT.unpack_from(raw)
-    magic, version, flags, dtype, ndim = fields[:5]
-    if magic != MAGIC:
+    values = dict(zip((field.name for field in FIELDS), _STRUCT.unpack_from(raw), strict=True))
+    if values["magic"] != MAGIC:
         raise FrameError(
-            f"{where}: what arrived is not a compactdist frame (it starts with {magic!r}); the peer probably sent it "
-            "uncompressed. Use the same wrapped group and policy on both ends"
+            f"{where}: what arrived is not a compactdist frame (it starts with {values['magic']!r}); the peer probably "
+            "sent it uncompressed. Use the same wrapped group and policy on both ends"
         )
-    if version != VERSION:
-        raise FrameError(f"{where}: the peer speaks frame version {version}, this is {VERSION}: install one version")
-    has_shape = bool(flags & SHAPE)
-    block = raw[HEADER_NBYTES:] if has_shape else b""
-    head = bytearray(raw[:HEADER_NBYTES])
-    head[_CRC_OFFSET : _CRC_OFFSET + 4] = bytes(4)
-    intact = zlib.crc32(block, zlib.crc32(bytes(head))) == fields[17]
-    if not intact or dtype >= len(DTYPES) or ndim > MAX_DIMS or (has_shape and len(block) < SHAPE_NBYTES):
-        raise FrameError(f"{where}: the frame's header is damaged (its checksum does not match); nothing was applied")
-    if flags & ~_KNOWN_FLAGS:
+    if values["version"] != VERSION:
         raise FrameError(
-            f"{where}: the frame has flags {flags & ~_KNOWN_FLAGS:#04x} that this version does not know; nothing was "
-            "applied. Install one version on all ranks"
+            f"{where}: the peer speaks frame version {values['version']}, this is {VERSION}: install one version"
+        )
+    flags, dims, has_shape = values["flags"], values["dims"], bool(values["flags"] & SHAPE)
+    block = raw[HEADER_NBYTES:] if has_shape else b""
+    intact = _header_sum(raw[:HEADER_NBYTES] + block) == values["header_checksum"]
+    if not intact or (has_shape and len(block) < SHAPE_NBYTES):
+        raise FrameError(f"{where}: the frame's header is damaged (its checksum does not match); nothing was applied")
+    unknown = flags & ~_KNOWN_FLAGS or any(values["reserved"]) or any(values["reserved_2"])
+    if unknown or values["dtype"] >= len(DTYPES) or dims > (MAX_DIMS if has_shape else 0):
+        raise FrameError(
+            f"{where}: the frame's header is well formed but says what this version does not know (flags "
+            f"{flags:#04x}, dtype {values['dtype']}, {dims} dimensions); nothing was applied. Install one version on "
+            "all ranks"
         )
     header = Header(
         flags=flags & ~SHAPE,
-        dtype=DTYPES[dtype],
-        codec=fields[5],
-        epoch=fields[6],
-        key=fields[7],
-        sequence=fields[8],
-        layout=fields[9],
-        payload_nbytes=fields[10],
-        numel=fields[11],
-        groups=fields[12],
-        rows=fields[13],
-        channels=fields[14],
-        next_groups=fields[15],
-        next_channels=fields[16],
-        digest=fields[18],
+        dtype=DTYPES[values["dtype"]],
+        shape=tuple(_SHAPE_STRUCT.unpack(block)[:dims]) if has_shape else None,
+        **{name: values[name] for name in _PLAIN},
     )
-    if has_shape:
-        header = replace(header, shape=tuple(_SHAPE_STRUCT.unpack(block)[:ndim]))
     if header.nbytes + header.payload_nbytes > frame.numel():
         raise FrameError(
             f"{where}: the frame is cut short: {frame.numel()} bytes for a payload of {header.payload_nbytes} bytes"
@@ -331,9 +426,24 @@ def unpack(frame: Tensor, where: str) -> Header:
     return header
 
 
-def key_hash(key: str) -> int:
-    """64-bit hash of a site key, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+def table() -> str:
+    """The header as a Markdown table, as ``docs/wire_format.md`` shows it."""
+    lines = ["| offset | bytes | field |", "|---:|---:|---|"]
+    for field in FIELDS:
+        lines.append(f"| {_OFFSETS[field.name]} | {field.nbytes} | `{field.name}`: {field.about} |")
+    return "\n".join(lines) + "\n"
+
+
+def stream_fingerprint(group: str, site: str, config: str) -> int:
+    """64 bits that name a stream in frames, the same in every process.
+
+    Args:
+        group: name of the group, which differs between two wraps of one inner group.
+        site: the site key.
+        config: the stream's configuration as text.
+    """
+    text = "\0".join((group, site, config))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def explain(frame: Tensor) -> str:

@@ -5,7 +5,7 @@
 The trace is played through the closed loop of order 1 (error feedback, the first step sent as it is, bases in the
 trace's float16) with the encoders of ``reference_formulas.py`` and with our codecs. K and V are matrices of their own,
 [102, 128], in both. NMSE is error energy over energy, all steps but the first, all sites. Bits count scales, and for
-ours the frame's header of 80 bytes, which is 0.025 of a bit at this size. As the two sides still differ by some
+ours the frame's header of 128 bytes, which is 0.04 of a bit at this size. As the two sides still differ by some
 hundredths of a bit, the gain is also given at the same bits, one bit being worth 6.02 dB. Matrices this small cannot
 have CompactFusion's rank 32 for a hundredth of their size: the low-rank rows compare equal ranks, not the ratio.
 

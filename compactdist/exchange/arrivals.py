@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compactdist.state import Site, StateStore
-from compactdist.state.relay import Received, digest_of
+from compactdist.state.relay import Received, digest_of, is_raw_key
 from compactdist.wire import NO_STATE, NONFINITE, STATELESS, payload_of
 
 __all__ = ["Arrival", "Arrivals"]
@@ -106,10 +106,10 @@ class Arrivals:
         header = decoder.header
         if not self.enabled or header is None or header.flags & (STATELESS | NONFINITE | NO_STATE):
             return
-        received = Received(decoder, decoder.sequence, header)
+        received = Received(decoder, decoder.sequence, header, decoder.checksum)
         stream = (site.key, source)
         if stream in self._relayed:
-            if not header.is_key:
+            if not is_raw_key(header):
                 received.payload = payload_of(frame, header).clone()
             if x.device.type == "cpu" and not decoder.config.remembers_values:
                 received.digest = digest_of(x)

@@ -20,6 +20,7 @@ from compactdist.state.relay import (
     announce,
     announced,
     can_announce,
+    is_raw_key,
     is_untouched,
     join,
     leave,
@@ -112,7 +113,7 @@ class Message:
             return False
         kept = received.payload is not None and header.codec == self._codec.fingerprint()
         view = announced(header) or encoder.view
-        return (header.is_key or kept) and view == received.decoder.view
+        return (is_raw_key(header) or kept) and view == received.decoder.view
 
     def _switch_if_worth_it(self, arrival: Arrival) -> None:
         """Send a keyframe in place of a residual where that pays, so that the frames after it can be passed on."""
@@ -127,10 +128,10 @@ class Message:
             self.keyframe = True
             self._announce = None if fits else theirs
 
-    def pass_on(self, epoch: int) -> Staged:
+    def pass_on(self, step: int, epoch: int) -> Staged:
         """The frame that arrived, for this stream."""
         assert self._arrival is not None
-        return pass_on(self._encoder, self._arrival.received, self._x, self._codec, epoch)
+        return pass_on(self._encoder, self._arrival.received, self._x, self._codec, step, epoch)
 
     def announce(self, staged: Staged) -> None:
         """Announce the incoming stream's matrix view in the staged keyframe, if that was decided."""
@@ -159,4 +160,4 @@ class Message:
         if same_state(encoder, decoder, compare=compare):
             join(encoder, decoder, share=self._share)
             self._arrivals.relayed(arrival)
-            self.forwarded = staged.header.is_key and config.remembers_values
+            self.forwarded = is_raw_key(staged.header) and config.remembers_values

@@ -414,7 +414,7 @@ def stage_message(
     if message.forwards:
         if engine.tap is not None:
             engine.tap(flight.call, part.peer, x, part.hint)
-        staged = message.pass_on(flight.call.epoch)
+        staged = message.pass_on(flight.call.step, flight.call.epoch)
         flight.staged.append(staged)
         flight.keyframes = flight.keyframes and staged.header.is_key
     else:
@@ -424,6 +424,8 @@ def stage_message(
 def commit_messages(flight: Flight) -> None:
     """Commit the messages of a flight that was launched."""
     if flight.passed is not None:
+        for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True):
+            part.stream.commit(staged)  # type: ignore[union-attr,arg-type]
         return
     framed = [
         (part, staged) for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True) if staged is not None

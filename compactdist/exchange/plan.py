@@ -21,7 +21,6 @@ from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import PassReason
 from compactdist.policy import PASS, CallInfo, Policy
 from compactdist.state import COMPRESSIBLE_DTYPES, Layout, Site, StreamDecoder, StreamEncoder
-from compactdist.wire import HEADER_NBYTES, raw_nbytes
 
 if TYPE_CHECKING:
     from compactdist.exchange.patterns import Pattern
@@ -188,7 +187,7 @@ class CallPlan:
             assert codec is not None
             assert stream is not None
             part.fresh = codec.lossless or stream.is_fresh(part.numel, self.dtype)
-            part.key_nbytes = HEADER_NBYTES + raw_nbytes(part.numel, self.dtype)
+            part.key_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=True)
             part.residual_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=False)
         self.fresh = any(part.fresh for part in parts)
         if self.joint and parts:

@@ -49,6 +49,7 @@ _FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "MIN_NUMEL": (int, "an integer"),
     "FIND_LAYOUT": (_switch, "one of 1, 0, true, false"),
     "STATE": (str, "a word"),
+    "KEYFRAME": (_codec, "a codec's id or its configuration as a JSON object"),
     "FORWARD": (_switch, "one of 1, 0, true, false"),
     "STATE_BUDGET_BYTES": (int, "an integer"),
     "SAMPLE_ERRORS_EVERY": (int, "an integer"),
@@ -60,7 +61,7 @@ _OF_ADAPTERS = frozenset({"XDIT"})
 def options_from_environment(environment: Mapping[str, str] | None = None) -> Options:
     """Options from variables ``COMPACTDIST_<FIELD>``, e.g. ``COMPACTDIST_CODEC=int4``.
 
-    ``COMPACTDIST_CODEC`` takes a codec's id or its configuration, ``{"id": "int4", "scales": "block"}``; switches
+    ``COMPACTDIST_CODEC`` and ``COMPACTDIST_KEYFRAME`` take a codec's id or its configuration, ``{"id": "int4", "scales": "block"}``; switches
     (``FORWARD``, ``FIND_LAYOUT``, ``ERROR_FEEDBACK``) take ``1``, ``0``, ``true`` and ``false``, and
     ``COMPACTDIST_ERROR_FEEDBACK`` also ``auto``, which is ``None``. No variable sets a policy or layouts.
 
@@ -69,7 +70,7 @@ def options_from_environment(environment: Mapping[str, str] | None = None) -> Op
 
     Raises:
         ConfigError: an unknown variable of that prefix, or a value of the wrong kind.
-        UnknownCodecError, CodecConfigError: ``COMPACTDIST_CODEC`` names no codec.
+        UnknownCodecError, CodecConfigError: ``COMPACTDIST_CODEC`` or ``COMPACTDIST_KEYFRAME`` names no codec.
     """
     env = os.environ if environment is None else environment
     settings: dict[str, Any] = {}

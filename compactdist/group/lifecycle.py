@@ -92,7 +92,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             ),
             exact_local=options.local == "exact",
             sample_every=options.sample_errors_every,
-            store=StateStore(options.stream, label, options.state_budget_bytes),
+            store=StateStore(options.stream, label, options.state_budget_bytes, name),
             stats=GroupStats(),
             forward=options.forward,
         )

@@ -41,7 +41,7 @@ def wrap(
         options: all options at once, instead of ``codec`` and ``settings``.
         timeout: how long to wait for the other ranks, seconds or timedelta.
         **settings: the other fields of :class:`Options`: ``policy``, ``warmup_steps``, ``order``, ``damping``,
-            ``error_feedback``, ``local``, ``min_numel``, ``layouts``, ``find_layout``, ``state``,
+            ``error_feedback``, ``local``, ``min_numel``, ``layouts``, ``find_layout``, ``state``, ``keyframe``,
             ``forward``, ``state_budget_bytes``, ``sample_errors_every``.
 
     Returns:

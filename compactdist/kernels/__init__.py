@@ -7,7 +7,7 @@ They are taken wherever they apply, and leave every byte as it is: which kernels
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from compactdist.kernels.reference.checksum import weighted_sum
 from compactdist.kernels.sources import digest
 from compactdist.kernels.spec import MatrixView, QuantizerSpec
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["MIN_ELEMENTS", "Steps", "choice", "cpu_runs", "digest", "steps_for", "use"]
+__all__ = ["MIN_ELEMENTS", "Steps", "checksum_for", "choice", "cpu_runs", "digest", "steps_for", "use"]
 
 MIN_ELEMENTS = 1 << 14
 """Below this the calls into the CPU kernels, and loading them, cost more than they save."""
@@ -117,6 +118,20 @@ def steps_for(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device:
     if module is not None:
         steps = module.steps_of(spec, view, dtype, device)
     return steps
+
+
+def checksum_for(nbytes: int, device: torch.device) -> Callable[[Tensor], int]:
+    """The function that sums up payloads of this many bytes; ``reference/checksum.py`` says how.
+
+    Args:
+        nbytes: of every payload.
+        device: of the payloads, which are contiguous and begin on 16 bytes.
+    """
+    if device.type != "cpu" or nbytes % 4 or not cpu_runs(nbytes):
+        return weighted_sum
+    from compactdist.kernels.cpu import checksum
+
+    return checksum.weighted_sum
 
 
 @cache

@@ -16,7 +16,10 @@ from torch.nn.functional import pad
 
 from compactdist.kernels.sections import Sections
 
-__all__ = ["FLOAT8", "KINDS", "Float8", "MatrixView", "QuantizerSpec"]
+__all__ = ["CHECKSUM_WEIGHT", "FLOAT8", "KINDS", "Float8", "MatrixView", "QuantizerSpec"]
+
+CHECKSUM_WEIGHT = 0x9E3779B1
+"""Odd. In a checksum, word ``n`` of 32 bits counts ``(2 * n + 1) * CHECKSUM_WEIGHT`` modulo 2**32 times."""
 
 Kind = Literal["sign", "nearest", "trits", "linear", "e4m3", "e5m2"]
 KINDS: tuple[Kind, ...] = ("sign", "nearest", "trits", "linear", "e4m3", "e5m2")

@@ -7,7 +7,14 @@ from compactdist.state.matrix_view import Layout, MatrixView, blocks, plain
 from compactdist.state.quantized_history import StateForm
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
 from compactdist.state.store import Site, StateStore
-from compactdist.state.stream import COMPRESSIBLE_DTYPES, Staged, StreamConfig, StreamState, state_nbytes
+from compactdist.state.stream import (
+    COMPRESSIBLE_DTYPES,
+    Staged,
+    StreamConfig,
+    StreamState,
+    keyframe_codec,
+    state_nbytes,
+)
 
 __all__ = [
     "COMPRESSIBLE_DTYPES",
@@ -25,6 +32,7 @@ __all__ = [
     "StreamEncoder",
     "StreamState",
     "blocks",
+    "keyframe_codec",
     "plain",
     "state_nbytes",
 ]

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from compactdist import kernels
 from compactdist.codecs.base import Codec, Session
-from compactdist.errors import FrameError, NonFiniteError
+from compactdist.errors import FrameError, NonFiniteError, PayloadError
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.matrix_view import blocks
 from compactdist.state.stream import Changes, StreamConfig, StreamState
 from compactdist.wire import (
+    CHECKSUM_WEIGHTED_SUM,
+    HEADER_NBYTES,
     KEY,
     NO_STATE,
     NONFINITE,
+    RESTART,
     STATELESS,
     Header,
     from_raw,
@@ -26,6 +32,18 @@ from compactdist.wire import (
 __all__ = ["StreamDecoder"]
 
 _RESET = "call reset() on all ranks to start again from keyframes"
+_SAME_CONFIG = "wrap the group with the same configuration on every rank"
+_SAME_ORDER = (
+    "make the calls of a step in the same order on both ends, or name them with key(), and wrap groups in the same order "
+    "on every rank; then " + _RESET
+)
+_SAME_STEPS = (
+    "make the same calls of this group in every step on every rank, and the same calls of step(); then " + _RESET
+)
+
+_KINDS = KEY | STATELESS | RESTART
+_FLAGS_OF_KINDS = {0: NONFINITE, KEY: NONFINITE | NO_STATE, STATELESS: 0, RESTART: 0}
+"""The kinds of frames, and the other flags that each may have; any other combination is refused."""
 
 
 class StreamDecoder(StreamState):
@@ -33,14 +51,17 @@ class StreamDecoder(StreamState):
 
     Attributes:
         refused: the last keyframe said that the sender keeps no history.
-        header: of the last frame decoded; in that of a residual, ``epoch`` and ``sequence`` mean nothing.
+        header: of the last frame decoded; in that of a residual, ``step``, ``epoch``, ``sequence``, ``checksum`` and
+            ``digest`` mean nothing.
+        checksum: of the last frame's payload.
     """
 
-    __slots__ = ("_torn", "header", "refused")
+    __slots__ = ("_torn", "checksum", "header", "refused")
 
-    def __init__(self, config: StreamConfig, key: int, where: str, changes: Changes | None = None) -> None:
-        super().__init__(config, key, where, changes)
+    def __init__(self, config: StreamConfig, fingerprint: int, where: str, changes: Changes | None = None) -> None:
+        super().__init__(config, fingerprint, where, changes)
         self.refused = False
+        self.checksum = 0
         self.header: Header | None = None
         self._torn = False
 
@@ -51,9 +72,11 @@ class StreamDecoder(StreamState):
         numel: int,
         dtype: torch.dtype,
         *,
+        step: int = 0,
         epoch: int = 0,
         hint: MatrixView | None = None,
         refuse_state: bool = False,
+        header: Header | None = None,
     ) -> Tensor:
         """Check a frame against what this stream expects, decode it and move the state on.
 
@@ -62,9 +85,11 @@ class StreamDecoder(StreamState):
             codec: codes the sender's residuals.
             numel: elements that the frame must hold.
             dtype: of the elements.
+            step: of the call, since the last reset.
             epoch: resets of the group so far.
             hint: matrix view that a layout hint gives the stream when it starts.
             refuse_state: this end keeps no history for the site.
+            header: of the frame, if the caller has read it.
 
         Returns:
             Flat ``[numel]`` tensor of ``dtype``; it may share memory with ``frame`` or the history: copy it out.
@@ -73,33 +98,41 @@ class StreamDecoder(StreamState):
             FrameError: the frame is not the expected one; nothing was applied.
             NonFiniteError: the sender's tensor held NaN or Inf; the stream restarts with a keyframe.
         """
-        form = self._form
-        if form is not None and form.codec is codec and self.live == (numel, dtype):
-            # an expected residual without an announcement: this end can make every byte of its header, and compare
-            head = form.head.filled(epoch, self.sequence)
-            if form.frame_nbytes <= frame.numel() and frame.stride(0) == 1 and starts_with(frame, head):
-                self.header = form.head.header
-                payload = frame[len(head) : form.frame_nbytes]
-                if payload.storage_offset() % 16:
-                    payload = payload.clone()
-                return self._take_residual(payload, form.session)
-        header = unpack(frame, self.where)
-        self._check(header, codec, numel, dtype, epoch, hint)
-        self.header = header
-        if header.flags & STATELESS:
-            return from_raw(payload_of(frame, header), numel, dtype)
-        if header.flags & KEY:
-            return self._take_key(frame, header, hint, refuse_state)
-        if header.flags & NONFINITE:
+        form = None if header is not None else self._form
+        if form is not None and form.codec is codec and self.live == (numel, dtype) and not self.keyframe_announced:
+            # an expected residual that announces nothing: this end can make every byte of its header, and compare
+            payload = frame[HEADER_NBYTES : form.frame_nbytes]
+            if form.frame_nbytes <= frame.numel() and frame.stride(0) == 1 and payload.storage_offset() % 16 == 0:
+                checksum = form.checksum(payload)
+                head = form.head.filled(step, epoch, self.sequence, checksum, self.digest)
+                if starts_with(frame, head):
+                    self.header, self.checksum = form.head.header, checksum
+                    return self._take_residual(payload, checksum, form.session, restarts=False)
+        header = header or unpack(frame, self.where)
+        payload = self._check(frame, header, codec, numel, dtype, step, epoch, hint)
+        flags = header.flags
+        if not flags & KEY and flags & NONFINITE:
+            value = None
+        elif flags & STATELESS:
+            value = from_raw(payload, numel, dtype)
+        elif flags & KEY:
+            value = self._take_key(payload, header, codec, hint, refuse_state)
+        else:
+            restarts = bool(flags & RESTART)
+            value = self._take_residual(payload, header.checksum, self.form(codec, frame.device).session, restarts)
+        self.header, self.checksum = header, header.checksum
+        if flags & STATELESS:
+            self.sequence += 1
+        elif value is None:
             self.sequence += 1
             self.drop()
             raise NonFiniteError(
-                f"{self.where}: the sender's tensor held NaN or Inf, which a residual cannot carry; no output was "
+                f"{self.where}: the sender's tensor held NaN or Inf, which a coded frame cannot carry; no output was "
                 "written and this stream restarts with a keyframe. Find the source of the NaN, or let the site pass "
                 "through"
             )
-        value = self._take_residual(payload_of(frame, header), self.form(codec, frame.device).session)
-        self.follow(header.next_groups, header.next_channels)
+        else:
+            self.follow(header)
         return value
 
     def drop(self) -> None:
@@ -107,7 +140,7 @@ class StreamDecoder(StreamState):
         super().drop()
         self._torn = False
 
-    def _take_residual(self, payload: Tensor, session: Session) -> Tensor:
+    def _take_residual(self, payload: Tensor, checksum: int, session: Session, restarts: bool) -> Tensor:
         if self._torn:
             raise FrameError(
                 f"{self.where}: an earlier frame was interrupted while it was decoded, so what this end holds is not "
@@ -115,84 +148,134 @@ class StreamDecoder(StreamState):
             )
         assert self.live is not None
         predictor, (numel, dtype) = self.predictor, self.live
-        terms = predictor.terms()
+        terms = () if restarts else predictor.terms()
         if terms and predictor.decodes_in_place:
             value = terms[0]
         else:
             value = torch.empty(numel, dtype=dtype, device=payload.device)
         self._torn = True
-        session.decode(payload, terms, value)
+        try:
+            session.decode(payload, terms, value)
+        except PayloadError as error:
+            self._torn = False
+            raise FrameError(f"{self.where}: {error}. Nothing was applied; {_RESET}") from None
+        if restarts:
+            predictor.clear()
         predictor.advance(value, terms)
-        self.sequence += 1
+        self.moved_on(checksum)
         self._torn = False
         if session.remembers:
             session.commit()
             session.prepare()
         return value
 
-    def _take_key(self, frame: Tensor, header: Header, hint: MatrixView | None, refuse_state: bool) -> Tensor:
-        value = from_raw(payload_of(frame, header), header.numel, header.dtype)
-        self.sequence += 1
+    def _take_key(
+        self, payload: Tensor, header: Header, codec: Codec, hint: MatrixView | None, refuse_state: bool
+    ) -> Tensor | None:
+        """The value of a keyframe, now the history; ``None`` if its sender could not code it."""
+        numel, dtype, coded = header.numel, header.dtype, self.config.keyframe_for(codec)
+        if coded is None:
+            value = from_raw(payload, numel, dtype)
+        elif header.flags & NONFINITE:
+            return None
+        else:
+            value = torch.empty(numel, dtype=dtype, device=payload.device)
+            try:
+                coded.open(blocks(numel), dtype, payload.device).decode(payload, (), value)
+            except PayloadError as error:
+                raise FrameError(f"{self.where}: {error}. Nothing was applied; {_RESET}") from None
         self.refused = bool(header.flags & NO_STATE)
         if header.flags & (NONFINITE | NO_STATE) or refuse_state:
+            self.sequence += 1
             self.drop()
             return value
-        self.start(header.numel, header.dtype, hint)
+        self.start(numel, dtype, hint)
         if self.config.remembers:
             self.predictor.advance(value.clone(), ())
         self._torn = False
-        self.follow(header.next_groups, header.next_channels)
+        self.digest = 0
+        self.moved_on(header.checksum)
         return value
 
     def _check(
         self,
+        frame: Tensor,
         header: Header,
         codec: Codec,
         numel: int,
         dtype: torch.dtype,
+        step: int,
         epoch: int,
         hint: MatrixView | None,
-    ) -> None:
+    ) -> Tensor:
+        """The payload, 1-D uint8, once everything about the frame is known to be right; nothing has changed.
+
+        Raises:
+            FrameError: something is not right.
+        """
+
         def wrong(what: str, got: object, expected: object, remedy: str = _RESET) -> FrameError:
             return FrameError(
                 f"{self.where}: wrong {what}: the frame says {got}, expected {expected}. Nothing was applied; "
                 f"{remedy}. The frame: {header.describe()}"
             )
 
-        same_config = "wrap the group with the same configuration on every rank"
-        if header.key != self.key:
-            same_order = (
-                "make the calls of a step in the same order on both ends, or name them with key(); then " + _RESET
-            )
-            raise wrong("key", f"{header.key:016x}", f"{self.key:016x}", same_order)
-        if header.epoch != epoch:
-            raise wrong("epoch", header.epoch, epoch)
-        if (header.numel, header.dtype) != (numel, dtype):
-            same_tensor = "send and receive tensors of the same size and dtype"
-            raise wrong("size", f"{header.numel} x {header.dtype}", f"{numel} x {dtype}", same_tensor)
-        if header.codec != codec.fingerprint():
-            raise wrong("codec", f"{header.codec:08x}", f"{codec.fingerprint():08x} ({codec!r})", same_config)
-        if not header.flags & STATELESS and header.sequence != self.sequence:
-            raise wrong("sequence", header.sequence, self.sequence)
-        if header.flags & (STATELESS | KEY):
-            size = raw_nbytes(numel, dtype)
-        elif header.flags & NONFINITE:
-            size = 0
-        else:
-            if self.is_fresh(numel, dtype):
-                raise wrong("kind", "a residual", "a keyframe, for this end holds no history")
-            view = self.view or hint or blocks(numel)
-            got = (header.groups, header.rows, header.channels, header.layout)
-            expected = (*view.shape, view.hint)
+        def compare(what: str, got: object, expected: object, remedy: str = _RESET) -> None:
             if got != expected:
-                raise wrong("layout", got, expected, same_config)
-            size = codec.payload_nbytes(view.shape, torch.float32)
-        if header.payload_nbytes != size:
-            raise wrong("payload size", header.payload_nbytes, size, same_config)
-        if header.flags & NO_STATE and not header.flags & KEY:
-            raise wrong("flags", "no-state without key", "no-state on keyframes only", same_config)
-        per_row = header.next_groups * header.next_channels
-        announces = bool(header.next_groups or header.next_channels)
-        if announces and (per_row == 0 or numel % per_row):
+                raise wrong(what, got, expected, remedy)
+
+        fresh, lossless = self.live != (numel, dtype), codec.lossless
+        ours = self.header_of(codec, numel, dtype)
+        compare("epoch", header.epoch, epoch)
+        compare("stream", f"{header.stream:016x}", f"{self.fingerprint:016x}", _SAME_ORDER)
+        compare("step", header.step, step, _SAME_STEPS)
+        size = f"{header.numel} x {header.dtype}", f"{numel} x {dtype}"
+        compare("size", *size, "send and receive tensors of the same size and dtype; then " + _RESET)
+        if (header.codec, header.keyframe_codec) != (ours.codec, ours.keyframe_codec):
+            coding = f"{header.codec:08x}, keyframes {header.keyframe_codec:08x}"
+            expected = f"{ours.codec:08x} ({codec!r}), keyframes {ours.keyframe_codec:08x}"
+            raise wrong("codec", coding, expected, _SAME_CONFIG)
+        predictor = header.predictor, header.coefficient, header.coefficient_2
+        compare("predictor", predictor, (ours.predictor, ours.coefficient, ours.coefficient_2), _SAME_CONFIG)
+        compare("sequence", header.sequence, self.sequence)
+        compare("part", (header.part, header.parts, header.rate), (0, 1, 0), _SAME_CONFIG)
+        compare("kind of checksum", header.checksum_kind, CHECKSUM_WEIGHTED_SUM, _SAME_CONFIG)
+        flags, view = header.flags, None
+        if flags & _KINDS not in _FLAGS_OF_KINDS or flags & ~_KINDS & ~_FLAGS_OF_KINDS[flags & _KINDS]:
+            raise wrong("flags", f"{flags:#04x}", "one kind of frame, and what it may say", _SAME_CONFIG)
+        coded = self.config.keyframe_for(codec)
+        if flags & STATELESS or (flags & KEY and coded is None):
+            nbytes = raw_nbytes(numel, dtype)
+        elif flags & NONFINITE:
+            nbytes = 0
+        elif flags & KEY:
+            view, nbytes = blocks(numel), self.keyframe_nbytes(codec, numel, dtype)
+        elif fresh or lossless or self.keyframe_announced:
+            raise wrong("kind", "a residual", "a keyframe, for this end holds no history or was told of one")
+        else:
+            view = self.view or hint or blocks(numel)
+            nbytes = codec.payload_nbytes(view.shape, torch.float32)
+        shape = (0, 0, 0, 0) if view is None else (*view.shape, view.hint)
+        compare("layout", (header.groups, header.rows, header.channels, header.layout), shape, _SAME_CONFIG)
+        compare("payload size", header.payload_nbytes, nbytes, _SAME_CONFIG)
+        compare("digest of the history", f"{header.digest:016x}", f"{0 if flags & KEY else self.digest:016x}")
+        self._check_announcements(header, wrong)
+        payload = payload_of(frame, header)
+        if kernels.checksum_for(nbytes, payload.device)(payload) != header.checksum:
+            raise FrameError(
+                f"{self.where}: the payload is damaged (its checksum does not match). Nothing was applied; {_RESET}. "
+                f"The frame: {header.describe()}"
+            )
+        return payload
+
+    @staticmethod
+    def _check_announcements(header: Header, wrong: Callable[..., FrameError]) -> None:
+        per_row, numel = header.next_groups * header.next_channels, header.numel
+        if bool(header.next_groups or header.next_channels) and (per_row == 0 or numel % per_row):
             next_view = f"{header.next_groups} groups of rows of {header.next_channels}"
-            raise wrong("announced view", next_view, f"a divisor of {numel} elements", same_config)
+            raise wrong("announced view", next_view, f"a divisor of {numel} elements", _SAME_CONFIG)
+        if header.next_rate or header.next_kind > 1:
+            said = f"rate {header.next_rate}, kind {header.next_kind}"
+            raise wrong("announcement", said, "rate 0, kind 0 or 1", _SAME_CONFIG)
+        if header.flags & (STATELESS | NONFINITE | NO_STATE) and (per_row or header.next_kind):
+            raise wrong("announcement", "another view or kind", "none in a frame that starts no history", _SAME_CONFIG)

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Codec, residual_of
+from compactdist import kernels
+from compactdist.codecs.base import Codec, Terms, residual_of
 from compactdist.errors import LayoutError, NonFiniteError
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.find_view import find_view
+from compactdist.state.matrix_view import blocks
 from compactdist.state.relay import Relay, stop_sharing
 from compactdist.state.stream import Changes, Spares, Staged, StreamConfig, StreamState
 from compactdist.wire import (
+    HEADER_NBYTES,
     KEY,
     NO_STATE,
     NONFINITE,
+    RESTART,
+    SHAPE_NBYTES,
     STATELESS,
     Header,
-    header_bytes,
-    pack,
+    empty_frame,
     raw_payload,
+    seal,
     write_head,
 )
 
@@ -39,6 +45,24 @@ def _bounded(residual: Tensor) -> Tensor:
     return residual.clamp(-limit, limit)
 
 
+_SAMPLES, _SAMPLE = 16, 256
+"""Runs of elements that stand for a tensor, and elements of a run."""
+
+_FAR = 4.0
+"""How many times a residual must be larger than its tensor to be not worth coding."""
+
+
+def _is_far_larger(flat: Tensor, terms: Terms) -> bool:
+    """Whether the residual is far larger than the tensor, judged by the sums of magnitudes of some runs of each."""
+    run, residual = flat.numel() // _SAMPLES, flat
+    some = run > _SAMPLE
+    if some:
+        flat = residual = flat[: _SAMPLES * run].view(_SAMPLES, run)[:, :_SAMPLE]
+    for one in terms:
+        residual = residual - (one[: _SAMPLES * run].view(_SAMPLES, run)[:, :_SAMPLE] if some else one)
+    return float(residual.abs().sum()) > _FAR * float(flat.abs().sum())
+
+
 class StreamEncoder(StreamState):
     """Encoder of one directed stream inside a group: stages a frame, and commits once it is on its way.
 
@@ -46,19 +70,22 @@ class StreamEncoder(StreamState):
 
     Attributes:
         relay: relation to the incoming stream whose frames this one passes on; ``None`` if it never passed one on.
+        announce_keyframe: the next residual announces that a keyframe follows it. Set by whoever wants one; both ends
+            then expect it.
     """
 
-    __slots__ = ("_own_predictor", "_remembers", "_searched", "_spares", "relay")
+    __slots__ = ("_own_predictor", "_remembers", "_searched", "_spares", "announce_keyframe", "relay")
 
     def __init__(
         self,
         config: StreamConfig,
-        key: int,
+        fingerprint: int,
         where: str,
         spares: Spares | None = None,
         changes: Changes | None = None,
     ) -> None:
-        super().__init__(config, key, where, changes)
+        super().__init__(config, fingerprint, where, changes)
+        self.announce_keyframe = False
         self._searched = not config.find_layout
         self.relay: Relay | None = None
         self._spares = spares
@@ -91,6 +118,7 @@ class StreamEncoder(StreamState):
         codec: Codec,
         *,
         keyframe: bool,
+        step: int = 0,
         epoch: int = 0,
         frame_nbytes: int | None = None,
         refuse_state: bool = False,
@@ -104,6 +132,7 @@ class StreamEncoder(StreamState):
             x: any shape, a compressible dtype (any dtype the frame knows for a lossless codec).
             codec: how to code a residual.
             keyframe: send the tensor itself.
+            step: of the call, since the last reset.
             epoch: resets of the group so far.
             frame_nbytes: agreed frame size, padded with zeros; ``None``: no padding.
             refuse_state: say in the frame that this end keeps no history for the site.
@@ -115,55 +144,63 @@ class StreamEncoder(StreamState):
             The frame; :meth:`commit` or :meth:`withdraw` it.
 
         Raises:
-            NonFiniteError: ``x`` holds NaN or Inf and a residual was asked for.
+            NonFiniteError: ``x`` holds NaN or Inf and is to be coded.
             LayoutError: a residual was asked for, and no keyframe of this size and dtype came before it.
         """
         flat = x.detach().reshape(-1)
         if keyframe or codec.lossless:
-            header = self._header(flat, codec, epoch, shape)
-            return self._stage_key(flat, header, frame_nbytes, refuse_state, want_value)
-        return self._stage_residual(flat, codec, epoch, frame_nbytes, want_value, shape, row_weights)
+            return self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, shape)
+        return self._stage_residual(flat, codec, step, epoch, frame_nbytes, want_value, shape, row_weights)
 
-    def _header(
+    def _frame(self, header: Header, payload: Tensor, frame_nbytes: int | None = None) -> tuple[Tensor, Header]:
+        """A frame of a payload that exists, and its header with the checksum."""
+        frame, room = empty_frame(header.nbytes, payload.numel(), frame_nbytes, payload.device)
+        room.copy_(payload)
+        checksum = kernels.checksum_for(payload.numel(), payload.device)(room)
+        header = replace(header, payload_nbytes=payload.numel(), checksum=checksum)
+        return seal(frame, header), header
+
+    def _stage_key(
         self,
         flat: Tensor,
         codec: Codec,
+        step: int,
         epoch: int,
-        shape: tuple[int, ...] | None = None,
-        *,
-        flags: int = 0,
-        payload_nbytes: int = 0,
-    ) -> Header:
-        return Header(
-            codec=codec.fingerprint(),
-            key=self.key,
-            epoch=epoch,
-            sequence=self.sequence,
-            payload_nbytes=payload_nbytes,
-            numel=flat.numel(),
-            dtype=flat.dtype,
-            flags=flags,
-            shape=shape,
-        )
-
-    def _stage_key(
-        self, flat: Tensor, header: Header, frame_nbytes: int | None, refuse_state: bool, want_value: bool
+        frame_nbytes: int | None,
+        refuse_state: bool,
+        want_value: bool,
+        shape: tuple[int, ...] | None,
     ) -> Staged:
         flags = KEY | (NO_STATE if refuse_state else 0)
-        keeps = self.config.remembers and not refuse_state
-        if keeps and not bool(torch.isfinite(flat).all()):
-            flags |= NONFINITE
-            keeps = False
-        payload = raw_payload(flat)
-        header = replace(header, flags=flags, payload_nbytes=payload.numel())
-        value = _own(flat) if keeps or want_value else None
+        keeps, coded = self.config.remembers and not refuse_state, self.config.keyframe_for(codec)
+        fields: dict[str, Any] = {"step": step, "epoch": epoch, "shape": shape}
+        value: Tensor | None = None
+        if coded is None:
+            if keeps and not bool(torch.isfinite(flat).all()):
+                flags |= NONFINITE
+                keeps = False
+            payload = raw_payload(flat)
+            value = _own(flat) if keeps or want_value else None
+        else:
+            view = blocks(flat.numel())
+            session = coded.open(view, flat.dtype, flat.device)
+            payload = torch.empty(session.payload_nbytes, dtype=torch.uint8, device=flat.device)
+            value = torch.empty(flat.numel(), dtype=flat.dtype, device=flat.device) if keeps or want_value else None
+            try:
+                session.encode(flat, (), value, payload)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{self.where}: {error}") from None
+            fields |= {"groups": view.groups, "rows": view.rows, "channels": view.channels}
         exact = _own(flat) if keeps and self._own_predictor is not None else None
-        return Staged(pack(header, payload, frame_nbytes), header, value, (), exact)
+        header = self.header_of(codec, flat.numel(), flat.dtype, flags=flags, payload_nbytes=payload.numel(), **fields)
+        frame, header = self._frame(header, payload, frame_nbytes)
+        return Staged(frame, header, header.checksum, value, (), exact)
 
     def _stage_residual(
         self,
         flat: Tensor,
         codec: Codec,
+        step: int,
         epoch: int,
         frame_nbytes: int | None,
         want_value: bool,
@@ -176,23 +213,21 @@ class StreamEncoder(StreamState):
         if form is None or form.codec is not codec:
             form = self.form(codec, flat.device)
         session, header, own = form.session, form.head.header, self._own_predictor
-        if shape is None:
-            head = form.head.filled(epoch, self.sequence)
-        else:
-            header = replace(header, epoch=epoch, sequence=self.sequence, shape=shape)
-            head = header_bytes(header)
-        start, end = len(head), len(head) + session.payload_nbytes
+        start = HEADER_NBYTES if shape is None else HEADER_NBYTES + SHAPE_NBYTES
+        end = start + session.payload_nbytes
         frame = torch.empty(frame_nbytes or end, dtype=torch.uint8, device=flat.device)
         payload = frame[start:end]
         if frame_nbytes is not None and frame_nbytes > end:
             frame[end:].zero_()
         terms = self.predictor.terms()
+        if terms and flat.is_cpu and _is_far_larger(flat, terms if own is None else own.terms()):
+            terms, header = (), replace(header, flags=RESTART)
         value = None
         if want_value or self._remembers:
             spares = self._spares or Spares()
             value = spares.take(flat)
         # an open-loop sender's prediction is not the receiver's: encode against its own, decode with the receiver's
-        expected, out = (terms, value) if own is None else (own.terms(), None)
+        expected, out = (terms, value) if own is None or not terms else (own.terms(), None)
         try:
             session.encode(flat, expected, out, payload, row_weights=row_weights)
         except NonFiniteError as error:
@@ -207,24 +242,40 @@ class StreamEncoder(StreamState):
             raise
         if value is not None and out is None:
             session.decode(payload, terms, value)
-        staged = Staged(frame, header, value, terms, None if own is None else _own(flat), session=session)
-        if not self._searched and not header.layout:
-            self._search(staged, residual_of(flat, expected), epoch)
+        checksum = form.checksum(payload)
+        exact = None if own is None else _own(flat)
+        staged = Staged(frame, header, checksum, value, terms, exact, session=session)
+        searches = not self._searched and not header.layout
+        if searches:
+            self._search(staged, residual_of(flat, expected))
+        if shape is None and header is form.head.header and not searches and not self.announce_keyframe:
+            write_head(frame, form.head.filled(step, epoch, self.sequence, checksum, self.digest))
         else:
-            write_head(frame, head)
+            self._seal(staged, step, epoch, shape)
         return staged
 
-    def _search(self, staged: Staged, residual: Tensor, epoch: int) -> None:
-        """Look for a better matrix view in the first residual, and announce it in its frame."""
+    def _search(self, staged: Staged, residual: Tensor) -> None:
+        """Look for a better matrix view in the first residual; its frame announces what was found."""
         found = find_view(_bounded(residual))
         assert self.view is not None
         staged.searched = True
-        header = replace(staged.header, epoch=epoch, sequence=self.sequence)
         if found.shape != self.view.shape:
             staged.next_view = found
-            header = replace(header, next_groups=found.groups, next_channels=found.channels)
-        staged.header = header
-        write_head(staged.frame, header_bytes(header))
+            staged.header = replace(staged.header, next_groups=found.groups, next_channels=found.channels)
+
+    def _seal(self, staged: Staged, step: int, epoch: int, shape: tuple[int, ...] | None) -> None:
+        """Write the header of a residual frame that says more than its form: a shape, a restart, announcements."""
+        staged.header = replace(
+            staged.header,
+            step=step,
+            epoch=epoch,
+            sequence=self.sequence,
+            shape=shape,
+            checksum=staged.checksum,
+            digest=self.digest,
+            next_kind=int(self.announce_keyframe),
+        )
+        seal(staged.frame, staged.header)
 
     def stage_or_flag(
         self,
@@ -232,6 +283,7 @@ class StreamEncoder(StreamState):
         codec: Codec,
         *,
         keyframe: bool,
+        step: int,
         epoch: int,
         frame_nbytes: int,
         refuse_state: bool = False,
@@ -242,24 +294,44 @@ class StreamEncoder(StreamState):
         Returns:
             The frame, and the error to raise once the frame is on its way, or ``None``.
         """
-        flat = x.detach().reshape(-1)
-        if keyframe or codec.lossless:
-            header = self._header(flat, codec, epoch)
-            return self._stage_key(flat, header, frame_nbytes, refuse_state, want_value), None
+        flat, keyframe = x.detach().reshape(-1), keyframe or codec.lossless
         try:
-            return self._stage_residual(flat, codec, epoch, frame_nbytes, want_value, None, None), None
+            if keyframe:
+                staged = self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, None)
+            else:
+                staged = self._stage_residual(flat, codec, step, epoch, frame_nbytes, want_value, None, None)
+            return staged, None
         except NonFiniteError as error:
             # a traceback would keep the caller's tensors and works alive
             error.__context__ = error.__cause__ = None
             failure = error.with_traceback(None)
-        header = self._header(flat, codec, epoch, flags=NONFINITE)
-        return Staged(pack(header, flat.new_empty(0, dtype=torch.uint8), frame_nbytes), header), failure
+        header = self.header_of(
+            codec,
+            flat.numel(),
+            flat.dtype,
+            step=step,
+            epoch=epoch,
+            flags=NONFINITE | (KEY if keyframe else 0),
+            digest=0 if keyframe else self.digest,
+        )
+        frame, header = self._frame(header, flat.new_empty(0, dtype=torch.uint8), frame_nbytes)
+        return Staged(frame, header, header.checksum), failure
 
-    def stage_stateless(self, x: Tensor, codec: Codec, *, epoch: int) -> Staged:
+    def stage_stateless(self, x: Tensor, codec: Codec, *, step: int, epoch: int) -> Staged:
         """A frame of the tensor itself that touches no history (a pass-through the receiver cannot foresee)."""
         payload = raw_payload(x)
-        header = self._header(x, codec, epoch, flags=STATELESS, payload_nbytes=payload.numel())
-        return Staged(pack(header, payload), header)
+        header = self.header_of(
+            codec,
+            x.numel(),
+            x.dtype,
+            step=step,
+            epoch=epoch,
+            flags=STATELESS,
+            payload_nbytes=payload.numel(),
+            digest=self.digest,
+        )
+        frame, header = self._frame(header, payload)
+        return Staged(frame, header, header.checksum)
 
     def withdraw(self, staged: Staged) -> None:
         """Undo ``stage``: the frame will not be sent and leaves no trace in the stream."""
@@ -276,18 +348,23 @@ class StreamEncoder(StreamState):
         header = staged.header
         flags = header.flags
         if flags & STATELESS:
+            self.sequence += 1
             return
-        self.sequence += 1
         if flags & (NONFINITE | NO_STATE):
+            self.sequence += 1
             self.drop()
             return
         if flags & KEY:
             self.start(header.numel, header.dtype, hint)
+            self.digest = 0
             if self.relay is not None:
                 self.relay.owes_key = False
+        self.moved_on(staged.checksum)
         if staged.searched:
             self._searched = True
         if staged.value is not None:
+            if flags & RESTART:
+                self.predictor.clear()
             unused = self.predictor.advance(staged.value, staged.terms)
             if unused is not None and self._spares is not None:
                 self._spares.give(unused)
@@ -298,3 +375,7 @@ class StreamEncoder(StreamState):
             staged.session.prepare()
         if staged.next_view is not None:
             self._use(staged.next_view)
+        if header.next_kind:
+            self.announce_keyframe = False
+            self.keyframe_announced = True
+            self._changes.count += 1

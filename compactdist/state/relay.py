@@ -31,6 +31,7 @@ __all__ = [
     "announce",
     "can_announce",
     "digest_of",
+    "is_raw_key",
     "is_untouched",
     "join",
     "leave",
@@ -48,7 +49,8 @@ class Received:
         decoder: decoder of the stream, which has applied the frame.
         sequence: ``decoder.sequence`` after the frame; once they differ, the frame can no longer be passed on.
         header: header of the frame.
-        payload: payload of a residual, 1-D uint8; kept only where an outgoing stream relays this one.
+        checksum: of its payload.
+        payload: payload of a residual or a coded keyframe, 1-D uint8; kept only where an outgoing stream relays this one.
         digest: of the decoded tensor's bytes; kept only where an outgoing stream relays this one and the decoder's
             history does not hold those bytes.
     """
@@ -56,6 +58,7 @@ class Received:
     decoder: StreamDecoder
     sequence: int
     header: Header
+    checksum: int
     payload: Tensor | None = None
     digest: bytes | None = None
 
@@ -137,27 +140,40 @@ def same_state(encoder: StreamEncoder, decoder: StreamDecoder, *, compare: bool 
     return len(ours) == len(theirs) and (not compare or all(map(_equal, ours, theirs)))
 
 
-def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec, epoch: int) -> Staged:
+def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec, step: int, epoch: int) -> Staged:
     """Make the outgoing stream's frame of the payload that arrived on another stream.
 
     Args:
         encoder: of the outgoing stream; it must commit the result.
-        received: the frame that arrived; a residual needs its ``payload``.
+        received: the frame that arrived; all but a keyframe of the tensor's own bytes need its ``payload``.
         x: the tensor that the frame was decoded to.
         codec: codec of the outgoing stream.
+        step: of the call, since the last reset.
         epoch: resets of the group so far.
     """
     header = replace(
-        received.header, key=encoder.key, epoch=epoch, sequence=encoder.sequence, codec=codec.fingerprint()
+        received.header,
+        stream=encoder.fingerprint,
+        step=step,
+        epoch=epoch,
+        sequence=encoder.sequence,
+        codec=codec.fingerprint(),
+        checksum=received.checksum,
+        digest=0 if received.header.is_key else encoder.digest,
     )
-    payload = raw_payload(x) if header.is_key else received.payload
+    payload = raw_payload(x) if is_raw_key(header) else received.payload
     assert payload is not None
     value = exact = None
     config = encoder.config
     if config.remembers and not (encoder.relay and encoder.relay.shared):
         value = _copy(x)
         exact = _copy(x) if config.open_loop else None
-    return Staged(pack(header, payload), header, value, (), exact, announced(header))
+    return Staged(pack(header, payload), header, received.checksum, value, (), exact, announced(header))
+
+
+def is_raw_key(header: Header) -> bool:
+    """Whether the payload is a tensor's own bytes, which make its history."""
+    return header.is_key and not header.keyframe_codec
 
 
 def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Relay:
@@ -170,9 +186,9 @@ def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Rela
     """
     relay = encoder.relay = encoder.relay or Relay()
     if share and not relay.shared:
-        live, view = encoder.live, encoder.view
+        live, view, digest = encoder.live, encoder.view, encoder.digest
         encoder.drop()  # also frees what only encoding needs, such as the codec's memory
-        encoder.live, encoder.view, encoder.predictor = live, view, decoder.predictor
+        encoder.live, encoder.view, encoder.digest, encoder.predictor = live, view, digest, decoder.predictor
     relay.source, relay.passed, relay.shared, relay.owes_key = decoder, decoder.sequence, share, False
     return relay
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,10 +15,18 @@ from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.matrix_view import Layout
 from compactdist.state.quantized_history import StateForm
-from compactdist.state.stream import COMPRESSIBLE_DTYPES, StreamConfig
-from compactdist.wire import unpack
+from compactdist.state.stream import COMPRESSIBLE_DTYPES, StreamConfig, keyframe_codec
+from compactdist.wire import stream_fingerprint, unpack
 
 __all__ = ["ResidualDecoder", "ResidualEncoder"]
+
+
+_WHERE = "stand-alone stream"
+_NO_STEP = -1
+
+
+def _fingerprint(config: StreamConfig) -> int:
+    return stream_fingerprint("", _WHERE, repr(config))
 
 
 class ResidualEncoder:
@@ -31,6 +40,7 @@ class ResidualEncoder:
         order, damping, error_feedback, warmup_steps, find_layout, state: see :class:`StreamConfig`. The first
             ``warmup_steps`` frames, the first of all, and any frame of another size or dtype are keyframes.
         layout: hint for the matrix view of the flattened tensor; equal on both ends.
+        keyframe: codes keyframes; ``"raw"``: they carry the tensor's own bytes.
 
     Raises:
         ConfigError, UnknownCodecError: bad arguments.
@@ -47,11 +57,13 @@ class ResidualEncoder:
         find_layout: bool = True,
         layout: Layout | None = None,
         state: StateForm = "exact",
+        keyframe: str | dict[str, Any] | Codec = "raw",
     ) -> None:
         self.codec = codecs.get(codec)
-        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout, state)
+        coded = keyframe_codec(keyframe)
+        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout, state, coded)
         self.layout = layout
-        self._stream = StreamEncoder(self.config, 0, "stand-alone stream")
+        self._stream = StreamEncoder(self.config, _fingerprint(self.config), _WHERE)
         self._epoch = 0
         self._frames = 0
 
@@ -83,7 +95,13 @@ class ResidualEncoder:
         hint = self.layout.resolve(x.numel()) if self.layout is not None else None
         with torch.no_grad():
             staged = self._stream.stage(
-                x, self.codec, keyframe=keyframe, epoch=self._epoch, shape=tuple(x.shape), row_weights=row_weights
+                x,
+                self.codec,
+                keyframe=keyframe,
+                step=_NO_STEP,
+                epoch=self._epoch,
+                shape=tuple(x.shape),
+                row_weights=row_weights,
             )
             self._stream.commit(staged, hint)
         self._frames += 1
@@ -114,7 +132,8 @@ class ResidualDecoder:
     """Decode what a :class:`~compactdist.state.ResidualEncoder` of the same configuration encoded, in the same order.
 
     Args:
-        codec, order, damping, error_feedback, warmup_steps, find_layout, layout, state: as given to the encoder.
+        codec, order, damping, error_feedback, warmup_steps, find_layout, layout, state, keyframe: as given to the
+            encoder.
     """
 
     def __init__(
@@ -128,11 +147,13 @@ class ResidualDecoder:
         find_layout: bool = True,
         layout: Layout | None = None,
         state: StateForm = "exact",
+        keyframe: str | dict[str, Any] | Codec = "raw",
     ) -> None:
         self.codec = codecs.get(codec)
-        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout, state)
+        coded = keyframe_codec(keyframe)
+        self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout, state, coded)
         self.layout = layout
-        self._stream = StreamDecoder(self.config, 0, "stand-alone stream")
+        self._stream = StreamDecoder(self.config, _fingerprint(self.config), _WHERE)
         self._epoch = 0
 
     def decode(self, frame: Tensor) -> Tensor:
@@ -146,9 +167,22 @@ class ResidualDecoder:
         header = unpack(frame, self._stream.where)
         if header.shape is None:
             raise FrameError(f"{self._stream.where}: the frame carries no shape; it was made for a process group")
+        if math.prod(header.shape) != header.numel or header.numel >= 1 << 63:
+            raise FrameError(
+                f"{_WHERE}: the frame holds {header.numel} elements of shape {header.shape}; nothing was applied"
+            )
         hint = self.layout.resolve(header.numel) if self.layout is not None else None
         with torch.no_grad():
-            value = self._stream.decode(frame, self.codec, header.numel, header.dtype, epoch=self._epoch, hint=hint)
+            value = self._stream.decode(
+                frame,
+                self.codec,
+                header.numel,
+                header.dtype,
+                step=_NO_STEP,
+                epoch=self._epoch,
+                hint=hint,
+                header=header,
+            )
             return value.clone().view(header.shape)
 
     def reset(self) -> None:

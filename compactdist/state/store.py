@@ -9,7 +9,7 @@ from typing import Any
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.stream import Changes, Spares, StreamConfig
-from compactdist.wire import key_hash
+from compactdist.wire import stream_fingerprint
 
 __all__ = ["Site", "StateStore"]
 
@@ -19,7 +19,7 @@ class Site:
 
     Attributes:
         key: the site key.
-        hash: of the key, as frames carry it.
+        fingerprint: names the site's streams in frames.
         encoders, decoders: streams to and from peers (group ranks).
         changes: counts the changes of the streams that outdate a plan.
         plan: the :class:`~compactdist.exchange.plan.CallPlan` of the site's last call; only the exchanges use it.
@@ -31,9 +31,11 @@ class Site:
 
     ALL = -1
 
-    def __init__(self, key: str, config: StreamConfig, label: str, spares: Spares | None = None) -> None:
+    def __init__(
+        self, key: str, config: StreamConfig, label: str, fingerprint: int, spares: Spares | None = None
+    ) -> None:
         self.key = key
-        self.hash = key_hash(key)
+        self.fingerprint = fingerprint
         self._config = config
         self._label = label
         self._spares = spares
@@ -51,7 +53,7 @@ class Site:
         found = self.encoders.get(peer)
         if found is None:
             found = self.encoders[peer] = StreamEncoder(
-                self._config, self.hash, f"{self._label}, sending to rank {peer}", self._spares, self.changes
+                self._config, self.fingerprint, f"{self._label}, sending to rank {peer}", self._spares, self.changes
             )
         return found
 
@@ -60,7 +62,7 @@ class Site:
         found = self.decoders.get(peer)
         if found is None:
             where = f"{self._label}, frame from rank {peer}"
-            found = self.decoders[peer] = StreamDecoder(self._config, self.hash, where, self.changes)
+            found = self.decoders[peer] = StreamDecoder(self._config, self.fingerprint, where, self.changes)
         return found
 
     @property
@@ -84,6 +86,7 @@ class StateStore:
         config: how streams predict.
         label: start of every error message, naming group and rank.
         budget_bytes: cap on history tensors of this rank; ``None`` for no cap.
+        group: name of the group, equal on all ranks; frames of another group are refused.
 
     Attributes:
         known: all sites by key, for reading only.
@@ -91,9 +94,11 @@ class StateStore:
             count as state.
     """
 
-    def __init__(self, config: StreamConfig, label: str, budget_bytes: int | None) -> None:
+    def __init__(self, config: StreamConfig, label: str, budget_bytes: int | None, group: str = "") -> None:
         self.config = config
         self._label = label
+        self._group = group
+        self._described = repr(config)
         self.budget_bytes = budget_bytes
         self.spares = Spares()
         self._reserved = 0
@@ -105,7 +110,9 @@ class StateStore:
         found = self.known.get(key)
         if found is None:
             with self._lock:
-                found = self.known.setdefault(key, Site(key, self.config, f"{self._label}, site '{key}'", self.spares))
+                fingerprint = stream_fingerprint(self._group, key, self._described)
+                site = Site(key, self.config, f"{self._label}, site '{key}'", fingerprint, self.spares)
+                found = self.known.setdefault(key, site)
         return found
 
     def find(self, key: str) -> Site | None:

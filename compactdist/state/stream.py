@@ -7,19 +7,33 @@ so that either end can tell the size of the next frame before it arrives.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from compactdist import codecs, kernels
 from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.errors import ConfigError
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.history import Predictor, predictor_class
 from compactdist.state.matrix_view import blocks, plain
 from compactdist.state.quantized_history import STATE_FORMS, StateForm, make_predictor, state_copy_nbytes
-from compactdist.wire import HEADER_NBYTES, SHAPE_NBYTES, Header, HeadTemplate, raw_nbytes
+from compactdist.wire import HEADER_NBYTES, MASK64, SHAPE_NBYTES, Header, HeadTemplate, raw_nbytes
 
-__all__ = ["COMPRESSIBLE_DTYPES", "Changes", "Form", "Spares", "Staged", "StreamConfig", "StreamState", "state_nbytes"]
+__all__ = [
+    "COMPRESSIBLE_DTYPES",
+    "Changes",
+    "Form",
+    "Spares",
+    "Staged",
+    "StreamConfig",
+    "StreamState",
+    "keyframe_codec",
+    "state_nbytes",
+]
+
+_ODD = 0x9E3779B97F4A7C15
 
 COMPRESSIBLE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -40,6 +54,7 @@ class StreamConfig:
         state: what both ends keep of the last reconstruction (and velocity): ``"exact"``, in the tensor's dtype;
             ``"int8"`` or ``"fp8"`` (E4M3), one byte for each element and a bfloat16 scale for every 128. What the
             rounding loses is part of the next residual. Without effect at order 0, which keeps nothing.
+        keyframe: codes keyframes, in blocks of consecutive elements; ``None``: they carry the tensor's own bytes.
 
     Raises:
         ConfigError: a value is out of range, or error feedback is asked for without prediction.
@@ -51,10 +66,11 @@ class StreamConfig:
     warmup_steps: int = 1
     find_layout: bool = True
     state: StateForm = "exact"
+    keyframe: Codec | None = None
 
     def __repr__(self) -> str:
-        # groups compare this text: leaving out the default ``state`` keeps the text of versions without that option
-        shown = [name for name in (f.name for f in fields(self)) if name != "state" or self.state != "exact"]
+        later = {"state": "exact", "keyframe": None}
+        shown = [f.name for f in fields(self) if f.name not in later or getattr(self, f.name) != later[f.name]]
         return f"StreamConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def __post_init__(self) -> None:
@@ -65,8 +81,14 @@ class StreamConfig:
             raise ConfigError(f"damping must lie in [0, 1], got {self.damping!r}")
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps must be an integer >= 0, got {self.warmup_steps!r}")
+        if self.keyframe is not None and self.keyframe.lossless:
+            raise ConfigError(f"keyframe={self.keyframe!r} is lossless: leave it None for the tensor's own bytes")
         if self.error_feedback and not self.remembers:
             raise ConfigError("error_feedback=True needs a prediction to correct: use order=1 or 2, or leave it None")
+
+    def keyframe_for(self, codec: Codec) -> Codec | None:
+        """Codes the keyframes of a stream with this codec; ``None``: they carry the tensor's own bytes."""
+        return None if codec.lossless else self.keyframe
 
     @property
     def predictor(self) -> type[Predictor]:
@@ -88,9 +110,26 @@ class StreamConfig:
         """Whether a decoder's history holds the exact bytes of the tensor it decoded last."""
         return self.remembers and self.state == "exact"
 
+    @property
+    def coefficient(self) -> float:
+        """The predictor's coefficient as frames carry it, a float32; 0 where it has none."""
+        if self.predictor.copies < 2:
+            return 0.0
+        return float(torch.tensor(self.damping, dtype=torch.float32))
+
     def new_predictor(self) -> Predictor:
         """An empty predictor."""
         return make_predictor(self.order, self.damping, self.state)
+
+
+def keyframe_codec(keyframe: str | dict[str, Any] | Codec) -> Codec | None:
+    """The codec of keyframes as :class:`StreamConfig` has it, from an id, a configuration or a codec.
+
+    Raises:
+        UnknownCodecError, CodecConfigError: there is no such codec.
+    """
+    codec = codecs.get(keyframe)
+    return None if codec.lossless else codec
 
 
 class Spares:
@@ -128,17 +167,19 @@ class Form:
     Attributes:
         codec: codes the residuals.
         session: this end of the stream under that codec.
-        head: the bytes before the payload; epoch and sequence are filled in for each frame.
+        head: the bytes before the payload; what differs from frame to frame is filled in.
         frame_nbytes: bytes of every frame, header included, padding excluded.
+        checksum: sums up a payload.
     """
 
-    __slots__ = ("codec", "frame_nbytes", "head", "session")
+    __slots__ = ("checksum", "codec", "frame_nbytes", "head", "session")
 
     def __init__(self, codec: Codec, session: Session, head: HeadTemplate) -> None:
         self.codec = codec
         self.session = session
         self.head = head
         self.frame_nbytes = head.header.nbytes + session.payload_nbytes
+        self.checksum = kernels.checksum_for(session.payload_nbytes, session.device)
 
 
 @dataclass(slots=True)
@@ -147,7 +188,9 @@ class Staged:
 
     Attributes:
         frame: 1-D uint8, header and payload, padded to the agreed size.
-        header: header of the frame; in that of a residual, ``epoch`` and ``sequence`` mean nothing.
+        header: header of the frame; in that of a residual, ``step``, ``epoch``, ``sequence``, ``checksum`` and
+            ``digest`` mean nothing.
+        checksum: of the payload.
         value: what the receiver will reconstruct, flat ``[numel]``, the sender's dtype; ``None`` if not needed.
         terms: terms of the receiver's prediction; empty for a keyframe.
         exact: the sender's own values, flat; kept by an open-loop sender only.
@@ -158,6 +201,7 @@ class Staged:
 
     frame: Tensor
     header: Header
+    checksum: int
     value: Tensor | None = None
     terms: Terms = ()
     exact: Tensor | None = None
@@ -184,24 +228,41 @@ class StreamState:
 
     Attributes:
         config: how the stream predicts.
-        key: hash of the site key, as frames carry it.
+        fingerprint: names the stream in frames (:func:`compactdist.wire.stream_fingerprint`).
         predictor: holds the history, whose bytes are equal on both ends.
         live: (numel, dtype) of the history; ``None`` while the stream is empty.
         sequence: frames so far in this epoch; counts on when the history is dropped, so that a repeated or lost
             keyframe is noticed as well.
+        digest: of all payloads that made the history, in order; 0 while the stream is empty. Ends that have applied the
+            same frames have the same digest.
+        keyframe_announced: the last frame said that the next one is a keyframe.
         view: matrix view of the residuals; ``None`` until the stream is live.
         where: call site and ranks, for error messages.
     """
 
-    __slots__ = ("_changes", "_form", "config", "key", "live", "predictor", "sequence", "view", "where")
+    __slots__ = (
+        "_changes",
+        "_form",
+        "config",
+        "digest",
+        "fingerprint",
+        "keyframe_announced",
+        "live",
+        "predictor",
+        "sequence",
+        "view",
+        "where",
+    )
 
-    def __init__(self, config: StreamConfig, key: int, where: str, changes: Changes | None = None) -> None:
+    def __init__(self, config: StreamConfig, fingerprint: int, where: str, changes: Changes | None = None) -> None:
         self.config = config
-        self.key = key
+        self.fingerprint = fingerprint
         self.where = where
         self.predictor = config.new_predictor()
         self.live: tuple[int, torch.dtype] | None = None
         self.sequence = 0
+        self.digest = 0
+        self.keyframe_announced = False
         self.view: MatrixView | None = None
         self._form: Form | None = None
         self._changes = changes or Changes()
@@ -218,7 +279,7 @@ class StreamState:
 
     def is_fresh(self, numel: int, dtype: torch.dtype) -> bool:
         """Whether the stream holds no history for such a tensor, so that its next frame must be a keyframe."""
-        return self.live != (numel, dtype)
+        return self.live != (numel, dtype) or self.keyframe_announced
 
     def frame_nbytes(
         self, codec: Codec, numel: int, dtype: torch.dtype, *, keyframe: bool, with_shape: bool = False
@@ -226,9 +287,14 @@ class StreamState:
         """Bytes of the next frame, header included."""
         head = HEADER_NBYTES + (SHAPE_NBYTES if with_shape else 0)
         if keyframe or codec.lossless:
-            return head + raw_nbytes(numel, dtype)
+            return head + self.keyframe_nbytes(codec, numel, dtype)
         view = self.view if not self.is_fresh(numel, dtype) else None
         return head + codec.payload_nbytes((view or blocks(numel)).shape, torch.float32)
+
+    def keyframe_nbytes(self, codec: Codec, numel: int, dtype: torch.dtype) -> int:
+        """Bytes of a keyframe's payload."""
+        coded = self.config.keyframe_for(codec)
+        return raw_nbytes(numel, dtype) if coded is None else coded.payload_nbytes(blocks(numel).shape, torch.float32)
 
     def form(self, codec: Codec, device: torch.device) -> Form:
         """What the next residual frame shares with those before it. The stream must be live."""
@@ -240,14 +306,11 @@ class StreamState:
         assert self.view is not None
         view, (numel, dtype) = self.view, self.live
         session = codec.open(view, dtype, device)
-        header = Header(
-            codec=codec.fingerprint(),
-            key=self.key,
-            epoch=0,
-            sequence=0,
+        header = self.header_of(
+            codec,
+            numel,
+            dtype,
             payload_nbytes=session.payload_nbytes,
-            numel=numel,
-            dtype=dtype,
             layout=view.hint,
             groups=view.groups,
             rows=view.rows,
@@ -256,17 +319,46 @@ class StreamState:
         form = self._form = Form(codec, session, HeadTemplate(header))
         return form
 
+    def header_of(self, codec: Codec, numel: int, dtype: torch.dtype, **fields: Any) -> Header:
+        """A header with what all frames of the stream say, and the ``fields`` given."""
+        fields = {"step": 0, "epoch": 0, "sequence": self.sequence, "payload_nbytes": 0} | fields
+        coded = self.config.keyframe_for(codec)
+        return Header(
+            stream=self.fingerprint,
+            codec=codec.fingerprint(),
+            numel=numel,
+            dtype=dtype,
+            keyframe_codec=0 if coded is None else coded.fingerprint(),
+            predictor=self.config.order,
+            coefficient=self.config.coefficient,
+            **fields,
+        )
+
+    def moved_on(self, checksum: int) -> None:
+        """Count a frame whose payload has become part of the history."""
+        self.sequence += 1
+        # both steps can be undone, so digests that differ once differ for good
+        self.digest = ((self.digest ^ checksum) * _ODD + 1) & MASK64
+
     def start(self, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> None:
         """Make the stream live for tensors of this size, as its first keyframe does."""
-        if self.is_fresh(numel, dtype):
+        if self.live != (numel, dtype):
             self.drop()
             self.live = (numel, dtype)
             self._use(hint or blocks(numel))
+        elif self.keyframe_announced:
+            self.keyframe_announced = False
+            self._changes.count += 1
 
-    def follow(self, groups: int, channels: int) -> None:
-        """Use an announced matrix view from the next frame on (0, 0: no change)."""
-        if channels and self.live is not None:
-            self._use(plain(self.live[0], groups, channels))
+    def follow(self, header: Header) -> None:
+        """Do what a frame announced for the next one: another matrix view, a keyframe."""
+        if self.live is None:
+            return
+        if header.next_channels:
+            self._use(plain(self.live[0], header.next_groups, header.next_channels))
+        if header.next_kind:
+            self.keyframe_announced = True
+            self._changes.count += 1
 
     def _use(self, view: MatrixView | None) -> None:
         self.view = view
@@ -277,6 +369,8 @@ class StreamState:
         """Forget the history: the next frame is a keyframe."""
         self.predictor.clear()
         self.live = None
+        self.digest = 0
+        self.keyframe_announced = False
         self._use(None)
 
 

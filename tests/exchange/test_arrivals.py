@@ -19,7 +19,7 @@ class Incoming:
 
     def __init__(self, arrivals: Arrivals, store: StateStore, key: str = "a/send") -> None:
         self.arrivals, self.site = arrivals, store.site(key)
-        self.encoder = StreamEncoder(store.config, self.site.hash, "sender")
+        self.encoder = StreamEncoder(store.config, self.site.fingerprint, "sender")
 
     def into(self, x: torch.Tensor, *, by_size: bool = False) -> None:
         value = torch.randn(x.numel(), dtype=x.dtype)
@@ -137,7 +137,7 @@ def test_off_the_cpu_only_on_trust():
 def test_states_are_compared_by_what_the_host_knows_where_bytes_are_out_of_reach():
     _, store = setup()
     decoder = store.site("a").decoder(1)
-    encoder, other = StreamEncoder(store.config, store.site("a").hash, ""), StreamEncoder(store.config, 5, "")
+    encoder, other = StreamEncoder(store.config, store.site("a").fingerprint, ""), StreamEncoder(store.config, 5, "")
     for stream in (encoder, other):
         staged = stream.stage(torch.randn(N), CODEC, keyframe=True)
         stream.commit(staged)
@@ -153,7 +153,7 @@ def test_frames_without_history_and_switched_off_groups_leave_nothing():
     arrivals, store = setup()
     incoming = Incoming(arrivals, store)
     x = torch.empty(N)
-    staged = incoming.encoder.stage_stateless(torch.randn(N), CODEC, epoch=0)
+    staged = incoming.encoder.stage_stateless(torch.randn(N), CODEC, step=0, epoch=0)
     incoming.site.decoder(1).decode(staged.frame, CODEC, N, torch.float32)
     arrivals.put(incoming.site, 1, x, staged.frame)
     assert arrivals.found(x) is None

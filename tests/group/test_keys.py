@@ -8,7 +8,6 @@ import pytest
 
 from compactdist.errors import ConfigError
 from compactdist.group.keys import KeyBook
-from compactdist.wire import key_hash
 
 
 def book() -> KeyBook:
@@ -126,9 +125,3 @@ def test_many_threads_never_share_an_ordinal():
     for t in threads:
         t.join(20)
     assert len(seen) == len(set(seen)) == 2000
-
-
-def test_hash_is_fixed():
-    assert key_hash("a") != key_hash("b")
-    assert 0 <= key_hash("a") < 2**64
-    assert key_hash("") == int.from_bytes(bytes.fromhex("e4a6a0577479b2b4"), "little")

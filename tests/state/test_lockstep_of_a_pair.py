@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compactdist import codecs
 from compactdist.state import blocks
-from compactdist.wire import raw_nbytes, unpack
+from compactdist.wire import HEADER_NBYTES, SHAPE_NBYTES, raw_nbytes, unpack
 from tests.state import kit
 
 actions = st.lists(
@@ -67,7 +67,7 @@ def run(options, sequence, seed):
             else codecs.get(options["codec"]).payload_nbytes(view.shape, torch.float32)
         )
         assert header.payload_nbytes == payload
-        assert frame.numel() == 80 + 64 + payload
+        assert frame.numel() == HEADER_NBYTES + SHAPE_NBYTES + payload
         if keyframe:
             assert kit.same_bytes(y, values)
         if options["order"]:

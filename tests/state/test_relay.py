@@ -10,6 +10,7 @@ from compactdist.state import StreamConfig, StreamDecoder, StreamEncoder, plain
 from compactdist.state import relay as r
 from compactdist.state.matrix_view import Layout, MatrixView
 from compactdist.state.relay import Received
+from compactdist.wire import HEADER_NBYTES
 
 CODEC = codecs.get("int4")
 N = 256
@@ -30,7 +31,8 @@ class Chain:
         self.first.commit(staged)
         y = self.inner.decode(staged.frame, CODEC, x.numel(), x.dtype).clone()
         header = self.inner.header
-        return y, Received(self.inner, self.inner.sequence, header, staged.frame[80 : 80 + header.payload_nbytes])
+        payload = staged.frame[HEADER_NBYTES : HEADER_NBYTES + header.payload_nbytes]
+        return y, Received(self.inner, self.inner.sequence, header, self.inner.checksum, payload)
 
     def deliver(self, staged):
         self.outer.commit(staged)
@@ -58,7 +60,7 @@ def test_both_receivers_stay_equal(share, config):
     for t in range(1, 6):
         y, received = chain.arrive(x_at(t))
         assert relay.expects(received)
-        z = chain.deliver(r.pass_on(chain.outer, received, y, CODEC, 0))
+        z = chain.deliver(r.pass_on(chain.outer, received, y, CODEC, 0, 0))
         relay.passed = received.sequence
         assert torch.equal(y, z)
         assert all(map(torch.equal, chain.last.predictor.held, chain.inner.predictor.held))

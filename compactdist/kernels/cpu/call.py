@@ -29,6 +29,12 @@ from typing import NamedTuple
 U, V, RANK, NUMBERS, GAINS, SQUARES, LENGTH, REFITS, LEVELS, SCALES, NEAR = range(KIND, KIND + 11)
 """Of ``lowrank.py`` alone. ``NUMBERS``: float32 that a loop takes; which, it says."""
 
+WORDS, SUM = range(KIND, KIND + 2)
+"""Of ``checksum.py`` alone: how many words there are, and their sum."""
+
+RUN = 1024
+"""Words of a checksum that one thread takes at a time."""
+
 FIRST_PASS, FOLD, SECOND_PASS, APART_PASS = range(56, 88, 8)
 SIZE = 88
 

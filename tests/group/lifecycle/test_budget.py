@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compactdist.wire import HEADER_NBYTES
 from tests.group.lifecycle import kit
 from tests.launch import run_ranks
 from tests.lockstep import compare
@@ -109,7 +110,7 @@ def test_send_beyond_the_senders_budget():
                 assert stats.state_bytes == ONE
                 assert stats.sites["send/0>1/t1#0"].passed == {"state-budget": 4}
                 assert stats.sites["send/0>1/t1#0"].raw_bytes == 4 * ONE
-                assert stats.sites["send/0>1/t1#0"].wire_bytes == 4 * (ONE + 80)
+                assert stats.sites["send/0>1/t1#0"].wire_bytes == 4 * (ONE + HEADER_NBYTES)
             return kit.finish(dist)
 
     compare.check(run_ranks(body))
@@ -175,7 +176,7 @@ def test_chunks_of_odd_bytes_beside_refused_pairs():
             (site,) = dist.stats().sites.values()
             if rank == 0:
                 assert (site.calls, site.passed) == (1, {"state-budget": 3})
-                assert site.wire_bytes == 2 * (n * 2 + 10 + 80) + 3 * 2 * n * 2, "padding of keyframes only"
+                assert site.wire_bytes == 2 * (n * 2 + 10 + HEADER_NBYTES) + 3 * 2 * n * 2, "padding of keyframes only"
             else:
                 assert (site.calls, site.passed) == (4, {})
 

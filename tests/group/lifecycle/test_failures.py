@@ -164,7 +164,7 @@ def test_calls_in_different_order_are_noticed():
             dist.step()
             names = ("a", "b") if rank == 0 else ("b", "a")
             for name in names:
-                with dist.key(name), pytest.raises(FrameError, match=r"wrong key.*key\(\)"):
+                with dist.key(name), pytest.raises(FrameError, match=r"wrong stream.*key\(\)"):
                     kit.gather(dist, kit.tensor(rank))
 
     run_ranks(body)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed
 
+from compactdist.wire import HEADER_NBYTES
 from tests.group.kit import replace_inner
 from tests.group.lifecycle import kit
 from tests.launch import run_ranks
@@ -140,7 +141,7 @@ def test_explain_names_codec_ratio_and_reasons():
         for fact in ("1 x all_gather: no-step", "4 x all_gather: small", "4 x all_reduce: op", "4 steps"):
             assert fact in text, text
         assert f"{stats.raw_bytes} raw bytes as {stats.wire_bytes} wire bytes" in text
-        dead = 8 * (site.wire_bytes - (4 * kit.N + 80)) / 3 / kit.N
+        dead = 8 * (site.wire_bytes - (4 * kit.N + HEADER_NBYTES)) / 3 / kit.N
         assert site.last_wire_bits_per_element == pytest.approx(dead)
 
     run_ranks(body)

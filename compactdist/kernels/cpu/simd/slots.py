@@ -38,6 +38,7 @@ def _pointer_of(name: str, element: Any) -> Any:
 
 floats_at = _pointer_of("floats_at", types.float32)
 bytes_at = _pointer_of("bytes_at", types.uint8)
+words_at = _pointer_of("words_at", types.uint32)
 longs_at = _pointer_of("longs_at", types.int64)
 _bf16_at = _pointer_of("bf16_at", types.uint16)
 _f16_at = _pointer_of("f16_at", types.int16)
@@ -92,6 +93,17 @@ def next_part(args: Any, work: int) -> Any:
 def own_room(args: Any, work: int) -> Pointer:
     """The float32 that belong to this worker alone; to be asked for once in a loop."""
     return shifted_floats(room_at(args, _OWN_ROOM), _take(args, work + _WORKERS) * args[_OWN_EACH])
+
+
+@intrinsic
+def add_to(typing_context: Any, args: Any, slot: Any, value: Any) -> Any:
+    """Add to a slot that other threads add to as well, modulo 2**64."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        builder.atomic_rmw("add", builder.gep(arguments[0], [arguments[1]]), arguments[2], "monotonic")
+        return context.get_dummy_value()
+
+    return types.void(_BLOCK, types.int64, types.uint64), build
 
 
 @intrinsic
