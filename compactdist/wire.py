@@ -46,7 +46,6 @@ __all__ = [
     "is_frame",
     "pack",
     "seal",
-    "starts_with",
     "stream_fingerprint",
     "table",
     "unpack",
@@ -313,13 +312,6 @@ def write_head(frame: Tensor, head: bytes) -> Tensor:
     else:
         frame[: len(head)].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8))
     return frame
-
-
-def starts_with(frame: Tensor, head: bytes) -> bool:
-    """Whether a frame, contiguous and at least as long, begins with these bytes."""
-    if frame.is_cpu:
-        return bool((ctypes.c_char * len(head)).from_address(frame.data_ptr()).raw == head)
-    return frame[: len(head)].cpu().numpy().tobytes() == head
 
 
 def pack(header: Header, payload: Tensor, frame_nbytes: int | None = None) -> Tensor:

@@ -129,9 +129,9 @@ def checksum_for(nbytes: int, device: torch.device) -> Callable[[Tensor], int]:
     """
     if device.type != "cpu" or nbytes % 4 or not cpu_runs(nbytes):
         return weighted_sum
-    from compactdist.kernels.cpu import checksum
+    from compactdist.kernels.cpu import steps
 
-    return checksum.weighted_sum
+    return steps.weighted_sum
 
 
 @cache

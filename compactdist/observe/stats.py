@@ -222,7 +222,7 @@ class GroupStats:
         self, key: str, op: str, codec: str, *, raw: int, wire: int, keyframe: bool, numel: int, forwarded: bool = False
     ) -> None:
         """Count one compressed call: ``raw`` and ``wire`` bytes on the link, ``numel`` elements in all messages."""
-        site = self.site(key, op)
+        site = self._sites.get(key) or self.site(key, op)
         with self._lock:
             site.codec = codec
             site.calls += 1

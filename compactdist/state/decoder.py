@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from compactdist.wire import (
     from_raw,
     payload_of,
     raw_nbytes,
-    starts_with,
     unpack,
 )
 
@@ -34,11 +33,11 @@ __all__ = ["StreamDecoder"]
 _RESET = "call reset() on all ranks to start again from keyframes"
 _SAME_CONFIG = "wrap the group with the same configuration on every rank"
 _SAME_ORDER = (
-    "make the calls of a step in the same order on both ends, or name them with key(), and wrap groups in the same order "
-    "on every rank; then " + _RESET
+    "make the calls of a step in the same order on both ends, or name them with key(), and wrap groups in the same "
+    "order on every rank; then " + _RESET
 )
 _SAME_STEPS = (
-    "make the same calls of this group in every step on every rank, and the same calls of step(); then " + _RESET
+    "call step() at the same places on every rank, and make the same calls of this group in every step; then " + _RESET
 )
 
 _KINDS = KEY | STATELESS | RESTART
@@ -98,32 +97,22 @@ class StreamDecoder(StreamState):
             FrameError: the frame is not the expected one; nothing was applied.
             NonFiniteError: the sender's tensor held NaN or Inf; the stream restarts with a keyframe.
         """
-        form = None if header is not None else self._form
-        if form is not None and form.codec is codec and self.live == (numel, dtype) and not self.keyframe_announced:
-            # an expected residual that announces nothing: this end can make every byte of its header, and compare
-            payload = frame[HEADER_NBYTES : form.frame_nbytes]
-            if form.frame_nbytes <= frame.numel() and frame.stride(0) == 1 and payload.storage_offset() % 16 == 0:
-                checksum = form.checksum(payload)
-                head = form.head.filled(step, epoch, self.sequence, checksum, self.digest)
-                if starts_with(frame, head):
-                    self.header, self.checksum = form.head.header, checksum
-                    return self._take_residual(payload, checksum, form.session, restarts=False)
+        value = None if header is not None else self._take_expected(frame, codec, numel, dtype, step, epoch)
+        if value is not None:
+            return value
         header = header or unpack(frame, self.where)
         payload = self._check(frame, header, codec, numel, dtype, step, epoch, hint)
         flags = header.flags
-        if not flags & KEY and flags & NONFINITE:
-            value = None
-        elif flags & STATELESS:
+        if flags & STATELESS:
             value = from_raw(payload, numel, dtype)
+            self.sequence += 1
         elif flags & KEY:
             value = self._take_key(payload, header, codec, hint, refuse_state)
-        else:
-            restarts = bool(flags & RESTART)
-            value = self._take_residual(payload, header.checksum, self.form(codec, frame.device).session, restarts)
+        elif not flags & NONFINITE:
+            session = self.form(codec, frame.device).session
+            value = self._take_residual(payload, header.checksum, session, restarts=bool(flags & RESTART))
         self.header, self.checksum = header, header.checksum
-        if flags & STATELESS:
-            self.sequence += 1
-        elif value is None:
+        if value is None:
             self.sequence += 1
             self.drop()
             raise NonFiniteError(
@@ -131,9 +120,28 @@ class StreamDecoder(StreamState):
                 "written and this stream restarts with a keyframe. Find the source of the NaN, or let the site pass "
                 "through"
             )
-        else:
-            self.follow(header)
+        self.follow(header)
         return value
+
+    def _take_expected(
+        self, frame: Tensor, codec: Codec, numel: int, dtype: torch.dtype, step: int, epoch: int
+    ) -> Tensor | None:
+        """The value of an expected residual that announces nothing: this end can make every byte of its header.
+
+        ``None``: the frame is another one, or needs a closer look.
+        """
+        form = self._form
+        if form is None or form.codec is not codec or self.live != (numel, dtype) or self.keyframe_announced:
+            return None
+        payload = frame[HEADER_NBYTES : form.frame_nbytes]
+        if form.frame_nbytes > frame.numel() or frame.stride(0) != 1 or payload.storage_offset() % 16:
+            return None
+        checksum = form.checksum(payload)
+        head = form.head.filled(step, epoch, self.sequence, checksum, self.digest)
+        if frame[:HEADER_NBYTES].cpu().numpy().tobytes() != head:
+            return None
+        self.header, self.checksum = form.head.header, checksum
+        return self._take_residual(payload, checksum, form.session, restarts=False)
 
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
@@ -213,19 +221,8 @@ class StreamDecoder(StreamState):
         Raises:
             FrameError: something is not right.
         """
-
-        def wrong(what: str, got: object, expected: object, remedy: str = _RESET) -> FrameError:
-            return FrameError(
-                f"{self.where}: wrong {what}: the frame says {got}, expected {expected}. Nothing was applied; "
-                f"{remedy}. The frame: {header.describe()}"
-            )
-
-        def compare(what: str, got: object, expected: object, remedy: str = _RESET) -> None:
-            if got != expected:
-                raise wrong(what, got, expected, remedy)
-
-        fresh, lossless = self.live != (numel, dtype), codec.lossless
         ours = self.header_of(codec, numel, dtype)
+        compare = partial(self._compare, header)
         compare("epoch", header.epoch, epoch)
         compare("stream", f"{header.stream:016x}", f"{self.fingerprint:016x}", _SAME_ORDER)
         compare("step", header.step, step, _SAME_STEPS)
@@ -233,33 +230,18 @@ class StreamDecoder(StreamState):
         compare("size", *size, "send and receive tensors of the same size and dtype; then " + _RESET)
         if (header.codec, header.keyframe_codec) != (ours.codec, ours.keyframe_codec):
             coding = f"{header.codec:08x}, keyframes {header.keyframe_codec:08x}"
-            expected = f"{ours.codec:08x} ({codec!r}), keyframes {ours.keyframe_codec:08x}"
-            raise wrong("codec", coding, expected, _SAME_CONFIG)
+            compare("codec", coding, f"{ours.codec:08x} ({codec!r}), keyframes {ours.keyframe_codec:08x}", _SAME_CONFIG)
         predictor = header.predictor, header.coefficient, header.coefficient_2
         compare("predictor", predictor, (ours.predictor, ours.coefficient, ours.coefficient_2), _SAME_CONFIG)
         compare("sequence", header.sequence, self.sequence)
         compare("part", (header.part, header.parts, header.rate), (0, 1, 0), _SAME_CONFIG)
         compare("kind of checksum", header.checksum_kind, CHECKSUM_WEIGHTED_SUM, _SAME_CONFIG)
-        flags, view = header.flags, None
-        if flags & _KINDS not in _FLAGS_OF_KINDS or flags & ~_KINDS & ~_FLAGS_OF_KINDS[flags & _KINDS]:
-            raise wrong("flags", f"{flags:#04x}", "one kind of frame, and what it may say", _SAME_CONFIG)
-        coded = self.config.keyframe_for(codec)
-        if flags & STATELESS or (flags & KEY and coded is None):
-            nbytes = raw_nbytes(numel, dtype)
-        elif flags & NONFINITE:
-            nbytes = 0
-        elif flags & KEY:
-            view, nbytes = blocks(numel), self.keyframe_nbytes(codec, numel, dtype)
-        elif fresh or lossless or self.keyframe_announced:
-            raise wrong("kind", "a residual", "a keyframe, for this end holds no history or was told of one")
-        else:
-            view = self.view or hint or blocks(numel)
-            nbytes = codec.payload_nbytes(view.shape, torch.float32)
+        view, nbytes = self._expected_payload(header, codec, numel, dtype, hint)
         shape = (0, 0, 0, 0) if view is None else (*view.shape, view.hint)
         compare("layout", (header.groups, header.rows, header.channels, header.layout), shape, _SAME_CONFIG)
         compare("payload size", header.payload_nbytes, nbytes, _SAME_CONFIG)
-        compare("digest of the history", f"{header.digest:016x}", f"{0 if flags & KEY else self.digest:016x}")
-        self._check_announcements(header, wrong)
+        compare("digest of the history", f"{header.digest:016x}", f"{0 if header.is_key else self.digest:016x}")
+        self._check_announcements(header)
         payload = payload_of(frame, header)
         if kernels.checksum_for(nbytes, payload.device)(payload) != header.checksum:
             raise FrameError(
@@ -268,14 +250,43 @@ class StreamDecoder(StreamState):
             )
         return payload
 
-    @staticmethod
-    def _check_announcements(header: Header, wrong: Callable[..., FrameError]) -> None:
+    def _compare(self, header: Header, what: str, got: object, expected: object, remedy: str = _RESET) -> None:
+        if got != expected:
+            raise FrameError(
+                f"{self.where}: wrong {what}: the frame says {got}, expected {expected}. Nothing was applied; "
+                f"{remedy}. The frame: {header.describe()}"
+            )
+
+    def _expected_payload(
+        self, header: Header, codec: Codec, numel: int, dtype: torch.dtype, hint: MatrixView | None
+    ) -> tuple[MatrixView | None, int]:
+        """Matrix view and bytes of the payload of a frame of this kind.
+
+        Raises:
+            FrameError: there are no frames of this kind, or not now.
+        """
+        flags, kind = header.flags, header.flags & _KINDS
+        if kind not in _FLAGS_OF_KINDS or flags & ~kind & ~_FLAGS_OF_KINDS[kind]:
+            self._compare(header, "flags", f"{flags:#04x}", "one kind of frame, and what it may say", _SAME_CONFIG)
+        if kind == STATELESS or (kind == KEY and self.config.keyframe_for(codec) is None):
+            return None, raw_nbytes(numel, dtype)
+        if flags & NONFINITE:
+            return None, 0
+        if kind == KEY:
+            return blocks(numel), self.keyframe_nbytes(codec, numel, dtype)
+        if codec.lossless or self.is_fresh(numel, dtype):
+            self._compare(header, "kind", "a residual", "a keyframe, for this end holds no history or was told of one")
+        view = self.view or hint or blocks(numel)
+        return view, codec.payload_nbytes(view.shape, torch.float32)
+
+    def _check_announcements(self, header: Header) -> None:
         per_row, numel = header.next_groups * header.next_channels, header.numel
-        if bool(header.next_groups or header.next_channels) and (per_row == 0 or numel % per_row):
+        announces_view = bool(header.next_groups or header.next_channels)
+        if announces_view and (per_row == 0 or numel % per_row):
             next_view = f"{header.next_groups} groups of rows of {header.next_channels}"
-            raise wrong("announced view", next_view, f"a divisor of {numel} elements", _SAME_CONFIG)
-        if header.next_rate or header.next_kind > 1:
-            said = f"rate {header.next_rate}, kind {header.next_kind}"
-            raise wrong("announcement", said, "rate 0, kind 0 or 1", _SAME_CONFIG)
-        if header.flags & (STATELESS | NONFINITE | NO_STATE) and (per_row or header.next_kind):
-            raise wrong("announcement", "another view or kind", "none in a frame that starts no history", _SAME_CONFIG)
+            self._compare(header, "announced view", next_view, f"a divisor of {numel} elements", _SAME_CONFIG)
+        said = header.next_rate, header.next_kind
+        silent = header.flags & (STATELESS | NONFINITE | NO_STATE)
+        if said not in ((0, 0), (0, 1)) or (silent and (announces_view or any(said))):
+            text = f"rate {said[0]}, kind {said[1]}{', a view' if announces_view else ''}"
+            self._compare(header, "announcement", text, "nothing that this kind of frame does not say", _SAME_CONFIG)

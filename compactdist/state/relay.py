@@ -50,7 +50,7 @@ class Received:
         sequence: ``decoder.sequence`` after the frame; once they differ, the frame can no longer be passed on.
         header: header of the frame.
         checksum: of its payload.
-        payload: payload of a residual or a coded keyframe, 1-D uint8; kept only where an outgoing stream relays this one.
+        payload: of a residual or a coded keyframe, 1-D uint8; kept only where an outgoing stream relays this one.
         digest: of the decoded tensor's bytes; kept only where an outgoing stream relays this one and the decoder's
             history does not hold those bytes.
     """

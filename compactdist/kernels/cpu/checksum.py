@@ -1,45 +1,46 @@
-"""The checksum of bytes, compiled by Numba; see ``reference/checksum.py``."""
+"""The checksum of bytes, a sum of words on threads; compiled by Numba. See ``reference/checksum.py``."""
 
 from __future__ import annotations
 
-import ctypes
-import threading
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from compactdist.kernels.cpu import call
-from compactdist.kernels.cpu.call import RUN, Work
-from compactdist.kernels.cpu.native import address_of
-from compactdist.kernels.threads import team
+from compactdist.kernels.cpu.simd.slots import add_to, next_part, run, words_at
+from compactdist.kernels.spec import CHECKSUM_WEIGHT
 
-__all__ = ["weighted_sum"]
+__all__ = ["sum_all", "sum_runs"]
 
-_PAYLOAD, _WORDS, _THREADS, _FIRST_PASS = call.PAYLOAD, call.WORDS, call.THREADS, call.FIRST_PASS
-_RUNS, _ELEMENTS = _FIRST_PASS + call.COUNT, _FIRST_PASS + call.WORK_ELEMENTS
-_Entry = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p)
-
-
-class _Block(threading.local):
-    """A block for each thread."""
-
-    def __init__(self) -> None:
-        team.prepare()
-        self._memory = torch.zeros(call.SIZE, dtype=torch.int64)
-        self.slots = self._memory.numpy()
-        self.address = self._memory.data_ptr()
-        self.run = _Entry(address_of("words.sum_all"))
-        self.slots[call.TEAM] = team.address
-        self.slots[_FIRST_PASS : _FIRST_PASS + 8] = Work(0, 0, address_of("words.sum_runs")).slots()
+_RUN = call.RUN
+_u64, _at = np.uint64, np.uintp
+_PAYLOAD, _WORDS, _SUM, _FIRST_PASS = call.PAYLOAD, call.WORDS, call.SUM, call.FIRST_PASS
+_FIRST, _STEP, _LOW = _u64(CHECKSUM_WEIGHT), _u64(2 * CHECKSUM_WEIGHT), _u64((1 << 32) - 1)
 
 
-_block = _Block()
+def sum_runs() -> Any:
+    """A work over runs of words: adds their weighted sum to the block's."""
+
+    def body(args: Any) -> int:
+        words, count, total = words_at(args, _PAYLOAD), args[_WORDS], _u64(0)
+        lo, hi = next_part(args, _FIRST_PASS)
+        while lo < hi:
+            for n in range(_u64(lo * _RUN), _u64(min(hi * _RUN, count))):
+                # both factors are below 2**32, which is what vector units multiply
+                total += _u64(words[_at(n)]) * (_u64(_FIRST + n * _STEP) & _LOW)
+            lo, hi = next_part(args, _FIRST_PASS)
+        add_to(args, _SUM, total)
+        return 0
+
+    return body
 
 
-def weighted_sum(data: Tensor) -> int:
-    """As the reference; ``data`` is contiguous, on the CPU, a whole number of words, and begins with a whole word."""
-    words, block = data.numel() >> 2, _block
-    slots = block.slots
-    slots[_PAYLOAD], slots[_WORDS], slots[_THREADS] = data.data_ptr(), words, torch.get_num_threads()
-    slots[_RUNS], slots[_ELEMENTS] = -(-words // RUN), words
-    return block.run(block.address)
+def sum_all() -> Any:
+    """The weighted sum of the block's words."""
+
+    def body(args: Any) -> Any:
+        args[_SUM] = 0
+        run(args, _FIRST_PASS)
+        return args[_SUM]
+
+    return body

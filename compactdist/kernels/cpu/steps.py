@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compactdist.kernels.cpu import call
-from compactdist.kernels.cpu.call import LINEAR, LITTLE, MUCH, NEAREST, SIGN, TRITS, Work
+from compactdist.kernels.cpu.call import LINEAR, LITTLE, MUCH, NEAREST, RUN, SIGN, TRITS, Work
 from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.offsets import Offsets, offsets_of, offsets_of_blocks
 from compactdist.kernels.reference import LANES, TILE_ROWS
@@ -30,7 +30,7 @@ from compactdist.kernels.sections import Sections
 from compactdist.kernels.spec import KINDS, MatrixView, QuantizerSpec
 from compactdist.kernels.threads import team
 
-__all__ = ["DTYPES", "Block", "CpuSteps", "scratch", "steps_of"]
+__all__ = ["DTYPES", "Block", "CpuSteps", "scratch", "steps_of", "weighted_sum"]
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """What the loops take."""
@@ -43,6 +43,7 @@ caches if it begins a cache line: a line that is written without having been rea
 CACHE_LINE = 64
 """Bytes."""
 
+_MASK64 = (1 << 64) - 1
 _DYNAMIC = struct.Struct(f"={call.DYNAMIC}q")
 _Entry = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
 
@@ -377,3 +378,31 @@ class CpuSteps:
             scratch.address,
         )
         return bool(block.run(block.address))
+
+
+class _Sums(threading.local):
+    """A block for checksums, of each thread."""
+
+    def __init__(self) -> None:
+        team.prepare()
+        work = Work(0, 0, address_of("checksum.sum_runs"))
+        block = Block(address_of("checksum.sum_all"), {call.TEAM: team.address}, {call.FIRST_PASS: work})
+        self.slots, self.run, self.address = block.slots, block.run, block.address
+        self._block = block
+
+
+@cache
+def _sums() -> _Sums:
+    return _Sums()
+
+
+_RUNS, _WORK_WORDS = call.FIRST_PASS + call.COUNT, call.FIRST_PASS + call.WORK_ELEMENTS
+
+
+def weighted_sum(payload: Tensor) -> int:
+    """As ``reference/checksum.py``, of a whole number of words on the CPU that begin on 4 bytes and are contiguous."""
+    words, sums = payload.numel() >> 2, _sums()
+    slots = sums.slots
+    slots[call.PAYLOAD], slots[call.WORDS], slots[call.THREADS] = payload.data_ptr(), words, torch.get_num_threads()
+    slots[_RUNS], slots[_WORK_WORDS] = -(-words // RUN), words
+    return int(sums.run(sums.address)) & _MASK64
