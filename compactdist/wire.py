@@ -43,7 +43,7 @@ __all__ = [
     "STATELESS",
     "empty_frame",
     "explain",
-    "is_frame",
+    "frame_in",
     "pack",
     "seal",
     "stream_fingerprint",
@@ -358,14 +358,15 @@ def seal(frame: Tensor, header: Header) -> Tensor:
     return write_head(frame, header_bytes(header))
 
 
-def is_frame(data: Tensor) -> bool:
-    """Whether bytes on the CPU begin with an intact header of any length of frame; other bytes pass once in 2**96."""
-    flat = data.detach().reshape(-1).view(torch.uint8)[:HEADER_NBYTES]
-    raw = bytes(flat.numpy())
+def frame_in(data: Tensor) -> Header | None:
+    """The header that bytes on the CPU begin with; ``None`` if they begin with none, which 12 bytes of it show."""
+    raw = bytes(data.detach().reshape(-1).view(torch.uint8)[: HEADER_NBYTES + SHAPE_NBYTES].numpy())
     if len(raw) < HEADER_NBYTES or raw[: len(MAGIC)] != MAGIC:
-        return False
-    # a shape block is not there to be checked: frames with one are no messages of a group
-    return _header_sum(raw) == int.from_bytes(raw[-8:], "little")
+        return None
+    try:
+        return _parsed(raw, "")
+    except FrameError:
+        return None
 
 
 def unpack(frame: Tensor, where: str) -> Header:
@@ -382,7 +383,16 @@ def unpack(frame: Tensor, where: str) -> Header:
         raise FrameError(f"{where}: a frame is a 1-D uint8 tensor, got {frame.dtype} of shape {tuple(frame.shape)}")
     if frame.numel() < HEADER_NBYTES:
         raise FrameError(f"{where}: {frame.numel()} bytes are too few for a frame ({HEADER_NBYTES}-byte header)")
-    raw = bytes(frame[: min(HEADER_NBYTES + SHAPE_NBYTES, frame.numel())].cpu().numpy())
+    header = _parsed(bytes(frame[: HEADER_NBYTES + SHAPE_NBYTES].cpu().numpy()), where)
+    if header.nbytes + header.payload_nbytes > frame.numel():
+        raise FrameError(
+            f"{where}: the frame is cut short: {frame.numel()} bytes for a payload of {header.payload_nbytes} bytes"
+        )
+    return header
+
+
+def _parsed(raw: bytes, where: str) -> Header:
+    """The header at the beginning of these bytes, at least ``HEADER_NBYTES``."""
     values = dict(zip((field.name for field in FIELDS), _STRUCT.unpack_from(raw), strict=True))
     if values["magic"] != MAGIC:
         raise FrameError(
@@ -405,17 +415,12 @@ def unpack(frame: Tensor, where: str) -> Header:
             f"{flags:#04x}, dtype {values['dtype']}, {dims} dimensions); nothing was applied. Install one version on "
             "all ranks"
         )
-    header = Header(
+    return Header(
         flags=flags & ~SHAPE,
         dtype=DTYPES[values["dtype"]],
         shape=tuple(_SHAPE_STRUCT.unpack(block)[:dims]) if has_shape else None,
         **{name: values[name] for name in _PLAIN},
     )
-    if header.nbytes + header.payload_nbytes > frame.numel():
-        raise FrameError(
-            f"{where}: the frame is cut short: {frame.numel()} bytes for a payload of {header.payload_nbytes} bytes"
-        )
-    return header
 
 
 def table() -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from compactdist import _torch
-from compactdist.errors import BadOutputError, NonFiniteError
+from compactdist.errors import BadOutputError, FrameError, NonFiniteError
 from compactdist.exchange.arrivals import Arrival, Arrivals
 from compactdist.exchange.forward import Message
 from compactdist.exchange.link import Link
@@ -26,7 +26,7 @@ from compactdist.exchange.work import Job, Outbox, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import GroupStats, PassReason
 from compactdist.state import Site, Staged, StateStore, StreamConfig
-from compactdist.wire import NONFINITE, from_raw
+from compactdist.wire import NONFINITE, frame_in, from_raw
 
 if TYPE_CHECKING:
     from compactdist.exchange.patterns import Pattern
@@ -329,6 +329,13 @@ class Engine:
         """The value of one arrived part, flat; it may share memory with the frame or the history."""
         plan, decoder = flight.plan, part.stream
         if part.codec is None or decoder is None:
+            header = frame_in(data) if data.is_cpu else None
+            if header is not None:
+                raise FrameError(
+                    f"{self.label}, site '{plan.site.key}': a chunk from rank {part.peer} that this rank lets pass "
+                    f"through arrived as a frame ({header.describe()}). Nothing was written to its output; give all ranks "
+                    "the same policy, then call reset() on all ranks"
+                )
             return from_raw(data, part.numel, plan.dtype)
         pattern = plan.pattern
         if pattern.forwards:

@@ -19,7 +19,7 @@ from compactdist.exchange.work import Job, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import PassReason
 from compactdist.state import blocks
-from compactdist.wire import HEADER_NBYTES, STATELESS, from_raw, is_frame, raw_nbytes
+from compactdist.wire import HEADER_NBYTES, STATELESS, frame_in, from_raw, raw_nbytes
 
 __all__ = ["RECEIVE", "RECEIVE_EXACTLY", "SEND", "receive_any", "stream_name"]
 
@@ -179,7 +179,7 @@ def receive_any(engine: Engine, call_from: Callable[[int], Call], x: Tensor, tag
 
     def finish(may_write: bool) -> None:
         source = int(work._source_rank())
-        if not is_frame(frame):  # the sender let the message pass through
+        if frame_in(frame) is None:  # the sender let the message pass through
             engine.stats.passed("recv", PassReason.PEER, 0)
             if may_write:
                 with _torch.without_autograd():

@@ -63,7 +63,8 @@ def options_from_environment(environment: Mapping[str, str] | None = None) -> Op
 
     ``COMPACTDIST_CODEC`` and ``COMPACTDIST_KEYFRAME`` take a codec's id or its configuration,
     ``{"id": "int4", "scales": "block"}``; switches (``FORWARD``, ``FIND_LAYOUT``, ``ERROR_FEEDBACK``) take ``1``,
-    ``0``, ``true`` and ``false``, and ``COMPACTDIST_ERROR_FEEDBACK`` also ``auto``, which is ``None``. No variable sets a policy or layouts.
+    ``0``, ``true`` and ``false``, and ``COMPACTDIST_ERROR_FEEDBACK`` also ``auto``, which is ``None``. No variable sets
+    a policy or layouts.
 
     Args:
         environment: variables by name; ``None``: those of this process.

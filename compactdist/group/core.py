@@ -8,14 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from compactdist import _torch
-from compactdist.errors import ClosedGroupError
+from compactdist.errors import ClosedGroupError, FrameError
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.link import as_work
 from compactdist.exchange.patterns import Pattern
 from compactdist.exchange.plan import AutogradRule, Call, CallPlan, refusal
-from compactdist.exchange.work import FinishedWork, PendingWork
+from compactdist.exchange.work import FinishedWork, Job, PendingWork
 from compactdist.group.keys import KeyBook
 from compactdist.observe.stats import PassReason
+from compactdist.wire import HEADER_NBYTES, frame_in
 
 __all__ = ["GroupCore", "nbytes_of"]
 
@@ -143,6 +144,32 @@ class GroupCore:
                 self._give_back(left)
                 raise
         return parts
+
+    def _watched(self, work: Any, tensors: Sequence[Tensor], opts: Any = None) -> Any:
+        """The work of a receive that passed through; on a CPU, waiting for it makes sure that no frame came instead.
+
+        A peer that compresses what this rank takes for a plain message sends a frame. gloo takes it wherever it is not
+        longer than the tensor.
+        """
+        x = tensors[0]
+        if len(tensors) > 1 or not x.is_cpu or x.nbytes < HEADER_NBYTES or not x.is_contiguous():
+            return work
+
+        def look(_: bool) -> None:
+            header = frame_in(x)
+            if header is not None:
+                raise FrameError(
+                    f"{self._engine.label}: a message of {x.numel()} x {x.dtype} that this rank lets pass through "
+                    f"arrived as a frame ({header.describe()}); the tensor holds that frame, not the values. Give all "
+                    "ranks the same policy, call step() at the same places on all of them, and "
+                    "send and receive tensors of the same size and dtype; then call reset() on all ranks"
+                )
+
+        job = Job(work, look, None, (x,))
+        if opts is not None and not getattr(opts, "asyncOp", True):
+            job.finish_now()
+            return self._finished
+        return PendingWork((job,), list(tensors), self._future_pool)
 
     def _give_back(self, flights: Iterable[Flight | None]) -> None:
         """Undo the use of ordinals by calls that sent nothing, the last one first."""

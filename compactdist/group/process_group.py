@@ -249,7 +249,8 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
                 return self._fly(flight, list(tensors))
         else:
             self._pass("broadcast", PassReason.OP, nbytes)
-        return self.inner.broadcast(tensors, opts)
+        work = self.inner.broadcast(tensors, opts)
+        return work if engine.rank == root else self._watched(work, tensors, opts)
 
     # --- point-to-point; ranks are group ranks ------------------------------------------------------------------------
 
@@ -305,7 +306,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         """``tensors``: a list of one tensor; ``src``: group rank."""
         flight = self._receive_flight(tensors[0], src, tag) if len(tensors) == 1 else None
         if flight is None:
-            return self.inner.recv(tensors, src, tag)
+            return self._watched(self.inner.recv(tensors, src, tag), tensors)
         return self._fly(flight, list(tensors))
 
     @override
@@ -345,8 +346,10 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
             raise
 
         def plain(i: int) -> Callable[[], Any]:
-            op, call = p2p_op_list[i], self.inner.send if is_send[i] else self.inner.recv
-            return lambda: call([tensors[i]], op.group_peer, op.tag)
+            op, x = p2p_op_list[i], [tensors[i]]
+            if is_send[i]:
+                return lambda: self.inner.send(x, op.group_peer, op.tag)
+            return lambda: self._watched(self.inner.recv(x, op.group_peer, op.tag), x)
 
         calls = [flights[i] or plain(i) for i in order]
         device = tensors[0].device
