@@ -112,6 +112,14 @@ def group_store(group: Any) -> Any:
     return c10d._world.pg_map[group][1]
 
 
+def device_for_small_messages(group: Any) -> torch.device:
+    """A device whose tensors the group's collectives take: the CPU if it can be."""
+    kinds = {device.type for device in group._device_types}
+    if "cpu" in kinds or not kinds:
+        return torch.device("cpu")
+    return torch.device(min(kinds), torch.accelerator.current_device_index())
+
+
 def adopt_backends(wrapper: Any, inner: Any) -> None:
     """Hand the inner group's backends to the wrapper's C++ base, for C++ code that goes round Python (2.13)."""
     names = c10d.BackendConfig(c10d.Backend(c10d._world.pg_backend_config[inner])).get_device_backend_map()

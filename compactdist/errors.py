@@ -18,6 +18,7 @@ __all__ = [
     "NonFiniteError",
     "NotInitializedError",
     "PayloadError",
+    "StateMismatchError",
     "UnknownCodecError",
     "WrapTimeoutError",
 ]
@@ -53,6 +54,10 @@ class NonFiniteError(CompactDistError, ValueError):
 
 class FrameError(CompactDistError, RuntimeError):
     """A received frame is not the one this call site expects; nothing of it was applied."""
+
+
+class StateMismatchError(CompactDistError, RuntimeError):
+    """Both ends of a stream hold different histories (``check``)."""
 
 
 class BadOutputError(CompactDistError, ValueError):

@@ -333,8 +333,8 @@ class Engine:
             if header is not None:
                 raise FrameError(
                     f"{self.label}, site '{plan.site.key}': a chunk from rank {part.peer} that this rank lets pass "
-                    f"through arrived as a frame ({header.describe()}). Nothing was written to its output; give all ranks "
-                    "the same policy, then call reset() on all ranks"
+                    f"through arrived as a frame ({header.describe()}). Nothing was written to its output; give all "
+                    "ranks the same policy, then call reset() on all ranks"
                 )
             return from_raw(data, part.numel, plan.dtype)
         pattern = plan.pattern

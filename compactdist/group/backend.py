@@ -127,7 +127,7 @@ def _create(opts: Any, backend_options: Any) -> CompressedProcessGroup:
         opts.timeout.total_seconds(),
     )
     inner = _inner_group(opts)
-    return CompressedProcessGroup(inner, options, str(opts.group_id), owns_inner=True)
+    return CompressedProcessGroup(inner, options, str(opts.group_id), opts.store, owns_inner=True)
 
 
 def register_backend() -> None:

@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 from compactdist import _torch
 from compactdist.config import Options
-from compactdist.errors import ClosedGroupError, ConfigError
+from compactdist.errors import ClosedGroupError, ConfigError, StateMismatchError
 from compactdist.exchange.engine import Engine
 from compactdist.exchange.link import Link
 from compactdist.exchange.ops import patterns_by_op
 from compactdist.exchange.plan import Chooser
 from compactdist.exchange.work import FinishedWork, drain
 from compactdist.group.attach import Attachment
+from compactdist.group.check import check
 from compactdist.group.core import GroupCore
 from compactdist.group.identity import OwnName
 from compactdist.group.keys import KeyBook, check_name
@@ -61,11 +62,12 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         options: the configuration.
     """
 
-    def __init__(self, inner: Any, options: Options, name: str, *, owns_inner: bool = False) -> None:
+    def __init__(self, inner: Any, options: Options, name: str, store: Any, *, owns_inner: bool = False) -> None:
         check_rules(options)
         # (rank, size): torch refuses the (store, rank, size) overload for Python subclasses
         dist.ProcessGroup.__init__(self, inner.rank(), inner.size())  # type: ignore[call-arg,arg-type]
         self._inner = inner
+        self._store = store
         self.options = options
         self._name = name
         self._desc = "compactdist"
@@ -76,6 +78,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         self._pool: ThreadPoolExecutor | None = None
         self._pool_lock = threading.Lock()
         self._attachments: list[Attachment] = []
+        self._differences = 0
         self._requests: dict[str, Request] = {}
         self._restore_names: list[Callable[[], None]] = []
         self._keys = KeyBook()
@@ -259,6 +262,24 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
     def stats(self) -> Stats:
         """Totals and per-site counters of this rank."""
         return self._engine.stats.snapshot(self._engine.state_bytes())
+
+    def check(self) -> None:
+        """Make sure that both ends of every stream hold the same history, to the bit. Collective.
+
+        Exchanges under way are waited for first. Call it where no point-to-point message is on its way, on all ranks.
+        One all-gather of two integers for each rank; the memory of all histories is read once.
+
+        Raises:
+            StateMismatchError: on every rank, naming sites and ranks.
+        """
+        self._ready()
+        if self._engine.size == 1:
+            return
+        try:
+            check(self._engine, self._store, _torch.device_for_small_messages(self._inner), self._differences)
+        except StateMismatchError:
+            self._differences += 1
+            raise
 
     def reset_stats(self) -> None:
         """Start counting again; the history is untouched."""

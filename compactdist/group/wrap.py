@@ -71,10 +71,9 @@ def wrap(
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
     ranks = dist.get_process_group_ranks(group)
     common = _torch.group_store(_torch.default_group())
-    turn = agree(
-        _torch.group_store(group), common, str(group.group_name), group.rank(), ranks, chosen.fingerprint(), seconds
-    )
-    wrapped = CompressedProcessGroup(group, chosen, f"compactdist:{group.group_name}:{turn}")
+    store = _torch.group_store(group)
+    turn = agree(store, common, str(group.group_name), group.rank(), ranks, chosen.fingerprint(), seconds)
+    wrapped = CompressedProcessGroup(group, chosen, f"compactdist:{group.group_name}:{turn}", store)
     _torch.register(wrapped, group, wrapped._name)
     if any(_torch.supports_coalescing(group, device) for device in group._device_types if _usable(device)):
         _torch.patch_batch_isend_irecv(lambda g: isinstance(g, CompressedProcessGroup))

@@ -1,0 +1,90 @@
+"""Do all ranks hold what they should? One small all-gather on the inner group; names only where something differs."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactdist.errors import StateMismatchError
+from compactdist.exchange.engine import Engine
+from compactdist.exchange.work import drain
+from compactdist.state.digest import held_between, pair_digests
+
+__all__ = ["check"]
+
+_SHOWN = 8
+_TIMEOUT = timedelta(seconds=60)
+
+
+def check(engine: Engine, store: Any, device: torch.device, turn: int) -> None:
+    """Compare what both ends of every stream hold.
+
+    Args:
+        engine: engine of the group.
+        store: where ranks look up each other's sites if something differs.
+        device: that the inner group's collectives take.
+        turn: how many comparisons of this group have found a difference; the same on all ranks.
+
+    Raises:
+        StateMismatchError: on every rank, if the ends of some stream differ.
+    """
+    sites = engine.store.sites()
+    for site in sites:
+        drain(site)
+    me, size = engine.rank, engine.size
+    digests = [*pair_digests(sites, me, size, sends=True), *pair_digests(sites, me, size, sends=False)]
+    mine = torch.tensor([_signed(digest) for digest in digests], device=device)
+    everyones = torch.empty(size * mine.numel(), dtype=torch.int64, device=device)
+    engine.link.all_gather(everyones, mine, None).wait()
+    pairs = _differing(everyones.view(size, 2, size))
+    if pairs:
+        raise StateMismatchError(_explained(engine, store, turn, pairs))
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _differing(digests: Tensor) -> list[tuple[int, int]]:
+    """Directed pairs of ranks whose ends differ; ``digests``: ``(rank, sends or receives, peer)``."""
+    sent, received = digests[:, 0], digests[:, 1].t()
+    return [(int(i), int(j)) for i, j in (sent != received).nonzero()]
+
+
+def _explained(engine: Engine, store: Any, turn: int, pairs: list[tuple[int, int]]) -> str:
+    """The message: which sites differ, as far as this rank is one of the ends."""
+    me, sites, lines = engine.rank, engine.store.sites(), []
+    # two slots in turn: whoever comes to a slot again has read everyone's posts in the other one
+    here = f"compactdist/check/{turn % 2}"
+    for source, target in pairs:
+        if me in (source, target):
+            peer = target if me == source else source
+            held = {one.site: [one.frames, one.digest] for one in held_between(sites, me, peer, sends=me == source)}
+            store.set(f"{here}/{source}>{target}/{me}", json.dumps([turn, held]))
+    for source, target in pairs:
+        ends = [_posted(store, f"{here}/{source}>{target}/{rank}", turn) for rank in (source, target)]
+        differing = [key for key in sorted({*ends[0], *ends[1]}) if ends[0].get(key) != ends[1].get(key)]
+        for key in differing[:_SHOWN]:
+            sent, got = (end.get(key, [0])[0] for end in ends)
+            lines.append(f"site '{key}': rank {source} has sent {sent} frames, rank {target} has applied {got}")
+        if len(differing) > _SHOWN:
+            lines.append(f"and {len(differing) - _SHOWN} more sites between ranks {source} and {target}")
+    return (
+        f"{engine.label}: both ends of a stream must hold the same, and some do not:\n  "
+        + "\n  ".join(lines)
+        + "\nEqual counts mean that frames or histories differ. Call reset() on all ranks to start again from "
+        "keyframes; make the same calls on all ranks, and check() where no message is on its way"
+    )
+
+
+def _posted(store: Any, key: str, turn: int) -> dict[str, list[int]]:
+    """What a rank posted in this turn; its post of an earlier turn may still be there."""
+    while True:
+        store.wait([key], _TIMEOUT)
+        posted, held = json.loads(store.get(key).decode())
+        if posted == turn:
+            return dict(held)

@@ -1,0 +1,61 @@
+"""What one end of every stream holds, in 64 bits for each directed pair of ranks, so that ends can be compared."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from compactdist import kernels
+from compactdist.state.store import Site
+from compactdist.state.stream import StreamState
+from compactdist.wire import MASK64
+
+__all__ = ["Held", "held_between", "pair_digests"]
+
+
+class Held(NamedTuple):
+    """What one end of a stream holds.
+
+    Attributes:
+        site: the site key.
+        frames: frames since the last reset.
+        digest: of the frames and of the bytes of the history; equal on both ends.
+    """
+
+    site: str
+    frames: int
+    digest: int
+
+
+def _held(key: str, stream: StreamState) -> Held:
+    view = None if stream.view is None else (stream.view.shape, stream.view.hint)
+    facts = [stream.fingerprint, stream.sequence, stream.digest, stream.live, view, stream.keyframe_announced]
+    for tensor in stream.predictor.held:
+        data = tensor.reshape(-1).view(torch.uint8)
+        facts.append(kernels.checksum_for(data.numel(), data.device)(data))
+    text = repr(facts).encode()
+    return Held(key, stream.sequence, int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+
+
+def held_between(sites: Iterable[Site], rank: int, peer: int, *, sends: bool) -> Iterator[Held]:
+    """The streams from this rank to a peer, or from it: those that have seen a frame since the last reset.
+
+    A stream that all ranks receive is a stream to each of them.
+    """
+    for site in sites:
+        if sends:
+            streams: list[StreamState] = [site.encoders[to] for to in (peer, rank) if to in site.encoders]
+        else:
+            streams = [site.decoders[peer]] if peer in site.decoders else []
+        yield from (_held(site.key, stream) for stream in streams if stream.sequence)
+
+
+def pair_digests(sites: list[Site], rank: int, size: int, *, sends: bool) -> list[int]:
+    """For each rank, 64 bits of all streams from this rank to it, or from it to this rank; 0 for this rank itself."""
+    return [
+        sum(held.digest for held in held_between(sites, rank, peer, sends=sends)) & MASK64 if peer != rank else 0
+        for peer in range(size)
+    ]
