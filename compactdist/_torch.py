@@ -112,6 +112,21 @@ def group_store(group: Any) -> Any:
     return c10d._world.pg_map[group][1]
 
 
+def is_fake(group: Any) -> bool:
+    """Whether the group is torch's fake one, whose ranks never meet."""
+    return "fake" in str(group.name()).lower()
+
+
+def timeout_of(group: Any) -> float:
+    """Seconds that the group's collectives wait for other ranks."""
+    for device in group._device_types:
+        try:
+            return float(group._get_backend(device).options._timeout.total_seconds())
+        except (RuntimeError, AttributeError):
+            continue
+    return 1800.0
+
+
 def device_for_small_messages(group: Any) -> torch.device:
     """A device whose tensors the group's collectives take: the CPU if it can be."""
     kinds = {device.type for device in group._device_types}

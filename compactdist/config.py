@@ -51,6 +51,9 @@ class Options:
             concerned. A receiver of ``send`` or ``broadcast`` has no way to refuse and follows the sender, even beyond
             its cap. The cap does not count what the encoders of low-rank codecs keep for themselves. ``None``: no cap.
         sample_errors_every: measure the reconstruction error on every n-th call of a site; 0 never.
+        agree: ``"plans"``: before a collective that is new or has changed, all ranks make sure through the store that
+            they are about to do the same; ``"off"``: they do not, and a difference may end a process.
+        agree_timeout: seconds to wait there for other ranks; ``None``: as long as the inner group waits.
 
     Raises:
         ConfigError, UnknownCodecError, CodecConfigError: an impossible value.
@@ -71,6 +74,8 @@ class Options:
     forward: bool = True
     state_budget_bytes: int | None = None
     sample_errors_every: int = 0
+    agree: Literal["plans", "off"] = "plans"
+    agree_timeout: float | None = None
     _codec: Codec = field(init=False, repr=False)
     _policy: Policy | None = field(init=False, repr=False)
     _stream: StreamConfig = field(init=False, repr=False)
@@ -80,6 +85,10 @@ class Options:
         object.__setattr__(self, "_policy", as_policy(self.policy))
         if self.local not in ("reconstructed", "exact"):
             raise ConfigError(f"local is 'reconstructed' or 'exact', got {self.local!r}")
+        if self.agree not in ("plans", "off"):
+            raise ConfigError(f"agree is 'plans' or 'off', got {self.agree!r}")
+        if self.agree_timeout is not None and not self.agree_timeout > 0:
+            raise ConfigError(f"agree_timeout is a number of seconds above 0, got {self.agree_timeout!r}")
         _whole("min_numel", self.min_numel)
         _whole("sample_errors_every", self.sample_errors_every)
         if self.state_budget_bytes is not None:
@@ -166,6 +175,7 @@ class Options:
             "streams": repr(self._stream),
             "local": self.local,
             "min_numel": str(self.min_numel),
+            "agree": self.agree,
             "kernels": kernels.digest(),
         }
 

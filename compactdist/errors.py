@@ -18,6 +18,8 @@ __all__ = [
     "NonFiniteError",
     "NotInitializedError",
     "PayloadError",
+    "PlanMismatchError",
+    "PlanTimeoutError",
     "StateMismatchError",
     "UnknownCodecError",
     "WrapTimeoutError",
@@ -54,6 +56,14 @@ class NonFiniteError(CompactDistError, ValueError):
 
 class FrameError(CompactDistError, RuntimeError):
     """A received frame is not the one this call site expects; nothing of it was applied."""
+
+
+class PlanMismatchError(CompactDistError, RuntimeError):
+    """Ranks came to a collective call with different plans; nothing was sent."""
+
+
+class PlanTimeoutError(CompactDistError, TimeoutError):
+    """Some ranks did not come to a call that all ranks must agree on."""
 
 
 class StateMismatchError(CompactDistError, RuntimeError):

@@ -79,6 +79,11 @@ class Arrivals:
         self._trust = _Trust()
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing can be passed on."""
+        return not self._by_stream
+
+    @property
     def trusted(self) -> bool:
         """Whether this thread is inside :meth:`trust`."""
         return self._trust.depth > 0

@@ -20,6 +20,7 @@ from compactdist import _torch
 from compactdist.errors import BadOutputError, FrameError, NonFiniteError
 from compactdist.exchange.arrivals import Arrival, Arrivals
 from compactdist.exchange.forward import Message
+from compactdist.exchange.later import Later
 from compactdist.exchange.link import Link
 from compactdist.exchange.plan import Call, CallPlan, Chooser, Incoming, Outgoing
 from compactdist.exchange.work import Job, Outbox, drain
@@ -231,8 +232,16 @@ class Engine:
             flight.arrival.release()
             flight.arrival = None
 
-    def launch(self, flight: Flight) -> Job:
+    def waiting(self, flight: Flight, work: Later) -> Job:
+        """The job of a prepared flight that is launched later."""
+        return Job(work, partial(self.finish, flight), flight.plan.site)
+
+    def launch(self, flight: Flight, job: Job | None = None) -> Job:
         """Hand the frames to the inner group, commit and count. The lock is held.
+
+        Args:
+            flight: the call, prepared.
+            job: its job, if it is waiting; ``None``: a new one.
 
         Raises:
             Whatever the inner group raises; then the frames are withdrawn.
@@ -272,6 +281,8 @@ class Engine:
             if flight.own_output is not None:
                 pattern.keep_own(self, flight)
             flight.inputs, flight.own_input = (), None  # the caller may free its tensors from here on
+        if job is not None:
+            return job
         job = Job(flight.work, partial(self.finish, flight), None if pattern.sends_only else plan.site, flight.keep)
         if pattern.sends_only:
             self.outbox.add(plan.outgoing[0].peer, job)

@@ -42,6 +42,8 @@ class Pattern(ABC):
         op: the collective's name in the policy's terms.
         waits_for_earlier_calls: sizes depend on the frames of the site's earlier calls, so these are decoded first.
         forwards: frames that arrive may be passed on, and tensors that leave may go in a frame that arrived.
+        collective: all ranks of the group make the call, and must agree on its plan.
+        by_pair: a part's size and codec are known to its two ends only.
         whole_site: history is kept with all peers of a site or with none.
         sends_only: nothing arrives, and waiting for the work is waiting for the peer.
         receives_only: nothing leaves, so nothing is put on the link.
@@ -50,6 +52,8 @@ class Pattern(ABC):
     op: ClassVar[str]
     waits_for_earlier_calls: ClassVar[bool] = True
     forwards: ClassVar[bool] = False
+    collective: ClassVar[bool] = True
+    by_pair: ClassVar[bool] = False
     whole_site: ClassVar[bool] = False
     sends_only: ClassVar[bool] = False
     receives_only: ClassVar[bool] = False
@@ -213,6 +217,7 @@ class AllToAll(Pattern):
 
     op = "all_to_all"
     forwards = True
+    by_pair = True
 
     @staticmethod
     def histories(size: int) -> tuple[int, int, int]:

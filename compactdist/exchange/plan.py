@@ -154,6 +154,7 @@ class CallPlan:
         want_value: encoders return what the receiver will reconstruct, even where they keep no history.
         fresh: some part's next frame must be a keyframe.
         changes: the site's count of changes when ``fresh`` and the sizes were worked out.
+        agreed_at: epoch and part of the request (warm-up or not) in which all ranks agreed on this plan.
     """
 
     pattern: Pattern
@@ -172,6 +173,7 @@ class CallPlan:
     want_value: bool = False
     fresh: bool = True
     changes: int = -1
+    agreed_at: int = -1
 
     @property
     def parts(self) -> list[Outgoing | Incoming]:

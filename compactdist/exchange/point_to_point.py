@@ -37,6 +37,7 @@ class Send(OneMessage):
     """
 
     op = "send"
+    collective = False
     waits_for_earlier_calls = False
     forwards = True
     sends_only = True
@@ -91,6 +92,7 @@ class Receive(OneMessage):
     """
 
     op = "send"  # both ends ask the policy about the one message
+    collective = False
     waits_for_earlier_calls = False
     forwards = True
     receives_only = True

@@ -53,6 +53,8 @@ _FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "FORWARD": (_switch, "one of 1, 0, true, false"),
     "STATE_BUDGET_BYTES": (int, "an integer"),
     "SAMPLE_ERRORS_EVERY": (int, "an integer"),
+    "AGREE": (str, "a word"),
+    "AGREE_TIMEOUT": (float, "a number"),
 }
 _OF_ADAPTERS = frozenset({"XDIT"})
 """Names behind the prefix that adapters read and check themselves."""

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compactdist import _torch
 from compactdist.errors import ClosedGroupError, FrameError
 from compactdist.exchange.engine import Engine, Flight
+from compactdist.exchange.later import Departures, Later
 from compactdist.exchange.link import as_work
 from compactdist.exchange.patterns import Pattern
 from compactdist.exchange.plan import AutogradRule, Call, CallPlan, refusal
 from compactdist.exchange.work import FinishedWork, Job, PendingWork
+from compactdist.group.agreement import Agreement
 from compactdist.group.keys import KeyBook
+from compactdist.group.plans import AgreedPlans, publishes
 from compactdist.observe.stats import PassReason
-from compactdist.wire import HEADER_NBYTES, frame_in
+from compactdist.wire import HEADER_NBYTES, frame_in, from_raw, raw_nbytes
 
 __all__ = ["GroupCore", "nbytes_of"]
 
@@ -34,8 +39,11 @@ class GroupCore:
     _keys: KeyBook
     _finished: FinishedWork
     _closed: bool
-
     _adopted: bool
+    _agreement: Agreement | None
+    _plans: AgreedPlans
+    _departures: Departures
+    _warmup_steps: int
 
     def _adopt_backends(self) -> None:
         raise AssertionError("provided by the life cycle")
@@ -70,6 +78,8 @@ class GroupCore:
         stats.passed(op, reason, nbytes)
         if reason == PassReason.NO_STEP and stats.first_time(reason):
             self._warn_no_step(op)
+        if self._departures.busy and op not in ("send", "recv"):
+            self._departures.join()  # the inner group's collectives must not change their order
         if not self._adopted and _torch.called_by_ddp():
             self._adopt_backends()
 
@@ -98,11 +108,19 @@ class GroupCore:
         counted_as = "recv" if pattern.receives_only else pattern.op
         reason = refusal(engine.size, tensor, keys.engaged, autograd)
         if reason is not None:
+            if reason == PassReason.AUTOGRAD and pattern.collective:
+                self._agree_on_autograd(pattern, site)
             self._pass(counted_as, reason, nbytes)
             return None
         call = keys.take(site, pattern.op)
         try:
             plan = engine.plan(pattern, call, signature)
+            if plan.agreed_at < 0 and pattern.collective and self._plans.varies(call) and not pattern.by_pair:
+                plan.reason = plan.reason or PassReason.VARIES
+            if plan.reason is not None and pattern.collective:
+                self._departures.join()
+                if publishes(plan.reason):
+                    self._agree(call, plan)
         except BaseException:
             keys.give_back(call)
             raise
@@ -111,6 +129,68 @@ class GroupCore:
             engine.stats.passed(counted_as, plan.reason, nbytes, shown)
             return None
         return call, plan
+
+    def _agree_on_autograd(self, pattern: Pattern, site: str) -> None:
+        """Other ranks may be about to compress this call: they cannot see that its tensor requires grad here."""
+        if self._agreement is None or _torch.graph_task() != -1:
+            return
+        call = self._keys.take(site, pattern.op)
+        self._keys.give_back(call)
+        if self._plans.passes(call):
+            return
+        self._departures.join()
+        self._agree(call, None, PassReason.AUTOGRAD)
+        known = self._engine.store.find(call.site)
+        if known is not None:
+            known.plan = None  # compressing again needs an agreement
+
+    def _agree(self, call: Call, plan: CallPlan | None, reason: str = "") -> None:
+        """Agree with all ranks on what this call is, unless that is known."""
+        agreement = self._agreement
+        if agreement is not None:
+            subject = self._plans.subject(call, plan, reason)
+            if subject is not None:
+                agreement.agree(subject, self._departures.is_open)
+                self._plans.agreed(call, plan, reason)
+        if plan is not None:
+            plan.agreed_at = call.epoch << 1 | (0 <= call.step < self._warmup_steps)
+
+    def _agree_first(self, flight: Flight) -> Job | None:
+        """Agree on a call's plan before it leaves.
+
+        Returns:
+            The job of an asynchronous call that leaves later; ``None``: the call may leave now.
+        """
+        engine, plan, departures = self._engine, flight.plan, self._departures
+        asynchronous = getattr(flight.opts, "asyncOp", True) and (*flight.inputs, *flight.outputs)[0].is_cpu
+        waits = departures.busy or (self._agreement and self._plans.subject(flight.call, plan) is not None)
+        # a frame that arrived and is passed on holds its stream until it has left: that must not take long
+        if asynchronous and waits and (engine.arrivals.empty or not plan.pattern.forwards):
+            with engine.lock:
+                engine.prepare(flight)
+            later = Later()
+            job = engine.waiting(flight, later)
+            departures.add(partial(self._depart, flight, job, later))
+            return job
+        departures.join()
+        self._agree(flight.call, plan)
+        return None
+
+    def _depart(self, flight: Flight, job: Job, later: Later) -> None:
+        engine = self._engine
+        try:
+            try:
+                self._agree(flight.call, flight.plan)
+            except BaseException:
+                with engine.lock:
+                    engine.withdraw(flight)
+                raise
+            with engine.lock:
+                engine.launch(flight, job)
+        except BaseException as error:
+            later.fail(error)
+        else:
+            later.leave(flight.work)
 
     def _ship(self, calls: Sequence[Flight | Callable[[], Any]]) -> list[Any]:
         """Prepare all flights, then launch them and make the plain calls, in order.
@@ -129,6 +209,14 @@ class GroupCore:
         """
         engine, prepared, parts = self._engine, 0, []
         flights = [call for call in calls if isinstance(call, Flight)]
+        try:
+            for flight in flights:
+                if flight.plan.pattern.collective:
+                    self._departures.join()
+                    self._agree(flight.call, flight.plan)
+        except BaseException:
+            self._give_back(flights)
+            raise
         with engine.lock:
             try:
                 for flight in flights:
@@ -145,31 +233,53 @@ class GroupCore:
                 raise
         return parts
 
-    def _watched(self, work: Any, tensors: Sequence[Tensor], opts: Any = None) -> Any:
-        """The work of a receive that passed through; on a CPU, waiting for it makes sure that no frame came instead.
+    def _watched(self, work: Any, x: Tensor, data: Tensor, opts: Any = None) -> Any:
+        """The work of a receive that passed through; waiting for it makes sure that no frame came instead of values.
 
-        A peer that compresses what this rank takes for a plain message sends a frame. gloo takes it wherever it is not
-        longer than the tensor.
+        Args:
+            work: of the inner group.
+            x: the caller's tensor, on a CPU.
+            data: where the message arrives: ``x`` itself, or bytes.
+            opts: options of the call.
         """
-        x = tensors[0]
-        if len(tensors) > 1 or not x.is_cpu or x.nbytes < HEADER_NBYTES or not x.is_contiguous():
-            return work
 
-        def look(_: bool) -> None:
-            header = frame_in(x)
+        def look(may_write: bool) -> None:
+            header = frame_in(data)
             if header is not None:
                 raise FrameError(
                     f"{self._engine.label}: a message of {x.numel()} x {x.dtype} that this rank lets pass through "
-                    f"arrived as a frame ({header.describe()}); the tensor holds that frame, not the values. Give all "
-                    "ranks the same policy, call step() at the same places on all of them, and "
-                    "send and receive tensors of the same size and dtype; then call reset() on all ranks"
+                    f"arrived as a frame ({header.describe()}). The tensor holds no values of it; give all ranks the "
+                    "same policy, call step() at the same places on all of them, and send and receive tensors of the "
+                    "same size and dtype; then call reset() on all ranks"
                 )
+            if data is not x and may_write:
+                with _torch.without_autograd():
+                    x.copy_(from_raw(data, x.numel(), x.dtype).view(x.shape))
 
-        job = Job(work, look, None, (x,))
+        job = Job(work, look, None, (data,))
         if opts is not None and not getattr(opts, "asyncOp", True):
             job.finish_now()
             return self._finished
-        return PendingWork((job,), list(tensors), self._future_pool)
+        return PendingWork((job,), [x], self._future_pool)
+
+    def _receive_broadcast(self, tensors: Sequence[Tensor], opts: Any) -> Any:
+        """The work of a broadcast that passes through."""
+        x, work = tensors[0], self.inner.broadcast(tensors, opts)
+        looks = len(tensors) == 1 and x.is_cpu and x.nbytes >= HEADER_NBYTES and x.is_contiguous()
+        return self._watched(work, x, x, opts) if looks and opts.rootRank != self._engine.rank else work
+
+    def _receive_plainly(self, tensors: Sequence[Tensor], peer: int, tag: int) -> Any:
+        """The work of a receive that passes through.
+
+        gloo ends a process that is sent more than it expects, and a peer that compresses what this rank takes for a
+        plain message sends a header before the tensor's bytes: on a CPU there is room for that.
+        """
+        x = tensors[0]
+        small = x.numel() < self._engine.chooser.min_numel
+        if len(tensors) > 1 or small or not x.is_cpu or not x.is_contiguous():
+            return self.inner.recv(tensors, peer, tag)
+        data = torch.empty(HEADER_NBYTES + raw_nbytes(x.numel(), x.dtype), dtype=torch.uint8)
+        return self._watched(self.inner.recv([data], peer, tag), x, data)
 
     def _give_back(self, flights: Iterable[Flight | None]) -> None:
         """Undo the use of ordinals by calls that sent nothing, the last one first."""
@@ -184,13 +294,18 @@ class GroupCore:
             Whatever encoding or the inner group raises; no ordinal is used then. A synchronous call also raises the
             errors of decoding.
         """
-        engine = self._engine
-        with engine.lock:
-            try:
-                job = engine.launch(engine.prepare(flight))
-            except BaseException:
-                self._keys.give_back(flight.call)
-                raise
+        engine, call, plan = self._engine, flight.call, flight.plan
+        known = plan.agreed_at == (call.epoch << 1 | (0 <= call.step < self._warmup_steps))
+        try:
+            job = None
+            if not known or self._departures.busy:
+                job = self._agree_first(flight) if plan.pattern.collective else None
+            if job is None:
+                with engine.lock:
+                    job = engine.launch(engine.prepare(flight))
+        except BaseException:
+            self._keys.give_back(call)
+            raise
         if getattr(flight.opts, "asyncOp", True):
             return PendingWork((job,), result, self._future_pool)
         job.finish_now()

@@ -16,15 +16,18 @@ from compactdist import _torch
 from compactdist.config import Options
 from compactdist.errors import ClosedGroupError, ConfigError, StateMismatchError
 from compactdist.exchange.engine import Engine
+from compactdist.exchange.later import Departures
 from compactdist.exchange.link import Link
 from compactdist.exchange.ops import patterns_by_op
 from compactdist.exchange.plan import Chooser
 from compactdist.exchange.work import FinishedWork, drain
+from compactdist.group.agreement import Agreement
 from compactdist.group.attach import Attachment
 from compactdist.group.check import check
 from compactdist.group.core import GroupCore
 from compactdist.group.identity import OwnName
 from compactdist.group.keys import KeyBook, check_name
+from compactdist.group.plans import AgreedPlans
 from compactdist.group.request import Request
 from compactdist.group.torch_api import TorchDistributedAPI
 from compactdist.observe.estimate import Estimate, estimate
@@ -83,6 +86,10 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         self._restore_names: list[Callable[[], None]] = []
         self._keys = KeyBook()
         self._finished = FinishedWork()
+        self._departures = Departures()
+        self._warmup_steps = options.stream.warmup_steps
+        self._plans = AgreedPlans(self._warmup_steps)
+        self._agreement = self._agrees(inner, options)
         label = f"group '{name}', rank {inner.rank()}"
         self._engine = Engine(
             link=Link(inner),
@@ -99,6 +106,14 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             stats=GroupStats(),
             forward=options.forward,
         )
+
+    def _agrees(self, inner: Any, options: Options) -> Agreement | None:
+        """What ranks agree on plans with; ``None``: there is nobody to agree with, or they should not."""
+        if options.agree == "off" or inner.size() == 1 or _torch.is_fake(inner):
+            return None
+        timeout = options.agree_timeout or _torch.timeout_of(inner)
+        label = f"group '{self._name}', rank {inner.rank()}"
+        return Agreement(self._store, f"compactdist/plans/{self._name}", inner.rank(), inner.size(), label, timeout)
 
     # --- identity: the C++ name lives in the first backend, which is shared with the inner group, so it is shadowed ---
 
@@ -197,6 +212,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
 
     def _forget_request(self, request: Request) -> None:
         self._requests.pop(request.name, None)
+        self._plans.end_request(request.prefix)
         if not self._closed:
             self._engine.forget(request.prefix)
             self._engine.stats.fold(request.prefix)
@@ -328,6 +344,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         for site in self._engine.store.sites():
             if site.pending and all(job.is_ready() for job in site.pending):
                 drain(site)
+        self._departures.close(_FLUSH_SECONDS)
         flusher = threading.Thread(target=self._engine.outbox.flush, daemon=True, name="compactdist-flush")
         flusher.start()
         flusher.join(_FLUSH_SECONDS)
@@ -348,6 +365,10 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
 
     def _retire(self) -> None:
         self._closed = True
+        self._departures.close(0)
+        if self._agreement is not None:
+            self._agreement.close()
+            self._agreement = None
         self._engine.forget()
         if not self._owns_inner:
             self._let_go()

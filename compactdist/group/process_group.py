@@ -107,6 +107,8 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         self, flights: Sequence[Flight | None], plain: Sequence[Callable[[], Any]], result: list[Tensor]
     ) -> Any:
         """The work of several calls in one: compressed ones are all prepared before anything is sent."""
+        if len(flights) == 1 and flights[0] is not None:
+            return self._fly(flights[0], result)
         calls = [call if flight is None else flight for flight, call in zip(flights, plain, strict=True)]
         return self._work(self._ship(calls), result)
 
@@ -249,8 +251,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
                 return self._fly(flight, list(tensors))
         else:
             self._pass("broadcast", PassReason.OP, nbytes)
-        work = self.inner.broadcast(tensors, opts)
-        return work if engine.rank == root else self._watched(work, tensors, opts)
+        return self._receive_broadcast(tensors, opts)
 
     # --- point-to-point; ranks are group ranks ------------------------------------------------------------------------
 
@@ -306,7 +307,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         """``tensors``: a list of one tensor; ``src``: group rank."""
         flight = self._receive_flight(tensors[0], src, tag) if len(tensors) == 1 else None
         if flight is None:
-            return self._watched(self.inner.recv(tensors, src, tag), tensors)
+            return self._receive_plainly(tensors, src, tag)
         return self._fly(flight, list(tensors))
 
     @override
@@ -349,7 +350,7 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
             op, x = p2p_op_list[i], [tensors[i]]
             if is_send[i]:
                 return lambda: self.inner.send(x, op.group_peer, op.tag)
-            return lambda: self._watched(self.inner.recv(x, op.group_peer, op.tag), x)
+            return lambda: self._receive_plainly(x, op.group_peer, op.tag)
 
         calls = [flights[i] or plain(i) for i in order]
         device = tensors[0].device

@@ -9,7 +9,18 @@ from typing import Any
 from compactdist.errors import ConfigError
 from compactdist.group.keys import Clock, KeyBook
 
-__all__ = ["Request"]
+__all__ = ["Request", "without_request"]
+
+
+_PREFIX = "request:"
+
+
+def without_request(site: str) -> tuple[str, str]:
+    """A site key as the prefix of its request, empty without one, and the rest."""
+    if not site.startswith(_PREFIX):
+        return "", site
+    prefix, _, rest = site.partition("/")
+    return prefix, rest
 
 
 class Request:
@@ -22,7 +33,7 @@ class Request:
 
     def __init__(self, name: str, keys: KeyBook, forget: Callable[[Request], None]) -> None:
         self.name = name
-        self.prefix = f"request:{name}"
+        self.prefix = f"{_PREFIX}{name}"
         self._keys = keys
         self._forget = forget
         self._clock: Clock | None = Clock()

@@ -42,7 +42,7 @@ def wrap(
         timeout: how long to wait for the other ranks, seconds or timedelta.
         **settings: the other fields of :class:`Options`: ``policy``, ``warmup_steps``, ``order``, ``damping``,
             ``error_feedback``, ``local``, ``min_numel``, ``layouts``, ``find_layout``, ``state``, ``keyframe``,
-            ``forward``, ``state_budget_bytes``, ``sample_errors_every``.
+            ``forward``, ``state_budget_bytes``, ``sample_errors_every``, ``agree``, ``agree_timeout``.
 
     Returns:
         A :class:`CompressedProcessGroup`: a registered ProcessGroup that also carries torch.distributed's API. The

@@ -37,6 +37,7 @@ class PassReason(str, Enum):
     WORLD_SIZE = "world-size-1", "the group has one rank"
     BUDGET = "state-budget", "state_budget_bytes of this rank or a peer is used up"
     UNEVEN = "uneven", "chunks of unequal sizes"
+    VARIES = "shape-varies", "the site's tensors have changed more than eight times since the last reset"
     DEVICE = "device", "not possible on this device"
     PEER = "peer-passed", "the sender let it pass through"
 

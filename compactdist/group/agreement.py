@@ -1,0 +1,232 @@
+"""Ranks agree on something through the store, one thing after the other, before a byte of it travels.
+
+An agreement has a number ``epoch.n``; ``n`` counts from 0 in each epoch. A rank posts what it is about to do, compares
+a digest of that with the one that the first rank wrote (``compare_set``), and counts itself in (``add``). The last rank
+to come writes ``done``; a rank that finds another digest writes ``veto`` there. Everyone waits for that one key. It
+takes a fixed number of store calls a rank. Successful agreements leave a constant number of keys.
+
+Posts lie in two slots that are overwritten in turn. A rank that posts in a slot again has seen the end of the agreement
+in between, which all ranks have joined after they were through with this slot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from compactdist.errors import PlanMismatchError, PlanTimeoutError
+
+__all__ = ["Agreement", "Subject"]
+
+_log = logging.getLogger("compactdist")
+_POLL = timedelta(seconds=1)
+_WARN_SECONDS = 20.0
+_DONE, _VETO, _GONE = "done", "veto", "gone"
+
+
+class Subject(NamedTuple):
+    """What ranks agree on.
+
+    Attributes:
+        epoch: resets of the group so far.
+        facts: names and values that must be equal on all ranks.
+        pairs: for each rank, what this rank sends to it and gets from it; empty where ``facts`` say it all.
+    """
+
+    epoch: int
+    facts: Mapping[str, Any]
+    pairs: Sequence[tuple[str, str]] = ()
+
+
+class Agreement:
+    """One rank's part in the agreements of a group.
+
+    Args:
+        store: the group's store; the agreement works on a connection of its own.
+        prefix: of all keys; no other group of this store, before or after, has it.
+        rank, size: in the group.
+        label: names group and rank in error messages.
+        timeout: seconds to wait for the other ranks.
+    """
+
+    def __init__(self, store: Any, prefix: str, rank: int, size: int, label: str, timeout: float) -> None:
+        # a blocking wait holds a connection, and the caller's may be needed meanwhile
+        self._store = store.clone()
+        self._prefix = prefix
+        self._rank = rank
+        self._size = size
+        self._label = label
+        self._timeout = timeout
+        self._epoch = 0
+        self._number = 0
+        self._last = ""
+        self._ended = ""
+
+    def agree(self, subject: Subject, keep_waiting: Any = None) -> None:
+        """Wait until all ranks have come with the same subject.
+
+        Args:
+            subject: what this rank is about to do.
+            keep_waiting: called once a second; a false answer ends the wait.
+
+        Raises:
+            PlanMismatchError: some rank came with another subject. All ranks that come get this error.
+            PlanTimeoutError: some ranks did not come in time, or the wait was ended.
+        """
+        if subject.epoch != self._epoch:
+            self._epoch, self._number = subject.epoch, 0
+        name, slot = f"{self._epoch}.{self._number}", self._number % 2
+        self._number += 1
+        store = self._store
+        self._post(slot, name, subject)
+        digest = hashlib.blake2b(repr(sorted(subject.facts.items())).encode(), digest_size=12).hexdigest()
+        mine = f"{name}:{digest}"
+        found = self._found(mine)
+        self._last = found
+        done = self._key(f"done/{name}")
+        if found != mine:
+            other = found.partition(":")[0]
+            for key in {done, self._key(f"done/{other}")}:
+                store.compare_set(key, "", _VETO)
+            raise PlanMismatchError(self._difference(slot, subject))
+        if store.add(self._key(f"count/{name}"), 1) == self._size:
+            store.compare_set(done, "", _DONE)
+            store.delete_key(self._key(f"count/{name}"))
+            if self._ended:  # all ranks have seen the end of the agreement before this one
+                store.delete_key(self._key(f"done/{self._ended}"))
+        self._wait(done, slot, name, subject, keep_waiting)
+        if store.get(done).decode() != _DONE:
+            raise PlanMismatchError(self._difference(slot, subject))
+        self._ended = name
+        if subject.pairs:
+            self._compare_pairs(slot, name, subject)
+
+    def close(self) -> None:
+        """Remove this rank's keys. The last rank to close leaves none."""
+        for key in (f"post/0/{self._rank}", f"post/1/{self._rank}", f"late/{self._rank}"):
+            self._store.delete_key(self._key(key))
+        if self._store.add(self._key("closed"), 1) == self._size:
+            for key in ("now", "closed", f"done/{self._ended}"):
+                self._store.delete_key(self._key(key))
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}"
+
+    def _post(self, slot: int, name: str, subject: Subject) -> None:
+        post = json.dumps([name, dict(subject.facts), [list(pair) for pair in subject.pairs]])
+        self._store.set(self._key(f"post/{slot}/{self._rank}"), post)
+
+    def _posts(self, slot: int) -> dict[int, list[Any]]:
+        """The posts in a slot, by rank."""
+        keys = {rank: self._key(f"post/{slot}/{rank}") for rank in range(self._size)}
+        there = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        return {rank: json.loads(self._store.get(key).decode()) for rank, key in there.items()}
+
+    def _found(self, mine: str) -> str:
+        """What the first rank of this agreement wrote: ``mine``, or another rank's."""
+        store, now, expected = self._store, self._key("now"), self._last
+        while True:
+            found: str = store.compare_set(now, expected, mine).decode()
+            name = found.partition(":")[0]
+            if found == mine or name == mine.partition(":")[0]:
+                return found
+            if found == expected:  # the answer where there is no such key
+                expected = ""
+            elif store.check([self._key(f"done/{name}")]):
+                expected = found  # left by an agreement that has ended
+            else:
+                return found
+
+    def _wait(self, done: str, slot: int, name: str, subject: Subject, keep_waiting: Any) -> None:
+        began, warned = time.monotonic(), False
+        while True:
+            asked = time.monotonic()
+            try:
+                self._store.wait([done], _POLL)
+                return
+            except RuntimeError:
+                if time.monotonic() - asked < _POLL.total_seconds() / 2:
+                    raise  # not because it took too long: the store is gone
+                waited = time.monotonic() - began
+                ended = keep_waiting is not None and not keep_waiting()
+            if waited > _WARN_SECONDS and not warned:
+                warned = True
+                self._store.set(self._key(f"late/{self._rank}"), name)
+                _log.warning("%s", self._missing(slot, name, subject, waited))
+            if waited > self._timeout or ended:
+                if self._store.compare_set(done, "", _GONE).decode() != _GONE:
+                    continue  # the others came at the last moment
+                raise PlanTimeoutError(self._missing(slot, name, subject, waited))
+
+    def _missing(self, slot: int, name: str, subject: Subject, waited: float) -> str:
+        posts = self._posts(slot)
+        here = {rank for rank, post in posts.items() if post[0] == name}
+        lines = []
+        for rank in sorted(set(range(self._size)) - here):
+            before = [post for number in (0, 1) if (post := self._posts(number).get(rank))]
+            last = max(before, key=lambda post: tuple(map(int, post[0].split("."))), default=None)
+            seen = "nothing yet" if last is None else f"{_shown(last[1])} (agreement {last[0]})"
+            lines.append(f"rank {rank}: last agreed on {seen}")
+        return (
+            f"{self._label}: waiting for {waited:.0f} s to agree on {_shown(subject.facts)} (agreement {name}); "
+            "missing: "
+            + "; ".join(lines)
+            + ". A rank that is missing has not come to a call that is new to all: it makes other calls, has missed or "
+            "added a step() or reset(), or lets this call pass through. Make the same calls on all ranks; after this "
+            "error call reset() on all ranks"
+        )
+
+    def _difference(self, slot: int, subject: Subject) -> str:
+        posts = self._posts(slot)
+        ours = dict(subject.facts)
+        lines = []
+        for rank, (_, theirs, _) in sorted(posts.items()):
+            differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+            if rank != self._rank and differing:
+                values = ", ".join(
+                    f"{key}: {ours.get(key)} here, {theirs.get(key)} on rank {rank}" for key in differing
+                )
+                lines.append(f"{values} ({_cause(ours, theirs, rank)})")
+        return (
+            f"{self._label}, {_shown(ours)}: ranks are about to do different things: "
+            f"{'; '.join(lines) or 'another rank differs'}. Nothing was sent; mend that, and call reset() on all ranks"
+        )
+
+    def _compare_pairs(self, slot: int, name: str, subject: Subject) -> None:
+        pairs = {rank: post[2] for rank, post in self._posts(slot).items() if post[0] == name}
+        wrong = []
+        for source in range(self._size):
+            for target in range(self._size):
+                sent, expected = pairs[source][target][0], pairs[target][source][1]
+                if source != target and sent != expected:
+                    wrong.append(f"rank {source} sends {sent} to rank {target}, which expects {expected}")
+        if wrong:
+            raise PlanMismatchError(
+                f"{self._label}, {_shown(subject.facts)}: {'; '.join(wrong)}. Nothing was sent; mend that, and call "
+                "reset() on all ranks"
+            )
+
+
+def _shown(facts: Mapping[str, Any]) -> str:
+    return f"site '{facts.get('site')}', step {facts.get('step')}"
+
+
+def _cause(ours: Mapping[str, Any], theirs: Mapping[str, Any], rank: int) -> str:
+    """What most probably lies behind the first of several differences."""
+    if ours.get("epoch") != theirs.get("epoch"):
+        return "reset() was not called on all ranks"
+    if ours.get("step") != theirs.get("step"):
+        late = "this rank" if ours.get("step", 0) < theirs.get("step", 0) else f"rank {rank}"
+        return f"{late} missed a step(), or the other made one more"
+    if ours.get("site") != theirs.get("site"):
+        return "another key(), or calls in another order"
+    if ours.get("tensor") != theirs.get("tensor"):
+        return "tensors of different sizes or dtypes"
+    if ours.get("codec") != theirs.get("codec"):
+        return "a policy, layout or requires_grad that differs between ranks"
+    return "calls that differ between ranks"

@@ -1,0 +1,155 @@
+"""Which plans of collectives all ranks have agreed on, and what has to be agreed on before a call.
+
+A plan is agreed on when its site is first met, and when anything about it changes that the last frame has not
+announced. After a reset and at the end of the warm-up, one agreement covers all sites that were agreed on before: what
+their frames are then follows from epoch and step, which it compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter
+from typing import NamedTuple
+
+from compactdist.exchange.plan import Call, CallPlan, Incoming
+from compactdist.group.agreement import Subject
+from compactdist.group.request import without_request
+from compactdist.observe.stats import PassReason
+from compactdist.wire import MASK64
+
+__all__ = ["AgreedPlans", "publishes"]
+
+_PASSES = "passes through"
+
+MOST_CHANGES = 8
+"""A site whose tensors change more often than that between two resets passes through until the next one."""
+
+
+class _Token(NamedTuple):
+    """What stays the same about a site's plan between two agreements.
+
+    Attributes:
+        tensor, coding: equal on all ranks.
+        own: what only this rank and the peers of its chunks know.
+    """
+
+    tensor: str
+    coding: str
+    own: str = ""
+
+
+class AgreedPlans:
+    """The plans that ranks have agreed on.
+
+    Args:
+        warmup_steps: steps after a reset whose frames are all keyframes.
+    """
+
+    def __init__(self, warmup_steps: int) -> None:
+        self._warmup_steps = warmup_steps
+        self._lock = threading.Lock()
+        self._known: dict[str, _Token] = {}
+        self._digest = 0
+        self._epoch = 0
+        self._stages: set[tuple[str, bool]] = set()
+        self._changes: Counter[str] = Counter()
+
+    def varies(self, call: Call) -> bool:
+        """Whether the site's tensors have changed too often since the last reset."""
+        return self._changes[without_request(call.site)[1]] > MOST_CHANGES
+
+    def passes(self, call: Call) -> bool:
+        """Whether the site is unknown, or known to pass through."""
+        known = self._known.get(without_request(call.site)[1])
+        return known is None or known.tensor == _PASSES
+
+    def subject(self, call: Call, plan: CallPlan | None, reason: str = "") -> Subject | None:
+        """What must be agreed on before a call; ``None``: nothing.
+
+        Args:
+            call: the call.
+            plan: its plan; ``None`` for a call that passes through for ``reason``.
+            reason: why it passes through.
+        """
+        request, site = without_request(call.site)
+        token = _token(plan, reason)
+        with self._lock:
+            self._begin(call.epoch)
+            new_stage = (request, self._is_warm(call)) not in self._stages
+            if not new_stage and self._known.get(site) == token:
+                return None
+            facts = {"epoch": call.epoch, "step": call.step, "site": call.site, "op": call.op}
+            facts |= {"tensor": token.tensor, "codec": token.coding}
+            if new_stage:
+                facts["known sites"] = f"{len(self._known)} ({self._digest:016x})"
+        return Subject(call.epoch, facts, [] if plan is None else _pairs(plan))
+
+    def agreed(self, call: Call, plan: CallPlan | None, reason: str = "") -> None:
+        """All ranks have agreed on the subject of this call."""
+        request, site = without_request(call.site)
+        token = _token(plan, reason)
+        with self._lock:
+            self._begin(call.epoch)
+            self._stages.add((request, self._is_warm(call)))
+            before = self._known.get(site)
+            if before == token:
+                return
+            if before is not None:
+                self._digest = self._digest - _hash(site, before) & MASK64
+                self._changes[site] += before.tensor != token.tensor
+            self._known[site] = token
+            self._digest = self._digest + _hash(site, token) & MASK64
+
+    def end_request(self, prefix: str) -> None:
+        """A request has ended."""
+        with self._lock:
+            self._stages = {stage for stage in self._stages if stage[0] != prefix}
+
+    def _is_warm(self, call: Call) -> bool:
+        return 0 <= call.step < self._warmup_steps
+
+    def _begin(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._stages.clear()
+            self._changes.clear()
+
+
+def _token(plan: CallPlan | None, reason: str) -> _Token:
+    if plan is None or plan.reason is not None:
+        return _Token(_PASSES, reason or str(plan.reason if plan is not None else ""))
+    if plan.pattern.by_pair:
+        # a rank sees its own chunks only, so other ranks may not notice that their sizes change
+        return _Token(
+            f"chunks of {plan.dtype}", "by pair", repr(sorted({repr(p.codec) for p in plan.parts if p.codec}))
+        )
+    part = plan.parts[0]
+    hint = "" if part.hint is None else f", as {part.hint.shape} (hint {part.hint.hint:08x})"
+    return _Token(f"{part.numel} x {plan.dtype}", f"{part.codec!r}{hint}")
+
+
+def _pairs(plan: CallPlan) -> list[tuple[str, str]]:
+    """By rank, what this rank sends to it and expects of it, where pairs of ranks know what others do not."""
+    if plan.reason is not None or not plan.pattern.by_pair:
+        return []
+    pairs = [["", ""] for _ in range(len(plan.outgoing) + 1)]
+    for part in plan.parts:
+        hint = "" if part.hint is None else f", as {part.hint.shape} (hint {part.hint.hint:08x})"
+        pairs[part.peer][isinstance(part, Incoming)] = f"{part.numel} x {plan.dtype} ({part.codec!r}{hint})"
+    return [(sent, expected) for sent, expected in pairs]
+
+
+def _hash(site: str, token: _Token) -> int:
+    text = f"{site}\0{token.tensor}\0{token.coding}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def publishes(reason: PassReason) -> bool:
+    """Whether ranks must agree that a call passes through for this reason: not where each of them can see it."""
+    return reason not in _SEEN_BY_ALL
+
+
+_SEEN_BY_ALL: frozenset[PassReason] = frozenset(
+    (PassReason.OP, PassReason.DTYPE, PassReason.NO_STEP, PassReason.SMALL, PassReason.WORLD_SIZE, PassReason.UNEVEN)
+)
