@@ -19,8 +19,8 @@ from compactdist.kernels.cpu.simd.ints import (
     as_whole_floats,
     bins_of,
     bits_of,
+    borders_below,
     nearest_ints,
-    no_bits,
     raised,
     signed_floats,
     with_sign,
@@ -146,9 +146,7 @@ def nearest_codes(value: Any, u: Any, search: Any, trits: bool) -> Any:
         index = bits_of(chosen(count_below, bins))
         index = raised(index, u > chosen(border_in, bins), _u32(1))
     else:
-        index = no_bits()
-        for i in range(len(borders)):
-            index = raised(index, u > borders[i], _u32(1))
+        index = borders_below(u, borders)
     if trits:
         return raised(index, value < _f32(0), index)
     value = value + _f32(0)  # -0 counts as positive

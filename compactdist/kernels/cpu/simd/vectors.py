@@ -33,6 +33,9 @@ from compactdist.kernels.reference import LANES
 HOST: dict[str, bool] = get_host_cpu_features() if config.CPU_NAME is None else {}
 """What this processor can do, by LLVM's names; nothing is assumed of one that the user names to Numba."""
 
+AVX2 = HOST.get("avx2", False) and not HOST.get("avx512f", False)
+"""Registers of eight lanes are all there are, and there are sixteen of them."""
+
 _float, _i32 = ir.FloatType(), ir.IntType(32)
 
 
@@ -56,6 +59,7 @@ HALVES = Vector("halves", ir.IntType(16), LANES)
 MASK = Vector("mask", ir.IntType(1), LANES)
 SIXTEEN = Vector("sixteen", _float, 16)
 SIXTEEN_BITS = Vector("sixteen bits", ir.IntType(1), 16)
+EIGHT = Vector("eight", _float, 8)
 
 
 def full(value: Any, kind: Any = FLOATS) -> Any:
@@ -133,6 +137,18 @@ def joined(builder: Any, parts: list[Any]) -> Any:
         every = range(2 * parts[0].type.count)
         parts = [part(builder, a, every, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
+
+
+def by_eights(builder: Any, build: Callable[..., Any], *vectors: Any) -> Any:
+    """What ``build`` makes of eight lanes of vectors, for all lanes.
+
+    One register goes through all of it before the next begins, so that few are in use at a time.
+    """
+    parts = [
+        build(*(part(builder, vector, range(at, at + 8)) for vector in vectors))
+        for at in range(0, vectors[0].type.count, 8)
+    ]
+    return joined(builder, parts)
 
 
 def every_nth(builder: Any, vector: Any, width: int, first: int) -> Any:
@@ -218,6 +234,8 @@ def chosen(typing_context: Any, table: Any, index: Any) -> Any:
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         table, index = arguments
+        if AVX2:
+            return by_eights(builder, lambda index: _chosen_by_eights(builder, table, index), index)
         out = ir.Constant(FLOATS.of, ir.Undefined)
         if not HOST.get("avx512f", False):
             for lane in range(LANES):
@@ -231,3 +249,11 @@ def chosen(typing_context: Any, table: Any, index: Any) -> Any:
         return joined(builder, parts)
 
     return FLOATS(SIXTEEN, INTS), build
+
+
+def _chosen_by_eights(builder: Any, table: Any, index: Any) -> Any:
+    """``chosen`` for eight lanes: from both halves of the table, and which of the two says the bit above."""
+    name, halves = "llvm.x86.avx2.permps", (part(builder, table, range(8)), part(builder, table, range(8, 16)))
+    low, high = (call(builder, name, EIGHT.of, half, index) for half in halves)
+    upper = builder.bitcast(builder.shl(index, ir.Constant(index.type, [28] * 8)), EIGHT.of)
+    return call(builder, "llvm.x86.avx.blendv.ps.256", EIGHT.of, low, high, upper)
