@@ -152,15 +152,23 @@ def bits_of(typing_context: Any, x: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def with_sign(typing_context: Any, index: Any, x: Any, weight: Any) -> Any:
-    """Ints below ``weight``, a power of two, more by it where floats have their signs set, -0 too."""
+    """Ints below ``weight``, a power of two, more by it where floats are below 0; -0 is not."""
     value = weight.literal_value
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        bits = builder.bitcast(arguments[1], INTS.of)
+        if AVX2:
+            return by_eights(builder, lambda index, x: _with_sign_of_eight(builder, index, x, value), *arguments[:2])
+        bits = builder.bitcast(builder.fadd(arguments[1], full(0.0)), INTS.of)
         sign = builder.lshr(bits, full(31 - value.bit_length() + 1, INTS))
         return builder.or_(arguments[0], builder.and_(sign, full(value, INTS)))
 
     return INTS(INTS, FLOATS, weight), build
+
+
+def _with_sign_of_eight(builder: Any, index: Any, x: Any, weight: int) -> Any:
+    less = ir.Constant(ir.IntType(8), 17)
+    below = call(builder, "llvm.x86.avx.cmp.ps.256", EIGHT.of, x, ir.Constant(EIGHT.of, [0.0] * 8), less)
+    return builder.or_(index, builder.and_(builder.bitcast(below, _eight), ir.Constant(_eight, [weight] * 8)))
 
 
 @intrinsic

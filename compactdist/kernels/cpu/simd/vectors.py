@@ -231,29 +231,47 @@ def folded(typing_context: Any, x: Any) -> Any:
 @intrinsic
 def chosen(typing_context: Any, table: Any, index: Any) -> Any:
     """Elements of a table of 16 at ints below 16."""
+    return FLOATS(SIXTEEN, INTS), lambda context, builder, sig, arguments: _chosen(builder, *arguments)
+
+
+def _chosen(builder: Any, table: Any, index: Any) -> Any:
+    out = ir.Constant(FLOATS.of, ir.Undefined)
+    if not HOST.get("avx512f", False):
+        for lane in range(LANES):
+            at = builder.extract_element(index, ir.Constant(_i32, lane))
+            out = builder.insert_element(out, builder.extract_element(table, at), ir.Constant(_i32, lane))
+        return out
+    parts = [
+        call(builder, "llvm.x86.avx512.permvar.sf.512", SIXTEEN.of, table, part(builder, index, range(at, at + 16)))
+        for at in range(0, LANES, 16)
+    ]
+    return joined(builder, parts)
+
+
+@intrinsic(prefer_literal=True)
+def level_of(typing_context: Any, levels: Any, codes: Any, bits: Any) -> Any:
+    """Levels of codes of so many bits; of sixteen the upper eight are the lower eight with the other sign."""
+    width = bits.literal_value
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        table, index = arguments
-        if AVX2:
-            return by_eights(builder, lambda index: _chosen_by_eights(builder, table, index), index)
-        out = ir.Constant(FLOATS.of, ir.Undefined)
-        if not HOST.get("avx512f", False):
-            for lane in range(LANES):
-                at = builder.extract_element(index, ir.Constant(_i32, lane))
-                out = builder.insert_element(out, builder.extract_element(table, at), ir.Constant(_i32, lane))
-            return out
-        parts = [
-            call(builder, "llvm.x86.avx512.permvar.sf.512", SIXTEEN.of, table, part(builder, index, range(at, at + 16)))
-            for at in range(0, LANES, 16)
-        ]
-        return joined(builder, parts)
+        levels, codes, _ = arguments
+        if not AVX2:
+            return _chosen(builder, levels, codes)
+        if width == 2:
+            return by_eights(builder, lambda some: _level_of_four(builder, levels, some), codes)
+        return by_eights(builder, lambda some: _level_of_sixteen(builder, levels, some), codes)
 
-    return FLOATS(SIXTEEN, INTS), build
+    return FLOATS(SIXTEEN, INTS, bits), build
 
 
-def _chosen_by_eights(builder: Any, table: Any, index: Any) -> Any:
-    """``chosen`` for eight lanes: from both halves of the table, and which of the two says the bit above."""
-    name, halves = "llvm.x86.avx2.permps", (part(builder, table, range(8)), part(builder, table, range(8, 16)))
-    low, high = (call(builder, name, EIGHT.of, half, index) for half in halves)
-    upper = builder.bitcast(builder.shl(index, ir.Constant(index.type, [28] * 8)), EIGHT.of)
-    return call(builder, "llvm.x86.avx.blendv.ps.256", EIGHT.of, low, high, upper)
+def _level_of_four(builder: Any, levels: Any, codes: Any) -> Any:
+    twice = part(builder, levels, [0, 1, 2, 3, 0, 1, 2, 3])
+    return call(builder, "llvm.x86.avx.vpermilvar.ps.256", EIGHT.of, twice, codes)
+
+
+def _level_of_sixteen(builder: Any, levels: Any, codes: Any) -> Any:
+    # permutations across a whole register are slow, and one finds eight levels: a second one gives way to a sign
+    size = call(builder, "llvm.x86.avx2.permps", EIGHT.of, part(builder, levels, range(8)), codes)
+    sign = builder.shl(codes, ir.Constant(codes.type, [28] * 8))
+    sign = builder.and_(sign, ir.Constant(codes.type, [1 << 31] * 8))
+    return builder.bitcast(builder.xor(builder.bitcast(size, codes.type), sign), EIGHT.of)
