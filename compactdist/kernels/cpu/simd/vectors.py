@@ -75,10 +75,11 @@ def spread(builder: Any, scalar: Any, kind: Vector) -> Any:
 
 
 def unknown(builder: Any, scalar: Any) -> Any:
-    """A scalar of which LLVM does not see that it is constant: it would make numbers of masks to add
-    them, three instructions for the one that adds under a mask.
+    """A scalar, or a vector that fills a register, of which LLVM does not see that it is constant: it would make
+    numbers of masks to add them, three instructions for the one that adds under a mask.
     """
-    same = ir.InlineAsm(ir.FunctionType(scalar.type, [scalar.type]), "", "=r,0", False)
+    place = "=x,0" if isinstance(scalar.type, ir.VectorType) else "=r,0"
+    same = ir.InlineAsm(ir.FunctionType(scalar.type, [scalar.type]), "", place, False)
     return builder.call(same, [scalar], attrs=("readnone", "nounwind"))
 
 
