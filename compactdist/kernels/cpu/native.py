@@ -131,10 +131,12 @@ def _built(function: Any) -> _Loaded:
 
 
 def _compiled(function: Any) -> bytes:
-    from compactdist.kernels.cpu.simd import jit
+    from compactdist.kernels.cpu.simd import jit, vectors
 
     text, name = jit.ir_of(function)
-    module = binding.parse_assembly(_DEFINITION.sub(rf"\1 alignstack({_STACK_ALIGNMENT}) {{", text))
+    if vectors.AVX2:  # with twice as many registers next to nothing is kept on the stack
+        text = _DEFINITION.sub(rf"\1 alignstack({_STACK_ALIGNMENT}) {{", text)
+    module = binding.parse_assembly(text)
     for one in [*module.functions, *module.global_variables]:
         if not one.is_declaration:
             one.linkage = "internal"
