@@ -50,7 +50,7 @@ from compactdist.kernels.cpu.simd.sixteen import (
     store_sixteen,
 )
 from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT, bytes_at, next_part, own_room
-from compactdist.kernels.cpu.simd.vectors import as_floats, chosen, lane_mask, magnitude, negative, where, zeros
+from compactdist.kernels.cpu.simd.vectors import as_floats, lane_mask, level_of, magnitude, negative, where, zeros
 from compactdist.kernels.reference import LANES
 
 _f32 = np.float32
@@ -117,7 +117,7 @@ def code_nearest(given: Any, at: int, kept: int, count: int, have: int, sums: An
     value = load(values, kept)
     codes = nearest_codes(value, magnitude(value) * inverse, search, False)
     store_codes(codes, bits, to, at, count)
-    level = chosen(levels, codes)
+    level = level_of(levels, codes, bits)
     if count < LANES:
         level = where(lane_mask(count), level, zeros())
     store(level, values, kept)

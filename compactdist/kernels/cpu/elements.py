@@ -19,8 +19,8 @@ from compactdist.kernels.cpu.simd.ints import (
     as_whole_floats,
     bins_of,
     bits_of,
+    borders_below,
     nearest_ints,
-    no_bits,
     raised,
     signed_floats,
     with_sign,
@@ -29,7 +29,7 @@ from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, type
 from compactdist.kernels.cpu.simd.memory import load_first, prefetch, rounded_for, sixteen_at, store_first, stream
 from compactdist.kernels.cpu.simd.packing import codes_at, mask_at
 from compactdist.kernels.cpu.simd.slots import floats_at
-from compactdist.kernels.cpu.simd.vectors import HOST, chosen, magnitude, negative, where, zeros
+from compactdist.kernels.cpu.simd.vectors import HOST, chosen, level_of, magnitude, negative, where, zeros
 from compactdist.kernels.reference import LANES
 
 _u32, _f32 = np.uint32, np.float32
@@ -146,12 +146,9 @@ def nearest_codes(value: Any, u: Any, search: Any, trits: bool) -> Any:
         index = bits_of(chosen(count_below, bins))
         index = raised(index, u > chosen(border_in, bins), _u32(1))
     else:
-        index = no_bits()
-        for i in range(len(borders)):
-            index = raised(index, u > borders[i], _u32(1))
+        index = borders_below(u, borders)
     if trits:
         return raised(index, value < _f32(0), index)
-    value = value + _f32(0)  # -0 counts as positive
     if len(borders) == 7:
         return with_sign(index, value, 8)
     if len(borders) == 3:
@@ -196,4 +193,4 @@ def change_of(kind: int, scale: Any, packed: Pointer, bits: int, table: Any, ele
         return scale * signed_floats(codes_at(packed, 8, element, count))
     if kind > LINEAR:
         return change_by_float8(kind, scale, codes_at(packed, 8, element, count))
-    return scale * chosen(table, codes_at(packed, bits, element, count))
+    return scale * level_of(table, codes_at(packed, bits, element, count), bits)

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import tempfile
 import threading
 from functools import cache
@@ -29,6 +30,11 @@ __all__ = ["address_of", "build", "folder"]
 
 _SYMBOL = "compactdist_unit"
 _CHECK_NBYTES = 32
+_DEFINITION = re.compile(r"^(define .*) \{$", re.MULTILINE)
+_STACK_ALIGNMENT = 64
+"""Registers that LLVM keeps on the stack begin cache lines. It would not see to that by itself, and where one happens
+to cross a page, which differs from process to process, a loop takes three times as long.
+"""
 _lock = threading.RLock()
 
 
@@ -125,9 +131,11 @@ def _built(function: Any) -> _Loaded:
 
 
 def _compiled(function: Any) -> bytes:
-    from compactdist.kernels.cpu.simd import jit
+    from compactdist.kernels.cpu.simd import jit, vectors
 
     text, name = jit.ir_of(function)
+    if vectors.AVX2:  # with twice as many registers next to nothing is kept on the stack
+        text = _DEFINITION.sub(rf"\1 alignstack({_STACK_ALIGNMENT}) {{", text)
     module = binding.parse_assembly(text)
     for one in [*module.functions, *module.global_variables]:
         if not one.is_declaration:

@@ -45,7 +45,7 @@ from compactdist.kernels.cpu.simd.jit import inlined
 from compactdist.kernels.cpu.simd.memory import load, load_first, settle_streams, sixteen_at, store, store_first
 from compactdist.kernels.cpu.simd.packing import store_codes, store_mask
 from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT, bytes_at, longs_at, next_part, own_room, room_at
-from compactdist.kernels.cpu.simd.vectors import chosen, folded, magnitude, where, zeros
+from compactdist.kernels.cpu.simd.vectors import folded, level_of, magnitude, where, zeros
 from compactdist.kernels.reference import LANES
 from compactdist.kernels.reference import TILE_ROWS as TILE
 
@@ -278,7 +278,7 @@ def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: 
     codes = nearest_codes(value, u, search, trits)
     store_codes(codes, bits, to, code, count)
     if stores:
-        change = (load_first(cs, channel, count) * weights[0]) * chosen(levels, codes)
+        change = (load_first(cs, channel, count) * weights[0]) * level_of(levels, codes, bits)
         put(expected, change, target, at, have)
 
 

@@ -6,12 +6,15 @@ from typing import Any
 
 from llvmlite import ir
 
-from compactdist.kernels.cpu.simd.jit import intrinsic, types
+from compactdist.kernels.cpu.simd.jit import cgutils, intrinsic, types
 from compactdist.kernels.cpu.simd.vectors import (
+    AVX2,
+    EIGHT,
     FLOATS,
     HOST,
     INTS,
     MASK,
+    by_eights,
     call,
     full,
     joined,
@@ -22,6 +25,7 @@ from compactdist.kernels.cpu.simd.vectors import (
 from compactdist.kernels.reference import LANES
 
 _float, _i32 = ir.FloatType(), ir.IntType(32)
+_eight = ir.VectorType(_i32, 8)
 
 
 def _converted(builder: Any, name: str, values: Any, rounding: int) -> Any:
@@ -48,6 +52,33 @@ def raised(typing_context: Any, index: Any, mask: Any, by: Any) -> Any:
         return builder.select(mask, builder.add(index, more), index)
 
     return INTS(INTS, MASK, by), build
+
+
+@intrinsic
+def borders_below(typing_context: Any, x: Any, borders: Any) -> Any:
+    """How many of a tuple of float32 lie below floats, as ints."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        x, all_borders = arguments[0], cgutils.unpack_tuple(builder, arguments[1])
+        if AVX2:
+            return by_eights(builder, lambda one: _borders_below_eight(builder, one, all_borders), x)
+        count, one = full(0, INTS), ir.Constant(_i32, 1)
+        for border in all_borders:
+            above = builder.fcmp_ordered(">", x, spread(builder, border, FLOATS))
+            more = builder.add(count, spread(builder, unknown(builder, one), INTS))
+            count = builder.select(above, more, count)
+        return count
+
+    return INTS(FLOATS, borders), build
+
+
+def _borders_below_eight(builder: Any, x: Any, borders: Any) -> Any:
+    """``borders_below`` for eight lanes: masks are -1, so taking them off counts."""
+    count, greater = ir.Constant(_eight, None), ir.Constant(ir.IntType(8), 30)
+    for border in borders:
+        above = call(builder, "llvm.x86.avx.cmp.ps.256", EIGHT.of, x, spread(builder, border, EIGHT), greater)
+        count = builder.sub(count, builder.bitcast(above, _eight))
+    return count
 
 
 @intrinsic
@@ -86,6 +117,8 @@ def nearest_ints(typing_context: Any, x: Any) -> Any:
     """Integers nearest to floats, half to even; far below 2 ** 31 in magnitude."""
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        if AVX2:
+            return by_eights(builder, lambda one: call(builder, "llvm.x86.avx.cvt.ps2dq.256", _eight, one), *arguments)
         if not HOST.get("avx512f", False):
             return builder.fptosi(call(builder, f"llvm.rint.v{LANES}f32", FLOATS.of, *arguments), INTS.of)
         return _converted(builder, "cvtps2dq", arguments[0], 8)
@@ -119,15 +152,23 @@ def bits_of(typing_context: Any, x: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def with_sign(typing_context: Any, index: Any, x: Any, weight: Any) -> Any:
-    """Ints below ``weight``, a power of two, more by it where floats have their signs set, -0 too."""
+    """Ints below ``weight``, a power of two, more by it where floats are below 0; -0 is not."""
     value = weight.literal_value
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        bits = builder.bitcast(arguments[1], INTS.of)
+        if AVX2:
+            return by_eights(builder, lambda index, x: _with_sign_of_eight(builder, index, x, value), *arguments[:2])
+        bits = builder.bitcast(builder.fadd(arguments[1], full(0.0)), INTS.of)
         sign = builder.lshr(bits, full(31 - value.bit_length() + 1, INTS))
         return builder.or_(arguments[0], builder.and_(sign, full(value, INTS)))
 
     return INTS(INTS, FLOATS, weight), build
+
+
+def _with_sign_of_eight(builder: Any, index: Any, x: Any, weight: int) -> Any:
+    less = ir.Constant(ir.IntType(8), 17)
+    below = call(builder, "llvm.x86.avx.cmp.ps.256", EIGHT.of, x, ir.Constant(EIGHT.of, [0.0] * 8), less)
+    return builder.or_(index, builder.and_(builder.bitcast(below, _eight), ir.Constant(_eight, [weight] * 8)))
 
 
 @intrinsic

@@ -13,6 +13,7 @@ from llvmlite import ir
 from compactdist.kernels.cpu.simd.elements import narrow_f16, widen_f16
 from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, types
 from compactdist.kernels.cpu.simd.vectors import (
+    AVX2,
     FLOATS,
     HALVES,
     HOST,
@@ -126,6 +127,8 @@ def _by_lane(context: Any, builder: Any, function: Any, sig: Any, values: Any, r
 def _widened(context: Any, builder: Any, element: Any, loaded: Any) -> Any:
     if element == types.uint16 and HOST.get("avx512bw", False):
         return _widened_under_masks(builder, loaded)
+    if element == types.uint16 and AVX2:
+        return builder.bitcast(builder.shl(builder.zext(loaded, INTS.of), full(16, INTS)), FLOATS.of)
     if element == types.uint16:
         zeros, lanes = ir.Constant(loaded.type, None), [at for j in range(LANES) for at in (LANES + j, j)]
         lanes = ir.Constant(ir.VectorType(ir.IntType(32), 2 * LANES), lanes)
@@ -148,10 +151,31 @@ def _widened_under_masks(builder: Any, loaded: Any) -> Any:
     return builder.bitcast(joined(builder, parts), FLOATS.of)
 
 
+def _rounded_by_sixteens(builder: Any, value: Any) -> Any:
+    """Floats rounded to bfloat16, sixteen at a time, put in order only once they are narrow."""
+    bytes_, words, longs = (ir.VectorType(ir.IntType(width), 256 // width) for width in (8, 16, 64))
+    apart = [at + half for half in (0, 2) for four in range(0, 16, 4) for at in (four, four + 1)] * 2
+    # unknown, or LLVM takes both permutations below for others, twice as many
+    apart = unknown(builder, ir.Constant(bytes_, apart))
+    rounded = []
+    for start in range(0, LANES, 16):
+        both = [part(builder, value, range(at, at + 8)) for at in (start, start + 8)]
+        both = [call(builder, "llvm.x86.avx2.pshuf.b", bytes_, builder.bitcast(one, bytes_), apart) for one in both]
+        one, two = (builder.bitcast(halves, longs) for halves in both)
+        cut, kept = (builder.bitcast(part(builder, one, lanes, two), words) for lanes in ([0, 4, 2, 6], [1, 5, 3, 7]))
+        cut = builder.or_(cut, builder.and_(kept, ir.Constant(words, [1] * 16)))
+        up = builder.sext(builder.icmp_unsigned(">", cut, ir.Constant(words, [0x8000] * 16)), words)
+        finite = _within(builder, builder.sub(kept, up), 0x7F7F)
+        rounded.append(builder.bitcast(part(builder, builder.bitcast(finite, longs), [0, 2, 1, 3]), words))
+    return joined(builder, rounded)
+
+
 def _narrowed(context: Any, builder: Any, element: Any, value: Any) -> Any:
     if element == types.float32:
         bits = builder.bitcast(value, INTS.of)
         return builder.bitcast(_within(builder, bits, 0x7F7FFFFF), FLOATS.of)
+    if element == types.uint16 and AVX2:
+        return _rounded_by_sixteens(builder, value)
     if element == types.uint16:
         # half the registers of a sum in 32 bits: up if more than half is cut off, or half from an odd number
         kept, cut = every_nth(builder, value, 16, 1), every_nth(builder, value, 16, 0)
@@ -170,10 +194,10 @@ def _narrowed(context: Any, builder: Any, element: Any, value: Any) -> Any:
 
 def _within(builder: Any, bits: Any, largest: int) -> Any:
     """Bits of floats, infinities replaced by the largest numbers."""
-    width = bits.type.element.width
-    name = f"v{LANES}i{width}"
-    positive = ir.Constant(bits.type, [largest] * LANES)
-    negative = ir.Constant(bits.type, [largest | 1 << (width - 1)] * LANES)
+    width, count = bits.type.element.width, bits.type.count
+    name = f"v{count}i{width}"
+    positive = ir.Constant(bits.type, [largest] * count)
+    negative = ir.Constant(bits.type, [largest | 1 << (width - 1)] * count)
     # as signed integers negative floats are below all others, as unsigned ones above
     bits = call(builder, f"llvm.smin.{name}", bits.type, bits, positive)
     return call(builder, f"llvm.umin.{name}", bits.type, bits, negative)

@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, types
 from compactdist.kernels.cpu.simd.memory import read, write, write_past
-from compactdist.kernels.cpu.simd.vectors import HOST, INTS, MASK, call, every_nth, part
+from compactdist.kernels.cpu.simd.vectors import AVX2, HOST, INTS, MASK, call, every_nth, joined, part
 from compactdist.kernels.reference import LANES
 
 _byte, _i64 = ir.IntType(8), ir.IntType(64)
@@ -23,6 +23,9 @@ def _packed(builder: Any, bits: int, codes: Any) -> Any:
         return builder.bitcast(codes, ir.VectorType(_byte, LANES // 8))
     if HOST.get("avx512bw", False):
         return _packed_in_registers(builder, bits, codes)
+    if AVX2:
+        parts = [part(builder, codes, range(at, at + 32)) for at in range(0, LANES, 32)]
+        return joined(builder, [_packed_by_eights(builder, bits, one) for one in parts])
     narrow = every_nth(builder, every_nth(builder, codes, 16, 0), 8, 0)
     if abs(bits) == 8:
         return narrow
@@ -61,6 +64,35 @@ def _packed_in_registers(builder: Any, bits: int, codes: Any) -> Any:
     kept = {2: 1, 4: 2}.get(bits, 4)
     step = 2 if bits == 4 else 1
     return part(builder, group, [at + j * step for at in fours for j in range(kept)])
+
+
+def _packed_by_eights(builder: Any, bits: int, codes: Any) -> Any:
+    """The same for four registers of eight lanes."""
+
+    def x86(name: str, width: int, a: Any, b: Any) -> Any:
+        return call(builder, f"llvm.x86.avx2.{name}", ir.VectorType(ir.IntType(width), 256 // width), a, b)
+
+    def weights(width: int, high: int) -> Any:
+        kind = ir.VectorType(ir.IntType(width), 256 // width)
+        return ir.Constant(kind, [1, high] * (kind.count // 2))
+
+    to_words, to_bytes = ("packssdw", "packsswb") if bits < 0 else ("packusdw", "packuswb")
+    parts = [part(builder, codes, range(at, at + 8)) for at in range(0, 32, 8)]
+    words = [x86(to_words, 16, parts[at], parts[at + 1]) for at in (0, 2)]
+    group = x86(to_bytes, 8, *words)
+    if bits in (2, 4):
+        group = x86("pmadd.ub.sw", 16, group, weights(8, 1 << bits))
+    if bits == 2:
+        group = x86("pmadd.wd", 32, group, weights(16, 16))
+    if bits == 4:
+        halves = part(builder, group, range(8)), part(builder, group, range(8, 16))
+        group = call(builder, "llvm.x86.sse2.packuswb.128", ir.VectorType(_byte, 16), *halves)
+    # of each four codes in a row one element; the lower halves of all registers came first, then the upper ones
+    each = {4: 16, 2: 32}.get(bits, 32)
+    group = builder.bitcast(group, ir.VectorType(ir.IntType(each), 8))
+    group = part(builder, group, [register + half for register in range(4) for half in (0, 4)])
+    group = builder.trunc(group, ir.VectorType(_byte, 8)) if bits == 2 else group
+    return builder.bitcast(group, ir.VectorType(_byte, 32 * abs(bits) // 8))
 
 
 def _unpacked(builder: Any, bits: int, data: Any) -> Any:

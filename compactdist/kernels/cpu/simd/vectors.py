@@ -33,6 +33,9 @@ from compactdist.kernels.reference import LANES
 HOST: dict[str, bool] = get_host_cpu_features() if config.CPU_NAME is None else {}
 """What this processor can do, by LLVM's names; nothing is assumed of one that the user names to Numba."""
 
+AVX2 = HOST.get("avx2", False) and not HOST.get("avx512f", False)
+"""Registers of eight lanes are all there are, and there are sixteen of them."""
+
 _float, _i32 = ir.FloatType(), ir.IntType(32)
 
 
@@ -56,6 +59,7 @@ HALVES = Vector("halves", ir.IntType(16), LANES)
 MASK = Vector("mask", ir.IntType(1), LANES)
 SIXTEEN = Vector("sixteen", _float, 16)
 SIXTEEN_BITS = Vector("sixteen bits", ir.IntType(1), 16)
+EIGHT = Vector("eight", _float, 8)
 
 
 def full(value: Any, kind: Any = FLOATS) -> Any:
@@ -71,10 +75,11 @@ def spread(builder: Any, scalar: Any, kind: Vector) -> Any:
 
 
 def unknown(builder: Any, scalar: Any) -> Any:
-    """A scalar of which LLVM does not see that it is constant: it would make numbers of masks to add
-    them, three instructions for the one that adds under a mask.
+    """A scalar, or a vector that fills a register, of which LLVM does not see that it is constant: it would make
+    numbers of masks to add them, three instructions for the one that adds under a mask.
     """
-    same = ir.InlineAsm(ir.FunctionType(scalar.type, [scalar.type]), "", "=r,0", False)
+    place = "=x,0" if isinstance(scalar.type, ir.VectorType) else "=r,0"
+    same = ir.InlineAsm(ir.FunctionType(scalar.type, [scalar.type]), "", place, False)
     return builder.call(same, [scalar], attrs=("readnone", "nounwind"))
 
 
@@ -133,6 +138,18 @@ def joined(builder: Any, parts: list[Any]) -> Any:
         every = range(2 * parts[0].type.count)
         parts = [part(builder, a, every, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
+
+
+def by_eights(builder: Any, build: Callable[..., Any], *vectors: Any) -> Any:
+    """What ``build`` makes of eight lanes of vectors, for all lanes.
+
+    One register goes through all of it before the next begins, so that few are in use at a time.
+    """
+    parts = [
+        build(*(part(builder, vector, range(at, at + 8)) for vector in vectors))
+        for at in range(0, vectors[0].type.count, 8)
+    ]
+    return joined(builder, parts)
 
 
 def every_nth(builder: Any, vector: Any, width: int, first: int) -> Any:
@@ -215,19 +232,47 @@ def folded(typing_context: Any, x: Any) -> Any:
 @intrinsic
 def chosen(typing_context: Any, table: Any, index: Any) -> Any:
     """Elements of a table of 16 at ints below 16."""
+    return FLOATS(SIXTEEN, INTS), lambda context, builder, sig, arguments: _chosen(builder, *arguments)
+
+
+def _chosen(builder: Any, table: Any, index: Any) -> Any:
+    out = ir.Constant(FLOATS.of, ir.Undefined)
+    if not HOST.get("avx512f", False):
+        for lane in range(LANES):
+            at = builder.extract_element(index, ir.Constant(_i32, lane))
+            out = builder.insert_element(out, builder.extract_element(table, at), ir.Constant(_i32, lane))
+        return out
+    parts = [
+        call(builder, "llvm.x86.avx512.permvar.sf.512", SIXTEEN.of, table, part(builder, index, range(at, at + 16)))
+        for at in range(0, LANES, 16)
+    ]
+    return joined(builder, parts)
+
+
+@intrinsic(prefer_literal=True)
+def level_of(typing_context: Any, levels: Any, codes: Any, bits: Any) -> Any:
+    """Levels of codes of so many bits; of sixteen the upper eight are the lower eight with the other sign."""
+    width = bits.literal_value
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        table, index = arguments
-        out = ir.Constant(FLOATS.of, ir.Undefined)
-        if not HOST.get("avx512f", False):
-            for lane in range(LANES):
-                at = builder.extract_element(index, ir.Constant(_i32, lane))
-                out = builder.insert_element(out, builder.extract_element(table, at), ir.Constant(_i32, lane))
-            return out
-        parts = [
-            call(builder, "llvm.x86.avx512.permvar.sf.512", SIXTEEN.of, table, part(builder, index, range(at, at + 16)))
-            for at in range(0, LANES, 16)
-        ]
-        return joined(builder, parts)
+        levels, codes, _ = arguments
+        if not AVX2:
+            return _chosen(builder, levels, codes)
+        if width == 2:
+            return by_eights(builder, lambda some: _level_of_four(builder, levels, some), codes)
+        return by_eights(builder, lambda some: _level_of_sixteen(builder, levels, some), codes)
 
-    return FLOATS(SIXTEEN, INTS), build
+    return FLOATS(SIXTEEN, INTS, bits), build
+
+
+def _level_of_four(builder: Any, levels: Any, codes: Any) -> Any:
+    twice = part(builder, levels, [0, 1, 2, 3, 0, 1, 2, 3])
+    return call(builder, "llvm.x86.avx.vpermilvar.ps.256", EIGHT.of, twice, codes)
+
+
+def _level_of_sixteen(builder: Any, levels: Any, codes: Any) -> Any:
+    # permutations across a whole register are slow, and one finds eight levels: a second one gives way to a sign
+    size = call(builder, "llvm.x86.avx2.permps", EIGHT.of, part(builder, levels, range(8)), codes)
+    sign = builder.shl(codes, ir.Constant(codes.type, [28] * 8))
+    sign = builder.and_(sign, ir.Constant(codes.type, [1 << 31] * 8))
+    return builder.bitcast(builder.xor(builder.bitcast(size, codes.type), sign), EIGHT.of)
