@@ -66,6 +66,19 @@ class Agreement:
         self._number = 0
         self._last = ""
         self._ended = ""
+        self._broken: tuple[int, str] | None = None
+
+    def refuse(self, epoch: int) -> None:
+        """Refuse every call of an epoch in which ranks could not agree: what they do no longer belongs together.
+
+        Raises:
+            PlanMismatchError: there was such an agreement in this epoch.
+        """
+        if self._broken is not None and self._broken[0] == epoch:
+            raise PlanMismatchError(
+                f"{self._label}: since the last reset() ranks could not agree on a call, so none of its collectives is "
+                f"safe now. Call reset() on all ranks. What happened then: {self._broken[1]}"
+            )
 
     def agree(self, subject: Subject, keep_waiting: Any = None) -> None:
         """Wait until all ranks have come with the same subject.
@@ -78,6 +91,13 @@ class Agreement:
             PlanMismatchError: some rank came with another subject. All ranks that come get this error.
             PlanTimeoutError: some ranks did not come in time, or the wait was ended.
         """
+        try:
+            self._agree(subject, keep_waiting)
+        except (PlanMismatchError, PlanTimeoutError) as error:
+            self._broken = subject.epoch, str(error)
+            raise
+
+    def _agree(self, subject: Subject, keep_waiting: Any) -> None:
         if subject.epoch != self._epoch:
             self._epoch, self._number = subject.epoch, 0
         name, slot = f"{self._epoch}.{self._number}", self._number % 2
@@ -107,11 +127,10 @@ class Agreement:
             self._compare_pairs(slot, name, subject)
 
     def close(self) -> None:
-        """Remove this rank's keys. The last rank to close leaves none."""
-        for key in (f"post/0/{self._rank}", f"post/1/{self._rank}", f"late/{self._rank}"):
-            self._store.delete_key(self._key(key))
+        """Take part no more. The last rank to close removes the keys of all: others may still read them before."""
         if self._store.add(self._key("closed"), 1) == self._size:
-            for key in ("now", "closed", f"done/{self._ended}"):
+            posts = [f"{what}/{rank}" for rank in range(self._size) for what in ("post/0", "post/1", "late")]
+            for key in ("now", "closed", f"done/{self._ended}", *posts):
                 self._store.delete_key(self._key(key))
 
     def _key(self, name: str) -> str:

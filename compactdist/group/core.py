@@ -148,9 +148,16 @@ class GroupCore:
         """Agree with all ranks on what this call is, unless that is known."""
         agreement = self._agreement
         if agreement is not None:
+            agreement.refuse(call.epoch)
             subject = self._plans.subject(call, plan, reason)
             if subject is not None:
-                agreement.agree(subject, self._departures.is_open)
+                try:
+                    agreement.agree(subject, self._departures.is_open)
+                except BaseException:
+                    for site in self._engine.store.sites():  # their next calls come here, to be refused
+                        if site.plan is not None:
+                            site.plan.agreed_at = -1
+                    raise
                 self._plans.agreed(call, plan, reason)
         if plan is not None:
             plan.agreed_at = call.epoch << 1 | (0 <= call.step < self._warmup_steps)

@@ -1,0 +1,152 @@
+"""Ranks that are about to do different things: an error of ours, nobody's process ends, and no value is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed
+
+from compactdist import Layout
+from compactdist.errors import CompactDistError, PlanMismatchError, PlanTimeoutError
+from tests.group.lifecycle import kit
+from tests.group.lifecycle.test_out_of_step import NEAR, exchange, tensor
+from tests.launch import run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+
+STEPS = 5
+AGREE_TIMEOUT, INNER_TIMEOUT = 1.5, 3.0
+
+
+class Behaviour:
+    """What a rank does, to be overridden: by default the same as every other rank."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    options: dict = {}
+
+    def policy(self, call):
+        return None
+
+    def layouts(self, call):
+        return None
+
+    def before(self, dist, step):
+        """What comes before the call of a step."""
+        dist.step()
+
+    def name(self, step):
+        """Name of the key around the call."""
+        return "same"
+
+
+def by_rank(**answers):
+    """A behaviour with a policy: answers by rank and, optionally, from a step on."""
+
+    class Answers(Behaviour):
+        start = answers.pop("start", 0)
+
+        def policy(self, call):
+            return answers.get(f"rank{self.rank}") if call.step >= self.start else None
+
+    return Answers
+
+
+def steps_of(rank, what, **given):
+    class Steps(Behaviour):
+        options = given
+
+        def before(self, dist, step):
+            if self.rank == rank and what == "missed" and step == 2:
+                return
+            if self.rank == rank and what == "never":
+                return
+            dist.step()
+            if self.rank == rank and what == "extra" and step == 2:
+                dist.step()
+
+    return Steps
+
+
+def resets_of(*places):
+    """``places``: for each rank, the step before which it resets."""
+
+    class Resets(Behaviour):
+        def before(self, dist, step):
+            if places[self.rank] == step:
+                dist.reset()
+            dist.step()
+
+    return Resets
+
+
+def cuts(*hints):
+    class Cuts(Behaviour):
+        def layouts(self, call):
+            return hints[self.rank]
+
+    return Cuts
+
+
+class OtherKey(Behaviour):
+    def name(self, step):
+        return "other" if self.rank == 1 and step == 2 else "same"
+
+
+ROWS, TRANSPOSED = Layout("(s d) -> 1 s d", d=64), Layout("(s d) -> 1 d s", d=64)
+KINDS = {
+    "int8 here, int4 there": by_rank(rank0="int8", rank1="int4"),
+    "rank 0 passes": by_rank(rank0="pass"),
+    "rank 1 passes": by_rank(rank1="pass"),
+    "rank 0 passes from step 2": by_rank(rank0="pass", start=2),
+    "rank 1 passes from step 2": by_rank(rank1="pass", start=2),
+    "transposed on one rank": cuts(ROWS, TRANSPOSED),
+    "no layout on one rank": cuts(ROWS, None),
+    "the same cut in other words": cuts(ROWS, Layout("(rows d) -> 1 rows d", d=64)),
+    "step missed on rank 0": steps_of(0, "missed"),
+    "step missed on rank 1": steps_of(1, "missed"),
+    "step never called on rank 0": steps_of(0, "never"),
+    "step never called on rank 1": steps_of(1, "never"),
+    "an extra step": steps_of(1, "extra"),
+    "step missed in the warm-up": steps_of(1, "missed", warmup_steps=4),
+    "an extra step in the warm-up": steps_of(0, "extra", warmup_steps=4),
+    "reset on rank 0": resets_of(2, None),
+    "reset on rank 1": resets_of(None, 2),
+    "resets at different steps": resets_of(2, 3),
+    "another key": OtherKey,
+}
+
+
+def outcome(dist, op, rank, step):
+    try:
+        arrived = exchange(dist, op, rank, step)
+    except CompactDistError as error:
+        return f"refused: {error}"
+    except RuntimeError as error:
+        return f"failed: {error}"
+    return "right" if all(kit.nmse(y, tensor(peer, step)) < NEAR for peer, y in arrived.items()) else "wrong"
+
+
+@pytest.mark.parametrize("op", ["gather", "all_to_all", "broadcast", "ring"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disagreement(op, kind):
+    def body(rank, world):
+        does, results = KINDS[kind](rank), []
+        with kit.wrap(
+            codec="int8", policy=does.policy, layouts=does.layouts, agree_timeout=AGREE_TIMEOUT, **does.options
+        ) as dist:
+            for step in range(STEPS):
+                does.before(dist, step)
+                with dist.key(does.name(step)):
+                    results.append(outcome(dist, op, rank, step))
+                if results[-1].startswith("failed"):
+                    break
+        return results
+
+    outcomes = run_ranks(body, pg_timeout=INNER_TIMEOUT, timeout=50, expect_error=True)
+    told = "\n".join(f"rank {o.rank}: {o.value or o.error_text}" for o in outcomes)
+    assert all(o.ok for o in outcomes), told
+    assert not any("wrong" in o.value for o in outcomes), told
+    if kind != "the same cut in other words":
+        assert any(r.startswith("refused") for o in outcomes for r in o.value), told
