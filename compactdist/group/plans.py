@@ -57,7 +57,7 @@ class AgreedPlans:
 
     def varies(self, call: Call) -> bool:
         """Whether the site's tensors have changed too often since the last reset."""
-        return self._changes[without_request(call.site)[1]] > MOST_CHANGES
+        return call.epoch == self._epoch and self._changes[without_request(call.site)[1]] > MOST_CHANGES
 
     def passes(self, call: Call) -> bool:
         """Whether the site is unknown, or known to pass through."""
@@ -97,7 +97,7 @@ class AgreedPlans:
                 return
             if before is not None:
                 self._digest = self._digest - _hash(site, before) & MASK64
-                self._changes[site] += before.tensor != token.tensor
+                self._changes[site] += before.tensor != token.tensor and _PASSES not in (before.tensor, token.tensor)
             self._known[site] = token
             self._digest = self._digest + _hash(site, token) & MASK64
 

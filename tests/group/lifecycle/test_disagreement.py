@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
-import torch
-import torch.distributed
 
 from compactdist import Layout
-from compactdist.errors import CompactDistError, PlanMismatchError, PlanTimeoutError
+from compactdist.errors import CompactDistError
 from tests.group.lifecycle import kit
 from tests.group.lifecycle.test_out_of_step import NEAR, exchange, tensor
 from tests.launch import run_ranks
@@ -24,7 +24,7 @@ class Behaviour:
     def __init__(self, rank):
         self.rank = rank
 
-    options: dict = {}
+    options: ClassVar[dict] = {}
 
     def policy(self, call):
         return None
