@@ -59,6 +59,8 @@ class Departures:
     Attributes:
         busy: some call has not left yet; later collectives must not overtake it.
         open: the group is in use; once it is not, waits for other ranks should end.
+
+    The thread lives as long as there are calls.
     """
 
     def __init__(self) -> None:
@@ -76,7 +78,6 @@ class Departures:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, daemon=True, name="compactdist-departures")
                 self._thread.start()
-            self._changed.notify_all()
 
     def join(self) -> None:
         """Wait until all calls have left."""
@@ -90,22 +91,18 @@ class Departures:
         return self.open
 
     def close(self, seconds: float) -> None:
-        """Wait for calls that still can leave, and end the thread."""
+        """Wait for calls that still can leave; those that cannot will fail."""
         with self._changed:
             self._changed.wait_for(lambda: not self.busy, seconds)
             self.open = False
-            self._changed.notify_all()
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                while not self._calls and self.open:
-                    self._changed.wait()
-                if not self._calls:
-                    return
-                call = self._calls[0]
-            call()
+            self._calls[0]()
             with self._changed:
                 self._calls.popleft()
                 self.busy = bool(self._calls)
                 self._changed.notify_all()
+                if not self.busy:
+                    self._thread = None
+                    return

@@ -11,6 +11,7 @@ in between, which all ranks have joined after they were through with this slot.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -128,10 +129,11 @@ class Agreement:
 
     def close(self) -> None:
         """Take part no more. The last rank to close removes the keys of all: others may still read them before."""
-        if self._store.add(self._key("closed"), 1) == self._size:
-            posts = [f"{what}/{rank}" for rank in range(self._size) for what in ("post/0", "post/1", "late")]
-            for key in ("now", "closed", f"done/{self._ended}", *posts):
-                self._store.delete_key(self._key(key))
+        with contextlib.suppress(RuntimeError):  # the store may be gone already
+            if self._store.add(self._key("closed"), 1) == self._size:
+                posts = [f"{what}/{rank}" for rank in range(self._size) for what in ("post/0", "post/1", "late")]
+                for key in ("now", "closed", f"done/{self._ended}", *posts):
+                    self._store.delete_key(self._key(key))
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"

@@ -106,6 +106,7 @@ def test_a_difference_raises_on_every_rank_and_names_it():
 @in_a_process
 def test_after_an_error_a_new_epoch_is_agreed_on_again():
     """Two ranks differ, the third never comes; after the reset all three agree."""
+    failed = threading.Barrier(3)
 
     def work(agreement, rank, store):
         agreement.agree(Subject(0, {"site": "a"}))
@@ -114,6 +115,7 @@ def test_after_an_error_a_new_epoch_is_agreed_on_again():
                 agreement.agree(Subject(0, {"site": f"b{rank}"}))
             with pytest.raises(PlanMismatchError, match="since the last reset"):
                 agreement.refuse(0)
+        failed.wait(30)
         for n in range(5):
             agreement.refuse(1)
             agreement.agree(Subject(1, {"site": f"{n}"}))
