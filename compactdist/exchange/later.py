@@ -35,6 +35,10 @@ class Later:
         self._error = error
         self._left.set()
 
+    def has_left(self, seconds: float) -> bool:
+        """Whether the call leaves, or fails to, within so many seconds."""
+        return self._left.wait(seconds)
+
     def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
         """Wait until the call has left and is done.
 

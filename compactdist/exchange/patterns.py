@@ -43,7 +43,6 @@ class Pattern(ABC):
         waits_for_earlier_calls: sizes depend on the frames of the site's earlier calls, so these are decoded first.
         forwards: frames that arrive may be passed on, and tensors that leave may go in a frame that arrived.
         collective: all ranks of the group make the call, and must agree on its plan.
-        by_pair: a part's size and codec are known to its two ends only.
         whole_site: history is kept with all peers of a site or with none.
         sends_only: nothing arrives, and waiting for the work is waiting for the peer.
         receives_only: nothing leaves, so nothing is put on the link.
@@ -53,7 +52,6 @@ class Pattern(ABC):
     waits_for_earlier_calls: ClassVar[bool] = True
     forwards: ClassVar[bool] = False
     collective: ClassVar[bool] = True
-    by_pair: ClassVar[bool] = False
     whole_site: ClassVar[bool] = False
     sends_only: ClassVar[bool] = False
     receives_only: ClassVar[bool] = False
@@ -217,14 +215,13 @@ class AllToAll(Pattern):
 
     op = "all_to_all"
     forwards = True
-    by_pair = True
 
     @staticmethod
     def histories(size: int) -> tuple[int, int, int]:
         return size - 1, size - 1, size - 1
 
     def answers(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[Any, ...]:
-        leaving, arriving, dtype, _ = signature
+        leaving, arriving, dtype, *_ = signature
         chooser, me = engine.chooser, engine.rank
         out = [chooser.ask(chooser.info(call, dtype, n, me, rank)) for rank, n in enumerate(leaving) if rank != me]
         into = [chooser.ask(chooser.info(call, dtype, n, rank, me)) for rank, n in enumerate(arriving) if rank != me]
@@ -234,10 +231,11 @@ class AllToAll(Pattern):
         return (engine.rank, part.peer) if isinstance(part, Outgoing) else (part.peer, engine.rank)
 
     def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
-        leaving, arriving, dtype, _ = signature
+        leaving, arriving, dtype, *_ = signature
         chooser, me, site = engine.chooser, engine.rank, engine.store.site(call.site)
         plan = CallPlan(self, site, signature, dtype, self.answers(engine, call, signature))
         plan.want_value = bool(engine.sample_every)
+        plan.by_pair = True
         peers = [rank for rank in range(engine.size) if rank != me]
         reasons: set[PassReason] = set()
         for i, peer in enumerate((*peers, *peers)):

@@ -146,6 +146,7 @@ class CallPlan:
         answers: the policy's answer for each directed message, in the pattern's order.
         reason: why the call passes through; ``None`` if it is compressed.
         outgoing, incoming: the parts, in the order of the tensors handed to the engine.
+        by_pair: a part's size and codec are known to its two ends only.
         joint: all parts have one kind and size of frame, as in a collective whose sizes must be equal.
         codec: the codec that statistics show.
         raw_nbytes: bytes on the link if the call were not compressed.
@@ -165,6 +166,7 @@ class CallPlan:
     reason: PassReason | None = None
     outgoing: list[Outgoing] = field(default_factory=list)
     incoming: list[Incoming] = field(default_factory=list)
+    by_pair: bool = False
     joint: bool = False
     codec: Codec | None = None
     raw_nbytes: int = 0

@@ -112,20 +112,24 @@ class Agreement:
         done = self._key(f"done/{name}")
         if found != mine:
             other = found.partition(":")[0]
+            veto = _VETO + json.dumps([self._rank, dict(subject.facts)])
             for key in {done, self._key(f"done/{other}")}:
-                store.compare_set(key, "", _VETO)
-            raise PlanMismatchError(self._difference(slot, subject))
+                store.compare_set(key, "", veto)
+            raise PlanMismatchError(self._difference(subject, {r: post[1] for r, post in self._posts().items()}))
         if store.add(self._key(f"count/{name}"), 1) == self._size:
             store.compare_set(done, "", _DONE)
             store.delete_key(self._key(f"count/{name}"))
             if self._ended:  # all ranks have seen the end of the agreement before this one
                 store.delete_key(self._key(f"done/{self._ended}"))
-        self._wait(done, slot, name, subject, keep_waiting)
-        if store.get(done).decode() != _DONE:
-            raise PlanMismatchError(self._difference(slot, subject))
+        self._wait(done, name, subject, keep_waiting)
+        end = store.get(done).decode()
+        if end != _DONE:
+            # by now the rank that wrote this may have posted something else
+            against = dict([json.loads(end[len(_VETO) :])]) if end.startswith(_VETO) else {}
+            raise PlanMismatchError(self._difference(subject, against))
         self._ended = name
         if subject.pairs:
-            self._compare_pairs(slot, name, subject)
+            self._compare_pairs(slot, subject)
 
     def close(self) -> None:
         """Take part no more. The last rank to close removes the keys of all: others may still read them before."""
@@ -142,11 +146,17 @@ class Agreement:
         post = json.dumps([name, dict(subject.facts), [list(pair) for pair in subject.pairs]])
         self._store.set(self._key(f"post/{slot}/{self._rank}"), post)
 
-    def _posts(self, slot: int) -> dict[int, list[Any]]:
-        """The posts in a slot, by rank."""
-        keys = {rank: self._key(f"post/{slot}/{rank}") for rank in range(self._size)}
-        there = {rank: key for rank, key in keys.items() if self._store.check([key])}
-        return {rank: json.loads(self._store.get(key).decode()) for rank, key in there.items()}
+    def _posts(self) -> dict[int, list[Any]]:
+        """The newest post of each rank that has made one: name, facts, pairs."""
+        posts: dict[int, list[Any]] = {}
+        for rank in range(self._size):
+            for slot in range(2):
+                key = self._key(f"post/{slot}/{rank}")
+                if self._store.check([key]):
+                    post = json.loads(self._store.get(key).decode())
+                    if rank not in posts or _order(post) > _order(posts[rank]):
+                        posts[rank] = post
+        return posts
 
     def _found(self, mine: str) -> str:
         """What the first rank of this agreement wrote: ``mine``, or another rank's."""
@@ -163,7 +173,7 @@ class Agreement:
             else:
                 return found
 
-    def _wait(self, done: str, slot: int, name: str, subject: Subject, keep_waiting: Any) -> None:
+    def _wait(self, done: str, name: str, subject: Subject, keep_waiting: Any) -> None:
         began, warned = time.monotonic(), False
         while True:
             asked = time.monotonic()
@@ -178,19 +188,19 @@ class Agreement:
             if waited > _WARN_SECONDS and not warned:
                 warned = True
                 self._store.set(self._key(f"late/{self._rank}"), name)
-                _log.warning("%s", self._missing(slot, name, subject, waited))
+                _log.warning("%s", self._missing(name, subject, waited))
             if waited > self._timeout or ended:
                 if self._store.compare_set(done, "", _GONE).decode() != _GONE:
                     continue  # the others came at the last moment
-                raise PlanTimeoutError(self._missing(slot, name, subject, waited))
+                raise PlanTimeoutError(self._missing(name, subject, waited))
 
-    def _missing(self, slot: int, name: str, subject: Subject, waited: float) -> str:
-        posts = self._posts(slot)
-        here = {rank for rank, post in posts.items() if post[0] == name}
+    def _missing(self, name: str, subject: Subject, waited: float) -> str:
+        posts = self._posts()
         lines = []
-        for rank in sorted(set(range(self._size)) - here):
-            before = [post for number in (0, 1) if (post := self._posts(number).get(rank))]
-            last = max(before, key=lambda post: tuple(map(int, post[0].split("."))), default=None)
+        for rank in range(self._size):
+            last = posts.get(rank)
+            if last is not None and last[0] == name:
+                continue
             seen = "nothing yet" if last is None else f"{_shown(last[1])} (agreement {last[0]})"
             lines.append(f"rank {rank}: last agreed on {seen}")
         return (
@@ -202,11 +212,10 @@ class Agreement:
             "error call reset() on all ranks"
         )
 
-    def _difference(self, slot: int, subject: Subject) -> str:
-        posts = self._posts(slot)
+    def _difference(self, subject: Subject, others: Mapping[int, Mapping[str, Any]]) -> str:
         ours = dict(subject.facts)
         lines = []
-        for rank, (_, theirs, _) in sorted(posts.items()):
+        for rank, theirs in sorted(others.items()):
             differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
             if rank != self._rank and differing:
                 values = ", ".join(
@@ -215,11 +224,13 @@ class Agreement:
                 lines.append(f"{values} ({_cause(ours, theirs, rank)})")
         return (
             f"{self._label}, {_shown(ours)}: ranks are about to do different things: "
-            f"{'; '.join(lines) or 'another rank differs'}. Nothing was sent; mend that, and call reset() on all ranks"
+            f"{'; '.join(lines) or 'another rank differs, or has given up'}. Nothing was sent; mend that, and call reset() on all ranks"
         )
 
-    def _compare_pairs(self, slot: int, name: str, subject: Subject) -> None:
-        pairs = {rank: post[2] for rank, post in self._posts(slot).items() if post[0] == name}
+    def _compare_pairs(self, slot: int, subject: Subject) -> None:
+        # a rank that is through with this may be at the next agreement, in the other slot
+        keys = [self._key(f"post/{slot}/{rank}") for rank in range(self._size)]
+        pairs = [json.loads(self._store.get(key).decode())[2] for key in keys]
         wrong = []
         for source in range(self._size):
             for target in range(self._size):
@@ -231,6 +242,10 @@ class Agreement:
                 f"{self._label}, {_shown(subject.facts)}: {'; '.join(wrong)}. Nothing was sent; mend that, and call "
                 "reset() on all ranks"
             )
+
+
+def _order(post: list[Any]) -> tuple[int, ...]:
+    return tuple(map(int, post[0].split(".")))
 
 
 def _shown(facts: Mapping[str, Any]) -> str:

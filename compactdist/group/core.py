@@ -25,6 +25,8 @@ from compactdist.wire import HEADER_NBYTES, frame_in, from_raw, raw_nbytes
 
 __all__ = ["GroupCore", "nbytes_of"]
 
+_GRACE_SECONDS = 0.05
+
 
 def nbytes_of(tensors: Sequence[Tensor]) -> int:
     """Bytes of some tensors."""
@@ -115,11 +117,11 @@ class GroupCore:
         call = keys.take(site, pattern.op)
         try:
             plan = engine.plan(pattern, call, signature)
-            if plan.agreed_at < 0 and pattern.collective and self._plans.varies(call) and not pattern.by_pair:
+            if plan.agreed_at < 0 and pattern.collective and self._plans.varies(call) and not plan.by_pair:
                 plan.reason = plan.reason or PassReason.VARIES
             if plan.reason is not None and pattern.collective:
                 self._departures.join()
-                if publishes(plan.reason):
+                if plan.by_pair or publishes(plan.reason):
                     self._agree(call, plan)
         except BaseException:
             keys.give_back(call)
@@ -178,6 +180,9 @@ class GroupCore:
             later = Later()
             job = engine.waiting(flight, later)
             departures.add(partial(self._depart, flight, job, later))
+            # the other ranks are mostly about to come: then the order of calls stays that of the program, even for
+            # calls that somebody makes on the inner group itself
+            later.has_left(_GRACE_SECONDS)
             return job
         departures.join()
         self._agree(flight.call, plan)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from compactdist.exchange.plan import Call, CallPlan, Incoming
+from compactdist.exchange.plan import Call, CallPlan, Incoming, Part
 from compactdist.group.agreement import Subject
 from compactdist.group.request import without_request
 from compactdist.observe.stats import PassReason
@@ -31,7 +31,7 @@ class _Token(NamedTuple):
 
     Attributes:
         tensor, coding: equal on all ranks.
-        own: what only this rank and the peers of its chunks know.
+        own: what each rank sees for itself; a change of it needs an agreement as well.
     """
 
     tensor: str
@@ -117,26 +117,29 @@ class AgreedPlans:
 
 
 def _token(plan: CallPlan | None, reason: str) -> _Token:
+    if plan is not None and plan.by_pair:
+        # a rank sees its own chunks only: others would not notice that their sizes change. Policies that change their
+        # answers in the course of a request mostly do so for all chunks at a time.
+        answers = {repr(answer) for answer in plan.answers if not isinstance(answer, PassReason)}
+        return _Token(f"chunks of {plan.dtype}", "by pair", ", ".join(sorted(answers)))
     if plan is None or plan.reason is not None:
         return _Token(_PASSES, reason or str(plan.reason if plan is not None else ""))
-    if plan.pattern.by_pair:
-        # a rank sees its own chunks only, so other ranks may not notice that their sizes change
-        return _Token(
-            f"chunks of {plan.dtype}", "by pair", repr(sorted({repr(p.codec) for p in plan.parts if p.codec}))
-        )
     part = plan.parts[0]
+    return _Token(f"{part.numel} x {plan.dtype}", _coding(part))
+
+
+def _coding(part: Part[Any]) -> str:
     hint = "" if part.hint is None else f", as {part.hint.shape} (hint {part.hint.hint:08x})"
-    return _Token(f"{part.numel} x {plan.dtype}", f"{part.codec!r}{hint}")
+    return f"{part.codec!r}{hint}"
 
 
 def _pairs(plan: CallPlan) -> list[tuple[str, str]]:
     """By rank, what this rank sends to it and expects of it, where pairs of ranks know what others do not."""
-    if plan.reason is not None or not plan.pattern.by_pair:
+    if not plan.by_pair:
         return []
     pairs = [["", ""] for _ in range(len(plan.outgoing) + 1)]
     for part in plan.parts:
-        hint = "" if part.hint is None else f", as {part.hint.shape} (hint {part.hint.hint:08x})"
-        pairs[part.peer][isinstance(part, Incoming)] = f"{part.numel} x {plan.dtype} ({part.codec!r}{hint})"
+        pairs[part.peer][isinstance(part, Incoming)] = f"{part.numel} x {plan.dtype} ({_coding(part)})"
     return [(sent, expected) for sent, expected in pairs]
 
 

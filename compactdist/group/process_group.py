@@ -348,18 +348,20 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
 
         def plain(i: int) -> Callable[[], Any]:
             op, x = p2p_op_list[i], [tensors[i]]
-            if is_send[i]:
-                return lambda: self.inner.send(x, op.group_peer, op.tag)
+            if is_send[i] or grouped:
+                call = self.inner.send if is_send[i] else self.inner.recv
+                return lambda: call(x, op.group_peer, op.tag)
             return lambda: self._receive_plainly(x, op.group_peer, op.tag)
 
-        calls = [flights[i] or plain(i) for i in order]
         device = tensors[0].device
-        if not _torch.supports_coalescing(self.inner, device):
+        grouped = _torch.supports_coalescing(self.inner, device)
+        calls = [flights[i] or plain(i) for i in order]
+        if not grouped:
             parts = dict(zip(order, self._ship(calls), strict=True))
             return [self._work([parts[i]], [op.tensor]) for i, op in enumerate(p2p_op_list)]
-        with _torch.coalescing_manager(self.inner, device) as grouped:
+        with _torch.coalescing_manager(self.inner, device) as manager:
             jobs = [part for part in self._ship(calls) if isinstance(part, Job)]
-        together = WaitOnce(grouped.works)
+        together = WaitOnce(manager.works)
         for job in jobs:
             job.replace_inner(together)
         return [self._work([*jobs, together], [op.tensor for op in p2p_op_list])]

@@ -64,7 +64,7 @@ def test_remote_parts_are_untouched_before_wait_and_waiting_twice_is_fine():
         for seed in range(3):
             with g.step():
                 made = calls(g, rank, size, seed)
-                dist.barrier()
+                g.barrier()  # of this group: what waits for an agreement leaves before it
                 time.sleep(0.05)  # all is on its way: still nothing may be written
                 for name, (_, output, _) in made.items():
                     assert untouched(output), name

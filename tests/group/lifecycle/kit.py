@@ -14,7 +14,7 @@ N = 2048
 
 
 def wrap(**options: Any) -> Any:
-    return compactdist.wrap(**{"codec": "int4", **options})
+    return compactdist.wrap(**{"codec": "int4", "agree_timeout": 20.0, **options})
 
 
 def tensor(rank: int, t: int = 0, n: int = N, dtype: torch.dtype = torch.float32) -> torch.Tensor:
