@@ -113,9 +113,12 @@ class Agreement:
         if found != mine:
             other = found.partition(":")[0]
             veto = _VETO + json.dumps([self._rank, dict(subject.facts)])
+            against = {
+                rank: post[1] for rank, post in self._posts().items()
+            }  # now: whoever wakes up posts other things
             for key in {done, self._key(f"done/{other}")}:
                 store.compare_set(key, "", veto)
-            raise PlanMismatchError(self._difference(subject, {r: post[1] for r, post in self._posts().items()}))
+            raise PlanMismatchError(self._difference(subject, against))
         if store.add(self._key(f"count/{name}"), 1) == self._size:
             store.compare_set(done, "", _DONE)
             store.delete_key(self._key(f"count/{name}"))
@@ -224,7 +227,8 @@ class Agreement:
                 lines.append(f"{values} ({_cause(ours, theirs, rank)})")
         return (
             f"{self._label}, {_shown(ours)}: ranks are about to do different things: "
-            f"{'; '.join(lines) or 'another rank differs, or has given up'}. Nothing was sent; mend that, and call reset() on all ranks"
+            f"{'; '.join(lines) or 'another rank differs, or has given up'}. Nothing was sent; mend that, and call "
+            "reset() on all ranks"
         )
 
     def _compare_pairs(self, slot: int, subject: Subject) -> None:
