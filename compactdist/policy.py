@@ -30,9 +30,11 @@ class CallInfo:
 
     Attributes:
         key: call site, e.g. ``"cond/blocks.3.attn/all_gather#0"``.
-        op: ``"all_gather"``, ``"all_to_all"``, ``"send"`` or ``"broadcast"``.
+        op: ``"all_gather"``, ``"all_to_all"``, ``"send"``, ``"broadcast"``, ``"reduce_scatter"`` or ``"all_reduce"``.
+            The last two are compressed only where the policy names a codec.
         dtype: the tensor's dtype.
-        numel: elements of one directed message: the input of an all-gather, one chunk of an all-to-all.
+        numel: elements of one directed message: the input of an all-gather, one chunk of an all-to-all or
+            a reduction (a rank's share).
         step: the group's step since the last reset, from 0.
         source, target: group ranks of the message's two ends; ``None`` where all ranks' messages must be alike (an
             all-gather; the target of a broadcast).

@@ -40,6 +40,12 @@ def test_any_framework() -> None:
     assert float(shown.rpartition("relative error of the model: ")[2]) < 5e-3
 
 
+def test_tensor_parallel() -> None:
+    shown = run("tensor_parallel")
+    assert f"total: {2 * 4 * 20} compressed and 0 passed-through calls" in shown
+    assert 1e-6 < float(shown.rpartition("relative error of the last step: ")[2]) < 5e-3
+
+
 @pytest.mark.xdit
 @pytest.mark.parametrize(
     ("flags", "calls"),

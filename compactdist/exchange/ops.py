@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compactdist.exchange import point_to_point
+from compactdist.exchange import point_to_point, reductions
 from compactdist.exchange.patterns import Pattern
 
 __all__ = ["patterns_by_op"]
@@ -12,7 +12,10 @@ __all__ = ["patterns_by_op"]
 
 def patterns_by_op() -> dict[str, type[Pattern]]:
     """The pattern of each operation; of point-to-point messages the sender's, as policies are asked about sends."""
-    found: dict[str, type[Pattern]] = {point_to_point.Send.op: point_to_point.Send}
+    found: dict[str, type[Pattern]] = {
+        point_to_point.Send.op: point_to_point.Send,
+        reductions.AllReduce.op: reductions.AllReduce,
+    }
     pending: list[Any] = [Pattern]
     while pending:
         kind = pending.pop(0)

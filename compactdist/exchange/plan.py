@@ -242,8 +242,8 @@ class Chooser:
             return self.codec
         if isinstance(answer, Codec):
             return answer
-        if answer is PassReason.SMALL:
-            return PassReason.SMALL
+        if isinstance(answer, PassReason):
+            return answer
         if isinstance(answer, str) and answer == PASS:
             return PassReason.POLICY
         if isinstance(answer, str | dict):

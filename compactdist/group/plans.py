@@ -154,5 +154,13 @@ def publishes(reason: PassReason) -> bool:
 
 
 _SEEN_BY_ALL: frozenset[PassReason] = frozenset(
-    (PassReason.OP, PassReason.DTYPE, PassReason.NO_STEP, PassReason.SMALL, PassReason.WORLD_SIZE, PassReason.UNEVEN)
+    (
+        PassReason.OP,
+        PassReason.UNASKED,
+        PassReason.DTYPE,
+        PassReason.NO_STEP,
+        PassReason.SMALL,
+        PassReason.WORLD_SIZE,
+        PassReason.UNEVEN,
+    )
 )

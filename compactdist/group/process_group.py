@@ -24,6 +24,7 @@ from compactdist.exchange.point_to_point import RECEIVE, RECEIVE_EXACTLY, SEND, 
 from compactdist.exchange.work import Job, WaitOnce
 from compactdist.group.core import nbytes_of
 from compactdist.group.lifecycle import GroupLifecycle
+from compactdist.group.reductions import Reductions
 from compactdist.group.torch_api import shared_name
 from compactdist.observe.stats import PassReason
 
@@ -33,7 +34,7 @@ override = _torch.opaque
 _ALL_GATHER_OPTIONS = "AllgatherOptions"
 
 
-class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore[override]
+class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # type: ignore[override]
     """A process group that sends compressed residuals of what each call site sent last; made by ``wrap``."""
 
     # --- all-gather -------------------------------------------------------------------------------------------------
@@ -373,9 +374,15 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
 
     @override
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:
-        """Passes through."""
-        self._pass("all_reduce", PassReason.OP, 2 * self._share() * nbytes_of(tensors))
-        return self.inner.allreduce(tensors, opts or _torch.options("AllreduceOptions"))
+        """The sum (or mean) over ranks, in place; compressed where the policy names a codec."""
+        opts = opts or _torch.options("AllreduceOptions")
+        if len(tensors) == 1:
+            work = self._reduce_to_all(tensors[0], opts)
+            if work is not None:
+                return work
+        else:
+            self._pass("all_reduce", PassReason.OP, 2 * self._share() * nbytes_of(tensors))
+        return self.inner.allreduce(tensors, opts)
 
     @override
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
@@ -396,13 +403,17 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
         return self.inner.reduce_scatter(output_tensors, input_tensors, opts or _torch.options("ReduceScatterOptions"))
 
     def _reduce_scatter_one(self, output: Any, x: Any, opts: Any) -> Any:
-        self._pass("reduce_scatter", PassReason.OP, self._share() * nbytes_of([x]))
         options = opts or _torch.options("ReduceScatterOptions")
+        work = self._scatter_sums(output, x, options)
+        if work is not None:
+            return work
         return _torch.inner_call(self.inner, _torch.REDUCE_SCATTER_SINGLE, output, x, options)
 
     @shared_name
     def reduce_scatter_single(self, output_tensor: Any, input_tensor: Any, opts: Any = None) -> Any:
-        """Passes through (``_reduce_scatter_base`` before torch 2.13)."""
+        """A rank's share of the sum (or mean) over ranks; compressed where the policy names a codec
+        (``_reduce_scatter_base`` before torch 2.13).
+        """
         return self._reduce_scatter_one(output_tensor, input_tensor, opts)
 
     @override
@@ -411,9 +422,11 @@ class CompressedProcessGroup(GroupLifecycle, dist.ProcessGroup):  # type: ignore
 
     @override
     def reduce_scatter_single_coalesced(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
-        """Passes through; functional collectives come here."""
-        self._pass("reduce_scatter", PassReason.OP, self._share() * nbytes_of(input_tensors))
+        """One tensor is as in ``reduce_scatter_single``, several pass through; functional collectives come here."""
         options = opts or _torch.options("ReduceScatterOptions")
+        if len(input_tensors) == 1:
+            return self._reduce_scatter_one(output_tensors[0], input_tensors[0], options)
+        self._pass("reduce_scatter", PassReason.OP, self._share() * nbytes_of(input_tensors))
         return _torch.inner_call(self.inner, _torch.REDUCE_SCATTER_COALESCED, output_tensors, input_tensors, options)
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced

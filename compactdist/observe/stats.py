@@ -32,6 +32,7 @@ class PassReason(str, Enum):
     OP = "op", "this operation is not compressed"
     DTYPE = "dtype", "not float32, float16 or bfloat16"
     SMALL = "small", "fewer elements than min_numel"
+    UNASKED = "not-asked", "this operation is compressed only where the policy names a codec"
     POLICY = "policy", "the policy said so"
     AUTOGRAD = "autograd", "the tensor requires grad, or the call came from a backward pass"
     WORLD_SIZE = "world-size-1", "the group has one rank"

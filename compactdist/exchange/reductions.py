@@ -1,0 +1,90 @@
+"""Sums over ranks as exchanges of compressed parts: a reduce-scatter, and the two legs of an all-reduce.
+
+First leg: every rank sends each other rank that rank's chunk of its tensor, one stream for each pair; the receiver adds
+up the chunks of all ranks in float32, in rank order, its own chunk exact. Second leg, of an all-reduce only: every rank
+sends its chunk of the sums to all others, one stream for each rank; all ranks, the sender too, take what was decoded,
+so that all end with the same bytes.
+
+Both are compressed only where the policy names a codec: their errors go into sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactdist.exchange.arrivals import Arrival
+from compactdist.exchange.engine import Engine, Flight
+from compactdist.exchange.patterns import AllGather, AllToAll
+from compactdist.exchange.plan import Call, CallPlan, Incoming
+from compactdist.observe.stats import PassReason
+
+__all__ = ["ALL_REDUCE", "ALL_REDUCE_SUMS", "REDUCE_SCATTER", "add_in_rank_order"]
+
+
+def add_in_rank_order(parts: Sequence[Tensor], *, mean: bool) -> Tensor:
+    """The sum (or the mean) of one tensor from each rank, added up in float32 in the order of the list; float32."""
+    total = parts[0].float().clone() if parts[0].dtype == torch.float32 else parts[0].float()
+    for part in parts[1:]:
+        total += part
+    return total.div_(len(parts)) if mean else total
+
+
+def _where_asked(answers: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(PassReason.UNASKED if answer is None else answer for answer in answers)
+
+
+class ReduceScatter(AllToAll):
+    """The first leg: one chunk to and from every other rank. Signature: that of :class:`AllToAll`."""
+
+    op = "reduce_scatter"
+
+    def arrival(self, engine: Engine, flight: Flight) -> Arrival | None:
+        return None  # no rank sends on what it received
+
+    def remember(self, engine: Engine, flight: Flight, part: Incoming, target: Tensor, frame: Tensor) -> None:
+        pass
+
+    def answers(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _where_asked(super().answers(engine, call, signature))
+
+    def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
+        plan = super().plan(engine, call, signature)
+        if plan.reason is None and all(part.codec is None for part in plan.parts) and not plan.site.refused:
+            plan.reason = min(plan.detail)
+        return plan
+
+
+class AllReduce(ReduceScatter):
+    """The first leg of an all-reduce."""
+
+    op = "all_reduce"
+
+    @staticmethod
+    def histories(size: int) -> tuple[int, int, int]:
+        return 2 * (size - 1), size, 2 * (size - 1)
+
+
+class AllReduceSums(AllGather):
+    """The second leg of an all-reduce: chunks of the sums."""
+
+    op = "all_reduce"
+
+    def answers(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _where_asked(super().answers(engine, call, signature))
+
+    def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
+        plan = super().plan(engine, call, signature)
+        plan.want_value = True
+        return plan
+
+    def keep_own(self, engine: Engine, flight: Flight) -> None:
+        staged = flight.staged[0]
+        if flight.failure is None and staged is not None:
+            flight.own_value = staged.value  # every rank takes what the others decode, whatever ``local`` says
+
+
+REDUCE_SCATTER, ALL_REDUCE, ALL_REDUCE_SUMS = ReduceScatter(), AllReduce(), AllReduceSums()
