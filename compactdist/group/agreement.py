@@ -25,7 +25,7 @@ from compactdist.errors import PlanMismatchError, PlanTimeoutError
 __all__ = ["Agreement", "Subject"]
 
 _log = logging.getLogger("compactdist")
-_POLL = timedelta(seconds=1)
+_POLL = timedelta(seconds=0.5)
 _WARN_SECONDS = 20.0
 _DONE, _VETO, _GONE = "done", "veto", "gone"
 
@@ -86,7 +86,7 @@ class Agreement:
 
         Args:
             subject: what this rank is about to do.
-            keep_waiting: called once a second; a false answer ends the wait.
+            keep_waiting: called twice a second; a false answer ends the wait.
 
         Raises:
             PlanMismatchError: some rank came with another subject. All ranks that come get this error.

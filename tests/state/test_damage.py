@@ -149,16 +149,17 @@ def fuzz(count: int, seed: int) -> tuple[int, int]:
 
 
 def test_forged_frames():
-    refused, accepted = fuzz(4000, seed=1)
-    assert refused > 3000
-    assert accepted > 10, "some forgeries change nothing that anybody could notice"
+    refused, accepted = fuzz(2000, seed=1)
+    assert refused > 1500
+    assert accepted > 5, "some forgeries change nothing that anybody could notice"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_hundred_thousand_forged_frames():
-    refused, _ = fuzz(200_000, seed=2)
-    assert refused > 150_000
+def test_many_forged_frames():
+    """A quarter of what was run once by hand: ``fuzz(200_000, seed=2)``."""
+    refused, _ = fuzz(50_000, seed=3)
+    assert refused > 40_000
 
 
 @pytest.mark.parametrize("what", ["state", "order", "damping", "keyframe", "codec"])

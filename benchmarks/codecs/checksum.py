@@ -1,0 +1,84 @@
+"""What the checksum of a payload costs beside the steps that make and read the payload.
+
+    python -m benchmarks.codecs.checksum --json benchmarks/results/checksum.json
+
+A sender sums up the payload it has just made, a receiver the one that it is about to decode. For each codec, at
+[4096, 3072] bfloat16 with as many threads as torch takes, medians of rounds in which the steps follow one another:
+encode, checksum, checksum, decode. *Share* is both checksums over encode and decode. For a raw keyframe it is one
+checksum over one copy of the tensor.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.common import check_load, finish, parser
+from compactdist import codecs, kernels
+from compactdist.state import plain
+
+ROWS, CHANNELS = 4096, 3072
+CODECS = ("binary", "int2", "int4", "int8")
+
+
+def _timed(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each step, all of them in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if number >= 2:
+                taken[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def line(codec_id: str, scales: str, rounds: int) -> dict[str, Any]:
+    """One codec: milliseconds of its steps and of the checksum."""
+    view, cpu = plain(ROWS * CHANNELS, 1, CHANNELS), torch.device("cpu")
+    session = codecs.get(codec_id, scales=scales).open(view, torch.bfloat16, cpu)
+    x, base = torch.randn(2, view.numel).bfloat16()
+    out, payload = torch.empty_like(x), torch.empty(session.payload_nbytes, dtype=torch.uint8)
+    checksum = kernels.checksum_for(session.payload_nbytes, cpu)
+    ms = _timed(
+        {
+            "encode": lambda: session.encode(x, (base,), out, payload),
+            "checksum after encode": lambda: checksum(payload),
+            "checksum before decode": lambda: checksum(payload),
+            "decode": lambda: session.decode(payload, (base,), out),
+        },
+        rounds,
+    )
+    share = (ms["checksum after encode"] + ms["checksum before decode"]) / (ms["encode"] + ms["decode"])
+    return {"codec": codec_id, "scales": scales, "ms": ms, "share": share}
+
+
+def raw_keyframe(rounds: int) -> dict[str, Any]:
+    """A tensor's own bytes: milliseconds of a copy, and of the checksum of the copy."""
+    x = torch.randn(ROWS * CHANNELS).bfloat16().view(torch.uint8)
+    copy = torch.empty_like(x)
+    checksum = kernels.checksum_for(x.numel(), x.device)
+    ms = _timed({"copy": lambda: copy.copy_(x), "checksum": lambda: checksum(copy)}, rounds)
+    return {"codec": "raw keyframe", "scales": "", "ms": ms, "share": ms["checksum"] / ms["copy"]}
+
+
+def main() -> None:
+    """Print the lines, and write them where ``--json`` says."""
+    made = parser(__doc__ or "")
+    made.add_argument("--rounds", type=int, default=16, help="rounds of each line (default 16)")
+    args = made.parse_args()
+    check_load(args.max_load)
+    lines = [line(codec, scales, args.rounds) for codec in CODECS for scales in ("token_channel", "block")]
+    lines.append(raw_keyframe(args.rounds))
+    for one in lines:
+        steps = "  ".join(f"{name} {value:.3f} ms" for name, value in one["ms"].items())
+        print(f"{one['codec']:>12} {one['scales']:<14} share {100 * one['share']:5.1f} %   {steps}")
+    finish(args.json, {"ranks": "none", "shape": [ROWS, CHANNELS], "rounds": args.rounds, "lines": lines})
+
+
+if __name__ == "__main__":
+    main()
