@@ -12,7 +12,7 @@ from compactdist.codecs.base import Codec, Session
 from compactdist.errors import FrameError, NonFiniteError, PayloadError
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.matrix_view import blocks
-from compactdist.state.stream import Changes, StreamConfig, StreamState
+from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, StreamConfig, StreamState
 from compactdist.wire import (
     CHECKSUM_WEIGHTED_SUM,
     HEADER_NBYTES,
@@ -228,6 +228,8 @@ class StreamDecoder(StreamState):
         compare("step", header.step, step, _SAME_STEPS)
         size = f"{header.numel} x {header.dtype}", f"{numel} x {dtype}"
         compare("size", *size, "send and receive tensors of the same size and dtype; then " + _RESET)
+        if not codec.lossless and dtype not in COMPRESSIBLE_DTYPES:  # a stand-alone stream's dtype is what frames say
+            compare("dtype", dtype, "float32, float16 or bfloat16, as this codec takes no other", _SAME_CONFIG)
         if (header.codec, header.keyframe_codec) != (ours.codec, ours.keyframe_codec):
             coding = f"{header.codec:08x}, keyframes {header.keyframe_codec:08x}"
             compare("codec", coding, f"{ours.codec:08x} ({codec!r}), keyframes {ours.keyframe_codec:08x}", _SAME_CONFIG)

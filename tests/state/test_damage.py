@@ -172,6 +172,16 @@ def test_streams_of_another_configuration_are_told_apart(what):
         check_refused(decoder, encoder.encode(torch.randn(N)))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.bool])
+def test_a_keyframe_of_a_dtype_that_the_codec_does_not_take(dtype):
+    encoder, decoder = kit.pair(codec="int4", keyframe="int8")
+    frame = encoder.encode(torch.randn(N))
+    header = wire.unpack(frame, "here")
+    forgery = resealed(frame, dataclasses.replace(header, dtype=dtype), wire.payload_of(frame, header))
+    check_refused(decoder, forgery)
+    decoder.decode(frame)
+
+
 def test_a_frame_made_against_another_history_is_refused():
     """Same configuration, sequence and sizes: only the digest tells."""
     x = torch.randn(N)
