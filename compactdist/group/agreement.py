@@ -209,7 +209,7 @@ class Agreement:
         return (
             f"{self._label}: waiting for {waited:.0f} s to agree on {_shown(subject.facts)} (agreement {name}); "
             "missing: "
-            + "; ".join(lines)
+            + ("; ".join(lines) or "nobody any more, but not all came in time")
             + ". A rank that is missing has not come to a call that is new to all: it makes other calls, has missed or "
             "added a step() or reset(), or lets this call pass through. Make the same calls on all ranks; after this "
             "error call reset() on all ranks"

@@ -94,7 +94,7 @@ def test_a_difference_raises_on_every_rank_and_names_it():
         agreement.agree(Subject(0, {"site": "a", "step": 0}))
         agreement.agree(Subject(0, {"site": "b", "step": 1 + (rank == 2), "tensor": "4 x float32"}))
 
-    results, _ = together(3, work, timeout=5)
+    results, _ = together(3, work)
     for rank, error in enumerate(results):
         assert isinstance(error, PlanMismatchError), results
         if rank != 2:
@@ -129,10 +129,11 @@ def test_after_an_error_a_new_epoch_is_agreed_on_again():
 def test_who_does_not_come_is_named(caplog):
     def work(agreement, rank, store):
         agreement.agree(Subject(0, {"site": "first", "step": 7}))
+        agreement._timeout = 1.0
         if rank == 0:
             agreement.agree(Subject(0, {"site": "second", "step": 8}))
 
-    results, _ = together(2, work, timeout=1.2)
+    results, _ = together(2, work)
     assert isinstance(results[0], PlanTimeoutError)
     for word in ("second", "missing: rank 1", "first", "step 7", "reset() on all ranks"):
         assert word in str(results[0])
@@ -323,7 +324,7 @@ def test_switching_between_training_and_inference():
 
 def test_a_tensor_that_requires_grad_on_one_rank_only():
     def body(rank, world):
-        with kit.wrap(agree_timeout=1.5) as dist:
+        with kit.wrap(agree_timeout=4.0) as dist:
             for step in range(2):
                 dist.step()
                 kit.gather(dist, kit.tensor(rank, step))
@@ -333,7 +334,7 @@ def test_a_tensor_that_requires_grad_on_one_rank_only():
                 dist.all_gather([torch.empty(kit.N) for _ in range(world)], x)
         return isinstance(caught.value, PlanTimeoutError)
 
-    assert run_ranks(body, pg_timeout=3) == [True, False]
+    assert run_ranks(body, pg_timeout=8) == [True, False]
 
 
 def test_it_can_be_switched_off():
