@@ -50,12 +50,17 @@ def on_two_ranks(body: Callable[..., Any], *args: Any) -> Any:
 
     The result travels through JSON.
     """
+    return on_ranks(WORLD_SIZE, body, *args)
+
+
+def on_ranks(ranks: int, body: Callable[..., Any], *args: Any) -> Any:
+    """As :func:`on_two_ranks` for any number of ranks, which share the cores if there are fewer."""
     cores = sorted(os.sched_getaffinity(0))
     context: Any = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_rank, args=(rank, cores[rank % len(cores)], folder, body, args))
-            for rank in range(WORLD_SIZE)
+            context.Process(target=_rank, args=(rank, ranks, cores[rank % len(cores)], folder, body, args))
+            for rank in range(ranks)
         ]
         for process in processes:
             process.start()
@@ -66,11 +71,11 @@ def on_two_ranks(body: Callable[..., Any], *args: Any) -> Any:
         return json.loads(Path(folder, "result.json").read_text())
 
 
-def _rank(rank: int, core: int, folder: str, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, ranks: int, core: int, folder: str, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.sched_setaffinity(0, {core})
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     result = body(rank, *args)
     dist.barrier()
     if rank == 0:
