@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -68,6 +69,7 @@ class Agreement:
         self._last = ""
         self._ended = ""
         self._broken: tuple[int, str] | None = None
+        self._lock = threading.Lock()
 
     def refuse(self, epoch: int) -> None:
         """Refuse every call of an epoch in which ranks could not agree: what they do no longer belongs together.
@@ -93,7 +95,8 @@ class Agreement:
             PlanTimeoutError: some ranks did not come in time, or the wait was ended.
         """
         try:
-            self._agree(subject, keep_waiting)
+            with self._lock:
+                self._agree(subject, keep_waiting)
         except (PlanMismatchError, PlanTimeoutError) as error:
             self._broken = subject.epoch, str(error)
             raise
