@@ -153,3 +153,36 @@ def test_a_disagreement(op, kind):
     assert not any("wrong" in o.value for o in outcomes), told
     if kind != "the same cut in other words":
         assert any(r.startswith("refused") for o in outcomes for r in o.value), told
+
+
+@pytest.mark.parametrize("op", ["gather", "all_to_all", "broadcast"])
+@pytest.mark.parametrize("when", [0, 2])
+def test_after_a_disagreement_a_reset_makes_every_call_right(op, when):
+    """Policies differ in one step; both ranks raise, refuse what follows, and begin again after the reset."""
+
+    def body(rank, world):
+        differs = [False]
+
+        def policy(call):
+            return ("int2", "int4")[rank] if differs[0] else None
+
+        with kit.wrap(codec="int8", policy=policy) as dist:
+            for step in range(when):
+                dist.step()
+                assert outcome(dist, op, rank, step) == "right"
+            differs[0] = True
+            dist.step()
+            first = outcome(dist, op, rank, when)
+            assert first.startswith("refused"), first
+            assert "reset() on all ranks" in first
+            differs[0] = False
+            dist.step()
+            if op != "all_to_all":
+                assert "since the last reset()" in outcome(dist, op, rank, when + 1)
+            dist.reset()
+            for step in range(4):
+                dist.step()
+                assert outcome(dist, op, rank, step) == "right"
+            dist.check()
+
+    run_ranks(body, pg_timeout=20)
