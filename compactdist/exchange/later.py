@@ -6,6 +6,7 @@ such as a point-to-point message, before the other ranks come to agree.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 __all__ = ["Departures", "Later"]
 
 _NO_TIMEOUT = timedelta(0)
+_STOP_SECONDS = 5.0
 
 
 class Later:
@@ -39,6 +41,15 @@ class Later:
         """Whether the call leaves, or fails to, within so many seconds."""
         return self._left.wait(seconds)
 
+    def must_leave(self, timeout: timedelta) -> None:
+        """Wait until the call leaves, or fails to.
+
+        Raises:
+            TimeoutError: it has not in time; it may still leave.
+        """
+        if not self._left.wait(timeout.total_seconds()):
+            raise TimeoutError(f"ranks have not agreed on the call within {timeout}; wait for it again")
+
     def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
         """Wait until the call has left and is done.
 
@@ -46,8 +57,9 @@ class Later:
             TimeoutError: it has not left in time.
             Whatever kept it from leaving, or what the inner group's work raises.
         """
-        if not self._left.wait(timeout.total_seconds() if timeout else None):
-            raise TimeoutError(f"ranks have not agreed on the call within {timeout}")
+        if timeout:
+            self.must_leave(timeout)
+        self._left.wait()
         if self._error is not None:
             raise self._error
         return bool(self._work.wait(timeout) if timeout else self._work.wait())
@@ -82,6 +94,7 @@ class Departures:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, daemon=True, name="compactdist-departures")
                 self._thread.start()
+                atexit.register(self._stop)
 
     def join(self) -> None:
         """Wait until all calls have left."""
@@ -100,6 +113,12 @@ class Departures:
             self._changed.wait_for(lambda: not self.busy, seconds)
             self.open = False
 
+    def _stop(self) -> None:
+        """End the thread before the interpreter ends: one inside a store's call would end the process by an abort."""
+        thread, self.open = self._thread, False
+        if thread is not None:
+            thread.join(_STOP_SECONDS)
+
     def _run(self) -> None:
         while True:
             self._calls[0]()
@@ -109,4 +128,5 @@ class Departures:
                 self._changed.notify_all()
                 if not self.busy:
                     self._thread = None
+                    atexit.unregister(self._stop)
                     return

@@ -210,7 +210,7 @@ class AllToAll(Pattern):
 
     Whether a directed chunk is compressed depends on its own number of elements and the policy's answer for its two
     ends, so uneven splits need no agreement beyond what each pair of ranks knows. Signature: (elements to each rank,
-    elements from each rank, dtype, device).
+    elements from each rank, dtype, device, whether the form of the call says that all chunks of all ranks are equal).
     """
 
     op = "all_to_all"
@@ -235,7 +235,7 @@ class AllToAll(Pattern):
         chooser, me, site = engine.chooser, engine.rank, engine.store.site(call.site)
         plan = CallPlan(self, site, signature, dtype, self.answers(engine, call, signature))
         plan.want_value = bool(engine.sample_every)
-        plan.by_pair = True
+        plan.by_pair, plan.alike = True, signature[4] and not chooser.by_pair
         peers = [rank for rank in range(engine.size) if rank != me]
         reasons: set[PassReason] = set()
         for i, peer in enumerate((*peers, *peers)):

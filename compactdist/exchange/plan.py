@@ -19,7 +19,7 @@ from compactdist.codecs import Codec
 from compactdist.errors import ConfigError, LayoutError
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import PassReason
-from compactdist.policy import PASS, CallInfo, Policy
+from compactdist.policy import PASS, CallInfo, Policy, Rules
 from compactdist.state import COMPRESSIBLE_DTYPES, Layout, Site, StreamDecoder, StreamEncoder
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ class CallPlan:
         reason: why the call passes through; ``None`` if it is compressed.
         outgoing, incoming: the parts, in the order of the tensors handed to the engine.
         by_pair: a part's size and codec are known to its two ends only.
+        alike: although ``by_pair``, all ranks see the policy answer alike, so that a change of answers is seen by all.
         joint: all parts have one kind and size of frame, as in a collective whose sizes must be equal.
         codec: the codec that statistics show.
         raw_nbytes: bytes on the link if the call were not compressed.
@@ -167,6 +168,7 @@ class CallPlan:
     outgoing: list[Outgoing] = field(default_factory=list)
     incoming: list[Incoming] = field(default_factory=list)
     by_pair: bool = False
+    alike: bool = False
     joint: bool = False
     codec: Codec | None = None
     raw_nbytes: int = 0
@@ -216,6 +218,11 @@ class Chooser:
     policy: Policy | None
     layouts: LayoutHints | None
     min_numel: int
+
+    @property
+    def by_pair(self) -> bool:
+        """Whether rules of the policy are for single pairs of ranks."""
+        return isinstance(self.policy, Rules) and any(rule.between is not None for rule in self.policy.rules)
 
     @staticmethod
     def info(

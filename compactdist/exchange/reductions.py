@@ -11,6 +11,7 @@ Both are compressed only where the policy names a codec: their errors go into su
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -53,8 +54,19 @@ class ReduceScatter(AllToAll):
 
     def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
         plan = super().plan(engine, call, signature)
-        if plan.reason is None and all(part.codec is None for part in plan.parts) and not plan.site.refused:
-            plan.reason = min(plan.detail)
+        # a passed-through reduction is another collective than an exchange of chunks, so all ranks must decide alike:
+        # by the policy's answers for all pairs, not for their own
+        chooser, ranks, numel = engine.chooser, range(engine.size), signature[1][engine.rank]
+        reasons: set[PassReason] = set()
+        for pair in permutations(ranks, 2):
+            info = chooser.info(call, plan.dtype, numel, *pair)
+            chosen = chooser.choose(info, _where_asked((chooser.ask(info),))[0])
+            if isinstance(chosen, PassReason):
+                reasons.add(chosen)
+            else:
+                plan.reason = None
+                return plan
+        plan.reason = min(reasons)
         return plan
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from compactdist import _torch
+from compactdist.exchange.later import Later
 from compactdist.exchange.link import as_work
 from compactdist.state.store import Site
 
@@ -104,7 +105,13 @@ class Job:
             raise self.error
 
     def run(self, timeout: timedelta = _NO_TIMEOUT) -> None:
-        """Wait, decode, and keep the error if there is one. The caller holds the lock."""
+        """Wait, decode, and keep the error if there is one. The caller holds the lock.
+
+        Raises:
+            TimeoutError: the call has not left in time; nothing has changed.
+        """
+        if timeout and isinstance(self._inner, Later):
+            self._inner.must_leave(timeout)
         try:
             if not self._waited:
                 self._waited = True

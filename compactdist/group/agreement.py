@@ -2,8 +2,8 @@
 
 An agreement has a number ``epoch.n``; ``n`` counts from 0 in each epoch. A rank posts what it is about to do, compares
 a digest of that with the one that the first rank wrote (``compare_set``), and counts itself in (``add``). The last rank
-to come writes ``done``; a rank that finds another digest writes ``veto`` there. Everyone waits for that one key. It
-takes a fixed number of store calls a rank. Successful agreements leave a constant number of keys.
+to come writes ``done``; a rank that finds another digest writes ``veto`` there. Everyone looks for that one key.
+Successful agreements leave a constant number of keys.
 
 Posts lie in two slots that are overwritten in turn. A rank that posts in a slot again has seen the end of the agreement
 in between, which all ranks have joined after they were through with this slot.
@@ -18,7 +18,6 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 from compactdist.errors import PlanMismatchError, PlanTimeoutError
@@ -26,7 +25,9 @@ from compactdist.errors import PlanMismatchError, PlanTimeoutError
 __all__ = ["Agreement", "Subject"]
 
 _log = logging.getLogger("compactdist")
-_POLL = timedelta(seconds=0.5)
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.05
+"""Seconds between two looks at the store."""
+
 _WARN_SECONDS = 20.0
 _DONE, _VETO, _GONE = "done", "veto", "gone"
 
@@ -57,7 +58,7 @@ class Agreement:
     """
 
     def __init__(self, store: Any, prefix: str, rank: int, size: int, label: str, timeout: float) -> None:
-        # a blocking wait holds a connection, and the caller's may be needed meanwhile
+        # calls of other threads on the caller's connection must not wait for ours
         self._store = store.clone()
         self._prefix = prefix
         self._rank = rank
@@ -88,7 +89,7 @@ class Agreement:
 
         Args:
             subject: what this rank is about to do.
-            keep_waiting: called twice a second; a false answer ends the wait.
+            keep_waiting: called now and then; a false answer ends the wait.
 
         Raises:
             PlanMismatchError: some rank came with another subject. All ranks that come get this error.
@@ -114,6 +115,10 @@ class Agreement:
         self._last = found
         done = self._key(f"done/{name}")
         if found != mine:
+            if store.check(
+                [done]
+            ):  # this agreement has failed already; what the others do now is no matter of this rank
+                raise PlanMismatchError(self._difference(subject, self._against(store.get(done).decode())))
             other = found.partition(":")[0]
             veto = _VETO + json.dumps([self._rank, dict(subject.facts)])
             against = {
@@ -130,9 +135,7 @@ class Agreement:
         self._wait(done, name, subject, keep_waiting)
         end = store.get(done).decode()
         if end != _DONE:
-            # by now the rank that wrote this may have posted something else
-            against = dict([json.loads(end[len(_VETO) :])]) if end.startswith(_VETO) else {}
-            raise PlanMismatchError(self._difference(subject, against))
+            raise PlanMismatchError(self._difference(subject, self._against(end)))
         self._ended = name
         if subject.pairs:
             self._compare_pairs(slot, subject)
@@ -141,7 +144,7 @@ class Agreement:
         """Take part no more. The last rank to close removes the keys of all: others may still read them before."""
         with contextlib.suppress(RuntimeError):  # the store may be gone already
             if self._store.add(self._key("closed"), 1) == self._size:
-                posts = [f"{what}/{rank}" for rank in range(self._size) for what in ("post/0", "post/1", "late")]
+                posts = [f"{what}/{rank}" for rank in range(self._size) for what in ("post/0", "post/1")]
                 for key in ("now", "closed", f"done/{self._ended}", *posts):
                     self._store.delete_key(self._key(key))
 
@@ -180,24 +183,19 @@ class Agreement:
                 return found
 
     def _wait(self, done: str, name: str, subject: Subject, keep_waiting: Any) -> None:
-        began, warned = time.monotonic(), False
-        while True:
-            asked = time.monotonic()
-            try:
-                self._store.wait([done], _POLL)
-                return
-            except RuntimeError:
-                if time.monotonic() - asked < _POLL.total_seconds() / 2:
-                    raise  # not because it took too long: the store is gone
-                waited = time.monotonic() - began
-                ended = keep_waiting is not None and not keep_waiting()
+        began, pause, warned = time.monotonic(), _FIRST_PAUSE, False
+        # asked for again and again: a blocking wait of the store prints a warning whenever its time is up
+        while not self._store.check([done]):
+            time.sleep(pause)
+            pause = min(1.2 * pause, _LONGEST_PAUSE)
+            waited = time.monotonic() - began
             if waited > _WARN_SECONDS and not warned:
                 warned = True
-                self._store.set(self._key(f"late/{self._rank}"), name)
                 _log.warning("%s", self._missing(name, subject, waited))
+            ended = keep_waiting is not None and not keep_waiting()
             if waited > self._timeout or ended:
                 if self._store.compare_set(done, "", _GONE).decode() != _GONE:
-                    continue  # the others came at the last moment
+                    return  # the others came at the last moment
                 raise PlanTimeoutError(self._missing(name, subject, waited))
 
     def _missing(self, name: str, subject: Subject, waited: float) -> str:
@@ -217,6 +215,11 @@ class Agreement:
             "added a step() or reset(), or lets this call pass through. Make the same calls on all ranks; after this "
             "error call reset() on all ranks"
         )
+
+    @staticmethod
+    def _against(end: str) -> dict[int, dict[str, Any]]:
+        """Rank and facts of the one that ended an agreement; by now its own post may be another."""
+        return dict([json.loads(end[len(_VETO) :])]) if end.startswith(_VETO) else {}
 
     def _difference(self, subject: Subject, others: Mapping[int, Mapping[str, Any]]) -> str:
         ours = dict(subject.facts)

@@ -117,8 +117,8 @@ class GroupCore:
         call = keys.take(site, pattern.op)
         try:
             plan = engine.plan(pattern, call, signature)
-            if plan.agreed_at < 0 and pattern.collective and self._plans.varies(call) and not plan.by_pair:
-                plan.reason = plan.reason or PassReason.VARIES
+            if plan.agreed_at < 0 and plan.reason is None and pattern.collective and self._plans.varies(call, plan):
+                plan.reason = PassReason.VARIES
             if plan.reason is not None and pattern.collective:
                 self._departures.join()
                 if plan.by_pair or publishes(plan.reason):
@@ -138,9 +138,9 @@ class GroupCore:
             return
         call = self._keys.take(site, pattern.op)
         self._keys.give_back(call)
+        self._departures.join()
         if self._plans.passes(call):
             return
-        self._departures.join()
         self._agree(call, None, PassReason.AUTOGRAD)
         known = self._engine.store.find(call.site)
         if known is not None:

@@ -212,6 +212,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
 
     def _forget_request(self, request: Request) -> None:
         self._requests.pop(request.name, None)
+        self._departures.join()  # a call of the request that leaves later would be agreed on after its end
         self._plans.end_request(request.prefix)
         if not self._closed:
             self._engine.forget(request.prefix)
@@ -291,6 +292,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         self._ready()
         if self._engine.size == 1:
             return
+        self._departures.join()
         try:
             check(self._engine, self._store, _torch.device_for_small_messages(self._inner), self._differences)
         except StateMismatchError:

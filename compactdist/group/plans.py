@@ -31,7 +31,7 @@ class _Token(NamedTuple):
 
     Attributes:
         tensor, coding: equal on all ranks.
-        own: what each rank sees for itself; a change of it needs an agreement as well.
+        own: the policy's answers for the chunks of this rank, where a change of them is seen by all ranks.
     """
 
     tensor: str
@@ -53,11 +53,26 @@ class AgreedPlans:
         self._digest = 0
         self._epoch = 0
         self._stages: set[tuple[str, bool]] = set()
+        self._tensors_epoch = 0
+        self._tensors: dict[str, str] = {}
         self._changes: Counter[str] = Counter()
 
-    def varies(self, call: Call) -> bool:
-        """Whether the site's tensors have changed too often since the last reset."""
-        return call.epoch == self._epoch and self._changes[without_request(call.site)[1]] > MOST_CHANGES
+    def varies(self, call: Call, plan: CallPlan) -> bool:
+        """Note the tensor of a call with a new plan; whether the site's have changed too often since the last reset.
+
+        This goes by the order of calls, which is the same on all ranks, not by when ranks agree on them.
+        """
+        if plan.by_pair:
+            return False
+        site, tensor = without_request(call.site)[1], _token(plan, "").tensor
+        with self._lock:
+            if call.epoch != self._tensors_epoch:
+                self._tensors_epoch = call.epoch
+                self._tensors.clear()
+                self._changes.clear()
+            self._changes[site] += self._tensors.get(site, tensor) != tensor
+            self._tensors[site] = tensor
+            return self._changes[site] > MOST_CHANGES
 
     def passes(self, call: Call) -> bool:
         """Whether the site is unknown, or known to pass through."""
@@ -97,7 +112,6 @@ class AgreedPlans:
                 return
             if before is not None:
                 self._digest = self._digest - _hash(site, before) & MASK64
-                self._changes[site] += before.tensor != token.tensor and _PASSES not in (before.tensor, token.tensor)
             self._known[site] = token
             self._digest = self._digest + _hash(site, token) & MASK64
 
@@ -113,14 +127,12 @@ class AgreedPlans:
         if epoch != self._epoch:
             self._epoch = epoch
             self._stages.clear()
-            self._changes.clear()
 
 
 def _token(plan: CallPlan | None, reason: str) -> _Token:
     if plan is not None and plan.by_pair:
-        # a rank sees its own chunks only: others would not notice that their sizes change. Policies that change their
-        # answers in the course of a request mostly do so for all chunks at a time.
-        answers = {repr(answer) for answer in plan.answers if not isinstance(answer, PassReason)}
+        # a rank sees its own chunks only: others would not come to agree on a change of their sizes
+        answers = {repr(answer) for answer in plan.answers} if plan.alike else set()
         return _Token(f"chunks of {plan.dtype}", "by pair", ", ".join(sorted(answers)))
     if plan is None or plan.reason is not None:
         return _Token(_PASSES, reason or str(plan.reason if plan is not None else ""))

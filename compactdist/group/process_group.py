@@ -143,13 +143,18 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
 
     # --- all-to-all -------------------------------------------------------------------------------------------------
 
-    def _exchange(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any, result: list[Tensor]) -> Any:
-        """The work of a compressed all-to-all of chunks by rank; ``None``: it passes through."""
+    def _exchange(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any, result: list[Tensor], *, even: bool = False
+    ) -> Any:
+        """The work of a compressed all-to-all of chunks by rank; ``None``: it passes through.
+
+        ``even``: the form of the call says that all chunks of all ranks are equal.
+        """
         engine, first = self._engine, inputs[0]
         me = engine.rank
         leaving, arriving = tuple([t.numel() for t in inputs]), tuple([t.numel() for t in outputs])
         nbytes = (sum(leaving) - leaving[me]) * first.dtype.itemsize
-        signature = leaving, arriving, first.dtype, first.device
+        signature = leaving, arriving, first.dtype, first.device, even
         wrong = next((t for t in (*inputs, *outputs) if t.dtype != first.dtype), None)
         if wrong is not None:
             raise BadOutputError(
@@ -213,7 +218,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         own = into[self._engine.rank] / max(1, sum(into)) if known else 1 / self._engine.size
         if not self._passes_all_to_all(x, (1 - own) * x.nbytes):
             outputs, inputs = self._chunks(output, out or (), "output"), self._chunks(x, into or (), "input")
-            work = self._exchange(outputs, inputs, opts, [output])
+            work = self._exchange(outputs, inputs, opts, [output], even=not out and not into)
             if work is not None:
                 return work
         return _torch.all_to_all_single(self.inner, output, x, list(out or ()), list(into or ()), opts)

@@ -46,7 +46,7 @@ class Reductions(GroupCore):
         engine, first = self._engine, chunks[0]
         sizes = tuple(chunk.numel() for chunk in chunks)
         arriving = (sizes[engine.rank],) * engine.size
-        planned = self._plan(pattern, site, first, (sizes, arriving, first.dtype, first.device), nbytes)
+        planned = self._plan(pattern, site, first, (sizes, arriving, first.dtype, first.device, True), nbytes)
         if planned is None:
             return None
         call, plan = planned
@@ -69,7 +69,8 @@ class Reductions(GroupCore):
         """The work of a compressed reduce-scatter; ``None``: it passes through, and was counted."""
         size = self._engine.size
         nbytes = (size - 1) / size * x.nbytes
-        if not self._reduces("reduce_scatter", [x], opts, nbytes) or not output.is_contiguous():
+        # a list of two is counted as passed through, as an output that cannot be written in place is
+        if not self._reduces("reduce_scatter", [x] if output.is_contiguous() else [x, output], opts, nbytes):
             return None
         if output.numel() * size != x.numel() or output.dtype != x.dtype:
             raise BadOutputError(

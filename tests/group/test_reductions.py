@@ -222,3 +222,25 @@ def test_a_budget_that_is_too_small():
                 assert same_everywhere(y)
 
     run_ranks(body)
+
+
+@pytest.mark.parametrize("op", ["all_reduce", "reduce_scatter"])
+def test_a_policy_for_one_pair_of_three(op):
+    """All ranks exchange chunks, those of other pairs as they are."""
+
+    def body(rank, world):
+        with kit.wrap(policy=Rule("int8", op=op, between=((0, 1),))) as dist:
+            for step in range(3):
+                dist.step()
+                x = kit.tensor(rank, step, N)
+                if op == "all_reduce":
+                    dist.all_reduce(x)
+                    assert off(x, total(world, step)) < 0.002
+                    assert same_everywhere(x)
+                else:
+                    out = torch.empty(N // world)
+                    dist.reduce_scatter_tensor(out, x)
+                    assert off(out, total(world, step).chunk(world)[rank]) < 0.002
+            dist.check()
+
+    run_ranks(body, world_size=3, pg_timeout=20)
