@@ -131,6 +131,7 @@ class Job:
             self._keep = ()
             if self._site is not None and self._site.pending and self._site.pending[0] is self:
                 self._site.pending.popleft()
+            self._site = None  # a work that the caller keeps must not keep histories
 
     def is_ready(self) -> bool:
         """Whether waiting would not block."""

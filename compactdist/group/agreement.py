@@ -5,8 +5,8 @@ a digest of that with the one that the first rank wrote (``compare_set``), and c
 to come writes ``done``; a rank that finds another digest writes ``veto`` there. Everyone looks for that one key.
 Successful agreements leave a constant number of keys.
 
-Posts lie in two slots that are overwritten in turn. A rank that posts in a slot again has seen the end of the agreement
-in between, which all ranks have joined after they were through with this slot.
+Posts are there for error messages, and lie in two slots that are overwritten in turn. What is compared pair by pair has
+keys of its own, which are removed once all ranks have come to a later agreement.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Agreement:
         self._number = 0
         self._last = ""
         self._ended = ""
+        self._pairs = ""
         self._broken: tuple[int, str] | None = None
         self._lock = threading.Lock()
 
@@ -109,21 +110,19 @@ class Agreement:
         self._number += 1
         store = self._store
         self._post(slot, name, subject)
+        pairs = self._post_pairs(name, subject)
         digest = hashlib.blake2b(repr(sorted(subject.facts.items())).encode(), digest_size=12).hexdigest()
         mine = f"{name}:{digest}"
         found = self._found(mine)
         self._last = found
         done = self._key(f"done/{name}")
         if found != mine:
-            if store.check(
-                [done]
-            ):  # this agreement has failed already; what the others do now is no matter of this rank
+            if store.check([done]):  # it has failed before: what the others agree on by now is no matter of this rank
                 raise PlanMismatchError(self._difference(subject, self._against(store.get(done).decode())))
             other = found.partition(":")[0]
             veto = _VETO + json.dumps([self._rank, dict(subject.facts)])
-            against = {
-                rank: post[1] for rank, post in self._posts().items()
-            }  # now: whoever wakes up posts other things
+            # read before the others wake up and post what they do next
+            against = {rank: post[1] for rank, post in self._posts().items()}
             for key in {done, self._key(f"done/{other}")}:
                 store.compare_set(key, "", veto)
             raise PlanMismatchError(self._difference(subject, against))
@@ -137,14 +136,18 @@ class Agreement:
         if end != _DONE:
             raise PlanMismatchError(self._difference(subject, self._against(end)))
         self._ended = name
-        if subject.pairs:
-            self._compare_pairs(slot, subject)
+        if self._pairs:  # all ranks have come to this agreement, so they have read what was posted for the one before
+            store.delete_key(self._pairs)
+        self._pairs = pairs
+        if pairs:
+            self._compare_pairs(name, subject)
 
     def close(self) -> None:
         """Take part no more. The last rank to close removes the keys of all: others may still read them before."""
         with contextlib.suppress(RuntimeError):  # the store may be gone already
             if self._store.add(self._key("closed"), 1) == self._size:
                 posts = [f"{what}/{rank}" for rank in range(self._size) for what in ("post/0", "post/1")]
+                posts += [f"pairs/{self._ended}/{rank}" for rank in range(self._size)]
                 for key in ("now", "closed", f"done/{self._ended}", *posts):
                     self._store.delete_key(self._key(key))
 
@@ -152,11 +155,18 @@ class Agreement:
         return f"{self._prefix}/{name}"
 
     def _post(self, slot: int, name: str, subject: Subject) -> None:
-        post = json.dumps([name, dict(subject.facts), [list(pair) for pair in subject.pairs]])
-        self._store.set(self._key(f"post/{slot}/{self._rank}"), post)
+        self._store.set(self._key(f"post/{slot}/{self._rank}"), json.dumps([name, dict(subject.facts)]))
+
+    def _post_pairs(self, name: str, subject: Subject) -> str:
+        """Post what is compared pair by pair; the key, or nothing if there is nothing to compare."""
+        if not subject.pairs:
+            return ""
+        key = self._key(f"pairs/{name}/{self._rank}")
+        self._store.set(key, json.dumps([list(pair) for pair in subject.pairs]))
+        return key
 
     def _posts(self) -> dict[int, list[Any]]:
-        """The newest post of each rank that has made one: name, facts, pairs."""
+        """The newest post of each rank that has made one: name and facts."""
         posts: dict[int, list[Any]] = {}
         for rank in range(self._size):
             for slot in range(2):
@@ -237,10 +247,9 @@ class Agreement:
             "reset() on all ranks"
         )
 
-    def _compare_pairs(self, slot: int, subject: Subject) -> None:
-        # a rank that is through with this may be at the next agreement, in the other slot
-        keys = [self._key(f"post/{slot}/{rank}") for rank in range(self._size)]
-        pairs = [json.loads(self._store.get(key).decode())[2] for key in keys]
+    def _compare_pairs(self, name: str, subject: Subject) -> None:
+        keys = [self._key(f"pairs/{name}/{rank}") for rank in range(self._size)]
+        pairs = [json.loads(self._store.get(key).decode()) for key in keys]
         wrong = []
         for source in range(self._size):
             for target in range(self._size):

@@ -167,6 +167,7 @@ class StateStore:
                 site = self.known.pop(key)
                 self._reserved -= sum(nbytes for _, nbytes in site.reserved.values())
                 site.reserved.clear()
+                site.plan = None  # which refers to the site: histories would stay until the garbage collector comes
             self.spares.clear()
 
     def state_bytes(self) -> dict[str, int]:

@@ -463,3 +463,28 @@ def test_waiting_again_after_a_wait_that_was_too_short():
             dist.check()
 
     run_ranks(body)
+
+
+@in_a_process
+def test_pairs_are_read_in_peace():
+    """A rank that is through may begin the next agreement, of another epoch, while a slow one still compares pairs."""
+
+    def work(agreement, rank, store):
+        compare = agreement._compare_pairs
+
+        def slowly(*args):
+            time.sleep(0.1 * rank)
+            compare(*args)
+
+        agreement._compare_pairs = slowly
+        pairs = [("", ""), ("a", "b")] if rank == 0 else [("b", "a"), ("", "")]
+        for epoch in range(4):
+            for n in range(1 + epoch):
+                agreement.agree(Subject(epoch, {"site": f"{n}"}, pairs))
+        agreement.agree(Subject(4, {"site": "without pairs"}))
+        agreement.close()
+        return True
+
+    results, store = together(2, work)
+    assert results == [True] * 2
+    assert store.num_keys() <= 2
