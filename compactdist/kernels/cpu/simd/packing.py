@@ -16,6 +16,9 @@ from compactdist.kernels.reference import LANES
 
 _byte, _i64 = ir.IntType(8), ir.IntType(64)
 
+_X86 = {512: ("avx512", ".512", "pmaddubs.w", "pmaddw.d"), 256: ("avx2", "", "pmadd.ub.sw", "pmadd.wd")}
+"""How LLVM names instructions for registers of so many bits: family, suffix, and the two that add up neighbours."""
+
 
 def _packed(builder: Any, bits: int, codes: Any) -> Any:
     """Ints below ``2 ** bits``, or for -8 numbers in two's complement, or a mask, as bytes."""
@@ -39,27 +42,36 @@ def _packed(builder: Any, bits: int, codes: Any) -> Any:
     return builder.trunc(together, ir.VectorType(_byte, count))
 
 
-def _packed_in_registers(builder: Any, bits: int, codes: Any) -> Any:
-    """``_packed`` for all but masks: registers narrowed in pairs, neighbours added, order restored at the end."""
+def _narrowed(builder: Any, bits: int, codes: Any, register: int) -> Any:
+    """Codes in four registers of ``register`` bits, narrowed in pairs and neighbours added, as they come out of that.
+
+    Codes of 8 bits lie in bytes then, of 4 bits in each 16 bits' lowest byte, of 2 bits in each 32 bits' lowest byte.
+    """
+    family, suffix, adds_bytes, adds_words = _X86[register]
 
     def x86(name: str, width: int, a: Any, b: Any) -> Any:
-        kind = ir.VectorType(ir.IntType(width), 512 // width)
-        return call(builder, f"llvm.x86.avx512.{name}.512", kind, a, b)
+        return call(
+            builder, f"llvm.x86.{family}.{name}{suffix}", ir.VectorType(ir.IntType(width), register // width), a, b
+        )
 
     def weights(width: int, high: int) -> Any:
-        kind = ir.VectorType(ir.IntType(width), 512 // width)
+        kind = ir.VectorType(ir.IntType(width), register // width)
         return ir.Constant(kind, [1, high] * (kind.count // 2))
 
+    lanes = register // 32
     to_words, to_bytes = ("packssdw", "packsswb") if bits < 0 else ("packusdw", "packuswb")
-    parts = [part(builder, codes, range(at, at + 16)) for at in range(0, LANES, 16)]
+    parts = [part(builder, codes, range(at, at + lanes)) for at in range(0, 4 * lanes, lanes)]
     words = [x86(to_words, 16, parts[at], parts[at + 1]) for at in (0, 2)]
     group = x86(to_bytes, 8, *words)
     if bits in (2, 4):
-        group = x86("pmaddubs.w", 16, group, weights(8, 1 << bits))
-    if bits == 2:
-        group = x86("pmaddw.d", 32, group, weights(16, 16))
+        group = x86(adds_bytes, 16, group, weights(8, 1 << bits))
+    return x86(adds_words, 32, group, weights(16, 16)) if bits == 2 else group
+
+
+def _packed_in_registers(builder: Any, bits: int, codes: Any) -> Any:
+    """``_packed`` for all but masks and sixty-four lanes: four registers of AVX-512, order restored at the end."""
     # of each four codes in a row one byte, or two bytes of 16 bits; packing took them from four registers in turn
-    group = builder.bitcast(group, ir.VectorType(_byte, 64))
+    group = builder.bitcast(_narrowed(builder, bits, codes, 512), ir.VectorType(_byte, 64))
     fours = [4 * (4 * quarter + register) for register in range(4) for quarter in range(4)]
     kept = {2: 1, 4: 2}.get(bits, 4)
     step = 2 if bits == 4 else 1
@@ -67,23 +79,8 @@ def _packed_in_registers(builder: Any, bits: int, codes: Any) -> Any:
 
 
 def _packed_by_eights(builder: Any, bits: int, codes: Any) -> Any:
-    """The same for four registers of eight lanes."""
-
-    def x86(name: str, width: int, a: Any, b: Any) -> Any:
-        return call(builder, f"llvm.x86.avx2.{name}", ir.VectorType(ir.IntType(width), 256 // width), a, b)
-
-    def weights(width: int, high: int) -> Any:
-        kind = ir.VectorType(ir.IntType(width), 256 // width)
-        return ir.Constant(kind, [1, high] * (kind.count // 2))
-
-    to_words, to_bytes = ("packssdw", "packsswb") if bits < 0 else ("packusdw", "packuswb")
-    parts = [part(builder, codes, range(at, at + 8)) for at in range(0, 32, 8)]
-    words = [x86(to_words, 16, parts[at], parts[at + 1]) for at in (0, 2)]
-    group = x86(to_bytes, 8, *words)
-    if bits in (2, 4):
-        group = x86("pmadd.ub.sw", 16, group, weights(8, 1 << bits))
-    if bits == 2:
-        group = x86("pmadd.wd", 32, group, weights(16, 16))
+    """The same for thirty-two lanes: four registers of AVX2."""
+    group = _narrowed(builder, bits, codes, 256)
     if bits == 4:
         halves = part(builder, group, range(8)), part(builder, group, range(8, 16))
         group = call(builder, "llvm.x86.sse2.packuswb.128", ir.VectorType(_byte, 16), *halves)
