@@ -24,7 +24,6 @@ from compactdist.wire import (
     RESTART,
     SHAPE_NBYTES,
     STATELESS,
-    Header,
     empty_frame,
     raw_payload,
     seal,
@@ -152,13 +151,16 @@ class StreamEncoder(StreamState):
             return self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, shape)
         return self._stage_residual(flat, codec, step, epoch, frame_nbytes, want_value, shape, row_weights)
 
-    def _frame(self, header: Header, payload: Tensor, frame_nbytes: int | None = None) -> tuple[Tensor, Header]:
-        """A frame of a payload that exists, and its header with the checksum."""
-        frame, room = empty_frame(header.nbytes, payload.numel(), frame_nbytes, payload.device)
+    def _stage_payload(
+        self, x: Tensor, codec: Codec, payload: Tensor, frame_nbytes: int | None = None, **fields: Any
+    ) -> Staged:
+        """The frame of a payload that exists; ``fields``: what its header says besides what all frames of ``x`` do."""
+        nbytes = payload.numel()
+        header = self.header_of(codec, x.numel(), x.dtype, payload_nbytes=nbytes, **fields)
+        frame, room = empty_frame(header.nbytes, nbytes, frame_nbytes, payload.device)
         room.copy_(payload)
-        checksum = kernels.checksum_for(payload.numel(), payload.device)(room)
-        header = replace(header, payload_nbytes=payload.numel(), checksum=checksum)
-        return seal(frame, header), header
+        header = replace(header, checksum=kernels.checksum_for(nbytes, payload.device)(room))
+        return Staged(seal(frame, header), header, header.checksum)
 
     def _stage_key(
         self,
@@ -192,9 +194,9 @@ class StreamEncoder(StreamState):
                 raise NonFiniteError(f"{self.where}: {error}") from None
             fields |= {"groups": view.groups, "rows": view.rows, "channels": view.channels}
         exact = _own(flat) if keeps and self._own_predictor is not None else None
-        header = self.header_of(codec, flat.numel(), flat.dtype, flags=flags, payload_nbytes=payload.numel(), **fields)
-        frame, header = self._frame(header, payload, frame_nbytes)
-        return Staged(frame, header, header.checksum, value, (), exact)
+        staged = self._stage_payload(flat, codec, payload, frame_nbytes, flags=flags, **fields)
+        staged.value, staged.exact = value, exact
+        return staged
 
     def _stage_residual(
         self,
@@ -305,33 +307,15 @@ class StreamEncoder(StreamState):
             # a traceback would keep the caller's tensors and works alive
             error.__context__ = error.__cause__ = None
             failure = error.with_traceback(None)
-        header = self.header_of(
-            codec,
-            flat.numel(),
-            flat.dtype,
-            step=step,
-            epoch=epoch,
-            flags=NONFINITE | (KEY if keyframe else 0),
-            digest=0 if keyframe else self.digest,
-        )
-        frame, header = self._frame(header, flat.new_empty(0, dtype=torch.uint8), frame_nbytes)
-        return Staged(frame, header, header.checksum), failure
+        nothing, flags = flat.new_empty(0, dtype=torch.uint8), NONFINITE | (KEY if keyframe else 0)
+        digest = 0 if keyframe else self.digest
+        fields = {"step": step, "epoch": epoch, "flags": flags, "digest": digest}
+        return self._stage_payload(flat, codec, nothing, frame_nbytes, **fields), failure
 
     def stage_stateless(self, x: Tensor, codec: Codec, *, step: int, epoch: int) -> Staged:
         """A frame of the tensor itself that touches no history (a pass-through the receiver cannot foresee)."""
-        payload = raw_payload(x)
-        header = self.header_of(
-            codec,
-            x.numel(),
-            x.dtype,
-            step=step,
-            epoch=epoch,
-            flags=STATELESS,
-            payload_nbytes=payload.numel(),
-            digest=self.digest,
-        )
-        frame, header = self._frame(header, payload)
-        return Staged(frame, header, header.checksum)
+        fields = {"step": step, "epoch": epoch, "flags": STATELESS, "digest": self.digest}
+        return self._stage_payload(x, codec, raw_payload(x), **fields)
 
     def withdraw(self, staged: Staged) -> None:
         """Undo ``stage``: the frame will not be sent and leaves no trace in the stream."""
