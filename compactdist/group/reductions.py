@@ -27,11 +27,10 @@ __all__ = ["Reductions"]
 class Reductions(GroupCore):
     """The reductions of :class:`~compactdist.group.process_group.CompressedProcessGroup`."""
 
-    def _reduces(self, op: str, tensors: Any, opts: Any, nbytes: float) -> bool:
-        """Whether a reduction may be compressed; otherwise it is counted as passed through."""
-        x = tensors[0]
-        asked = self._engine.chooser.policy is not None and len(tensors) == 1 and x.numel() > 0
-        if asked and x.is_contiguous() and (_is_mean(opts) or opts.reduceOp == dist.ReduceOp.SUM):
+    def _reduces(self, op: str, opts: Any, nbytes: float, x: Tensor, output: Tensor) -> bool:
+        """Whether a reduction of ``x`` into ``output`` may be compressed; otherwise it is counted as passed through."""
+        asked = self._engine.chooser.policy is not None and x.numel() > 0
+        if asked and x.is_contiguous() and output.is_contiguous() and _adds_up(opts):
             return True
         self._pass(op, PassReason.OP, nbytes)
         return False
@@ -69,8 +68,7 @@ class Reductions(GroupCore):
         """The work of a compressed reduce-scatter; ``None``: it passes through, and was counted."""
         size = self._engine.size
         nbytes = (size - 1) / size * x.nbytes
-        # a list of two is counted as passed through, as an output that cannot be written in place is
-        if not self._reduces("reduce_scatter", [x] if output.is_contiguous() else [x, output], opts, nbytes):
+        if not self._reduces("reduce_scatter", opts, nbytes, x, output):
             return None
         if output.numel() * size != x.numel() or output.dtype != x.dtype:
             raise BadOutputError(
@@ -91,7 +89,7 @@ class Reductions(GroupCore):
         """The work of a compressed all-reduce of ``x`` in place; ``None``: it passes through, and was counted."""
         size = self._engine.size
         nbytes = 2 * (size - 1) / size * x.nbytes
-        if not self._reduces("all_reduce", [x], opts, nbytes):
+        if not self._reduces("all_reduce", opts, nbytes, x, x):
             return None
         flat = x.detach().reshape(-1)
         each = -(-flat.numel() // size)
@@ -130,6 +128,10 @@ class Reductions(GroupCore):
     def _write(target: Tensor, value: Tensor) -> None:
         with _torch.without_autograd():
             target.copy_(value.view(target.shape))
+
+
+def _adds_up(opts: Any) -> bool:
+    return _is_mean(opts) or bool(opts.reduceOp == dist.ReduceOp.SUM)
 
 
 def _is_mean(opts: Any) -> bool:
