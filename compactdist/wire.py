@@ -44,6 +44,7 @@ __all__ = [
     "empty_frame",
     "explain",
     "frame_in",
+    "hash64",
     "pack",
     "seal",
     "stream_fingerprint",
@@ -439,8 +440,12 @@ def stream_fingerprint(group: str, site: str, config: str) -> int:
         site: the site key.
         config: the stream's configuration as text.
     """
-    text = "\0".join((group, site, config))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return hash64(group, site, config)
+
+
+def hash64(*texts: str) -> int:
+    """64 bits of some texts, the same in every process."""
+    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "little")
 
 
 def explain(frame: Tensor) -> str:

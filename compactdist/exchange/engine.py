@@ -55,7 +55,6 @@ class Flight:
         messages: one decision to encode or to pass on for each frame, where the pattern ``forwards``.
         arrival: the arrival that may be passed on, held until the launch.
         failure: the error to raise once the frames are on their way.
-        warm: the call falls into a warm-up step, whose frames are all keyframes; set by ``prepare``.
         refusing: peers with which no history will be kept.
         passed: why the message travels in a frame that touches no history; ``None`` for every other message.
         keyframes: whether all frames are keyframes.
@@ -78,7 +77,6 @@ class Flight:
     messages: list[Message] = field(default_factory=list)
     arrival: Arrival | None = None
     failure: NonFiniteError | None = None
-    warm: bool = False
     refusing: frozenset[int] | set[int] = _NOBODY
     passed: PassReason | None = None
     keyframes: bool = True
@@ -130,7 +128,6 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.arrivals = Arrivals(self.forward)
-        self._warmup_steps = self.config.warmup_steps
 
     # --- planning -----------------------------------------------------------------------------------------------------
 
@@ -177,7 +174,7 @@ class Engine:
         """
         plan = flight.plan
         pattern = plan.pattern
-        warm = flight.warm = 0 <= flight.call.step < self._warmup_steps
+        warm = flight.call.warm
         with _torch.without_autograd():
             try:
                 if pattern.forwards:

@@ -307,7 +307,7 @@ class AllToAll(Pattern):
             frames.append(_exact_bytes(x) if staged is None else staged.frame)
             leaving[part.peer] = frames[-1].numel()
         for into in plan.incoming:
-            arriving[into.peer] = into.expected_nbytes(flight.warm)
+            arriving[into.peer] = into.expected_nbytes(flight.call.warm)
         device = flight.inputs[0].device
         wire = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *frames])
         arrived = torch.empty(sum(arriving), dtype=torch.uint8, device=device)
@@ -377,8 +377,8 @@ class Broadcast(OneMessage):
             flight.wire_nbytes = (engine.size - 1) * frame.numel()
         else:
             part = plan.incoming[0]
-            flight.keyframes = flight.warm or part.fresh
-            frame = torch.empty(part.expected_nbytes(flight.warm), dtype=torch.uint8, device=plan.signature[2])
+            flight.keyframes = flight.call.warm or part.fresh
+            frame = torch.empty(part.expected_nbytes(flight.call.warm), dtype=torch.uint8, device=plan.signature[2])
             flight.arrived = (frame,)
         flight.work, flight.keep = engine.link.broadcast(frame, flight.opts), (frame,)
 

@@ -51,12 +51,14 @@ class Call:
         op: name in the policy's terms.
         step: the group's (or the request's) step since the last reset, from 0; -1 before the first.
         epoch: resets of the group so far.
+        warm: the call falls into a warm-up step, whose frames are all keyframes.
     """
 
     site: str
     op: str
     step: int
     epoch: int
+    warm: bool
 
 
 def refusal(size: int, tensor: Tensor, active: bool, autograd: AutogradRule) -> PassReason | None:
@@ -156,7 +158,7 @@ class CallPlan:
         want_value: encoders return what the receiver will reconstruct, even where they keep no history.
         fresh: some part's next frame must be a keyframe.
         changes: the site's count of changes when ``fresh`` and the sizes were worked out.
-        agreed_at: epoch and part of the request (warm-up or not) in which all ranks agreed on this plan.
+        agreed_at: epoch and ``Call.warm`` of the last call that all ranks agreed on; ``None``: of none.
     """
 
     pattern: Pattern
@@ -177,7 +179,7 @@ class CallPlan:
     want_value: bool = False
     fresh: bool = True
     changes: int = -1
-    agreed_at: int = -1
+    agreed_at: tuple[int, bool] | None = None
 
     @property
     def parts(self) -> list[Outgoing | Incoming]:

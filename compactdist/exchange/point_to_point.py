@@ -150,7 +150,7 @@ class ReceiveExactly(Receive):
     waits_for_earlier_calls = True
 
     def frame_nbytes(self, flight: Flight) -> int:
-        return flight.plan.incoming[0].expected_nbytes(flight.warm)
+        return flight.plan.incoming[0].expected_nbytes(flight.call.warm)
 
 
 def _frame_bound(codec: Codec, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> int:

@@ -45,7 +45,6 @@ class GroupCore:
     _agreement: Agreement | None
     _plans: AgreedPlans
     _departures: Departures
-    _warmup_steps: int
 
     def _adopt_backends(self) -> None:
         raise AssertionError("provided by the life cycle")
@@ -117,7 +116,7 @@ class GroupCore:
         call = keys.take(site, pattern.op)
         try:
             plan = engine.plan(pattern, call, signature)
-            if plan.agreed_at < 0 and plan.reason is None and pattern.collective and self._plans.varies(call, plan):
+            if plan.agreed_at is None and plan.reason is None and pattern.collective and self._plans.varies(call, plan):
                 plan.reason = PassReason.VARIES
             if plan.reason is not None and pattern.collective:
                 self._departures.join()
@@ -158,11 +157,11 @@ class GroupCore:
                 except BaseException:
                     for site in self._engine.store.sites():  # their next calls come here, to be refused
                         if site.plan is not None:
-                            site.plan.agreed_at = -1
+                            site.plan.agreed_at = None
                     raise
                 self._plans.agreed(call, plan, reason)
         if plan is not None:
-            plan.agreed_at = call.epoch << 1 | (0 <= call.step < self._warmup_steps)
+            plan.agreed_at = call.epoch, call.warm
 
     def _agree_first(self, flight: Flight) -> Job | None:
         """Agree on a call's plan before it leaves.
@@ -307,7 +306,7 @@ class GroupCore:
             errors of decoding.
         """
         engine, call, plan = self._engine, flight.call, flight.plan
-        known = plan.agreed_at == (call.epoch << 1 | (0 <= call.step < self._warmup_steps))
+        known = plan.agreed_at == (call.epoch, call.warm)
         try:
             job = None
             if not known or self._departures.busy:

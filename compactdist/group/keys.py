@@ -51,12 +51,16 @@ class _Prefixes(threading.local):
 class KeyBook:
     """Prefixes, counters and the step clock of one group.
 
+    Args:
+        warmup_steps: steps after a reset whose frames are all keyframes.
+
     Attributes:
         epoch: resets so far.
         engaged: calls can be told apart across steps: a step, a key or an attached module has been seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warmup_steps: int = 0) -> None:
+        self._warmup_steps = warmup_steps
         self._lock = threading.Lock()
         self._clock = Clock()
         self._prefixes = _Prefixes()
@@ -117,7 +121,7 @@ class KeyBook:
             op: the operation's name in the policy's terms.
 
         Returns:
-            The call, with its site key, step and epoch.
+            The call.
         """
         prefixes = self._prefixes
         counter = f"{prefixes.text}/{site}" if prefixes.text else site
@@ -125,7 +129,7 @@ class KeyBook:
         with self._lock:
             n = clock.counts.get(counter, 0)
             clock.counts[counter] = n + 1
-            return Call(f"{counter}#{n}", op, clock.step, self.epoch)
+            return Call(f"{counter}#{n}", op, clock.step, self.epoch, 0 <= clock.step < self._warmup_steps)
 
     def give_back(self, call: Call) -> None:
         """Undo ``take`` for a call that failed before it sent anything."""

@@ -84,11 +84,10 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         self._differences = 0
         self._requests: dict[str, Request] = {}
         self._restore_names: list[Callable[[], None]] = []
-        self._keys = KeyBook()
+        self._keys = KeyBook(options.stream.warmup_steps)
         self._finished = FinishedWork()
         self._departures = Departures()
-        self._warmup_steps = options.stream.warmup_steps
-        self._plans = AgreedPlans(self._warmup_steps)
+        self._plans = AgreedPlans()
         self._agreement = self._agrees(inner, options)
         label = f"group '{name}', rank {inner.rank()}"
         self._engine = Engine(

@@ -7,7 +7,6 @@ their frames are then follows from epoch and step, which it compares.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import Counter
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from compactdist.exchange.plan import Call, CallPlan, Incoming, Part
 from compactdist.group.agreement import Subject
 from compactdist.group.request import without_request
 from compactdist.observe.stats import PassReason
-from compactdist.wire import MASK64
+from compactdist.wire import MASK64, hash64
 
 __all__ = ["AgreedPlans", "publishes"]
 
@@ -40,14 +39,9 @@ class _Token(NamedTuple):
 
 
 class AgreedPlans:
-    """The plans that ranks have agreed on.
+    """The plans that ranks have agreed on."""
 
-    Args:
-        warmup_steps: steps after a reset whose frames are all keyframes.
-    """
-
-    def __init__(self, warmup_steps: int) -> None:
-        self._warmup_steps = warmup_steps
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[str, _Token] = {}
         self._digest = 0
@@ -91,7 +85,7 @@ class AgreedPlans:
         token = _token(plan, reason)
         with self._lock:
             self._begin(call.epoch)
-            new_stage = (request, self._is_warm(call)) not in self._stages
+            new_stage = (request, call.warm) not in self._stages
             if not new_stage and self._known.get(site) == token:
                 return None
             facts = {"epoch": call.epoch, "step": call.step, "site": call.site, "op": call.op}
@@ -106,7 +100,7 @@ class AgreedPlans:
         token = _token(plan, reason)
         with self._lock:
             self._begin(call.epoch)
-            self._stages.add((request, self._is_warm(call)))
+            self._stages.add((request, call.warm))
             before = self._known.get(site)
             if before == token:
                 return
@@ -119,9 +113,6 @@ class AgreedPlans:
         """A request has ended."""
         with self._lock:
             self._stages = {stage for stage in self._stages if stage[0] != prefix}
-
-    def _is_warm(self, call: Call) -> bool:
-        return 0 <= call.step < self._warmup_steps
 
     def _begin(self, epoch: int) -> None:
         if epoch != self._epoch:
@@ -156,8 +147,7 @@ def _pairs(plan: CallPlan) -> list[tuple[str, str]]:
 
 
 def _hash(site: str, token: _Token) -> int:
-    text = f"{site}\0{token.tensor}\0{token.coding}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return hash64(site, token.tensor, token.coding)
 
 
 def publishes(reason: PassReason) -> bool:

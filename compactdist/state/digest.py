@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from compactdist import kernels
 from compactdist.state.store import Site
 from compactdist.state.stream import StreamState
-from compactdist.wire import MASK64
+from compactdist.wire import MASK64, hash64
 
 __all__ = ["Held", "held_between", "pair_digests"]
 
@@ -36,8 +35,7 @@ def _held(key: str, stream: StreamState) -> Held:
     for tensor in stream.predictor.held:
         data = tensor.reshape(-1).view(torch.uint8)
         facts.append(kernels.checksum_for(data.numel(), data.device)(data))
-    text = repr(facts).encode()
-    return Held(key, stream.sequence, int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+    return Held(key, stream.sequence, hash64(repr(facts)))
 
 
 def held_between(sites: Iterable[Site], rank: int, peer: int, *, sends: bool) -> Iterator[Held]:
