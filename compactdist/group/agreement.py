@@ -198,6 +198,7 @@ class Agreement:
         """Wait for the end of an agreement; how it ended."""
         began, pause, warned = time.monotonic(), _FIRST_PAUSE, False
         # asked for again and again: a blocking wait of the store prints a warning whenever its time is up
+        end: str
         while (end := self._store.compare_set(done, _OPEN, _OPEN).decode()) == _OPEN:
             time.sleep(pause)
             pause = min(1.2 * pause, _LONGEST_PAUSE)
