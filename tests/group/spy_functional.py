@@ -7,7 +7,7 @@ import torch.distributed._functional_collectives as funcol
 import torch.distributed.nn.functional as dist_nn
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.group.kit import NUMEL, data, exchanged, gathered
 from tests.group.spy_kit import SIZE, blank, blanks, right, row
@@ -98,6 +98,13 @@ def functional_all_gather_into_a_given_output_goes_round_python(g, rank):
 
 
 @row("scatter", "all_gather_single_coalesced", compressed=1, scatter="op")
+def dtensor_shard_and_replicate(g, rank):
+    mesh = DeviceMesh.from_group(g, "cpu")
+    x = distribute_tensor(data(0), mesh, [Shard(0)]).redistribute(mesh, [Replicate()])
+    return right(x.to_local(), data(0))
+
+
+@row("scatter", "all_gather_single_coalesced", scatter="op", all_gather="weights")
 def dtensor_shard_and_full_tensor(g, rank):
     mesh = DeviceMesh.from_group(g, "cpu")
     return right(distribute_tensor(data(0), mesh, [Shard(0)]).full_tensor(), data(0))
