@@ -30,6 +30,7 @@ from compactdist.group.keys import KeyBook, check_name
 from compactdist.group.plans import AgreedPlans
 from compactdist.group.request import Request
 from compactdist.group.torch_api import TorchDistributedAPI
+from compactdist.group.vote import vote
 from compactdist.observe.estimate import Estimate, estimate
 from compactdist.observe.explain import explain
 from compactdist.observe.stats import GroupStats, Stats
@@ -272,6 +273,25 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         else:
             self._keys.new_epoch()
         self._engine.stats.fold(prefix)
+
+    def agree(self, flag: bool, how: str = "all") -> bool:
+        """One decision for all ranks, for code that may skip calls: ``if dist.agree(similar): reuse the last output``.
+
+        Collective: one byte for each rank on the inner group, and the host waits for it. Takes no key and no ordinal,
+        and needs no step.
+
+        Args:
+            flag: what this rank would decide.
+            how: ``"all"``: yes if every rank says yes; ``"any"``: if some rank does; ``"majority"``: if more than half
+                of them do. The same on all ranks.
+
+        Raises:
+            ConfigError: another ``how``; nothing was sent.
+            The inner group's error, where a rank does not vote within the group's timeout.
+        """
+        self._ready()
+        self._departures.join()  # the inner group's collectives must not change their order
+        return vote(self._inner, flag, how)
 
     # --- what it can tell ---------------------------------------------------------------------------------------------
 
