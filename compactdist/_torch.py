@@ -281,6 +281,9 @@ ALL_GATHER_SINGLE = ("all_gather_single", "_allgather_base")
 ALL_TO_ALL_SINGLE = ("all_to_all_single", "alltoall_base")
 REDUCE_SCATTER_SINGLE = ("reduce_scatter_single", "_reduce_scatter_base")
 ALL_GATHER_COALESCED = ("all_gather_single_coalesced", "allgather_into_tensor_coalesced")
+START_COALESCING = ("start_coalescing", "_start_coalescing")
+END_COALESCING = ("end_coalescing", "_end_coalescing")
+"""Names of 2.14, then those of 2.11 to 2.13."""
 REDUCE_SCATTER_COALESCED = ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced")
 
 
@@ -295,16 +298,14 @@ def all_to_all_single(inner: Any, output: Any, input: Any, out: list[int], into:
 
 
 def supports_coalescing(group: Any, device: torch.device) -> bool:
-    """Whether the group's backend groups point-to-point calls (NCCL does; 2.13)."""
+    """Whether the group, or else its backend, can issue several calls together (NCCL does; 2.13)."""
+    own = getattr(group, "supports_coalescing", None)
+    if own is not None:
+        return bool(own)
     try:
         return bool(group._get_backend(device).supports_coalescing)
     except (RuntimeError, AttributeError):
         return False
-
-
-def coalescing_manager(group: Any, device: torch.device) -> Any:
-    """Context manager that groups the calls made in it (2.13)."""
-    return c10d._coalescing_manager(group, device, async_ops=True)
 
 
 _patch_lock = threading.Lock()

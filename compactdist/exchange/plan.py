@@ -119,6 +119,10 @@ class Part(Generic[StreamT]):
     key_nbytes: int = 0
     residual_nbytes: int = 0
 
+    def expected_nbytes(self, warm: bool) -> int:
+        """Bytes of the next frame, in a warm-up step or in another."""
+        return self.key_nbytes if warm or self.fresh else self.residual_nbytes
+
 
 class Outgoing(Part[StreamEncoder]):
     """A tensor that leaves this rank; ``peer`` is the receiver."""
@@ -130,10 +134,6 @@ class Incoming(Part[StreamDecoder]):
     """A tensor that arrives at this rank; ``peer`` is the sender."""
 
     __slots__ = ()
-
-    def expected_nbytes(self, warm: bool) -> int:
-        """Bytes that arrive next, in a warm-up step or in another."""
-        return self.key_nbytes if warm or self.fresh else self.residual_nbytes
 
 
 @dataclass(slots=True)
