@@ -155,6 +155,38 @@ def _adopt(wrapper: Any, inner: Any, kinds: dict[str, Any]) -> None:
         wrapper._set_default_backend(default)
 
 
+WEIGHT_CALLERS = (
+    "torch.distributed.fsdp.",  # FSDP1, and FSDP2 below it
+    "torch.distributed._composable.",  # where FSDP2 was before, and replicate, a form of DDP
+    "torch.nn.parallel.",  # DDP: parameters, buffers, the end of a join
+    "torch.distributed.utils.",  # what FSDP and DDP share
+    "torch.distributed.algorithms.",  # communication hooks, joins, averages of models
+    "torch.distributed.optim.",
+    "torch.optim.",
+    "torch.nn.utils.clip_grad.",
+    "torch.distributed.checkpoint.",
+    "torch.distributed._state_dict_utils.",
+    "torch.distributed._shard.",
+    "torch.distributed.tensor._api.full_tensor",
+    "torch.distributed.tensor._api.distribute_tensor",
+    "torch.distributed.tensor._api.distribute_module",
+    "torch.nn.modules._functions.",  # SyncBatchNorm, whose statistics become buffers
+)
+"""Modules and functions that move weights, gradients, buffers or optimizer states, by how their names begin (2.13)."""
+
+MODEL_CALLERS = (
+    "torch.nn.modules.module.",
+    "torch.distributed.fsdp._fully_shard._fully_shard.wrapped_method",  # register_fsdp_forward_method
+    "torch._functorch.",
+    "torch._inductor.",
+    "torch.fx.",
+)
+"""Those that run a model's code, compiled or not: what called them says nothing about what that code moves (2.13)."""
+
+AUTOGRAD_ENGINE = "torch.autograd.graph._engine_run_backward"
+"""The function that runs the autograd engine, whose C++ nodes make calls of their own (2.13)."""
+
+
 _DDP_MODULES = frozenset({"torch.distributed.utils", "torch.nn.parallel.distributed"})
 
 

@@ -76,11 +76,6 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             )
         return list(output.chunk(size, 0))
 
-    def _gather(self, outputs: list[Tensor] | Tensor, x: Tensor, opts: Any, result: list[Tensor]) -> Any:
-        """The work of a compressed all-gather; ``None``: it passes through."""
-        flight = self._gather_flight(outputs, x, opts)
-        return None if flight is None else self._fly(flight, result)
-
     @override
     def allgather(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
         """``output_tensors[i]`` is a list of ``size()`` tensors for ``input_tensors[i]``."""
@@ -90,15 +85,17 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             reason = PassReason.OP if several else PassReason.UNEVEN
             self._pass("all_gather", reason, (self._engine.size - 1) * nbytes_of(input_tensors))
         else:
-            work = self._gather(list(output_tensors[0]), input_tensors[0], opts, list(output_tensors[0]))
-            if work is not None:
-                return work
+            flight = self._gather_flight(list(output_tensors[0]), input_tensors[0], opts)
+            if flight is not None:
+                return self._fly(flight, list(output_tensors[0]))
         return self.inner.allgather(output_tensors, input_tensors, opts)
 
     def _gather_single(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Any:
         """``[N, ...]`` of every rank into ``[size() * N, ...]`` (``_allgather_base`` before torch 2.13)."""
-        work = self._gather(output_tensor, input_tensor, opts, [output_tensor])
-        return work if work is not None else _torch.all_gather_single(self.inner, output_tensor, input_tensor, opts)
+        flight = self._gather_flight(output_tensor, input_tensor, opts)
+        if flight is not None:
+            return self._fly(flight, [output_tensor])
+        return _torch.all_gather_single(self.inner, output_tensor, input_tensor, opts)
 
     all_gather_single = shared_name(_gather_single, "all_gather_single")
     _allgather_base = override(_gather_single)
