@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -91,6 +91,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         self._plans = AgreedPlans()
         self._agreement = self._agrees(inner, options)
         label = f"group '{name}', rank {inner.rank()}"
+        stats = GroupStats()
         self._engine = Engine(
             link=Link(inner),
             rank=inner.rank(),
@@ -98,12 +99,17 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             label=label,
             config=options.stream,
             chooser=Chooser(
-                label, options.default_codec, options.policy_function, options.layout_function, options.min_numel
+                label,
+                options.default_codec,
+                options.policy_function,
+                options.layout_function,
+                options.min_numel,
+                stats.small,
             ),
             exact_local=options.local == "exact",
             sample_every=options.sample_errors_every,
-            store=StateStore(options.stream, label, options.state_budget_bytes, name),
-            stats=GroupStats(),
+            store=StateStore(options.stream, label, options.state_budget_bytes, name, inner.rank()),
+            stats=stats,
             forward=options.forward,
         )
 
@@ -165,11 +171,10 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
                 belongs to. ``None``: the one after the last.
 
         Raises:
-            ConfigError: a negative index.
+            ConfigError: a negative index, or a step inside the ``with`` block of another.
         """
         self._ready()
-        self._keys.tick(index)
-        return nullcontext()
+        return self._keys.tick(index)
 
     def key(self, name: str) -> AbstractContextManager[None]:
         """Put this thread's calls under a prefix: ``with dist.key("layer3.kv"):``. Prefixes nest.

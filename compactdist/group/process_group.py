@@ -319,6 +319,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         engine, keys, x = self._engine, self._keys, tensors[0]
         reason = refusal(engine.size, x, keys.engaged, "sender")
         if reason is None and x.numel() < max(engine.chooser.min_numel, 1):
+            engine.chooser.on_small("send", x.numel())
             reason = PassReason.SMALL
         if reason is not None or engine.link.needs_exact_sizes(x):
             self._pass("recv", reason or PassReason.DEVICE, 0)

@@ -32,7 +32,8 @@ COMMITTED = Path(__file__).parents[2] / "benchmarks" / "traces" / "digits_ring.s
 def test_figures_are_those_of_the_loop_by_hand(tmp_path: Path, order: int, codec_id: str) -> None:
     x = activations()
     path = trace(tmp_path / "t.safetensors", {"a": x})
-    row = run_json("evaluate", path, "--codec", codec_id, "--order", order, "--damping", 0.3, "--json")[codec_id]
+    damping = ("--damping", 0.3) if order == 2 else ()
+    row = run_json("evaluate", path, "--codec", codec_id, "--order", order, *damping, "--json")[codec_id]
     codec = codecs.get(codec_id)
     steps, rows, channels = x.shape
     base, velocity = x[0], torch.zeros_like(x[0])
