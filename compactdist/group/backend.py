@@ -117,6 +117,7 @@ def _create(opts: Any, backend_options: Any) -> CompressedProcessGroup:
     """Called by torch for every group with this backend; collective among its ranks, like ``wrap``."""
     if backend_options is not None and not isinstance(backend_options, Options):
         raise ConfigError(f"pg_options for backend 'compactdist' is compactdist.Options, got {backend_options!r}")
+    _torch.warn_untested()
     options = backend_options or options_from_environment()
     ranks = list(opts.global_ranks_in_group) or list(range(opts.group_size))
     agree(

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from tests.group.kit import NUMEL, close
+from compactdist import _torch
+from tests.group.kit import NUMEL, OLDER_NAMES, close
 
 SIZE = 2
 
@@ -27,12 +28,23 @@ class Row:
 ROWS: dict[str, Row] = {}
 
 
-def row(*reaches: str, compressed: int = 0, error: str = "", **passed: str | tuple[str, int]) -> Any:
-    """``passed``: operation = reason, or (reason, calls)."""
+def row(
+    *reaches: str,
+    compressed: int = 0,
+    error: str = "",
+    since: tuple[int, int] = _torch.CHECKED_VERSIONS[0],
+    **passed: str | tuple[str, int],
+) -> Any:
+    """``reaches``: in torch 2.13; ``since``: the first version of torch that has the call; ``passed``: operation =
+    reason, or (reason, calls).
+    """
+    if _torch.VERSION < (2, 13):
+        reaches = tuple(OLDER_NAMES.get(name, name) for name in reaches)
     expected = {(op, r if isinstance(r, str) else r[0]): 1 if isinstance(r, str) else r[1] for op, r in passed.items()}
 
     def add(call: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
-        ROWS[call.__name__] = Row(call, list(reaches), compressed, expected, error)
+        if since <= _torch.VERSION:
+            ROWS[call.__name__] = Row(call, list(reaches), compressed, expected, error)
         return call
 
     return add
