@@ -1,4 +1,4 @@
-"""What differs between versions of torch: nothing that a version adds to ProcessGroup goes round the wrapper unnoticed."""
+"""Versions of torch: nothing that one of them adds to ProcessGroup goes round the wrapper unnoticed."""
 
 from __future__ import annotations
 
