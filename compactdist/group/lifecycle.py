@@ -23,6 +23,7 @@ from compactdist.exchange.plan import Chooser
 from compactdist.exchange.work import FinishedWork, drain
 from compactdist.group.agreement import Agreement
 from compactdist.group.attach import Attachment
+from compactdist.group.beyond_calls import BeyondCalls
 from compactdist.group.check import check
 from compactdist.group.core import GroupCore
 from compactdist.group.identity import OwnName
@@ -58,7 +59,7 @@ def check_rules(options: Options) -> None:
             raise ConfigError(f"a rule with between matches no {rule.op}, whose messages all ranks receive: {rule!r}")
 
 
-class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
+class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
     """Construction, identity and life cycle of :class:`~compactdist.group.process_group.CompressedProcessGroup`.
 
     Attributes:
@@ -130,6 +131,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             self._adopt_backends()
         return self._name
 
+    @_torch.constant_to_dynamo
     def _adopt_backends(self) -> None:
         """Give the C++ base the inner group's backends, which it holds until this object is gone.
 
@@ -141,18 +143,6 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             _torch.adopt_own_backends(self, self._inner)
         elif _torch.is_registered(self._inner):
             _torch.adopt_backends(self, self._inner)
-
-    def _has_hooks(self) -> bool:
-        """Whether the inner group has completion hooks."""
-        return bool(self.inner._has_hooks())
-
-    def _wait_for_pending_works(self) -> None:
-        """Wait for the inner group's works."""
-        self.inner._wait_for_pending_works()
-
-    def _enable_collectives_timing(self) -> None:
-        """Switch timing on in the inner group."""
-        self.inner._enable_collectives_timing()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"codec {self.options.default_codec!r}"

@@ -330,6 +330,8 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
 
         return self._work([receive_any(engine, call_from, x, tag)], list(tensors))
 
+    recvAnysource = recv_anysource  # the name by which torch 2.14's C++ callers look for it
+
     def _batch(self, p2p_op_list: list[Any]) -> list[Any]:
         """Encode all sends, then post the receives, then the sends: gloo halves the rate of an exchange whose sends are
         posted first. A backend that groups calls (NCCL) gets the whole batch in one group, for an ungrouped batch can
@@ -439,6 +441,15 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         self._pass("gather", PassReason.OP, 0 if opts.rootRank == self._engine.rank else nbytes_of(input_tensors))
         return self.inner.gather(output_tensors, input_tensors, opts)
 
+    def _gather_to_root(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Any:
+        """Passes through (torch 2.14)."""
+        opts = opts or _torch.options("GatherOptions")
+        self._pass("gather", PassReason.OP, 0 if opts.rootRank == self._engine.rank else input_tensor.nbytes)
+        return self.inner.gather_single(output_tensor, input_tensor, opts)
+
+    gather_single = shared_name(_gather_to_root, "gather_single")
+    gather_into_tensor = shared_name(_gather_to_root, "gather_into_tensor")
+
     @shared_name
     def scatter(self, output_tensors: Any, input_tensors: Any, opts: Any) -> Any:
         """Passes through."""
@@ -457,6 +468,11 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         """Passes through; the inner group's backend must have one (gloo)."""
         self._pass("barrier", PassReason.OP, 0)
         return self.inner.monitored_barrier(timeout, wait_all_ranks)
+
+    @shared_name
+    def get_backend(self, device: torch.device) -> Any:
+        """The inner group's backend for a device (torch 2.14; ``_get_backend`` before)."""
+        return self._get_backend(device)
 
     @shared_name
     def split_group(self, *args: Any, **kwargs: Any) -> Any:
