@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 # xfuser imports triton even on a CPU; installed only where torch has not brought its own.
 TRITON ?= triton==3.9.0
 EXTRAS ?= xdit,bench,dev
+# Tests of several ranks mostly wait for one another, so two at a time fill two cores.
+WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -16,6 +18,7 @@ CONFORMANCE_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
 STAMP := $(VENV)/.installed
 SOURCES := compactdist tests $(wildcard integrations benchmarks examples tools)
 
@@ -49,10 +52,10 @@ format: $(STAMP) ## let ruff repair and format what it can
 	@$(PY) -m ruff format .
 
 test: lint ## lint, then every test but the slow ones
-	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: lint ## lint, then every test
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 conformance: $(STAMP) ## run torch's own collectives against the wrapper and rewrite docs/conformance.md
 	@$(PY) -m tests.conformance $(CONFORMANCE_ARGS)
