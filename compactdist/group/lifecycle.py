@@ -361,7 +361,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             if site.pending and all(job.is_ready() for job in site.pending):
                 drain(site)
         self._departures.close(_FLUSH_SECONDS)
-        flusher = threading.Thread(target=self._engine.outbox.flush, daemon=True, name="compactdist-flush")
+        flusher = threading.Thread(target=self._flush, daemon=True, name="compactdist-flush")
         flusher.start()
         flusher.join(_FLUSH_SECONDS)
         if flusher.is_alive():
@@ -375,6 +375,12 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             _torch.unregister(self)
             self._become_tombstone()
             _torch.bury(self)
+
+    def _flush(self) -> None:
+        try:
+            self._engine.outbox.flush()
+        except Exception as error:
+            _log.warning("%s: closed, and then a send failed: %s", self._engine.label, error)
 
     def _become_tombstone(self) -> None:
         raise AssertionError("provided by the group")
