@@ -143,6 +143,10 @@ class Part(Generic[StreamT]):
     key_nbytes: int = 0
     residual_nbytes: int = 0
 
+    def expected_nbytes(self, warm: bool) -> int:
+        """Bytes of the next frame, in a warm-up step or in another."""
+        return self.key_nbytes if warm or self.fresh else self.residual_nbytes
+
 
 class Outgoing(Part[StreamEncoder]):
     """A tensor that leaves this rank; ``peer`` is the receiver."""
@@ -154,10 +158,6 @@ class Incoming(Part[StreamDecoder]):
     """A tensor that arrives at this rank; ``peer`` is the sender."""
 
     __slots__ = ()
-
-    def expected_nbytes(self, warm: bool) -> int:
-        """Bytes that arrive next, in a warm-up step or in another."""
-        return self.key_nbytes if warm or self.fresh else self.residual_nbytes
 
 
 @dataclass(slots=True)
@@ -237,6 +237,7 @@ class Chooser:
         codec: used where the policy names none.
         policy, layouts: functions of :class:`CallInfo`; ``None`` for none.
         min_numel: smaller messages pass through.
+        on_small: told the operation and the elements of each message that does so.
     """
 
     label: str
@@ -244,6 +245,7 @@ class Chooser:
     policy: Policy | None
     layouts: LayoutHints | None
     min_numel: int
+    on_small: Callable[[str, int], None]
 
     @property
     def by_pair(self) -> bool:
@@ -260,6 +262,7 @@ class Chooser:
     def ask(self, info: CallInfo) -> Any:
         """The policy's answer, or the reason why it is not asked."""
         if info.numel < self.min_numel or info.numel == 0:
+            self.on_small(info.op, info.numel)
             return PassReason.SMALL
         answer = None if self.policy is None else self.policy(info)
         return copy.deepcopy(answer) if isinstance(answer, dict) else answer  # the function may change its dict later

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from compactdist.exchange.plan import Chooser
 from compactdist.exchange.work import FinishedWork, drain
 from compactdist.group.agreement import Agreement
 from compactdist.group.attach import Attachment
+from compactdist.group.beyond_calls import BeyondCalls
 from compactdist.group.check import check
 from compactdist.group.core import GroupCore
 from compactdist.group.identity import OwnName
@@ -30,6 +31,7 @@ from compactdist.group.keys import KeyBook, check_name
 from compactdist.group.plans import AgreedPlans
 from compactdist.group.request import Request
 from compactdist.group.torch_api import TorchDistributedAPI
+from compactdist.group.vote import vote
 from compactdist.observe.estimate import Estimate, estimate
 from compactdist.observe.explain import explain
 from compactdist.observe.stats import GroupStats, Stats
@@ -57,7 +59,7 @@ def check_rules(options: Options) -> None:
             raise ConfigError(f"a rule with between matches no {rule.op}, whose messages all ranks receive: {rule!r}")
 
 
-class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
+class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
     """Construction, identity and life cycle of :class:`~compactdist.group.process_group.CompressedProcessGroup`.
 
     Attributes:
@@ -90,6 +92,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         self._plans = AgreedPlans()
         self._agreement = self._agrees(inner, options)
         label = f"group '{name}', rank {inner.rank()}"
+        stats = GroupStats()
         self._engine = Engine(
             link=Link(inner),
             rank=inner.rank(),
@@ -97,12 +100,17 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             label=label,
             config=options.stream,
             chooser=Chooser(
-                label, options.default_codec, options.policy_function, options.layout_function, options.min_numel
+                label,
+                options.default_codec,
+                options.policy_function,
+                options.layout_function,
+                options.min_numel,
+                stats.small,
             ),
             exact_local=options.local == "exact",
             sample_every=options.sample_errors_every,
-            store=StateStore(options.stream, label, options.state_budget_bytes, name),
-            stats=GroupStats(),
+            store=StateStore(options.stream, label, options.state_budget_bytes, name, inner.rank()),
+            stats=stats,
             forward=options.forward,
         )
 
@@ -123,6 +131,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             self._adopt_backends()
         return self._name
 
+    @_torch.constant_to_dynamo
     def _adopt_backends(self) -> None:
         """Give the C++ base the inner group's backends, which it holds until this object is gone.
 
@@ -134,18 +143,6 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             _torch.adopt_own_backends(self, self._inner)
         elif _torch.is_registered(self._inner):
             _torch.adopt_backends(self, self._inner)
-
-    def _has_hooks(self) -> bool:
-        """Whether the inner group has completion hooks."""
-        return bool(self.inner._has_hooks())
-
-    def _wait_for_pending_works(self) -> None:
-        """Wait for the inner group's works."""
-        self.inner._wait_for_pending_works()
-
-    def _enable_collectives_timing(self) -> None:
-        """Switch timing on in the inner group."""
-        self.inner._enable_collectives_timing()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"codec {self.options.default_codec!r}"
@@ -164,11 +161,10 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
                 belongs to. ``None``: the one after the last.
 
         Raises:
-            ConfigError: a negative index.
+            ConfigError: a negative index, or a step inside the ``with`` block of another.
         """
         self._ready()
-        self._keys.tick(index)
-        return nullcontext()
+        return self._keys.tick(index)
 
     def key(self, name: str) -> AbstractContextManager[None]:
         """Put this thread's calls under a prefix: ``with dist.key("layer3.kv"):``. Prefixes nest.
@@ -273,6 +269,25 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             self._keys.new_epoch()
         self._engine.stats.fold(prefix)
 
+    def agree(self, flag: bool, how: str = "all") -> bool:
+        """One decision for all ranks, for code that may skip calls: ``if dist.agree(similar): reuse the last output``.
+
+        Collective: one byte for each rank on the inner group, and the host waits for it. Takes no key and no ordinal,
+        and needs no step.
+
+        Args:
+            flag: what this rank would decide.
+            how: ``"all"``: yes if every rank says yes; ``"any"``: if some rank does; ``"majority"``: if more than half
+                of them do. The same on all ranks.
+
+        Raises:
+            ConfigError: another ``how``; nothing was sent.
+            The inner group's error, where a rank does not vote within the group's timeout.
+        """
+        self._ready()
+        self._departures.join()  # the inner group's collectives must not change their order
+        return vote(self._inner, flag, how)
+
     # --- what it can tell ---------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
@@ -346,7 +361,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             if site.pending and all(job.is_ready() for job in site.pending):
                 drain(site)
         self._departures.close(_FLUSH_SECONDS)
-        flusher = threading.Thread(target=self._engine.outbox.flush, daemon=True, name="compactdist-flush")
+        flusher = threading.Thread(target=self._flush, daemon=True, name="compactdist-flush")
         flusher.start()
         flusher.join(_FLUSH_SECONDS)
         if flusher.is_alive():
@@ -360,6 +375,12 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             _torch.unregister(self)
             self._become_tombstone()
             _torch.bury(self)
+
+    def _flush(self) -> None:
+        try:
+            self._engine.outbox.flush()
+        except Exception as error:
+            _log.warning("%s: closed, and then a send failed: %s", self._engine.label, error)
 
     def _become_tombstone(self) -> None:
         raise AssertionError("provided by the group")

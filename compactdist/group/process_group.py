@@ -22,7 +22,6 @@ from compactdist.exchange.engine import Flight
 from compactdist.exchange.patterns import ALL_GATHER, ALL_TO_ALL, BROADCAST
 from compactdist.exchange.plan import Call, refusal, under_autograd
 from compactdist.exchange.point_to_point import RECEIVE, RECEIVE_EXACTLY, SEND, receive_any, stream_name
-from compactdist.exchange.work import Job, WaitOnce
 from compactdist.group.core import nbytes_of
 from compactdist.group.lifecycle import GroupLifecycle
 from compactdist.group.reductions import Reductions
@@ -294,7 +293,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
     def _receive_flight(self, x: Tensor, peer: int, tag: int) -> Flight | None:
         me = self._engine.rank
         signature = x.numel(), x.dtype, x.device, peer, me
-        pattern = RECEIVE if x.is_cpu else RECEIVE_EXACTLY
+        pattern = RECEIVE_EXACTLY if self._engine.link.needs_exact_sizes(x) else RECEIVE
         planned = self._plan(pattern, stream_name(peer, me, tag), x, signature, 0, "sender")
         if planned is None:
             return None
@@ -324,8 +323,9 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         engine, keys, x = self._engine, self._keys, tensors[0]
         reason = refusal(engine.size, x, keys.engaged, "sender")
         if reason is None and x.numel() < max(engine.chooser.min_numel, 1):
+            engine.chooser.on_small("send", x.numel())
             reason = PassReason.SMALL
-        if reason is not None or not x.is_cpu:
+        if reason is not None or engine.link.needs_exact_sizes(x):
             self._pass("recv", reason or PassReason.DEVICE, 0)
             return self._hand_on(self.inner.recv_anysource, tensors, tag)
 
@@ -333,6 +333,8 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             return keys.take(stream_name(source, engine.rank, tag), "send")
 
         return self._work([receive_any(engine, call_from, x, tag)], list(tensors))
+
+    recvAnysource = recv_anysource  # the name by which torch 2.14's C++ callers look for it
 
     def _batch(self, p2p_op_list: list[Any]) -> list[Any]:
         """Encode all sends, then post the receives, then the sends: gloo halves the rate of an exchange whose sends are
@@ -344,6 +346,8 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         is_send = [op.op.__name__ == "isend" for op in p2p_op_list]
         order = sorted(range(len(p2p_op_list)), key=lambda i: is_send[i])
         flights: dict[int, Flight | None] = {}
+        device = tensors[0].device
+        grouped = self._engine.link.together is None and _torch.supports_coalescing(self.inner, device)
         try:
             for i in order:
                 op = p2p_op_list[i]
@@ -355,23 +359,21 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
 
         def plain(i: int) -> Callable[[], Any]:
             op, x = p2p_op_list[i], [tensors[i]]
-            if is_send[i] or grouped:
-                call = self.inner.send if is_send[i] else self.inner.recv
-                return partial(self._begin, call, x, op.group_peer, op.tag, writes=not is_send[i])
+            if is_send[i]:
+                return partial(self._begin, self.inner.send, x, op.group_peer, op.tag, writes=False)
             return partial(self._receive_plainly, x, op.group_peer, op.tag)
 
-        device = tensors[0].device
-        grouped = _torch.supports_coalescing(self.inner, device)
         calls = [flights[i] or plain(i) for i in order]
         if not grouped:
             parts = dict(zip(order, self._ship(calls), strict=True))
             return [self._work([parts[i]], [op.tensor]) for i, op in enumerate(p2p_op_list)]
-        with _torch.coalescing_manager(self.inner, device) as manager:
-            jobs = [part for part in self._ship(calls) if isinstance(part, Job)]
-        together = WaitOnce(manager.works)
-        for job in jobs:
-            job.replace_inner(together)
-        return [self._work([*jobs, together], [op.tensor for op in p2p_op_list])]
+        link = self._engine.link
+        together = link.begin_together(device)
+        try:
+            self._ship(calls)
+        finally:  # also if a call fails, for an open group would hold up all later calls
+            link.end_together(device)
+        return [self._work([*together.jobs, together], [op.tensor for op in p2p_op_list])]
 
     # --- passed through, counted with the bytes their best algorithm sends --------------------------------------------
 
@@ -447,6 +449,15 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         self._pass("gather", PassReason.OP, 0 if opts.rootRank == self._engine.rank else nbytes_of(input_tensors))
         return self._hand_on(self.inner.gather, output_tensors, input_tensors, opts)
 
+    def _gather_to_root(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Any:
+        """Passes through (torch 2.14)."""
+        opts = opts or _torch.options("GatherOptions")
+        self._pass("gather", PassReason.OP, 0 if opts.rootRank == self._engine.rank else input_tensor.nbytes)
+        return self._hand_on(self.inner.gather_single, output_tensor, input_tensor, opts)
+
+    gather_single = shared_name(_gather_to_root, "gather_single")
+    gather_into_tensor = shared_name(_gather_to_root, "gather_into_tensor")
+
     @shared_name
     def scatter(self, output_tensors: Any, input_tensors: Any, opts: Any) -> Any:
         """Passes through."""
@@ -467,18 +478,39 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         return self.inner.monitored_barrier(timeout, wait_all_ranks)
 
     @shared_name
+    def get_backend(self, device: torch.device) -> Any:
+        """The inner group's backend for a device (torch 2.14; ``_get_backend`` before)."""
+        return self._get_backend(device)
+
+    @shared_name
     def split_group(self, *args: Any, **kwargs: Any) -> Any:
         """A plain subgroup of the inner group."""
         return self.inner.split_group(*args, **kwargs)
 
     @override
-    def _start_coalescing(self, device: Any) -> None:
-        """Group the following calls, where the backend can (gloo raises, as it does for a plain group)."""
-        self.inner._start_coalescing(device)
+    def start_coalescing(self, device: Any) -> None:
+        """Begin a group of calls, where the backend can (gloo raises, as it does for a plain group).
+
+        Raises:
+            CallGroupError: one is open.
+        """
+        self._ready()
+        self._departures.join()
+        self._engine.link.begin_together(device)
 
     @override
-    def _end_coalescing(self, device: Any) -> Any:
-        return self.inner._end_coalescing(device)
+    def end_coalescing(self, device: Any) -> Any:
+        """Issue the calls made since ``start_coalescing``; returns the work of them all, which decodes what arrives.
+
+        Raises:
+            CallGroupError: no group of calls is open.
+            Whatever the inner group raises.
+        """
+        self._ready()
+        together = self._engine.link.end_together(device)
+        return self._work([*together.jobs, together], together.results)
+
+    _start_coalescing, _end_coalescing = start_coalescing, end_coalescing  # the names before torch 2.14
 
     def _become_tombstone(self) -> None:
         if type(self) is CompressedProcessGroup:  # a subclass keeps its methods
