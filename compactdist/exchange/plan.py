@@ -100,13 +100,14 @@ def moves_weights() -> bool:
     frame: FrameType | None = sys._getframe(1)
     direct = True
     while frame is not None:
-        caller = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
-        if not caller.startswith("compactdist."):
+        module = frame.f_globals.get("__name__") or ""
+        if module.startswith("torch."):
+            caller = f"{module}.{frame.f_code.co_name}"
             if caller.startswith(_torch.MODEL_CALLERS):
                 return False
             if caller.startswith(_torch.WEIGHT_CALLERS) or (direct and caller == _torch.AUTOGRAD_ENGINE):
                 return True
-            direct = False
+        direct = direct and module.startswith("compactdist.")
         frame = frame.f_back
     return direct and _torch.in_backward()
 

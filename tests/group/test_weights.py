@@ -150,7 +150,7 @@ slow = pytest.mark.slow
         (ddp_rounded_gradients, DDP),
         (ddp_power_sgd, DDP),
     ],
-    ids=lambda way: getattr(way, "__name__", ""),
+    ids=lambda value: value.__name__ if callable(value) else "",
 )
 def test_losses_are_those_of_an_unwrapped_mesh(build, moved):
     def body(rank, size):
