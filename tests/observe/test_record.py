@@ -109,7 +109,7 @@ def test_evaluate_plays_what_was_recorded(tmp_path: Path) -> None:
 
     worst = run_ranks(body, 2, timeout=60)
     for rank in range(2):
-        row = run_json("evaluate", tmp_path / f"t{rank}.safetensors", "--codec", "int2", "--json")["int2"]
+        row = run_json("evaluate", tmp_path / f"t{rank}.safetensors", "--codec", "int2", "--json", "-")["int2"]
         assert row["worst_step_rel_error"] == pytest.approx(worst[rank], rel=1e-6)
 
 
