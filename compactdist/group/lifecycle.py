@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from compactdist import _torch
 from compactdist.config import Options
-from compactdist.errors import ClosedGroupError, ConfigError, StateMismatchError
+from compactdist.errors import ClosedGroupError, CompactDistError, ConfigError, StateMismatchError
 from compactdist.exchange.engine import Engine
 from compactdist.exchange.later import Departures
 from compactdist.exchange.link import Link
@@ -40,6 +41,10 @@ __all__ = ["GroupLifecycle", "check_rules"]
 
 _log = logging.getLogger("compactdist")
 _FLUSH_SECONDS = 5.0
+_LOST_PEER = (
+    ". If the connection to a rank is lost, look for what ended it: an error of its own or, where ranks make different "
+    "calls, a message larger than it expected"
+)
 
 
 def check_rules(options: Options) -> None:
@@ -345,13 +350,14 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         """
         if self._closed:
             return
+        self._tell_why()
         for attachment in self._attachments:
             attachment.detach()
         for site in self._engine.store.sites():
             if site.pending and all(job.is_ready() for job in site.pending):
                 drain(site)
         self._departures.close(_FLUSH_SECONDS)
-        flusher = threading.Thread(target=self._engine.outbox.flush, daemon=True, name="compactdist-flush")
+        flusher = threading.Thread(target=self._flush, daemon=True, name="compactdist-flush")
         flusher.start()
         flusher.join(_FLUSH_SECONDS)
         if flusher.is_alive():
@@ -365,6 +371,25 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             _torch.unregister(self)
             self._become_tombstone()
             _torch.bury(self)
+
+    def _flush(self) -> None:
+        try:
+            self._engine.outbox.flush()
+        except Exception as error:
+            _log.warning("%s: a send failed: %s", self._engine.label, error)
+
+    def _tell_why(self) -> None:
+        """Log the error that the group is closed by, if there is one.
+
+        Closing takes a moment, and once it begins other ranks fail too; a launcher then ends this process, which may be
+        before Python shows the error.
+        """
+        error = sys.exc_info()[1]
+        if isinstance(error, CompactDistError):
+            _log.error("%s", error)
+        elif isinstance(error, Exception):
+            hint = _LOST_PEER if isinstance(error, RuntimeError) else ""
+            _log.error("%s: closed at step %d by %r%s", self._engine.label, self._keys.step, error, hint)
 
     def _become_tombstone(self) -> None:
         raise AssertionError("provided by the group")
@@ -408,6 +433,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
 
     def _end(self, how: str) -> None:
         if not self._closed:
+            self._tell_why()
             self._retire()
         if self._owns_inner and self._inner is not None:
             getattr(self._inner, how)()
