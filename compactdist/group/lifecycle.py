@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from compactdist import _torch
 from compactdist.config import Options
-from compactdist.errors import ClosedGroupError, ConfigError, StateMismatchError
+from compactdist.errors import ClosedGroupError, CompactDistError, ConfigError, StateMismatchError
 from compactdist.exchange.engine import Engine
 from compactdist.exchange.later import Departures
 from compactdist.exchange.link import Link
@@ -42,6 +43,10 @@ __all__ = ["GroupLifecycle", "check_rules"]
 
 _log = logging.getLogger("compactdist")
 _FLUSH_SECONDS = 5.0
+_LOST_PEER = (
+    ". If the connection to a rank is lost, look for what ended it: an error of its own or, where ranks make different "
+    "calls, a message larger than it expected"
+)
 
 
 def check_rules(options: Options) -> None:
@@ -355,6 +360,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         """
         if self._closed:
             return
+        self._tell_why()
         for attachment in self._attachments:
             attachment.detach()
         for site in self._engine.store.sites():
@@ -381,6 +387,19 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             self._engine.outbox.flush()
         except Exception as error:
             _log.warning("%s: closed, and then a send failed: %s", self._engine.label, error)
+
+    def _tell_why(self) -> None:
+        """Log the error that the group is closed by, if there is one.
+
+        Closing takes a moment, and once it begins other ranks fail too; a launcher then ends this process, which may be
+        before Python shows the error.
+        """
+        error = sys.exc_info()[1]
+        if isinstance(error, CompactDistError):
+            _log.error("%s", error)
+        elif isinstance(error, Exception):
+            hint = _LOST_PEER if isinstance(error, RuntimeError) else ""
+            _log.error("%s: closed at step %d by %r%s", self._engine.label, self._keys.step, error, hint)
 
     def _become_tombstone(self) -> None:
         raise AssertionError("provided by the group")
@@ -424,6 +443,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
 
     def _end(self, how: str) -> None:
         if not self._closed:
+            self._tell_why()
             self._retire()
         if self._owns_inner and self._inner is not None:
             getattr(self._inner, how)()
