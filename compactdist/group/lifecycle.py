@@ -91,12 +91,12 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         self._differences = 0
         self._requests: dict[str, Request] = {}
         self._restore_names: list[Callable[[], None]] = []
-        self._keys = KeyBook(options.stream.warmup_steps)
+        label = f"group '{name}', rank {inner.rank()}"
+        self._keys = KeyBook(options.stream.warmup_steps, label)
         self._finished = FinishedWork()
         self._departures = Departures()
         self._plans = AgreedPlans()
-        self._agreement = self._agrees(inner, options)
-        label = f"group '{name}', rank {inner.rank()}"
+        self._agreement = self._agrees(inner, options, label)
         stats = GroupStats()
         self._engine = Engine(
             link=Link(inner),
@@ -119,12 +119,11 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             forward=options.forward,
         )
 
-    def _agrees(self, inner: Any, options: Options) -> Agreement | None:
+    def _agrees(self, inner: Any, options: Options, label: str) -> Agreement | None:
         """What ranks agree on plans with; ``None``: there is nobody to agree with, or they should not."""
         if options.agree == "off" or inner.size() == 1 or _torch.is_fake(inner):
             return None
         timeout = options.agree_timeout or _torch.timeout_of(inner)
-        label = f"group '{self._name}', rank {inner.rank()}"
         return Agreement(self._store, f"compactdist/plans/{self._name}", inner.rank(), inner.size(), label, timeout)
 
     # --- identity: the C++ name lives in the first backend, which is shared with the inner group, so it is shadowed ---
