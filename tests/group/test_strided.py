@@ -257,7 +257,7 @@ def test_strided_tensors(options, later):
             for kind in ("transposed", "columns", "rows"):
                 for name, call in CASES.items():
                     strides = Strides(kind)
-                    with g.step():
+                    with g.step(), g.key(name):
                         pairs = call(g, rank, strides, later)
                     if not all(torch.equal(a, b) for a, b in pairs) or not strides.intact():
                         wrong.append((kind, name))
