@@ -252,7 +252,7 @@ def test_a_sum_of_sparse_tensors_passes_through():
     def body(rank, size):
         g = compactdist.wrap(codec="int8", min_numel=1, policy=BOTH)
         with g.step(), Counted(g) as counted:
-            x = torch.sparse_coo_tensor([[rank]], [1.0], (4,))
+            x = torch.sparse_coo_tensor([[rank]], [1.0], (4,), check_invariants=True)
             torch.distributed.all_reduce(x, group=g)
         assert x.to_dense().tolist() == [1.0, 1.0, 0.0, 0.0]
         assert (counted.compressed, counted.passed) == (0, {("all_reduce", "op"): 1})
