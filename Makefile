@@ -10,6 +10,8 @@ TRITON ?= triton==3.9.0
 EXTRAS ?= xdit,bench,dev
 # `make test-torch TORCH=2.11.0`: what may differ between versions of torch, without the frameworks.
 TORCH_TESTS ?= tests/group tests/exchange tests/lockstep tests/conformance tests/state
+# Tests of several ranks mostly wait for one another, so two at a time fill two cores.
+WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -18,6 +20,7 @@ CONFORMANCE_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 STAMP := $(VENV)/.installed
 OTHER_VENV := $(VENV)-torch-$(patsubst torch==%,%,$(firstword $(TORCH)))
 SOURCES := compactdist tests $(wildcard integrations benchmarks examples tools)
@@ -52,15 +55,15 @@ format: $(STAMP) ## let ruff repair and format what it can
 	@$(PY) -m ruff format .
 
 test: lint ## lint, then every test but the slow ones
-	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(PY) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: lint ## lint, then every test
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) $(PYTEST) $(PYTEST_ARGS)
 
 test-torch: ## the quick tests of groups on another torch (TORCH=2.11.0), in an environment of its own beside VENV
 	@$(MAKE) --no-print-directory venv VENV="$(OTHER_VENV)" TORCH="torch==$(patsubst torch==%,%,$(TORCH))" \
 		TRITON= EXTRAS=test
-	@$(OTHER_VENV)/bin/python -m pytest -m "not slow" $(TORCH_TESTS) $(PYTEST_ARGS)
+	@$(OTHER_VENV)/bin/python $(PYTEST) -m "not slow" $(TORCH_TESTS) $(PYTEST_ARGS)
 
 conformance: $(STAMP) ## run torch's own collectives against the wrapper and rewrite docs/conformance.md
 	@$(PY) -m tests.conformance $(CONFORMANCE_ARGS)

@@ -193,6 +193,38 @@ def _adopt(wrapper: Any, inner: Any, kinds: dict[str, Any]) -> None:
         wrapper._set_default_backend(default)
 
 
+WEIGHT_CALLERS = (
+    "torch.distributed.fsdp.",  # FSDP1, and FSDP2 below it
+    "torch.distributed._composable.",  # where FSDP2 was before, and replicate, a form of DDP
+    "torch.nn.parallel.",  # DDP: parameters, buffers, the end of a join
+    "torch.distributed.utils.",  # what FSDP and DDP share
+    "torch.distributed.algorithms.",  # communication hooks, joins, averages of models
+    "torch.distributed.optim.",
+    "torch.optim.",
+    "torch.nn.utils.clip_grad.",
+    "torch.distributed.checkpoint.",
+    "torch.distributed._state_dict_utils.",
+    "torch.distributed._shard.",
+    "torch.distributed.tensor._api.full_tensor",
+    "torch.distributed.tensor._api.distribute_tensor",
+    "torch.distributed.tensor._api.distribute_module",
+    "torch.nn.modules._functions.",  # SyncBatchNorm, whose statistics become buffers
+)
+"""Modules and functions that move weights, gradients, buffers or optimizer states, by how their names begin (2.13)."""
+
+MODEL_CALLERS = (
+    "torch.nn.modules.module.",
+    "torch.distributed.fsdp._fully_shard._fully_shard.wrapped_method",  # register_fsdp_forward_method
+    "torch._functorch.",
+    "torch._inductor.",
+    "torch.fx.",
+)
+"""Those that run a model's code, compiled or not: what called them says nothing about what that code moves (2.13)."""
+
+AUTOGRAD_ENGINE = "torch.autograd.graph._engine_run_backward"
+"""The function that runs the autograd engine, whose C++ nodes make calls of their own (2.13)."""
+
+
 _DDP_MODULES = frozenset({"torch.distributed.utils", "torch.nn.parallel.distributed"})
 
 
@@ -309,6 +341,9 @@ ALL_GATHER_SINGLE = ("all_gather_single", "_allgather_base")
 ALL_TO_ALL_SINGLE = ("all_to_all_single", "alltoall_base")
 REDUCE_SCATTER_SINGLE = ("reduce_scatter_single", "_reduce_scatter_base")
 ALL_GATHER_COALESCED = ("all_gather_single_coalesced", "allgather_into_tensor_coalesced")
+START_COALESCING = ("start_coalescing", "_start_coalescing")
+END_COALESCING = ("end_coalescing", "_end_coalescing")
+"""Names of 2.14, then those of 2.11 to 2.13."""
 REDUCE_SCATTER_COALESCED = ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced")
 
 
@@ -323,16 +358,14 @@ def all_to_all_single(inner: Any, output: Any, input: Any, out: list[int], into:
 
 
 def supports_coalescing(group: Any, device: torch.device) -> bool:
-    """Whether the group's backend groups point-to-point calls (NCCL does; 2.13)."""
+    """Whether the group, or else its backend, can issue several calls together (NCCL does; 2.13)."""
+    own = getattr(group, "supports_coalescing", None)
+    if own is not None:
+        return bool(own)
     try:
         return bool(group._get_backend(device).supports_coalescing)
     except (RuntimeError, AttributeError):
         return False
-
-
-def coalescing_manager(group: Any, device: torch.device) -> Any:
-    """Context manager that groups the calls made in it (2.13)."""
-    return c10d._coalescing_manager(group, device, async_ops=True)
 
 
 _patch_lock = threading.Lock()

@@ -8,6 +8,7 @@ of the same signature will do.
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
 
-__all__ = ["PASS", "CallInfo", "Policy", "Rule", "Rules", "describe_policy"]
+__all__ = ["PASS", "CallInfo", "Policy", "Rule", "Rules", "describe_policy", "rules_from_json"]
 
 PASS = "pass"
 """A rule or a policy function returns this to let a call pass through."""
@@ -160,6 +161,32 @@ def as_policy(policy: Policy | Sequence[Rule] | Rule | None) -> Policy | None:
     if not all(isinstance(rule, Rule) for rule in rules):
         raise ConfigError("policy is a function of CallInfo, a Rule, or a sequence of Rules")
     return Rules(*rules)
+
+
+def rules_from_json(text: str) -> list[Rule]:
+    """Rules from a JSON list of their fields: ``[{"codec": "int8:scales=block", "key": "*kv*", "dtype": "float16"}]``.
+
+    Raises:
+        ConfigError: no list of rules. UnknownCodecError, CodecConfigError: a rule's codec does not exist.
+    """
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"rules are a JSON list, and this is not valid JSON: {error}") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError("rules are a JSON list of objects, one for each rule")
+    rules = []
+    for entry in entries:
+        dtype = entry.get("dtype")
+        if dtype is not None:
+            entry["dtype"] = getattr(torch, str(dtype), None)
+            if not isinstance(entry["dtype"], torch.dtype):
+                raise ConfigError(f"a rule's dtype is one of torch's, as 'bfloat16', got {dtype!r}")
+        try:
+            rules.append(Rule(**entry))
+        except TypeError as error:
+            raise ConfigError(f"a rule has the fields of compactdist.Rule: {error}") from None
+    return rules
 
 
 def describe_policy(policy: Policy | None) -> str:

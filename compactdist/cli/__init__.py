@@ -76,7 +76,9 @@ def evaluate(
         ),
     ] = None,
     order: Annotated[int, typer.Option(min=0, help="Prediction: 0 none, 1 last value, 2 velocity.")] = 1,
-    damping: Annotated[float, typer.Option(min=0, max=1, help="Factor of the velocity, for --order 2.")] = 0.5,
+    damping: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Factor of the velocity, for --order 2 only; 0.5 if not given.")
+    ] = None,
     warmup: Annotated[int, typer.Option(min=0, help="Steps of keyframes; the first step is one in any case.")] = 1,
     state: Annotated[
         str, typer.Option(help=f"What both ends keep of the last tensor: {', '.join(STATE_FORMS)}.")

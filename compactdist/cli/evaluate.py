@@ -179,7 +179,7 @@ def to_json(scores: Mapping[str, Score]) -> str:
 
 def show(trace: Trace, config: StreamConfig, scores: Mapping[str, Score]) -> None:
     """Print the table."""
-    loop = f"order {config.order}" + (f", damping {config.damping:g}" if config.order == 2 else "")
+    loop = f"order {config.order}" + ("" if config.damping is None else f", damping {config.damping:g}")
     loop += f", {config.state} state" if config.state != "exact" else ""
     table = Table(
         title=f"{escape(str(trace.path))}: {len(trace.sites)} sites, {loop}, warm-up {config.warmup_steps}",

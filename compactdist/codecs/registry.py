@@ -2,11 +2,15 @@
 
 A distribution offers codecs through the entry point group ``compactdist.codecs``; the entry point's name must
 be the codec's id. A plug-in is imported only when its codec is asked for.
+
+A codec with options is written as text, ``"int4:scales=block,block=64"``, wherever a codec is named: in ``wrap``, in
+policies, in environment variables, on command lines. :func:`get` alone reads that text.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
@@ -34,8 +38,8 @@ def register(cls: type[_C]) -> type[_C]:
     if not (isinstance(cls, type) and issubclass(cls, Codec)):
         raise CodecConfigError(f"register takes a subclass of Codec, got {cls!r}")
     codec_id = getattr(cls, "codec_id", None)
-    if not isinstance(codec_id, str) or not codec_id:
-        raise CodecConfigError(f"{cls.__qualname__} needs a class attribute codec_id, a non-empty string")
+    if not isinstance(codec_id, str) or not codec_id or ":" in codec_id:
+        raise CodecConfigError(f"{cls.__qualname__} needs a class attribute codec_id, a non-empty string without ':'")
     holder = _CODECS.setdefault(codec_id, cls)
     if holder is not cls:
         raise CodecConfigError(
@@ -46,17 +50,22 @@ def register(cls: type[_C]) -> type[_C]:
 
 
 def get(codec: str | Mapping[str, Any] | Codec, **config: Any) -> Codec:
-    """Return a codec from an id, from ``{"id": ..., **options}``, or from a codec (returned as it is).
+    """Return a codec from text, from ``{"id": ..., **options}``, or from a codec (returned as it is).
+
+    Text is an id, or an id and options: ``id:option=value,option=value``. A value is read as JSON where it is JSON
+    (``block=64`` is an integer), else as text.
 
     Example:
         >>> from compactdist import codecs
-        >>> codecs.get("int4") == codecs.get({"id": "int4"})
+        >>> codecs.get("int4:scales=block") == codecs.get({"id": "int4", "scales": "block"})
         True
 
     Raises:
         UnknownCodecError: No codec has this id.
-        CodecConfigError: An option is unknown, or options were given beside a codec or in both places.
+        CodecConfigError: Malformed text, an unknown option, or options beside a codec or in two places.
     """
+    if isinstance(codec, str):
+        codec = _parse(codec)
     if isinstance(codec, Codec):
         if config:
             raise CodecConfigError(f"{codec!r} is configured already; it takes no {', '.join(sorted(config))}")
@@ -67,11 +76,26 @@ def get(codec: str | Mapping[str, Any] | Codec, **config: Any) -> Codec:
         options = {key: value for key, value in codec.items() if key != "id"}
         twice = sorted(set(options) & set(config))
         if twice:
-            raise CodecConfigError(f"given both in the codec dict and as an argument: {', '.join(twice)}")
+            raise CodecConfigError(f"given both with the codec and as an argument: {', '.join(twice)}")
         return _find(codec["id"]).from_config({**options, **config})
-    if isinstance(codec, str):
-        return _find(codec).from_config(config)
     raise CodecConfigError(f"a codec is an id, a dict or a Codec, got {type(codec).__name__}")
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """``{"id": ..., **options}`` from ``id:option=value,option=value``."""
+    codec_id, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(str.strip, rest.split(",")):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not name or name == "id":
+            raise CodecConfigError(f"codec {text!r}: {item.strip()!r} is not option=value; write 'id:option=value,...'")
+        if name in options:
+            raise CodecConfigError(f"codec {text!r}: option {name} is given twice")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return {"id": codec_id.strip(), **options}
 
 
 def list_codecs() -> list[str]:

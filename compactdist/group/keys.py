@@ -19,18 +19,31 @@ __all__ = ["Clock", "KeyBook", "check_name"]
 
 
 class Clock:
-    """The steps of one request, or of a group that has just one at a time.
+    """The steps of one request, or of a group that has just one at a time; as a context, the block of its running step.
 
     Attributes:
         step: steps begun since the last reset, less one; -1 before the first.
         counts: calls so far in this step, by prefix and operation.
+        within: the block of the running step has been entered and not left.
     """
 
-    __slots__ = ("__weakref__", "counts", "step")
+    __slots__ = ("__weakref__", "counts", "step", "within")
 
     def __init__(self) -> None:
-        self.step = -1
         self.counts: dict[str, int] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Let the first step be the next one."""
+        self.step = -1
+        self.within = False
+        self.counts.clear()
+
+    def __enter__(self) -> None:
+        self.within = True
+
+    def __exit__(self, *exc: object) -> None:
+        self.within = False
 
 
 class _Prefixes(threading.local):
@@ -87,26 +100,34 @@ class KeyBook:
         """Steps begun since the last reset, less one; -1 before the first."""
         return self.clock.step
 
-    def tick(self, index: int | None = None) -> None:
+    def tick(self, index: int | None = None) -> Clock:
         """Begin the next step, or step ``index``: every counter starts again.
 
+        Returns:
+            The clock, whose context is the step's block.
+
         Raises:
-            ConfigError: a negative index.
+            ConfigError: a negative index, or the block of another step has not been left.
         """
         if index is not None and index < 0:
             raise ConfigError(f"steps are counted from 0, got {index}")
         clock = self._prefixes.clock or self._clock
+        if clock.within:
+            raise ConfigError(
+                f"a step begins inside the with block of step {clock.step}: leave that block first; where attach() "
+                "counts the steps, call no step()"
+            )
         with self._lock:
             self.engaged = True
             clock.step = clock.step + 1 if index is None else index
             clock.counts.clear()
+        return clock
 
     def restart(self) -> None:
         """Begin a new epoch, whose first step is the next one."""
         with self._lock:
             self.epoch += 1
-            self._clock.step = -1
-            self._clock.counts.clear()
+            self._clock.restart()
 
     def new_epoch(self) -> None:
         """Begin a new epoch within the running step, for a reset of some sites."""

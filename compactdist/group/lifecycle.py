@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from compactdist.group.keys import KeyBook, check_name
 from compactdist.group.plans import AgreedPlans
 from compactdist.group.request import Request
 from compactdist.group.torch_api import TorchDistributedAPI
+from compactdist.group.vote import vote
 from compactdist.observe.estimate import Estimate, estimate
 from compactdist.observe.explain import explain
 from compactdist.observe.stats import GroupStats, Stats
@@ -91,6 +92,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         self._plans = AgreedPlans()
         self._agreement = self._agrees(inner, options)
         label = f"group '{name}', rank {inner.rank()}"
+        stats = GroupStats()
         self._engine = Engine(
             link=Link(inner),
             rank=inner.rank(),
@@ -98,12 +100,17 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             label=label,
             config=options.stream,
             chooser=Chooser(
-                label, options.default_codec, options.policy_function, options.layout_function, options.min_numel
+                label,
+                options.default_codec,
+                options.policy_function,
+                options.layout_function,
+                options.min_numel,
+                stats.small,
             ),
             exact_local=options.local == "exact",
             sample_every=options.sample_errors_every,
-            store=StateStore(options.stream, label, options.state_budget_bytes, name),
-            stats=GroupStats(),
+            store=StateStore(options.stream, label, options.state_budget_bytes, name, inner.rank()),
+            stats=stats,
             forward=options.forward,
         )
 
@@ -154,11 +161,10 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
                 belongs to. ``None``: the one after the last.
 
         Raises:
-            ConfigError: a negative index.
+            ConfigError: a negative index, or a step inside the ``with`` block of another.
         """
         self._ready()
-        self._keys.tick(index)
-        return nullcontext()
+        return self._keys.tick(index)
 
     def key(self, name: str) -> AbstractContextManager[None]:
         """Put this thread's calls under a prefix: ``with dist.key("layer3.kv"):``. Prefixes nest.
@@ -262,6 +268,25 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         else:
             self._keys.new_epoch()
         self._engine.stats.fold(prefix)
+
+    def agree(self, flag: bool, how: str = "all") -> bool:
+        """One decision for all ranks, for code that may skip calls: ``if dist.agree(similar): reuse the last output``.
+
+        Collective: one byte for each rank on the inner group, and the host waits for it. Takes no key and no ordinal,
+        and needs no step.
+
+        Args:
+            flag: what this rank would decide.
+            how: ``"all"``: yes if every rank says yes; ``"any"``: if some rank does; ``"majority"``: if more than half
+                of them do. The same on all ranks.
+
+        Raises:
+            ConfigError: another ``how``; nothing was sent.
+            The inner group's error, where a rank does not vote within the group's timeout.
+        """
+        self._ready()
+        self._departures.join()  # the inner group's collectives must not change their order
+        return vote(self._inner, flag, how)
 
     # --- what it can tell ---------------------------------------------------------------------------------------------
 

@@ -21,7 +21,6 @@ from compactdist.exchange.engine import Flight
 from compactdist.exchange.patterns import ALL_GATHER, ALL_TO_ALL, BROADCAST
 from compactdist.exchange.plan import Call, refusal, under_autograd
 from compactdist.exchange.point_to_point import RECEIVE, RECEIVE_EXACTLY, SEND, receive_any, stream_name
-from compactdist.exchange.work import Job, WaitOnce
 from compactdist.group.core import nbytes_of
 from compactdist.group.lifecycle import GroupLifecycle
 from compactdist.group.reductions import Reductions
@@ -77,11 +76,6 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             )
         return list(output.chunk(size, 0))
 
-    def _gather(self, outputs: list[Tensor] | Tensor, x: Tensor, opts: Any, result: list[Tensor]) -> Any:
-        """The work of a compressed all-gather; ``None``: it passes through."""
-        flight = self._gather_flight(outputs, x, opts)
-        return None if flight is None else self._fly(flight, result)
-
     @override
     def allgather(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
         """``output_tensors[i]`` is a list of ``size()`` tensors for ``input_tensors[i]``."""
@@ -91,15 +85,17 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             reason = PassReason.OP if several else PassReason.UNEVEN
             self._pass("all_gather", reason, (self._engine.size - 1) * nbytes_of(input_tensors))
         else:
-            work = self._gather(list(output_tensors[0]), input_tensors[0], opts, list(output_tensors[0]))
-            if work is not None:
-                return work
+            flight = self._gather_flight(list(output_tensors[0]), input_tensors[0], opts)
+            if flight is not None:
+                return self._fly(flight, list(output_tensors[0]))
         return self.inner.allgather(output_tensors, input_tensors, opts)
 
     def _gather_single(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Any:
         """``[N, ...]`` of every rank into ``[size() * N, ...]`` (``_allgather_base`` before torch 2.13)."""
-        work = self._gather(output_tensor, input_tensor, opts, [output_tensor])
-        return work if work is not None else _torch.all_gather_single(self.inner, output_tensor, input_tensor, opts)
+        flight = self._gather_flight(output_tensor, input_tensor, opts)
+        if flight is not None:
+            return self._fly(flight, [output_tensor])
+        return _torch.all_gather_single(self.inner, output_tensor, input_tensor, opts)
 
     all_gather_single = shared_name(_gather_single, "all_gather_single")
     _allgather_base = override(_gather_single)
@@ -293,7 +289,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
     def _receive_flight(self, x: Tensor, peer: int, tag: int) -> Flight | None:
         me = self._engine.rank
         signature = x.numel(), x.dtype, x.device, peer, me
-        pattern = RECEIVE if x.is_cpu else RECEIVE_EXACTLY
+        pattern = RECEIVE_EXACTLY if self._engine.link.needs_exact_sizes(x) else RECEIVE
         planned = self._plan(pattern, stream_name(peer, me, tag), x, signature, 0, "sender")
         if planned is None:
             return None
@@ -323,8 +319,9 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         engine, keys, x = self._engine, self._keys, tensors[0]
         reason = refusal(engine.size, x, keys.engaged, "sender")
         if reason is None and x.numel() < max(engine.chooser.min_numel, 1):
+            engine.chooser.on_small("send", x.numel())
             reason = PassReason.SMALL
-        if reason is not None or not x.is_cpu:
+        if reason is not None or engine.link.needs_exact_sizes(x):
             self._pass("recv", reason or PassReason.DEVICE, 0)
             return self.inner.recv_anysource(tensors, tag)
 
@@ -345,6 +342,8 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         is_send = [op.op.__name__ == "isend" for op in p2p_op_list]
         order = sorted(range(len(p2p_op_list)), key=lambda i: is_send[i])
         flights: dict[int, Flight | None] = {}
+        device = tensors[0].device
+        grouped = self._engine.link.together is None and _torch.supports_coalescing(self.inner, device)
         try:
             for i in order:
                 op = p2p_op_list[i]
@@ -356,23 +355,21 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
 
         def plain(i: int) -> Callable[[], Any]:
             op, x = p2p_op_list[i], [tensors[i]]
-            if is_send[i] or grouped:
-                call = self.inner.send if is_send[i] else self.inner.recv
-                return lambda: call(x, op.group_peer, op.tag)
+            if is_send[i]:
+                return lambda: self.inner.send(x, op.group_peer, op.tag)
             return lambda: self._receive_plainly(x, op.group_peer, op.tag)
 
-        device = tensors[0].device
-        grouped = _torch.supports_coalescing(self.inner, device)
         calls = [flights[i] or plain(i) for i in order]
         if not grouped:
             parts = dict(zip(order, self._ship(calls), strict=True))
             return [self._work([parts[i]], [op.tensor]) for i, op in enumerate(p2p_op_list)]
-        with _torch.coalescing_manager(self.inner, device) as manager:
-            jobs = [part for part in self._ship(calls) if isinstance(part, Job)]
-        together = WaitOnce(manager.works)
-        for job in jobs:
-            job.replace_inner(together)
-        return [self._work([*jobs, together], [op.tensor for op in p2p_op_list])]
+        link = self._engine.link
+        together = link.begin_together(device)
+        try:
+            self._ship(calls)
+        finally:  # also if a call fails, for an open group would hold up all later calls
+            link.end_together(device)
+        return [self._work([*together.jobs, together], [op.tensor for op in p2p_op_list])]
 
     # --- passed through, counted with the bytes their best algorithm sends --------------------------------------------
 
@@ -483,13 +480,29 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         return self.inner.split_group(*args, **kwargs)
 
     @override
-    def _start_coalescing(self, device: Any) -> None:
-        """Group the following calls, where the backend can (gloo raises, as it does for a plain group)."""
-        self.inner._start_coalescing(device)
+    def start_coalescing(self, device: Any) -> None:
+        """Begin a group of calls, where the backend can (gloo raises, as it does for a plain group).
+
+        Raises:
+            CallGroupError: one is open.
+        """
+        self._ready()
+        self._departures.join()
+        self._engine.link.begin_together(device)
 
     @override
-    def _end_coalescing(self, device: Any) -> Any:
-        return self.inner._end_coalescing(device)
+    def end_coalescing(self, device: Any) -> Any:
+        """Issue the calls made since ``start_coalescing``; returns the work of them all, which decodes what arrives.
+
+        Raises:
+            CallGroupError: no group of calls is open.
+            Whatever the inner group raises.
+        """
+        self._ready()
+        together = self._engine.link.end_together(device)
+        return self._work([*together.jobs, together], together.results)
+
+    _start_coalescing, _end_coalescing = start_coalescing, end_coalescing  # the names before torch 2.14
 
     def _become_tombstone(self) -> None:
         if type(self) is CompressedProcessGroup:  # a subclass keeps its methods

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from compactdist import _torch
 from compactdist.errors import BadOutputError, CompactDistError
 from compactdist.exchange.engine import Flight
+from compactdist.exchange.link import as_work
 from compactdist.exchange.patterns import Pattern
 from compactdist.exchange.reductions import ALL_REDUCE, ALL_REDUCE_SUMS, REDUCE_SCATTER, add_in_rank_order
 from compactdist.exchange.work import PendingWork
@@ -30,7 +31,8 @@ class Reductions(GroupCore):
     def _reduces(self, op: str, opts: Any, nbytes: float, x: Tensor, output: Tensor) -> bool:
         """Whether a reduction of ``x`` into ``output`` may be compressed; otherwise it is counted as passed through."""
         asked = self._engine.chooser.policy is not None and x.numel() > 0
-        if asked and x.is_contiguous() and output.is_contiguous() and _adds_up(opts):
+        alone = self._engine.link.together is None  # two legs cannot be issued together
+        if asked and alone and x.is_contiguous() and output.is_contiguous() and _adds_up(opts):
             return True
         self._pass(op, PassReason.OP, nbytes)
         return False
@@ -118,7 +120,7 @@ class Reductions(GroupCore):
             planned = self._plan(ALL_REDUCE_SUMS, "all_reduce/sums", sums, signature, (engine.size - 1) * sums.nbytes)
             rows = list(everyones.chunk(engine.size))
             if planned is None:
-                _torch.all_gather_single(self.inner, everyones, sums, None).wait()
+                as_work(_torch.all_gather_single(self.inner, everyones, sums, None)).wait()
                 return
             call, plan = planned
             own = rows.pop(engine.rank)

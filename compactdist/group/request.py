@@ -61,8 +61,7 @@ class Request:
     def restart(self) -> None:
         """Count steps from the first again, because the group was reset."""
         if self._clock is not None:
-            self._clock.step = -1
-            self._clock.counts.clear()
+            self._clock.restart()
 
     def end(self) -> None:
         """Drop the request's history. Ending twice is fine."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -11,35 +11,39 @@ import torch
 import torch.distributed as dist
 
 from compactdist import _torch
+from compactdist.codecs import Codec
 from compactdist.config import Options
 from compactdist.errors import ClosedGroupError, ConfigError, NotInitializedError
 from compactdist.group.agree import agree
+from compactdist.group.environment import settings_from_environment
 from compactdist.group.lifecycle import check_rules
 from compactdist.group.process_group import CompressedProcessGroup
 
 __all__ = ["unwrap", "unwrap_mesh", "wrap", "wrap_mesh"]
 
 _log = logging.getLogger("compactdist")
+_TIMEOUT_SECONDS = 60.0
 
 
 def wrap(
     group: Any = None,
-    codec: Any = "int2",
+    codec: Any = None,
     *,
     options: Options | None = None,
-    timeout: timedelta | float = 60.0,
+    timeout: timedelta | float | None = None,
     **settings: Any,
 ) -> Any:
     """Wrap a process group so that it sends compressed residuals.
 
     Collective: every rank of the group calls it, in the same order for all groups. Ranks compare configuration and
-    versions through the store before anything is sent.
+    versions through the store before anything is sent. An option that is not given is taken from the environment
+    (``COMPACTDIST_CODEC=int4``; :mod:`compactdist.group.environment`), else it has the default of :class:`Options`.
 
     Args:
         group: the group to wrap; ``None``: the default group. A rank outside the group gets ``group`` itself back.
         codec: see :class:`Options`.
-        options: all options at once, instead of ``codec`` and ``settings``.
-        timeout: how long to wait for the other ranks, seconds or timedelta.
+        options: all options at once, instead of ``codec``, ``settings`` and the environment.
+        timeout: how long to wait for the other ranks, seconds or timedelta; 60 s by default.
         **settings: the other fields of :class:`Options`: ``policy``, ``warmup_steps``, ``order``, ``damping``,
             ``error_feedback``, ``local``, ``min_numel``, ``layouts``, ``find_layout``, ``state``, ``keyframe``,
             ``forward``, ``state_budget_bytes``, ``sample_errors_every``, ``agree``, ``agree_timeout``.
@@ -53,7 +57,8 @@ def wrap(
         ConfigError, UnknownCodecError, CodecConfigError: bad options.
         ConfigMismatchError, WrapTimeoutError: the ranks do not agree.
     """
-    chosen = _options(codec, options, settings)
+    given = settings if codec is None else {"codec": codec, **settings}
+    chosen, seconds = _options(group, options, given, timeout)
     check_rules(chosen)
     if not dist.is_initialized():
         raise NotInitializedError("wrap() needs a process group: call torch.distributed.init_process_group() first")
@@ -68,7 +73,6 @@ def wrap(
     if not _torch.is_registered(group):
         raise ConfigError("wrap() takes a group that torch.distributed knows (and that was not destroyed)")
     _torch.warn_untested()
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
     ranks = dist.get_process_group_ranks(group)
     common = _torch.group_store(_torch.default_group())
     store = _torch.group_store(group)
@@ -85,16 +89,23 @@ def _usable(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
 
 
-def _options(codec: Any, options: Options | None, settings: dict[str, Any]) -> Options:
-    if options is not None:
-        if settings or codec != "int2":
-            raise ConfigError("give options=, or codec and single settings, not both")
-        return options
+def _options(
+    group: Any, options: Options | None, given: dict[str, Any], timeout: timedelta | float | None
+) -> tuple[Options, float]:
+    """The options, and the seconds to wait for other ranks."""
+    if isinstance(group, str | Mapping | Codec):
+        raise ConfigError(f"wrap() takes a process group first, got {group!r}; did you mean codec={group!r}?")
     known = {f.name for f in Options.__dataclass_fields__.values() if f.init}
-    unknown = sorted(set(settings) - known)
+    unknown = sorted(set(given) - known)
     if unknown:
         raise ConfigError(f"wrap() knows no option {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
-    return Options(codec=codec, **settings)
+    if options is not None and given:
+        raise ConfigError("give options=, or codec and single settings, not both")
+    settings = {} if options is not None else {**settings_from_environment(), **given}
+    waited = settings.pop("timeout", _TIMEOUT_SECONDS)
+    if timeout is not None:
+        waited = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    return options or Options(**settings), waited
 
 
 def unwrap(group: Any) -> Any:
@@ -129,7 +140,7 @@ def _dim_indices(mesh: Any, dims: Any) -> list[int]:
 
 
 def wrap_mesh(
-    mesh: Any, dims: str | int | Sequence[str | int], codec: Any = "int2", **settings: Any
+    mesh: Any, dims: str | int | Sequence[str | int], codec: Any = None, **settings: Any
 ) -> dict[str | int, CompressedProcessGroup]:
     """Swap the groups behind dimensions of a DeviceMesh for compressed ones, in place.
 

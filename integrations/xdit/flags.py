@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
 import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import compactdist
+from compactdist.group.environment import check_names
+from compactdist.policy import rules_from_json
 from compactdist_xdit import routes
 
 VARIABLE = "COMPACTDIST_XDIT"
-_PREFIX = "COMPACTDIST_X"
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the `--compact_*` flags and `--parallel_method`; stands beside `xFuserArgs.add_cli_args`."""
     group = parser.add_argument_group("compactdist", "residual compression of the messages between ranks")
     add = group.add_argument
-    add("--compact_codec", help="codec: an id (int2, binary, ...) or a JSON object with its configuration")
+    add("--compact_codec", help="codec: an id (int2, binary, ...), or with options: int4:scales=block")
     add("--compact_order", type=int, choices=(0, 1, 2), help="prediction: 0 none, 1 last value, 2 velocity")
     add("--compact_warmup_steps", type=int, help="steps at the beginning of a request that are sent as keyframes")
     add("--compact_routes", help=f"comma-separated, of {','.join(routes.ROUTES)} (usually {','.join(routes.USUAL)})")
@@ -54,10 +51,7 @@ def options_from(args: argparse.Namespace) -> dict[str, Any] | None:
             raise ValueError(f"{flags}: no effect without --compact_codec; add it, or leave {flags} out")
         if args.parallel_method is None:
             return None
-    codec: Any = args.compact_codec
-    if codec is not None and codec.lstrip().startswith("{"):
-        codec = json.loads(codec)
-    options["codec"] = codec
+    options["codec"] = args.compact_codec
     if args.parallel_method is not None:
         options["parallel_method"] = args.parallel_method
         if args.method_warmup_steps is not None:
@@ -66,21 +60,14 @@ def options_from(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def read_policy(path: Path) -> list[compactdist.Rule]:
-    """Rules from a JSON list such as `[{"codec": "int4", "key": "*attn*", "first_step": 25}]`.
+    """Rules from a file, as :func:`compactdist.policy.rules_from_json` reads them.
 
     Raises:
         ValueError: the file cannot be read, or is no list of rules; names the file and the fault.
     """
     try:
-        entries = json.loads(path.read_text())
-        if not isinstance(entries, list):
-            raise TypeError("expected a list of rules")
-        rules = []
-        for entry in entries:
-            dtype = entry.get("dtype")
-            rules.append(compactdist.Rule(**entry | ({} if dtype is None else {"dtype": getattr(torch, dtype)})))
-        return rules
-    except (OSError, json.JSONDecodeError, TypeError, AttributeError, compactdist.CompactDistError) as error:
+        return rules_from_json(path.read_text())
+    except (OSError, compactdist.CompactDistError) as error:
         raise ValueError(f"--compact_policy {path}: {error}") from error
 
 
@@ -88,12 +75,9 @@ def arguments_from(environment: Mapping[str, str] = os.environ) -> argparse.Name
     """The flags in `COMPACTDIST_XDIT="--compact_codec int2 ..."`; `None` where the variable is not set.
 
     Raises:
-        ValueError: an unknown flag or value in the variable, or another variable whose name looks like a misspelling.
+        ValueError: an unknown flag or value in the variable, or a variable of compactdist that does not exist.
     """
-    alike = difflib.get_close_matches(VARIABLE, [name for name in environment if name != VARIABLE], n=1, cutoff=0.85)
-    strangers = [n for n in environment if n.startswith(_PREFIX) and n != VARIABLE] or alike
-    if strangers:
-        raise ValueError(f"environment variable {strangers[0]} is unknown; did you mean {VARIABLE}?")
+    check_names(environment)
     if VARIABLE not in environment:
         return None
     parser = add_cli_args(argparse.ArgumentParser(VARIABLE, allow_abbrev=False, add_help=False, exit_on_error=False))

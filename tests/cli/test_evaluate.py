@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from compactdist import codecs
-from compactdist.cli.common import parse_codec
 from compactdist.state import StreamDecoder
 from compactdist.wire import HEADER_NBYTES
 from tests.cli.kit import activations, run, run_json, trace
@@ -33,7 +32,8 @@ COMMITTED = Path(__file__).parents[2] / "benchmarks" / "traces" / "digits_ring.s
 def test_figures_are_those_of_the_loop_by_hand(tmp_path: Path, order: int, codec_id: str) -> None:
     x = activations()
     path = trace(tmp_path / "t.safetensors", {"a": x})
-    row = run_json("evaluate", path, "--codec", codec_id, "--order", order, "--damping", 0.3, "--json")[codec_id]
+    damping = ("--damping", 0.3) if order == 2 else ()
+    row = run_json("evaluate", path, "--codec", codec_id, "--order", order, *damping, "--json")[codec_id]
     codec = codecs.get(codec_id)
     steps, rows, channels = x.shape
     base, velocity = x[0], torch.zeros_like(x[0])
@@ -100,18 +100,9 @@ def test_groups_in_the_metadata_get_scales_of_their_own(tmp_path: Path) -> None:
 
 def test_one_codec_may_be_named_in_several_ways(tmp_path: Path) -> None:
     path = trace(tmp_path / "t.safetensors")
-    rows = run_json("evaluate", path, "--codec", "int4", "--codec", "int4:", "--codec", '{"id": "int4"}', "--json")
-    assert list(rows) == ["int4", "int4:", '{"id": "int4"}']
-    assert rows["int4"] == rows["int4:"] == rows['{"id": "int4"}']
-
-
-def test_options_are_read_as_json_or_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[object] = []
-    monkeypatch.setattr(codecs, "get", seen.append)
-    for text in ("any:block=64, mode=fast,on=true", '{"id": "any", "block": 64, "mode": "fast", "on": true}', "any"):
-        parse_codec(text)
-    options = {"id": "any", "block": 64, "mode": "fast", "on": True}
-    assert seen == [options, options, {"id": "any"}]
+    rows = run_json("evaluate", path, "--codec", "int4", "--codec", "int4:", "--codec", "int4:block=128", "--json")
+    assert list(rows) == ["int4", "int4:", "int4:block=128"]
+    assert rows["int4"] == rows["int4:"] == rows["int4:block=128"]
 
 
 def test_ends_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,8 +166,7 @@ def test_unfit_files_are_refused(tmp_path: Path) -> None:
         ("int5", f"known: {', '.join(codecs.list())}"),
         ("int4:nonsense=64", "no option 'nonsense'"),
         ("int4:nonsense", "option=value"),
-        ('{"id": "int4"', "not valid JSON"),
-        ('{"block": 1}', "'id'"),
+        ('{"id": "int4"}', "option=value"),
     ],
 )
 def test_wrong_codecs_are_refused_before_anything_is_played(tmp_path: Path, codec: str, says: str) -> None:

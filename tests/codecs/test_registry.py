@@ -51,6 +51,36 @@ def test_get_by_id_dict_and_instance(table):
     assert codecs.get(mine) is mine
 
 
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("plugin", {"level": 3}),
+        ("plugin:", {"level": 3}),
+        ("plugin:level=6", {"level": 6}),
+        (" plugin : level = 6 , mode=fast,", {"level": 6, "mode": "fast"}),
+        ("plugin:level=true,mode=a:b=c", {"level": True, "mode": "a:b=c"}),
+        ("plugin:level=0.5,mode=null", {"level": 0.5, "mode": None}),
+    ],
+)
+def test_get_by_text(table, text, config):
+    """Values are JSON where they can be, else text."""
+
+    class Optioned(Plugin):
+        def __init__(self, level=3, **more):
+            self.config = {"level": level, **more}
+
+        @classmethod
+        def from_config(cls, config):
+            return cls(**config)
+
+        def get_config(self):
+            return self.config
+
+    codecs.register(Optioned)
+    assert codecs.get(text).get_config() == config
+    assert codecs.get({"id": "plugin", **config}) == codecs.get(text)
+
+
 def test_options_make_codecs_differ(table):
     codecs.register(Plugin)
     three, four = Plugin(3), Plugin(4)
@@ -78,6 +108,13 @@ def test_fingerprint_is_for_ever():
         ({"id": "plugin", "level": 3}, {"level": 3}, "both"),
         ({"id": "plugin", "depth": 3}, {}, "has no option 'depth'; it takes 'level'"),
         ("int4", {"bits": 3}, "has no option 'bits'"),
+        ("int4:bits=3", {}, "has no option 'bits'"),
+        ("int4:block", {}, "'block' is not option=value; write 'id:option=value"),
+        ("int4:=3", {}, "is not option=value"),
+        ("int4:id=3", {}, "is not option=value"),
+        ("int4:block=3,block=4", {}, "block is given twice"),
+        ("plugin:level=3", {"level": 3}, "both"),
+        ('{"id": "int4"}', {}, "write 'id:option=value"),
         (codecs.Raw(), {"level": 3}, "configured already"),
         (None, {}, "NoneType"),
         (codecs.Raw, {}, "a codec is an id, a dict or a Codec"),
@@ -113,8 +150,10 @@ def test_only_codecs_can_be_registered(table):
     class Nameless(codecs.Raw):
         codec_id = ""
 
-    with pytest.raises(CodecConfigError, match="codec_id"):
-        codecs.register(Nameless)
+    for codec_id in ("", "a:b"):
+        Nameless.codec_id = codec_id
+        with pytest.raises(CodecConfigError, match="codec_id"):
+            codecs.register(Nameless)
     with pytest.raises(CodecConfigError, match="subclass of Codec"):
         codecs.register(torch.Tensor)  # type: ignore[type-var]
 

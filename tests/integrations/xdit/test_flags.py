@@ -25,8 +25,8 @@ def parsed(*words: str) -> dict[str, Any] | None:
 def test_flags_become_arguments_of_enable() -> None:
     assert parsed() is None
     assert parsed("--compact_codec", "int2") == {"codec": "int2"}
-    assert parsed("--compact_codec", '{"id": "int4", "scales": "block"}', "--compact_order", "2") == {
-        "codec": {"id": "int4", "scales": "block"},
+    assert parsed("--compact_codec", "int4:scales=block", "--compact_order", "2") == {
+        "codec": "int4:scales=block",
         "order": 2,
     }
     assert parsed("--parallel_method", "patch") == {"codec": None, "parallel_method": "patch"}
@@ -62,7 +62,7 @@ def test_environment() -> None:
 
 @pytest.mark.parametrize("name", ["COMPACTDIST_XDITT", "COMPACTDIST_XDTI", "COMPACTDIST_XDIT_CODEC", "COMPACTDISTXDIT"])
 def test_a_misspelt_variable_is_an_error(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is unknown; did you mean COMPACTDIST_XDIT"):
+    with pytest.raises(ValueError, match=f"{name} is unknown; did you mean .*COMPACTDIST_XDIT"):
         flags.arguments_from({name: "--compact_codec int2", "PATH": "/bin"})
 
 
