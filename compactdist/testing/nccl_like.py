@@ -8,7 +8,7 @@
     wrapped.close(); remove(inner)
 
 gloo is more polite than NCCL, so code that is right on gloo may be wrong on NCCL. An :class:`NcclLikeGroup` sends over
-a gloo group and
+gloo and
 
 * returns ``None`` for synchronous calls (``asyncOp`` false), when they are done;
 * runs calls on a clock of its own, in the order in which they were issued, late: inputs are read when a call runs, and
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from compactdist import _torch
 from compactdist.errors import CompactDistError, ConfigError
+from compactdist.group.backend import group_on_gloo
 from compactdist.group.check import differing_pairs
 from compactdist.testing.over import METHODS, GroupOver, forwarding
 
@@ -222,10 +223,10 @@ class NcclLikeWork(_torch.Work):
 
 @forwarding
 class NcclLikeGroup(GroupOver):
-    """A registered ProcessGroup over a gloo group, with NCCL's manners; made by :func:`act_like_nccl`.
+    """A registered ProcessGroup over gloo, with NCCL's manners; made by :func:`act_like_nccl`.
 
     Attributes:
-        inner: the gloo group.
+        inner: the group it was made over, whose members and store it has; its calls go over a gloo group of its own.
         nones: how many synchronous calls were answered with ``None``.
         issued: names of the methods called, with ``"start"`` and ``"end"`` where a group of calls begins and ends.
     """
@@ -235,11 +236,19 @@ class NcclLikeGroup(GroupOver):
 
     def __init__(self, inner: Any, name: str, delay: float) -> None:
         super().__init__(inner, name)
+        self._transport = self._gloo(name)
         self.nones = 0
         self.issued: list[str] = []
         self._delay = delay
         self._clocks: dict[tuple[str, int | None], _Clock] = {}
         self._open: list[tuple[_Clock, _Call]] | None = None
+
+    def _gloo(self, name: str) -> Any:
+        """A gloo group of its own, so that late calls and those of ``inner`` do not change their order."""
+        store = _torch.group_store(self.inner)
+        turn = store.add(f"compactdist/{name}/{self.rank()}", 1)
+        timeout = timedelta(seconds=_torch.timeout_of(self.inner))
+        return group_on_gloo(_torch.prefix_store(f"{name}/{turn}", store), self.rank(), self.size(), timeout)
 
     def __repr__(self) -> str:
         return f"<NcclLikeGroup '{self._name}' over {self.inner!r}>"
@@ -303,7 +312,7 @@ class NcclLikeGroup(GroupOver):
             self._compare_sizes(op, *_sizes(name, op, self.rank(), self.size(), args))
             copies = [output.clone(memory_format=torch.contiguous_format) for output in outputs]
             with_copies = [_replaced(args[0], iter(copies)), *args[1:]] if copies else args
-            work = getattr(self.inner, name)(*with_copies, **kwargs)
+            work = getattr(self._transport, name)(*with_copies, **kwargs)
             if work is not None:
                 work.wait()
             return copies
@@ -315,7 +324,7 @@ class NcclLikeGroup(GroupOver):
         size = self.size()
         mine = torch.tensor([zlib.crc32(op.encode()), *leaving, *arriving])
         everyones = torch.empty(size * mine.numel(), dtype=torch.int64)
-        _torch.all_gather_single(self.inner, everyones, mine).wait()
+        _torch.all_gather_single(self._transport, everyones, mine).wait()
         table = everyones.view(size, -1)
         if len(table[:, 0].unique()) > 1:
             raise UnequalSizesError(f"rank {self.rank()} calls {op}, other ranks another collective")
@@ -328,17 +337,17 @@ class NcclLikeGroup(GroupOver):
             )
 
     def _send(self, x: Tensor, peer: int) -> list[Tensor]:
-        self.inner.send([torch.tensor([x.nbytes])], peer, _TAG).wait()
+        self._transport.send([torch.tensor([x.nbytes])], peer, _TAG).wait()
         if x.numel():
-            self.inner.send([x], peer, _TAG).wait()
+            self._transport.send([x], peer, _TAG).wait()
         return []
 
     def _receive(self, output: Tensor, peer: int) -> list[Tensor]:
         nbytes = torch.empty(1, dtype=torch.int64)
-        self.inner.recv([nbytes], peer, _TAG).wait()
+        self._transport.recv([nbytes], peer, _TAG).wait()
         arrived = torch.empty(int(nbytes), dtype=torch.uint8)
         if arrived.numel():
-            self.inner.recv([arrived], peer, _TAG).wait()
+            self._transport.recv([arrived], peer, _TAG).wait()
         if arrived.nbytes != output.nbytes:
             raise UnequalSizesError(
                 f"recv: rank {peer} sends {arrived.nbytes} bytes to rank {self.rank()}, which expects {output.nbytes}"

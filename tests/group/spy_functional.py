@@ -113,7 +113,7 @@ def functional_all_gather_into_a_given_output_goes_round_python_before_torch_2_1
     return right(out, gathered(SIZE))
 
 
-@row("scatter", "all_gather_single_coalesced", compressed=1, scatter="op")
+@row("scatter", "all_gather_single_coalesced", scatter="op", all_gather="weights")
 def dtensor_shard_and_full_tensor(g, rank):
     mesh = DeviceMesh.from_group(g, "cpu")
     return right(distribute_tensor(data(0), mesh, [Shard(0)]).full_tensor(), data(0))
