@@ -8,7 +8,7 @@ import torch.distributed._functional_collectives as funcol
 import torch.distributed.nn.functional as dist_nn
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from compactdist import _torch
 from tests.group.kit import NUMEL, data, exchanged, gathered
@@ -111,6 +111,13 @@ def functional_all_gather_into_a_given_output_goes_round_python_before_torch_2_1
     out = blank()
     ops.wait_tensor(ops.all_gather_into_tensor_out(data(rank), SIZE, g.group_name, out=out))
     return right(out, gathered(SIZE))
+
+
+@row("scatter", "all_gather_single_coalesced", compressed=1, scatter="op")
+def dtensor_shard_and_replicate(g, rank):
+    mesh = DeviceMesh.from_group(g, "cpu")
+    x = distribute_tensor(data(0), mesh, [Shard(0)]).redistribute(mesh, [Replicate()])
+    return right(x.to_local(), data(0))
 
 
 @row("scatter", "all_gather_single_coalesced", scatter="op", all_gather="weights")

@@ -14,6 +14,7 @@ from torch.distributed import distributed_c10d as c10d
 import compactdist
 from compactdist import Rule
 from compactdist.errors import FrameError
+from compactdist.testing import act_like_nccl
 from tests.group.kit import data
 from tests.launch import run_ranks
 
@@ -244,33 +245,65 @@ def batch_isend_irecv(g, rank, strides, later):
 REDUCTIONS = [Rule("raw", op="all_reduce"), Rule("raw", op="reduce_scatter")]
 
 
+PASSED = {"policy": Rule("pass"), "min_numel": 1}
+
+
+def run_cases(cases: dict[str, Case], g: Any, rank: int, later: bool) -> list[tuple[str, str]]:
+    """Run cases on every kind of strides, a step each; returns those that went wrong."""
+    wrong = []
+    for kind in ("transposed", "columns", "rows"):
+        for name, call in cases.items():
+            strides = Strides(kind)
+            with g.step(), g.key(name):
+                pairs = call(g, rank, strides, later)
+            if not all(torch.equal(a, b) for a, b in pairs) or not strides.intact():
+                wrong.append((kind, name))
+    return wrong
+
+
 @pytest.mark.parametrize("later", [False, True], ids=["now", "later"])
 @pytest.mark.parametrize(
     "options",
-    [{"policy": Rule("pass"), "min_numel": 1}, {"min_numel": 10**6}, {"policy": REDUCTIONS, "min_numel": 1}],
+    [PASSED, {"min_numel": 10**6}, {"policy": REDUCTIONS, "min_numel": 1}],
     ids=["passed", "small", "compressed"],
 )
 def test_strided_tensors(options, later):
     def body(rank, size):
-        wrong = []
         with compactdist.wrap(codec="raw", **options) as g:
-            for kind in ("transposed", "columns", "rows"):
-                for name, call in CASES.items():
-                    strides = Strides(kind)
-                    with g.step(), g.key(name):
-                        pairs = call(g, rank, strides, later)
-                    if not all(torch.equal(a, b) for a, b in pairs) or not strides.intact():
-                        wrong.append((kind, name))
-            compressed = g.stats().compressed_calls
-        assert not wrong
-        assert (compressed > 0) == (options.get("policy") is REDUCTIONS)
+            assert not run_cases(CASES, g, rank, later)
+            assert (g.stats().compressed_calls > 0) == (options.get("policy") is REDUCTIONS)
+
+    run_ranks(body, pg_timeout=20)
+
+
+def calls_in_one_group(g: Any, rank: int, strides: Strides, later: bool) -> list[tuple[Tensor, Tensor]]:
+    """Copies are made of what arrives at the end of the group of calls, not before."""
+    x, out, everyones = strides(values(rank)), strides.blank(), [strides.blank(), strides.blank()]
+    with c10d._coalescing_manager(g, torch.device("cpu"), async_ops=later) as manager:
+        dist.broadcast(x, 1, group=g, async_op=later)
+        dist.isend(strides(values(rank)), 1 - rank, group=g)
+        dist.irecv(out, 1 - rank, group=g)
+        dist.all_gather(everyones, strides(values(rank)), group=g, async_op=later)
+    if later:
+        manager.wait()
+    return [(x, values(1)), (out, values(1 - rank)), *zip(everyones, both(), strict=True)]
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["now", "later"])
+def test_strided_tensors_on_an_inner_group_like_nccl(later):
+    """Synchronous calls return no work, and nothing has arrived before a work was waited for."""
+
+    def body(rank, size):
+        cases = {name: call for name, call in CASES.items() if name != "recv_from_any_source"}
+        with compactdist.wrap(act_like_nccl(dist.group.WORLD), codec="raw", **PASSED) as g:
+            assert not run_cases({**cases, "calls_in_one_group": calls_in_one_group}, g, rank, later)
 
     run_ranks(body, pg_timeout=20)
 
 
 def test_an_output_whose_elements_share_memory_is_refused():
     def body(rank, size):
-        with compactdist.wrap(codec="raw", policy=Rule("pass"), min_numel=1) as g, g.step():
+        with compactdist.wrap(codec="raw", **PASSED) as g, g.step():
             x = torch.zeros(1, COLUMNS).expand(ROWS, COLUMNS)
             with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
                 dist.all_reduce(x, group=g)
@@ -280,7 +313,7 @@ def test_an_output_whose_elements_share_memory_is_refused():
 
 def test_the_root_of_a_broadcast_is_only_read():
     def body(rank, size):
-        with compactdist.wrap(codec="raw", policy=Rule("pass"), min_numel=1) as g, g.step():
+        with compactdist.wrap(codec="raw", **PASSED) as g, g.step():
             x = Strides("columns")(values(rank))
             work = dist.broadcast(x, 0, group=g, async_op=True)
             if rank == 0:
