@@ -30,6 +30,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.05
 
 _WARN_SECONDS = 20.0
 _DONE, _VETO, _GONE = "done", "veto", "gone"
+_OPEN = "open"
+"""Never written: ``compare_set`` answers with what it expected where there is no such key."""
 
 
 class Subject(NamedTuple):
@@ -127,12 +129,12 @@ class Agreement:
                 store.compare_set(key, "", veto)
             raise PlanMismatchError(self._difference(subject, against))
         if store.add(self._key(f"count/{name}"), 1) == self._size:
-            store.compare_set(done, "", _DONE)
+            end = store.compare_set(done, "", _DONE).decode()
             store.delete_key(self._key(f"count/{name}"))
             if self._ended:  # all ranks have seen the end of the agreement before this one
                 store.delete_key(self._key(f"done/{self._ended}"))
-        self._wait(done, name, subject, keep_waiting)
-        end = store.get(done).decode()
+        else:
+            end = self._wait(done, name, subject, keep_waiting)
         if end != _DONE:
             raise PlanMismatchError(self._difference(subject, self._against(end)))
         self._ended = name
@@ -192,10 +194,12 @@ class Agreement:
             else:
                 return found
 
-    def _wait(self, done: str, name: str, subject: Subject, keep_waiting: Any) -> None:
+    def _wait(self, done: str, name: str, subject: Subject, keep_waiting: Any) -> str:
+        """Wait for the end of an agreement; how it ended."""
         began, pause, warned = time.monotonic(), _FIRST_PAUSE, False
         # asked for again and again: a blocking wait of the store prints a warning whenever its time is up
-        while not self._store.check([done]):
+        end: str
+        while (end := self._store.compare_set(done, _OPEN, _OPEN).decode()) == _OPEN:
             time.sleep(pause)
             pause = min(1.2 * pause, _LONGEST_PAUSE)
             waited = time.monotonic() - began
@@ -204,9 +208,11 @@ class Agreement:
                 _log.warning("%s", self._missing(name, subject, waited))
             ended = keep_waiting is not None and not keep_waiting()
             if waited > self._timeout or ended:
-                if self._store.compare_set(done, "", _GONE).decode() != _GONE:
-                    return  # the others came at the last moment
+                end = self._store.compare_set(done, "", _GONE).decode()
+                if end != _GONE:
+                    return end  # the others came at the last moment
                 raise PlanTimeoutError(self._missing(name, subject, waited))
+        return end
 
     def _missing(self, name: str, subject: Subject, waited: float) -> str:
         posts = self._posts()

@@ -24,6 +24,7 @@ from compactdist.exchange.plan import Chooser
 from compactdist.exchange.work import FinishedWork, drain
 from compactdist.group.agreement import Agreement
 from compactdist.group.attach import Attachment
+from compactdist.group.beyond_calls import BeyondCalls
 from compactdist.group.check import check
 from compactdist.group.core import GroupCore
 from compactdist.group.identity import OwnName
@@ -31,6 +32,7 @@ from compactdist.group.keys import KeyBook, check_name
 from compactdist.group.plans import AgreedPlans
 from compactdist.group.request import Request
 from compactdist.group.torch_api import TorchDistributedAPI
+from compactdist.group.vote import vote
 from compactdist.observe.estimate import Estimate, estimate
 from compactdist.observe.explain import explain
 from compactdist.observe.stats import GroupStats, Stats
@@ -62,7 +64,7 @@ def check_rules(options: Options) -> None:
             raise ConfigError(f"a rule with between matches no {rule.op}, whose messages all ranks receive: {rule!r}")
 
 
-class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
+class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
     """Construction, identity and life cycle of :class:`~compactdist.group.process_group.CompressedProcessGroup`.
 
     Attributes:
@@ -89,12 +91,12 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         self._differences = 0
         self._requests: dict[str, Request] = {}
         self._restore_names: list[Callable[[], None]] = []
-        self._keys = KeyBook(options.stream.warmup_steps)
+        label = f"group '{name}', rank {inner.rank()}"
+        self._keys = KeyBook(options.stream.warmup_steps, label)
         self._finished = FinishedWork()
         self._departures = Departures()
         self._plans = AgreedPlans()
-        self._agreement = self._agrees(inner, options)
-        label = f"group '{name}', rank {inner.rank()}"
+        self._agreement = self._agrees(inner, options, label)
         stats = GroupStats()
         self._engine = Engine(
             link=Link(inner),
@@ -117,12 +119,11 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             forward=options.forward,
         )
 
-    def _agrees(self, inner: Any, options: Options) -> Agreement | None:
+    def _agrees(self, inner: Any, options: Options, label: str) -> Agreement | None:
         """What ranks agree on plans with; ``None``: there is nobody to agree with, or they should not."""
         if options.agree == "off" or inner.size() == 1 or _torch.is_fake(inner):
             return None
         timeout = options.agree_timeout or _torch.timeout_of(inner)
-        label = f"group '{self._name}', rank {inner.rank()}"
         return Agreement(self._store, f"compactdist/plans/{self._name}", inner.rank(), inner.size(), label, timeout)
 
     # --- identity: the C++ name lives in the first backend, which is shared with the inner group, so it is shadowed ---
@@ -134,6 +135,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             self._adopt_backends()
         return self._name
 
+    @_torch.constant_to_dynamo
     def _adopt_backends(self) -> None:
         """Give the C++ base the inner group's backends, which it holds until this object is gone.
 
@@ -145,18 +147,6 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             _torch.adopt_own_backends(self, self._inner)
         elif _torch.is_registered(self._inner):
             _torch.adopt_backends(self, self._inner)
-
-    def _has_hooks(self) -> bool:
-        """Whether the inner group has completion hooks."""
-        return bool(self.inner._has_hooks())
-
-    def _wait_for_pending_works(self) -> None:
-        """Wait for the inner group's works."""
-        self.inner._wait_for_pending_works()
-
-    def _enable_collectives_timing(self) -> None:
-        """Switch timing on in the inner group."""
-        self.inner._enable_collectives_timing()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"codec {self.options.default_codec!r}"
@@ -283,6 +273,25 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             self._keys.new_epoch()
         self._engine.stats.fold(prefix)
 
+    def agree(self, flag: bool, how: str = "all") -> bool:
+        """One decision for all ranks, for code that may skip calls: ``if dist.agree(similar): reuse the last output``.
+
+        Collective: one byte for each rank on the inner group, and the host waits for it. Takes no key and no ordinal,
+        and needs no step.
+
+        Args:
+            flag: what this rank would decide.
+            how: ``"all"``: yes if every rank says yes; ``"any"``: if some rank does; ``"majority"``: if more than half
+                of them do. The same on all ranks.
+
+        Raises:
+            ConfigError: another ``how``; nothing was sent.
+            The inner group's error, where a rank does not vote within the group's timeout.
+        """
+        self._ready()
+        self._departures.join()  # the inner group's collectives must not change their order
+        return vote(self._inner, flag, how)
+
     # --- what it can tell ---------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
@@ -376,7 +385,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         try:
             self._engine.outbox.flush()
         except Exception as error:
-            _log.warning("%s: a send failed: %s", self._engine.label, str(error))
+            _log.warning("%s: closed, and then a send failed: %s", self._engine.label, str(error))
 
     def _tell_why(self) -> None:
         """Log the error that the group is closed by, if there is one.

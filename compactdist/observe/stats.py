@@ -31,6 +31,7 @@ class PassReason(str, Enum):
     NO_STEP = "no-step", "no step, key or attached module had been seen yet"
     OP = "op", "this operation is not compressed"
     DTYPE = "dtype", "not float32, float16 or bfloat16"
+    WEIGHTS = "weights", "weights or gradients, by the code of torch that made the call"
     SMALL = "small", "fewer elements than min_numel"
     UNASKED = "not-asked", "this operation is compressed only where the policy names a codec"
     POLICY = "policy", "the policy said so"

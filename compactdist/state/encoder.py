@@ -159,8 +159,7 @@ class StreamEncoder(StreamState):
         nbytes = payload.numel()
         header = self.header_of(codec, x.numel(), x.dtype, payload_nbytes=nbytes, **fields)
         frame, room = empty_frame(header.nbytes, nbytes, frame_nbytes, payload.device)
-        room.copy_(payload)
-        header = replace(header, checksum=kernels.checksum_for(nbytes, payload.device)(room))
+        header = replace(header, checksum=kernels.checksum_for(nbytes, payload.device)(payload, room))
         return Staged(seal(frame, header), header, header.checksum)
 
     def _stage_key(

@@ -136,7 +136,7 @@ def test_equal_options_have_equal_fingerprints():
         {"state": "int8"},
         {"state": "fp8"},
     ],
-    ids=repr,
+    ids=lambda change: ",".join(f"{name}={getattr(value, '__name__', value)}" for name, value in change.items()),
 )
 def test_every_option_that_changes_frames_changes_the_fingerprint(change):
     others = [{}, {"layouts": {"*": Layout("(a b) -> 1 a b", a=5)}}, {"policy": Rule("int8", key="a")}]
