@@ -117,19 +117,20 @@ def fitting_table(
 
 
 def check_writable(file: Path | None) -> None:
-    """Find out before any work is done whether results can be written; makes missing folders.
+    """Find out before any work is done whether results can be written; changes nothing.
 
     Raises:
         ConfigError: they cannot; names the path and the reason.
     """
     if file is None or file == STDOUT:
         return
-    with _writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise PermissionError(None, "no permission")
+    nearest = next(path for path in (file, *file.parents) if path.exists())
+    if file.is_dir():
+        raise ConfigError(f"cannot write {file}: it is a folder")
+    if nearest != file and not nearest.is_dir():
+        raise ConfigError(f"cannot write {file}: {nearest} is no folder")
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(f"cannot write {file}: no permission to write {nearest}")
 
 
 def write_json(file: Path | None, result: Any) -> None:
@@ -144,17 +145,11 @@ def write_json(file: Path | None, result: Any) -> None:
     if file == STDOUT:
         sys.stdout.write(text)
         return
-    with _writing(file):
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot write {file}: {error.strerror or error}") from None
 
 
 @contextmanager

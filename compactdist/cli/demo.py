@@ -53,6 +53,9 @@ def run_demo(out: Path, json_file: Path | None, steps: int, routes: Sequence[str
     unknown = [route for route in routes if route not in ROUTES]
     if unknown:
         raise ConfigError(f"unknown route {', '.join(unknown)}: choose ring or ulysses")
+    picture = out / "samples.png"
+    check_writable(picture)
+    check_writable(json_file)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise DemoError(
@@ -60,9 +63,6 @@ def run_demo(out: Path, json_file: Path | None, steps: int, routes: Sequence[str
             "    pip install --no-deps 'triton==3.9.0'   # xfuser imports it even on a CPU\n"
             "    pip install 'compactdist[xdit]'"
         )
-    picture = out / "samples.png"
-    check_writable(picture)
-    check_writable(json_file)
     shown_on = console(json_file)
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -385,7 +385,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         try:
             self._engine.outbox.flush()
         except Exception as error:
-            _log.warning("%s: closed, and then a send failed: %s", self._engine.label, error)
+            _log.warning("%s: closed, and then a send failed: %s", self._engine.label, str(error))
 
     def _tell_why(self) -> None:
         """Log the error that the group is closed by, if there is one.
@@ -395,10 +395,10 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         """
         error = sys.exc_info()[1]
         if isinstance(error, CompactDistError):
-            _log.error("%s", error)
+            _log.error("%s", str(error))  # as text: a log record must not keep the frames of the error alive
         elif isinstance(error, Exception):
             hint = _LOST_PEER if isinstance(error, RuntimeError) else ""
-            _log.error("%s: closed at step %d by %r%s", self._engine.label, self._keys.step, error, hint)
+            _log.error("%s: closed at step %d by %s%s", self._engine.label, self._keys.step, repr(error), hint)
 
     def _become_tombstone(self) -> None:
         raise AssertionError("provided by the group")
