@@ -7,7 +7,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # xfuser imports triton even on a CPU; installed only where torch has not brought its own.
 TRITON ?= triton==3.9.0
-EXTRAS ?= xdit,bench,dev
+EXTRAS ?= xdit,cache-dit,bench,dev
 # Tests of several ranks mostly wait for one another, so two at a time fill two cores.
 WORKERS ?= 2
 # `make test-torch TORCH=2.11.0`: what may differ between versions of torch, without the frameworks.

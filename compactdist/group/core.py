@@ -29,8 +29,8 @@ _GRACE_SECONDS = 0.05
 
 
 def nbytes_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes of some tensors."""
-    return tensors[0].nbytes if len(tensors) == 1 else sum(t.nbytes for t in tensors)
+    """Bytes of some tensors; of sparse ones, bytes of their indices and values."""
+    return sum(t._indices().nbytes + t._values().nbytes if t.is_sparse else t.nbytes for t in tensors)
 
 
 class GroupCore:

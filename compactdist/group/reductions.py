@@ -19,7 +19,7 @@ from compactdist.exchange.link import as_work
 from compactdist.exchange.patterns import Pattern
 from compactdist.exchange.reductions import ALL_REDUCE, ALL_REDUCE_SUMS, REDUCE_SCATTER, add_in_rank_order
 from compactdist.exchange.work import PendingWork
-from compactdist.group.core import GroupCore
+from compactdist.group.core import GroupCore, nbytes_of
 from compactdist.observe.stats import PassReason
 
 __all__ = ["Reductions"]
@@ -90,7 +90,7 @@ class Reductions(GroupCore):
     def _reduce_to_all(self, x: Tensor, opts: Any) -> Any:
         """The work of a compressed all-reduce of ``x`` in place; ``None``: it passes through, and was counted."""
         size = self._engine.size
-        nbytes = 2 * (size - 1) / size * x.nbytes
+        nbytes = 2 * (size - 1) / size * nbytes_of((x,))
         if not self._reduces("all_reduce", opts, nbytes, x):
             return None
         flat = x.detach().reshape(-1)

@@ -236,6 +236,7 @@ class NcclLikeGroup(GroupOver):
 
     def __init__(self, inner: Any, name: str, delay: float) -> None:
         super().__init__(inner, name)
+        _torch.adopt_backends(self, inner)  # for DistributedDataParallel, which asks C++ for them
         self._transport = self._gloo(name)
         self.nones = 0
         self.issued: list[str] = []

@@ -254,7 +254,7 @@ def run_cases(cases: dict[str, Case], g: Any, rank: int, later: bool) -> list[tu
     for kind in ("transposed", "columns", "rows"):
         for name, call in cases.items():
             strides = Strides(kind)
-            with g.step():
+            with g.step(), g.key(name):
                 pairs = call(g, rank, strides, later)
             if not all(torch.equal(a, b) for a, b in pairs) or not strides.intact():
                 wrong.append((kind, name))
