@@ -1,4 +1,4 @@
-"""More models: transformers without their pipelines, in a denoising loop of the test, and FLUX that starts from a picture."""
+"""More models: transformers alone, in a denoising loop of the test, and FLUX pipelines that start from a picture."""
 
 from __future__ import annotations
 
