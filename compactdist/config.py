@@ -32,7 +32,7 @@ class Options:
         policy: a function of :class:`CallInfo`, a :class:`Rule` or a sequence of rules; see :mod:`compactdist.policy`.
         warmup_steps: steps after a reset whose frames are all keyframes, >= 0.
         order: 0 no prediction (plain quantization), 1 last value, 2 damped velocity.
-        damping: velocity factor of order 2, in [0, 1].
+        damping: velocity factor of order 2, in [0, 1], 0.5 if ``None``; for order 2 only.
         error_feedback: ``None``: on wherever there is a prediction; ``False``: the open loop, in which the sender
             predicts from its own values and errors add up.
         local: ``"reconstructed"``: an all-gather gives every rank the same bytes; ``"exact"``: a rank's own
@@ -63,7 +63,7 @@ class Options:
     policy: Policy | Sequence[Rule] | Rule | None = None
     warmup_steps: int = 1
     order: int = 1
-    damping: float = 0.5
+    damping: float | None = None
     error_feedback: bool | None = None
     local: Literal["reconstructed", "exact"] = "reconstructed"
     min_numel: int = DEFAULT_MIN_NUMEL
@@ -108,7 +108,8 @@ class Options:
             self.state,
             keyframe_codec(self.keyframe),
         )
-        object.__setattr__(self, "_stream", replace(checked, order=order, error_feedback=feedback))
+        damping = checked.damping if order == self.order else None
+        object.__setattr__(self, "_stream", replace(checked, order=order, damping=damping, error_feedback=feedback))
 
     def _only_lossless(self) -> bool:
         """Whether no call can meet a codec that needs a history; then none is kept."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "BadOutputError",
+    "CallGroupError",
     "ClosedGroupError",
     "CodecConfigError",
     "CompactDistError",
@@ -21,6 +22,7 @@ __all__ = [
     "PlanMismatchError",
     "PlanTimeoutError",
     "StateMismatchError",
+    "UnforeseenSizeError",
     "UnknownCodecError",
     "WrapTimeoutError",
 ]
@@ -72,6 +74,14 @@ class StateMismatchError(CompactDistError, RuntimeError):
 
 class BadOutputError(CompactDistError, ValueError):
     """An output tensor has the wrong number of elements or dtype for this call."""
+
+
+class CallGroupError(CompactDistError, RuntimeError):
+    """A group of calls (a coalescing manager) was begun, ended or waited for at a wrong place."""
+
+
+class UnforeseenSizeError(CompactDistError, RuntimeError):
+    """A message would have a size that its receiver cannot foresee, where it must (NCCL); nothing was sent."""
 
 
 class ClosedGroupError(CompactDistError, RuntimeError):

@@ -8,6 +8,7 @@ nothing on the wire.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from compactdist.exchange.work import Job, Outbox, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import GroupStats, PassReason
 from compactdist.state import Site, Staged, StateStore, StreamConfig
-from compactdist.wire import NONFINITE, frame_in, from_raw
+from compactdist.wire import KEY, NONFINITE, frame_in, from_raw
 
 if TYPE_CHECKING:
     from compactdist.exchange.patterns import Pattern
@@ -251,6 +252,8 @@ class Engine:
             except BaseException:
                 self.withdraw(flight)
                 raise
+            if self.sample_every and flight.failure is None and flight.passed is None:
+                self._sample(flight)
             if pattern.forwards:
                 pattern.commit(self, flight)
                 self._release(flight)
@@ -270,8 +273,6 @@ class Engine:
                     numel=plan.raw_numel,
                     forwarded=bool(flight.messages) and any(message.forwarded for message in flight.messages),
                 )
-                if self.sample_every and flight.failure is None:
-                    self._sample(flight)
             else:
                 reason = flight.passed or plan.detail
                 self.stats.passed(flight.call.op, reason, plan.raw_nbytes, flight.call.site, wire=flight.wire_nbytes)
@@ -288,7 +289,8 @@ class Engine:
     def _sample(self, flight: Flight) -> None:
         """Measure how far reconstructions are from the tensors, on every ``sample_every``-th frame of a stream.
 
-        A frame that is passed on is not sampled: no encoder added an error to it.
+        Called before the frames are committed, while the predictions they were made against are still there. A frame
+        that is passed on is not sampled: no encoder added an error to it.
         """
         call, messages = flight.call, iter(flight.messages)
         for part, x, staged in zip(flight.plan.outgoing, flight.inputs, flight.staged, strict=True):
@@ -297,10 +299,11 @@ class Engine:
             message = next(messages, None)
             if staged.value is None or staged.header.flags & NONFINITE or (message is not None and message.forwards):
                 continue
-            if part.stream.sequence % self.sample_every == 0:
+            if (part.stream.sequence + 1) % self.sample_every == 0:
                 flat = x.detach().reshape(-1).double()
                 error = float((staged.value.double() - flat).square().sum())
-                self.stats.error(call.site, call.op, error, float(flat.square().sum()))
+                residual = math.nan if staged.header.flags & KEY else part.stream.residual_energy(x)
+                self.stats.error(call.site, call.op, error, float(flat.square().sum()), residual)
 
     # --- finishing ----------------------------------------------------------------------------------------------------
 

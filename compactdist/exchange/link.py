@@ -1,18 +1,23 @@
 """The inner group's six calls that carry frames; callers see no difference between backends or torch versions.
 
 A work that is ``None`` (NCCL, for a synchronous call) counts as done: later work on its CUDA stream comes after it.
+Inside a group of calls the inner group's works mean nothing (NCCL returns ``None``, or a work that cannot be waited
+for): what to wait for is the work that the end of the group returns (:class:`CallGroup`).
 """
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compactdist import _torch
+from compactdist.errors import CallGroupError
 
-__all__ = ["Done", "Link", "as_work"]
+__all__ = ["CallGroup", "Done", "Link", "as_work"]
 
 _NO_TIMEOUT = timedelta(0)
 
@@ -40,41 +45,169 @@ def as_work(work: Any) -> Any:
     return Done() if work is None else work
 
 
+class CallGroup(_torch.Work):
+    """Calls that the inner group issues together when the group of calls ends: the inner work of each of them.
+
+    Attributes:
+        jobs: what is to be decoded, in the order of the calls.
+        results: the calls' output tensors.
+        ended: the calls have been issued.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jobs: list[Any] = []
+        self.results: list[Tensor] = []
+        self.ended = False
+        self._work: Any = None
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+
+    def end(self, work: Any) -> None:
+        """The calls have been issued; ``work`` is the inner group's, of all of them."""
+        self._work, self.ended = as_work(work), True
+
+    def fail(self, error: BaseException) -> None:
+        """The calls could not be issued."""
+        self._error, self.ended = error, True
+
+    def must_be_issued(self) -> None:
+        """Refuse to go on while nothing was issued.
+
+        Raises:
+            CallGroupError: the group of calls has not ended.
+        """
+        if not self.ended:
+            raise CallGroupError(
+                "a call inside a group of calls (a coalescing manager), which is issued at its end, was waited for, "
+                "its future was asked for, or its site was called again: end the group first"
+            )
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Wait for all calls; later waits return at once (gloo's point-to-point works hang on a second wait).
+
+        Raises:
+            CallGroupError: nothing was issued yet.
+            Whatever the inner group raised when it ended, or raises now.
+        """
+        self.must_be_issued()
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            work, self._work = self._work, None
+            if work is not None:
+                try:
+                    work.wait(timeout) if timeout else work.wait()
+                except BaseException as error:
+                    self._error = error
+                    raise
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether waiting would not block."""
+        return self.ended and (self._work is None or bool(self._work.is_completed()))
+
+
 class Link:
     """The calls of an inner group that carry frames, 1-D uint8 tensors. Every call returns a work.
 
     Args:
         inner: the group that frames travel on; ``None`` once the wrapped group is closed: then no call can be made.
+
+    Attributes:
+        together: the group of calls that is open; ``None`` for none.
     """
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        self.together: CallGroup | None = None
+        self._exact_sizes = bool(getattr(inner, "exact_sizes", False))
         if inner is None:
             return
         self._all_gather = _torch.first_method(inner, _torch.ALL_GATHER_SINGLE)
         self._all_to_all = _torch.first_method(inner, _torch.ALL_TO_ALL_SINGLE)
 
+    def needs_exact_sizes(self, x: Tensor) -> bool:
+        """Whether messages of such tensors must be received at the size they are sent with, as on NCCL.
+
+        gloo takes a shorter message, and only gloo carries CPU tensors.
+        """
+        return self._exact_sizes or not x.is_cpu
+
+    def work_of(self, work: Any) -> Any:
+        """What to wait for after an inner call that returned ``work``."""
+        if self.together is not None:
+            return self.together
+        return Done() if work is None else work
+
+    def begin_together(self, device: torch.device) -> CallGroup:
+        """Begin a group of calls.
+
+        Raises:
+            CallGroupError: one is open.
+            RuntimeError: the inner group cannot group calls (gloo).
+        """
+        if self.together is not None:
+            raise CallGroupError(
+                "a group of calls (a coalescing manager) was begun inside another, or after one that an error left "
+                "open: end the first one before you begin the next"
+            )
+        _torch.inner_call(self._inner, _torch.START_COALESCING, device)
+        self.together = CallGroup()
+        return self.together
+
+    def end_together(self, device: torch.device) -> CallGroup:
+        """End the group of calls, which issues them.
+
+        Raises:
+            CallGroupError: none is open.
+            Whatever the inner group raises; then waiting for the calls raises it, too.
+        """
+        together, self.together = self.together, None
+        if together is None:
+            raise CallGroupError("a group of calls (a coalescing manager) was ended that was not begun")
+        try:
+            together.end(_torch.inner_call(self._inner, _torch.END_COALESCING, device))
+        except BaseException as error:
+            together.fail(error)
+            raise
+        return together
+
     def all_gather(self, arrived: Tensor, frame: Tensor, opts: Any) -> Any:
         """Gather every rank's frame, all of one size, into ``arrived``, in rank order."""
-        return as_work(self._all_gather(arrived, frame, opts or _torch.options("AllgatherOptions")))
+        return self.work_of(self._all_gather(arrived, frame, opts or _torch.options("AllgatherOptions")))
 
     def all_to_all(self, arrived: Tensor, frames: Tensor, arriving: list[int], leaving: list[int], opts: Any) -> Any:
         """Exchange frames between all ranks; ``arriving`` and ``leaving`` give bytes by group rank."""
         opts = opts or _torch.options("AllToAllOptions")
-        return as_work(self._all_to_all(arrived, frames, arriving, leaving, opts))
+        return self.work_of(self._all_to_all(arrived, frames, arriving, leaving, opts))
 
     def broadcast(self, frame: Tensor, opts: Any) -> Any:
         """Copy the root's frame into every other rank's ``frame``."""
-        return as_work(self._inner.broadcast([frame], opts))
+        return self.work_of(self._inner.broadcast([frame], opts))
 
     def send(self, frame: Tensor, peer: int, tag: int) -> Any:
         """Send a frame to group rank ``peer``."""
-        return as_work(self._inner.send([frame], peer, tag))
+        return self._pair_work(self._inner.send([frame], peer, tag))
 
     def receive(self, frame: Tensor, peer: int, tag: int) -> Any:
         """Receive a frame from group rank ``peer``."""
-        return as_work(self._inner.recv([frame], peer, tag))
+        return self._pair_work(self._inner.recv([frame], peer, tag))
+
+    def _pair_work(self, work: Any) -> Any:
+        """The work of a point-to-point call, which is ``None`` only inside a group of calls.
+
+        Raises:
+            CallGroupError: it was begun past this group, so nobody would know when to decode.
+        """
+        if work is None and self.together is None:
+            raise CallGroupError(
+                "the inner group is inside a group of calls that the wrapped group was not told of, as in functional "
+                "batches on NCCL before torch 2.14: use torch.distributed.batch_isend_irecv, or the inner group; then "
+                "call reset() on all ranks"
+            )
+        return self.work_of(work)
 
     def receive_any(self, frame: Tensor, tag: int) -> Any:
         """Receive a frame from whichever rank sends first; the work's ``_source_rank`` gives its group rank."""
-        return as_work(self._inner.recv_anysource([frame], tag))
+        return self.work_of(self._inner.recv_anysource([frame], tag))

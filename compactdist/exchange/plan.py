@@ -7,8 +7,10 @@ message, the patterns a used-up budget; ``group/process_group.py`` passes the op
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
@@ -62,7 +64,7 @@ class Call:
 
 
 def refusal(size: int, tensor: Tensor, active: bool, autograd: AutogradRule) -> PassReason | None:
-    """Why no call of this kind can be compressed, whatever its size; ``None`` if it can.
+    """Why no call of this kind can be compressed, whatever its size; ``None`` if it can. Ask while the call runs.
 
     Args:
         size: ranks of the group.
@@ -76,6 +78,8 @@ def refusal(size: int, tensor: Tensor, active: bool, autograd: AutogradRule) -> 
         return PassReason.WORLD_SIZE
     if tensor.dtype not in COMPRESSIBLE_DTYPES:
         return PassReason.DTYPE
+    if moves_weights():
+        return PassReason.WEIGHTS
     if not active:
         return PassReason.NO_STEP
     if autograd == "sender":
@@ -85,6 +89,26 @@ def refusal(size: int, tensor: Tensor, active: bool, autograd: AutogradRule) -> 
     if autograd == "tensor" and tensor.requires_grad and _torch.records_gradients():
         return PassReason.AUTOGRAD
     return None
+
+
+def moves_weights() -> bool:
+    """Whether the call of a group that runs now moves weights or gradients, by its caller.
+
+    It does if the nearest caller that is in a table of ``_torch`` moves them, or if the autograd engine itself makes
+    the call: so DDP's reducer does, from C++, below ``backward`` or in a thread without Python code.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    direct = True
+    while frame is not None:
+        caller = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
+        if not caller.startswith("compactdist."):
+            if caller.startswith(_torch.MODEL_CALLERS):
+                return False
+            if caller.startswith(_torch.WEIGHT_CALLERS) or (direct and caller == _torch.AUTOGRAD_ENGINE):
+                return True
+            direct = False
+        frame = frame.f_back
+    return direct and _torch.in_backward()
 
 
 def under_autograd(tensor: Tensor) -> bool:
@@ -119,6 +143,10 @@ class Part(Generic[StreamT]):
     key_nbytes: int = 0
     residual_nbytes: int = 0
 
+    def expected_nbytes(self, warm: bool) -> int:
+        """Bytes of the next frame, in a warm-up step or in another."""
+        return self.key_nbytes if warm or self.fresh else self.residual_nbytes
+
 
 class Outgoing(Part[StreamEncoder]):
     """A tensor that leaves this rank; ``peer`` is the receiver."""
@@ -130,10 +158,6 @@ class Incoming(Part[StreamDecoder]):
     """A tensor that arrives at this rank; ``peer`` is the sender."""
 
     __slots__ = ()
-
-    def expected_nbytes(self, warm: bool) -> int:
-        """Bytes that arrive next, in a warm-up step or in another."""
-        return self.key_nbytes if warm or self.fresh else self.residual_nbytes
 
 
 @dataclass(slots=True)
@@ -213,6 +237,7 @@ class Chooser:
         codec: used where the policy names none.
         policy, layouts: functions of :class:`CallInfo`; ``None`` for none.
         min_numel: smaller messages pass through.
+        on_small: told the operation and the elements of each message that does so.
     """
 
     label: str
@@ -220,6 +245,7 @@ class Chooser:
     policy: Policy | None
     layouts: LayoutHints | None
     min_numel: int
+    on_small: Callable[[str, int], None]
 
     @property
     def by_pair(self) -> bool:
@@ -236,6 +262,7 @@ class Chooser:
     def ask(self, info: CallInfo) -> Any:
         """The policy's answer, or the reason why it is not asked."""
         if info.numel < self.min_numel or info.numel == 0:
+            self.on_small(info.op, info.numel)
             return PassReason.SMALL
         answer = None if self.policy is None else self.policy(info)
         return copy.deepcopy(answer) if isinstance(answer, dict) else answer  # the function may change its dict later

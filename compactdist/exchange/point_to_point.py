@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compactdist import _torch
 from compactdist.codecs import Codec
+from compactdist.errors import UnforeseenSizeError
 from compactdist.exchange.arrivals import Arrival
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.patterns import OneMessage, commit_messages, stage_message
@@ -62,13 +63,26 @@ class Send(OneMessage):
 
     def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
         if flight.passed is None:
-            accepts = x.device.type == "cpu"
+            accepts = not engine.link.needs_exact_sizes(x)
             stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=accepts, reserve=True)
         if flight.passed is not None:
             assert part.stream is not None
             assert part.codec is not None
-            flight.staged.append(
-                part.stream.stage_stateless(x, part.codec, step=flight.call.step, epoch=flight.call.epoch)
+            staged = part.stream.stage_stateless(x, part.codec, step=flight.call.step, epoch=flight.call.epoch)
+            if engine.link.needs_exact_sizes(x):
+                self._check_size(engine, flight, staged.frame.numel(), part.expected_nbytes(flight.call.warm))
+            flight.staged.append(staged)
+
+    @staticmethod
+    def _check_size(engine: Engine, flight: Flight, nbytes: int, expected: int) -> None:
+        """Refuse to send a tensor as it is to a receiver that expects a coded one."""
+        if nbytes != expected:
+            assert flight.passed is not None
+            raise UnforeseenSizeError(
+                f"{engine.label}, site '{flight.call.site}': this message cannot be compressed ({flight.passed.text}) "
+                f"and would take {nbytes} bytes, but group rank {flight.plan.outgoing[0].peer} cannot know that and "
+                f"expects {expected}; nothing was sent. Send under no_grad() what needs no gradients, raise "
+                "state_budget_bytes, or let the site pass through by the policy on both ranks"
             )
 
     def transfer(self, engine: Engine, flight: Flight) -> None:

@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -21,10 +22,10 @@ import torch
 
 from compactdist import _torch
 from compactdist.exchange.later import Later
-from compactdist.exchange.link import as_work
+from compactdist.exchange.link import CallGroup, as_work
 from compactdist.state.store import Site
 
-__all__ = ["FinishedWork", "Job", "Outbox", "PendingWork", "WaitOnce", "drain"]
+__all__ = ["FinishedWork", "Job", "Outbox", "PendingWork", "drain"]
 
 _log = logging.getLogger("compactdist")
 _NO_TIMEOUT = timedelta(0)
@@ -38,11 +39,13 @@ class Job:
         finish: decodes; called with ``True`` if it may write to the user's tensors.
         site: the call site whose jobs finish in issue order; ``None`` for a send, which has nothing to decode.
         keep: tensors that must live until the inner work is done.
+
+    Attributes:
+        attended: the call is synchronous, so its caller still holds the outputs although nobody holds a work.
     """
 
     __slots__ = (
         "__weakref__",
-        "_attended",
         "_finish",
         "_inner",
         "_keep",
@@ -50,6 +53,7 @@ class Job:
         "_owner",
         "_site",
         "_waited",
+        "attended",
         "done",
         "error",
     )
@@ -64,29 +68,22 @@ class Job:
         self._owner: Callable[[], object | None] | None = None
         self._lock = threading.RLock() if site is None else site.lock
         self._waited = False
-        self._attended = False
+        self.attended = False
         self.done = False
         self.error: BaseException | None = None
         if site is not None:
             site.pending.append(self)
+        if inner.__class__ is CallGroup:
+            inner.jobs.append(self)
 
     def owned_by(self, work: object) -> None:
         """Remember the work the user holds, weakly."""
         self._owner = weakref.ref(work)
 
-    def finish_now(self) -> None:
-        """Wait, decode and write at once: the call is synchronous, so the caller still holds its outputs."""
-        self._attended = True
-        self.settle()
-
-    def replace_inner(self, inner: Any) -> None:
-        """Wait for ``inner`` in place of the inner call's own work: calls that a backend groups complete together."""
-        self._inner = as_work(inner)
-
     @property
     def dropped(self) -> bool:
         """Whether nobody holds the work: the user has let go of it, or it was never made."""
-        return not self._attended and (self._owner is None or self._owner() is None)
+        return not self.attended and (self._owner is None or self._owner() is None)
 
     @property
     def handed_out(self) -> bool:
@@ -109,7 +106,10 @@ class Job:
 
         Raises:
             TimeoutError: the call has not left in time; nothing has changed.
+            CallGroupError: the call is inside a group of calls that has not ended; nothing has changed.
         """
+        if self._inner.__class__ is CallGroup:
+            self._inner.must_be_issued()
         if timeout and isinstance(self._inner, Later):
             self._inner.must_leave(timeout)
         try:
@@ -120,7 +120,7 @@ class Job:
                 else:
                     self._inner.wait()
             if self._finish is not None:
-                self._finish(self._attended or not self.dropped)
+                self._finish(self.attended or not self.dropped)
         except BaseException as error:
             self.error = error
             if self.dropped:
@@ -201,6 +201,7 @@ class PendingWork(_torch.Work):
 
         Raises:
             FrameError, NonFiniteError: from ``Engine.finish``; also whatever the inner work raises.
+            CallGroupError: the call is inside a group of calls that has not ended.
         """
         error: BaseException | None = None
         with self._lock:
@@ -251,21 +252,38 @@ class PendingWork(_torch.Work):
     def get_future(self) -> Any:
         """A ``torch.futures.Future`` of the outputs, resolved on the group's own thread (gloo's callbacks run on its
         network threads, where waiting would hang, and its point-to-point works have no futures at all).
+
+        Outputs on a GPU are decoded on the stream that is current here, and the future carries an event of that stream.
+
+        Raises:
+            CallGroupError: the call is inside a group of calls that has not ended.
         """
         with self._lock:
             if self._future is None:
-                future: Any = torch.futures.Future()
+                self._must_be_issued()
+                devices: list[Any] = sorted({x.device for x in self._result if x.is_cuda}, key=str)
+                streams = [torch.cuda.current_stream(device) for device in devices]
+                future: Any = torch.futures.Future(devices=devices)
                 self._future = future
 
                 def resolve() -> None:
                     try:
-                        self.wait()
-                        future.set_result(self._result)
+                        with ExitStack() as current:
+                            for stream in streams:
+                                current.enter_context(torch.cuda.stream(stream))
+                            self.wait()
+                            future.set_result(self._result)
                     except BaseException as error:
                         future.set_exception(error)
 
                 self._future_pool().submit(resolve)
             return self._future
+
+    def _must_be_issued(self) -> None:
+        for job in self._jobs:
+            inner = job._inner if isinstance(job, Job) else job
+            if isinstance(inner, CallGroup):
+                inner.must_be_issued()
 
 
 class FinishedWork(_torch.Work):
@@ -299,25 +317,6 @@ class FinishedWork(_torch.Work):
         future: Any = torch.futures.Future()
         future.set_result([])
         return future
-
-
-class WaitOnce:
-    """Several inner works as one: the first ``wait`` waits for all of them, later ones return at once."""
-
-    def __init__(self, works: Sequence[Any]) -> None:
-        self._works = [as_work(work) for work in works]
-        self._lock = threading.Lock()
-
-    def wait(self, *timeout: timedelta) -> bool:
-        """Wait for all."""
-        with self._lock:
-            while self._works:
-                self._works.pop().wait(*timeout)
-        return True
-
-    def is_completed(self) -> bool:
-        """Whether nothing is left to wait for."""
-        return all(work.is_completed() for work in self._works)
 
 
 class Outbox:

@@ -6,6 +6,7 @@ options come from ``pg_options=compactdist.Options(...)`` or the environment (:m
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,20 +24,23 @@ __all__ = ["BACKEND_NAME", "register_backend"]
 BACKEND_NAME = "compactdist"
 
 
+def group_on_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    """A plain group over gloo that torch.distributed does not know; ``store`` holds nothing else."""
+    group = dist.ProcessGroup(store, rank, size)
+    gloo = dist.ProcessGroupGloo(_torch.prefix_store("cpu/", store), rank, size, timeout=timeout)
+    gloo._set_sequence_number_for_group()
+    group._register_backend(torch.device("cpu"), _torch.BackendType.GLOO, gloo)
+    group._set_default_backend(_torch.BackendType.GLOO)
+    return group
+
+
 def _inner_group(opts: Any) -> Any:
     """A plain group over gloo (and NCCL), as torch would make it."""
-    inner = dist.ProcessGroup(opts.store, opts.group_rank, opts.group_size)
-    gloo = dist.ProcessGroupGloo(
-        _torch.prefix_store("cpu/", opts.store), opts.group_rank, opts.group_size, timeout=opts.timeout
-    )
-    gloo._set_sequence_number_for_group()
-    inner._register_backend(torch.device("cpu"), _torch.BackendType.GLOO, gloo)
-    default = _torch.BackendType.GLOO
+    inner = group_on_gloo(opts.store, opts.group_rank, opts.group_size, opts.timeout)
     if torch.cuda.is_available() and dist.is_nccl_available():
         nccl = _torch.nccl_backend(opts)
         inner._register_backend(torch.device("cuda"), _torch.BackendType.NCCL, nccl)
-        default = _torch.BackendType.NCCL
-    inner._set_default_backend(default)
+        inner._set_default_backend(_torch.BackendType.NCCL)
     inner._set_group_name(_torch.group_name(f"{opts.group_id}:inner"))
     return inner
 
@@ -45,6 +49,7 @@ def _create(opts: Any, backend_options: Any) -> CompressedProcessGroup:
     """Called by torch for every group with this backend; collective among its ranks, like ``wrap``."""
     if backend_options is not None and not isinstance(backend_options, Options):
         raise ConfigError(f"pg_options for backend 'compactdist' is compactdist.Options, got {backend_options!r}")
+    _torch.warn_untested()
     settings = {} if backend_options else settings_from_environment()
     seconds = settings.pop("timeout", opts.timeout.total_seconds())
     options = backend_options or Options(**settings)

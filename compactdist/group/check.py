@@ -14,7 +14,7 @@ from compactdist.exchange.engine import Engine
 from compactdist.exchange.work import drain
 from compactdist.state.digest import held_between, pair_digests
 
-__all__ = ["check"]
+__all__ = ["check", "differing_pairs"]
 
 _SHOWN = 8
 _TIMEOUT = timedelta(seconds=60)
@@ -40,7 +40,7 @@ def check(engine: Engine, store: Any, device: torch.device, turn: int) -> None:
     mine = torch.tensor([_signed(digest) for digest in digests], device=device)
     everyones = torch.empty(size * mine.numel(), dtype=torch.int64, device=device)
     engine.link.all_gather(everyones, mine, None).wait()
-    pairs = _differing(everyones.view(size, 2, size))
+    pairs = differing_pairs(everyones.view(size, 2, size))
     if pairs:
         raise StateMismatchError(_explained(engine, store, turn, pairs))
 
@@ -49,7 +49,7 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _differing(digests: Tensor) -> list[tuple[int, int]]:
+def differing_pairs(digests: Tensor) -> list[tuple[int, int]]:
     """Directed pairs of ranks whose ends differ; ``digests``: ``(rank, sends or receives, peer)``."""
     sent, received = digests[:, 0], digests[:, 1].t()
     return [(int(i), int(j)) for i, j in (sent != received).nonzero()]

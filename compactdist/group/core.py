@@ -11,9 +11,9 @@ from torch import Tensor
 
 from compactdist import _torch
 from compactdist.errors import ClosedGroupError, FrameError
+from compactdist.exchange.contiguous import contiguous, copy_back
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.later import Departures, Later
-from compactdist.exchange.link import as_work
 from compactdist.exchange.patterns import Pattern
 from compactdist.exchange.plan import AutogradRule, Call, CallPlan, refusal
 from compactdist.exchange.work import FinishedWork, Job, PendingWork
@@ -29,8 +29,8 @@ _GRACE_SECONDS = 0.05
 
 
 def nbytes_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes of some tensors."""
-    return tensors[0].nbytes if len(tensors) == 1 else sum(t.nbytes for t in tensors)
+    """Bytes of some tensors; of sparse ones, bytes of their indices and values."""
+    return sum(t._indices().nbytes + t._values().nbytes if t.is_sparse else t.nbytes for t in tensors)
 
 
 class GroupCore:
@@ -170,7 +170,9 @@ class GroupCore:
             The job of an asynchronous call that leaves later; ``None``: the call may leave now.
         """
         engine, plan, departures = self._engine, flight.plan, self._departures
-        asynchronous = getattr(flight.opts, "asyncOp", True) and (*flight.inputs, *flight.outputs)[0].is_cpu
+        tensor = (*flight.inputs, *flight.outputs)[0]
+        # NCCL's calls belong to the stream, and to the group of calls, that they were issued in
+        asynchronous = getattr(flight.opts, "asyncOp", True) and not engine.link.needs_exact_sizes(tensor)
         waits = departures.busy or (self._agreement and self._plans.subject(flight.call, plan) is not None)
         # a frame that arrived and is passed on holds its stream until it has left: that must not take long
         if asynchronous and waits and (engine.arrivals.empty or not plan.pattern.forwards):
@@ -234,7 +236,7 @@ class GroupCore:
                     engine.prepare(flight)
                     prepared += 1
                 for call in calls:
-                    parts.append(engine.launch(call) if isinstance(call, Flight) else as_work(call()))
+                    parts.append(engine.launch(call) if isinstance(call, Flight) else engine.link.work_of(call()))
             except BaseException:
                 left = [call for call in calls[len(parts) :] if isinstance(call, Flight)]
                 for flight in flights[:prepared]:
@@ -243,6 +245,31 @@ class GroupCore:
                 self._give_back(left)
                 raise
         return parts
+
+    def _begin(self, call: Callable[..., Any], tensors: Any, *more: Any, writes: bool = True) -> Any:
+        """Make a passed-through call ``call(tensors, *more)`` on the inner group, with strided tensors as copies.
+
+        Args:
+            call: a method of the inner group.
+            tensors: a tensor, a list of tensors, or a list of such lists.
+            more: the call's other arguments; tensors among them are read only.
+            writes: the call writes to ``tensors`` on this rank.
+
+        Returns:
+            The inner group's work, or a job that copies back.
+        """
+        copied: list[tuple[Tensor, Tensor]] = []
+        work = call(contiguous(tensors, copied), *(contiguous(value, []) for value in more))
+        if not copied or not writes:
+            return work
+        return Job(self._engine.link.work_of(work), copy_back(copied), None, [copy for _, copy in copied])
+
+    def _hand_on(self, call: Callable[..., Any], tensors: Any, *more: Any, writes: bool = True) -> Any:
+        """The work of a passed-through call; see :meth:`_begin`. Options come last among the arguments."""
+        part = self._begin(call, tensors, *more, writes=writes)
+        if not isinstance(part, Job):
+            return part
+        return self._settled(part, more[-1], [tensors] if isinstance(tensors, Tensor) else list(tensors))
 
     def _watched(self, work: Any, x: Tensor, data: Tensor, opts: Any = None) -> Any:
         """The work of a receive that passed through; waiting for it makes sure that no frame came instead of values.
@@ -267,17 +294,16 @@ class GroupCore:
                 with _torch.without_autograd():
                     x.copy_(from_raw(data, x.numel(), x.dtype).view(x.shape))
 
-        job = Job(work, look, None, (data,))
-        if opts is not None and not getattr(opts, "asyncOp", True):
-            job.finish_now()
-            return self._finished
-        return PendingWork((job,), [x], self._future_pool)
+        return self._settled(Job(self._engine.link.work_of(work), look, None, (data,)), opts, [x])
 
     def _receive_broadcast(self, tensors: Sequence[Tensor], opts: Any) -> Any:
         """The work of a broadcast that passes through."""
-        x, work = tensors[0], self.inner.broadcast(tensors, opts)
-        looks = len(tensors) == 1 and x.is_cpu and x.nbytes >= HEADER_NBYTES and x.is_contiguous()
-        return self._watched(work, x, x, opts) if looks and opts.rootRank != self._engine.rank else work
+        x, receives = tensors[0], opts.rootRank != self._engine.rank
+        if len(tensors) > 1 or not receives or not x.is_cpu or x.nbytes < HEADER_NBYTES:
+            return self._hand_on(self.inner.broadcast, tensors, opts, writes=receives)
+        data = contiguous(x, [])
+        work = self.inner.broadcast([data], opts)
+        return self._watched(work, x, x if data is x else data.view(-1).view(torch.uint8), opts)
 
     def _receive_plainly(self, tensors: Sequence[Tensor], peer: int, tag: int) -> Any:
         """The work of a receive that passes through.
@@ -287,8 +313,8 @@ class GroupCore:
         """
         x = tensors[0]
         small = x.numel() < self._engine.chooser.min_numel
-        if len(tensors) > 1 or small or not x.is_cpu or not x.is_contiguous():
-            return self.inner.recv(tensors, peer, tag)
+        if len(tensors) > 1 or small or self._engine.link.needs_exact_sizes(x):
+            return self._hand_on(self.inner.recv, tensors, peer, tag)
         data = torch.empty(HEADER_NBYTES + raw_nbytes(x.numel(), x.dtype), dtype=torch.uint8)
         return self._watched(self.inner.recv([data], peer, tag), x, data)
 
@@ -317,11 +343,22 @@ class GroupCore:
         except BaseException:
             self._keys.give_back(call)
             raise
-        if getattr(flight.opts, "asyncOp", True):
+        return self._settled(job, flight.opts, result)
+
+    def _settled(self, job: Job, opts: Any, result: list[Tensor]) -> Any:
+        """The work of one job; a synchronous call is finished first, unless it is part of a group of calls."""
+        together = self._engine.link.together
+        if together is not None:
+            together.results += result
+        if getattr(opts, "asyncOp", True):
             return PendingWork((job,), result, self._future_pool)
-        job.finish_now()
+        if together is None:
+            job.attended = True
+            job.settle()
         return self._finished
 
     def _work(self, parts: Sequence[Any], result: list[Tensor]) -> PendingWork:
         """A work that waits for several jobs and inner works."""
+        if self._engine.link.together is not None:
+            self._engine.link.together.results += result
         return PendingWork(parts, result, self._future_pool)

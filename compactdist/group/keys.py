@@ -25,28 +25,36 @@ _log = logging.getLogger("compactdist")
 
 
 class Clock:
-    """The steps of one request, or of a group that has just one at a time.
+    """The steps of one request, or of a group that has just one at a time; as a context, the block of its running step.
 
     Attributes:
         step: steps begun since the last reset, less one; -1 before the first.
         counts: calls so far in this step, by prefix and operation.
+        within: the block of the running step has been entered and not left.
         before: calls of nameless counters in the last step that made some; 0 for those that have not made any.
         short: what nameless counters reached in a step that made fewer calls than the one before.
     """
 
-    __slots__ = ("__weakref__", "before", "counts", "short", "step")
+    __slots__ = ("__weakref__", "before", "counts", "short", "step", "within")
 
     def __init__(self) -> None:
-        self.step = -1
         self.counts: dict[str, int] = {}
         self.before: dict[str, int] = {}
         self.short: dict[str, int] = {}
+        self.restart()
 
     def restart(self) -> None:
-        """Count steps and calls from the first again."""
+        """Let the first step be the next one."""
         self.step = -1
+        self.within = False
         for counts in (self.counts, self.before, self.short):
             counts.clear()
+
+    def __enter__(self) -> None:
+        self.within = True
+
+    def __exit__(self, *exc: object) -> None:
+        self.within = False
 
     def close_step(self) -> tuple[str, int, int] | None:
         """Note what nameless counters reached; returns one that stayed behind, and its calls before and now."""
@@ -121,15 +129,23 @@ class KeyBook:
         """Steps begun since the last reset, less one; -1 before the first."""
         return self.clock.step
 
-    def tick(self, index: int | None = None) -> None:
+    def tick(self, index: int | None = None) -> Clock:
         """Begin the next step, or step ``index``: every counter starts again.
 
+        Returns:
+            The clock, whose context is the step's block.
+
         Raises:
-            ConfigError: a negative index.
+            ConfigError: a negative index, or the block of another step has not been left.
         """
         if index is not None and index < 0:
             raise ConfigError(f"steps are counted from 0, got {index}")
         clock = self._prefixes.clock or self._clock
+        if clock.within:
+            raise ConfigError(
+                f"a step begins inside the with block of step {clock.step}: leave that block first; where attach() "
+                "counts the steps, call no step()"
+            )
         with self._lock:
             self.engaged = True
             ended, behind = clock.step, clock.close_step() if clock.before and clock.step >= 0 else None
@@ -147,6 +163,7 @@ class KeyBook:
                 *behind,
                 behind[-1],
             )
+        return clock
 
     def restart(self) -> None:
         """Begin a new epoch, whose first step is the next one."""

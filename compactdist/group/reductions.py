@@ -15,10 +15,11 @@ from torch.nn.functional import pad
 from compactdist import _torch
 from compactdist.errors import BadOutputError, CompactDistError
 from compactdist.exchange.engine import Flight
+from compactdist.exchange.link import as_work
 from compactdist.exchange.patterns import Pattern
 from compactdist.exchange.reductions import ALL_REDUCE, ALL_REDUCE_SUMS, REDUCE_SCATTER, add_in_rank_order
 from compactdist.exchange.work import PendingWork
-from compactdist.group.core import GroupCore
+from compactdist.group.core import GroupCore, nbytes_of
 from compactdist.observe.stats import PassReason
 
 __all__ = ["Reductions"]
@@ -27,10 +28,11 @@ __all__ = ["Reductions"]
 class Reductions(GroupCore):
     """The reductions of :class:`~compactdist.group.process_group.CompressedProcessGroup`."""
 
-    def _reduces(self, op: str, opts: Any, nbytes: float, x: Tensor, output: Tensor) -> bool:
-        """Whether a reduction of ``x`` into ``output`` may be compressed; otherwise it is counted as passed through."""
+    def _reduces(self, op: str, opts: Any, nbytes: float, x: Tensor) -> bool:
+        """Whether a reduction of ``x`` may be compressed; otherwise it is counted as passed through."""
         asked = self._engine.chooser.policy is not None and x.numel() > 0
-        if asked and x.is_contiguous() and output.is_contiguous() and _adds_up(opts):
+        alone = self._engine.link.together is None  # two legs cannot be issued together
+        if asked and alone and x.layout is torch.strided and _adds_up(opts):
             return True
         self._pass(op, PassReason.OP, nbytes)
         return False
@@ -68,7 +70,7 @@ class Reductions(GroupCore):
         """The work of a compressed reduce-scatter; ``None``: it passes through, and was counted."""
         size = self._engine.size
         nbytes = (size - 1) / size * x.nbytes
-        if not self._reduces("reduce_scatter", opts, nbytes, x, output):
+        if not self._reduces("reduce_scatter", opts, nbytes, x):
             return None
         if output.numel() * size != x.numel() or output.dtype != x.dtype:
             raise BadOutputError(
@@ -88,8 +90,8 @@ class Reductions(GroupCore):
     def _reduce_to_all(self, x: Tensor, opts: Any) -> Any:
         """The work of a compressed all-reduce of ``x`` in place; ``None``: it passes through, and was counted."""
         size = self._engine.size
-        nbytes = 2 * (size - 1) / size * x.nbytes
-        if not self._reduces("all_reduce", opts, nbytes, x, x):
+        nbytes = 2 * (size - 1) / size * nbytes_of((x,))
+        if not self._reduces("all_reduce", opts, nbytes, x):
             return None
         flat = x.detach().reshape(-1)
         each = -(-flat.numel() // size)
@@ -118,7 +120,7 @@ class Reductions(GroupCore):
             planned = self._plan(ALL_REDUCE_SUMS, "all_reduce/sums", sums, signature, (engine.size - 1) * sums.nbytes)
             rows = list(everyones.chunk(engine.size))
             if planned is None:
-                _torch.all_gather_single(self.inner, everyones, sums, None).wait()
+                as_work(_torch.all_gather_single(self.inner, everyones, sums, None)).wait()
                 return
             call, plan = planned
             own = rows.pop(engine.rank)

@@ -7,7 +7,7 @@ They are taken wherever they apply, and leave every byte as it is: which kernels
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from compactdist.kernels.spec import MatrixView, QuantizerSpec
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["MIN_ELEMENTS", "Steps", "checksum_for", "choice", "cpu_runs", "digest", "steps_for", "use"]
+__all__ = ["MIN_ELEMENTS", "Checksum", "Steps", "checksum_for", "choice", "cpu_runs", "digest", "steps_for", "use"]
 
 MIN_ELEMENTS = 1 << 14
 """Below this the calls into the CPU kernels, and loading them, cost more than they save."""
@@ -120,12 +120,18 @@ def steps_for(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device:
     return steps
 
 
-def checksum_for(nbytes: int, device: torch.device) -> Callable[[Tensor], int]:
+class Checksum(Protocol):
+    """Sums up 1-D uint8 ``data``, and copies it to ``copy``, of the same size, on the way."""
+
+    def __call__(self, data: Tensor, copy: Tensor | None = None) -> int: ...
+
+
+def checksum_for(nbytes: int, device: torch.device) -> Checksum:
     """The function that sums up payloads of this many bytes; ``reference/checksum.py`` says how.
 
     Args:
         nbytes: of every payload.
-        device: of the payloads, which are contiguous and begin on 16 bytes.
+        device: of the payloads, which are contiguous.
     """
     if device.type != "cpu" or nbytes % 4 or not cpu_runs(nbytes):
         return weighted_sum

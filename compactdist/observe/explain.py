@@ -3,66 +3,85 @@
 from __future__ import annotations
 
 import math
+import shutil
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from compactdist.observe.stats import PassReason, Stats
+from compactdist.observe.stats import PassReason, SiteStats, Stats
 
 if TYPE_CHECKING:
     from compactdist.group.lifecycle import GroupLifecycle
 
 __all__ = ["explain"]
 
-_HEAD = (
-    "site",
-    "codec",
-    "calls",
-    "key",
-    "raw B",
-    "wire B",
-    "ratio",
-    "bits",
-    "NMSE dB",
-    "state B",
-    "fwd",
-    "recv",
-    "passed",
-)
+_NARROWEST = 40
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+_LARGE_RESIDUAL = 0.5
+_Lines = list[str]
+_Column = tuple[str, str, Callable[[SiteStats], str]]
 
 
 def _number(value: float, digits: int = 2) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
+def _unit(sites: Sequence[SiteStats], of: Callable[[SiteStats], int]) -> tuple[str, Callable[[SiteStats], str]]:
+    """The unit for a column of bytes, in which its largest number is below 1000, and the column's cells."""
+    power = min((len(str(max(map(of, sites)))) - 1) // 3, len(_UNITS) - 1)
+    return _UNITS[power], lambda site: f"{of(site) / 1000**power:.{2 if power else 0}f}"
+
+
+def _columns(sites: Sequence[SiteStats]) -> list[_Column]:
+    """Two lines of head, and the cell of a site, for each column that says something of some site."""
+    raw, raw_cell = _unit(sites, lambda site: site.raw_bytes)
+    wire, wire_cell = _unit(sites, lambda site: site.wire_bytes)
+    state, state_cell = _unit(sites, lambda site: site.state_bytes)
+    columns: list[_Column] = [
+        ("", "codec", lambda site: site.codec or "-"),
+        ("", "calls", lambda site: str(site.calls)),
+        ("", "key", lambda site: str(site.keyframes)),
+        ("raw", raw, raw_cell),
+        ("wire", wire, wire_cell),
+        ("", "ratio", lambda site: _number(site.ratio)),
+        ("", "bits", lambda site: _number(site.last_wire_bits_per_element)),
+        ("state", state, state_cell),
+    ]
+    if any(site.sampled for site in sites):
+        columns.append(("NMSE", "dB", lambda site: _number(site.nmse_db, 1)))
+    if any(site.forwarded for site in sites):
+        columns.append(("", "fwd", lambda site: str(site.forwarded)))
+    if any(site.received for site in sites):
+        columns.append(("", "recv", lambda site: str(site.received)))
+    return columns
+
+
+def _table(sites: Sequence[SiteStats], width: int) -> _Lines:
+    """A line for each site; where that would be too wide, the site's key on a line of its own before its numbers."""
+    columns = _columns(sites)
+    rows = [[cell(site) for _, _, cell in columns] for site in sites]
+    heads = [[first for first, _, _ in columns], [second for _, second, _ in columns]]
+    widths = [max(map(len, cells)) for cells in zip(*heads, *rows, strict=True)]
+    keys = max(len("site"), *(len(site.key) for site in sites))
+    gap = "  " if 2 + sum(widths) + 2 * (len(widths) - 1) <= width else " "
+    joined = [gap.join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in (*heads, *rows)]
+    beside = keys + 2 + len(joined[0]) <= width
+    start = " " * (keys + 2 if beside else 2)
+    lines = [(start + joined[0]).rstrip(), "site".ljust(len(start)) + joined[1]] if beside else []
+    if not beside:
+        lines = ["site", (start + joined[0]).rstrip(), start + joined[1]]
+    for site, numbers in zip(sites, joined[2:], strict=True):
+        lines += [site.key.ljust(len(start)) + numbers] if beside else [*_wrapped(site.key, width), start + numbers]
+        if site.passed:
+            passed = ", ".join(f"{count} x {reason}" for reason, count in site.passed.items())
+            lines += _wrapped(f"  passed: {passed}", width)
     return lines
 
 
-def _site_rows(stats: Stats) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [_HEAD]
-    for site in stats.sites.values():
-        rows.append(
-            (
-                site.key,
-                site.codec or "-",
-                str(site.calls),
-                str(site.keyframes),
-                str(site.raw_bytes),
-                str(site.wire_bytes),
-                _number(site.ratio),
-                _number(site.last_wire_bits_per_element),
-                _number(site.nmse_db, 1),
-                str(site.state_bytes),
-                str(site.forwarded),
-                str(site.received),
-                ", ".join(f"{count} x {reason}" for reason, count in site.passed.items()) or "-",
-            )
-        )
-    return rows
+def _wrapped(text: str, width: int) -> _Lines:
+    """The lines of a text, the later ones indented beyond the first."""
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _totals(stats: Stats, budget: int | None) -> str:
@@ -79,25 +98,50 @@ def _totals(stats: Stats, budget: int | None) -> str:
     )
 
 
+def _passed(group: GroupLifecycle) -> _Lines:
+    """A line for each operation and reason."""
+    engine = group._engine
+    sizes, least = engine.stats.small_sizes(), engine.chooser.min_numel
+    lines = []
+    for (op, reason), (count, _) in sorted(engine.stats.passed_table().items()):
+        details = {}
+        sent_as = "send" if op == "recv" else op  # both ends of a message know it by one operation
+        if sent_as in sizes:
+            numel = " to ".join(map(str, dict.fromkeys(sizes[sent_as])))
+            details[str(PassReason.SMALL)] = f"{numel} elements, and min_numel is {least}"
+        lines.append(f"  {count} x {op}: {reason} ({PassReason.explained(reason, details)})")
+    return lines
+
+
+def _large_residuals(sites: Sequence[SiteStats]) -> _Lines:
+    """A line for each site whose history hardly predicts its tensors, as far as calls were sampled."""
+    lines = [f"  {s.key}: {s.residual_share:.2f} of its energy" for s in sites if s.residual_share > _LARGE_RESIDUAL]
+    head = "residuals as large as the tensor, so the history saves nothing there:"
+    return [head, *lines] if lines else []
+
+
 def explain(group: GroupLifecycle) -> str:
     """Per call site: calls, codec, bytes, ratio, error; then why calls passed through; then totals.
 
-    ``fwd`` counts calls that passed on a received tensor, ``recv`` compressed messages that arrived in receives (their
-    bytes are in the line of totals). Bits are wire bits per element of the last residual call, header and scales
-    included; the ratio is over all calls, keyframes included; NMSE is over the sampled calls
-    (``sample_errors_every``), ``-`` without any.
+    Lines are no longer than the terminal is wide, or 80 characters where there is none. ``fwd`` counts calls that
+    passed on a received tensor, ``recv`` compressed messages that arrived in receives (their bytes are in the line of
+    totals); a column that would be empty is left out. Bits are wire bits per element of the last residual call, header
+    and scales included; the ratio is over all calls, keyframes included; NMSE is over the sampled calls
+    (``sample_errors_every``).
     """
     stats = group.stats()
     engine, keys = group._engine, group._keys
-    lines = [
-        f"{group!r}: {'no' if keys.step < 0 else keys.step + 1} steps since reset, epoch {keys.epoch}",
-    ]
-    if stats.sites:
-        lines += _table(_site_rows(stats))
+    width = max(_NARROWEST, shutil.get_terminal_size().columns)
+    steps = "no" if keys.step < 0 else keys.step + 1
+    texts = [f"{group!r}: {steps} steps since reset, epoch {keys.epoch}"]
+    sites = list(stats.sites.values())
+    lines = _wrapped(texts[0], width)
+    if sites:
+        lines += _table(sites, width)
+    texts = _large_residuals(sites)
     if stats.passed_reasons:
-        lines.append("passed through:")
-        reasons: dict[tuple[str, str], int] = {k: count for k, (count, _) in engine.stats.passed_table().items()}
-        for (op, reason), count in sorted(reasons.items()):
-            lines.append(f"  {count} x {op}: {reason} ({PassReason.explained(reason)})")
-    lines.append(_totals(stats, engine.store.budget_bytes))
-    return "\n".join(lines)
+        texts += ["passed through:", *_passed(group)]
+    texts.append(_totals(stats, engine.store.budget_bytes))
+    if stats.hint is not None:
+        texts.append(stats.hint)
+    return "\n".join(lines + [line for text in texts for line in _wrapped(text, width)])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -31,6 +31,7 @@ class PassReason(str, Enum):
     NO_STEP = "no-step", "no step, key or attached module had been seen yet"
     OP = "op", "this operation is not compressed"
     DTYPE = "dtype", "not float32, float16 or bfloat16"
+    WEIGHTS = "weights", "weights or gradients, by the code of torch that made the call"
     SMALL = "small", "fewer elements than min_numel"
     UNASKED = "not-asked", "this operation is compressed only where the policy names a codec"
     POLICY = "policy", "the policy said so"
@@ -63,9 +64,14 @@ class PassReason(str, Enum):
         return reasons if isinstance(reasons, str) else "+".join(sorted(set(reasons)))
 
     @classmethod
-    def explained(cls, name: str) -> str:
-        """The sentences behind a short name, or behind several joined by ``+``; an unknown name stands for itself."""
-        texts = {member._value_: member.text for member in cls}
+    def explained(cls, name: str, details: Mapping[str, str] | None = None) -> str:
+        """The sentences behind a short name, or behind several joined by ``+``; an unknown name stands for itself.
+
+        Args:
+            name: the short name.
+            details: sentences that say more than the usual ones, by short name.
+        """
+        texts = {member._value_: member.text for member in cls} | {**(details or {})}
         return "; ".join(texts.get(part, part) for part in name.split("+"))
 
 
@@ -91,6 +97,8 @@ class SiteStats:
         state_bytes: bytes held now: histories, the codecs' memory, and payloads kept to be passed on.
         passed: number of passed-through calls by reason.
         error_energy, energy, sampled: sums of squares over the sampled calls, and the number of these calls.
+        residual_energy, predicted_energy: sums of squares of the residuals, and of the tensors they belong to, over the
+            sampled calls that carried residuals against a prediction.
     """
 
     key: str
@@ -110,6 +118,13 @@ class SiteStats:
     error_energy: float = 0.0
     energy: float = 0.0
     sampled: int = 0
+    residual_energy: float = 0.0
+    predicted_energy: float = 0.0
+
+    @property
+    def residual_share(self) -> float:
+        """Energy of the residuals over that of the tensors, of the sampled calls; NaN without any."""
+        return self.residual_energy / self.predicted_energy if self.predicted_energy else math.nan
 
     @property
     def ratio(self) -> float:
@@ -151,6 +166,8 @@ _SUMS = (
     "error_energy",
     "energy",
     "sampled",
+    "residual_energy",
+    "predicted_energy",
 )
 
 
@@ -193,12 +210,22 @@ class Stats:
         """Raw over wire bytes."""
         return self.raw_bytes / self.wire_bytes if self.wire_bytes else 1.0
 
+    @property
+    def hint(self) -> str | None:
+        """What to look into where nothing was counted; ``None`` where something was."""
+        if self.compressed_calls or self.received_calls or self.passed_through:
+            return None
+        return (
+            "no collective reached this group; pass group=... (what wrap() returned) to torch.distributed's functions, "
+            "or call its methods"
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, ``ratio`` included; ``None`` where there is no finite number."""
+        """Plain values for JSON, ``ratio`` and ``hint`` included; ``None`` where there is no finite number."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["passed_reasons"] = dict(self.passed_reasons)
         values["sites"] = {key: site.to_dict() for key, site in self.sites.items()}
-        return {**values, "ratio": self.ratio}
+        return {**values, "ratio": self.ratio, "hint": self.hint}
 
 
 class GroupStats:
@@ -210,6 +237,7 @@ class GroupStats:
         self._folded: dict[str, SiteStats] = {}
         self._activity: dict[str, int] = {}
         self._passed: dict[tuple[str, str], list[float]] = {}
+        self._small: dict[str, tuple[int, int]] = {}
         self._warned: set[str] = set()
 
     def site(self, key: str, op: str) -> SiteStats:
@@ -252,13 +280,22 @@ class GroupStats:
             site.received_raw_bytes += raw
             site.received_wire_bytes += wire
 
-    def error(self, key: str, op: str, error_energy: float, energy: float) -> None:
-        """Record a sampled reconstruction error."""
+    def error(self, key: str, op: str, error_energy: float, energy: float, residual_energy: float = math.nan) -> None:
+        """Record a sampled reconstruction error; ``residual_energy`` is NaN where the frame carried no residual."""
         site = self.site(key, op)
         with self._lock:
             site.error_energy += error_energy
             site.energy += energy
             site.sampled += 1
+            if not math.isnan(residual_energy):
+                site.residual_energy += residual_energy
+                site.predicted_energy += energy
+
+    def small(self, op: str, numel: int) -> None:
+        """Remember the size of a message that is below ``min_numel``."""
+        with self._lock:
+            least, most = self._small.get(op, (numel, numel))
+            self._small[op] = min(least, numel), max(most, numel)
 
     def passed(
         self, op: str, reason: str | Iterable[str], nbytes: float, key: str | None = None, *, wire: float | None = None
@@ -349,9 +386,15 @@ class GroupStats:
         with self._lock:
             return {key: (int(count), nbytes) for key, (count, nbytes) in self._passed.items()}
 
+    def small_sizes(self) -> dict[str, tuple[int, int]]:
+        """Operation -> elements of the smallest and of the largest message that was below ``min_numel``."""
+        with self._lock:
+            return dict(self._small)
+
     def clear(self) -> None:
         """Start counting again."""
         with self._lock:
+            self._small.clear()
             self._sites.clear()
             self._folded.clear()
             self._activity.clear()

@@ -199,7 +199,7 @@ class StreamDecoder(StreamState):
             return value
         self.start(numel, dtype, hint)
         if self.config.remembers:
-            self.predictor.advance(value.clone(), ())
+            self.predictor.advance(value, ())
         self._torn = False
         self.digest = 0
         self.moved_on(header.checksum)
@@ -217,6 +217,8 @@ class StreamDecoder(StreamState):
         hint: MatrixView | None,
     ) -> Tensor:
         """The payload, 1-D uint8, once everything about the frame is known to be right; nothing has changed.
+
+        That of a raw keyframe is a copy, made while it is summed up, which may become the history.
 
         Raises:
             FrameError: something is not right.
@@ -245,12 +247,14 @@ class StreamDecoder(StreamState):
         compare("digest of the history", f"{header.digest:016x}", f"{0 if header.is_key else self.digest:016x}")
         self._check_announcements(header)
         payload = payload_of(frame, header)
-        if kernels.checksum_for(nbytes, payload.device)(payload) != header.checksum:
+        copies = header.is_key and self.config.remembers and self.config.keyframe_for(codec) is None
+        copy = torch.empty_like(payload) if copies else None
+        if kernels.checksum_for(nbytes, payload.device)(payload, copy) != header.checksum:
             raise FrameError(
                 f"{self.where}: the payload is damaged (its checksum does not match). Nothing was applied; {_RESET}. "
                 f"The frame: {header.describe()}"
             )
-        return payload
+        return payload if copy is None else copy
 
     def _compare(self, header: Header, what: str, got: object, expected: object, remedy: str = _RESET) -> None:
         if got != expected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -158,8 +159,7 @@ class StreamEncoder(StreamState):
         nbytes = payload.numel()
         header = self.header_of(codec, x.numel(), x.dtype, payload_nbytes=nbytes, **fields)
         frame, room = empty_frame(header.nbytes, nbytes, frame_nbytes, payload.device)
-        room.copy_(payload)
-        header = replace(header, checksum=kernels.checksum_for(nbytes, payload.device)(room))
+        header = replace(header, checksum=kernels.checksum_for(nbytes, payload.device)(payload, room))
         return Staged(seal(frame, header), header, header.checksum)
 
     def _stage_key(
@@ -255,6 +255,13 @@ class StreamEncoder(StreamState):
         else:
             self._seal(staged, step, epoch, shape)
         return staged
+
+    def residual_energy(self, x: Tensor) -> float:
+        """Sum of squares of what ``x`` differs by from its prediction; NaN without a prediction."""
+        terms = (self.predictor if self._own_predictor is None else self._own_predictor).terms()
+        if not terms:
+            return math.nan
+        return float(residual_of(x.detach().reshape(-1), terms).double().square().sum())
 
     def _search(self, staged: Staged, residual: Tensor) -> None:
         """Look for a better matrix view in the first residual; its frame announces what was found."""

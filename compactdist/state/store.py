@@ -32,9 +32,16 @@ class Site:
     ALL = -1
 
     def __init__(
-        self, key: str, config: StreamConfig, label: str, fingerprint: int, spares: Spares | None = None
+        self,
+        key: str,
+        config: StreamConfig,
+        label: str,
+        fingerprint: int,
+        spares: Spares | None = None,
+        rank: int | None = None,
     ) -> None:
         self.key = key
+        self._rank = rank
         self.fingerprint = fingerprint
         self._config = config
         self._label = label
@@ -52,8 +59,10 @@ class Site:
         """The stream to ``peer`` (this rank itself for a stream that every rank receives)."""
         found = self.encoders.get(peer)
         if found is None:
+            to = "all ranks" if peer == self._rank else f"rank {peer}"
+            where = f"{self._label}, sending to {to}"
             found = self.encoders[peer] = StreamEncoder(
-                self._config, self.fingerprint, f"{self._label}, sending to rank {peer}", self._spares, self.changes
+                self._config, self.fingerprint, where, self._spares, self.changes
             )
         return found
 
@@ -87,6 +96,7 @@ class StateStore:
         label: start of every error message, naming group and rank.
         budget_bytes: cap on history tensors of this rank; ``None`` for no cap.
         group: name of the group, equal on all ranks; frames of another group are refused.
+        rank: this rank; ``None`` outside a group.
 
     Attributes:
         known: all sites by key, for reading only.
@@ -94,8 +104,11 @@ class StateStore:
             count as state.
     """
 
-    def __init__(self, config: StreamConfig, label: str, budget_bytes: int | None, group: str = "") -> None:
+    def __init__(
+        self, config: StreamConfig, label: str, budget_bytes: int | None, group: str = "", rank: int | None = None
+    ) -> None:
         self.config = config
+        self._rank = rank
         self._label = label
         self._group = group
         self._described = repr(config)
@@ -111,7 +124,7 @@ class StateStore:
         if found is None:
             with self._lock:
                 fingerprint = stream_fingerprint(self._group, key, self._described)
-                site = Site(key, self.config, f"{self._label}, site '{key}'", fingerprint, self.spares)
+                site = Site(key, self.config, f"{self._label}, site '{key}'", fingerprint, self.spares, self._rank)
                 found = self.known.setdefault(key, site)
         return found
 

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _ODD = 0x9E3779B97F4A7C15
+_DAMPING = 0.5
 
 COMPRESSIBLE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -44,8 +45,8 @@ class StreamConfig:
 
     Attributes:
         order: 0 no prediction, 1 last value, 2 last value plus damped velocity.
-        damping: factor of the velocity for order 2. At one bit the loop is stable only below about 0.56
-            (q * ((1 + g)^2 + g^2) < 1 with the codec's error ratio q).
+        damping: factor of the velocity for order 2, 0.5 if ``None``. At one bit the loop is stable only below about
+            0.56 (q * ((1 + g)^2 + g^2) < 1 with the codec's error ratio q). ``None`` for the other orders.
         error_feedback: residuals are taken against what the receiver holds, so that errors are corrected by the next
             frame. ``None``: on wherever there is a prediction. Off is the open loop of the method's ablation, which
             drifts.
@@ -57,11 +58,12 @@ class StreamConfig:
         keyframe: codes keyframes, in blocks of consecutive elements; ``None``: they carry the tensor's own bytes.
 
     Raises:
-        ConfigError: a value is out of range, or error feedback is asked for without prediction.
+        ConfigError: a value is out of range, error feedback is asked for without prediction, or damping without
+            velocity.
     """
 
     order: int = 1
-    damping: float = 0.5
+    damping: float | None = None
     error_feedback: bool | None = None
     warmup_steps: int = 1
     find_layout: bool = True
@@ -69,16 +71,22 @@ class StreamConfig:
     keyframe: Codec | None = None
 
     def __repr__(self) -> str:
-        later = {"state": "exact", "keyframe": None}
+        later = {"damping": None, "state": "exact", "keyframe": None}
         shown = [f.name for f in fields(self) if f.name not in later or getattr(self, f.name) != later[f.name]]
         return f"StreamConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def __post_init__(self) -> None:
         if self.state not in STATE_FORMS:
             raise ConfigError(f"state must be one of {', '.join(map(repr, STATE_FORMS))}, got {self.state!r}")
-        predictor_class(self.order)
-        if not 0 <= self.damping <= 1:
+        if self.damping is None and self.has_velocity:
+            object.__setattr__(self, "damping", _DAMPING)
+        if self.damping is not None and not 0 <= self.damping <= 1:
             raise ConfigError(f"damping must lie in [0, 1], got {self.damping!r}")
+        if self.damping is not None and not self.has_velocity:
+            raise ConfigError(
+                f"damping={self.damping!r} damps the velocity, and order={self.order} has none: use order=2, or leave "
+                "damping out"
+            )
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps must be an integer >= 0, got {self.warmup_steps!r}")
         if self.keyframe is not None and self.keyframe.lossless:
@@ -94,6 +102,11 @@ class StreamConfig:
     def predictor(self) -> type[Predictor]:
         """The predictor class of ``order``."""
         return predictor_class(self.order)
+
+    @property
+    def has_velocity(self) -> bool:
+        """Whether the predictor keeps a velocity beside the last value."""
+        return self.predictor.copies > 1
 
     @property
     def remembers(self) -> bool:
@@ -113,13 +126,11 @@ class StreamConfig:
     @property
     def coefficient(self) -> float:
         """The predictor's coefficient as frames carry it, a float32; 0 where it has none."""
-        if self.predictor.copies < 2:
-            return 0.0
-        return float(torch.tensor(self.damping, dtype=torch.float32))
+        return float(torch.tensor(self.damping or 0.0, dtype=torch.float32))
 
     def new_predictor(self) -> Predictor:
         """An empty predictor."""
-        return make_predictor(self.order, self.damping, self.state)
+        return make_predictor(self.order, self.damping or 0.0, self.state)
 
 
 def keyframe_codec(keyframe: str | dict[str, Any] | Codec) -> Codec | None:

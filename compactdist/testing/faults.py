@@ -23,14 +23,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from compactdist import _torch
 from compactdist.errors import CompactDistError, ConfigError
-from compactdist.group.identity import OwnName
+from compactdist.testing.over import METHODS, GroupOver, forwarding
 
-__all__ = ["KINDS", "Fault", "FaultyGroup", "PlannedFaultError", "inject", "remove"]
+__all__ = ["KINDS", "Fault", "FaultyGroup", "PlannedFaultError", "inject"]
 
 KINDS: dict[str, str] = {
     "raise": "the call raises PlannedFaultError before anything is sent",
@@ -46,37 +45,8 @@ KINDS: dict[str, str] = {
 }
 """Kinds of faults, with what happens."""
 
-_METHODS: dict[str, tuple[str, int | None]] = {
-    "allgather": ("all_gather", 1),
-    "all_gather_single": ("all_gather", 1),
-    "_allgather_base": ("all_gather", 1),
-    "allgather_coalesced": ("all_gather", 1),
-    "all_gather_single_coalesced": ("all_gather", 1),
-    "allgather_into_tensor_coalesced": ("all_gather", 1),
-    "alltoall": ("all_to_all", 1),
-    "all_to_all_single": ("all_to_all", 1),
-    "alltoall_base": ("all_to_all", 1),
-    "broadcast": ("broadcast", 0),
-    "allreduce": ("all_reduce", None),
-    "allreduce_coalesced": ("all_reduce", None),
-    "reduce": ("reduce", None),
-    "reduce_scatter": ("reduce_scatter", 1),
-    "reduce_scatter_single": ("reduce_scatter", 1),
-    "_reduce_scatter_base": ("reduce_scatter", 1),
-    "reduce_scatter_single_coalesced": ("reduce_scatter", 1),
-    "reduce_scatter_tensor_coalesced": ("reduce_scatter", 1),
-    "gather": ("gather", 1),
-    "scatter": ("scatter", 1),
-    "barrier": ("barrier", None),
-    "send": ("send", 0),
-    "recv": ("recv", None),
-    "recv_anysource": ("recv", None),
-}
-"""Methods of ProcessGroup, with their operation and the index of the argument that is sent; None: no argument may be
-replaced by a copy, since the call also writes to it."""
-
-OPERATIONS = frozenset(op for op, _ in _METHODS.values())
-_SENDS_A_COPY = frozenset(op for op, argument in _METHODS.values() if argument is not None)
+OPERATIONS = frozenset(op for op, _ in METHODS.values())
+_SENDS_A_COPY = frozenset(op for op, argument in METHODS.values() if argument is not None)
 _NO_TIMEOUT = timedelta(0)
 
 
@@ -198,24 +168,8 @@ class FaultyWork(_torch.Work):
         return future
 
 
-def _forwarding(cls: type[FaultyGroup]) -> type[FaultyGroup]:
-    """Give the class every method of this torch's ProcessGroup that _METHODS names; names differ between versions."""
-
-    def forwarded(name: str, op: str, sent_at: int | None) -> Callable[..., Any]:
-        def method(self: FaultyGroup, *args: Any, **kwargs: Any) -> Any:
-            return self._call(name, op, sent_at, list(args), kwargs)
-
-        method.__name__ = name
-        return method
-
-    for name, (op, sent_at) in _METHODS.items():
-        if hasattr(dist.ProcessGroup, name):
-            setattr(cls, name, forwarded(name, op, sent_at))
-    return cls
-
-
-@_forwarding
-class FaultyGroup(OwnName, dist.ProcessGroup):  # type: ignore[override]
+@forwarding
+class FaultyGroup(GroupOver):
     """A registered ProcessGroup over a real one, with planned faults; made by :func:`inject`.
 
     Attributes:
@@ -226,26 +180,12 @@ class FaultyGroup(OwnName, dist.ProcessGroup):  # type: ignore[override]
     """
 
     def __init__(self, inner: Any, plan: Sequence[Fault], name: str) -> None:
-        super().__init__(inner.rank(), inner.size())  # type: ignore[call-arg]
-        self.inner = inner
+        super().__init__(inner, name)
         self.plan = tuple(plan)
         self.calls: Counter[str] = Counter()
         self.hits: list[tuple[str, int, str]] = []
-        self._name = name
-        self._desc = "compactdist.testing"
-        self._backend_name = str(inner.name())
         self._lock = threading.Lock()
         self._orphans: list[Any] = []
-
-    def _start_coalescing(self, device: torch.device) -> None:
-        self.inner._start_coalescing(device)
-
-    def _end_coalescing(self, device: torch.device) -> Any:
-        return self.inner._end_coalescing(device)
-
-    def monitored_barrier(self, *args: Any, **kwargs: Any) -> None:
-        """The inner group's; no fault can be planned for it."""
-        self.inner.monitored_barrier(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<FaultyGroup '{self._name}' over {self.inner!r}, {len(self.plan)} planned faults>"
@@ -258,8 +198,8 @@ class FaultyGroup(OwnName, dist.ProcessGroup):  # type: ignore[override]
             if not any((f.op, f.kind) == (op, kind) and f.nth in (None, n) for op, n, kind in self.hits)
         ]
 
-    @torch.compiler.disable
-    def _call(self, name: str, op: str, sent_at: int | None, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def _call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        op, sent_at = METHODS[name]
         with self._lock:
             call = self.calls[op]
             self.calls[op] += 1
@@ -309,17 +249,7 @@ def inject(group: Any, plan: Iterable[Fault | Mapping[str, Any]], name: str | No
         ConfigError: a fault that does not exist, or torch.distributed does not know ``group``.
     """
     faults = [fault if isinstance(fault, Fault) else Fault(**fault) for fault in plan]
-    if not _torch.is_registered(group):
-        raise ConfigError("inject() takes a group that torch.distributed knows (and that was not destroyed)")
-    faulty = FaultyGroup(group, faults, name or f"faulty:{group.group_name}")
-    _torch.register(faulty, group, faulty.group_name)
-    return faulty
-
-
-def remove(group: FaultyGroup) -> Any:
-    """Take the group out of torch.distributed's registry; returns the inner group, which stays as it was."""
-    _torch.unregister(group)
-    return group.inner
+    return FaultyGroup(group, faults, name or f"faulty:{group.group_name}")
 
 
 # --- tensors among the arguments of a call

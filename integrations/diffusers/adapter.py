@@ -16,7 +16,7 @@ import torch
 
 import compactdist
 import compactdist_common
-from compactdist_common import Patches
+from compactdist_common import Patches, uncompiled
 from compactdist_diffusers import caches
 from compactdist_diffusers.clock import Clock
 from compactdist_diffusers.sites import Sites
@@ -145,7 +145,7 @@ def _config(module: Any) -> Any:
 def _parallel_models(thing: Any) -> dict[str, Any]:
     """The models with context parallelism, by the name of the component, or of the class for a model on its own."""
     if isinstance(thing, torch.nn.Module):
-        found = {type(getattr(thing, "_orig_mod", thing)).__name__: thing}
+        found = {type(uncompiled(thing)).__name__: thing}
     elif isinstance(getattr(thing, "components", None), dict) and hasattr(thing, "scheduler"):
         found = {name: part for name, part in thing.components.items() if isinstance(part, torch.nn.Module)}
     else:
@@ -189,7 +189,7 @@ def _meshes(models: dict[str, Any], routes: tuple[str, ...] | None) -> list[tupl
 
 def _is_compiled(module: Any) -> bool:
     """Whether hooks in the module would land in a compiled graph, which cannot name call sites."""
-    inner = getattr(module, "_orig_mod", module)
+    inner = uncompiled(module)
     return inner is not module or any(m._compiled_call_impl is not None for m in inner.modules())
 
 

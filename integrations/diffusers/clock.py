@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 
-from compactdist_common import Patches, timestep_of
-
-_LATE_COMPILE = "compactdist_diffusers counts steps here; compile the model before enable() to keep it out of the graph"
+from compactdist_common import Patches, before_forwards, timestep_of, uncompiled
 
 
 class Clock:
@@ -95,22 +93,10 @@ class Clock:
 
     def follow_model(self, module: torch.nn.Module, patches: Patches) -> None:
         """Count the forwards of `module` (compiled or not), and take the guidance branch from `cache_context`."""
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            # module.compile() takes hooks into the graph, where they would count once, while it is traced.
-            patches.replace(module, "_compiled_call_impl", self._counting(module, module._compiled_call_impl))
-        else:
-            hook = torch.compiler.disable(self.before_forward, reason=_LATE_COMPILE)
-            patches.add(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        model: Any = getattr(module, "_orig_mod", module)
+        before_forwards(module, self.before_forward, patches)
+        model = uncompiled(module)
         if hasattr(model, "cache_context"):
             patches.wrap(model, "cache_context", self._branching)
-
-    def _counting(self, module: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.before_forward(module, args, kwargs)
-            return compiled(*args, **kwargs)
-
-        return call
 
     def _branching(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @contextlib.contextmanager

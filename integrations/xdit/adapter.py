@@ -38,7 +38,7 @@ class Handle(compactdist_common.Handle):
 
     def __init__(self, session: Session, patches: Patches) -> None:
         super().__init__(lambda: session.groups, patches)
-        self.pipe = session.pipe
+        self.pipe = unwrapped(session.pipe)
         self.method = session.method
 
     def explain(self) -> str:
@@ -90,7 +90,7 @@ def enable(
     if vars(inner).get(_MARK) is not None:
         raise ValueError("compression is already enabled for this pipeline; call disable() on its handle first")
     probe.check_version()
-    session = Session(inner, codec, wanted, method, exact_own, wrap_options)
+    session = Session(pipe, codec, wanted, method, exact_own, wrap_options)
     patches = Patches()
     patches.add(session.close)
     handle = Handle(session, patches)

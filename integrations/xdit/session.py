@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import compactdist
-from compactdist_common import Patches, unwrapped
+from compactdist_common import Patches, before_forwards, compiled_call, unwrapped
 from compactdist_xdit import methods, probe, routes
 from compactdist_xdit.captured import Captured, holders
 from compactdist_xdit.clock import Clock
@@ -28,7 +28,8 @@ class Session:
     """The wrapped groups of one pipeline, from `enable` to `close`.
 
     Args:
-        pipe: the diffusers pipeline.
+        pipe: a diffusers pipeline, or xfuser's wrapper around one. A transformer or scheduler that was assigned to the
+            wrapper goes before that of the pipeline inside, as in xfuser.
         codec: for `compactdist.wrap`; `None` wraps nothing.
         wanted: names of routes.
         method: a parallel method, or `None`.
@@ -60,7 +61,7 @@ class Session:
         self._options = options
         self._slots: list[tuple[routes.Slot, Any, Any]] = []  # slot, plain group, wrapped group
         self._attached: list[torch.nn.Module] = []
-        self._followed: list[Any] = []  # transformers and scheduler
+        self._followed: list[Any] = []  # transformers, what `compile()` made of their calls, and the scheduler
         self._sites = Sites()
         self._long_context = LongContextSites()
         self._layers: list[Any] = []  # layers that keep groups of their own, see `captured`
@@ -68,7 +69,7 @@ class Session:
         self._messages: PipelineMessages | None = None
         self._attachments: list[Any] = []
         self._following = Patches()
-        self._clock = Clock(self._begin_step, self._begin_request)
+        self._clock = Clock(self._begin_step, self._begin_scheduled_request)
 
     # --- groups -----------------------------------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ class Session:
                 f"no group of {', '.join(self._wanted)} spans more than one rank: set ring_degree, ulysses_degree or "
                 "pipefusion_parallel_degree, or pass routes='cfg,sp' where only these groups are parallel"
             )
-        if self._slots and self._is_bound(found) and _same(self._attached, self.transformers()):
+        if self._slots and self._is_bound(found) and _same(self._attached, self._bare_transformers()):
             return
         probe.refuse(self.pipe, [slot.route for slot, _ in found])
         self.unbind()
@@ -98,11 +99,10 @@ class Session:
         self._sites.groups = self._long_context.groups = self.groups
         if self._messages is not None:
             self._messages.use({s.index: wrapped for s, _, wrapped in self._slots if s.route == "pipefusion"})
-        self._attached = self.transformers()
-        self._layers = holders(module for transformer in self._attached for module in transformer.modules())
+        self._attached = self._bare_transformers()
+        self._layers = holders(module for transformer in self.transformers() for module in transformer.modules())
         for transformer in self._attached:
-            layers = unwrapped(transformer)  # so that the names of layers do not begin with xfuser's "module."
-            self._attachments += [self.groups[name].attach(layers, step_module=None) for name in self._stepped()]
+            self._attachments += [self.groups[name].attach(transformer, step_module=None) for name in self._stepped()]
 
     def _found(self) -> list[tuple[routes.Slot, Any]]:
         """The slots of the wanted routes, and the plain group that xfuser has for each now."""
@@ -202,6 +202,10 @@ class Session:
         found = [getattr(self.pipe, name, None) for name in ("transformer", "transformer_2")]
         return [module for module in found if isinstance(module, torch.nn.Module)]
 
+    def _bare_transformers(self) -> list[torch.nn.Module]:
+        """The transformers without their wrappers, xfuser's ("module.") and torch.compile's ("_orig_mod.")."""
+        return [unwrapped(transformer) for transformer in self.transformers()]
+
     def timesteps(self) -> int | None:
         """How many timesteps the scheduler has for the request, on every rank; `None` where it has no `timesteps`."""
         timesteps = getattr(self.pipe.scheduler, "timesteps", None)
@@ -210,8 +214,8 @@ class Session:
     def follow(self) -> None:
         """Tell steps by the forwards of the transformers, and requests by the scheduler.
 
-        Both may be replaced later, by xfuser's wrappers or by a script that wants another scheduler. So every beginning
-        of a request calls this again. It does nothing where it follows the same objects already.
+        Both may be replaced later, by xfuser's wrappers, by torch.compile or by a script that wants another scheduler.
+        So every beginning of a request calls this again. It does nothing where it follows the same objects already.
 
         Raises:
             ValueError: the pipeline has no transformer.
@@ -219,14 +223,16 @@ class Session:
         transformers = self.transformers()
         if not transformers:
             raise ValueError(f"{type(self.pipe).__name__} has no transformer")
-        if _same(self._followed, [*transformers, self.pipe.scheduler]):
+        if _same(self._followed, self._to_follow(transformers)):
             return
         self._following.undo()
-        self._followed = [*transformers, self.pipe.scheduler]
         for transformer in transformers:
-            hook = transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-            self._following.add(hook.remove)
+            before_forwards(transformer, self._before_forward, self._following)
         self._clock.follow(self.pipe.scheduler, self._following)
+        self._followed = self._to_follow(transformers)
+
+    def _to_follow(self, transformers: list[torch.nn.Module]) -> list[Any]:
+        return [*transformers, *map(compiled_call, transformers), self.pipe.scheduler]
 
     def _before_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._missed_a_beginning():
@@ -248,6 +254,11 @@ class Session:
             self.groups[name].step()
         if self.method is not None:
             self.method.begin_step()
+
+    def _begin_scheduled_request(self) -> None:
+        self._begin_request()
+        if self._messages is not None:
+            self._messages.check_nothing_left()
 
     def _begin_request(self) -> None:
         if self.method is not None:  # first, for it waits for gathers on the groups that are reset below

@@ -31,8 +31,8 @@ def walk() -> list[torch.Tensor]:
 )
 @pytest.mark.parametrize("codec_id", [*LOSSY, pytest.param(RANKED, id="binary-rank")])
 def test_closed_loop(codec_id, order, state):
-    encoder = ResidualEncoder(codec_id, order=order, damping=0.5, state=state)
-    decoder = ResidualDecoder(codec_id, order=order, damping=0.5, state=state)
+    encoder = ResidualEncoder(codec_id, order=order, state=state)
+    decoder = ResidualDecoder(codec_id, order=order, state=state)
     values = walk()
     ratios = []
     for x in values:

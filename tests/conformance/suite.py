@@ -1,4 +1,4 @@
-"""torch's own DistributedTest, pointed at a plain gloo group or at a compressed one.
+"""torch's own DistributedTest, pointed at a plain group (gloo, or one with NCCL's manners) or at a compressed one.
 
 Importing this module imports torch's test-suite, which reads its configuration from the environment; so it belongs in a
 process of its own (``python -m tests.conformance``).
@@ -51,16 +51,28 @@ from torch.testing._internal import common_distributed  # noqa: E402
 from torch.testing._internal.distributed import distributed_test  # noqa: E402
 
 import compactdist  # noqa: E402
+from compactdist.testing import act_like_nccl  # noqa: E402
 
-OPTIONS = compactdist.Options(codec="raw", min_numel=1)
+RAW = compactdist.Options(codec="raw", min_numel=1)
 TEST_TIMEOUT = 60
 _MPI_ONLY = {"Only MPI supports CPU all_to_all_single", "Only MPI supports all_to_all"}
 _NAME = "asks for the name 'gloo', 'mpi' or 'nccl'"
 _BARRIER = "torch offers monitored_barrier only to a backend named 'gloo'"
+_ANY_SOURCE = "NCCL cannot receive from any source"
+_NOT_ON_NCCL = {
+    "test_send_recv_any_source": _ANY_SOURCE,
+    "test_send_recv_any_source_autograd_profiler": _ANY_SOURCE,
+    "test_send_recv_any_source_torch_profiler": _ANY_SOURCE,
+    "test_sparse_all_reduce_sum": "NCCL sums no sparse tensors",
+}
 # By kind of group: tests that are not run, with the reason that the document shows.
 EXCLUDED: dict[str, dict[str, str]] = {
     "gloo": {},
     "wrapped": {},
+    "int8": {},
+    "nccl": _NOT_ON_NCCL,
+    "nccl-wrapped": _NOT_ON_NCCL,
+    "nccl-int8": _NOT_ON_NCCL,
     "backend": {
         "test_accumulate_gradients_no_sync": _NAME,
         "test_accumulate_gradients_no_sync_allreduce_hook": _NAME,
@@ -119,18 +131,35 @@ def _plain() -> None:
     """Gloo as it is."""
 
 
-def _wrapped() -> None:
-    """Every group that torch makes is wrapped at once; the default group is replaced by its wrapped one."""
-    init, new = dist.init_process_group, dist.new_group
+def integers_pass(info: compactdist.CallInfo) -> Any:
+    """int8, for reductions too; with ``min_numel=1`` nothing but integers is left alone."""
+    return "int8" if info.dtype.is_floating_point else compactdist.PASS
 
-    def init_process_group(*args: Any, **kwargs: Any) -> None:
-        init(*args, **kwargs)
-        c10d._update_default_pg(_observe(compactdist.wrap(options=OPTIONS)))
 
-    def new_group(*args: Any, **kwargs: Any) -> Any:
-        return _observe(compactdist.wrap(new(*args, **kwargs), options=OPTIONS))
+INT8 = compactdist.Options(codec="int8", min_numel=1, policy=integers_pass)
 
-    _replace(init_process_group, new_group)
+
+def _nccl(group: Any) -> Any:
+    """A group with NCCL's manners over one that torch made, where this rank is a member."""
+    return group if group is c10d.GroupMember.NON_GROUP_MEMBER else act_like_nccl(group)
+
+
+def _over(make: Callable[[Any], Any]) -> Callable[[], None]:
+    """Every group that torch makes is replaced by what ``make`` makes of it, the default group too."""
+
+    def replace() -> None:
+        init, new = dist.init_process_group, dist.new_group
+
+        def init_process_group(*args: Any, **kwargs: Any) -> None:
+            init(*args, **kwargs)
+            c10d._update_default_pg(_observe(make(dist.group.WORLD)))
+
+        def new_group(*args: Any, **kwargs: Any) -> Any:
+            return _observe(make(new(*args, **kwargs)))
+
+        _replace(init_process_group, new_group)
+
+    return replace
 
 
 def _backend() -> None:
@@ -161,7 +190,15 @@ def _replace(init_process_group: Callable[..., None], new_group: Callable[..., A
         module.new_group = new_group
 
 
-GROUPS: dict[str, Callable[[], None]] = {"gloo": _plain, "wrapped": _wrapped, "backend": _backend}
+GROUPS: dict[str, Callable[[], None]] = {
+    "gloo": _plain,
+    "wrapped": _over(lambda group: compactdist.wrap(group, options=RAW)),
+    "backend": _backend,
+    "int8": _over(lambda group: compactdist.wrap(group, options=INT8)),
+    "nccl": _over(_nccl),
+    "nccl-wrapped": _over(lambda group: compactdist.wrap(_nccl(group), options=RAW)),
+    "nccl-int8": _over(lambda group: compactdist.wrap(_nccl(group), options=INT8)),
+}
 
 
 def _write_counts(path: Path) -> None:

@@ -33,7 +33,7 @@ def all_gather_into_tensor(g, rank):
     return right(out, gathered(SIZE))
 
 
-@row("all_gather_single", compressed=1)
+@row("all_gather_single", compressed=1, since=(2, 13))
 def all_gather_single(g, rank):
     out = blank()
     dist.all_gather_single(out, data(rank), group=g)
@@ -93,7 +93,7 @@ def irecv_and_isend(g, rank):
     return right(out, data(1 - rank))
 
 
-@row("send", "recv_anysource", compressed=1)
+@row("send", "recv_anysource", compressed=1, on_nccl_like=None)  # NCCL knows no such receive
 def recv_from_any(g, rank):
     out = blank(1)
     pending = dist.isend(data(rank), 1 - rank, group=g)
@@ -102,7 +102,7 @@ def recv_from_any(g, rank):
     return right(out, data(1 - rank)) and source == 1 - rank
 
 
-@row("send", "recv", compressed=1)
+@row("send", "recv", compressed=1, on_nccl_like={"reaches": []})  # torch's function hands the whole batch over there
 def batch_isend_irecv(g, rank):
     out = blank(1)
     batch = [dist.P2POp(dist.isend, data(rank), 1 - rank, g), dist.P2POp(dist.irecv, out, 1 - rank, g)]
@@ -142,7 +142,7 @@ def reduce_scatter_tensor(g, rank):
     return right(out, (data(0) + data(1)).chunk(SIZE)[rank])
 
 
-@row("reduce_scatter_single", reduce_scatter="op")
+@row("reduce_scatter_single", reduce_scatter="op", since=(2, 13))
 def reduce_scatter_single(g, rank):
     out = blank(1, NUMEL // SIZE)
     dist.reduce_scatter_single(out, data(rank), group=g)
@@ -154,6 +154,24 @@ def gather(g, rank):
     outs = blanks() if rank == 1 else None
     dist.gather(data(rank), outs, dst=1, group=g)
     return outs is None or right(torch.cat(outs), gathered(SIZE))
+
+
+GATHER_SINGLE = "RuntimeError: Backend gloo does not support gather_single"
+
+
+@row("gather_single", gather="op", error=GATHER_SINGLE, since=(2, 14))
+def gather_single_fails_as_on_gloo(g, rank):
+    dist.gather_single(data(rank), blank(), dst=1, group=g)
+
+
+@row("gather_single", gather="op", error=GATHER_SINGLE, since=(2, 14))
+def gather_into_tensor_fails_as_on_gloo(g, rank):
+    dist.gather_into_tensor(data(rank), blank(), dst=1, group=g)
+
+
+@row(since=(2, 14))
+def get_backend_impl(g, rank):
+    return dist.get_backend_impl(g) is g.inner._get_backend(torch.device("cpu"))
 
 
 @row("scatter", scatter="op")
@@ -236,7 +254,18 @@ def coalesced_all_reduces(g, rank):
     return all(right(x, data(0) + data(1)) for x in xs)
 
 
-@row("_start_coalescing", error="RuntimeError: Backend gloo does not implement startCoalescing")
-def coalescing_with_a_device_fails_as_on_gloo(g, rank):
-    with c10d._coalescing_manager(g, torch.device("cpu"), async_ops=True):
-        pass
+GROUPED = ["_start_coalescing", "all_gather_single_coalesced", "_end_coalescing"]
+
+
+@row(
+    "_start_coalescing",
+    error="RuntimeError: Backend gloo does not implement startCoalescing",
+    on_nccl_like={"reaches": GROUPED, "error": "", "compressed": 2},
+)
+def coalesced_all_gathers_with_a_device_which_gloo_cannot(g, rank):
+    outs = [blank(), blank()]
+    with c10d._coalescing_manager(g, torch.device("cpu"), async_ops=True) as manager:
+        for seed, out in enumerate(outs):
+            dist.all_gather_into_tensor(out, data(rank, seed=seed), group=g)
+    manager.wait()
+    return all(right(out, gathered(SIZE, seed=seed)) for seed, out in enumerate(outs))

@@ -24,6 +24,24 @@ def test_ordinals_count_per_site_and_step():
     assert keys.take("a", "op").site == "a#0"
 
 
+def test_a_step_inside_the_block_of_another_is_an_error():
+    keys = KeyBook()
+    with keys.tick():
+        for index in (None, 5):
+            with pytest.raises(ConfigError, match="inside the with block of step 0: leave that block first"):
+                keys.tick(index)
+        assert keys.take("a", "op").step == 0  # nothing changed
+        other = Clock()
+        with keys.within_request("r", other), keys.tick():
+            assert keys.step == 0
+    with pytest.raises(ZeroDivisionError), keys.tick():
+        1 / 0  # noqa: B018
+    with keys.tick():
+        keys.restart()
+        keys.tick()
+    assert keys.step == 0
+
+
 def test_prefixes_nest_in_a_fixed_order():
     keys = book()
     with keys.prefixed("k1"), keys.prefixed("b", branch=True), keys.prefixed("k2"):

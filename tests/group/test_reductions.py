@@ -7,8 +7,10 @@ import torch
 import torch.distributed
 import torch.distributed._functional_collectives as funcol
 
+import compactdist
 from compactdist import Rule
 from compactdist.errors import BadOutputError, NonFiniteError
+from tests.group.kit import Counted
 from tests.group.lifecycle import kit
 from tests.launch import run_ranks
 
@@ -244,3 +246,15 @@ def test_a_policy_for_one_pair_of_three(op):
             dist.check()
 
     run_ranks(body, world_size=3, pg_timeout=20)
+
+
+def test_a_sum_of_sparse_tensors_passes_through():
+    def body(rank, size):
+        g = compactdist.wrap(codec="int8", min_numel=1, policy=BOTH)
+        with g.step(), Counted(g) as counted:
+            x = torch.sparse_coo_tensor([[rank]], [1.0], (4,), check_invariants=True)
+            torch.distributed.all_reduce(x, group=g)
+        assert x.to_dense().tolist() == [1.0, 1.0, 0.0, 0.0]
+        assert (counted.compressed, counted.passed) == (0, {("all_reduce", "op"): 1})
+
+    run_ranks(body, 2, timeout=40)

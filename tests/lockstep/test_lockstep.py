@@ -8,6 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import compactdist
+from compactdist.testing import act_like_nccl
 from tests.launch import run_ranks
 from tests.lockstep import compare
 from tests.lockstep.programs import Runner, programs, rank_options
@@ -15,10 +16,11 @@ from tests.lockstep.programs import Runner, programs, rank_options
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
 
-def body(rank, world_size, batch):
+def body(rank, world_size, batch, nccl):
     out = []
+    inner = act_like_nccl(torch.distributed.group.WORLD, delay=0) if nccl else None
     for program in batch:
-        with compactdist.wrap(**rank_options(program["options"], rank)) as dist:
+        with compactdist.wrap(inner, **rank_options(program["options"], rank)) as dist:
             dist.step()
             runner = Runner(dist, program["seed"])
             results = runner.run(program["actions"])
@@ -33,8 +35,8 @@ def body(rank, world_size, batch):
     return out
 
 
-def check(batch, world_size):
-    ranks = run_ranks(body, world_size, args=(batch,), timeout=40)
+def check(batch, world_size, *, nccl=False):
+    ranks = run_ranks(body, world_size, args=(batch, nccl), timeout=40)
     for i, program in enumerate(batch):
         compare.check([r[i][0] for r in ranks])
         check_equal_results(program, [r[i][1] for r in ranks])
@@ -72,10 +74,17 @@ def test_every_decoder_holds_what_its_encoder_holds(world_size, batch):
     check(batch, world_size)
 
 
+@settings(max_examples=3, phases=UNSHRUNK)
+@given(batch=batches)
+def test_the_same_on_an_inner_group_with_nccls_manners(batch):
+    check(batch, 2, nccl=True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("nccl", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
 @settings(max_examples=25, phases=UNSHRUNK)
 @given(batch=batches)
-def test_many_programs(world_size, batch):
-    check(batch, world_size)
+def test_many_programs(world_size, nccl, batch):
+    check(batch, world_size, nccl=nccl)

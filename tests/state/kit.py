@@ -21,7 +21,7 @@ def stream_options(draw: Any) -> dict[str, Any]:
     return {
         "codec": draw(codec_ids),
         "order": order,
-        "damping": draw(st.sampled_from([0.0, 0.3, 0.5, 1.0])),
+        "damping": draw(st.sampled_from([None, 0.0, 0.3, 0.5, 1.0] if order == 2 else [None])),
         "error_feedback": draw(st.sampled_from([None, False, True] if order else [None, False])),
         "warmup_steps": draw(st.integers(0, 3)),
         "find_layout": draw(st.booleans()),

@@ -190,9 +190,10 @@ def test_nonfinite_keyframe_is_delivered_and_restarts(options, bad):
     [
         {"order": 3},
         {"order": -1},
-        {"damping": -0.1},
-        {"damping": 1.1},
-        {"damping": float("nan")},
+        {"order": 2, "damping": -0.1},
+        {"order": 2, "damping": 1.1},
+        {"order": 2, "damping": float("nan")},
+        {"order": 1, "damping": 0.5},
         {"warmup_steps": -1},
         {"warmup_steps": 1.0},
         {"warmup_steps": True},

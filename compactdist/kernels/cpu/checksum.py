@@ -1,35 +1,53 @@
-"""The checksum of bytes, a sum of words on threads; compiled by Numba. See ``reference/checksum.py``."""
+"""The checksum of bytes, a sum of words on threads, and a copy of them on the way; compiled by Numba.
+
+See ``reference/checksum.py``.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from compactdist.kernels.cpu import call
+from compactdist.kernels.cpu.elements import AHEAD
+from compactdist.kernels.cpu.simd.memory import load, load_first, prefetch, settle_streams, store, store_first, stream
 from compactdist.kernels.cpu.simd.slots import add_to, next_part, run, words_at
-from compactdist.kernels.spec import CHECKSUM_WEIGHT
+from compactdist.kernels.cpu.simd.words import all_of, next_weights, no_sums, weighed, weights_from
+from compactdist.kernels.reference import LANES
 
 __all__ = ["sum_all", "sum_runs"]
 
 _RUN = call.RUN
-_u64, _at = np.uint64, np.uintp
-_PAYLOAD, _WORDS, _SUM, _FIRST_PASS = call.PAYLOAD, call.WORDS, call.SUM, call.FIRST_PASS
-_FIRST, _STEP, _LOW = _u64(CHECKSUM_WEIGHT), _u64(2 * CHECKSUM_WEIGHT), _u64((1 << 32) - 1)
+_PAYLOAD, _OUT, _WORDS, _SUM, _FIRST_PASS = call.PAYLOAD, call.OUT, call.WORDS, call.SUM, call.FIRST_PASS
 
 
-def sum_runs() -> Any:
-    """A work over runs of words: adds their weighted sum to the block's."""
+def sum_runs(copies: bool, streams: bool) -> Any:
+    """A work over runs of words: adds their weighted sum to the block's.
+
+    ``copies``: and writes them to ``out``; ``streams``: past the caches, from the beginning of a cache line on.
+    """
 
     def body(args: Any) -> int:
-        words, count, total = words_at(args, _PAYLOAD), args[_WORDS], _u64(0)
+        words, out, count, sums = words_at(args, _PAYLOAD), words_at(args, _OUT), args[_WORDS], no_sums()
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:
-            for n in range(_u64(lo * _RUN), _u64(min(hi * _RUN, count))):
-                # both factors are below 2**32, which is what vector units multiply
-                total += _u64(words[_at(n)]) * (_u64(_FIRST + n * _STEP) & _LOW)
+            start, end = lo * _RUN, min(hi * _RUN, count)
+            whole, weights = end // LANES * LANES, weights_from(start)
+            for n in range(start, whole, LANES):
+                prefetch(words, n + AHEAD)
+                some = load(words, n)
+                if streams:
+                    stream(some, out, n)
+                elif copies:
+                    store(some, out, n)
+                sums, weights = weighed(sums, some, weights), next_weights(weights)
+            if whole < end:
+                some = load_first(words, whole, end - whole)
+                if copies:
+                    store_first(some, out, whole, end - whole)
+                sums = weighed(sums, some, weights)
             lo, hi = next_part(args, _FIRST_PASS)
-        add_to(args, _SUM, total)
+        settle_streams()
+        add_to(args, _SUM, all_of(sums))
         return 0
 
     return body

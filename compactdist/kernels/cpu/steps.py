@@ -381,28 +381,32 @@ class CpuSteps:
 
 
 class _Sums(threading.local):
-    """A block for checksums, of each thread."""
+    """Blocks for checksums, of each thread, by how the copy is written: not at all, into the caches, past them."""
 
     def __init__(self) -> None:
         team.prepare()
-        work = Work(0, 0, address_of("checksum.sum_runs"))
-        block = Block(address_of("checksum.sum_all"), {call.TEAM: team.address}, {call.FIRST_PASS: work})
-        self.slots, self.run, self.address = block.slots, block.run, block.address
-        self._block = block
+        self.blocks: list[Block | None] = [None, None, None]
+
+    def make(self, how: int) -> Block:
+        """Make the block for a way of copying."""
+        work = Work(0, 0, address_of("checksum.sum_runs", how > 0, how > 1))
+        made = self.blocks[how] = Block(address_of("checksum.sum_all"), {}, {call.FIRST_PASS: work})
+        return made
 
 
-@cache
-def _sums() -> _Sums:
-    return _Sums()
-
+_sums = cache(_Sums)
 
 _RUNS, _WORK_WORDS = call.FIRST_PASS + call.COUNT, call.FIRST_PASS + call.WORK_ELEMENTS
 
 
-def weighted_sum(payload: Tensor) -> int:
+def weighted_sum(data: Tensor, copy: Tensor | None = None) -> int:
     """As ``reference/checksum.py``, of a whole number of words on the CPU that begin on 4 bytes and are contiguous."""
-    words, sums = payload.numel() >> 2, _sums()
-    slots = sums.slots
-    slots[call.PAYLOAD], slots[call.WORDS], slots[call.THREADS] = payload.data_ptr(), words, torch.get_num_threads()
-    slots[_RUNS], slots[_WORK_WORDS] = -(-words // RUN), words
-    return int(sums.run(sums.address)) & _MASK64
+    nbytes = data.numel()
+    copy_at = 0 if copy is None else copy.data_ptr()
+    sums, how = _sums(), (copy is not None) * (1 + (nbytes >= STREAMED_NBYTES and copy_at % CACHE_LINE == 0))
+    block = sums.blocks[how] or sums.make(how)
+    slots, words = block.slots, nbytes >> 2
+    threads = torch.get_num_threads()
+    _DYNAMIC.pack_into(block.buffer, 0, 0, 0, 0, 0, copy_at, data.data_ptr(), 0, 0, 0, threads, team.address, 0)
+    slots[call.WORDS], slots[_RUNS], slots[_WORK_WORDS] = words, -(-words // RUN), words
+    return int(block.run(block.address)) & _MASK64

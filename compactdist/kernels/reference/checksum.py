@@ -20,12 +20,15 @@ def _weights(count: int, device: torch.device) -> Tensor:
     return (2 * torch.arange(count, dtype=torch.int64, device=device) + 1) * CHECKSUM_WEIGHT & _MASK32
 
 
-def weighted_sum(data: Tensor) -> int:
+def weighted_sum(data: Tensor, copy: Tensor | None = None) -> int:
     """The sum of ``word[n] * ((2 * n + 1) * CHECKSUM_WEIGHT % 2**32)`` modulo 2**64.
 
     Args:
         data: 1-D uint8, little-endian words; the last one is filled up with zeros.
+        copy: as many bytes, where ``data`` is copied to on the way.
     """
+    if copy is not None:
+        data = copy.copy_(data)
     if data.numel() % 4:
         data = pad(data, (0, -data.numel() % 4))
     if data.storage_offset() % 4 or data.stride(0) != 1:

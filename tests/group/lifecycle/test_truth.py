@@ -132,15 +132,15 @@ def test_explain_names_codec_ratio_and_reasons():
         site = stats.sites["l3.kv/all_gather#0"]
         row = next(line for line in text.splitlines() if line.startswith("l3.kv/all_gather#0")).split()
         assert row[1:4] == ["int8", "4", "1"]
-        assert row[4:6] == [str(site.raw_bytes), str(site.wire_bytes)]
+        assert row[4:6] == [f"{site.raw_bytes / 1e3:.2f}", f"{site.wire_bytes / 1e3:.2f}"]
         assert row[6] == f"{site.ratio:.2f}"
         assert row[7] == f"{site.last_wire_bits_per_element:.2f}"
-        assert row[8] == f"{site.nmse_db:.1f}"
-        assert row[9] == str(2 * 4 * kit.N)
-        assert row[10] == "0"  # forwarded
-        for fact in ("1 x all_gather: no-step", "4 x all_gather: small", "4 x all_reduce: op", "4 steps"):
+        assert row[8] == f"{2 * 4 * kit.N / 1e3:.2f}"
+        assert row[9:] == [f"{site.nmse_db:.1f}"]  # nothing was forwarded or received
+        small = f"4 x all_gather: small (10 elements, and min_numel is {dist.options.min_numel})"
+        for fact in ("1 x all_gather: no-step", small, "4 x all_reduce: op", "4 steps"):
             assert fact in text, text
-        assert f"{stats.raw_bytes} raw bytes as {stats.wire_bytes} wire bytes" in text
+        assert f"{stats.raw_bytes} raw bytes as {stats.wire_bytes} wire bytes" in " ".join(text.split())
         dead = 8 * (site.wire_bytes - (4 * kit.N + HEADER_NBYTES)) / 3 / kit.N
         assert site.last_wire_bits_per_element == pytest.approx(dead)
 

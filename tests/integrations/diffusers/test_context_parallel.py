@@ -12,6 +12,8 @@ pytest.importorskip("diffusers")
 
 import compactdist
 import compactdist_diffusers
+from compactdist._torch import swap_mesh_dim
+from compactdist.testing import act_like_nccl
 from tests.integrations.diffusers.kit import STEPS, functions, hooks, parallel, relative_error
 from tests.launch import run_ranks
 
@@ -59,6 +61,23 @@ def test_requests(model: str, route: str) -> None:
         assert "set_timesteps" not in vars(pipe.scheduler)
         assert "cache_context" not in vars(pipe.transformer)
         assert torch.equal(pipe(**call_kwargs)[0], plain)
+
+    run_ranks(body, timeout=100)
+
+
+@pytest.mark.parametrize("route", ["ring", "ulysses"])
+def test_a_request_over_a_group_with_nccls_manners_is_that_over_gloo(route: str) -> None:
+    def body(rank: int, size: int) -> None:
+        pipe, call_kwargs = parallel("flux", route, size)
+        mesh = getattr(pipe.transformer._parallel_config.context_parallel_config, f"_{route}_mesh")
+        with compactdist_diffusers.enable(pipe, codec="int4"):
+            over_gloo = pipe(**call_kwargs)[0]
+        inner = act_like_nccl(mesh.get_group())
+        swap_mesh_dim(mesh, 0, inner)
+        with compactdist_diffusers.enable(pipe, codec="int4") as handle:
+            assert handle.groups[route].inner is inner
+            assert torch.equal(pipe(**call_kwargs)[0], over_gloo)
+            assert handle.stats()[route].compressed_calls == CALLS["flux"] * (1 if route == "ring" else 4)
 
     run_ranks(body, timeout=100)
 

@@ -209,7 +209,7 @@ def _load(typing_context: Any, pointer: Any, at: Any, *count: Any) -> Any:
         loaded = read(builder, builder.gep(arguments[0], [arguments[1]]), kind, *arguments[2:])
         return _widened(context, builder, pointer.dtype, loaded)
 
-    return signature(FLOATS, pointer, types.uintp, *count), build
+    return signature(INTS if pointer.dtype == types.uint32 else FLOATS, pointer, types.uintp, *count), build
 
 
 def _store(typing_context: Any, value: Any, pointer: Any, at: Any, *count: Any) -> Any:
@@ -222,7 +222,7 @@ def _store(typing_context: Any, value: Any, pointer: Any, at: Any, *count: Any) 
 
 @intrinsic
 def load(typing_context: Any, pointer: Any, at: Any) -> Any:
-    """Sixty-four elements from ``at`` on, widened to float32."""
+    """Sixty-four elements from ``at`` on, widened to float32; of uint32 as they are, ints."""
     return _load(typing_context, pointer, at)
 
 
@@ -233,7 +233,7 @@ def _load_first(typing_context: Any, pointer: Any, at: Any, count: Any) -> Any:
 
 @intrinsic
 def store(typing_context: Any, value: Any, pointer: Any, at: Any) -> Any:
-    """Sixty-four values to ``at`` and on: float32, or what ``rounded_for`` made for the type of the elements."""
+    """Sixty-four values to ``at`` and on: float32, ints, or what ``rounded_for`` made for the type of the elements."""
     return _store(typing_context, value, pointer, at)
 
 
