@@ -92,7 +92,7 @@ def enable(
         clock = Clock(list(groups.values()), forwards_per_step)
         for module in models.values():
             clock.follow_model(module, patches)
-            caches.follow(getattr(module, "_orig_mod", module), _parallel_meshes(module), patches)
+            caches.follow(uncompiled(module), _parallel_meshes(module), patches)
             if not _is_compiled(module):
                 for group in groups.values():
                     patches.add(group.attach(module, step_module=None).detach)

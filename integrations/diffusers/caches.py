@@ -15,7 +15,7 @@ import torch
 
 import compactdist
 from compactdist.group.vote import vote
-from compactdist_common import Patches
+from compactdist_common import Patches, uncompiled
 
 _FIRST_BLOCK = "fbc_leader_block_hook"  # diffusers' name of the hook in a model's first block
 _DECIDES = "_should_compute_remaining_blocks"
@@ -36,7 +36,7 @@ def follow(model: Any, meshes: list[Any], patches: Patches) -> None:
 def _find(model: torch.nn.Module, meshes: list[Any], patches: Patches) -> None:
     for blocks in model.children():
         first = next(iter(blocks), None) if isinstance(blocks, torch.nn.ModuleList) else None
-        registry = getattr(getattr(first, "_orig_mod", first), "_diffusers_hook", None)
+        registry = getattr(uncompiled(first), "_diffusers_hook", None)
         hook = None if registry is None else registry.get_hook(_FIRST_BLOCK)
         if hook is not None and _DECIDES not in vars(hook):
             patches.wrap(hook, _DECIDES, lambda decides: _voting(decides, meshes))

@@ -1,4 +1,4 @@
-"""Transformers whose pipelines the harness does not build: each alone, in a denoising loop of its own."""
+"""More models: transformers alone, in a denoising loop of the test, and FLUX pipelines that start from a picture."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 import diffusers
 
 import compactdist_diffusers
+from compactdist_harness import tiny
 from compactdist_harness.cpu import diffusers as diffusers_on_cpu
 from compactdist_harness.tiny.parts import HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, randomised
 from tests.integrations.diffusers.kit import config, relative_error
@@ -127,5 +128,38 @@ def test_a_transformer_alone(make: Callable[[], tuple[Any, Tensor, dict[str, Any
                 sites = handle.stats()[route].sites
             assert sites, route
             assert all((site.calls, site.keyframes) == (STEPS, 1) for site in sites.values()), route
+
+    run_ranks(body, timeout=100)
+
+
+@pytest.mark.parametrize("name", ["FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline"])
+def test_flux_with_a_picture_to_start_from(name: str) -> None:
+    def body(rank: int, size: int) -> None:
+        diffusers_on_cpu.install()
+        picture, call_kwargs = tiny.build("flux", steps=STEPS)
+        pipe = getattr(diffusers, name)(**picture.components)
+        pipe.set_progress_bar_config(disable=True)
+        side = call_kwargs["height"]
+        call_kwargs["image"] = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(4))
+        if name == "FluxKontextPipeline":
+            call_kwargs |= {"max_area": side * side, "_auto_resize": False}
+        else:
+            del call_kwargs["latents"]
+            call_kwargs["strength"] = 1.0
+        if name == "FluxInpaintPipeline":
+            call_kwargs["mask_image"] = torch.ones(1, 1, side, side)
+
+        def draw() -> Tensor:
+            return pipe(**call_kwargs, generator=torch.Generator().manual_seed(5))[0]
+
+        expected = draw()
+        pipe.transformer.enable_parallelism(config=config("ring", size))
+        plain = draw()
+        assert relative_error(plain, expected) < 1e-5
+        with compactdist_diffusers.enable(pipe, codec="int4") as handle:
+            assert 1e-7 < relative_error(draw(), plain) < 2e-2
+            sites = handle.stats()["ring"].sites
+        assert len(sites) == 4
+        assert all((site.calls, site.keyframes) == (STEPS, 1) for site in sites.values())
 
     run_ranks(body, timeout=100)
