@@ -1,8 +1,9 @@
 """Compiled transformers, one cell after another. Started by test_compile.py with torchrun:
 
-    compile_worker.py OUT.json "flux/ring/wrapper/before/eager, wan/ulysses/in place/after/eager"
+    compile_worker.py OUT.json "flux/ring/wrapper/before/eager, wan/ring/in place/after/eager"
 
-A cell is a model, a route, a way to compile (`WAYS`), whether that comes before or after `enable`, and a backend.
+A cell is a model, a route (the same in all cells), a way to compile (`WAYS`), whether that comes before or after
+`enable`, and a backend.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from tests.integrations.xdit.ranks import hand_in
 torch.set_num_threads(1)
 os.environ.setdefault("LOG_LEVEL", "error")
 xdit_on_cpu.install()
-from xfuser.core.distributed import parallel_state  # noqa: E402
 from xfuser.model_executor.models.runner_models.flux import xFuserFluxModel  # noqa: E402
 
 from compactdist_harness.xdit import parallel_tiny  # noqa: E402
@@ -131,16 +131,12 @@ def cell(eager: Eager, model: str, route: str, way: str, when: str, backend: str
 
 def main() -> None:
     records: dict[str, Any] = {}
-    made = ""  # the route that xfuser's groups were made for
-    eager: dict[tuple[str, str], Eager] = {}
+    eager: dict[str, Eager] = {}
     for name in sys.argv[2].split(", "):
         model, route, way, when, backend = name.split("/")
-        if made not in ("", route):
-            parallel_state.destroy_model_parallel()
-        made = route
-        if (model, route) not in eager:
-            eager[model, route] = Eager(model, route)
-        records[name] = cell(eager[model, route], model, route, way, when, backend)
+        if model not in eager:
+            eager[model] = Eager(model, route)
+        records[name] = cell(eager[model], model, route, way, when, backend)
     hand_in(records, Path(sys.argv[1]))
 
 

@@ -17,28 +17,25 @@ if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "
 
 pytestmark = [pytest.mark.xdit, pytest.mark.timeout(300)]
 
-FLUX = [
-    *(
-        f"flux/ring/{way}/{when}/eager"
-        for way in ("wrapper", "inner", "in place", "repeated blocks", "forward", "runner")
-        for when in ("before", "after")
-    ),
-    "flux/ring/runner by blocks/before/eager",
-    "flux/ring/wrapper/after/aot_eager",
-    "flux/ulysses/wrapper/after/eager",
-    "flux/ulysses/in place/before/eager",
-]
-# diffusers names no repeated blocks of SD3, PixArt and CogVideoX, so compile_repeated_blocks raises there.
-OTHERS = [
-    "sd3/ring/wrapper/after/eager",
-    "pixart/ring/in place/before/eager",
-    "cogvideox/ring/inner/after/eager",
-    "wan/ring/repeated blocks/after/eager",
-    "sd3/ulysses/in place/after/eager",
-    "pixart/ulysses/wrapper/after/eager",
-    "cogvideox/ulysses/wrapper/before/eager",
-    "wan/ulysses/inner/before/eager",
-]
+WAYS = ("wrapper", "inner", "in place", "repeated blocks", "forward", "runner")
+CELLS = {  # of one launch each
+    "flux, before": [*(f"flux/ring/{way}/before/eager" for way in WAYS), "flux/ring/runner by blocks/before/eager"],
+    "flux, after": [*(f"flux/ring/{way}/after/eager" for way in WAYS), "flux/ring/wrapper/after/aot_eager"],
+    # diffusers names no repeated blocks of SD3, PixArt and CogVideoX, so compile_repeated_blocks raises there
+    "ring": [
+        "sd3/ring/wrapper/after/eager",
+        "pixart/ring/in place/before/eager",
+        "cogvideox/ring/inner/after/eager",
+        "wan/ring/repeated blocks/after/eager",
+    ],
+    "ulysses": [
+        "flux/ulysses/wrapper/after/eager",
+        "sd3/ulysses/in place/after/eager",
+        "pixart/ulysses/wrapper/after/eager",
+        "cogvideox/ulysses/wrapper/before/eager",
+        "wan/ulysses/inner/before/eager",
+    ],
+}
 
 
 def check(cells: Sequence[str], out: Path) -> None:
@@ -54,7 +51,7 @@ def check(cells: Sequence[str], out: Path) -> None:
             assert record["breaks"] == {}, (name, record)
     for name, record in ranks[-1].items():  # this rank has the output
         # a graph holds no layouts, so the rounding differs from an eager model's
-        assert 1e-6 < record["error"] < 3 * record["eager error"] < 1e-2, (name, record)
+        assert 1e-7 < record["error"] < 3 * record["eager error"] < 1e-2, (name, record)
 
 
 def test_compiled_on_the_wrapper_after_enable(tmp_path: Path) -> None:
@@ -62,6 +59,6 @@ def test_compiled_on_the_wrapper_after_enable(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cells", [FLUX, OTHERS], ids=["flux", "other models"])
-def test_every_way_to_compile(cells: list[str], tmp_path: Path) -> None:
-    check(cells, tmp_path / "out.json")
+@pytest.mark.parametrize("launch", CELLS)
+def test_every_way_to_compile(launch: str, tmp_path: Path) -> None:
+    check(CELLS[launch], tmp_path / "out.json")
