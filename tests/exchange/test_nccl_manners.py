@@ -11,6 +11,7 @@ import torch.distributed._functional_collectives as funcol
 from torch.distributed import distributed_c10d as c10d
 
 import compactdist
+from compactdist import _torch
 from compactdist.errors import CallGroupError, FrameError, UnforeseenSizeError
 from compactdist.exchange.work import Job, PendingWork
 from compactdist.testing import UnequalSizesError, act_like_nccl, remove
@@ -48,7 +49,7 @@ def _coalesced(rank, size, g):
     outs = [torch.empty(size * n) for n in numels]
     with c10d._coalescing_manager(g):
         for out, n in zip(outs, numels, strict=True):
-            c10d.all_gather_single(out, data(rank, n), group=g)
+            _torch.public_function("all_gather_single")(out, data(rank, n), group=g)
     return torch.cat(outs), torch.cat([gathered(size, n) for n in numels])
 
 

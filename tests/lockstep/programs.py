@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from hypothesis import strategies as st
 
+from tests.group.kit import GLOO_HAS_ALL_TO_ALL
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPS = (
     "gather",
@@ -197,7 +199,7 @@ class Runner:
             into = split_sizes(n, world, me) if what == "to all uneven" else [n] * world
             out_of = [split_sizes(n, world, s)[me] for s in range(world)] if what == "to all uneven" else into
             whole = self.make(self.seed, index, me, sum(into), dtype, a["scale"])
-            if what == "to all uneven":
+            if what == "to all uneven" or not GLOO_HAS_ALL_TO_ALL:
                 y = out(sum(out_of))
                 works, outputs = [dist.all_to_all_single(y, whole, out_of, into, group=g, async_op=True)], [y]
             else:
