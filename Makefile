@@ -7,9 +7,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # xfuser imports triton even on a CPU; installed only where torch has not brought its own.
 TRITON ?= triton==3.9.0
-EXTRAS ?= xdit,bench,dev
+EXTRAS ?= xdit,cache-dit,bench,dev
 # Tests of several ranks mostly wait for one another, so two at a time fill two cores.
 WORKERS ?= 2
+# `make test-torch TORCH=2.11.0`: what may differ between versions of torch, without the frameworks.
+TORCH_TESTS ?= tests/group tests/exchange tests/lockstep tests/conformance tests/state
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -18,13 +20,14 @@ CONFORMANCE_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
-PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 STAMP := $(VENV)/.installed
+OTHER_VENV := $(VENV)-torch-$(patsubst torch==%,%,$(firstword $(TORCH)))
 SOURCES := compactdist tests $(wildcard integrations benchmarks examples tools)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv lint format test test-all conformance demo bench clean
+.PHONY: help venv lint format test test-all test-torch conformance demo bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,7 +38,7 @@ $(STAMP): pyproject.toml
 	@test -x $(PY) || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing $(TORCH)"
 	@$(PIP) install --quiet $(TORCH)
-	@$(PY) -c "import triton" 2>/dev/null || \
+	@test -z "$(TRITON)" || $(PY) -c "import triton" 2>/dev/null || \
 		{ echo "installing $(TRITON)"; $(PIP) install --quiet --no-deps $(TRITON); }
 	@echo "installing compactdist[$(EXTRAS)]"
 	@$(PIP) install --quiet --editable ".[$(EXTRAS)]"
@@ -52,10 +55,15 @@ format: $(STAMP) ## let ruff repair and format what it can
 	@$(PY) -m ruff format .
 
 test: lint ## lint, then every test but the slow ones
-	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	@$(PY) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: lint ## lint, then every test
-	@$(PYTEST) $(PYTEST_ARGS)
+	@$(PY) $(PYTEST) $(PYTEST_ARGS)
+
+test-torch: ## the quick tests of groups on another torch (TORCH=2.11.0), in an environment of its own beside VENV
+	@$(MAKE) --no-print-directory venv VENV="$(OTHER_VENV)" TORCH="torch==$(patsubst torch==%,%,$(TORCH))" \
+		TRITON= EXTRAS=test
+	@$(OTHER_VENV)/bin/python $(PYTEST) -m "not slow" $(TORCH_TESTS) $(PYTEST_ARGS)
 
 conformance: $(STAMP) ## run torch's own collectives against the wrapper and rewrite docs/conformance.md
 	@$(PY) -m tests.conformance $(CONFORMANCE_ARGS)
@@ -70,7 +78,7 @@ bench: $(STAMP) ## time a passed-through call, compressed collectives and codecs
 	@$(VENV)/bin/compactdist bench codecs $(CODECS_ARGS)
 
 clean: ## remove everything that was made, the virtual environment too
-	@rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-torch-* build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pyproject.toml lists the packages by hand; a folder that is missing there would be missing in the wheel.

@@ -1,12 +1,13 @@
-"""Every private name of torch that compactdist uses, each with the versions it was checked on.
+"""Every private name of torch that compactdist uses, and what differs between versions of torch.
 
-Checked on 2.13.0. Names of 2.11 are handled where they are known to differ, but were not run. Other versions are
-untested.
+The suite runs on 2.11.0, 2.13.0 and 2.14.1 (``make test-torch``). ``(2.13)`` after a name says in which version's
+source it was read; where another version has another name, the code says which.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import threading
 import weakref
@@ -19,8 +20,20 @@ import torch.distributed as dist
 from torch._C._dynamo.eval_frame import set_eval_frame as set_eval_frame
 from torch.distributed import distributed_c10d as c10d
 
-CHECKED_VERSIONS = ("2.13",)
-KNOWN_VERSIONS = ("2.11", "2.12", "2.13")
+CHECKED_VERSIONS = ((2, 11), (2, 13), (2, 14))
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+"""Major and minor version of torch."""
+
+_log = logging.getLogger("compactdist")
+
+
+@functools.cache
+def warn_untested() -> None:
+    """Say once in a process if the suite does not run on this version of torch."""
+    if VERSION not in CHECKED_VERSIONS:
+        checked = ", ".join(f"{major}.{minor}" for major, minor in CHECKED_VERSIONS)
+        _log.warning("torch %s is untested with compactdist, whose tests run on torch %s", torch.__version__, checked)
+
 
 Work: Any = c10d.Work
 """Base of Python works: the pybind class whose trampoline calls ``wait`` and ``get_future`` (2.13)."""
@@ -29,6 +42,22 @@ BackendType: Any = dist.ProcessGroup.BackendType
 
 PUBLIC_NAMES: frozenset[str] = frozenset(c10d.__all__) | {"group", "GroupMember", "ReduceOp", "Work", "P2POp"}
 """Names of the public torch.distributed API (``torch.distributed`` itself has no ``__all__``; 2.13)."""
+
+
+_OLDER_NAMES = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
+"""Names of torch.distributed's functions in torch 2.11, by those of 2.13, which warns at the old ones."""
+
+
+def public_function(name: str) -> Any:
+    """torch.distributed's function of this name, in torch 2.11 under the name it has there.
+
+    Raises:
+        AttributeError: this version of torch has none.
+    """
+    function = getattr(dist, name, None) or getattr(dist, _OLDER_NAMES.get(name, ""), None)
+    if function is None:
+        raise AttributeError(f"torch.distributed has no {name} in torch {torch.__version__}")
+    return function
 
 
 PROBED_NAMES = frozenset({"new_group"})
@@ -82,6 +111,15 @@ def mark_opaque(function: Callable[..., Any]) -> Any:
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = "a call of a compactdist group"  # type: ignore[attr-defined]
     function._torchdynamo_disable_recursive = True  # type: ignore[attr-defined]
+    return function
+
+
+def constant_to_dynamo(function: Callable[..., Any]) -> Any:
+    """Tell Dynamo to run a function that returns nothing while it traces, instead of tracing into it (2.13).
+
+    torch 2.11 traces into properties of a group, here into the adoption of backends.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
@@ -210,25 +248,17 @@ def register(wrapper: Any, inner: Any, name: str) -> None:
     ranks = {global_rank: i for i, global_rank in enumerate(dist.get_process_group_ranks(inner))}
     # without this prefix torch does not find the group by its tag, and permute_tensor makes another to learn a rank
     tag = f"user:{name}"
-    if hasattr(c10d, "_register_pg_in_world"):
-        c10d._register_pg_in_world(
-            wrapper,
-            backend_name=backend,
-            store=store,
-            group_name=group_name(name),
-            backend_config=config,
-            rank_mapping=ranks,
-            pg_tag=tag,
-        )
-        return
-    # torch 2.11 and 2.12 lack _register_pg_in_world: make the entries that it makes
-    world.pg_map[wrapper] = backend, store
-    world.pg_names[wrapper] = group_name(name)
-    world.pg_backend_config[wrapper] = config
-    c10d._register_process_group(group_name(name), wrapper)  # type: ignore[attr-defined]
-    world.pg_group_ranks[wrapper] = ranks
-    world.tags_to_pg.setdefault(tag, []).append(wrapper)
-    world.pg_to_tag[wrapper] = tag
+    # torch 2.11 has the same function under another name
+    enter = first_method(c10d, ("_register_pg_in_world", "_update_process_group_global_state"))
+    enter(
+        wrapper,
+        backend_name=backend,
+        store=store,
+        group_name=group_name(name),
+        backend_config=config,
+        rank_mapping=ranks,
+        pg_tag=tag,
+    )
 
 
 def unregister(wrapper: Any) -> None:
@@ -289,19 +319,17 @@ def _mesh_registries(mesh: Any) -> list[Any]:
     return [registry for registry in registries if registry is not None]
 
 
-def first_method(inner: Any, names: tuple[str, ...]) -> Any:
-    """The first of several methods that the inner group has: names changed between 2.11 and 2.13.
+def first_method(owner: Any, names: tuple[str, ...]) -> Any:
+    """The first of several functions that a group or torch's module has: names changed between 2.11 and 2.13.
 
     Raises:
-        AttributeError: the inner group has none of them.
+        AttributeError: ``owner`` has none of them.
     """
     for name in names:
-        method = getattr(inner, name, None)
+        method = getattr(owner, name, None)
         if method is not None:
             return method
-    raise AttributeError(
-        f"{type(inner).__name__} has none of {', '.join(names)}: torch {torch.__version__} is untested"
-    )
+    raise AttributeError(f"{owner!r} has none of {', '.join(names)} (torch {torch.__version__})")
 
 
 def inner_call(inner: Any, names: tuple[str, ...], *args: Any) -> Any:

@@ -10,6 +10,7 @@ variable, and the class that they are given turns compression on before it build
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -30,7 +31,11 @@ class CompressedFluxPipeline:
 
 
 def main() -> None:
-    import ray
+    try:
+        import ray
+    except ImportError:
+        sys.stderr.write("This example needs Ray, which is not installed: pip install ray\n")
+        sys.exit(2)
     from xfuser import xFuserArgs
     from xfuser.config import FlexibleArgumentParser
     from xfuser.ray.pipeline.pipeline_utils import RayDiffusionPipeline

@@ -29,9 +29,7 @@ def main() -> None:
             "num_inference_steps": inputs.num_inference_steps,
             "generator": xdit_common.generator(inputs),
         }
-    with xdit_common.compressed(pipe, args):
-        output = pipe(**call_kwargs)
-    xdit_common.finish(output, "sd3.png")
+    xdit_common.run(pipe, call_kwargs, args, "sd3.png")
 
 
 if __name__ == "__main__":

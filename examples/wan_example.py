@@ -36,9 +36,7 @@ def main() -> None:
             "generator": xdit_common.generator(inputs),
         }
         initialize_runtime_state(pipe, engine_config)
-    with xdit_common.compressed(pipe, args):
-        output = pipe(**call_kwargs)
-    xdit_common.finish(output, "wan.mp4")
+    xdit_common.run(pipe, call_kwargs, args, "wan.mp4")
 
 
 if __name__ == "__main__":

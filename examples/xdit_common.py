@@ -1,4 +1,4 @@
-"""What the xDiT examples share: flags, the CPU that `--tiny` needs, compression, and the end of a run.
+"""What the xDiT examples share: flags, the CPU that `--tiny` needs, and a compressed request.
 
 Import it before xfuser: with `--tiny` it prepares xfuser for a CPU.
 """
@@ -6,10 +6,8 @@ Import it before xfuser: with `--tiny` it prepares xfuser for a CPU.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,32 +61,48 @@ def generator(input_config: Any) -> torch.Generator:
     return torch.Generator(device="cuda").manual_seed(input_config.seed)
 
 
-@contextlib.contextmanager
-def compressed(pipe: Any, args: argparse.Namespace) -> Iterator[None]:
-    """Compress the requests in the block as the command line says; without `--compact_*` flags compress nothing."""
-    options = compactdist_xdit.options_from(args)
-    if options is None:
-        yield
-        return
-    with compactdist_xdit.enable(pipe, **options) as handle:
-        yield
-        if dist.get_rank() == 0:
-            print(handle.explain())
+def run(pipe: Any, call_kwargs: dict[str, Any], args: argparse.Namespace, path: str) -> None:
+    """Make one request, compressed as the command line says, and leave xfuser's groups.
 
-
-def finish(output: Any, path: str) -> None:
-    """Save the picture or video, on the last rank that has it, and leave xfuser's groups."""
+    Without `--compact_*` flags nothing is compressed. The last rank saves the picture or video; with `--tiny` it prints
+    how far the latents are from those of an uncompressed request, which is made before.
+    """
     from xfuser.core.distributed import get_runtime_state
 
+    options = compactdist_xdit.options_from(args)
+    reference = None
+    if options is None:
+        output = pipe(**call_kwargs)
+    else:
+        if TINY:
+            reference = pipe(**call_kwargs)
+        with compactdist_xdit.enable(pipe, **options) as handle:
+            output = pipe(**call_kwargs)
+            if dist.get_rank() == 0:
+                print(handle.explain())
     if output is not None and dist.get_rank() == dist.get_world_size() - 1:
         if TINY:
-            latents = output[0]
-            print(f"latents {tuple(latents.shape)}, mean {latents.mean():.4f}, standard deviation {latents.std():.4f}")
-        elif path.endswith(".mp4"):
-            from diffusers.utils import export_to_video
-
-            export_to_video(output.frames[0], path, fps=8)
+            print(compared(output[0], None if reference is None else reference[0]))
         else:
-            output.images[0].save(path)
+            save(output, path)
     dist.barrier()
     get_runtime_state().destroy_distributed_env()
+
+
+def compared(latents: torch.Tensor, reference: torch.Tensor | None) -> str:
+    """A line about the latents of a request."""
+    text = f"latents {tuple(latents.shape)}, mean {latents.mean():.4f}, standard deviation {latents.std():.4f}"
+    if reference is None:
+        return text
+    error = (latents - reference).norm() / reference.norm()
+    return f"{text}, relative error against the uncompressed request: {error:.1e}"
+
+
+def save(output: Any, path: str) -> None:
+    """Write the picture or video."""
+    if path.endswith(".mp4"):
+        from diffusers.utils import export_to_video
+
+        export_to_video(output.frames[0], path, fps=8)
+    else:
+        output.images[0].save(path)

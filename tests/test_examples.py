@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,14 @@ XDIT = ["flux", "sd3", "pixart_alpha", "cogvideox", "wan"]
 
 def run(example: str, *flags: str) -> str:
     """What an example prints on two ranks."""
+    return run_file(ROOT / "examples" / f"{example}.py", *flags)
+
+
+def run_file(script: Path, *flags: str) -> str:
+    """What a script prints on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(ROOT / "examples" / f"{example}.py"), *flags],
+        [*command, str(script), *flags],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
@@ -32,6 +40,24 @@ def test_quickstart() -> None:
     shown = run("quickstart")
     assert "all_gather#0" in shown
     assert "20 x all_reduce: op" in shown
+
+
+def test_the_quickstart_of_the_readme(tmp_path: Path) -> None:
+    """As it is written, after the names that a reader has: the tensors and the steps of their own loop."""
+    written = re.search(r"```python\n(import torch\.distributed.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert written is not None
+    given = """
+    import torch
+    timesteps = range(5)
+    kv, q = torch.randn(64, 32), torch.randn(64, 32)
+    out, o = torch.empty(128, 32), torch.empty(64, 32)
+    """
+    script = tmp_path / "quickstart.py"
+    script.write_text(textwrap.dedent(given) + written[1])
+    shown = run_file(script)
+    assert "total: 10 compressed and 0 passed-through calls" in shown
+    assert "all_gather#0" in shown
+    assert "all_to_all#0" in shown
 
 
 def test_any_framework() -> None:
@@ -68,6 +94,7 @@ def test_xdit(model: str) -> None:
     calls = 3 * 2 * 8 if model == "wan" else 4 * 8
     assert f"total: {calls} compressed and 0 passed-through calls" in shown
     assert "latents (1, " in shown
+    assert 1e-6 < float(shown.rpartition("the uncompressed request: ")[2]) < 5e-2
 
 
 @pytest.mark.xdit
@@ -76,3 +103,12 @@ def test_xdit_without_compression() -> None:
     shown = run("flux_example", "--tiny", "--ulysses_degree", "2")
     assert "compressed" not in shown
     assert "latents (1, 64, 16)" in shown
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray_its_example_says_what_to_install() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "ray_flux_example.py"), "--ulysses_degree", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "pip install ray" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -52,7 +52,7 @@ def test_every_file_is_in_a_room(house: House) -> None:
 
 
 def test_the_script_prints_one_json_object() -> None:
-    command = [sys.executable, "-m", "tools.house", "--json"]
+    command = [sys.executable, "-m", "tools.house", "--json", "-"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     printed = json.loads(done.stdout)
     assert printed["circles"] == []

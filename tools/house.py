@@ -1,4 +1,4 @@
-"""Print how the house is built: ``python -m tools.house [--json]``.
+"""Print how the house is built: ``python -m tools.house [--json FILE]``.
 
 Rooms with their files and lines, who imports whom, circles, arrows against the direction, long functions and files,
 mutable module globals, and how many files each recipe of CONTRIBUTING.md touches. Sources are parsed, never imported.
@@ -448,11 +448,12 @@ def _counted(found: dict[str, int]) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    writable = argparse.FileType("w")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write one JSON object there; -: print it")
     args = parser.parse_args()
     house = House()
     if args.json:
-        print(json.dumps(report(house), indent=1))
+        args.json.write(json.dumps(report(house), indent=1) + "\n")
     else:
         show(house)
     return 0

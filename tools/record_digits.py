@@ -30,7 +30,7 @@ SITES = ("kv/transformer_blocks.0.attn/*", "kv/single_transformer_blocks.1.attn/
 
 
 def keep_digits(source: Path, target: Path, digits: int) -> None:
-    """MatrixView a recorded trace down to the first `digits` of the batch."""
+    """Cut a recorded trace down to the first `digits` of the batch."""
     recorded = Trace(source)
     tensors, groups = {}, {}
     for site in recorded.sites:
@@ -57,13 +57,12 @@ def main() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     pipe, call_kwargs = parallel_digits("ring", args.steps)
     with tempfile.TemporaryDirectory() as folder, enable(pipe, codec="raw") as handle:
-        whole = Path(folder, "whole.safetensors")
         ring = handle.groups["ring"]
-        recording = compactdist.record(ring, whole, sites=SITES, dtype=torch.float16)
-        with recording if dist.get_rank() == 0 else nullcontext():
+        whole = compactdist.record(ring, Path(folder, "whole.safetensors"), sites=SITES, dtype=torch.float16)
+        with whole if dist.get_rank() == 0 else nullcontext() as recording:
             pipe(**call_kwargs)
-        if dist.get_rank() == 0:
-            keep_digits(whole, args.out, args.digits)
+        if recording is not None:
+            keep_digits(Path(recording.path), args.out, args.digits)
             for site in (trace := Trace(args.out)).sites:
                 print(site, list(trace.load(site).shape))
             print(f"{args.out}: {args.out.stat().st_size} bytes")

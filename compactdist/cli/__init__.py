@@ -11,8 +11,8 @@ import typer
 from compactdist import __version__
 from compactdist.cli import bench_codecs, subjects
 from compactdist.cli import evaluate as evaluation
-from compactdist.cli.common import failing_well, parse_codecs
-from compactdist.cli.demo import DemoError, run_demo
+from compactdist.cli.common import JsonFile, check_writable, console, failing_well, parse_codecs, write_json
+from compactdist.cli.demo import run_demo
 from compactdist.errors import ConfigError
 from compactdist.observe.trace import Trace
 from compactdist.state import StateForm, StreamConfig
@@ -21,7 +21,9 @@ from compactdist.state.quantized_history import STATE_FORMS
 __all__ = ["main"]
 
 app = typer.Typer(
-    help="Residual-compressed communication behind torch.distributed.", no_args_is_help=True, add_completion=False
+    help="Residual-compressed communication behind torch.distributed.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
@@ -48,7 +50,7 @@ def _root(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture and the runs' results.")] = Path("demo"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table to this file as JSON.")] = None,
+    json_file: JsonFile = None,
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 28,
     route: Annotated[
         list[str] | None, typer.Option(help="ring or ulysses; both if not given. May be repeated.")
@@ -59,11 +61,8 @@ def demo(
     A small trained FLUX transformer runs in the unmodified xfuser pipeline over gloo, with ring and with Ulysses
     attention. Needs the xdit extra; about half a minute.
     """
-    try:
+    with failing_well():
         run_demo(out, json_file, steps, route or ["ring", "ulysses"])
-    except DemoError as error:
-        typer.secho(str(error), err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -71,9 +70,7 @@ def evaluate(
     trace: Annotated[Path, typer.Argument(metavar="TRACE.safetensors", help="Written by compactdist.record.")],
     codec: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A codec: id, id:option=value,... or JSON. May be repeated; all registered ones if not given."
-        ),
+        typer.Option(help="A codec: id, or id:option=value,... May be repeated; all registered ones if not given."),
     ] = None,
     order: Annotated[int, typer.Option(min=0, help="Prediction: 0 none, 1 last value, 2 velocity.")] = 1,
     damping: Annotated[
@@ -83,7 +80,7 @@ def evaluate(
     state: Annotated[
         str, typer.Option(help=f"What both ends keep of the last tensor: {', '.join(STATE_FORMS)}.")
     ] = "exact",
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object by codec and nothing else.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Play recorded activations through the residual loop and say what each codec sends and how wrong it is.
 
@@ -91,6 +88,7 @@ def evaluate(
     ends are compared after each.
     """
     with failing_well():
+        check_writable(json_file)
         config = StreamConfig(
             order=order,
             damping=damping,
@@ -101,10 +99,8 @@ def evaluate(
         chosen = parse_codecs(codec)
         opened = Trace(trace)
         scores = evaluation.play(opened, chosen, config)
-        if json_:
-            typer.echo(evaluation.to_json(scores))
-        else:
-            evaluation.show(opened, config, scores)
+        evaluation.show(opened, config, scores, console(json_file))
+        write_json(json_file, evaluation.to_json(scores))
 
 
 @bench.command("codecs")
@@ -115,10 +111,10 @@ def _bench_codecs(
     ] = None,
     codec: Annotated[
         list[str] | None,
-        typer.Option(help="A codec: id, id:option=value,... or JSON. May be repeated; all registered ones by default."),
+        typer.Option(help="A codec: id, or id:option=value,... May be repeated; all registered ones by default."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=3, help="How often everything is timed.")] = 15,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Time the codecs against a plain copy of the same tensor, and say how good they are.
 
@@ -126,6 +122,7 @@ def _bench_codecs(
     zstandard. Everything takes turns and is timed next to a copy; medians. Less than a minute.
     """
     with failing_well():
+        check_writable(json_file)
         load = os.getloadavg()[0]
         size = bench_codecs.parse_shape(shape)
         names = list(dict.fromkeys(dtype or ["float32", "bfloat16"]))
@@ -138,15 +135,14 @@ def _bench_codecs(
             everything = [*subjects.of_codecs(chosen), *subjects.peers(chosen)]
             budget = 40 / len(names)
             rows += bench_codecs.measure(everything, size, bench_codecs.DTYPES[name], rounds, budget)
-        bench_codecs.show(size, rows)
+        bench_codecs.show(size, rows, console(json_file))
         if load > _BUSY:
             typer.secho(
                 f"load average {load:.2f} before the run: other work shares this machine, do not trust the times",
                 err=True,
                 fg=typer.colors.YELLOW,
             )
-        if json_file is not None:
-            bench_codecs.write_json(json_file, size, rows, load)
+        write_json(json_file, bench_codecs.as_json(size, rows, load))
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -10,24 +9,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
+from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from compactdist import __version__
-from compactdist.cli.common import make_console
+from compactdist.cli.common import Column, fitting_table
 from compactdist.cli.subjects import Subject
 from compactdist.errors import ConfigError
 
-__all__ = ["DTYPES", "measure", "parse_shape", "show", "write_json"]
+__all__ = ["DTYPES", "as_json", "measure", "parse_shape", "show"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_TABLE_WIDTH = 140
 _WARM_UP_ROUNDS = 2
 _BITS_TO_DB = 20 * math.log10(2)  # 6.0206
 
@@ -149,53 +145,55 @@ def _quality(subject: Subject, sent: Any, x: Tensor) -> tuple[float, float]:
     return 8 * subject.wire_nbytes(sent) / x.numel(), 10 * math.log10(error) if error else -math.inf
 
 
-def show(shape: tuple[int, int], rows: Sequence[dict[str, Any]]) -> None:
-    """Print the table."""
-    table = Table(
-        title=f"[{shape[0]}, {shape[1]}] unit Gaussian, {torch.get_num_threads()} threads".replace("[", "\\["),
-        caption="Codecs take a step of a stream: tensor and base in, payload and new base out, and back, the base in\n"
-        "place; the others code the tensor itself. x copy: time as a multiple of Tensor.copy_ of the same tensor,\n"
-        "timed next to it; MB: what a step has to read and write; % copy: that per second, as a share of the copy's\n"
-        "(which reads and writes the tensor); b/el: wire bits per element, scales and header included; gap: distance\n"
-        "to the Gaussian rate-distortion bound, 6.0206 b/el + NMSE dB. 'eager torch': the codec on torch's own\n"
-        "operations. A copy that fits the caches is faster than memory, so multiples and shares of small tensors\n"
-        "look worse than those of large ones",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE,
-    )
-    table.add_column("dtype", no_wrap=True)
-    table.add_column("codec", no_wrap=True)
-    for head in ("encode\nx copy", "decode\nx copy", "encode\nGelem/s", "decode\nGelem/s", "encode\nMB", "decode\nMB"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for head in ("encode\n% copy", "decode\n% copy", "\nb/el", "NMSE\ndB", "gap\ndB"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before is not None and before["dtype"] != row["dtype"]:
-            table.add_section()
+def _cell(name: str, digits: int, factor: float = 1.0, none: str = "-") -> Callable[[Any], str]:
+    """The text of a row's number; ``none`` where it is ``None``, nothing where the row could not be measured."""
+
+    def cell(row: dict[str, Any]) -> str:
         if "note" in row:
-            table.add_row(row["dtype"], escape(row["codec"]), row["note"])
-            continue
-        table.add_row(
-            row["dtype"],
-            escape(row["codec"]),
-            f"{row['encode_x_copy']:.1f}",
-            f"{row['decode_x_copy']:.1f}",
-            f"{row['encode_gelem_s']:.3f}",
-            f"{row['decode_gelem_s']:.3f}",
-            f"{row['encode_bytes_touched'] / 1e6:.1f}",
-            f"{row['decode_bytes_touched'] / 1e6:.1f}",
-            f"{row['encode_copy_bandwidth_percent']:.1f}",
-            f"{row['decode_copy_bandwidth_percent']:.1f}",
-            f"{row['bits_per_element']:.3f}",
-            "exact" if row["nmse_db"] is None else f"{row['nmse_db']:.2f}",
-            "-" if row["gap_db"] is None else f"{row['gap_db']:.2f}",
-        )
-    make_console(_TABLE_WIDTH).print(table)
+            return ""
+        return none if row[name] is None else f"{row[name] * factor:.{digits}f}"
+
+    return cell
 
 
-def write_json(path: Path, shape: tuple[int, int], rows: Sequence[dict[str, Any]], load: float) -> None:
-    """Write the rows with command, versions, machine and load, to judge them by."""
+_COLUMNS = (
+    Column("codec", lambda row: escape(f"{row['codec']}: {row['note']}" if "note" in row else row["codec"]), left=True),
+    Column("enc\nx copy", _cell("encode_x_copy", 1)),
+    Column("dec\nx copy", _cell("decode_x_copy", 1)),
+    Column("enc\nGelem/s", _cell("encode_gelem_s", 3), spare=2),
+    Column("dec\nGelem/s", _cell("decode_gelem_s", 3), spare=2),
+    Column("enc\nMB", _cell("encode_bytes_touched", 1, 1e-6), spare=3),
+    Column("dec\nMB", _cell("decode_bytes_touched", 1, 1e-6), spare=3),
+    Column("enc\n% copy", _cell("encode_copy_bandwidth_percent", 1), spare=1),
+    Column("dec\n% copy", _cell("decode_copy_bandwidth_percent", 1), spare=1),
+    Column("\nb/el", _cell("bits_per_element", 3)),
+    Column("NMSE\ndB", _cell("nmse_db", 2, none="exact")),
+    Column("gap\ndB", _cell("gap_db", 2)),
+)
+
+
+def show(shape: tuple[int, int], rows: Sequence[dict[str, Any]], shown_on: Console) -> None:
+    """Print the table."""
+    table = fitting_table(
+        _COLUMNS,
+        rows,
+        shown_on,
+        lambda row: str(row["dtype"]),
+        title=f"[{shape[0]}, {shape[1]}] unit Gaussian, {torch.get_num_threads()} threads".replace("[", "\\["),
+        caption="Codecs take a step of a stream: tensor and base in, payload and new base out (enc), and back, the "
+        "base in place (dec); the others code the tensor itself. x copy: time as a multiple of Tensor.copy_ "
+        "of the same tensor, timed next to it; MB: what a step has to read and write; % copy: that per "
+        "second, as a share of the copy's (which reads and writes the tensor); b/el: wire bits per element, "
+        "scales and header included; gap: distance to the Gaussian rate-distortion bound, 6.0206 b/el + "
+        "NMSE dB. 'eager torch': the codec on torch's own operations. A copy that fits the caches is faster "
+        "than memory, so multiples and shares of small tensors look worse than those of large ones. A wider "
+        "terminal shows more columns, --json all",
+    )
+    shown_on.print(table)
+
+
+def as_json(shape: tuple[int, int], rows: Sequence[dict[str, Any]], load: float) -> dict[str, Any]:
+    """The rows with command, versions, machine and load, to judge them by."""
     about = {
         "command": " ".join(["compactdist", *sys.argv[1:]]),
         "torch": torch.__version__,
@@ -205,5 +203,4 @@ def write_json(path: Path, shape: tuple[int, int], rows: Sequence[dict[str, Any]
         "load_average_before": round(load, 2),
         "shape": list(shape),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "rows": list(rows)}, indent=1, allow_nan=False) + "\n")
+    return {**about, "rows": list(rows)}

@@ -1,20 +1,48 @@
-"""What the commands share: codecs named on the command line, a console that does not cut tables, and failing well."""
+"""What the commands share: codecs by name, tables that fit the terminal, results as JSON, and failing well."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 
 from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.errors import CodecConfigError, CompactDistError, ConfigError, UnknownCodecError
+from compactdist.observe.trace import TraceError
 
-__all__ = ["failing_well", "make_console", "parse_codecs"]
+__all__ = [
+    "STDOUT",
+    "Column",
+    "JsonFile",
+    "check_writable",
+    "console",
+    "failing_well",
+    "fitting_table",
+    "parse_codecs",
+    "write_json",
+]
 
-_USAGE_ERRORS = (CodecConfigError, ConfigError, UnknownCodecError)
+_USAGE_ERRORS = (CodecConfigError, ConfigError, UnknownCodecError, TraceError)
+_ENDLESS = 10_000
+
+STDOUT = Path("-")
+"""In place of a file for results: standard output."""
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the numbers there as JSON; - for standard output."),
+]
 
 
 def parse_codecs(texts: Sequence[str] | None) -> dict[str, Codec]:
@@ -22,10 +50,106 @@ def parse_codecs(texts: Sequence[str] | None) -> dict[str, Codec]:
     return {text: codecs.get(text) for text in dict.fromkeys(texts or codecs.list())}
 
 
-def make_console(width: int) -> Console:
-    """A console at least ``width`` wide: in a pipe or a log file a cut table would be worse than long lines."""
-    console = Console()
-    return console if console.width >= width else Console(width=width)
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        head: its name and unit, on two lines where that is narrower.
+        cell: the text of a row.
+        spare: 0: always shown; the columns with the largest number are the first to go where a table is too wide.
+        left: text, not a number.
+    """
+
+    head: str
+    cell: Callable[[Any], str]
+    spare: int = 0
+    left: bool = False
+
+
+def console(json_file: Path | None) -> Console:
+    """Where a command shows its table: nowhere if its JSON goes to standard output, which then holds nothing else."""
+    return Console(quiet=json_file == STDOUT)
+
+
+def fitting_table(
+    columns: Sequence[Column],
+    rows: Sequence[Any],
+    shown_on: Console,
+    section_of: Callable[[Any], str] = lambda row: "",
+    **options: Any,
+) -> Table:
+    """A table without those of its spare columns for which ``shown_on`` has no room.
+
+    Args:
+        columns: all columns.
+        rows: what the columns take their cells from.
+        shown_on: the console.
+        section_of: name of the section that a row belongs to, shown on a line before its first row; empty for none.
+        **options: of :class:`rich.table.Table`.
+    """
+    table = Table(box=SIMPLE, title_justify="left", caption_justify="left", pad_edge=False, padding=(0, 1), **options)
+    for column in columns:
+        head = column.head
+        if column.left:
+            table.add_column(head, overflow="fold")
+        else:
+            table.add_column(head, justify="right", no_wrap=True)
+    for before, row in zip([None, *rows], rows, strict=False):
+        section = section_of(row)
+        if before is None or section_of(before) != section:
+            if before is not None:
+                table.add_section()
+            if section:
+                table.add_row(section)
+        table.add_row(*(column.cell(row) for column in columns))
+    spare = max(column.spare for column in columns)
+    if spare and shown_on.measure(table, options=shown_on.options.update(width=_ENDLESS)).maximum > shown_on.width:
+        kept = [column for column in columns if column.spare < spare]
+        return fitting_table(kept, rows, shown_on, section_of, **options)
+    return table
+
+
+# --- results and failures ---------------------------------------------------------------------------------------------
+
+
+def check_writable(file: Path | None) -> None:
+    """Find out before any work is done whether results can be written; changes nothing.
+
+    Raises:
+        ConfigError: they cannot; names the path and the reason.
+    """
+    if file is None or file == STDOUT:
+        return
+    nearest = next(path for path in (file, *file.parents) if path.exists())
+    if file.is_dir():
+        raise ConfigError(f"cannot write {file}: it is a folder")
+    if nearest != file and not nearest.is_dir():
+        raise ConfigError(f"cannot write {file}: {nearest} is no folder")
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(f"cannot write {file}: no permission to write {nearest}")
+
+
+def write_json(file: Path | None, result: Any) -> None:
+    """Write a result as JSON, to standard output where the file is ``-``; nothing without a file.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    if file is None:
+        return
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    if file == STDOUT:
+        sys.stdout.write(text)
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"cannot write {file}: {error.strerror or error}") from None
 
 
 @contextmanager

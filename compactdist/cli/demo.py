@@ -15,21 +15,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-__all__ = ["DemoError", "run_demo"]
+from compactdist.cli.common import Column, check_writable, console, fitting_table, write_json
+from compactdist.errors import CompactDistError, ConfigError
+
+__all__ = ["DemoError", "run_demo", "table_of"]
 
 METHODS = ("uncompressed", "int8", "int4", "int2", "binary", "binary-no-residual")
 ROUTES = ("ring", "ulysses")
 _NEEDED = ("xfuser", "diffusers", "yunchang", "triton", "safetensors", "matplotlib", "compactdist_harness")
 _TIMEOUT_SECONDS = 600.0
-_TABLE_WIDTH = 104
 
 
-class DemoError(Exception):
+class DemoError(CompactDistError):
     """The demo cannot run here, or a run of it failed; the text is for the user."""
 
 
@@ -38,7 +39,7 @@ def run_demo(out: Path, json_file: Path | None, steps: int, routes: Sequence[str
 
     Args:
         out: folder for ``samples.png`` and the workers' results.
-        json_file: where to write ``{"rows": [...]}``, or ``None``.
+        json_file: where to write ``{"rows": [...]}``, ``-`` for standard output, or ``None``.
         steps: denoising steps.
         routes: ``ring``, ``ulysses`` or both.
 
@@ -46,11 +47,15 @@ def run_demo(out: Path, json_file: Path | None, steps: int, routes: Sequence[str
         The table's rows.
 
     Raises:
-        DemoError: a package is missing, a route is unknown, or a worker failed.
+        ConfigError: a route is unknown, or folder or file cannot be written.
+        DemoError: a package is missing, or a worker failed.
     """
     unknown = [route for route in routes if route not in ROUTES]
     if unknown:
-        raise DemoError(f"unknown route {', '.join(unknown)}: choose ring or ulysses")
+        raise ConfigError(f"unknown route {', '.join(unknown)}: choose ring or ulysses")
+    picture = out / "samples.png"
+    check_writable(picture)
+    check_writable(json_file)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise DemoError(
@@ -58,25 +63,20 @@ def run_demo(out: Path, json_file: Path | None, steps: int, routes: Sequence[str
             "    pip install --no-deps 'triton==3.9.0'   # xfuser imports it even on a CPU\n"
             "    pip install 'compactdist[xdit]'"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    if console.width < _TABLE_WIDTH:  # a pipe or a log file: a cut table would be worse than long lines
-        console = Console(width=_TABLE_WIDTH)
+    shown_on = console(json_file)
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=shown_on) as progress:
         for route in routes:
             task = progress.add_task(f"{route}: starting xDiT on 2 ranks", total=len(METHODS))
             _run_workers(route, out / route, steps, lambda done, t=task, r=route: _show(progress, t, r, done))
             rows += [_row(route, method, out / route) for method in METHODS]
-    console.print(_table(rows, steps))
-    picture = out / "samples.png"
+    shown_on.print(table_of(rows, steps, shown_on))
     _draw(picture, out, routes, rows)
-    console.print(f"picture: {picture}")
+    shown_on.print(f"picture: {picture}")
+    write_json(json_file, {"steps": steps, "rows": rows})
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"steps": steps, "rows": rows}, indent=1) + "\n")
-        console.print(f"table as JSON: {json_file}")
+        shown_on.print(f"table as JSON: {json_file}")
     return rows
 
 
@@ -137,35 +137,32 @@ def _row(route: str, method: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _table(rows: Sequence[dict[str, Any]], steps: int) -> Table:
-    table = Table(
+_COLUMNS = (
+    Column("method", lambda row: row["method"], left=True),
+    Column("raw\nMB", lambda row: f"{row['raw_bytes'] / 1e6:.2f}", spare=1),
+    Column("wire\nMB", lambda row: f"{row['wire_bytes'] / 1e6:.2f}"),
+    Column("\nb/el", lambda row: f"{row['bits_per_element']:.2f}"),
+    Column(
+        "call\nb/el", lambda row: "-" if row["call_bits_per_element"] is None else f"{row['call_bits_per_element']:.3f}"
+    ),
+    Column("\nratio", lambda row: f"{row['ratio']:.2f}"),
+    Column("\nerror", lambda row: f"{row['latent_rel_error']:.1e}" if row["latent_rel_error"] else "0"),
+    Column("PSNR\ndB", lambda row: "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"),
+    Column("\ns", lambda row: f"{row['seconds']:.2f}"),
+)
+
+
+def table_of(rows: Sequence[dict[str, Any]], steps: int, shown_on: Console) -> Table:
+    """The table of all runs, a section for each route."""
+    return fitting_table(
+        _COLUMNS,
+        rows,
+        shown_on,
+        lambda row: str(row["route"]),
         title=f"ten digits, {steps} steps, xDiT's FLUX pipeline on 2 ranks",
-        caption="MB of both ranks, headers, scales and the keyframe included; b/el: bits per element over all,\n"
-        "call: in one residual call; error of the latents, PSNR of the images against the uncompressed run",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE,
+        caption="MB of both ranks, headers, scales and the keyframe included; b/el: bits per element over all; call: "
+        "in one residual call; error of the latents, PSNR of the images against the uncompressed run",
     )
-    for head in ("route", "method"):
-        table.add_column(head, no_wrap=True)
-    for head in ("raw MB", "wire MB", "b/el", "call", "ratio", "error", "PSNR dB", "s"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        call_bits, psnr = row["call_bits_per_element"], row["psnr_db"]
-        table.add_row(
-            row["route"],
-            row["method"],
-            f"{row['raw_bytes'] / 1e6:.2f}",
-            f"{row['wire_bytes'] / 1e6:.2f}",
-            f"{row['bits_per_element']:.2f}",
-            "-" if call_bits is None else f"{call_bits:.3f}",
-            f"{row['ratio']:.2f}",
-            f"{row['latent_rel_error']:.1e}" if row["latent_rel_error"] else "0",
-            "equal" if psnr is None else f"{psnr:.1f}",
-            f"{row['seconds']:.2f}",
-            end_section=row["method"] == METHODS[-1],
-        )
-    return table
 
 
 def _draw(path: Path, out: Path, routes: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
+from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
-from compactdist.cli.common import make_console
+from compactdist.cli.common import Column, fitting_table
 from compactdist.codecs import Codec
 from compactdist.errors import CompactDistError
 from compactdist.observe.trace import Trace, TraceError
 from compactdist.state import MatrixView, StreamConfig, StreamDecoder, StreamEncoder
 
 __all__ = ["Score", "play", "show", "to_json"]
-
-_TABLE_WIDTH = 110
 
 
 @dataclass
@@ -161,9 +157,9 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def to_json(scores: Mapping[str, Score]) -> str:
-    """One JSON object by codec; ``nmse_db`` is null for an exact codec."""
-    rows: dict[str, dict[str, Any]] = {
+def to_json(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
+    """Plain values by codec; ``nmse_db`` is ``None`` for an exact codec."""
+    return {
         name: {
             "bits_per_element": score.bits_per_element,
             "request_bits_per_element": score.request_bits_per_element,
@@ -174,36 +170,35 @@ def to_json(scores: Mapping[str, Score]) -> str:
         }
         for name, score in scores.items()
     }
-    return json.dumps(rows, indent=1, allow_nan=False)
 
 
-def show(trace: Trace, config: StreamConfig, scores: Mapping[str, Score]) -> None:
+def _nmse(score: Score) -> str:
+    return f"{score.nmse_db:.2f}" if math.isfinite(score.nmse_db) else "exact"
+
+
+_COLUMNS: tuple[Column, ...] = (
+    Column("codec", lambda row: escape(row[0]), left=True),
+    Column("b/el", lambda row: f"{row[1].bits_per_element:.3f}"),
+    Column("request", lambda row: f"{row[1].request_bits_per_element:.3f}"),
+    Column("error", lambda row: f"{row[1].rel_error:.2e}"),
+    Column("NMSE\ndB", lambda row: _nmse(row[1])),
+    Column("worst", lambda row: f"{row[1].worst[0]:.2e}"),
+    Column("at\nstep", lambda row: str(row[1].worst[2]) if row[1].worst[0] else "-"),
+    Column("state\nMB", lambda row: f"{row[1].state_bytes / 1e6:.3f}"),
+)
+
+
+def show(trace: Trace, config: StreamConfig, scores: Mapping[str, Score], shown_on: Console) -> None:
     """Print the table."""
     loop = f"order {config.order}" + ("" if config.damping is None else f", damping {config.damping:g}")
     loop += f", {config.state} state" if config.state != "exact" else ""
-    table = Table(
+    table = fitting_table(
+        _COLUMNS,
+        list(scores.items()),
+        shown_on,
         title=f"{escape(str(trace.path))}: {len(trace.sites)} sites, {loop}, warm-up {config.warmup_steps}",
-        caption="b/el: wire bits per element of a residual frame, header and scales\n"
-        "included; request: of all frames, keyframes too; error: mean of\n"
-        "||x - x_hat|| / ||x|| over steps and sites, without keyframes;\n"
-        "worst: the largest of them; state: what the sender holds",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE,
+        caption="b/el: wire bits per element of a residual frame, header and scales included; request: of all frames, "
+        "keyframes too; error: mean of ||x - x_hat|| / ||x|| over steps and sites, without keyframes; worst: the "
+        "largest of them; state: what the sender holds",
     )
-    table.add_column("codec", no_wrap=True)
-    for head in ("b/el", "request", "error", "NMSE dB", "worst", "at step", "state MB"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for name, score in scores.items():
-        error, _, step = score.worst
-        table.add_row(
-            escape(name),
-            f"{score.bits_per_element:.3f}",
-            f"{score.request_bits_per_element:.3f}",
-            f"{score.rel_error:.2e}",
-            f"{score.nmse_db:.2f}" if math.isfinite(score.nmse_db) else "exact",
-            f"{error:.2e}",
-            str(step) if error else "-",
-            f"{score.state_bytes / 1e6:.3f}",
-        )
-    make_console(_TABLE_WIDTH).print(table)
+    shown_on.print(table)

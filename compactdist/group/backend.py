@@ -49,6 +49,7 @@ def _create(opts: Any, backend_options: Any) -> CompressedProcessGroup:
     """Called by torch for every group with this backend; collective among its ranks, like ``wrap``."""
     if backend_options is not None and not isinstance(backend_options, Options):
         raise ConfigError(f"pg_options for backend 'compactdist' is compactdist.Options, got {backend_options!r}")
+    _torch.warn_untested()
     settings = {} if backend_options else settings_from_environment()
     seconds = settings.pop("timeout", opts.timeout.total_seconds())
     options = backend_options or Options(**settings)

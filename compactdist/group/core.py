@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compactdist import _torch
 from compactdist.errors import ClosedGroupError, FrameError
+from compactdist.exchange.contiguous import contiguous, copy_back
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.later import Departures, Later
 from compactdist.exchange.patterns import Pattern
@@ -245,6 +246,31 @@ class GroupCore:
                 raise
         return parts
 
+    def _begin(self, call: Callable[..., Any], tensors: Any, *more: Any, writes: bool = True) -> Any:
+        """Make a passed-through call ``call(tensors, *more)`` on the inner group, with strided tensors as copies.
+
+        Args:
+            call: a method of the inner group.
+            tensors: a tensor, a list of tensors, or a list of such lists.
+            more: the call's other arguments; tensors among them are read only.
+            writes: the call writes to ``tensors`` on this rank.
+
+        Returns:
+            The inner group's work, or a job that copies back.
+        """
+        copied: list[tuple[Tensor, Tensor]] = []
+        work = call(contiguous(tensors, copied), *(contiguous(value, []) for value in more))
+        if not copied or not writes:
+            return work
+        return Job(self._engine.link.work_of(work), copy_back(copied), None, [copy for _, copy in copied])
+
+    def _hand_on(self, call: Callable[..., Any], tensors: Any, *more: Any, writes: bool = True) -> Any:
+        """The work of a passed-through call; see :meth:`_begin`. Options come last among the arguments."""
+        part = self._begin(call, tensors, *more, writes=writes)
+        if not isinstance(part, Job):
+            return part
+        return self._settled(part, more[-1], [tensors] if isinstance(tensors, Tensor) else list(tensors))
+
     def _watched(self, work: Any, x: Tensor, data: Tensor, opts: Any = None) -> Any:
         """The work of a receive that passed through; waiting for it makes sure that no frame came instead of values.
 
@@ -272,9 +298,12 @@ class GroupCore:
 
     def _receive_broadcast(self, tensors: Sequence[Tensor], opts: Any) -> Any:
         """The work of a broadcast that passes through."""
-        x, work = tensors[0], self.inner.broadcast(tensors, opts)
-        looks = len(tensors) == 1 and x.is_cpu and x.nbytes >= HEADER_NBYTES and x.is_contiguous()
-        return self._watched(work, x, x, opts) if looks and opts.rootRank != self._engine.rank else work
+        x, receives = tensors[0], opts.rootRank != self._engine.rank
+        if len(tensors) > 1 or not receives or not x.is_cpu or x.nbytes < HEADER_NBYTES:
+            return self._hand_on(self.inner.broadcast, tensors, opts, writes=receives)
+        data = contiguous(x, [])
+        work = self.inner.broadcast([data], opts)
+        return self._watched(work, x, x if data is x else data.view(-1).view(torch.uint8), opts)
 
     def _receive_plainly(self, tensors: Sequence[Tensor], peer: int, tag: int) -> Any:
         """The work of a receive that passes through.
@@ -284,9 +313,8 @@ class GroupCore:
         """
         x = tensors[0]
         small = x.numel() < self._engine.chooser.min_numel
-        exact = self._engine.link.needs_exact_sizes(x)
-        if len(tensors) > 1 or small or exact or not x.is_contiguous():
-            return self.inner.recv(tensors, peer, tag)
+        if len(tensors) > 1 or small or self._engine.link.needs_exact_sizes(x):
+            return self._hand_on(self.inner.recv, tensors, peer, tag)
         data = torch.empty(HEADER_NBYTES + raw_nbytes(x.numel(), x.dtype), dtype=torch.uint8)
         return self._watched(self.inner.recv([data], peer, tag), x, data)
 

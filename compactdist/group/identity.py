@@ -86,6 +86,6 @@ class OwnName:
         """The inner group's device."""
         return self.inner.bound_device_id
 
-    def set_timeout(self, timeout: Any) -> None:
-        """Set the inner group's timeout."""
-        self.inner.set_timeout(timeout)
+    def set_timeout(self, timeout: Any, group: Any = None) -> None:
+        """Set the timeout of the inner group, or of ``group``, as torch.distributed's function of this name does."""
+        (self.inner if group is None else group).set_timeout(timeout)

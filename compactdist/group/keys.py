@@ -4,10 +4,14 @@ A site key is ``prefix/op#n``: the n-th call of an operation under this prefix w
 compute it from the order of calls alone. Point-to-point calls are counted per directed pair and tag. Prefixes belong to
 a thread, counters to the group: two threads that use one group keep apart by prefixes. A request has a step clock and
 counters of its own, so that a server may interleave requests.
+
+Order alone tells calls apart that have no name, neither a key nor a module. Where a step made fewer of them than the
+step before, nobody can say which were left out: one warning says so, and calls beyond the shorter step's raise.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +21,8 @@ from compactdist.exchange.plan import Call
 
 __all__ = ["Clock", "KeyBook", "check_name"]
 
+_log = logging.getLogger("compactdist")
+
 
 class Clock:
     """The steps of one request, or of a group that has just one at a time; as a context, the block of its running step.
@@ -25,25 +31,43 @@ class Clock:
         step: steps begun since the last reset, less one; -1 before the first.
         counts: calls so far in this step, by prefix and operation.
         within: the block of the running step has been entered and not left.
+        before: calls of nameless counters in the last step that made some; 0 for those that have not made any.
+        short: what nameless counters reached in a step that made fewer calls than the one before.
     """
 
-    __slots__ = ("__weakref__", "counts", "step", "within")
+    __slots__ = ("__weakref__", "before", "counts", "short", "step", "within")
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self.before: dict[str, int] = {}
+        self.short: dict[str, int] = {}
         self.restart()
 
     def restart(self) -> None:
         """Let the first step be the next one."""
         self.step = -1
         self.within = False
-        self.counts.clear()
+        for counts in (self.counts, self.before, self.short):
+            counts.clear()
 
     def __enter__(self) -> None:
         self.within = True
 
     def __exit__(self, *exc: object) -> None:
         self.within = False
+
+    def close_step(self) -> tuple[str, int, int] | None:
+        """Note what nameless counters reached; returns one that stayed behind, and its calls before and now."""
+        behind = None
+        for counter, before in self.before.items():
+            now = self.counts.get(counter, 0)
+            if not now:
+                continue
+            if now < before:
+                self.short[counter] = now
+                behind = counter, before, now
+            self.before[counter] = now
+        return behind
 
 
 class _Prefixes(threading.local):
@@ -54,10 +78,12 @@ class _Prefixes(threading.local):
         self.keys: list[str] = []
         self.modules: list[str] = []
         self.text = ""
+        self.nameless = True
 
     def join(self) -> str:
         """The prefix as text: request, branch, explicit keys, innermost hooked module."""
         self.text = "/".join((*self.request, *self.branch, *self.keys, *self.modules[-1:]))
+        self.nameless = not (self.keys or self.modules)
         return self.text
 
 
@@ -66,14 +92,17 @@ class KeyBook:
 
     Args:
         warmup_steps: steps after a reset whose frames are all keyframes.
+        label: group and rank, for messages.
 
     Attributes:
         epoch: resets so far.
         engaged: calls can be told apart across steps: a step, a key or an attached module has been seen.
     """
 
-    def __init__(self, warmup_steps: int = 0) -> None:
+    def __init__(self, warmup_steps: int = 0, label: str = "") -> None:
         self._warmup_steps = warmup_steps
+        self._label = label
+        self._warned = False
         self._lock = threading.Lock()
         self._clock = Clock()
         self._prefixes = _Prefixes()
@@ -119,8 +148,21 @@ class KeyBook:
             )
         with self._lock:
             self.engaged = True
+            ended, behind = clock.step, clock.close_step() if clock.before and clock.step >= 0 else None
             clock.step = clock.step + 1 if index is None else index
             clock.counts.clear()
+        if behind is not None and not self._warned:
+            self._warned = True
+            _log.warning(
+                "%s: step %d made fewer calls '%s' than the step before (%d before, %d now). Calls without a name are "
+                "told apart by their order, so calls after a left-out one were taken for others, and their residuals "
+                "were larger. Name calls that a step may leave out, with key() or attach(model); a later step with "
+                "more than %d of these calls raises",
+                self._label,
+                ended,
+                *behind,
+                behind[-1],
+            )
         return clock
 
     def restart(self) -> None:
@@ -143,14 +185,31 @@ class KeyBook:
 
         Returns:
             The call.
+
+        Raises:
+            ConfigError: an earlier step made fewer of these nameless calls than the one before it, so what this one
+                continues is not known.
         """
         prefixes = self._prefixes
         counter = f"{prefixes.text}/{site}" if prefixes.text else site
         clock = prefixes.clock or self._clock
         with self._lock:
             n = clock.counts.get(counter, 0)
+            if not n and prefixes.nameless:
+                clock.before.setdefault(counter, 0)
+            if clock.short and n >= clock.short.get(counter, n + 1):
+                raise ConfigError(self._cannot_pair(counter, n, clock))
             clock.counts[counter] = n + 1
             return Call(f"{counter}#{n}", op, clock.step, self.epoch, 0 <= clock.step < self._warmup_steps)
+
+    def _cannot_pair(self, counter: str, n: int, clock: Clock) -> str:
+        return (
+            f"{self._label}: step {clock.step} makes call {n + 1} of '{counter}', after a step that made {n} of them "
+            "and an earlier one that made more. Which of them that step left out cannot be told from their order, so "
+            "this call may continue another call's history; nothing was sent. Name calls that a step may leave out, "
+            "with key() or attach(model), on all ranks; or call reset() on all ranks where steps begin to make other "
+            "calls"
+        )
 
     def give_back(self, call: Call) -> None:
         """Undo ``take`` for a call that failed before it sent anything."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from compactdist import _torch
 from compactdist.config import Options
-from compactdist.errors import ClosedGroupError, ConfigError, StateMismatchError
+from compactdist.errors import ClosedGroupError, CompactDistError, ConfigError, StateMismatchError
 from compactdist.exchange.engine import Engine
 from compactdist.exchange.later import Departures
 from compactdist.exchange.link import Link
@@ -23,6 +24,7 @@ from compactdist.exchange.plan import Chooser
 from compactdist.exchange.work import FinishedWork, drain
 from compactdist.group.agreement import Agreement
 from compactdist.group.attach import Attachment
+from compactdist.group.beyond_calls import BeyondCalls
 from compactdist.group.check import check
 from compactdist.group.core import GroupCore
 from compactdist.group.identity import OwnName
@@ -41,6 +43,10 @@ __all__ = ["GroupLifecycle", "check_rules"]
 
 _log = logging.getLogger("compactdist")
 _FLUSH_SECONDS = 5.0
+_LOST_PEER = (
+    ". If the connection to a rank is lost, look for what ended it: an error of its own or, where ranks make different "
+    "calls, a message larger than it expected"
+)
 
 
 def check_rules(options: Options) -> None:
@@ -58,7 +64,7 @@ def check_rules(options: Options) -> None:
             raise ConfigError(f"a rule with between matches no {rule.op}, whose messages all ranks receive: {rule!r}")
 
 
-class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
+class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
     """Construction, identity and life cycle of :class:`~compactdist.group.process_group.CompressedProcessGroup`.
 
     Attributes:
@@ -85,12 +91,12 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         self._differences = 0
         self._requests: dict[str, Request] = {}
         self._restore_names: list[Callable[[], None]] = []
-        self._keys = KeyBook(options.stream.warmup_steps)
+        label = f"group '{name}', rank {inner.rank()}"
+        self._keys = KeyBook(options.stream.warmup_steps, label)
         self._finished = FinishedWork()
         self._departures = Departures()
         self._plans = AgreedPlans()
-        self._agreement = self._agrees(inner, options)
-        label = f"group '{name}', rank {inner.rank()}"
+        self._agreement = self._agrees(inner, options, label)
         stats = GroupStats()
         self._engine = Engine(
             link=Link(inner),
@@ -113,12 +119,11 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             forward=options.forward,
         )
 
-    def _agrees(self, inner: Any, options: Options) -> Agreement | None:
+    def _agrees(self, inner: Any, options: Options, label: str) -> Agreement | None:
         """What ranks agree on plans with; ``None``: there is nobody to agree with, or they should not."""
         if options.agree == "off" or inner.size() == 1 or _torch.is_fake(inner):
             return None
         timeout = options.agree_timeout or _torch.timeout_of(inner)
-        label = f"group '{self._name}', rank {inner.rank()}"
         return Agreement(self._store, f"compactdist/plans/{self._name}", inner.rank(), inner.size(), label, timeout)
 
     # --- identity: the C++ name lives in the first backend, which is shared with the inner group, so it is shadowed ---
@@ -130,6 +135,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             self._adopt_backends()
         return self._name
 
+    @_torch.constant_to_dynamo
     def _adopt_backends(self) -> None:
         """Give the C++ base the inner group's backends, which it holds until this object is gone.
 
@@ -141,18 +147,6 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             _torch.adopt_own_backends(self, self._inner)
         elif _torch.is_registered(self._inner):
             _torch.adopt_backends(self, self._inner)
-
-    def _has_hooks(self) -> bool:
-        """Whether the inner group has completion hooks."""
-        return bool(self.inner._has_hooks())
-
-    def _wait_for_pending_works(self) -> None:
-        """Wait for the inner group's works."""
-        self.inner._wait_for_pending_works()
-
-    def _enable_collectives_timing(self) -> None:
-        """Switch timing on in the inner group."""
-        self.inner._enable_collectives_timing()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"codec {self.options.default_codec!r}"
@@ -365,13 +359,14 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
         """
         if self._closed:
             return
+        self._tell_why()
         for attachment in self._attachments:
             attachment.detach()
         for site in self._engine.store.sites():
             if site.pending and all(job.is_ready() for job in site.pending):
                 drain(site)
         self._departures.close(_FLUSH_SECONDS)
-        flusher = threading.Thread(target=self._engine.outbox.flush, daemon=True, name="compactdist-flush")
+        flusher = threading.Thread(target=self._flush, daemon=True, name="compactdist-flush")
         flusher.start()
         flusher.join(_FLUSH_SECONDS)
         if flusher.is_alive():
@@ -385,6 +380,25 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
             _torch.unregister(self)
             self._become_tombstone()
             _torch.bury(self)
+
+    def _flush(self) -> None:
+        try:
+            self._engine.outbox.flush()
+        except Exception as error:
+            _log.warning("%s: closed, and then a send failed: %s", self._engine.label, str(error))
+
+    def _tell_why(self) -> None:
+        """Log the error that the group is closed by, if there is one.
+
+        Closing takes a moment, and once it begins other ranks fail too; a launcher then ends this process, which may be
+        before Python shows the error.
+        """
+        error = sys.exc_info()[1]
+        if isinstance(error, CompactDistError):
+            _log.error("%s", str(error))  # as text: a log record must not keep the frames of the error alive
+        elif isinstance(error, Exception):
+            hint = _LOST_PEER if isinstance(error, RuntimeError) else ""
+            _log.error("%s: closed at step %d by %s%s", self._engine.label, self._keys.step, repr(error), hint)
 
     def _become_tombstone(self) -> None:
         raise AssertionError("provided by the group")
@@ -428,6 +442,7 @@ class GroupLifecycle(GroupCore, OwnName, TorchDistributedAPI):
 
     def _end(self, how: str) -> None:
         if not self._closed:
+            self._tell_why()
             self._retire()
         if self._owns_inner and self._inner is not None:
             getattr(self._inner, how)()

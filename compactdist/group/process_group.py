@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,14 +89,17 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             flight = self._gather_flight(list(output_tensors[0]), input_tensors[0], opts)
             if flight is not None:
                 return self._fly(flight, list(output_tensors[0]))
-        return self.inner.allgather(output_tensors, input_tensors, opts)
+        return self._hand_on(self.inner.allgather, output_tensors, input_tensors, opts)
 
     def _gather_single(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Any:
         """``[N, ...]`` of every rank into ``[size() * N, ...]`` (``_allgather_base`` before torch 2.13)."""
         flight = self._gather_flight(output_tensor, input_tensor, opts)
         if flight is not None:
             return self._fly(flight, [output_tensor])
-        return _torch.all_gather_single(self.inner, output_tensor, input_tensor, opts)
+        return self._gather_plainly(output_tensor, input_tensor, opts)
+
+    def _gather_plainly(self, output: Tensor, x: Tensor, opts: Any) -> Any:
+        return self._hand_on(partial(_torch.all_gather_single, self.inner), output, x, opts)
 
     all_gather_single = shared_name(_gather_single, "all_gather_single")
     _allgather_base = override(_gather_single)
@@ -124,7 +128,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
     def all_gather_single_coalesced(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
         """Several single-tensor all-gathers in one call; functional collectives come here, even with one tensor."""
         calls = list(zip(output_tensors, input_tensors, strict=True))
-        plain = [lambda o=o, i=i: _torch.all_gather_single(self.inner, o, i, opts) for o, i in calls]
+        plain = [partial(self._gather_plainly, output, x, opts) for output, x in calls]
         return self._together(self._flights(calls, opts), plain, [output for output, _ in calls])
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced
@@ -134,7 +138,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         """``output_lists[rank][i]`` receives ``input_list[i]`` of that rank."""
         opts = opts or _torch.options(_ALL_GATHER_OPTIONS)
         calls = [([per_rank[i] for per_rank in output_lists], x) for i, x in enumerate(input_list)]
-        plain = [lambda o=o, i=i: self.inner.allgather([o], [i], opts) for o, i in calls]
+        plain = [partial(self._hand_on, self.inner.allgather, [outputs], [x], opts) for outputs, x in calls]
         return self._together(self._flights(calls, opts), plain, [t for per_rank in output_lists for t in per_rank])
 
     # --- all-to-all -------------------------------------------------------------------------------------------------
@@ -190,7 +194,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             work = self._exchange(list(outputs), list(inputs), opts, outputs)
             if work is not None:
                 return work
-        return self.inner.alltoall(outputs, inputs, opts or _torch.options("AllToAllOptions"))
+        return self._hand_on(self.inner.alltoall, outputs, inputs, opts or _torch.options("AllToAllOptions"))
 
     def _chunks(self, tensor: Tensor, splits: Sequence[int], what: str) -> list[Tensor]:
         size = self._engine.size
@@ -217,7 +221,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             work = self._exchange(outputs, inputs, opts, [output], even=not out and not into)
             if work is not None:
                 return work
-        return _torch.all_to_all_single(self.inner, output, x, list(out or ()), list(into or ()), opts)
+        return self._hand_on(partial(_torch.all_to_all_single, self.inner), output, x, out or (), into or (), opts)
 
     @shared_name
     def all_to_all_single(
@@ -301,7 +305,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         """``tensors``: a list of one tensor; ``dst``: group rank."""
         flight = self._send_flight(tensors[0], dst, tag) if len(tensors) == 1 else None
         if flight is None:
-            return self.inner.send(tensors, dst, tag)
+            return self._hand_on(self.inner.send, tensors, dst, tag, writes=False)
         return self._fly(flight, list(tensors))
 
     @shared_name
@@ -323,12 +327,14 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             reason = PassReason.SMALL
         if reason is not None or engine.link.needs_exact_sizes(x):
             self._pass("recv", reason or PassReason.DEVICE, 0)
-            return self.inner.recv_anysource(tensors, tag)
+            return self._hand_on(self.inner.recv_anysource, tensors, tag)
 
         def call_from(source: int) -> Call:
             return keys.take(stream_name(source, engine.rank, tag), "send")
 
         return self._work([receive_any(engine, call_from, x, tag)], list(tensors))
+
+    recvAnysource = recv_anysource  # the name by which torch 2.14's C++ callers look for it
 
     def _batch(self, p2p_op_list: list[Any]) -> list[Any]:
         """Encode all sends, then post the receives, then the sends: gloo halves the rate of an exchange whose sends are
@@ -354,8 +360,8 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         def plain(i: int) -> Callable[[], Any]:
             op, x = p2p_op_list[i], [tensors[i]]
             if is_send[i]:
-                return lambda: self.inner.send(x, op.group_peer, op.tag)
-            return lambda: self._receive_plainly(x, op.group_peer, op.tag)
+                return partial(self._begin, self.inner.send, x, op.group_peer, op.tag, writes=False)
+            return partial(self._receive_plainly, x, op.group_peer, op.tag)
 
         calls = [flights[i] or plain(i) for i in order]
         if not grouped:
@@ -384,32 +390,35 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
                 return work
         else:
             self._pass("all_reduce", PassReason.OP, 2 * self._share() * nbytes_of(tensors))
-        return self.inner.allreduce(tensors, opts)
+        return self._hand_on(self.inner.allreduce, tensors, opts)
 
     @override
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
         """Passes through."""
         self._pass("all_reduce", PassReason.OP, 2 * self._share() * nbytes_of(tensors))
-        return self.inner.allreduce_coalesced(tensors, opts or _torch.options("AllreduceCoalescedOptions"))
+        options = opts or _torch.options("AllreduceCoalescedOptions")
+        return self._hand_on(self.inner.allreduce_coalesced, tensors, options)
 
     @shared_name
     def reduce(self, tensors: Any, opts: Any) -> Any:
         """Passes through."""
         self._pass("reduce", PassReason.OP, nbytes_of(tensors))
-        return self.inner.reduce(tensors, opts)
+        return self._hand_on(self.inner.reduce, tensors, opts, writes=opts.rootRank == self._engine.rank)
 
     @shared_name
     def reduce_scatter(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
         """Passes through."""
         self._pass("reduce_scatter", PassReason.OP, self._share() * sum(nbytes_of(t) for t in input_tensors))
-        return self.inner.reduce_scatter(output_tensors, input_tensors, opts or _torch.options("ReduceScatterOptions"))
+        options = opts or _torch.options("ReduceScatterOptions")
+        return self._hand_on(self.inner.reduce_scatter, output_tensors, input_tensors, options)
 
     def _reduce_scatter_one(self, output: Any, x: Any, opts: Any) -> Any:
         options = opts or _torch.options("ReduceScatterOptions")
         work = self._scatter_sums(output, x, options)
         if work is not None:
             return work
-        return _torch.inner_call(self.inner, _torch.REDUCE_SCATTER_SINGLE, output, x, options)
+        scatter = _torch.first_method(self.inner, _torch.REDUCE_SCATTER_SINGLE)
+        return self._hand_on(scatter, output, x, options)
 
     @shared_name
     def reduce_scatter_single(self, output_tensor: Any, input_tensor: Any, opts: Any = None) -> Any:
@@ -429,7 +438,8 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         if len(input_tensors) == 1:
             return self._reduce_scatter_one(output_tensors[0], input_tensors[0], options)
         self._pass("reduce_scatter", PassReason.OP, self._share() * nbytes_of(input_tensors))
-        return _torch.inner_call(self.inner, _torch.REDUCE_SCATTER_COALESCED, output_tensors, input_tensors, options)
+        scatter = _torch.first_method(self.inner, _torch.REDUCE_SCATTER_COALESCED)
+        return self._hand_on(scatter, output_tensors, input_tensors, options)
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
@@ -437,14 +447,23 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
     def gather(self, output_tensors: Any, input_tensors: Any, opts: Any) -> Any:
         """Passes through."""
         self._pass("gather", PassReason.OP, 0 if opts.rootRank == self._engine.rank else nbytes_of(input_tensors))
-        return self.inner.gather(output_tensors, input_tensors, opts)
+        return self._hand_on(self.inner.gather, output_tensors, input_tensors, opts)
+
+    def _gather_to_root(self, output_tensor: Tensor, input_tensor: Tensor, opts: Any = None) -> Any:
+        """Passes through (torch 2.14)."""
+        opts = opts or _torch.options("GatherOptions")
+        self._pass("gather", PassReason.OP, 0 if opts.rootRank == self._engine.rank else input_tensor.nbytes)
+        return self._hand_on(self.inner.gather_single, output_tensor, input_tensor, opts)
+
+    gather_single = shared_name(_gather_to_root, "gather_single")
+    gather_into_tensor = shared_name(_gather_to_root, "gather_into_tensor")
 
     @shared_name
     def scatter(self, output_tensors: Any, input_tensors: Any, opts: Any) -> Any:
         """Passes through."""
         sent = sum(nbytes_of(t) for t in input_tensors) - (nbytes_of(output_tensors) if input_tensors else 0)
         self._pass("scatter", PassReason.OP, sent)
-        return self.inner.scatter(output_tensors, input_tensors, opts)
+        return self._hand_on(self.inner.scatter, output_tensors, input_tensors, opts)
 
     @shared_name
     def barrier(self, opts: Any = None) -> Any:
@@ -457,6 +476,11 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         """Passes through; the inner group's backend must have one (gloo)."""
         self._pass("barrier", PassReason.OP, 0)
         return self.inner.monitored_barrier(timeout, wait_all_ranks)
+
+    @shared_name
+    def get_backend(self, device: torch.device) -> Any:
+        """The inner group's backend for a device (torch 2.14; ``_get_backend`` before)."""
+        return self._get_backend(device)
 
     @shared_name
     def split_group(self, *args: Any, **kwargs: Any) -> Any:

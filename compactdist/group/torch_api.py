@@ -14,6 +14,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,7 +24,9 @@ from compactdist.errors import ConfigError
 __all__ = ["TorchDistributedAPI", "shared_name"]
 
 
-_PG_KEYWORDS = {"tensors", "output_tensors", "input_tensors", "opts"}
+_PG_KEYWORDS = {"tensors", "output_tensors", "input_tensors", "opts", "device"}
+# timedelta: monitored_barrier(timeout, ...); a list, too: split_group([ranks]); device: get_backend(device)
+_PG_FIRST = (list, tuple, timedelta, torch.device)
 
 
 def _means_process_group(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -32,8 +35,7 @@ def _means_process_group(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
             return True
     if not args:
         return bool(_PG_KEYWORDS & kwargs.keys())
-    # ProcessGroup.monitored_barrier(timeout, ...) and split_group([ranks])
-    return isinstance(args[0], list | tuple | timedelta)
+    return isinstance(args[0], _PG_FIRST)
 
 
 def shared_name(method: Callable[..., Any], name: str | None = None) -> Any:
@@ -78,7 +80,7 @@ class TorchDistributedAPI:
 
     def _torch_function(self, name: str) -> Callable[..., Any]:
         """torch.distributed's function with this group as the default for ``group``."""
-        function = getattr(dist, name)
+        function = _torch.public_function(name)
         signature = inspect.signature(function)
 
         @functools.wraps(function)
@@ -109,7 +111,7 @@ class TorchDistributedAPI:
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
         """torch.distributed.all_gather_into_tensor on this group: ``[N, ...]`` per rank to ``[world * N, ...]``."""
-        # torch 2.13 renamed it and warns at the old name
+        # torch 2.13 renamed it and warns at the old name; not by public_function, which costs a Python call
         function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         group = self if group is None else self._resolve_group(group)
         return function(output_tensor, input_tensor, group=group, async_op=async_op)

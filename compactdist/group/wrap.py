@@ -72,7 +72,7 @@ def wrap(
         raise ConfigError(f"wrap() takes a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if not _torch.is_registered(group):
         raise ConfigError("wrap() takes a group that torch.distributed knows (and that was not destroyed)")
-    _check_version()
+    _torch.warn_untested()
     ranks = dist.get_process_group_ranks(group)
     common = _torch.group_store(_torch.default_group())
     store = _torch.group_store(group)
@@ -106,14 +106,6 @@ def _options(
     if timeout is not None:
         waited = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
     return options or Options(**settings), waited
-
-
-def _check_version() -> None:
-    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-    if version not in _torch.KNOWN_VERSIONS:
-        _log.warning(
-            "torch %s is untested with compactdist (checked: %s)", torch.__version__, ", ".join(_torch.CHECKED_VERSIONS)
-        )
 
 
 def unwrap(group: Any) -> Any:

@@ -1,6 +1,6 @@
 """Record what the call sites of a wrapped group send, as a trace for ``compactdist evaluate``.
 
-    with compactdist.record(dist, "trace-{rank}.safetensors"):
+    with compactdist.record(dist, "trace.safetensors"):  # trace-rank0.safetensors, trace-rank1.safetensors, ...
         pipe(...)
 
 A site's tensor is copied right before it is encoded. With ``wrap(codec="raw")`` the trace holds the activations of an
@@ -198,7 +198,8 @@ def record(
 
     Args:
         group: what ``wrap`` returned.
-        path: path of the file; ``{rank}`` in it becomes the rank in the group. Ranks need different paths.
+        path: path of the file. Each rank writes one of its own: ``{rank}`` becomes the rank in the group; in a path
+            without it, ``-rank0`` goes before the suffix where the group has several ranks.
         sites: glob, or globs, over the names of sites.
         max_steps: number of entries to keep of each site, the first ones; ``None``: all.
         dtype: floating-point dtype to store (``torch.float16``, say); ``None``: the tensor's own.
@@ -225,7 +226,7 @@ def record(
     if engine.tap is not None:
         raise ConfigError(f"{engine.label} is being recorded already")
     globs = (sites,) if isinstance(sites, str) else tuple(sites)
-    result = Recording(os.fspath(path).replace("{rank}", str(engine.rank)))
+    result = Recording(_path_of_rank(os.fspath(path), engine.rank, engine.size))
     recorder = _Recorder(result, globs, max_steps, dtype, max_bytes)
     engine.tap = recorder
     try:
@@ -233,6 +234,13 @@ def record(
     finally:
         engine.tap = None
     recorder.save(_about(engine))
+
+
+def _path_of_rank(path: str, rank: int, size: int) -> str:
+    if "{rank}" not in path and size > 1:
+        stem, suffix = os.path.splitext(path)
+        path = f"{stem}-rank{{rank}}{suffix}"
+    return path.replace("{rank}", str(rank))
 
 
 def _about(engine: Any) -> dict[str, str]:

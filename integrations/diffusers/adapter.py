@@ -17,6 +17,7 @@ import torch
 import compactdist
 import compactdist_common
 from compactdist_common import Patches, uncompiled
+from compactdist_diffusers import caches
 from compactdist_diffusers.clock import Clock
 from compactdist_diffusers.sites import Sites
 
@@ -91,6 +92,7 @@ def enable(
         clock = Clock(list(groups.values()), forwards_per_step)
         for module in models.values():
             clock.follow_model(module, patches)
+            caches.follow(getattr(module, "_orig_mod", module), _parallel_meshes(module), patches)
             if not _is_compiled(module):
                 for group in groups.values():
                     patches.add(group.attach(module, step_module=None).detach)
@@ -155,6 +157,12 @@ def _parallel_models(thing: Any) -> dict[str, Any]:
             "transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=...)) (or ulysses_degree)"
         )
     return parallel
+
+
+def _parallel_meshes(module: Any) -> list[Any]:
+    """The ring and Ulysses meshes of a model that have more than one rank."""
+    meshes = [getattr(_config(module), f"_{route}_mesh") for route in ROUTES]
+    return [mesh for mesh in meshes if mesh.size() > 1]
 
 
 def _meshes(models: dict[str, Any], routes: tuple[str, ...] | None) -> list[tuple[str, str, Any, Any]]:

@@ -48,6 +48,24 @@ class PipelineMessages(CallSites):
         """Begin to count messages at 0 again."""
         self._counts.clear()
 
+    def check_nothing_left(self) -> None:
+        """Call this before a request.
+
+        Raises:
+            RuntimeError: the last request was broken off while messages were under way. xfuser neither takes back its
+                receives nor clears its queues, so the messages of the next request would be taken for those of the
+                last one, compressed or not.
+        """
+        coordinator = self._coordinator
+        queued = [*coordinator.recv_tasks_queue, *((name, patch) for _, name, patch in coordinator.receiving_tasks)]
+        if queued:
+            messages = ", ".join(f"{name} {patch}" for name, patch in queued)
+            raise RuntimeError(
+                f"PipeFusion, stage {coordinator.rank_in_group}: the last request was broken off and left receives "
+                f"behind ({messages}), which xfuser cannot take back; on every rank make its groups anew: "
+                "parallel_state.destroy_model_parallel(), then initialize_runtime_state(pipe, engine_config)"
+            )
+
     def install(self) -> None:
         """Replace methods of this coordinator; its class and other instances stay as they are."""
         for name in ("pipeline_send", "pipeline_isend"):

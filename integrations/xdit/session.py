@@ -69,7 +69,7 @@ class Session:
         self._messages: PipelineMessages | None = None
         self._attachments: list[Any] = []
         self._following = Patches()
-        self._clock = Clock(self._begin_step, self._begin_request)
+        self._clock = Clock(self._begin_step, self._begin_scheduled_request)
 
     # --- groups -----------------------------------------------------------------------------------------------------
 
@@ -254,6 +254,11 @@ class Session:
             self.groups[name].step()
         if self.method is not None:
             self.method.begin_step()
+
+    def _begin_scheduled_request(self) -> None:
+        self._begin_request()
+        if self._messages is not None:
+            self._messages.check_nothing_left()
 
     def _begin_request(self) -> None:
         if self.method is not None:  # first, for it waits for gathers on the groups that are reset below

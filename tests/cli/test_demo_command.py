@@ -30,7 +30,7 @@ def test_without_xfuser_it_says_what_to_install(tmp_path):
 
 def test_unknown_route(tmp_path):
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--route", "star"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "unknown route star" in result.output
 
 

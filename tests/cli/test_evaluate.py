@@ -33,7 +33,7 @@ def test_figures_are_those_of_the_loop_by_hand(tmp_path: Path, order: int, codec
     x = activations()
     path = trace(tmp_path / "t.safetensors", {"a": x})
     damping = ("--damping", 0.3) if order == 2 else ()
-    row = run_json("evaluate", path, "--codec", codec_id, "--order", order, *damping, "--json")[codec_id]
+    row = run_json("evaluate", path, "--codec", codec_id, "--order", order, *damping, "--json", "-")[codec_id]
     codec = codecs.get(codec_id)
     steps, rows, channels = x.shape
     base, velocity = x[0], torch.zeros_like(x[0])
@@ -59,7 +59,7 @@ def test_figures_are_those_of_the_loop_by_hand(tmp_path: Path, order: int, codec
 
 
 def test_every_registered_codec_by_default(tmp_path: Path) -> None:
-    rows = run_json("evaluate", trace(tmp_path / "t.safetensors"), "--json")
+    rows = run_json("evaluate", trace(tmp_path / "t.safetensors"), "--json", "-")
     assert list(rows) == codecs.list()
     assert rows["raw"]["rel_error"] == 0
     assert rows["raw"]["nmse_db"] is None
@@ -68,11 +68,11 @@ def test_every_registered_codec_by_default(tmp_path: Path) -> None:
 
 def test_more_warm_up_means_more_request_bits_and_none_in_the_steady_state(tmp_path: Path) -> None:
     path = trace(tmp_path / "t.safetensors")
-    one = run_json("evaluate", path, "--codec", "int4", "--json")["int4"]
-    three = run_json("evaluate", path, "--codec", "int4", "--warmup", 3, "--json")["int4"]
+    one = run_json("evaluate", path, "--codec", "int4", "--json", "-")["int4"]
+    three = run_json("evaluate", path, "--codec", "int4", "--warmup", 3, "--json", "-")["int4"]
     assert three["request_bits_per_element"] > one["request_bits_per_element"]
     assert three["bits_per_element"] < 4.7
-    zero = run_json("evaluate", path, "--codec", "int4", "--warmup", 0, "--json")["int4"]
+    zero = run_json("evaluate", path, "--codec", "int4", "--warmup", 0, "--json", "-")["int4"]
     assert zero == one
 
 
@@ -81,7 +81,7 @@ def test_more_warm_up_means_more_request_bits_and_none_in_the_steady_state(tmp_p
 )
 def test_every_float_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     path = trace(tmp_path / "t.safetensors", {"a": activations(dtype=dtype)})
-    row = run_json("evaluate", path, "--codec", "int4", "--json")["int4"]
+    row = run_json("evaluate", path, "--codec", "int4", "--json", "-")["int4"]
     assert 0 < row["rel_error"] < 0.2
     width = 4 if dtype == torch.float64 else 2
     assert row["state_bytes"] == width * 96 * 80
@@ -92,15 +92,15 @@ def test_groups_in_the_metadata_get_scales_of_their_own(tmp_path: Path) -> None:
     x = torch.cat([keys, values], dim=1)
     plain = trace(tmp_path / "plain.safetensors", {"kv": x})
     split = trace(tmp_path / "split.safetensors", {"kv": x}, {"groups": json.dumps({"kv": 2})})
-    one = run_json("evaluate", plain, "--codec", "binary", "--json")["binary"]
-    two = run_json("evaluate", split, "--codec", "binary", "--json")["binary"]
+    one = run_json("evaluate", plain, "--codec", "binary", "--json", "-")["binary"]
+    two = run_json("evaluate", split, "--codec", "binary", "--json", "-")["binary"]
     assert two["bits_per_element"] > one["bits_per_element"]
     assert two["rel_error"] < one["rel_error"]
 
 
 def test_one_codec_may_be_named_in_several_ways(tmp_path: Path) -> None:
     path = trace(tmp_path / "t.safetensors")
-    rows = run_json("evaluate", path, "--codec", "int4", "--codec", "int4:", "--codec", "int4:block=128", "--json")
+    rows = run_json("evaluate", path, "--codec", "int4", "--codec", "int4:", "--codec", "int4:block=128", "--json", "-")
     assert list(rows) == ["int4", "int4:", "int4:block=128"]
     assert rows["int4"] == rows["int4:"] == rows["int4:block=128"]
 
@@ -115,7 +115,7 @@ def test_ends_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.Monke
         return value
 
     monkeypatch.setattr(StreamDecoder, "decode", wrong)
-    result = run("evaluate", trace(tmp_path / "t.safetensors"), "--codec", "int4", "--json")
+    result = run("evaluate", trace(tmp_path / "t.safetensors"), "--codec", "int4", "--json", "-")
     assert result.exit_code == 1
     assert result.stdout == ""
     assert "a, step 2, codec Int4(): encoder and decoder hold different states" in result.stderr
@@ -123,7 +123,7 @@ def test_ends_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_table_shows_the_same_figures(tmp_path: Path) -> None:
     path = trace(tmp_path / "t.safetensors")
-    row = run_json("evaluate", path, "--codec", "int2", "--json")["int2"]
+    row = run_json("evaluate", path, "--codec", "int2", "--json", "-")["int2"]
     result = run("evaluate", path, "--codec", "int2")
     assert result.exit_code == 0
     line = next(line for line in result.stdout.splitlines() if line.strip().startswith("int2"))
@@ -143,8 +143,8 @@ def test_the_table_shows_the_same_figures(tmp_path: Path) -> None:
     ],
 )
 def test_unfit_tensors_are_refused_by_name(tmp_path: Path, tensor: torch.Tensor, says: str) -> None:
-    result = run("evaluate", trace(tmp_path / "t.safetensors", {"layer.kv": tensor}), "--json")
-    assert result.exit_code == 1
+    result = run("evaluate", trace(tmp_path / "t.safetensors", {"layer.kv": tensor}), "--json", "-")
+    assert result.exit_code == 2
     assert result.stdout == ""
     assert says in result.stderr
     assert "layer.kv" in result.stderr
@@ -155,7 +155,7 @@ def test_unfit_files_are_refused(tmp_path: Path) -> None:
     text.write_text("this is no trace")
     for path, says in ((tmp_path / "none", "does not exist"), (tmp_path, "folder"), (text, "not a readable")):
         result = run("evaluate", path)
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert says in result.stderr
         assert "compactdist.record" in result.stderr
 
@@ -170,7 +170,7 @@ def test_unfit_files_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_codecs_are_refused_before_anything_is_played(tmp_path: Path, codec: str, says: str) -> None:
-    result = run("evaluate", trace(tmp_path / "t.safetensors"), "--codec", codec, "--json")
+    result = run("evaluate", trace(tmp_path / "t.safetensors"), "--codec", codec, "--json", "-")
     assert result.exit_code == 2
     assert result.stdout == ""
     assert says in result.stderr
@@ -181,14 +181,14 @@ def test_a_quantized_state_is_named_in_the_table_and_another_is_refused(tmp_path
     shown = run("evaluate", path, "--codec", "int4", "--state", "int8")
     assert shown.exit_code == 0
     assert "int8 state" in shown.stdout
-    refused = run("evaluate", path, "--codec", "int4", "--state", "int5", "--json")
+    refused = run("evaluate", path, "--codec", "int4", "--state", "int5", "--json", "-")
     assert refused.exit_code == 2
     assert refused.stdout == ""
     assert "'exact', 'int8', 'fp8', got 'int5'" in refused.stderr
 
 
 def test_a_silent_site_has_no_relative_error(tmp_path: Path) -> None:
-    row = run_json("evaluate", trace(tmp_path / "t.safetensors", {"a": torch.zeros(4, 8, 8)}), "--json")["int4"]
+    row = run_json("evaluate", trace(tmp_path / "t.safetensors", {"a": torch.zeros(4, 8, 8)}), "--json", "-")["int4"]
     assert row["rel_error"] == 0
     assert row["worst_step_rel_error"] == 0
 
@@ -196,7 +196,7 @@ def test_a_silent_site_has_no_relative_error(tmp_path: Path) -> None:
 @pytest.mark.skipif(not COMMITTED.exists(), reason="not part of an installed package")
 def test_the_committed_trace_of_the_digits_model() -> None:
     assert COMMITTED.stat().st_size <= 3_000_000
-    rows = run_json("evaluate", COMMITTED, "--json")
+    rows = run_json("evaluate", COMMITTED, "--json", "-")
     errors = [rows[codec]["rel_error"] for codec in ("raw", "int8", "int4", "int2", "binary")]
     assert errors == sorted(errors)
     assert rows["binary"]["bits_per_element"] < 1.4

@@ -135,16 +135,16 @@ def test_a_grouped_batch_may_mix_compressed_and_passed_messages():
         peer = 1 - rank
         for seed in range(2):
             g.step()
-            whole, big = torch.zeros(NUMEL, dtype=torch.int64), nan()
+            pairs, big = torch.full((NUMEL, 2), -1), nan()
             ops = [
-                dist.P2POp(dist.isend, torch.full((NUMEL,), rank), peer, g),
+                dist.P2POp(dist.isend, torch.full((NUMEL, 2), rank)[:, 0], peer, g),  # strided
                 dist.P2POp(dist.isend, data(rank, seed=seed), peer, g),
-                dist.P2POp(dist.irecv, whole, peer, g),
+                dist.P2POp(dist.irecv, pairs[:, 0], peer, g),
                 dist.P2POp(dist.irecv, big, peer, g),
             ]
             for work in dist.batch_isend_irecv(ops):
                 work.wait()
-            assert bool((whole == peer).all())
+            assert bool((pairs == torch.tensor([peer, -1])).all())
             assert close(big, data(peer, seed=seed))
         assert g.inner.issued == ["start", "recv", "recv", "send", "send", "end"] * 2
 

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import compactdist
+from compactdist import _torch
 from compactdist.exchange.link import Link
 
 NUMEL = 512
@@ -40,10 +42,30 @@ METHODS = (
     "send",
     "recv",
     "recv_anysource",
+    "recvAnysource",
+    "gather_single",
     "_start_coalescing",
     "_end_coalescing",
 )
 """ProcessGroup's methods, old names and new."""
+
+OLDER_NAMES = {
+    "all_gather_single": "_allgather_base",
+    "all_gather_single_coalesced": "allgather_into_tensor_coalesced",
+    "all_to_all_single": "alltoall_base",
+    "reduce_scatter_single": "_reduce_scatter_base",
+    "reduce_scatter_single_coalesced": "reduce_scatter_tensor_coalesced",
+}
+"""Which method torch 2.11 calls where 2.13 calls another."""
+
+GLOO_HAS_ALL_TO_ALL = _torch.VERSION >= (2, 13)
+"""Whether plain gloo has all_to_all of lists."""
+
+
+def since(major: int, minor: int, what: str) -> Any:
+    """Mark a test of something that earlier versions of torch lack."""
+    reason = f"torch {torch.__version__} has no {what}"
+    return pytest.mark.skipif((major, minor) > _torch.VERSION, reason=reason)
 
 
 @dataclass

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.distributed.nn.functional as dist_nn
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from compactdist import _torch
 from tests.group.kit import NUMEL, data, exchanged, gathered
 from tests.group.spy_kit import SIZE, blank, blanks, right, row
 
 ops = torch.ops._c10d_functional
+# In torch 2.11 a group cannot see that a functional collective is differentiable: its forward is compressed.
+UNSEEN = _torch.VERSION < (2, 13)
 
 # --- functional collectives -------------------------------------------------------------------------------------------
 
@@ -71,7 +75,7 @@ def funcol_reduce_scatter(g, rank):
     return right(y, (data(0) + data(1)).chunk(SIZE)[rank])
 
 
-@row("send", "recv", compressed=1)
+@row("send", "recv", compressed=1, since=(2, 13))
 def functional_isend_and_irecv(g, rank):
     out = blank(1)
     sent = ops.isend(data(rank), 1 - rank, 0, g.group_name)
@@ -81,7 +85,7 @@ def functional_isend_and_irecv(g, rank):
     return right(out, data(1 - rank))
 
 
-@row("send", "recv", compressed=1)
+@row("send", "recv", compressed=1, since=(2, 13))
 def functional_batch(g, rank):
     out = blank(1)
     both = ops.batch_p2p_ops(["isend", "irecv"], [1 - rank] * 2, [0, 0], [data(rank), out], g.group_name)
@@ -90,20 +94,39 @@ def functional_batch(g, rank):
     return right(out, data(1 - rank))
 
 
-@row()
-def functional_all_gather_into_a_given_output_goes_round_python(g, rank):
+@row("send", "recvAnysource", compressed=1, since=(2, 14))
+def receive_from_any_source_in_cpp(g, rank):
+    out = blank(1)
+    pending = dist.isend(data(rank), 1 - rank, group=g)
+    dist.ProcessGroup.recv_anysource(g, [out], 0).wait()  # as C++ code that holds a ProcessGroup calls it
+    pending.wait()
+    return right(out, data(1 - rank))
+
+
+GIVEN_OUTPUT = {"compressed": 1} if _torch.VERSION >= (2, 14) else {}
+
+
+@row(*(["all_gather_single"] if GIVEN_OUTPUT else []), **GIVEN_OUTPUT)
+def functional_all_gather_into_a_given_output_goes_round_python_before_torch_2_14(g, rank):
     out = blank()
     ops.wait_tensor(ops.all_gather_into_tensor_out(data(rank), SIZE, g.group_name, out=out))
     return right(out, gathered(SIZE))
 
 
 @row("scatter", "all_gather_single_coalesced", compressed=1, scatter="op")
+def dtensor_shard_and_replicate(g, rank):
+    mesh = DeviceMesh.from_group(g, "cpu")
+    x = distribute_tensor(data(0), mesh, [Shard(0)]).redistribute(mesh, [Replicate()])
+    return right(x.to_local(), data(0))
+
+
+@row("scatter", "all_gather_single_coalesced", scatter="op", all_gather="weights")
 def dtensor_shard_and_full_tensor(g, rank):
     mesh = DeviceMesh.from_group(g, "cpu")
     return right(distribute_tensor(data(0), mesh, [Shard(0)]).full_tensor(), data(0))
 
 
-# --- older names, called as torch before 2.13 does --------------------------------------------------------------------
+# --- older names, called as torch 2.11 does --------------------------------------------------------------------
 
 
 @row("_allgather_base", compressed=1)
@@ -156,7 +179,13 @@ def grad_of(x: torch.Tensor) -> torch.Tensor:
     return x.grad
 
 
-@row("all_gather_single_coalesced", "reduce_scatter_single_coalesced", all_gather="autograd", reduce_scatter="op")
+@row(
+    "all_gather_single_coalesced",
+    "reduce_scatter_single_coalesced",
+    compressed=int(UNSEEN),
+    reduce_scatter="op",
+    **({} if UNSEEN else {"all_gather": "autograd"}),
+)
 def autograd_all_gather(g, rank):
     x = data(rank).requires_grad_()
     y = funcol.all_gather_tensor_autograd(x, 0, g)
@@ -164,7 +193,7 @@ def autograd_all_gather(g, rank):
     return right(y, gathered(SIZE)) and right(grad_of(x), torch.full((NUMEL,), 3.0 * SIZE))
 
 
-@row("all_to_all_single", "all_to_all_single", all_to_all=("autograd", 2))
+@row("all_to_all_single", "all_to_all_single", compressed=int(UNSEEN), all_to_all=("autograd", 2 - UNSEEN))
 def autograd_all_to_all(g, rank):
     x = data(rank).requires_grad_()
     y = funcol.all_to_all_single_autograd(x, [NUMEL // SIZE] * SIZE, [NUMEL // SIZE] * SIZE, g)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from tests.group.kit import NUMEL, close
+from compactdist import _torch
+from tests.group.kit import NUMEL, OLDER_NAMES, close
 
 SIZE = 2
 NO_DIFFERENCE: dict[str, Any] = {}
@@ -46,13 +47,19 @@ def row(
     compressed: int = 0,
     error: str = "",
     on_nccl_like: dict[str, Any] | None = NO_DIFFERENCE,
+    since: tuple[int, int] = _torch.CHECKED_VERSIONS[0],
     **passed: str | tuple[str, int],
 ) -> Any:
-    """``passed``: operation = reason, or (reason, calls)."""
+    """``reaches``: in torch 2.13; ``since``: the first version of torch that has the call; ``passed``: operation =
+    reason, or (reason, calls).
+    """
+    if _torch.VERSION < (2, 13):
+        reaches = tuple(OLDER_NAMES.get(name, name) for name in reaches)
     expected = {(op, r if isinstance(r, str) else r[0]): 1 if isinstance(r, str) else r[1] for op, r in passed.items()}
 
     def add(call: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
-        ROWS[call.__name__] = Row(call, list(reaches), compressed, expected, error, on_nccl_like)
+        if since <= _torch.VERSION:
+            ROWS[call.__name__] = Row(call, list(reaches), compressed, expected, error, on_nccl_like)
         return call
 
     return add

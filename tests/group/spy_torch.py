@@ -33,7 +33,7 @@ def all_gather_into_tensor(g, rank):
     return right(out, gathered(SIZE))
 
 
-@row("all_gather_single", compressed=1)
+@row("all_gather_single", compressed=1, since=(2, 13))
 def all_gather_single(g, rank):
     out = blank()
     dist.all_gather_single(out, data(rank), group=g)
@@ -142,7 +142,7 @@ def reduce_scatter_tensor(g, rank):
     return right(out, (data(0) + data(1)).chunk(SIZE)[rank])
 
 
-@row("reduce_scatter_single", reduce_scatter="op")
+@row("reduce_scatter_single", reduce_scatter="op", since=(2, 13))
 def reduce_scatter_single(g, rank):
     out = blank(1, NUMEL // SIZE)
     dist.reduce_scatter_single(out, data(rank), group=g)
@@ -154,6 +154,24 @@ def gather(g, rank):
     outs = blanks() if rank == 1 else None
     dist.gather(data(rank), outs, dst=1, group=g)
     return outs is None or right(torch.cat(outs), gathered(SIZE))
+
+
+GATHER_SINGLE = "RuntimeError: Backend gloo does not support gather_single"
+
+
+@row("gather_single", gather="op", error=GATHER_SINGLE, since=(2, 14))
+def gather_single_fails_as_on_gloo(g, rank):
+    dist.gather_single(data(rank), blank(), dst=1, group=g)
+
+
+@row("gather_single", gather="op", error=GATHER_SINGLE, since=(2, 14))
+def gather_into_tensor_fails_as_on_gloo(g, rank):
+    dist.gather_into_tensor(data(rank), blank(), dst=1, group=g)
+
+
+@row(since=(2, 14))
+def get_backend_impl(g, rank):
+    return dist.get_backend_impl(g) is g.inner._get_backend(torch.device("cpu"))
 
 
 @row("scatter", scatter="op")

@@ -85,7 +85,7 @@ def test_compiled_code_says_so_too():
 
         def with_output(x):
             out = torch.empty(size * NUMEL)
-            dist.all_gather_single(out, x, group=g)
+            dist.all_gather_into_tensor(out, x, group=g)
             return out + 0
 
         rewritten = torch.compile(with_output, backend="aot_eager")

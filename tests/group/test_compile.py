@@ -9,6 +9,7 @@ import torch.distributed._functional_collectives as funcol
 from torch.distributed.device_mesh import DeviceMesh
 
 import compactdist
+from compactdist import _torch
 from tests.group.kit import Counted, close
 from tests.launch import run_ranks
 
@@ -89,7 +90,10 @@ def unfit(g):
         receive.wait()
         return out + 1
 
-    return {"asynchronous": asynchronous, "batch": batch, "point_to_point": point_to_point}
+    functions = {"asynchronous": asynchronous}
+    if _torch.VERSION >= (2, 13):  # before, Dynamo fails on a point-to-point call of any subclass of ProcessGroup
+        functions |= {"batch": batch, "point_to_point": point_to_point}
+    return functions
 
 
 def compiled(function, backend, fullgraph):
@@ -165,5 +169,5 @@ def test_what_does_not_compile_whole_does_not_on_a_plain_group_either():
         return told
 
     told, _ = run_ranks(body, timeout=100, pg_timeout=60)
-    assert told[:3] == told[3:]
+    assert told[: len(told) // 2] == told[len(told) // 2 :]
     assert dict(told)["asynchronous"] != "compiles"

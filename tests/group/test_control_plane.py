@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -147,37 +146,6 @@ def test_ddp_reads_the_model_exactly_when_it_is_built():
             DistributedDataParallel(model, process_group=g)
         torch.testing.assert_close(model.weight, expected.weight, atol=0.05, rtol=0)
         assert counted.passed[("all_gather", "dtype")] >= 1  # the check of the parameters' shapes
-
-    run_ranks(body, pg_timeout=15)
-
-
-def sharded_step(group, seed):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    mesh = DeviceMesh.from_group(group, "cpu")
-    for layer in model:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    y = model(data(seed, 256).view(4, 64))
-    y.square().sum().backward()
-    return y.detach(), [p.grad.full_tensor() for p in model.parameters()]
-
-
-@pytest.mark.parametrize("step", [False, True])
-def test_fsdp2_weights_pass_before_a_step_and_where_a_rule_says_so(step):
-    def body(rank, size):
-        g = fresh(policy=compactdist.Rule("pass", op="all_gather"))
-        y, grads = sharded_step(g.inner, rank)
-        if step:
-            g.step()
-        with Counted(g) as counted:
-            wrapped, wrapped_grads = sharded_step(g, rank)
-        assert counted.compressed == 0
-        reasons = {reason for op, reason in counted.passed if op == "all_gather"}
-        assert reasons & ({"policy", "autograd"} if step else {"no-step"})
-        torch.testing.assert_close(wrapped, y)
-        for a, b in zip(wrapped_grads, grads, strict=True):
-            torch.testing.assert_close(a, b)
 
     run_ranks(body, pg_timeout=15)
 

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from compactdist import _torch
+
 ROOT = Path(__file__).resolve().parents[2]
 MOST_PYTHON_CALLS = 60
-MOST_FILES = 18
+MOST_FILES = 18 + (_torch.VERSION < (2, 13))  # before, torch enters by a name whose wrapper is in _torch.py
 
 
 def test_a_steady_all_gather_enters_few_frames_and_files(tmp_path):

@@ -143,3 +143,57 @@ def test_many_threads_never_share_an_ordinal():
     for t in threads:
         t.join(20)
     assert len(seen) == len(set(seen)) == 2000
+
+
+def steps(keys, *calls, site="a"):
+    """Steps that make so many calls each."""
+    for n in calls:
+        keys.tick()
+        for _ in range(n):
+            keys.take(site, "op")
+
+
+def test_a_step_may_stay_shorter_but_no_later_one_is_longer():
+    keys = KeyBook(label="group g, rank 1")
+    steps(keys, 2, 3, 1, 1, 1)
+    with pytest.raises(ConfigError, match=r"group g, rank 1: step 4 makes call 2 of 'a'"):
+        keys.take("a", "op")
+    assert keys.take("b", "op").site == "b#0", "other calls go on"
+    keys.restart()
+    steps(keys, 3, 3)
+
+
+@pytest.mark.parametrize("what", ["left out altogether", "key", "module", "before the first step", "given back"])
+def test_where_calls_can_be_told_apart(what):
+    keys = KeyBook()
+    if what == "left out altogether":
+        steps(keys, 3, 0, 0, 3)
+    elif what == "key":
+        with keys.prefixed("k"):
+            steps(keys, 3, 1, 3)
+    elif what == "module":
+        keys.push_module("m")
+        steps(keys, 3, 1, 3)
+    elif what == "before the first step":
+        keys.engaged = True
+        for _ in range(4):
+            keys.take("a", "op")
+        steps(keys, 2, 3)
+    else:
+        steps(keys, 2)
+        keys.give_back(keys.take("a", "op"))
+        steps(keys, 2, 3)
+
+
+def test_branches_and_requests_count_for_themselves():
+    keys = KeyBook()
+    with keys.prefixed("cond", branch=True):
+        steps(keys, 2, 1)
+        keys.tick()
+    steps(keys, 2)
+    with keys.within_request("r", Clock()), keys.prefixed("cond", branch=True):
+        steps(keys, 2, 2)
+    with keys.prefixed("cond", branch=True):
+        keys.take("a", "op")
+        with pytest.raises(ConfigError, match="call 2 of 'cond/a'"):
+            keys.take("a", "op")

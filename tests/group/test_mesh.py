@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import compactdist
-from compactdist.errors import ConfigError
+from compactdist import _torch
+from compactdist.errors import ClosedGroupError, ConfigError
 from tests.group.kit import Counted, close, data
 from tests.launch import run_ranks
 
@@ -48,7 +49,7 @@ def test_one_dimension_of_two_is_swapped_and_put_back():
         g.step()
         with Counted(g) as counted:
             x = distribute_tensor(whole, mesh, [Replicate(), Shard(0)])
-            assert close(x.full_tensor(), whole)
+            assert close(x.redistribute(placements=[Replicate(), Replicate()]).to_local(), whole)
         assert counted.compressed >= 1
         g.close()
         assert mesh.get_group("cp") is plain
@@ -128,6 +129,10 @@ def test_compiled_code_finds_the_group_of_a_sliced_mesh():
                 assert close(gathered(data(rank)), torch.cat([2 * data(r) + 1 for r in range(size)]))
             assert counted.compressed == 1
         group.close()
+        if _torch.VERSION < (2, 13):  # it compiles the name in and does not see that the mesh has another group
+            with pytest.raises(ClosedGroupError):
+                gathered(data(rank))
+            torch._dynamo.reset()
         assert torch.equal(gathered(data(rank)), torch.cat([2 * data(r) + 1 for r in range(size)]))
 
     run_ranks(body, timeout=60, pg_timeout=30)

@@ -316,7 +316,8 @@ def test_activations_within_a_spread_model_compress(compiled):
     run_ranks(body)
 
 
-def test_tensor_parallel_layers_compress():
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=slow)])
+def test_tensor_parallel_layers_compress(compiled):
     def body(rank, size):
         mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
         policy = [Rule("int8", op="all_reduce"), Rule("int8", op="reduce_scatter"), Rule("int8")]
@@ -331,6 +332,8 @@ def test_tensor_parallel_layers_compress():
             with Counted(group) as counted:
                 parallelize_module(model, mesh, styles)
             assert counted.compressed == 0
+            if compiled:
+                model.compile(backend="aot_eager")
             for one, right in zip(x, expected, strict=True):
                 with torch.no_grad(), group.step(), Counted(group) as counted:
                     y = model(one.chunk(size)[rank])

@@ -7,7 +7,7 @@ differ in data only. `run_program` runs one on a group (wrapped, or plain for co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -142,11 +142,16 @@ class Runner:
             self.results[index] = [t.clone() for t in outputs]
         self.works.clear()
 
-    def prefix(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        if not self.wrapped or not name:
-            return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def prefix(self, name: str) -> Iterator[None]:
+        """Enter a key or a branch; without a key calls are named as well, for steps differ in the number of calls."""
         kind, _, rest = name.partition(":")
-        return self.group.key(rest) if kind == "k" else self.group.branch(rest)
+        with contextlib.ExitStack() as entered:
+            if self.wrapped and kind == "b":
+                entered.enter_context(self.group.branch(rest))
+            if self.wrapped and (kind == "k" or self.group.current_step >= 0):
+                entered.enter_context(self.group.key(rest if kind == "k" else "other"))
+            yield
 
     def call(self, index: int, action: dict[str, Any]) -> None:
         with self.prefix(action["prefix"]):

@@ -99,7 +99,7 @@ def test_it_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> No
     first = next(line for line in lines if LONG in line)
     assert ("lowrank_int4" in first) == (width == 250)
     heads = next(line for line in lines if "codec" in line).split()
-    assert {"calls", "key", "GB", "TB", "ratio", "bits", "dB", "fwd", "recv"} <= {*heads}
+    assert {"calls", "key", "TB", "ratio", "bits", "dB", "fwd", "recv"} <= {*heads}
 
 
 def test_a_key_beyond_the_terminal_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:

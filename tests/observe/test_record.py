@@ -79,6 +79,20 @@ def test_recording_changes_nothing(tmp_path: Path) -> None:
     assert run_ranks(body, 2, timeout=60) == [True, True]
 
 
+def test_every_rank_writes_a_file_of_its_own(tmp_path: Path) -> None:
+    def body(rank: int, size: int) -> str:
+        dist = wrap()
+        with compactdist.record(dist, tmp_path / "in.a" / "trace.safetensors") as recording:
+            for t in range(2):
+                dist.step()
+                gather(dist, tensor(rank, t, N))
+        return recording.path
+
+    paths = run_ranks(body, 2, timeout=60)
+    assert paths == [str(tmp_path / "in.a" / f"trace-rank{rank}.safetensors") for rank in range(2)]
+    assert [Trace(path).metadata["rank"] for path in paths] == ["0 of 2", "1 of 2"]
+
+
 def test_evaluate_plays_what_was_recorded(tmp_path: Path) -> None:
     """The trace of a group without a hint gives the error that the group measured itself."""
 
@@ -95,7 +109,7 @@ def test_evaluate_plays_what_was_recorded(tmp_path: Path) -> None:
 
     worst = run_ranks(body, 2, timeout=60)
     for rank in range(2):
-        row = run_json("evaluate", tmp_path / f"t{rank}.safetensors", "--codec", "int2", "--json")["int2"]
+        row = run_json("evaluate", tmp_path / f"t{rank}.safetensors", "--codec", "int2", "--json", "-")["int2"]
         assert row["worst_step_rel_error"] == pytest.approx(worst[rank], rel=1e-6)
 
 
@@ -232,7 +246,7 @@ def test_too_much_is_said_at_the_end_and_no_rank_hangs(tmp_path: Path) -> None:
         ):
             loop()
         assert dist._engine.tap is None
-        return dist.stats().compressed_calls, recording.nbytes, path.exists()
+        return dist.stats().compressed_calls, recording.nbytes, Path(recording.path).exists()
 
     assert run_ranks(body, 2, timeout=60)[0] == (STEPS, 0, False)
 

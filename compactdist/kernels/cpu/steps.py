@@ -387,13 +387,10 @@ class _Sums(threading.local):
         team.prepare()
         self.blocks: list[Block | None] = [None, None, None]
 
-    def block(self, how: int) -> Block:
-        """The block for a way of copying."""
-        made = self.blocks[how]
-        if made is None:
-            work = Work(0, 0, address_of("checksum.sum_runs", how > 0, how > 1))
-            made = Block(address_of("checksum.sum_all"), {}, {call.FIRST_PASS: work})
-            self.blocks[how] = made
+    def make(self, how: int) -> Block:
+        """Make the block for a way of copying."""
+        work = Work(0, 0, address_of("checksum.sum_runs", how > 0, how > 1))
+        made = self.blocks[how] = Block(address_of("checksum.sum_all"), {}, {call.FIRST_PASS: work})
         return made
 
 
@@ -406,7 +403,8 @@ def weighted_sum(data: Tensor, copy: Tensor | None = None) -> int:
     """As ``reference/checksum.py``, of a whole number of words on the CPU that begin on 4 bytes and are contiguous."""
     nbytes = data.numel()
     copy_at = 0 if copy is None else copy.data_ptr()
-    block = _sums().block((copy is not None) * (1 + (nbytes >= STREAMED_NBYTES and copy_at % CACHE_LINE == 0)))
+    sums, how = _sums(), (copy is not None) * (1 + (nbytes >= STREAMED_NBYTES and copy_at % CACHE_LINE == 0))
+    block = sums.blocks[how] or sums.make(how)
     slots, words = block.slots, nbytes >> 2
     threads = torch.get_num_threads()
     _DYNAMIC.pack_into(block.buffer, 0, 0, 0, 0, 0, copy_at, data.data_ptr(), 0, 0, 0, threads, team.address, 0)

@@ -1,10 +1,16 @@
-"""xfuser and diffusers' context parallelism on a machine without an accelerator, with gloo.
+"""xfuser, diffusers' context parallelism and yunchang on a machine without an accelerator, with gloo.
 
     from compactdist_harness.cpu import xdit
     xdit.install()                       # before the first import of xfuser
 
     from compactdist_harness.cpu import diffusers
     diffusers.install()                  # before enable_parallelism()
+
+    from compactdist_harness.cpu import yunchang
+    yunchang.install()                   # for layers with AttnType.TORCH_FLASH
+
+    from compactdist_harness.cpu import cache_dit
+    cache_dit.install()                  # before cache_dit.enable_cache()
 
 A script of xDiT's that knows nothing of this runs as it is, with CUDA devices taken for the CPU (`pretend_cuda`):
 

@@ -26,13 +26,13 @@ def install() -> None:
     if torch.accelerator.device_count() == 0:
         torch.accelerator.device_count = lambda: 1
     # The native backend, the only one for CPU tensors, returns no log-sum-exp.
-    native = attention_dispatch._native_attention_forward_op
-    if not hasattr(native, _MARK):
-        attention_dispatch._native_attention_forward_op = _with_lse(native)
+    attention_dispatch._native_attention_forward_op = with_lse(attention_dispatch._native_attention_forward_op)
 
 
-def _with_lse(native: Callable[..., Any]) -> Callable[..., Any]:
-    """diffusers' native attention, with the log-sum-exp where the caller asks for it."""
+def with_lse(native: Callable[..., Any]) -> Callable[..., Any]:
+    """Native attention as diffusers defines it, with the log-sum-exp where the caller asks for it."""
+    if hasattr(native, _MARK):
+        return native
 
     def attention(
         ctx: Any,

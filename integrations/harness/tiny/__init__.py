@@ -75,7 +75,7 @@ def build(model: str, *, steps: int = 8, batch: int = 1) -> tuple[Any, dict[str,
 
 
 def save(model: str, folder: Path | str) -> None:
-    """Write a complete pipeline folder of 4 to 9 MB, for `from_pretrained(folder)`, as published checkpoints are.
+    """Write a complete pipeline folder of 4 to 10 MB, for `from_pretrained(folder)`, as published checkpoints are.
 
     It holds the transformer of `build`, and text encoders, tokenizers (one token a character) and a VAE, all small and
     random. Every process writes the same files.

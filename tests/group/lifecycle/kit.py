@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -46,6 +47,15 @@ def keyframes(dist: Any) -> dict[str, tuple[int, int]]:
 
 def nmse(y: torch.Tensor, x: torch.Tensor) -> float:
     return float((y.double() - x.double()).square().sum() / x.double().square().sum())
+
+
+def warnings_from_now_on() -> list[str]:
+    """A list that grows by the text of every warning of ours."""
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("compactdist").addHandler(handler)
+    return texts
 
 
 def finish(dist: Any) -> dict[str, Any]:

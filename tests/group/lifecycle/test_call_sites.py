@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed
 
+from compactdist.errors import ConfigError
 from tests.group.lifecycle import kit
 from tests.launch import run_ranks
 from tests.lockstep import compare
@@ -28,17 +29,38 @@ def test_calls_are_told_apart_by_their_ordinal():
     assert compare.check(run_ranks(body)) == 5
 
 
-def test_a_call_left_out_shifts_keys_but_both_ends_agree():
+def test_after_a_left_out_nameless_call_nothing_pairs_other_sites():
     def body(rank, world_size):
+        warnings = kit.warnings_from_now_on()
         with kit.wrap() as dist:
-            for t in range(4):
+
+            def step(t, *calls):
                 dist.step()
-                for call in range(3):
-                    if t == 2 and call == 0:
-                        continue
+                for call in calls:
                     x = kit.tensor(rank + 10 * call, t)
-                    out = kit.gather(dist, x)
-                    assert kit.nmse(out, kit.gather_exact(x)) < 0.1
+                    assert kit.nmse(kit.gather(dist, x), kit.gather_exact(x)) < 0.1
+                    with dist.key(f"named {call}"):
+                        kit.gather(dist, x)
+
+            step(0, 0, 1, 2)
+            step(1, 0, 1, 2)
+            step(2, 1, 2)  # the first call is left out: its site gets the second's tensor
+            assert warnings == []
+            step(3, 0, 1)
+            (told,) = warnings
+            assert f"rank {rank}: step 2 made fewer calls 'all_gather' than the step before (3 before, 2 now)" in told
+            counts = dict(dist._keys.clock.counts)
+            with pytest.raises(ConfigError, match=rf"rank {rank}: step 3 makes call 3 of 'all_gather'.*reset\(\)"):
+                kit.gather(dist, kit.tensor(rank))
+            assert counts == dist._keys.clock.counts
+            dist.check()
+            assert kit.keyframes(dist)["named 2/all_gather#0"] == (3, 1), "names keep their histories"
+            dist.reset()
+            for t in range(3):
+                step(t, 0, 1, 2)
+            step(3, 0)
+            dist.step()
+            assert len(warnings) == 1
             return kit.finish(dist)
 
     compare.check(run_ranks(body))

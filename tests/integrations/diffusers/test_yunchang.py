@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("yunchang")
 
 import compactdist
+from compactdist_harness.cpu import yunchang as yunchang_on_cpu
 from tests.integrations.diffusers.kit import relative_error
 from tests.launch import run_ranks
 
@@ -19,13 +20,11 @@ B, S, H, D, STEPS = 1, 64, 4, 32, 4
 @pytest.mark.parametrize(("route", "calls"), [("ring", 2), ("ulysses", 4)])
 def test_long_context_attention(route: str, calls: int) -> None:
     def body(rank: int, size: int) -> None:
-        import yunchang.kernels.attention as kernels
         from yunchang import LongContextAttention, set_seq_parallel_pg
         from yunchang.globals import PROCESS_GROUP
         from yunchang.kernels import AttnType
 
-        # yunchang calls the CUDA kernel of this name
-        kernels._scaled_dot_product_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        yunchang_on_cpu.install()
         degrees = (size, 1) if route == "ulysses" else (1, size)
         set_seq_parallel_pg(*degrees, rank, size)
         name = f"{route.upper()}_PG"

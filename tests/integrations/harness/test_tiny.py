@@ -70,6 +70,7 @@ def test_a_saved_folder_is_complete(model: str, tmp_path: Path, monkeypatch: pyt
     folders = [tmp_path / "a" / "b", tmp_path / "again"]
     files = [sorted(p.relative_to(f) for p in f.rglob("*.safetensors")) for f in folders]
     assert files[0] == files[1]
+    assert 4e6 <= sum(path.stat().st_size for path in folders[0].rglob("*")) <= 10e6
     for file in files[0]:
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import compactdist
 from compactdist_harness.cpu import xdit as xdit_on_cpu
+from compactdist_harness.cpu import yunchang as yunchang_on_cpu
 from compactdist_xdit import enable
 from tests.integrations.xdit.ranks import hand_in
 
@@ -25,7 +26,6 @@ torch.set_num_threads(1)
 os.environ.setdefault("LOG_LEVEL", "error")
 xdit_on_cpu.install()
 import xfuser.envs as envs  # noqa: E402
-import yunchang.kernels.attention as kernels  # noqa: E402
 import yunchang.ring.utils as ring_utils  # noqa: E402
 from diffusers import FlowMatchEulerDiscreteScheduler  # noqa: E402
 from xfuser.core.distributed import (  # noqa: E402
@@ -36,7 +36,7 @@ from xfuser.core.distributed import (  # noqa: E402
 from yunchang.globals import PROCESS_GROUP  # noqa: E402
 from yunchang.kernels import AttnType  # noqa: E402
 
-kernels._scaled_dot_product_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+yunchang_on_cpu.install()
 if not hasattr(ring_utils, "update_npu_out"):  # yunchang 0.6.4 lacks what xfuser 0.7.0 imports for NPUs
     ring_utils.update_npu_out = None
 for name in [name for name in sys.modules if name.startswith("xfuser.core.long_ctx_attention")]:

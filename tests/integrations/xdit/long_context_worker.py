@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import compactdist
 from compactdist_harness.cpu import xdit as xdit_on_cpu
+from compactdist_harness.cpu import yunchang as yunchang_on_cpu
 from compactdist_xdit.long_context import LongContextSites
 from compactdist_xdit.sites import Sites
 
@@ -118,9 +119,7 @@ def xfuser_ring(size: int, codec: str) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     xdit_on_cpu.install()
-    import yunchang.kernels.attention as kernels
-
-    kernels._scaled_dot_product_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    yunchang_on_cpu.install()
     dist.init_process_group("gloo")
     results = {}
     for codec in ("raw", "int4"):

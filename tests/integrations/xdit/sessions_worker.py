@@ -76,25 +76,4 @@ with enable(two, codec="int4") as handle:
     draw(two, small)
     seen["batch changes"] = same(draw(two, two_kwargs), at_two)
 
-# under torch.compile, compiled before and after enable
-for when in ("before", "after"):
-    pipe, kwargs = parallel_tiny("flux", **degrees)
-    module = pipe.module.transformer
-    compiled = torch.compile(module.forward, backend="eager")
-    if when == "before":
-        module.forward = compiled
-    with enable(pipe, codec="int4") as handle:
-        if when == "after":
-            module.forward = compiled
-        latents = draw(pipe, kwargs)
-        stats = handle.stats()[route]
-        seen[f"compiled {when}"] = {
-            "calls": stats.compressed_calls,
-            "passed": stats.passed_through,
-            "ratio": stats.ratio,
-            "error": -1.0
-            if latents is None or uncompressed is None
-            else float((latents - uncompressed).norm() / uncompressed.norm()),
-        }
-
 hand_in(seen, out)

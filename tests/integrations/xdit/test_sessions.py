@@ -1,4 +1,4 @@
-"""Pipelines and requests that meet in one process stay apart, also when compiled or interleaved."""
+"""Pipelines and requests that meet in one process stay apart, also when interleaved."""
 
 from __future__ import annotations
 
@@ -36,11 +36,4 @@ def test_sessions(route: str, tmp_path: Path) -> None:
     for seen in ranks:
         assert all(seen[name] for name in MUST_HOLD), seen
         assert "already enabled for this pipeline" in seen["twice"]
-        for when in ("before", "after"):
-            compiled = seen[f"compiled {when}"]
-            # 4 layers, 8 steps; Ulysses sends the stacked inputs and the output
-            assert compiled["calls"] == (64 if route == "ulysses" else 32)
-            assert compiled["passed"] == 0
-            assert compiled["error"] <= 1e-2
     assert ranks[1]["compressed"]  # this rank has the output
-    assert ranks[1]["compiled before"]["error"] > 0

@@ -1,0 +1,42 @@
+"""The Python code of a documentation page is one program, which two CPU ranks run as it stands."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+if any(importlib.util.find_spec(name) is None for name in ("diffusers", "xfuser", "triton", "yunchang")):
+    pytest.skip("xfuser is not installed", allow_module_level=True)
+
+# xfuser's and gloo's threads may outlive an orderly exit
+END = "\nimport os, sys\ntorch.distributed.barrier()\nsys.stdout.flush()\nos._exit(0)\n"
+
+
+@pytest.mark.xdit
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("page", "snippets", "tables"), [("xdit", 4, 2), ("diffusers", 3, 3)])
+def test_page(page: str, snippets: int, tables: int, tmp_path: Path) -> None:
+    found = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(found) == snippets
+    script = tmp_path / f"{page}_page.py"  # not diffusers.py, which would be imported for diffusers
+    script.write_text("\n".join(found) + END)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=220,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # every rank prints its tables, and nothing that they count went uncompressed
+    assert len(re.findall(r"total: [1-9]\d* compressed and 0 passed-through calls", done.stdout)) == 2 * tables
