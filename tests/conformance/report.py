@@ -33,7 +33,7 @@ def judge(results: Results, *, whole: bool = True) -> list[str]:
     """What is wrong with a run, as sentences; nothing if it conforms.
 
     Args:
-        results: as in ``results.json``.
+        results: of one inner group, as in the committed lists.
         whole: all tests were run, so that their number counts.
     """
     wrong = []
