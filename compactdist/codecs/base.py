@@ -154,9 +154,10 @@ class Session:
     Attributes:
         codec, view, dtype, device: as given to ``Codec.open``.
         payload_nbytes: bytes of every payload of this stream.
+        checksum: of the payload that the last ``encode`` wrote, if it was summed up on the way, else ``None``.
     """
 
-    __slots__ = ("codec", "device", "dtype", "payload_nbytes", "view")
+    __slots__ = ("checksum", "codec", "device", "dtype", "payload_nbytes", "view")
 
     remembers: ClassVar[bool] = False
     """Whether ``commit``, ``rollback`` and ``prepare`` do anything; if not, callers may leave these calls out."""
@@ -167,6 +168,7 @@ class Session:
         self.dtype = dtype
         self.device = device
         self.payload_nbytes = codec.payload_nbytes(view.shape, torch.float32)
+        self.checksum: int | None = None
 
     @torch.no_grad()
     def encode(

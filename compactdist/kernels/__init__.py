@@ -32,7 +32,13 @@ _log = logging.getLogger("compactdist")
 
 
 class Steps(Protocol):
-    """The steps of one stream, prepared once: everything that does not change between two steps is held here."""
+    """The steps of one stream, prepared once: everything that does not change between two steps is held here.
+
+    Attributes:
+        checksum: of the payload that the last :meth:`encode` wrote, if it was summed up on the way, else ``None``.
+    """
+
+    checksum: int | None
 
     def encode(self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor) -> bool:
         """Write the payload of ``x`` less the sum of ``terms``, and to ``out`` what :meth:`decode` will give.

@@ -244,7 +244,7 @@ class StreamEncoder(StreamState):
             raise
         if value is not None and out is None:
             session.decode(payload, terms, value)
-        checksum = form.checksum(payload)
+        checksum = form.checksum(payload) if session.checksum is None else session.checksum
         exact = None if own is None else _own(flat)
         staged = Staged(frame, header, checksum, value, terms, exact, session=session)
         searches = not self._searched and not header.layout

@@ -235,12 +235,11 @@ def test_what_is_large_and_begins_a_cache_line_goes_past_the_caches():
     steps = _steps(codecs.get("int8"), view)
     session = codecs.get("int8").open(view, torch.float32, torch.device("cpu"))
     x, room = torch.randn(view.numel), torch.empty(view.numel + 64)
-    payload = torch.empty(session.payload_nbytes + 64, dtype=torch.uint8)
-    assert room.data_ptr() % 64 == payload.data_ptr() % 64 == 0
+    payload = torch.empty(session.payload_nbytes, dtype=torch.uint8)
+    assert room.data_ptr() % 64 == 0
     for shift in (0, 1):
-        assert steps.encode(x, (), room[shift:][: view.numel], payload[16 * shift :][: session.payload_nbytes])
-        slots = steps._encoders[False].slots
-        assert (slots[call.OUT_STREAMS], slots[call.CODES_STREAM]) == (1 - shift, 0 if shift else 1)
+        assert steps.encode(x, (), room[shift:][: view.numel], payload)
+        assert steps._encoders[False].slots[call.OUT_STREAMS] == 1 - shift
     small = _steps(codecs.get("int8"), plain(1 << 16, 1, 1024))
     assert small.encode(
         x[: 1 << 16], (), room[: 1 << 16], payload[: codecs.get("int8").payload_nbytes((64, 1024), x.dtype)]

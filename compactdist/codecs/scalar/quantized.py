@@ -219,7 +219,11 @@ class ScalarSession(Session):
     ) -> None:
         if self._chosen_under is not kernels.choice.forced:
             self._choose()
-        if row_weights is not None or self._steps is None or not self._steps.encode(x, terms, out, payload):
+        steps = self._steps
+        if row_weights is None and steps is not None and steps.encode(x, terms, out, payload):
+            self.checksum = steps.checksum
+        else:
+            self.checksum = None
             self._encode_by_reference(x, terms, out, payload, row_weights)
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ import numpy as np
 
 from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import LINEAR
+from compactdist.kernels.cpu.checksum import sum_between
 from compactdist.kernels.cpu.elements import (
     ask_for,
     bound_of,
@@ -49,8 +50,9 @@ from compactdist.kernels.cpu.simd.sixteen import (
     store_bf16,
     store_sixteen,
 )
-from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT, bytes_at, next_part, own_room
+from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT, add_to, bytes_at, next_part, own_room, words_at
 from compactdist.kernels.cpu.simd.vectors import as_floats, lane_mask, level_of, magnitude, negative, where, zeros
+from compactdist.kernels.cpu.simd.words import all_of, no_sums
 from compactdist.kernels.reference import LANES
 
 _f32 = np.float32
@@ -59,7 +61,8 @@ _BORDERS = call.BORDERS
 _OUT = call.OUT
 _CODES = call.CODES
 _OUT_STREAMS = call.OUT_STREAMS
-_CODES_STREAM = call.CODES_STREAM
+_ROW_WORDS = call.ROW_WORDS
+_SUM = call.SUM
 _CHANNELS = call.CHANNELS
 _NUMEL = call.NUMEL
 _OWN_EACH = call.OWN_EACH
@@ -113,10 +116,10 @@ def find_moments(given: Any, at: int, kept: int, count: int, have: int, sums: An
 @inlined
 def code_nearest(given: Any, at: int, kept: int, count: int, have: int, sums: Any) -> Any:
     """Codes, levels in the place of residuals, and by lanes the sums for the fit of the scale to them."""
-    values, to, bits, search, levels, inverse = given
+    values, packed, bits, search, levels, inverse = given
     value = load(values, kept)
     codes = nearest_codes(value, magnitude(value) * inverse, search, False)
-    store_codes(codes, bits, to, at, count)
+    store_codes(codes, bits, packed, at, count)
     level = level_of(levels, codes, bits)
     if count < LANES:
         level = where(lane_mask(count), level, zeros())
@@ -145,10 +148,10 @@ def find_reach(given: Any, at: int, kept: int, count: int, have: int, bits: Any)
 @inlined
 def code_reaching(given: Any, at: int, kept: int, count: int, have: int, c: Any) -> Any:
     """Codes of integers or float8, and what the receiver makes of them."""
-    source, target, stores, to, values, inverse, kind = given
+    source, target, stores, packed, values, inverse, kind = given
     value = load(values, kept)
     codes, change = reaching(kind, value * inverse, value < _f32(0), c)
-    store_codes(codes, -8 if kind == LINEAR else 8, to, at, count)
+    store_codes(codes, -8 if kind == LINEAR else 8, packed, at, count)
     if stores:
         put(expected_at(source, at, have), change, target, at, have)
     return c
@@ -221,10 +224,10 @@ def block_nearest(dtype: str, one: bool, bits: int, borders: int) -> Any:
 
     def body(args: Any) -> int:
         wanted, table = args[_OUT] != 0, table_of(args)
-        given, target, to = (
+        given, target, packed = (
             source_of(args, elements_at, one),
             (elements_at(args, _OUT), args[_OUT_STREAMS] != 0),
-            (bytes_at(args, _CODES), args[_CODES_STREAM] != 0),
+            bytes_at(args, _CODES),
         )
         levels, search, scales = (
             sixteen_at(table, 0),
@@ -240,6 +243,7 @@ def block_nearest(dtype: str, one: bool, bits: int, borders: int) -> Any:
         one_fit, two_fit = _cleared(stack_floats(256)), _cleared(stack_floats(256))
         c = folded_rows(one_sum, False)
         safe = is_safe(c)
+        words, row_words, sums = words_at(args, _CODES), args[_ROW_WORDS], no_sums()
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:
             before, earlier = 0, 0
@@ -252,13 +256,14 @@ def block_nearest(dtype: str, one: bool, bits: int, borders: int) -> Any:
                         fold_in(two[0], one_sum, b)
                         fold_in(two[1], two_sum, b)
                     if b < before:
-                        codes = known, to, bits, search, levels, inverses[b]
+                        codes = known, packed, bits, search, levels, inverses[b]
                         two = _for_block(code_nearest, codes, at - most * n, at_kept, n, numel, (zeros(), zeros()))
                         fold_in(two[0], one_fit, b)
                         fold_in(two[1], two_fit, b)
                     if b < earlier:
                         found = given, target, old
                         _for_block(restore_levels, found, at - 2 * most * n, at_kept, n, numel, as_floats(cs[b]))
+                sums = sum_between(sums, words, (first - most) * row_words, (first - most + before) * row_words)
                 fitted = storable(over(folded_rows(one_fit, False), folded_rows(two_fit, False)), False)
                 fitted = choose(c > _f32(0), fitted, c)
                 store_sixteen(fitted, cs)
@@ -270,6 +275,7 @@ def block_nearest(dtype: str, one: bool, bits: int, borders: int) -> Any:
                 before, earlier = blocks, before if wanted else 0
             lo, hi = next_part(args, _FIRST_PASS)
         settle_streams()
+        add_to(args, _SUM, all_of(sums))
         if not everywhere(safe):
             args[_BAD] = 1
         return 0
@@ -283,16 +289,17 @@ def block_reaching(dtype: str, one: bool, kind: int) -> Any:
 
     def body(args: Any) -> int:
         wanted = args[_OUT] != 0
-        given, target, to = (
+        given, target, packed = (
             source_of(args, elements_at, one),
             (elements_at(args, _OUT), args[_OUT_STREAMS] != 0),
-            (bytes_at(args, _CODES), args[_CODES_STREAM] != 0),
+            bytes_at(args, _CODES),
         )
         n, numel, stride, most = _sizes(args, _LITTLE)
         new, scales, steps = own_room(args, _FIRST_PASS), stored_scales(args), bound_of(table_of(args))
         known = shifted(new, args[_OWN_EACH] // 3)
         inverses, cs, room = stack_floats(16), stack_floats(16), _cleared(stack_floats(256))
         safe = is_safe(folded_rows(room, True))
+        words, row_words, sums = words_at(args, _CODES), args[_ROW_WORDS], no_sums()
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:
             before = 0
@@ -303,8 +310,9 @@ def block_reaching(dtype: str, one: bool, kind: int) -> Any:
                     if b < blocks:
                         fold_in(_for_block(find_reach, (given, new), at, at_kept, n, numel, no_bits()), room, b)
                     if b < before:
-                        codes = given, target, wanted, to, known, inverses[b], kind
+                        codes = given, target, wanted, packed, known, inverses[b], kind
                         _for_block(code_reaching, codes, at - most * n, at_kept, n, numel, as_floats(cs[b]))
+                sums = sum_between(sums, words, (first - most) * row_words, (first - most + before) * row_words)
                 largest = folded_rows(room, True)
                 safe, c = both(safe, is_safe(largest)), storable(largest / steps, True)
                 store_sixteen(c, cs)
@@ -313,6 +321,7 @@ def block_reaching(dtype: str, one: bool, kind: int) -> Any:
                 new, known, before = known, new, blocks
             lo, hi = next_part(args, _FIRST_PASS)
         settle_streams()
+        add_to(args, _SUM, all_of(sums))
         if not everywhere(safe):
             args[_BAD] = 1
         return 0

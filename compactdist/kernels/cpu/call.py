@@ -14,23 +14,25 @@ from __future__ import annotations
 from typing import NamedTuple
 
 (
-    X, BASE, VELOCITY, TERMS, OUT, PAYLOAD, CODES, OUT_STREAMS, CODES_STREAM, THREADS, TEAM, SCRATCH, DYNAMIC,
-) = range(13)  # fmt: skip
+    X, BASE, VELOCITY, TERMS, OUT, PAYLOAD, CODES, OUT_STREAMS, THREADS, TEAM, SCRATCH, DYNAMIC,
+) = range(12)  # fmt: skip
 """``CODES``: where loops write and read codes: in the payload, or in the scratch memory where they are packed apart."""
 
 (
     ROW_AT, CHUNK_AT, CHUNK_FROM, CHUNK_LEN, CHUNKS, GROUPS, ROWS, CHANNELS, NUMEL, ROW_COUNT, ELEMENTS, TILES, KIND,
     APART, WEIGHTED, SHARED, WIDENING, TABLE, CODES_NBYTES, ROW_SCALES_AT, ROW_SCALE_COUNT, CHANNEL_SCALES_AT,
     SCALE_COUNT, TOTAL_NBYTES, BAD, STAT_ROOM, T_ROOM, INVERSE_T_ROOM, NORMS_ROOM, WEIGHTS_ROOM, FIRST_ROOM,
-    SECOND_ROOM, C_ROOM, INVERSE_C_ROOM, OWN_ROOM, OWN_EACH, BITS,
-) = range(DYNAMIC, DYNAMIC + 37)  # fmt: skip
-"""``OWN_EACH``: float32 that each worker has for itself, one after the other from ``OWN_ROOM`` on."""
+    SECOND_ROOM, C_ROOM, INVERSE_C_ROOM, OWN_ROOM, OWN_EACH, BITS, ROW_WORDS, SUM,
+) = range(DYNAMIC, DYNAMIC + 39)  # fmt: skip
+"""``OWN_EACH``: float32 that each worker has for itself, one after the other from ``OWN_ROOM`` on. ``ROW_WORDS``: words
+of the codes of each row or block; 0 if the payload is not summed up. ``SUM``: its checksum.
+"""
 
 U, V, RANK, NUMBERS, GAINS, SQUARES, LENGTH, REFITS, LEVELS, SCALES, NEAR = range(KIND, KIND + 11)
 """Of ``lowrank.py`` alone. ``NUMBERS``: float32 that a loop takes; which, it says."""
 
-WORDS, SUM = range(KIND, KIND + 2)
-"""Of ``checksum.py`` alone: how many words there are, and their sum."""
+WORDS = KIND
+"""Of ``checksum.py`` alone: how many words there are."""
 
 RUN = 1024
 """Words of a checksum that one thread takes at a time."""

@@ -1,6 +1,7 @@
-"""The checksum of bytes, a sum of words on threads, and a copy of them on the way; compiled by Numba.
+"""The checksum of bytes, see ``reference/checksum.py``: a sum of words on threads, compiled by Numba.
 
-See ``reference/checksum.py``.
+Bytes may be copied on the way. Loops that write codes add up those of each row, or of a few blocks, while these are in
+the nearest cache.
 """
 
 from __future__ import annotations
@@ -8,16 +9,37 @@ from __future__ import annotations
 from typing import Any
 
 from compactdist.kernels.cpu import call
-from compactdist.kernels.cpu.elements import AHEAD
+from compactdist.kernels.cpu.simd.elements import Pointer
+from compactdist.kernels.cpu.simd.jit import inlined
 from compactdist.kernels.cpu.simd.memory import load, load_first, prefetch, settle_streams, store, store_first, stream
 from compactdist.kernels.cpu.simd.slots import add_to, next_part, run, words_at
 from compactdist.kernels.cpu.simd.words import all_of, next_weights, no_sums, weighed, weights_from
 from compactdist.kernels.reference import LANES
 
-__all__ = ["sum_all", "sum_runs"]
+__all__ = ["add_rest", "sum_all", "sum_between", "sum_runs"]
 
 _RUN = call.RUN
 _PAYLOAD, _OUT, _WORDS, _SUM, _FIRST_PASS = call.PAYLOAD, call.OUT, call.WORDS, call.SUM, call.FIRST_PASS
+_CODES_NBYTES, _TOTAL_NBYTES = call.CODES_NBYTES, call.TOTAL_NBYTES
+
+_AHEAD = 2048
+"""Words between those that are added and those that are asked for."""
+
+
+@inlined
+def sum_between(sums: Any, words: Pointer, start: int, end: int) -> Any:
+    """Sums with the words from ``start`` to ``end`` added."""
+    whole, weights = start + (end - start) // LANES * LANES, weights_from(start)
+    for n in range(start, whole, LANES):
+        sums, weights = weighed(sums, load(words, n), weights), next_weights(weights)
+    return weighed(sums, load_first(words, whole, end - whole), weights) if whole < end else sums
+
+
+@inlined
+def add_rest(args: Any) -> None:
+    """Add what follows the codes of a payload to the block's sum."""
+    first, end = args[_CODES_NBYTES] >> 2, args[_TOTAL_NBYTES] >> 2
+    add_to(args, _SUM, all_of(sum_between(no_sums(), words_at(args, _PAYLOAD), first, end)))
 
 
 def sum_runs(copies: bool, streams: bool) -> Any:
@@ -33,7 +55,7 @@ def sum_runs(copies: bool, streams: bool) -> Any:
             start, end = lo * _RUN, min(hi * _RUN, count)
             whole, weights = end // LANES * LANES, weights_from(start)
             for n in range(start, whole, LANES):
-                prefetch(words, n + AHEAD)
+                prefetch(words, n + _AHEAD)
                 some = load(words, n)
                 if streams:
                     stream(some, out, n)

@@ -9,6 +9,7 @@ from typing import Any
 
 from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import SIGN
+from compactdist.kernels.cpu.checksum import add_rest
 from compactdist.kernels.cpu.elements import grain_of, table_of
 from compactdist.kernels.cpu.scales import read_channel_scales, read_row_scales, settle_channels, settle_rows
 from compactdist.kernels.cpu.simd.elements import Pointer
@@ -35,6 +36,7 @@ _FIRST_PASS = call.FIRST_PASS
 _FOLD = call.FOLD
 _SECOND_PASS = call.SECOND_PASS
 _APART_PASS = call.APART_PASS
+_SUM = call.SUM
 
 
 @inlined
@@ -56,6 +58,7 @@ def encode_rows() -> Any:
 
     def body(args: Any) -> int:
         _clear_padding(args)
+        args[_SUM] = 0
         run(args, _FIRST_PASS)
         if not settle_rows(args, grain_of(table_of(args))):
             return 0
@@ -65,6 +68,7 @@ def encode_rows() -> Any:
             run(args, _SECOND_PASS)
         if args[_APART] != 0:
             run(args, _APART_PASS)
+        add_rest(args)
         return 1
 
     return body
@@ -75,12 +79,14 @@ def encode_blocks() -> Any:
 
     def body(args: Any) -> int:
         _clear_padding(args)
+        args[_SUM] = 0
         args[_BAD] = 0
         run(args, _FIRST_PASS)
         if args[_BAD] != 0:
             return 0
         if args[_APART] != 0:
             run(args, _APART_PASS)
+        add_rest(args)
         return 1
 
     return body

@@ -23,6 +23,7 @@ import numpy as np
 
 from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import LINEAR
+from compactdist.kernels.cpu.checksum import sum_between
 from compactdist.kernels.cpu.elements import (
     AHEAD,
     ask_for,
@@ -44,8 +45,18 @@ from compactdist.kernels.cpu.simd.ints import bits_of_magnitude, larger, largest
 from compactdist.kernels.cpu.simd.jit import inlined
 from compactdist.kernels.cpu.simd.memory import load, load_first, settle_streams, sixteen_at, store, store_first
 from compactdist.kernels.cpu.simd.packing import store_codes, store_mask
-from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT, bytes_at, longs_at, next_part, own_room, room_at
+from compactdist.kernels.cpu.simd.slots import (
+    ELEMENTS_AT,
+    add_to,
+    bytes_at,
+    longs_at,
+    next_part,
+    own_room,
+    room_at,
+    words_at,
+)
 from compactdist.kernels.cpu.simd.vectors import folded, level_of, magnitude, where, zeros
+from compactdist.kernels.cpu.simd.words import all_of, no_sums
 from compactdist.kernels.reference import LANES
 from compactdist.kernels.reference import TILE_ROWS as TILE
 
@@ -76,7 +87,8 @@ _INVERSE_C_ROOM = call.INVERSE_C_ROOM
 _OUT = call.OUT
 _CODES = call.CODES
 _OUT_STREAMS = call.OUT_STREAMS
-_CODES_STREAM = call.CODES_STREAM
+_ROW_WORDS = call.ROW_WORDS
+_SUM = call.SUM
 
 
 @inlined
@@ -252,6 +264,7 @@ def _for_rows(step: Any, given: Any, args: Any, offsets: Any, weights: Any) -> N
     """
     row_at, (chunk_at, chunk_from, chunk_len, chunks), rows, channels, numel, _ = offsets
     t, inverse_t = weights
+    words, row_words, sums = words_at(args, _CODES), args[_ROW_WORDS], no_sums()
     lo, hi = next_part(args, _SECOND_PASS)
     while lo < hi:
         for row in range(lo, hi):
@@ -264,19 +277,21 @@ def _for_rows(step: Any, given: Any, args: Any, offsets: Any, weights: Any) -> N
                     step(given, pair, at + j, channel + j, code + j, LANES, LANES)
                 for j in range(whole, n, LANES):
                     step(given, pair, at + j, channel + j, code + j, n - j, have - j)
+            sums = sum_between(sums, words, row * row_words, (row + 1) * row_words)
         lo, hi = next_part(args, _SECOND_PASS)
     settle_streams()
+    add_to(args, _SUM, all_of(sums))
 
 
 @inlined
 def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
-    source, target, to, cs, inverses, levels, bits, search, trits, stores = given
+    source, target, packed, cs, inverses, levels, bits, search, trits, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
     value = load_first(source[0], at, have) - expected
     u = magnitude(value) * load_first(inverses, channel, count) * weights[1]
     codes = nearest_codes(value, u, search, trits)
-    store_codes(codes, bits, to, code, count)
+    store_codes(codes, bits, packed, code, count)
     if stores:
         change = (load_first(cs, channel, count) * weights[0]) * level_of(levels, codes, bits)
         put(expected, change, target, at, have)
@@ -284,14 +299,14 @@ def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: 
 
 @inlined
 def _reaching(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
-    source, target, to, cs, inverses, kind, stores = given
+    source, target, packed, cs, inverses, kind, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
     value = load_first(source[0], at, have) - expected
     u = value * load_first(inverses, channel, count) * weights[1]
     scale = load_first(cs, channel, count) * weights[0]
     codes, change = reaching(kind, u, value < _f32(0), scale)
-    store_codes(codes, -8 if kind == LINEAR else 8, to, code, count)
+    store_codes(codes, -8 if kind == LINEAR else 8, packed, code, count)
     if stores:
         put(expected, change, target, at, have)
 
@@ -316,7 +331,7 @@ def code_nearest(dtype: str, one: bool, bits: int, borders: int, trits: bool) ->
         given = (
             source_of(args, elements_at, one),
             (elements_at(args, _OUT), args[_OUT_STREAMS] != 0),
-            (bytes_at(args, _CODES), args[_CODES_STREAM] != 0),
+            bytes_at(args, _CODES),
             room_at(args, _C_ROOM),
             room_at(args, _INVERSE_C_ROOM),
             sixteen_at(table, 0),
@@ -339,7 +354,7 @@ def code_reaching(dtype: str, one: bool, kind: int) -> Any:
         given = (
             source_of(args, elements_at, one),
             (elements_at(args, _OUT), args[_OUT_STREAMS] != 0),
-            (bytes_at(args, _CODES), args[_CODES_STREAM] != 0),
+            bytes_at(args, _CODES),
             room_at(args, _C_ROOM),
             room_at(args, _INVERSE_C_ROOM),
             kind,

@@ -130,7 +130,7 @@ class Plan(NamedTuple):
     def encoder(self, one: bool) -> Block:
         """A block for encoding, with just ``one`` term or any number."""
         at, dtype, sign = self.sections, self.dtype, self.kind == SIGN
-        works: dict[int, Work] = {}
+        slots, works = self.slots | {call.ROW_WORDS: self.row_words}, {}
         if self.by_block:
             if sign:
                 body = address_of("blocks.block_signs", dtype, one)
@@ -156,7 +156,15 @@ class Plan(NamedTuple):
             works[call.SECOND_PASS] = Work(self.offsets.row_at.size, at.elements, body, True)
         if self.apart:
             works[call.APART_PASS] = self._apart("pack")
-        return Block(address_of("entries.encode_blocks" if self.by_block else "entries.encode_rows"), self.slots, works)
+        return Block(address_of("entries.encode_blocks" if self.by_block else "entries.encode_rows"), slots, works)
+
+    @property
+    def row_words(self) -> int:
+        """Words of the codes of a row or block; 0 where the encoder does not sum them up: rows may end within words,
+        and codes that are packed apart, or signs, are not written by the loops that sum up.
+        """
+        row_bits = self.sections.channels * self.bits
+        return 0 if self.apart or self.kind == SIGN or row_bits % 32 else row_bits // 32
 
     def decoder(self, one: bool) -> Block:
         """A block for decoding, with just ``one`` term or any number."""
@@ -291,7 +299,17 @@ def _in_grains(borders: list[np.float32]) -> tuple[np.float32, tuple[np.float32,
 class CpuSteps:
     """The steps of one stream, see ``kernels.Steps``. One thread at a time may take one."""
 
-    __slots__ = ("_codes_stream", "_decoders", "_dtype", "_encoders", "_numel", "_out_streams", "_total_nbytes", "plan")
+    __slots__ = (
+        "_decoders",
+        "_dtype",
+        "_encoders",
+        "_numel",
+        "_out_streams",
+        "_sums",
+        "_total_nbytes",
+        "checksum",
+        "plan",
+    )
 
     def __init__(self, plan: Plan, numel: int, dtype: torch.dtype) -> None:
         team.prepare()
@@ -300,7 +318,8 @@ class CpuSteps:
         self._dtype = dtype
         self._total_nbytes = plan.sections.total_nbytes
         self._out_streams = numel * dtype.itemsize >= STREAMED_NBYTES
-        self._codes_stream = not plan.apart and self._total_nbytes >= STREAMED_NBYTES
+        self._sums = plan.row_words > 0
+        self.checksum: int | None = None
         # compiled, or read from disk, when first needed; by whether there is just one term
         self._encoders: list[Block | None] = [None, None]
         self._decoders: list[Block | None] = [None, None]
@@ -337,12 +356,13 @@ class CpuSteps:
             payload_at,
             scratch.address + plan.apart_at if plan.apart else payload_at,
             self._out_streams and out_at % CACHE_LINE == 0,
-            self._codes_stream and payload_at % CACHE_LINE == 0,
             threads,
             team.address,
             scratch.address,
         )
-        return bool(block.run(block.address))
+        done = bool(block.run(block.address))
+        self.checksum = int(block.slots[call.SUM]) & _MASK64 if done and self._sums else None
+        return done
 
     def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor) -> bool:
         numel, dtype, count = self._numel, self._dtype, len(terms)
@@ -371,7 +391,6 @@ class CpuSteps:
             out_at,
             payload_at,
             scratch.address + plan.apart_at if plan.apart else payload_at,
-            0,
             0,
             threads,
             team.address,
@@ -403,10 +422,10 @@ def weighted_sum(data: Tensor, copy: Tensor | None = None) -> int:
     """As ``reference/checksum.py``, of a whole number of words on the CPU that begin on 4 bytes and are contiguous."""
     nbytes = data.numel()
     copy_at = 0 if copy is None else copy.data_ptr()
-    sums, how = _sums(), (copy is not None) * (1 + (nbytes >= STREAMED_NBYTES and copy_at % CACHE_LINE == 0))
+    streams = copy is not None and nbytes >= STREAMED_NBYTES and copy_at % CACHE_LINE == 0
+    sums, how = _sums(), (copy is not None) + streams
     block = sums.blocks[how] or sums.make(how)
-    slots, words = block.slots, nbytes >> 2
-    threads = torch.get_num_threads()
-    _DYNAMIC.pack_into(block.buffer, 0, 0, 0, 0, 0, copy_at, data.data_ptr(), 0, 0, 0, threads, team.address, 0)
+    slots, words, threads = block.slots, nbytes >> 2, torch.get_num_threads()
+    _DYNAMIC.pack_into(block.buffer, 0, 0, 0, 0, 0, copy_at, data.data_ptr(), 0, streams, threads, team.address, 0)
     slots[call.WORDS], slots[_RUNS], slots[_WORK_WORDS] = words, -(-words // RUN), words
     return int(block.run(block.address)) & _MASK64

@@ -77,10 +77,11 @@ class TritonSteps:
         plan: what the kernels are told.
     """
 
-    __slots__ = ("_device", "_dtype", "_units", "plan")
+    __slots__ = ("_device", "_dtype", "_units", "checksum", "plan")
 
     def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
         self.plan = plan
+        self.checksum: int | None = None
         self._dtype = dtype
         self._device = device
         at = plan.sections

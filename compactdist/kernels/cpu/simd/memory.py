@@ -103,13 +103,6 @@ def write(builder: Any, value: Any, pointer: Any, count: Any = None) -> None:
     call(builder, f"llvm.masked.store.{_name(value.type)}.p0", ir.VoidType(), value, pointer, mask)
 
 
-def write_past(builder: Any, value: Any, pointer: Any, align: int) -> None:
-    """Write past the caches, to a multiple of ``align`` bytes, the size of the value or of a cache line."""
-    stored = builder.store(value, builder.bitcast(pointer, value.type.as_pointer()))
-    stored.align = align
-    stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
-
-
 def _name(kind: Any) -> str:
     return f"v{kind.count}" + ("f32" if isinstance(kind.element, ir.FloatType) else f"i{kind.element.width}")
 
@@ -258,7 +251,10 @@ def stream(typing_context: Any, value: Any, pointer: Any, at: Any) -> Any:
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         value, pointer, at = arguments
-        write_past(builder, value, builder.gep(pointer, [at]), CACHE_LINE)
+        pointer = builder.bitcast(builder.gep(pointer, [at]), value.type.as_pointer())
+        stored = builder.store(value, pointer)
+        stored.align = CACHE_LINE
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
         return context.get_dummy_value()
 
     return signature(types.void, value, pointer, types.uintp), build

@@ -10,7 +10,7 @@ from typing import Any
 from llvmlite import ir
 
 from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, types
-from compactdist.kernels.cpu.simd.memory import read, write, write_past
+from compactdist.kernels.cpu.simd.memory import read, write
 from compactdist.kernels.cpu.simd.vectors import AVX2, HOST, INTS, MASK, call, every_nth, joined, part
 from compactdist.kernels.reference import LANES
 
@@ -152,18 +152,6 @@ def _unpack(typing_context: Any, bits: Any, pointer: Any, at: Any, count: Any) -
     return signature(MASK if width == 1 else INTS, bits, pointer, types.uintp, types.int64), build
 
 
-@intrinsic(prefer_literal=True)
-def _stream(typing_context: Any, codes: Any, bits: Any, pointer: Any, at: Any) -> Any:
-    width = bits.literal_value
-
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        codes, _, pointer, at = arguments
-        write_past(builder, _packed(builder, width, codes), builder.gep(pointer, [at]), LANES * abs(width) // 8)
-        return context.get_dummy_value()
-
-    return signature(types.void, codes, bits, pointer, types.uintp), build
-
-
 @inlined
 def store_mask(mask: Any, out: Any, element: int, count: int) -> None:
     """A bit for each of the first ``count`` lanes, to position ``element`` and on; both must fill their bytes."""
@@ -177,27 +165,14 @@ def mask_at(packed: Any, element: int, count: int) -> Any:
 
 
 @inlined
-def store_codes(codes: Any, bits: int, to: Any, element: int, count: int) -> None:
-    """Pack ints to 2, 4 or 8 bits each, the first lowest, as ``store_mask`` does; -8 bits for two's complement.
-
-    ``to`` is where, and whether that begins a cache line and is written past the caches.
-    """
-    out, streams = to
-    past = streams and count >= LANES and element % LANES == 0
+def store_codes(codes: Any, bits: int, out: Any, element: int, count: int) -> None:
+    """Pack ints to 2, 4 or 8 bits each, the first lowest, as ``store_mask`` does; -8 bits for two's complement."""
     if bits == 2:
         _pack(codes, 2, out, element >> 2, count)
     elif bits == 4:
-        if past:
-            _stream(codes, 4, out, element >> 1)
-        else:
-            _pack(codes, 4, out, element >> 1, count)
+        _pack(codes, 4, out, element >> 1, count)
     elif bits < 0:
-        if past:
-            _stream(codes, -8, out, element)
-        else:
-            _pack(codes, -8, out, element, count)
-    elif past:
-        _stream(codes, 8, out, element)
+        _pack(codes, -8, out, element, count)
     else:
         _pack(codes, 8, out, element, count)
 
