@@ -6,13 +6,15 @@ import subprocess
 import sys
 
 PROGRAM = """
-import gc, os
+import contextlib, gc, os
 import torch, torch.distributed as dist
 import compactdist
 
 def threads():
-    tasks = f"/proc/self/task"
-    names = [open(f"{tasks}/{task}/comm").read().strip() for task in os.listdir(tasks)]
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has ended since it was listed
+            names.append(open(f"/proc/self/task/{task}/comm").read().strip())
     return sorted(name for name in names if "gloo" in name)
 
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())

@@ -31,7 +31,7 @@ def test_bad_groups_name_the_file_and_the_remedy(tmp_path: Path, groups: str) ->
     with pytest.raises(TraceError, match=r"odd\.safetensors.*'groups' must be.*compactdist\.record"):
         Trace(path)
     result = kit.run("evaluate", path, "--codec", "int4")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "odd.safetensors" in result.output.replace("\n", "")
 
 

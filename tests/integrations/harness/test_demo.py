@@ -85,4 +85,4 @@ def test_call_sites_have_names(results: dict[str, Any]) -> None:
     record = results["int8"]
     for site, op in SITES[record["route"]].items():
         for layer in LAYERS:
-            assert f"{site}/{layer}/{op}#0 " in record["explain"]
+            assert f"{site}/{layer}/{op}#0" in record["explain"].split()
