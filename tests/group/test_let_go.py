@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 PROGRAM = """
-import contextlib, gc, os
+import contextlib, gc, os, time
 import torch, torch.distributed as dist
 import compactdist
 
@@ -18,8 +18,10 @@ def threads():
     return sorted(name for name in names if "gloo" in name)
 
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-before = threads()
-assert before
+until = time.monotonic() + 30
+while not threads():  # a thread that has just begun has no name of its own yet
+    assert time.monotonic() < until
+    time.sleep(0.01)
 wrapped = compactdist.wrap(codec="int4", min_numel=1)
 x, out = torch.randn(4096), torch.empty(4096)
 for _ in range(3):
