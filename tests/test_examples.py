@@ -21,7 +21,7 @@ def run(example: str, *flags: str) -> str:
     return run_file(ROOT / "examples" / f"{example}.py", *flags)
 
 
-def run_file(script: Path, *flags: str) -> str:
+def run_file(script: Path, *flags: str, timeout: float = 110) -> str:
     """What a script prints on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -29,7 +29,7 @@ def run_file(script: Path, *flags: str) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.test_examples import run_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,14 +28,6 @@ def test_page(page: str, snippets: int, tables: int, tmp_path: Path) -> None:
     assert len(found) == snippets
     script = tmp_path / f"{page}_page.py"  # not diffusers.py, which would be imported for diffusers
     script.write_text("\n".join(found) + END)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=220,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    shown = run_file(script, timeout=220)
     # every rank prints its tables, and nothing that they count went uncompressed
-    assert len(re.findall(r"total: [1-9]\d* compressed and 0 passed-through calls", done.stdout)) == 2 * tables
+    assert len(re.findall(r"total: [1-9]\d* compressed and 0 passed-through calls", shown)) == 2 * tables

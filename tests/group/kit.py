@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,3 +164,12 @@ def replace_inner(group: compactdist.CompressedProcessGroup, inner: Any) -> None
     """Let a wrapped group send on another one."""
     group._inner = inner
     group._engine.link = Link(inner)
+
+
+def told(level: int) -> list[str]:
+    """A list to which this process adds what compactdist logs from now on, of this level and above."""
+    lines: list[str] = []
+    handler = logging.Handler(level)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("compactdist").addHandler(handler)
+    return lines

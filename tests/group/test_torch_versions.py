@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d as c10d
 import compactdist
 from compactdist import _torch
 from compactdist.errors import ConfigError
-from tests.group.kit import NUMEL, close, data, since
+from tests.group.kit import NUMEL, close, data, since, told
 from tests.launch import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,21 +68,18 @@ def test_every_method_that_cpp_code_looks_for_is_ours_or_left_for_a_reason():
 
 def test_an_untested_version_is_named_once(monkeypatch):
     def body(rank, size):
-        told = []
-        handler = logging.Handler(logging.WARNING)
-        handler.emit = lambda record: told.append(record.getMessage())
-        logging.getLogger("compactdist").addHandler(handler)
+        lines = told(logging.WARNING)
         compactdist.wrap().close()
-        assert told == []
+        assert lines == []
         monkeypatch.setattr(_torch, "VERSION", (2, 12))
         _torch.warn_untested.cache_clear()
         for _ in range(2):
             compactdist.wrap().close()
             dist.destroy_process_group(dist.new_group(backend="compactdist"))
-        return told
+        return lines
 
-    ((told,),) = run_ranks(body, 1)
-    assert told == f"torch {torch.__version__} is untested with compactdist, whose tests run on torch 2.11, 2.13, 2.14"
+    ((line,),) = run_ranks(body, 1)
+    assert line == f"torch {torch.__version__} is untested with compactdist, whose tests run on torch 2.11, 2.13, 2.14"
 
 
 def test_names_without_a_call_are_the_inner_groups_or_refused():

@@ -8,6 +8,7 @@ import pytest
 import torch.distributed
 
 from compactdist.errors import NonFiniteError
+from tests.group.kit import told
 from tests.group.lifecycle import kit
 from tests.launch import run_ranks
 
@@ -16,10 +17,7 @@ def heard(body):
     """Run ``body(rank)`` on two ranks, where it may raise; the messages of level error on each."""
 
     def listening(rank, size):
-        lines = []
-        handler = logging.Handler(logging.ERROR)
-        handler.emit = lambda record: lines.append(record.getMessage())
-        logging.getLogger("compactdist").addHandler(handler)
+        lines = told(logging.ERROR)
         body(rank)
         return lines
 
