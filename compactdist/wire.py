@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compactdist.errors import ConfigError, FrameError
-from compactdist.kernels.spec import CHECKSUM_WEIGHT
+from compactdist.kernels.spec import CHECKSUM_WEIGHT, HeadPlaces
 
 __all__ = [
     "CHECKSUM_WEIGHTED_SUM",
@@ -30,6 +30,7 @@ __all__ = [
     "FIELDS",
     "Field",
     "HEADER_NBYTES",
+    "HEAD_PLACES",
     "HeadTemplate",
     "Header",
     "KEY",
@@ -41,12 +42,14 @@ __all__ = [
     "SHAPE",
     "SHAPE_NBYTES",
     "STATELESS",
+    "differences",
     "empty_frame",
     "explain",
     "frame_in",
     "hash64",
     "pack",
     "seal",
+    "step_in",
     "stream_fingerprint",
     "table",
     "unpack",
@@ -147,6 +150,15 @@ NO_STATE = 16
 """The sender has no memory budget for this site: from the next call on it passes through."""
 RESTART = 32
 """The payload codes the tensor itself, as a residual with a prediction of zero; the history starts anew from it."""
+
+HEAD_PLACES = HeadPlaces(
+    FLAGS=_OFFSETS["flags"] // 4,
+    CALL=_CALL_AT // 4,
+    SUMS=_SUMS_AT // 4,
+    TOTAL=_OFFSETS["header_checksum"] // 4,
+    NONFINITE=NONFINITE << 8 * (_OFFSETS["flags"] % 4),
+)
+"""Where kernels write what differs between the headers of a stream."""
 
 _FLAG_NAMES = {
     KEY: "key",
@@ -287,6 +299,11 @@ class HeadTemplate:
         self._raw = header_bytes(self.header)
         self._total = _header_sum(self._raw)
 
+    @property
+    def raw(self) -> bytes:
+        """The bytes, with zeros where something is filled in; the header's own checksum is none of them."""
+        return self._raw
+
     def filled(self, step: int, epoch: int, sequence: int, checksum: int, digest: int) -> bytes:
         """The bytes before the payload of one frame."""
         raw = bytearray(self._raw)
@@ -349,8 +366,9 @@ def empty_frame(
         The frame, 1-D uint8, its padding zero, and the view of it that will hold the payload.
     """
     end = head_nbytes + payload_nbytes
-    frame = torch.empty(end if frame_nbytes is None else frame_nbytes, dtype=torch.uint8, device=device)
-    frame[end:].zero_()
+    frame = torch.empty(frame_nbytes or end, dtype=torch.uint8, device=device)
+    if frame_nbytes is not None and frame_nbytes > end:
+        frame[end:].zero_()
     return frame, frame[head_nbytes:end]
 
 
@@ -422,6 +440,23 @@ def _parsed(raw: bytes, where: str) -> Header:
         shape=tuple(_SHAPE_STRUCT.unpack(block)[:dims]) if has_shape else None,
         **{name: values[name] for name in _PLAIN},
     )
+
+
+def differences(got: bytes, expected: bytes) -> list[tuple[str, object, object]]:
+    """The fields in which two headers differ, and what each says; in the order of :data:`FIELDS`, sums last."""
+    both = zip(FIELDS, _STRUCT.unpack(got), _STRUCT.unpack(expected), strict=True)
+    wrong = [(field, theirs, ours) for field, theirs, ours in both if theirs != ours]
+    wrong.sort(key=lambda one: one[0].name in ("checksum", "digest", "header_checksum"))
+
+    def shown(field: Field, value: object) -> object:
+        return f"{value:016x}" if field.code == "Q" else value
+
+    return [(field.name, shown(field, theirs), shown(field, ours)) for field, theirs, ours in wrong]
+
+
+def step_in(head: bytes) -> int:
+    """The step that a header says."""
+    return int(_CALL.unpack_from(head, _CALL_AT)[0])
 
 
 def table() -> str:

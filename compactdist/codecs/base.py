@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from compactdist.errors import CodecConfigError, PayloadError
+from compactdist.kernels import DeviceSteps
 from compactdist.kernels.spec import MatrixView
 
 if TYPE_CHECKING:
@@ -212,6 +213,11 @@ class Session:
         limit = torch.finfo(out.dtype).max
         with torch.inference_mode():  # ``out`` may be an inference tensor, which can be written to in this mode only
             out.copy_(total.clamp(-limit, limit))
+
+    @property
+    def device_steps(self) -> DeviceSteps | None:
+        """Steps on a device that the host does not wait for; ``None`` where :meth:`encode` has to look at values."""
+        return None
 
     def commit(self) -> None:
         """Keep the changes of the last ``encode``, whose frame is on its way, or of the last ``decode``."""

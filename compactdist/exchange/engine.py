@@ -12,9 +12,10 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from compactdist import _torch
@@ -38,6 +39,12 @@ __all__ = ["Engine", "Flight", "Tap"]
 Tap = Callable[[Call, int, Tensor, "MatrixView | None"], None]
 
 _NOBODY: frozenset[int] = frozenset()
+
+
+@lru_cache(maxsize=64)
+def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((), math.nan, dtype=dtype, device=device)
 
 
 @dataclass(slots=True)
@@ -326,7 +333,12 @@ class Engine:
                 try:
                     value = self._take(flight, part, data, refused)
                     if may_write and part.numel:
-                        target.copy_(value if value.shape == target.shape else value.view(target.shape))
+                        value = value if value.shape == target.shape else value.view(target.shape)
+                        there = None if part.stream is None else part.stream.holds_values
+                        if there is None:
+                            target.copy_(value)
+                        else:
+                            torch.where(there, value, _nan(value.dtype, value.device), out=target)
                         if part.codec is not None and plan.pattern.forwards:
                             plan.pattern.remember(self, flight, part, target, data)
                 except Exception as e:
@@ -360,6 +372,7 @@ class Engine:
             epoch=flight.call.epoch,
             hint=part.hint,
             refuse_state=bool(flight.refusing) and self._refuses(flight, part.peer),
+            foreseen=pattern.waits_for_earlier_calls,
         )
         if decoder.refused:
             refused.add(Site.ALL if pattern.whole_site else part.peer)

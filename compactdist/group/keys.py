@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from compactdist.errors import ConfigError
@@ -93,14 +93,16 @@ class KeyBook:
     Args:
         warmup_steps: steps after a reset whose frames are all keyframes.
         label: group and rank, for messages.
+        on_step: called before a step begins; an error that it raises leaves the clock as it is.
 
     Attributes:
         epoch: resets so far.
         engaged: calls can be told apart across steps: a step, a key or an attached module has been seen.
     """
 
-    def __init__(self, warmup_steps: int = 0, label: str = "") -> None:
+    def __init__(self, warmup_steps: int = 0, label: str = "", on_step: Callable[[], None] | None = None) -> None:
         self._warmup_steps = warmup_steps
+        self._on_step = on_step
         self._label = label
         self._warned = False
         self._lock = threading.Lock()
@@ -137,6 +139,7 @@ class KeyBook:
 
         Raises:
             ConfigError: a negative index, or the block of another step has not been left.
+            FrameError, NonFiniteError: a device has reported one since the last step.
         """
         if index is not None and index < 0:
             raise ConfigError(f"steps are counted from 0, got {index}")
@@ -146,6 +149,8 @@ class KeyBook:
                 f"a step begins inside the with block of step {clock.step}: leave that block first; where attach() "
                 "counts the steps, call no step()"
             )
+        if self._on_step is not None:
+            self._on_step()
         with self._lock:
             self.engaged = True
             ended, behind = clock.step, clock.close_step() if clock.before and clock.step >= 0 else None

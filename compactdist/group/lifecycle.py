@@ -92,7 +92,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         self._requests: dict[str, Request] = {}
         self._restore_names: list[Callable[[], None]] = []
         label = f"group '{name}', rank {inner.rank()}"
-        self._keys = KeyBook(options.stream.warmup_steps, label)
+        self._keys = KeyBook(options.stream.warmup_steps, label, self._poll)
         self._finished = FinishedWork()
         self._departures = Departures()
         self._plans = AgreedPlans()
@@ -118,6 +118,9 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             stats=stats,
             forward=options.forward,
         )
+
+    def _poll(self) -> None:
+        self._engine.store.board.poll()
 
     def _agrees(self, inner: Any, options: Options, label: str) -> Agreement | None:
         """What ranks agree on plans with; ``None``: there is nobody to agree with, or they should not."""
@@ -166,6 +169,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
 
         Raises:
             ConfigError: a negative index, or a step inside the ``with`` block of another.
+            FrameError, NonFiniteError: a GPU has met a frame that is not the expected one, or values that are not
+                finite, in one of the last steps.
         """
         self._ready()
         return self._keys.tick(index)
@@ -260,6 +265,9 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         Args:
             prefix: only sites under this prefix, as given to ``key`` or ``branch``; the step clock goes on, and
                 ``explain()`` shows the sites' counts in one line from now on.
+
+        Raises:
+            FrameError, NonFiniteError: what a GPU has met since the last step, once everything is forgotten.
         """
         self._ready()
         self._engine.forget(prefix)
@@ -272,6 +280,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         else:
             self._keys.new_epoch()
         self._engine.stats.fold(prefix)
+        self._engine.store.board.poll(wait=True)
 
     def agree(self, flag: bool, how: str = "all") -> bool:
         """One decision for all ranks, for code that may skip calls: ``if dist.agree(similar): reuse the last output``.
@@ -295,7 +304,12 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
     # --- what it can tell ---------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
-        """Totals and per-site counters of this rank."""
+        """Totals and per-site counters of this rank.
+
+        Raises:
+            FrameError, NonFiniteError: what a GPU has met since the last step; it is waited for.
+        """
+        self._engine.store.board.poll(wait=True)
         return self._engine.stats.snapshot(self._engine.state_bytes())
 
     def check(self) -> None:
@@ -306,6 +320,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
 
         Raises:
             StateMismatchError: on every rank, naming sites and ranks.
+            FrameError, NonFiniteError: what a GPU has met since the last step, on the rank that met it; after all ranks
+                have compared.
         """
         self._ready()
         if self._engine.size == 1:
@@ -316,6 +332,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         except StateMismatchError:
             self._differences += 1
             raise
+        self._engine.store.board.poll(wait=True)
 
     def reset_stats(self) -> None:
         """Start counting again; the history is untouched."""
@@ -356,10 +373,15 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         Later calls raise ClosedGroupError, torch.distributed's functions and functional or compiled collectives
         included, as long as somebody holds the closed group. A group that torch made by backend name stays registered
         until ``destroy_process_group``.
+
+        Raises:
+            FrameError, NonFiniteError: what a GPU has met since the last step, once the group is closed. Logged instead
+                where another error is on its way.
         """
         if self._closed:
             return
         self._tell_why()
+        reported = self._reported()
         for attachment in self._attachments:
             attachment.detach()
         for site in self._engine.store.sites():
@@ -380,6 +402,18 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             _torch.unregister(self)
             self._become_tombstone()
             _torch.bury(self)
+        if reported is not None:
+            if sys.exc_info()[1] is None:
+                raise reported
+            _log.error("%s", str(reported))
+
+    def _reported(self) -> CompactDistError | None:
+        """What a device has reported since the last step."""
+        try:
+            self._engine.store.board.poll(wait=True)
+        except CompactDistError as error:
+            return error
+        return None
 
     def _flush(self) -> None:
         try:
@@ -443,6 +477,9 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
     def _end(self, how: str) -> None:
         if not self._closed:
             self._tell_why()
+            reported = self._reported() if how == "shutdown" else None  # who aborts does not wait for a device
+            if reported is not None:
+                _log.error("%s", str(reported))
             self._retire()
         if self._owns_inner and self._inner is not None:
             getattr(self._inner, how)()

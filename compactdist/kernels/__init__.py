@@ -7,7 +7,7 @@ They are taken wherever they apply, and leave every byte as it is: which kernels
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -18,12 +18,25 @@ from torch import Tensor
 
 from compactdist.kernels.reference.checksum import weighted_sum
 from compactdist.kernels.sources import digest
-from compactdist.kernels.spec import MatrixView, QuantizerSpec
+from compactdist.kernels.spec import HeadPlaces, MatrixView, QuantizerSpec
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["MIN_ELEMENTS", "Checksum", "Steps", "checksum_for", "choice", "cpu_runs", "digest", "steps_for", "use"]
+__all__ = [
+    "MIN_ELEMENTS",
+    "Checksum",
+    "DeviceSteps",
+    "Frames",
+    "Steps",
+    "checksum_for",
+    "choice",
+    "cpu_runs",
+    "digest",
+    "frames_for",
+    "steps_for",
+    "use",
+]
 
 MIN_ELEMENTS = 1 << 14
 """Below this the calls into the CPU kernels, and loading them, cost more than they save."""
@@ -54,6 +67,67 @@ class Steps(Protocol):
         Returns:
             Whether it was done; if not, ``out`` is as it was.
         """
+        ...
+
+
+class DeviceSteps(Steps, Protocol):
+    """Steps that nothing waits for: what they find out stays on the device."""
+
+    def encode(
+        self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor, *, flag: Tensor | None = None
+    ) -> bool:
+        """As ``Steps``; with ``flag``, int32 ``[1]``, that is set to 1 where the residual is not finite, and payload
+        and ``out`` then say that nothing changed.
+        """
+        ...
+
+    def decode(
+        self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor, *, accepted: Tensor | None = None
+    ) -> bool:
+        """As ``Steps``; with ``accepted``, uint8, ``out`` stays as it was where the first of it is 0."""
+        ...
+
+
+class Frames(Protocol):
+    """Seals or checks the frames of one end of a stream on a device.
+
+    Attributes:
+        accepted: uint8 ``[2]``: what the last check found: 1 if the frame is to be applied, 1 if it holds values.
+    """
+
+    accepted: Tensor
+
+    def flag(self) -> Tensor:
+        """For the encoder of the next frame that is sealed on this thread and CUDA stream: int32 ``[1]``, zero."""
+        ...
+
+    def seal(
+        self,
+        frame: Tensor,
+        payload: Tensor,
+        flag: Tensor,
+        digests: Tensor,
+        call: tuple[int, int, int],
+        source: int,
+        known: int,
+    ) -> None:
+        """Write the header of a frame whose payload is there.
+
+        Args:
+            frame: 1-D uint8.
+            payload: the part of it that holds the payload.
+            flag: as the encoder left it.
+            digests: int64 ``[2]``: the digest the frame is made against, and a place for the next one.
+            call: step, epoch and sequence.
+            source: which of the digests the frame is made against; 2: ``known``.
+            known: a digest that the host knows.
+        """
+        ...
+
+    def check(
+        self, frame: Tensor, payload: Tensor, digests: Tensor, call: tuple[int, int, int], source: int, known: int
+    ) -> Tensor:
+        """Compare a frame with the one that is expected; ``accepted``. Arguments as for :meth:`seal`."""
         ...
 
 
@@ -124,6 +198,24 @@ def steps_for(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device:
     if module is not None:
         steps = module.steps_of(spec, view, dtype, device)
     return steps
+
+
+def frames_for(device: torch.device) -> Callable[[bytes, HeadPlaces, int, Tensor, int], Frames] | None:
+    """What seals and checks frames on a device; ``None`` where the host does it.
+
+    Returns:
+        Makes :class:`Frames` from the 128 bytes before the payload that all frames of a stream share, the places in
+        them of what differs, the payload's bytes, the group's board (int32 ``[BOARD_WORDS]``) and the stream's number
+        on it.
+    """
+    if choice.forced != "gpu" and (device.type != "cuda" or choice.forced is not None):
+        return None
+    steps = _gpu_steps()
+    if steps is None or device.type != ("cpu" if steps.INTERPRETED else "cuda"):
+        return None
+    from compactdist.kernels.gpu.frames import FrameKernels
+
+    return FrameKernels
 
 
 class Checksum(Protocol):

@@ -16,10 +16,56 @@ from torch.nn.functional import pad
 
 from compactdist.kernels.sections import Sections
 
-__all__ = ["CHECKSUM_WEIGHT", "FLOAT8", "KINDS", "Float8", "MatrixView", "QuantizerSpec"]
+__all__ = [
+    "BOARD_WORDS",
+    "CHECKSUM_WEIGHT",
+    "DIGEST_FACTOR",
+    "FLOAT8",
+    "HEAD_WORDS",
+    "KINDS",
+    "NOT_FINITE",
+    "REFUSED",
+    "Float8",
+    "HeadPlaces",
+    "MatrixView",
+    "QuantizerSpec",
+]
 
 CHECKSUM_WEIGHT = 0x9E3779B1
 """Odd. In a checksum, word ``n`` of 32 bits counts ``(2 * n + 1) * CHECKSUM_WEIGHT`` modulo 2**32 times."""
+
+DIGEST_FACTOR = 0x9E3779B97F4A7C15
+"""Odd. A frame with checksum ``c`` makes ``((digest ^ c) * DIGEST_FACTOR + 1) % 2**64`` of a digest: both steps can be
+undone, so digests that differ once differ for good."""
+
+
+HEAD_WORDS = 32
+"""32-bit words of a header."""
+
+NOT_FINITE, REFUSED = 1, 2
+"""Codes on a board: the sender's residual was not finite; a frame was not the expected one."""
+
+BOARD_WORDS = 2 + 2 * HEAD_WORDS
+"""A board is int32: a code, 0 for none; a stream's number; the header that arrived; the one that was expected."""
+
+
+class HeadPlaces(NamedTuple):
+    """Where in a header stands what differs from frame to frame, in 32-bit words.
+
+    Attributes:
+        FLAGS: The word that holds the flags.
+        CALL: The first of three: step, epoch, sequence.
+        SUMS: The first of four: the payload's checksum, the digest.
+        TOTAL: The first of two: the header's checksum, which counts all words but these.
+        NONFINITE: The flag of a residual that was not finite, in its word.
+    """
+
+    FLAGS: int
+    CALL: int
+    SUMS: int
+    TOTAL: int
+    NONFINITE: int
+
 
 Kind = Literal["sign", "nearest", "trits", "linear", "e4m3", "e5m2"]
 KINDS: tuple[Kind, ...] = ("sign", "nearest", "trits", "linear", "e4m3", "e5m2")

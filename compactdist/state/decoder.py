@@ -10,9 +10,12 @@ from torch import Tensor
 from compactdist import kernels
 from compactdist.codecs.base import Codec, Session
 from compactdist.errors import FrameError, NonFiniteError, PayloadError
+from compactdist.kernels import Frames
 from compactdist.kernels.spec import MatrixView
+from compactdist.state.board import Board
 from compactdist.state.matrix_view import blocks
-from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, StreamConfig, StreamState
+from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
+from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, StreamConfig, StreamState
 from compactdist.wire import (
     CHECKSUM_WEIGHTED_SUM,
     HEADER_NBYTES,
@@ -30,16 +33,6 @@ from compactdist.wire import (
 
 __all__ = ["StreamDecoder"]
 
-_RESET = "call reset() on all ranks to start again from keyframes"
-_SAME_CONFIG = "wrap the group with the same configuration on every rank"
-_SAME_ORDER = (
-    "make the calls of a step in the same order on both ends, or name them with key(), and wrap groups in the same "
-    "order on every rank; then " + _RESET
-)
-_SAME_STEPS = (
-    "call step() at the same places on every rank, and make the same calls of this group in every step; then " + _RESET
-)
-
 _KINDS = KEY | STATELESS | RESTART
 _FLAGS_OF_KINDS = {0: NONFINITE, KEY: NONFINITE | NO_STATE, STATELESS: 0, RESTART: 0}
 """The kinds of frames, and the other flags that each may have; any other combination is refused."""
@@ -52,16 +45,27 @@ class StreamDecoder(StreamState):
         refused: the last keyframe said that the sender keeps no history.
         header: of the last frame decoded; in that of a residual, ``step``, ``epoch``, ``sequence``, ``checksum`` and
             ``digest`` mean nothing.
-        checksum: of the last frame's payload.
+        checksum: of the last frame's payload; ``None``: only the device knows it.
+        holds_values: bool ``[1]`` on the device: whether the last frame was the expected one and held values; ``None``:
+            the host made sure of it.
     """
 
-    __slots__ = ("_torn", "checksum", "header", "refused")
+    __slots__ = ("_looked", "_torn", "checksum", "header", "holds_values", "refused")
 
-    def __init__(self, config: StreamConfig, fingerprint: int, where: str, changes: Changes | None = None) -> None:
-        super().__init__(config, fingerprint, where, changes)
+    def __init__(
+        self,
+        config: StreamConfig,
+        fingerprint: int,
+        where: str,
+        changes: Changes | None = None,
+        board: Board | None = None,
+    ) -> None:
+        super().__init__(config, fingerprint, where, changes, board)
         self.refused = False
-        self.checksum = 0
+        self.checksum: int | None = 0
         self.header: Header | None = None
+        self.holds_values: Tensor | None = None
+        self._looked = not config.find_layout
         self._torn = False
 
     def decode(
@@ -76,6 +80,7 @@ class StreamDecoder(StreamState):
         hint: MatrixView | None = None,
         refuse_state: bool = False,
         header: Header | None = None,
+        foreseen: bool = False,
     ) -> Tensor:
         """Check a frame against what this stream expects, decode it and move the state on.
 
@@ -89,6 +94,8 @@ class StreamDecoder(StreamState):
             hint: matrix view that a layout hint gives the stream when it starts.
             refuse_state: this end keeps no history for the site.
             header: of the frame, if the caller has read it.
+            foreseen: the sender sends no frame of a kind or size that this end does not expect. On a GPU such frames
+                are checked there: :attr:`holds_values` says with what result, and the group's board.
 
         Returns:
             Flat ``[numel]`` tensor of ``dtype``; it may share memory with ``frame`` or the history: copy it out.
@@ -97,9 +104,11 @@ class StreamDecoder(StreamState):
             FrameError: the frame is not the expected one; nothing was applied.
             NonFiniteError: the sender's tensor held NaN or Inf; the stream restarts with a keyframe.
         """
-        value = None if header is not None else self._take_expected(frame, codec, numel, dtype, step, epoch)
-        if value is not None:
-            return value
+        self.holds_values = None
+        if header is None:
+            value = self._take_expected(frame, codec, numel, dtype, step, epoch, foreseen)
+            if value is not None:
+                return value
         header = header or unpack(frame, self.where)
         payload = self._check(frame, header, codec, numel, dtype, step, epoch, hint)
         flags = header.flags
@@ -111,20 +120,24 @@ class StreamDecoder(StreamState):
         elif not flags & NONFINITE:
             session = self.form(codec, frame.device).session
             value = self._take_residual(payload, header.checksum, session, restarts=bool(flags & RESTART))
+            self._looked = True
         self.header, self.checksum = header, header.checksum
         if value is None:
-            self.sequence += 1
-            self.drop()
-            raise NonFiniteError(
-                f"{self.where}: the sender's tensor held NaN or Inf, which a coded frame cannot carry; no output was "
-                "written and this stream restarts with a keyframe. Find the source of the NaN, or let the site pass "
-                "through"
-            )
+            raise self._restarted()
         self.follow(header)
         return value
 
+    def _restarted(self) -> NonFiniteError:
+        """Forget the history, as the sender of a tensor that is not finite did."""
+        self.sequence += 1
+        self.drop()
+        return NonFiniteError(
+            f"{self.where}: the sender's tensor held NaN or Inf, which a coded frame cannot carry; no output was "
+            "written and this stream restarts with a keyframe. Find the source of the NaN, or let the site pass through"
+        )
+
     def _take_expected(
-        self, frame: Tensor, codec: Codec, numel: int, dtype: torch.dtype, step: int, epoch: int
+        self, frame: Tensor, codec: Codec, numel: int, dtype: torch.dtype, step: int, epoch: int, foreseen: bool
     ) -> Tensor | None:
         """The value of an expected residual that announces nothing: this end can make every byte of its header.
 
@@ -136,6 +149,12 @@ class StreamDecoder(StreamState):
         payload = frame[HEADER_NBYTES : form.frame_nbytes]
         if form.frame_nbytes > frame.numel() or frame.stride(0) != 1 or payload.storage_offset() % 16:
             return None
+        if form.frames is not None and foreseen and (self._looked or form.head.header.layout):
+            value = self._take_there(frame, payload, form, form.frames, step, epoch)
+            if value is not None:
+                return value
+        if self._there is not None:
+            self.known_digest()
         checksum = form.checksum(payload)
         head = form.head.filled(step, epoch, self.sequence, checksum, self.digest)
         if frame[:HEADER_NBYTES].cpu().numpy().tobytes() != head:
@@ -143,16 +162,40 @@ class StreamDecoder(StreamState):
         self.header, self.checksum = form.head.header, checksum
         return self._take_residual(payload, checksum, form.session, restarts=False)
 
+    def _take_there(
+        self, frame: Tensor, payload: Tensor, form: Form, frames: Frames, step: int, epoch: int
+    ) -> Tensor | None:
+        """The value of a residual that the device checks and decodes; ``None``: the host has to."""
+        steps, there = form.session.device_steps, self._there
+        if steps is None or there is None or self._torn or frame.dtype != torch.uint8:
+            return None
+        assert self.live is not None
+        there.follow(self.predictor.held)
+        terms, (numel, dtype) = self.predictor.terms(), self.live
+        accepted = frames.check(frame, payload, there.pair, (step, epoch, self.sequence), there.source, self.digest)
+        in_place = bool(terms) and self.predictor.decodes_in_place
+        if in_place:
+            value = terms[0]
+        else:  # a frame that is refused leaves the prediction in its place
+            value = terms[0].clone() if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
+        steps.decode(payload, terms, value, accepted=accepted)
+        self.header, self.checksum = form.head.header, None
+        self.holds_values = accepted[1:].view(torch.bool)
+        self.predictor.advance(value, terms)
+        self.moved_on_there()
+        return value
+
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
         super().drop()
         self._torn = False
+        self._looked = not self.config.find_layout
 
     def _take_residual(self, payload: Tensor, checksum: int, session: Session, restarts: bool) -> Tensor:
         if self._torn:
             raise FrameError(
                 f"{self.where}: an earlier frame was interrupted while it was decoded, so what this end holds is not "
-                f"what the sender expects. Nothing was applied; {_RESET}"
+                f"what the sender expects. Nothing was applied; {RESET}"
             )
         assert self.live is not None
         predictor, (numel, dtype) = self.predictor, self.live
@@ -166,7 +209,7 @@ class StreamDecoder(StreamState):
             session.decode(payload, terms, value)
         except PayloadError as error:
             self._torn = False
-            raise FrameError(f"{self.where}: {error}. Nothing was applied; {_RESET}") from None
+            raise FrameError(f"{self.where}: {error}. Nothing was applied; {RESET}") from None
         if restarts:
             predictor.clear()
         predictor.advance(value, terms)
@@ -191,7 +234,7 @@ class StreamDecoder(StreamState):
             try:
                 coded.open(blocks(numel), dtype, payload.device).decode(payload, (), value)
             except PayloadError as error:
-                raise FrameError(f"{self.where}: {error}. Nothing was applied; {_RESET}") from None
+                raise FrameError(f"{self.where}: {error}. Nothing was applied; {RESET}") from None
         self.refused = bool(header.flags & NO_STATE)
         if header.flags & (NONFINITE | NO_STATE) or refuse_state:
             self.sequence += 1
@@ -226,37 +269,37 @@ class StreamDecoder(StreamState):
         ours = self.header_of(codec, numel, dtype)
         compare = partial(self._compare, header)
         compare("epoch", header.epoch, epoch)
-        compare("stream", f"{header.stream:016x}", f"{self.fingerprint:016x}", _SAME_ORDER)
-        compare("step", header.step, step, _SAME_STEPS)
+        compare("stream", f"{header.stream:016x}", f"{self.fingerprint:016x}", SAME_ORDER)
+        compare("step", header.step, step, SAME_STEPS)
         size = f"{header.numel} x {header.dtype}", f"{numel} x {dtype}"
-        compare("size", *size, "send and receive tensors of the same size and dtype; then " + _RESET)
+        compare("size", *size, "send and receive tensors of the same size and dtype; then " + RESET)
         if not codec.lossless and dtype not in COMPRESSIBLE_DTYPES:  # a stand-alone stream's dtype is what frames say
-            compare("dtype", dtype, "float32, float16 or bfloat16, as this codec takes no other", _SAME_CONFIG)
+            compare("dtype", dtype, "float32, float16 or bfloat16, as this codec takes no other", SAME_CONFIG)
         if (header.codec, header.keyframe_codec) != (ours.codec, ours.keyframe_codec):
             coding = f"{header.codec:08x}, keyframes {header.keyframe_codec:08x}"
-            compare("codec", coding, f"{ours.codec:08x} ({codec!r}), keyframes {ours.keyframe_codec:08x}", _SAME_CONFIG)
+            compare("codec", coding, f"{ours.codec:08x} ({codec!r}), keyframes {ours.keyframe_codec:08x}", SAME_CONFIG)
         predictor = header.predictor, header.coefficient, header.coefficient_2
-        compare("predictor", predictor, (ours.predictor, ours.coefficient, ours.coefficient_2), _SAME_CONFIG)
+        compare("predictor", predictor, (ours.predictor, ours.coefficient, ours.coefficient_2), SAME_CONFIG)
         compare("sequence", header.sequence, self.sequence)
-        compare("part", (header.part, header.parts, header.rate), (0, 1, 0), _SAME_CONFIG)
-        compare("kind of checksum", header.checksum_kind, CHECKSUM_WEIGHTED_SUM, _SAME_CONFIG)
+        compare("part", (header.part, header.parts, header.rate), (0, 1, 0), SAME_CONFIG)
+        compare("kind of checksum", header.checksum_kind, CHECKSUM_WEIGHTED_SUM, SAME_CONFIG)
         view, nbytes = self._expected_payload(header, codec, numel, dtype, hint)
         shape = (0, 0, 0, 0) if view is None else (*view.shape, view.hint)
-        compare("layout", (header.groups, header.rows, header.channels, header.layout), shape, _SAME_CONFIG)
-        compare("payload size", header.payload_nbytes, nbytes, _SAME_CONFIG)
-        compare("digest of the history", f"{header.digest:016x}", f"{0 if header.is_key else self.digest:016x}")
+        compare("layout", (header.groups, header.rows, header.channels, header.layout), shape, SAME_CONFIG)
+        compare("payload size", header.payload_nbytes, nbytes, SAME_CONFIG)
+        compare("digest of the history", f"{header.digest:016x}", f"{0 if header.is_key else self.known_digest():016x}")
         self._check_announcements(header)
         payload = payload_of(frame, header)
         copies = header.is_key and self.config.remembers and self.config.keyframe_for(codec) is None
         copy = torch.empty_like(payload) if copies else None
         if kernels.checksum_for(nbytes, payload.device)(payload, copy) != header.checksum:
             raise FrameError(
-                f"{self.where}: the payload is damaged (its checksum does not match). Nothing was applied; {_RESET}. "
+                f"{self.where}: the payload is damaged (its checksum does not match). Nothing was applied; {RESET}. "
                 f"The frame: {header.describe()}"
             )
         return payload if copy is None else copy
 
-    def _compare(self, header: Header, what: str, got: object, expected: object, remedy: str = _RESET) -> None:
+    def _compare(self, header: Header, what: str, got: object, expected: object, remedy: str = RESET) -> None:
         if got != expected:
             raise FrameError(
                 f"{self.where}: wrong {what}: the frame says {got}, expected {expected}. Nothing was applied; "
@@ -273,7 +316,7 @@ class StreamDecoder(StreamState):
         """
         flags, kind = header.flags, header.flags & _KINDS
         if kind not in _FLAGS_OF_KINDS or flags & ~kind & ~_FLAGS_OF_KINDS[kind]:
-            self._compare(header, "flags", f"{flags:#04x}", "one kind of frame, and what it may say", _SAME_CONFIG)
+            self._compare(header, "flags", f"{flags:#04x}", "one kind of frame, and what it may say", SAME_CONFIG)
         if kind == STATELESS or (kind == KEY and self.config.keyframe_for(codec) is None):
             return None, raw_nbytes(numel, dtype)
         if flags & NONFINITE:
@@ -290,9 +333,9 @@ class StreamDecoder(StreamState):
         announces_view = bool(header.next_groups or header.next_channels)
         if announces_view and (per_row == 0 or numel % per_row):
             next_view = f"{header.next_groups} groups of rows of {header.next_channels}"
-            self._compare(header, "announced view", next_view, f"a divisor of {numel} elements", _SAME_CONFIG)
+            self._compare(header, "announced view", next_view, f"a divisor of {numel} elements", SAME_CONFIG)
         said = header.next_rate, header.next_kind
         silent = header.flags & (STATELESS | NONFINITE | NO_STATE)
         if said not in ((0, 0), (0, 1)) or (silent and (announces_view or any(said))):
             text = f"rate {said[0]}, kind {said[1]}{', a view' if announces_view else ''}"
-            self._compare(header, "announcement", text, "nothing that this kind of frame does not say", _SAME_CONFIG)
+            self._compare(header, "announcement", text, "nothing that this kind of frame does not say", SAME_CONFIG)

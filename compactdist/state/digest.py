@@ -31,7 +31,7 @@ class Held(NamedTuple):
 
 def _held(key: str, stream: StreamState) -> Held:
     view = None if stream.view is None else (stream.view.shape, stream.view.hint)
-    facts = [stream.fingerprint, stream.sequence, stream.digest, stream.live, view, stream.keyframe_announced]
+    facts = [stream.fingerprint, stream.sequence, stream.known_digest(), stream.live, view, stream.keyframe_announced]
     for tensor in stream.predictor.held:
         data = tensor.reshape(-1).view(torch.uint8)
         facts.append(kernels.checksum_for(data.numel(), data.device)(data))

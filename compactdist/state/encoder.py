@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from compactdist import kernels
-from compactdist.codecs.base import Codec, Terms, residual_of
-from compactdist.errors import LayoutError, NonFiniteError
+from compactdist.codecs.base import Codec, Session, Terms, residual_of
+from compactdist.errors import ConfigError, LayoutError, NonFiniteError
+from compactdist.kernels import Frames
 from compactdist.kernels.spec import MatrixView
+from compactdist.state.board import Board
 from compactdist.state.find_view import find_view
 from compactdist.state.matrix_view import blocks
 from compactdist.state.relay import Relay, stop_sharing
-from compactdist.state.stream import Changes, Spares, Staged, StreamConfig, StreamState
+from compactdist.state.stream import Changes, Form, Spares, Staged, StreamConfig, StreamState
 from compactdist.wire import (
     HEADER_NBYTES,
     KEY,
@@ -83,8 +85,9 @@ class StreamEncoder(StreamState):
         where: str,
         spares: Spares | None = None,
         changes: Changes | None = None,
+        board: Board | None = None,
     ) -> None:
-        super().__init__(config, fingerprint, where, changes)
+        super().__init__(config, fingerprint, where, changes, board)
         self.announce_keyframe = False
         self._searched = not config.find_layout
         self.relay: Relay | None = None
@@ -214,13 +217,15 @@ class StreamEncoder(StreamState):
         form = self._form
         if form is None or form.codec is not codec:
             form = self.form(codec, flat.device)
+        if form.frames is not None and self._searched_there(form) and shape is None and row_weights is None:
+            staged = self._stage_there(flat, form, form.frames, step, epoch, frame_nbytes, want_value)
+            if staged is not None:
+                return staged
+        if self._there is not None:
+            self.known_digest()
         session, header, own = form.session, form.head.header, self._own_predictor
         start = HEADER_NBYTES if shape is None else HEADER_NBYTES + SHAPE_NBYTES
-        end = start + session.payload_nbytes
-        frame = torch.empty(frame_nbytes or end, dtype=torch.uint8, device=flat.device)
-        payload = frame[start:end]
-        if frame_nbytes is not None and frame_nbytes > end:
-            frame[end:].zero_()
+        frame, payload = empty_frame(start, session.payload_nbytes, frame_nbytes, flat.device)
         terms = self.predictor.terms()
         if terms and flat.is_cpu and _is_far_larger(flat, terms if own is None else own.terms()):
             terms, header = (), replace(header, flags=RESTART)
@@ -230,18 +235,8 @@ class StreamEncoder(StreamState):
             value = spares.take(flat)
         # an open-loop sender's prediction is not the receiver's: encode against its own, decode with the receiver's
         expected, out = (terms, value) if own is None or not terms else (own.terms(), None)
-        try:
-            session.encode(flat, expected, out, payload, row_weights=row_weights)
-        except NonFiniteError as error:
-            session.rollback()
-            if not bool(torch.isfinite(flat).all()):
-                raise NonFiniteError(f"{self.where}: {error}") from None
-            # the difference of huge finite values left float32: send what float32 holds, the next frame sends the rest
+        if not self._encoded(session, flat, expected, out, payload, row_weights):
             out = None
-            session.encode(_bounded(residual_of(flat, expected)), (), None, payload, row_weights=row_weights)
-        except BaseException:
-            session.rollback()
-            raise
         if value is not None and out is None:
             session.decode(payload, terms, value)
         checksum = form.checksum(payload) if session.checksum is None else session.checksum
@@ -255,6 +250,69 @@ class StreamEncoder(StreamState):
         else:
             self._seal(staged, step, epoch, shape)
         return staged
+
+    def _encoded(
+        self,
+        session: Session,
+        flat: Tensor,
+        expected: Terms,
+        out: Tensor | None,
+        payload: Tensor,
+        row_weights: Tensor | None,
+    ) -> bool:
+        """Write the payload and, unless it has to be bounded, ``out``; returns whether ``out`` was written."""
+        try:
+            session.encode(flat, expected, out, payload, row_weights=row_weights)
+        except NonFiniteError as error:
+            session.rollback()
+            if not bool(torch.isfinite(flat).all()):
+                raise NonFiniteError(f"{self.where}: {error}") from None
+            # the difference of huge finite values left float32: send what float32 holds, the next frame sends the rest
+            session.encode(_bounded(residual_of(flat, expected)), (), None, payload, row_weights=row_weights)
+            return False
+        except BaseException:
+            session.rollback()
+            raise
+        return True
+
+    def _searched_there(self, form: Form) -> bool:
+        """Whether the next frame announces nothing, so that its receiver need not look into it."""
+        return (self._searched or bool(form.head.header.layout)) and self._own_predictor is None
+
+    def _stage_there(
+        self,
+        flat: Tensor,
+        form: Form,
+        frames: Frames,
+        step: int,
+        epoch: int,
+        frame_nbytes: int | None,
+        want_value: bool,
+    ) -> Staged | None:
+        """The residual's frame, made by the device without the host's waiting; ``None``: it has to be made here."""
+        steps, there = form.session.device_steps, self._there
+        if steps is None or there is None:
+            return None
+        if self.announce_keyframe:
+            raise ConfigError(
+                f"{self.where}: a keyframe cannot be announced in a frame that is made on {flat.device}, for its "
+                "receiver does not look into it: call reset() on all ranks instead"
+            )
+        frame, payload = empty_frame(HEADER_NBYTES, form.session.payload_nbytes, frame_nbytes, flat.device)
+        there.follow(self.predictor.held)
+        terms, value = self.predictor.terms(), None
+        if want_value or self._remembers:
+            value = (self._spares or Spares()).take(flat)
+        flag = frames.flag()
+        try:
+            made = steps.encode(flat, terms, value, payload, flag=flag)
+        except BaseException:
+            flag.zero_()  # the next frame must not be taken for one of values that are not finite
+            raise
+        if not made:
+            return None
+        frames.seal(frame, payload, flag, there.pair, (step, epoch, self.sequence), there.source, self.digest)
+        return Staged(frame, form.head.header, 0, value, terms, session=form.session, there=True)
 
     def residual_energy(self, x: Tensor) -> float:
         """Sum of squares of what ``x`` differs by from its prediction; NaN without a prediction."""
@@ -281,7 +339,7 @@ class StreamEncoder(StreamState):
             sequence=self.sequence,
             shape=shape,
             checksum=staged.checksum,
-            digest=self.digest,
+            digest=self.known_digest(),
             next_kind=int(self.announce_keyframe),
         )
         seal(staged.frame, staged.header)
@@ -315,13 +373,13 @@ class StreamEncoder(StreamState):
             error.__context__ = error.__cause__ = None
             failure = error.with_traceback(None)
         nothing, flags = flat.new_empty(0, dtype=torch.uint8), NONFINITE | (KEY if keyframe else 0)
-        digest = 0 if keyframe else self.digest
+        digest = 0 if keyframe else self.known_digest()
         fields = {"step": step, "epoch": epoch, "flags": flags, "digest": digest}
         return self._stage_payload(flat, codec, nothing, frame_nbytes, **fields), failure
 
     def stage_stateless(self, x: Tensor, codec: Codec, *, step: int, epoch: int) -> Staged:
         """A frame of the tensor itself that touches no history (a pass-through the receiver cannot foresee)."""
-        fields = {"step": step, "epoch": epoch, "flags": STATELESS, "digest": self.digest}
+        fields = {"step": step, "epoch": epoch, "flags": STATELESS, "digest": self.known_digest()}
         return self._stage_payload(x, codec, raw_payload(x), **fields)
 
     def withdraw(self, staged: Staged) -> None:
@@ -350,7 +408,10 @@ class StreamEncoder(StreamState):
             self.digest = 0
             if self.relay is not None:
                 self.relay.owes_key = False
-        self.moved_on(staged.checksum)
+        if staged.there:
+            self.moved_on_there()
+        else:
+            self.moved_on(staged.checksum)
         if staged.searched:
             self._searched = True
         if staged.value is not None:

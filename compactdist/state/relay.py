@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compactdist import kernels
 from compactdist.codecs.base import Codec
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.matrix_view import plain
@@ -49,7 +50,7 @@ class Received:
         decoder: decoder of the stream, which has applied the frame.
         sequence: ``decoder.sequence`` after the frame; once they differ, the frame can no longer be passed on.
         header: header of the frame.
-        checksum: of its payload.
+        checksum: of its payload; ``None``: only the device knows it.
         payload: of a residual or a coded keyframe, 1-D uint8; kept only where an outgoing stream relays this one.
         digest: of the decoded tensor's bytes; kept only where an outgoing stream relays this one and the decoder's
             history does not hold those bytes.
@@ -58,7 +59,7 @@ class Received:
     decoder: StreamDecoder
     sequence: int
     header: Header
-    checksum: int
+    checksum: int | None
     payload: Tensor | None = None
     digest: bytes | None = None
 
@@ -151,6 +152,10 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
         step: of the call, since the last reset.
         epoch: resets of the group so far.
     """
+    checksum = received.checksum
+    if checksum is None:
+        assert received.payload is not None
+        checksum = kernels.checksum_for(received.payload.numel(), x.device)(received.payload)
     header = replace(
         received.header,
         stream=encoder.fingerprint,
@@ -158,8 +163,8 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
         epoch=epoch,
         sequence=encoder.sequence,
         codec=codec.fingerprint(),
-        checksum=received.checksum,
-        digest=0 if received.header.is_key else encoder.digest,
+        checksum=checksum,
+        digest=0 if received.header.is_key else encoder.known_digest(),
     )
     payload = raw_payload(x) if is_raw_key(header) else received.payload
     assert payload is not None
@@ -168,7 +173,7 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
     if config.remembers and not (encoder.relay and encoder.relay.shared):
         value = _copy(x)
         exact = _copy(x) if config.open_loop else None
-    return Staged(pack(header, payload), header, received.checksum, value, (), exact, announced(header))
+    return Staged(pack(header, payload), header, checksum, value, (), exact, announced(header))
 
 
 def is_raw_key(header: Header) -> bool:
@@ -186,7 +191,7 @@ def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Rela
     """
     relay = encoder.relay = encoder.relay or Relay()
     if share and not relay.shared:
-        live, view, digest = encoder.live, encoder.view, encoder.digest
+        live, view, digest = encoder.live, encoder.view, encoder.known_digest()
         encoder.drop()  # also frees what only encoding needs, such as the codec's memory
         encoder.live, encoder.view, encoder.digest, encoder.predictor = live, view, digest, decoder.predictor
     relay.source, relay.passed, relay.shared, relay.owes_key = decoder, decoder.sequence, share, False

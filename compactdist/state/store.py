@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from typing import Any
 
+from compactdist.state.board import Board
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.stream import Changes, Spares, StreamConfig
@@ -39,8 +40,10 @@ class Site:
         fingerprint: int,
         spares: Spares | None = None,
         rank: int | None = None,
+        board: Board | None = None,
     ) -> None:
         self.key = key
+        self._board = board
         self._rank = rank
         self.fingerprint = fingerprint
         self._config = config
@@ -62,7 +65,7 @@ class Site:
             to = "all ranks" if peer == self._rank else f"rank {peer}"
             where = f"{self._label}, sending to {to}"
             found = self.encoders[peer] = StreamEncoder(
-                self._config, self.fingerprint, where, self._spares, self.changes
+                self._config, self.fingerprint, where, self._spares, self.changes, self._board
             )
         return found
 
@@ -71,7 +74,9 @@ class Site:
         found = self.decoders.get(peer)
         if found is None:
             where = f"{self._label}, frame from rank {peer}"
-            found = self.decoders[peer] = StreamDecoder(self._config, self.fingerprint, where, self.changes)
+            found = self.decoders[peer] = StreamDecoder(
+                self._config, self.fingerprint, where, self.changes, self._board
+            )
         return found
 
     @property
@@ -100,6 +105,7 @@ class StateStore:
 
     Attributes:
         known: all sites by key, for reading only.
+        board: what streams report from a device.
         spares: buffers for the next reconstructions, one of each size for all sites. They hold no history and do not
             count as state.
     """
@@ -114,6 +120,7 @@ class StateStore:
         self._described = repr(config)
         self.budget_bytes = budget_bytes
         self.spares = Spares()
+        self.board = Board()
         self._reserved = 0
         self.known: dict[str, Site] = {}
         self._lock = threading.Lock()
@@ -124,7 +131,9 @@ class StateStore:
         if found is None:
             with self._lock:
                 fingerprint = stream_fingerprint(self._group, key, self._described)
-                site = Site(key, self.config, f"{self._label}, site '{key}'", fingerprint, self.spares, self._rank)
+                site = Site(
+                    key, self.config, f"{self._label}, site '{key}'", fingerprint, self.spares, self._rank, self.board
+                )
                 found = self.known.setdefault(key, site)
         return found
 

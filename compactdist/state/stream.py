@@ -15,11 +15,13 @@ from torch import Tensor
 from compactdist import codecs, kernels
 from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.errors import ConfigError
-from compactdist.kernels.spec import MatrixView
+from compactdist.kernels.spec import DIGEST_FACTOR, MatrixView
+from compactdist.state.board import Board
 from compactdist.state.history import Predictor, predictor_class
 from compactdist.state.matrix_view import blocks, plain
+from compactdist.state.on_device import FROM_HOST, DeviceDigest
 from compactdist.state.quantized_history import STATE_FORMS, StateForm, make_predictor, state_copy_nbytes
-from compactdist.wire import HEADER_NBYTES, MASK64, SHAPE_NBYTES, Header, HeadTemplate, raw_nbytes
+from compactdist.wire import HEAD_PLACES, HEADER_NBYTES, MASK64, SHAPE_NBYTES, Header, HeadTemplate, raw_nbytes
 
 __all__ = [
     "COMPRESSIBLE_DTYPES",
@@ -33,7 +35,6 @@ __all__ = [
     "state_nbytes",
 ]
 
-_ODD = 0x9E3779B97F4A7C15
 _DAMPING = 0.5
 
 COMPRESSIBLE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -143,15 +144,20 @@ def keyframe_codec(keyframe: str | dict[str, Any] | Codec) -> Codec | None:
     return None if codec.lossless else codec
 
 
+def _queue(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
 class Spares:
     """Buffers that reconstructions are written to: at most one of each size, shared by the streams of a group.
 
     A sender writes the next reconstruction beside the last one, since a staged frame must not change the history; when
-    the frame is committed, the last one becomes the spare buffer.
+    the frame is committed, the last one becomes the spare buffer. On a GPU a buffer stays with its CUDA stream, whose
+    work may still read it.
     """
 
     def __init__(self) -> None:
-        self._held: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._held: dict[tuple[int, torch.dtype, torch.device, int], Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -160,12 +166,12 @@ class Spares:
 
     def take(self, like: Tensor) -> Tensor:
         """A flat buffer of as many elements as ``like``, same dtype and device, its contents undefined."""
-        held = self._held.pop((like.numel(), like.dtype, like.device), None)
+        held = self._held.pop((like.numel(), like.dtype, like.device, like.is_cuda and _queue(like)), None)
         return torch.empty(like.numel(), dtype=like.dtype, device=like.device) if held is None else held
 
     def give(self, buffer: Tensor) -> None:
         """Take back a buffer that nobody reads any more."""
-        self._held[buffer.numel(), buffer.dtype, buffer.device] = buffer
+        self._held[buffer.numel(), buffer.dtype, buffer.device, buffer.is_cuda and _queue(buffer)] = buffer
 
     def clear(self) -> None:
         """Let go of all buffers."""
@@ -181,15 +187,17 @@ class Form:
         head: the bytes before the payload; what differs from frame to frame is filled in.
         frame_nbytes: bytes of every frame, header included, padding excluded.
         checksum: sums up a payload.
+        frames: seals or checks frames on the device; ``None`` where the host does it.
     """
 
-    __slots__ = ("checksum", "codec", "frame_nbytes", "head", "session")
+    __slots__ = ("checksum", "codec", "frame_nbytes", "frames", "head", "session")
 
-    def __init__(self, codec: Codec, session: Session, head: HeadTemplate) -> None:
+    def __init__(self, codec: Codec, session: Session, head: HeadTemplate, frames: kernels.Frames | None) -> None:
         self.codec = codec
         self.session = session
         self.head = head
         self.frame_nbytes = head.header.nbytes + session.payload_nbytes
+        self.frames = frames
         self.checksum = kernels.checksum_for(session.payload_nbytes, session.device)
 
 
@@ -208,6 +216,7 @@ class Staged:
         next_view: the matrix view announced for the next frame, or ``None``.
         searched: this frame's residual was searched for a matrix view.
         session: the codec's session that made the payload.
+        there: made on a device, which alone knows checksum, digest and whether the residual was finite.
     """
 
     frame: Tensor
@@ -219,6 +228,7 @@ class Staged:
     next_view: MatrixView | None = None
     searched: bool = False
     session: Session | None = None
+    there: bool = False
 
 
 class Changes:
@@ -245,15 +255,18 @@ class StreamState:
         sequence: frames so far in this epoch; counts on when the history is dropped, so that a repeated or lost
             keyframe is noticed as well.
         digest: of all payloads that made the history, in order; 0 while the stream is empty. Ends that have applied the
-            same frames have the same digest.
+            same frames have the same digest. Ask :meth:`known_digest` where frames may have been made on a device.
         keyframe_announced: the last frame said that the next one is a keyframe.
         view: matrix view of the residuals; ``None`` until the stream is live.
         where: call site and ranks, for error messages.
     """
 
     __slots__ = (
+        "_board",
         "_changes",
         "_form",
+        "_number",
+        "_there",
         "config",
         "digest",
         "fingerprint",
@@ -265,7 +278,14 @@ class StreamState:
         "where",
     )
 
-    def __init__(self, config: StreamConfig, fingerprint: int, where: str, changes: Changes | None = None) -> None:
+    def __init__(
+        self,
+        config: StreamConfig,
+        fingerprint: int,
+        where: str,
+        changes: Changes | None = None,
+        board: Board | None = None,
+    ) -> None:
         self.config = config
         self.fingerprint = fingerprint
         self.where = where
@@ -277,6 +297,9 @@ class StreamState:
         self.view: MatrixView | None = None
         self._form: Form | None = None
         self._changes = changes or Changes()
+        self._board = board
+        self._number: int | None = None
+        self._there: DeviceDigest | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -327,8 +350,20 @@ class StreamState:
             rows=view.rows,
             channels=view.channels,
         )
-        form = self._form = Form(codec, session, HeadTemplate(header))
+        head = HeadTemplate(header)
+        form = self._form = Form(codec, session, head, self._frames_on(device, session, head))
         return form
+
+    def _frames_on(self, device: torch.device, session: Session, head: HeadTemplate) -> kernels.Frames | None:
+        """What seals or checks the frames of the form on the device, if a group looks at its board."""
+        made, board = kernels.frames_for(device), self._board
+        if made is None or board is None or session.device_steps is None or session.payload_nbytes % 4:
+            return None
+        if self._number is None:
+            self._number = board.enter(self.where)
+        if self._there is None:
+            self._there = DeviceDigest(device)
+        return made(head.raw, HEAD_PLACES, session.payload_nbytes, board.on(device), self._number)
 
     def header_of(self, codec: Codec, numel: int, dtype: torch.dtype, **fields: Any) -> Header:
         """A header with what all frames of the stream say, and the ``fields`` given."""
@@ -348,11 +383,25 @@ class StreamState:
     def moved_on(self, checksum: int) -> None:
         """Count a frame whose payload has become part of the history."""
         self.sequence += 1
-        # both steps can be undone, so digests that differ once differ for good
-        self.digest = ((self.digest ^ checksum) * _ODD + 1) & MASK64
+        self.digest = ((self.digest ^ checksum) * DIGEST_FACTOR + 1) & MASK64
+
+    def moved_on_there(self) -> None:
+        """Count a frame that the device has made part of the history."""
+        assert self._there is not None
+        self.sequence += 1
+        self._there.flip()
+
+    def known_digest(self) -> int:
+        """The digest on the host; waits for the device if only that knows it."""
+        there = self._there
+        if there is not None and there.on_device:
+            self.digest, there.source = there.read(), FROM_HOST
+        return self.digest
 
     def start(self, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> None:
         """Make the stream live for tensors of this size, as its first keyframe does."""
+        if self._there is not None:
+            self._there.source = FROM_HOST
         if self.live != (numel, dtype):
             self.drop()
             self.live = (numel, dtype)
@@ -381,6 +430,8 @@ class StreamState:
         self.predictor.clear()
         self.live = None
         self.digest = 0
+        if self._there is not None:
+            self._there.source = FROM_HOST
         self.keyframe_announced = False
         self._use(None)
 

@@ -201,7 +201,7 @@ class ScalarQuantizer(Codec):
 class ScalarSession(Session):
     """A session whose steps are fused kernels, where there are any for its device, dtype and size."""
 
-    __slots__ = ("_chosen_under", "_steps")
+    __slots__ = ("_chosen_under", "_device_steps", "_steps")
 
     codec: ScalarQuantizer
 
@@ -213,6 +213,14 @@ class ScalarSession(Session):
         spec = self.codec.spec
         self._chosen_under = kernels.choice.forced
         self._steps = None if spec is None else kernels.steps_for(spec, self.view, self.dtype, self.device)
+        there = kernels.frames_for(self.device) is not None
+        self._device_steps = cast(kernels.DeviceSteps, self._steps) if self._steps is not None and there else None
+
+    @property
+    def device_steps(self) -> kernels.DeviceSteps | None:
+        if self._chosen_under is not kernels.choice.forced:
+            self._choose()
+        return self._device_steps
 
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None

@@ -344,6 +344,7 @@ def decode_codes(
     velocity,
     out,
     payload,
+    accepted,
     table,
     row_at,
     column_at,
@@ -366,9 +367,10 @@ def decode_codes(
     ROW_SCALES: tl.constexpr,
     PER_GROUP: tl.constexpr,
     TERMS: tl.constexpr,
+    CHECKED: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """The reconstruction of the elements of ``UNITS`` units."""
+    """The reconstruction of the elements of ``UNITS`` units; if ``CHECKED``, only where ``accepted`` is not 0."""
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None]
     element, step, known = elements_of(unit, elements, PER, WHOLE)
     row = element // channels
@@ -381,4 +383,6 @@ def decode_codes(
     c = decode_bf16(tl.load(scales + scale_at, mask=known, other=0).to(tl.int32))
     scale = row_scale(payload + section, row, known, ROW_SCALES) * c
     level = level_of(code, table, KIND, BITS, MANTISSA)
+    if CHECKED:
+        there = there & ~is_zero(accepted)
     write(out, at, applied(expected(base, velocity, at, there, TERMS), scale, level), there)

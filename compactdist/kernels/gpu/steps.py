@@ -140,10 +140,13 @@ class TritonSteps:
         return True
 
     @torch.no_grad()
-    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor) -> bool:
+    def decode(
+        self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor, *, accepted: Tensor | None = None
+    ) -> bool:
         """Write the sum of ``terms`` plus the decoded payload to ``out``, kept finite and rounded to its dtype.
 
-        Never waits for the device; ``out`` may be the first of the terms.
+        Never waits for the device; ``out`` may be the first of the terms. With ``accepted``, uint8, ``out`` stays as it
+        was where the first of it is 0.
 
         Returns:
             Whether it was done; not if tensors are of another dtype or device, or the payload of another length.
@@ -158,10 +161,11 @@ class TritonSteps:
         (_, *source), count = _source(out, terms)
         with _on(self._device):
             codes.decode_codes[(-(-plan.units // _UNITS),)](
-                *source, target, payload, plan.table, plan.offsets.row_at, plan.offsets.column_at,
+                *source, target, payload, payload if accepted is None else accepted, plan.table,
+                plan.offsets.row_at, plan.offsets.column_at,
                 at.rows, at.channels, at.elements, at.row_scales_at, at.channel_scales_at,
                 plan.blocks, plan.pad, plan.matrix_channels, plan.numel,
-                TERMS=count, UNITS=_UNITS, num_warps=8, **self._units, **_EXACT,
+                TERMS=count, CHECKED=accepted is not None, UNITS=_UNITS, num_warps=8, **self._units, **_EXACT,
             )  # fmt: skip
         return True
 

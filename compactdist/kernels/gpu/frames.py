@@ -1,0 +1,254 @@
+"""Frames that are sealed and checked on the device: the host knows every size and never looks at a value.
+
+One launch at each end: all programs add up the payload's checksum (``reference/checksum.py``), the last one to come
+makes the header of the frame from it. The sender writes that header, the receiver compares it with the one that
+arrived. The digest of a stream's history stays on the device, in a pair of which each frame reads one and writes the
+other, so that a frame that is not sent leaves the digest as it was.
+
+What goes wrong is written to the group's board (``spec.BOARD_WORDS``), and only the first of it.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compactdist.kernels.gpu.plan import INTERPRETED
+from compactdist.kernels.spec import (
+    CHECKSUM_WEIGHT,
+    DIGEST_FACTOR,
+    HEAD_WORDS,
+    NOT_FINITE,
+    REFUSED,
+    HeadPlaces,
+)
+
+__all__ = ["FrameKernels"]
+
+_WEIGHT = tl.constexpr(CHECKSUM_WEIGHT)
+_FACTOR = tl.constexpr(DIGEST_FACTOR - (1 << 64))
+_HEAD = tl.constexpr(HEAD_WORDS)
+_NOT_FINITE, _REFUSED = tl.constexpr(NOT_FINITE), tl.constexpr(REFUSED)
+_WORDS = 16384 if INTERPRETED else 2048
+_here = threading.local()
+
+
+@triton.jit
+def weighed(words, at):
+    """int64 products of 32-bit words and the weights of their positions."""
+    weights = (2 * at + 1).to(tl.uint32) * _WEIGHT
+    return words.to(tl.uint32, bitcast=True).to(tl.int64) * weights.to(tl.uint32).to(tl.int64)
+
+
+@triton.jit
+def added(payload, count, sums, WORDS: tl.constexpr):
+    """Add this program's words to the payload's checksum; whether it is the last program to do so."""
+    at = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    words = tl.load(payload + at, mask=at < count, other=0)
+    tl.atomic_add(sums, tl.sum(weighed(words, at), 0))
+    before = tl.atomic_add(sums + 1, tl.full((), 1, tl.int64))
+    return before == tl.num_programs(0) - 1
+
+
+@triton.jit
+def taken(sums):
+    """The checksum; the sums are zero again for the next frame."""
+    tl.atomic_xchg(sums + 1, tl.full((), 0, tl.int64))
+    return tl.atomic_xchg(sums, tl.full((), 0, tl.int64))
+
+
+@triton.jit
+def digest_before(digests, source, known_low, known_high):
+    """The digest that the frame is made against: from the pair, or from the host where ``source`` is 2."""
+    known = (known_high.to(tl.int64) << 32) | (known_low.to(tl.int64) & 0xFFFFFFFF)
+    return tl.where(source == 2, known, tl.load(digests + tl.where(source == 1, 1, 0)))
+
+
+@triton.jit
+def digest_after(digest, checksum):
+    return (digest ^ checksum) * _FACTOR + 1
+
+
+@triton.jit
+def put(words, lane, at, value):
+    """``words`` with an int64 in two lanes."""
+    words = tl.where(lane == at, value.to(tl.int32), words)
+    return tl.where(lane == at + 1, (value >> 32).to(tl.int32), words)
+
+
+@triton.jit
+def head_of(
+    template, checksum, digest, step, epoch, sequence, flags,
+    FLAGS: tl.constexpr, CALL: tl.constexpr, SUMS: tl.constexpr, TOTAL: tl.constexpr,
+):  # fmt: skip
+    """The header's words: those that all frames of the stream share, and what differs."""
+    lane = tl.arange(0, _HEAD)
+    words = tl.load(template + lane)
+    words = tl.where(lane == FLAGS, words | flags, words)
+    words = tl.where(lane == CALL, step, words)
+    words = tl.where(lane == CALL + 1, epoch, words)
+    words = tl.where(lane == CALL + 2, sequence, words)
+    words = put(words, lane, SUMS, checksum)
+    words = put(words, lane, SUMS + 2, digest)
+    counts = (lane != TOTAL) & (lane != TOTAL + 1)
+    total = tl.sum(tl.where(counts, weighed(words, lane), tl.zeros((_HEAD,), tl.int64)), 0)
+    return put(words, lane, TOTAL, total)
+
+
+@triton.jit
+def report(board, code, stream, got, expected):
+    """Write to the board unless something is written there already."""
+    if tl.atomic_cas(board, 0, code) == 0:
+        lane = tl.arange(0, _HEAD)
+        tl.store(board + 1, stream)
+        tl.store(board + 2 + lane, got)
+        tl.store(board + 2 + _HEAD + lane, expected)
+
+
+_CHANGING = ["stream", "step", "epoch", "sequence", "source", "known_low", "known_high", "count"]
+"""Arguments of which Triton must not make constants: each value would be compiled anew."""
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def seal_frame(
+    frame, payload, template, sums, digests, flag, board,
+    count, stream, step, epoch, sequence, source, known_low, known_high,
+    WORDS: tl.constexpr, NONFINITE: tl.constexpr,
+    FLAGS: tl.constexpr, CALL: tl.constexpr, SUMS: tl.constexpr, TOTAL: tl.constexpr,
+):  # fmt: skip
+    """Write the header of a frame whose payload is there; report a residual that was not finite."""
+    if added(payload, count, sums, WORDS):
+        checksum = taken(sums)
+        digest = digest_before(digests, source, known_low, known_high)
+        flagged = tl.load(flag) != 0
+        flags = tl.where(flagged, NONFINITE, 0)
+        head = head_of(template, checksum, digest, step, epoch, sequence, flags, FLAGS, CALL, SUMS, TOTAL)
+        tl.store(frame + tl.arange(0, _HEAD), head)
+        tl.store(digests + tl.where(source == 0, 1, 0), digest_after(digest, checksum))
+        if flagged:
+            tl.store(flag, 0)
+            report(board, _NOT_FINITE, stream, head, head)
+
+
+@triton.jit(do_not_specialize=_CHANGING)
+def check_frame(
+    frame, payload, template, sums, digests, accepted, board,
+    count, stream, step, epoch, sequence, source, known_low, known_high,
+    WORDS: tl.constexpr, NONFINITE: tl.constexpr,
+    FLAGS: tl.constexpr, CALL: tl.constexpr, SUMS: tl.constexpr, TOTAL: tl.constexpr,
+):  # fmt: skip
+    """Compare a frame with what is expected: 1 in the first of ``accepted`` if it is that and is to be applied, and in
+    the second if it holds values, else 0.
+
+    The frame of a residual that was not finite is applied, as its sender applies it, but its values are not handed out.
+    Any other difference breaks the stream for good: its digest becomes one that no frame has.
+    """
+    if added(payload, count, sums, WORDS):
+        checksum = taken(sums)
+        digest = digest_before(digests, source, known_low, known_high)
+        lane = tl.arange(0, _HEAD)
+        got = tl.load(frame + lane)
+        flags = tl.load(frame + FLAGS) & NONFINITE
+        head = head_of(template, checksum, digest, step, epoch, sequence, flags, FLAGS, CALL, SUMS, TOTAL)
+        same = tl.sum(tl.where(got == head, 0, 1), 0) == 0
+        after = digest_after(digest, checksum)
+        tl.store(digests + tl.where(source == 0, 1, 0), tl.where(same, after, ~after))
+        tl.store(accepted, tl.where(same, 1, 0).to(tl.uint8))
+        tl.store(accepted + 1, tl.where(same & (flags == 0), 1, 0).to(tl.uint8))
+        if not same:
+            report(board, _REFUSED, stream, got, head)
+        elif flags != 0:
+            report(board, _NOT_FINITE, stream, got, head)
+
+
+class _Sums(NamedTuple):
+    """What lies zero between two frames: checksum and programs done, int64; the encoder's flag, int32."""
+
+    sums: Tensor
+    flag: Tensor
+
+
+def _zeros(device: torch.device) -> _Sums:
+    with torch.inference_mode(False):  # or they could not be written to outside of the mode they were made in
+        return _Sums(torch.zeros(2, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32, device=device))
+
+
+def _sums_of(device: torch.device) -> _Sums:
+    """Kept for each thread and stream, whose frames follow one another; a captured frame gets its own."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return _zeros(device)
+    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    if not hasattr(_here, "streams"):
+        _here.streams = {}
+    found: _Sums | None = _here.streams.get(key)
+    if found is None:
+        found = _here.streams[key] = _zeros(device)
+    return found
+
+
+class FrameKernels:
+    """Seals or checks the frames of one end of a stream, see ``kernels.Frames``.
+
+    Args:
+        head: the 128 bytes before the payload that all frames share.
+        places: where in them stands what differs.
+        payload_nbytes: of every frame, a multiple of 4.
+        board: int32 of ``BOARD_WORDS``, of the group.
+        stream: the stream's number on the board.
+    """
+
+    __slots__ = ("_board", "_constants", "_count", "_device", "_grid", "_stream", "_template", "accepted")
+
+    def __init__(self, head: bytes, places: HeadPlaces, payload_nbytes: int, board: Tensor, stream: int) -> None:
+        self._device = board.device
+        self._board, self._stream = board, stream
+        self._count = payload_nbytes // 4
+        self._grid = (-(-self._count // _WORDS),)
+        self._constants: dict[str, Any] = {**places._asdict(), "WORDS": _WORDS}
+        with torch.inference_mode(False):
+            self._template = torch.frombuffer(bytearray(head), dtype=torch.int32).to(self._device)
+            self.accepted = torch.zeros(2, dtype=torch.uint8, device=self._device)
+
+    def flag(self) -> Tensor:
+        """For the encoder of the next frame to be sealed on this thread and stream; it is zero."""
+        return _sums_of(self._device).flag
+
+    def seal(
+        self,
+        frame: Tensor,
+        payload: Tensor,
+        flag: Tensor,
+        digests: Tensor,
+        call: tuple[int, ...],
+        source: int,
+        known: int,
+    ) -> None:
+        """Write the header. ``call`` is step, epoch and sequence; the rest as :class:`Digest` has it."""
+        seal_frame[self._grid](
+            frame[: 4 * HEAD_WORDS].view(torch.int32), payload.view(torch.int32), self._template,
+            _sums_of(self._device).sums, digests, flag, self._board, self._count, self._stream,
+            *map(_signed, call), source, _signed(known), _signed(known >> 32), **self._constants,
+        )  # fmt: skip
+
+    def check(
+        self, frame: Tensor, payload: Tensor, digests: Tensor, call: tuple[int, ...], source: int, known: int
+    ) -> Tensor:
+        """Compare the header; uint8 ``[2]``: 1 if the frame is to be applied, 1 if its values may be handed out."""
+        check_frame[self._grid](
+            frame[: 4 * HEAD_WORDS].view(torch.int32), payload.view(torch.int32), self._template,
+            _sums_of(self._device).sums, digests, self.accepted, self._board, self._count, self._stream,
+            *map(_signed, call), source, _signed(known), _signed(known >> 32), **self._constants,
+        )  # fmt: skip
+        return self.accepted
+
+
+def _signed(value: int) -> int:
+    """The low 32 bits, as Triton takes them for an int32 whatever they are."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >> 31 else value
