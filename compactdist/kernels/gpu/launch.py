@@ -110,7 +110,7 @@ class Launch:
         runtime = triton.knobs.runtime
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         about = None
-        if _is_set(enter) or _is_set(leave):
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             about = compiled.launch_metadata((self._grid,), stream, *values)
         else:  # an empty chain of hooks would be called all the same
             enter = leave = None
@@ -124,10 +124,6 @@ class Launch:
         compiled = self._kernel[(self._grid,)](*values, **self._constants)
         if _KEPT and stream is not None and compiled is not None:  # None: a hook of Triton's took the launch away
             self._compiled[aligned] = compiled
-
-
-def _is_set(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _bits(x: Tensor) -> Tensor:

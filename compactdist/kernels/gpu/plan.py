@@ -229,11 +229,11 @@ def _memory(size: int, device: torch.device) -> Tensor:
 def _sizes(plan: Plan) -> list[int]:
     at = plan.sections
     scales = at.groups * at.channel_scales_per_group
-    used = [4, 3 * at.groups, 0, 0, 0, 0, 0, 0, scales, scales, at.groups]
+    used = [4, 0, 0, 0, 0, 0, 0, 0, scales, scales, at.groups]
     if not plan.by_block:
         sums, weights = at.groups * plan.tiles * at.channels, at.groups * plan.tiles * plan.channel_blocks
         energies = sums if plan.kind in (codes.NEAREST.value, codes.TERNARY.value) else 0
-        used[2:8] = [*[at.groups * at.rows] * 3, sums, energies, weights]
+        used[1:8] = [3 * at.groups, *[at.groups * at.rows] * 3, sums, energies, weights]
     return [-(-size // 4) * 4 for size in used]
 
 

@@ -27,6 +27,7 @@ from compactdist.kernels.spec import MatrixView, QuantizerSpec
 __all__ = ["INTERPRETED", "TritonSteps", "steps_of"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NOTHING = nullcontext()
 _EXACT = {"enable_fp_fusion": False}
 # Sizes for 16-byte loads of bfloat16 on a GPU; the interpreter wants few programs of large blocks.
 _ROWS, _TILES, _UNROLL, _UNITS, _WIDTH, _BLOCKS = (
@@ -46,7 +47,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
-    return nullcontext()
+    return _NOTHING
 
 
 # What an encoding gives to its launches: these and then the parts of the scratch memory. A missing term repeats ``x``.
@@ -70,7 +71,8 @@ class TritonSteps:
         self.checksum: int | None = None
         self._dtype = dtype
         self._stream_of = stream_getter(device)
-        if self._stream_of is not None and device.index is None:
+        index: int | None = device.index
+        if self._stream_of is not None and index is None:
             device = torch.device(device.type, torch.cuda.current_device())
         self._device = device
         self._encodings: dict[tuple[int, bool, bool], list[Launch]] = {}
@@ -102,6 +104,8 @@ class TritonSteps:
             there is no flag; ``out`` and ``payload`` hold anything then.
         """
         if not self._takes((x, *terms) if out is None else (x, *terms, out)):
+            return False
+        if payload.dtype != torch.uint8 or not (flag is None or flag.dtype == torch.int32):
             return False
         plan, device = self.plan, self._device
         written = payload
