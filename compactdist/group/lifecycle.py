@@ -120,7 +120,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         )
 
     def _poll(self) -> None:
-        self._engine.store.board.poll()
+        if self._engine.store.board.used:
+            self._engine.store.board.poll()
 
     def _agrees(self, inner: Any, options: Options, label: str) -> Agreement | None:
         """What ranks agree on plans with; ``None``: there is nobody to agree with, or they should not."""

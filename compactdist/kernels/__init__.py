@@ -104,7 +104,6 @@ class Frames(Protocol):
     def seal(
         self,
         frame: Tensor,
-        payload: Tensor,
         flag: Tensor,
         digests: Tensor,
         call: tuple[int, int, int],
@@ -114,8 +113,7 @@ class Frames(Protocol):
         """Write the header of a frame whose payload is there.
 
         Args:
-            frame: 1-D uint8.
-            payload: the part of it that holds the payload.
+            frame: 1-D uint8, contiguous; the payload stands behind the header.
             flag: as the encoder left it.
             digests: int64 ``[2]``: the digest the frame is made against, and a place for the next one.
             call: step, epoch and sequence.
@@ -124,9 +122,7 @@ class Frames(Protocol):
         """
         ...
 
-    def check(
-        self, frame: Tensor, payload: Tensor, digests: Tensor, call: tuple[int, int, int], source: int, known: int
-    ) -> Tensor:
+    def check(self, frame: Tensor, digests: Tensor, call: tuple[int, int, int], source: int, known: int) -> Tensor:
         """Compare a frame with the one that is expected; ``accepted``. Arguments as for :meth:`seal`."""
         ...
 

@@ -55,9 +55,14 @@ class _OnDevice:
 
 
 class Board:
-    """The boards of one group, one for each device, and the streams that write to them."""
+    """The boards of one group, one for each device, and the streams that write to them.
+
+    Attributes:
+        used: some stream may write to one.
+    """
 
     def __init__(self) -> None:
+        self.used = False
         self._streams: list[str] = []
         self._devices: dict[torch.device, _OnDevice] = {}
         self._lock = threading.Lock()
@@ -72,6 +77,7 @@ class Board:
     def enter(self, where: str) -> int:
         """The number under which a stream reports."""
         with self._lock:
+            self.used = True
             self._streams.append(where)
             return len(self._streams) - 1
 
@@ -86,8 +92,6 @@ class Board:
             NonFiniteError: what a tensor changed by was NaN or infinite at its sender.
             FrameError: a frame was not the one its receiver expected.
         """
-        if not self._devices:
-            return
         for one in tuple(self._devices.values()):
             if one.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 continue

@@ -172,7 +172,7 @@ class StreamDecoder(StreamState):
         assert self.live is not None
         there.follow(self.predictor.held)
         terms, (numel, dtype) = self.predictor.terms(), self.live
-        accepted = frames.check(frame, payload, there.pair, (step, epoch, self.sequence), there.source, self.digest)
+        accepted = frames.check(frame, there.pair, (step, epoch, self.sequence), there.source, self.digest)
         in_place = bool(terms) and self.predictor.decodes_in_place
         if in_place:
             value = terms[0]

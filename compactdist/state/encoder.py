@@ -225,7 +225,11 @@ class StreamEncoder(StreamState):
             self.known_digest()
         session, header, own = form.session, form.head.header, self._own_predictor
         start = HEADER_NBYTES if shape is None else HEADER_NBYTES + SHAPE_NBYTES
-        frame, payload = empty_frame(start, session.payload_nbytes, frame_nbytes, flat.device)
+        end = start + session.payload_nbytes
+        frame = torch.empty(frame_nbytes or end, dtype=torch.uint8, device=flat.device)
+        if frame_nbytes is not None and frame_nbytes > end:
+            frame[end:].zero_()
+        payload = frame[start:end]
         terms = self.predictor.terms()
         if terms and flat.is_cpu and _is_far_larger(flat, terms if own is None else own.terms()):
             terms, header = (), replace(header, flags=RESTART)
@@ -311,7 +315,7 @@ class StreamEncoder(StreamState):
             raise
         if not made:
             return None
-        frames.seal(frame, payload, flag, there.pair, (step, epoch, self.sequence), there.source, self.digest)
+        frames.seal(frame, flag, there.pair, (step, epoch, self.sequence), there.source, self.digest)
         return Staged(frame, form.head.header, 0, value, terms, session=form.session, there=True)
 
     def residual_energy(self, x: Tensor) -> float:

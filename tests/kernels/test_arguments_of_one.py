@@ -41,9 +41,9 @@ def _run_both_ends(form: dict[str, Any], view: MatrixView, dtype: torch.dtype) -
 class _WithOnes(_Compiler):
     """Compiles each launch with all of its plain integers set to 1."""
 
-    def launch(self, kernel: Any, *args: Any, **others: Any) -> None:
+    def launch(self, kernel: Any, *args: Any, **others: Any) -> Any:
         assert any(type(value) is int for value in args), kernel.fn.__name__
-        super().launch(kernel, *(1 if type(value) is int else value for value in args), **others)
+        return super().launch(kernel, *(1 if type(value) is int else value for value in args), **others)
 
 
 @pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")

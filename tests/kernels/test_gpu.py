@@ -129,7 +129,7 @@ class _Compiler:
     def __init__(self) -> None:
         self.ptx: dict[str, str] = {}
 
-    def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int, **others: Any) -> None:
+    def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int, **others: Any) -> Any:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -149,6 +149,7 @@ class _Compiler:
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         self.ptx[kernel.fn.__name__] = compiled.asm["ptx"]
+        return compiled
 
 
 CASES = [

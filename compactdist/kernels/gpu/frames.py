@@ -12,13 +12,14 @@ What goes wrong is written to the group's board (``spec.BOARD_WORDS``), and only
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from compactdist.kernels.gpu.launch import Launch, Slot, alignment_of, on, stream_getter
 from compactdist.kernels.gpu.plan import INTERPRETED
 from compactdist.kernels.spec import (
     CHECKSUM_WEIGHT,
@@ -111,25 +112,28 @@ def report(board, code, stream, got, expected):
         tl.store(board + 2 + _HEAD + lane, expected)
 
 
-_CHANGING = ["stream", "step", "epoch", "sequence", "source", "known_low", "known_high", "count"]
+_CHANGING = ["step", "epoch", "sequence", "source", "known_low", "known_high"]
 """Arguments of which Triton must not make constants: each value would be compiled anew."""
+_GIVEN = 4
+"""Tensors that a call gives, before those numbers."""
 
 
 @triton.jit(do_not_specialize=_CHANGING)
 def seal_frame(
-    frame, payload, template, sums, digests, flag, board,
-    count, stream, step, epoch, sequence, source, known_low, known_high,
+    frame, sums, digests, flag, step, epoch, sequence, source, known_low, known_high,
+    template, board, count, stream,
     WORDS: tl.constexpr, NONFINITE: tl.constexpr,
     FLAGS: tl.constexpr, CALL: tl.constexpr, SUMS: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
     """Write the header of a frame whose payload is there; report a residual that was not finite."""
-    if added(payload, count, sums, WORDS):
+    head_at = frame.to(tl.pointer_type(tl.int32))
+    if added(head_at + _HEAD, count, sums, WORDS):
         checksum = taken(sums)
         digest = digest_before(digests, source, known_low, known_high)
         flagged = tl.load(flag) != 0
         flags = tl.where(flagged, NONFINITE, 0)
         head = head_of(template, checksum, digest, step, epoch, sequence, flags, FLAGS, CALL, SUMS, TOTAL)
-        tl.store(frame + tl.arange(0, _HEAD), head)
+        tl.store(head_at + tl.arange(0, _HEAD), head)
         tl.store(digests + tl.where(source == 0, 1, 0), digest_after(digest, checksum))
         if flagged:
             tl.store(flag, 0)
@@ -138,8 +142,8 @@ def seal_frame(
 
 @triton.jit(do_not_specialize=_CHANGING)
 def check_frame(
-    frame, payload, template, sums, digests, accepted, board,
-    count, stream, step, epoch, sequence, source, known_low, known_high,
+    frame, sums, digests, accepted, step, epoch, sequence, source, known_low, known_high,
+    template, board, count, stream,
     WORDS: tl.constexpr, NONFINITE: tl.constexpr,
     FLAGS: tl.constexpr, CALL: tl.constexpr, SUMS: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
@@ -149,12 +153,13 @@ def check_frame(
     The frame of a residual that was not finite is applied, as its sender applies it, but its values are not handed out.
     Any other difference breaks the stream for good: its digest becomes one that no frame has.
     """
-    if added(payload, count, sums, WORDS):
+    head_at = frame.to(tl.pointer_type(tl.int32))
+    if added(head_at + _HEAD, count, sums, WORDS):
         checksum = taken(sums)
         digest = digest_before(digests, source, known_low, known_high)
         lane = tl.arange(0, _HEAD)
-        got = tl.load(frame + lane)
-        flags = tl.load(frame + FLAGS) & NONFINITE
+        got = tl.load(head_at + lane)
+        flags = tl.load(head_at + FLAGS) & NONFINITE
         head = head_of(template, checksum, digest, step, epoch, sequence, flags, FLAGS, CALL, SUMS, TOTAL)
         same = tl.sum(tl.where(got == head, 0, 1), 0) == 0
         after = digest_after(digest, checksum)
@@ -179,16 +184,15 @@ def _zeros(device: torch.device) -> _Sums:
         return _Sums(torch.zeros(2, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32, device=device))
 
 
-def _sums_of(device: torch.device) -> _Sums:
+def _sums_of(device: torch.device, stream: int | None) -> _Sums:
     """Kept for each thread and stream, whose frames follow one another; a captured frame gets its own."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if stream is None or torch.cuda.is_current_stream_capturing():
         return _zeros(device)
-    key = device.index, torch.cuda.current_stream(device).cuda_stream
     if not hasattr(_here, "streams"):
         _here.streams = {}
-    found: _Sums | None = _here.streams.get(key)
+    found: _Sums | None = _here.streams.get((device.index, stream))
     if found is None:
-        found = _here.streams[key] = _zeros(device)
+        found = _here.streams[device.index, stream] = _zeros(device)
     return found
 
 
@@ -203,49 +207,51 @@ class FrameKernels:
         stream: the stream's number on the board.
     """
 
-    __slots__ = ("_board", "_constants", "_count", "_device", "_grid", "_stream", "_template", "accepted")
+    __slots__ = ("_check", "_device", "_seal", "_stream_of", "accepted")
 
     def __init__(self, head: bytes, places: HeadPlaces, payload_nbytes: int, board: Tensor, stream: int) -> None:
-        self._device = board.device
-        self._board, self._stream = board, stream
-        self._count = payload_nbytes // 4
-        self._grid = (-(-self._count // _WORDS),)
-        self._constants: dict[str, Any] = {**places._asdict(), "WORDS": _WORDS}
+        device = self._device = board.device
+        self._stream_of = stream_getter(device)
         with torch.inference_mode(False):
-            self._template = torch.frombuffer(bytearray(head), dtype=torch.int32).to(self._device)
-            self.accepted = torch.zeros(2, dtype=torch.uint8, device=self._device)
+            template = torch.frombuffer(bytearray(head), dtype=torch.int32).to(device)
+            self.accepted = torch.zeros(2, dtype=torch.uint8, device=device)
+        count, given = payload_nbytes // 4, _GIVEN + len(_CHANGING)
+        arguments = (*map(Slot, range(given)), template, board, count, stream)
+        constants = {"WORDS": _WORDS, **places._asdict()}
+        grid = -(-count // _WORDS)
+        self._seal = Launch(seal_frame, grid, arguments, given, constants)
+        self._check = Launch(check_frame, grid, arguments, given, constants)
 
     def flag(self) -> Tensor:
         """For the encoder of the next frame to be sealed on this thread and stream; it is zero."""
-        return _sums_of(self._device).flag
+        return self._zeroed()[0].flag
 
     def seal(
-        self,
-        frame: Tensor,
-        payload: Tensor,
-        flag: Tensor,
-        digests: Tensor,
-        call: tuple[int, ...],
-        source: int,
-        known: int,
+        self, frame: Tensor, flag: Tensor, digests: Tensor, call: tuple[int, int, int], source: int, known: int
     ) -> None:
-        """Write the header. ``call`` is step, epoch and sequence; the rest as :class:`Digest` has it."""
-        seal_frame[self._grid](
-            frame[: 4 * HEAD_WORDS].view(torch.int32), payload.view(torch.int32), self._template,
-            _sums_of(self._device).sums, digests, flag, self._board, self._count, self._stream,
-            *map(_signed, call), source, _signed(known), _signed(known >> 32), **self._constants,
-        )  # fmt: skip
+        """Write the header of a frame."""
+        self._launch(self._seal, frame, flag, digests, call, source, known)
 
-    def check(
-        self, frame: Tensor, payload: Tensor, digests: Tensor, call: tuple[int, ...], source: int, known: int
-    ) -> Tensor:
-        """Compare the header; uint8 ``[2]``: 1 if the frame is to be applied, 1 if its values may be handed out."""
-        check_frame[self._grid](
-            frame[: 4 * HEAD_WORDS].view(torch.int32), payload.view(torch.int32), self._template,
-            _sums_of(self._device).sums, digests, self.accepted, self._board, self._count, self._stream,
-            *map(_signed, call), source, _signed(known), _signed(known >> 32), **self._constants,
-        )  # fmt: skip
+    def check(self, frame: Tensor, digests: Tensor, call: tuple[int, int, int], source: int, known: int) -> Tensor:
+        """Compare the header of a frame; ``accepted``."""
+        self._launch(self._check, frame, self.accepted, digests, call, source, known)
         return self.accepted
+
+    def _zeroed(self) -> tuple[_Sums, int | None]:
+        stream = None if self._stream_of is None else self._stream_of(self._device.index)
+        return _sums_of(self._device, stream), stream
+
+    def _launch(
+        self, launch: Launch, frame: Tensor, last: Tensor, digests: Tensor, call: tuple[int, int, int], *source: int
+    ) -> None:
+        zeroed, stream = self._zeroed()
+        step, epoch, sequence = call
+        which, known = source
+        changing = step, _signed(epoch), _signed(sequence), which, _signed(known), _signed(known >> 32)
+        tensors = frame, zeroed.sums, digests, last
+        pointers = tuple([tensor.data_ptr() for tensor in tensors])
+        with on(self._device):
+            launch(tensors + changing, pointers + changing, alignment_of(pointers), stream)
 
 
 def _signed(value: int) -> int:

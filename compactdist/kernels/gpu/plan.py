@@ -190,26 +190,35 @@ class Scratch(NamedTuple):
     factors: Tensor
 
 
-def scratch_of(plan: Plan, device: torch.device) -> Scratch:
-    """Memory for a step.
+class Memory(NamedTuple):
+    """Scratch, and the addresses of its parts."""
+
+    scratch: Scratch
+    pointers: tuple[int, ...]
+
+
+def scratch_of(plan: Plan, device: torch.device, stream: int | None) -> Memory:
+    """Memory for a step on the current stream, whose number is ``stream``; ``None`` on the CPU.
 
     Kept for each thread and stream, whose steps follow one another; a step that is captured in a CUDA graph gets memory
     of its own, for its replays follow nothing.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if stream is None or torch.cuda.is_current_stream_capturing():
         return _parts(plan, None, device)
-    key = device.index, torch.cuda.current_stream(device).cuda_stream
-    if not hasattr(_here, "streams"):
-        _here.streams = {}
-    buffer, known = _here.streams.get(key, (None, {}))
-    if plan not in known:
+    try:
+        streams = _here.streams
+    except AttributeError:
+        streams = _here.streams = {}
+    key = device.index, stream
+    buffer, known = streams.get(key, (None, {}))
+    memory: Memory | None = known.get(plan)
+    if memory is None:
         needed, size = sum(_sizes(plan)), 0 if buffer is None else buffer.numel()
         if size < needed or len(known) >= _MOST_PLANS:
             buffer, known = _memory(max(needed, size), device), {}
-            _here.streams[key] = buffer, known
-        known[plan] = _parts(plan, buffer, device)
-    parts: Scratch = known[plan]
-    return parts
+            streams[key] = buffer, known
+        memory = known[plan] = _parts(plan, buffer, device)
+    return memory
 
 
 def _memory(size: int, device: torch.device) -> Tensor:
@@ -220,18 +229,19 @@ def _memory(size: int, device: torch.device) -> Tensor:
 def _sizes(plan: Plan) -> list[int]:
     at = plan.sections
     scales = at.groups * at.channel_scales_per_group
-    used = [4, 3 * at.groups, 0, 0, 0, 0, 0, 0, scales, scales, at.groups]
+    used = [4, 0, 0, 0, 0, 0, 0, 0, scales, scales, at.groups]
     if not plan.by_block:
         sums, weights = at.groups * plan.tiles * at.channels, at.groups * plan.tiles * plan.channel_blocks
         energies = sums if plan.kind in (codes.NEAREST.value, codes.TERNARY.value) else 0
-        used[2:8] = [*[at.groups * at.rows] * 3, sums, energies, weights]
+        used[1:8] = [3 * at.groups, *[at.groups * at.rows] * 3, sums, energies, weights]
     return [-(-size // 4) * 4 for size in used]
 
 
-def _parts(plan: Plan, buffer: Tensor | None, device: torch.device) -> Scratch:
+def _parts(plan: Plan, buffer: Tensor | None, device: torch.device) -> Memory:
     sizes = _sizes(plan)
     if buffer is None:
         buffer = _memory(sum(sizes), device)
     parts = buffer[: sum(sizes)].split(sizes)
     zeroed = buffer[: sizes[0] + sizes[1]].view(torch.int32)
-    return Scratch(zeroed, zeroed[:1], zeroed[sizes[0] :], *parts[2:])
+    scratch = Scratch(zeroed, zeroed[:1], zeroed[sizes[0] :], *parts[2:])
+    return Memory(scratch, tuple([part.data_ptr() for part in scratch]))

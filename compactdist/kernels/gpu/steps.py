@@ -5,19 +5,21 @@ The bytes are those of ``reference/steps.py``. With scales by row and channel, e
 row sums and maxima (``row_statistics``), sums by channel (``tile_sums``, then ``settle`` on their small results),
 codes and new base (``encode_codes``). With scales by block it reads them once. Decoding is one pass.
 
-Kernels run on the current stream of the tensors' device. With ``TRITON_INTERPRET=1`` set before Triton is imported they
-run on CPU tensors, in numpy, slowly: that is how they are tested where there is no GPU.
+What a step launches is prepared when it first comes: ``_encoding`` and ``_decoding`` list it, and a step gives the
+addresses. Kernels run on the current stream of the tensors' device. With ``TRITON_INTERPRET=1`` set before Triton is
+imported they run on CPU tensors, in numpy, slowly: that is how they are tested where there is no GPU.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compactdist.kernels.gpu import blocks, codes, rows, scales
+from compactdist.kernels.gpu.launch import Launch, Slot, alignment_of, on, stream_getter
 from compactdist.kernels.gpu.plan import INTERPRETED, UNITS_OF_TILE, Plan, Scratch, plan_of, scratch_of
 from compactdist.kernels.spec import MatrixView, QuantizerSpec
 
@@ -39,35 +41,11 @@ def steps_of(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device: 
     return None if plan is None else TritonSteps(plan, dtype, device)
 
 
-def _bits(x: Tensor) -> Tensor:
-    """What the kernels take: contiguous; bfloat16 as int16."""
-    x = x.detach().contiguous()
-    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
-
-
-class _Call(NamedTuple):
-    """What the parts of an encoding share. ``source`` = (x, base, velocity); a missing term repeats ``x``, and
-    ``terms`` says how many of the last two count.
-    """
-
-    plan: Plan
-    scratch: Scratch
-    source: tuple[Tensor, Tensor, Tensor]
-    terms: int
-    target: Tensor
-    payload: Tensor
-    reported: Tensor
-
-    @property
-    def offsets(self) -> tuple[Tensor, Tensor]:
-        return self.plan.offsets.row_at, self.plan.offsets.column_at
+# What an encoding gives to its launches: these and then the parts of the scratch memory. A missing term repeats ``x``.
+_X, _BASE, _VELOCITY, _OUT, _PAYLOAD, _REPORTED = map(Slot, range(6))
+_SOURCE = _X, _BASE, _VELOCITY
+_SCRATCH: Any = Scratch(*map(Slot, range(6, 6 + len(Scratch._fields))))  # type: ignore[arg-type]
+_ENCODING = 6 + len(Scratch._fields)
 
 
 class TritonSteps:
@@ -77,18 +55,20 @@ class TritonSteps:
         plan: what the kernels are told.
     """
 
-    __slots__ = ("_device", "_dtype", "_units", "checksum", "plan")
+    __slots__ = ("_decodings", "_device", "_dtype", "_encodings", "_stream_of", "checksum", "plan")
 
     def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
         self.plan = plan
         self.checksum: int | None = None
         self._dtype = dtype
+        self._stream_of = stream_getter(device)
+        index: int | None = device.index
+        if self._stream_of is not None and index is None:
+            device = torch.device(device.type, torch.cuda.current_device())
         self._device = device
-        at = plan.sections
-        scaled = {"ROW_SCALES": at.row_scale_count > 0, "PER_GROUP": at.channel_scales_per_group == 1}
-        self._units = {**plan.codec_flags, **plan.offsets_flags, "PER": plan.per, **scaled}
+        self._encodings: dict[tuple[int, bool, bool], list[Launch]] = {}
+        self._decodings: dict[tuple[int, bool], Launch] = {}
 
-    @torch.no_grad()
     def encode(
         self,
         x: Tensor,
@@ -114,32 +94,35 @@ class TritonSteps:
             Whether it was done; not if tensors are of another dtype or device, or if the residual is not finite and
             there is no flag; ``out`` and ``payload`` hold anything then.
         """
-        if not self._takes(x, *terms) or not (out is None or self._takes(out)):
+        if not self._takes((x, *terms) if out is None else (x, *terms, out)):
+            return False
+        if payload.dtype != torch.uint8 or not (flag is None or flag.dtype == torch.int32):
             return False
         plan, device = self.plan, self._device
         written = payload
         if payload.data_ptr() % 16 or not payload.is_contiguous():
             written = torch.empty(plan.sections.total_nbytes, dtype=torch.uint8, device=device)
-        source, count = _source(x, terms)
-        with _on(device):
-            scratch = scratch_of(plan, device)
+        source = _source(x, terms)
+        key = len(terms), out is not None, flag is not None
+        launches = self._encodings.get(key)
+        if launches is None:
+            launches = self._encodings[key] = _encoding(plan, *key)
+        with on(device):
+            stream = None if self._stream_of is None else self._stream_of(device.index)
+            scratch, scratch_pointers = scratch_of(plan, device, stream)
             scratch.zeroed.zero_()
-            target, reported = source[0] if out is None else _bits(out), scratch.flag if flag is None else flag
-            call = _Call(plan, scratch, source, count, target, written, reported)
-            writes = {"WRITES": out is not None, "LOCKSTEP": flag is not None}
-            if plan.by_block:
-                _encode_blocks(call, writes)
-            else:
-                _settle_scales(call)
-            if not plan.by_block or not plan.whole:
-                _encode_codes(call, {**self._units, **writes})
+            target, reported = source[0] if out is None else out, scratch.flag if flag is None else flag
+            given = (*source, target, written, reported)
+            pointers = (*[tensor.data_ptr() for tensor in given], *scratch_pointers)
+            aligned, tensors = alignment_of(pointers), given + scratch
+            for launch in launches:
+                launch(tensors, pointers, aligned, stream)
         if flag is None and int(scratch.flag):
             return False
         if written is not payload:
             payload.copy_(written)
         return True
 
-    @torch.no_grad()
     def decode(
         self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor, *, accepted: Tensor | None = None
     ) -> bool:
@@ -153,81 +136,126 @@ class TritonSteps:
         """
         plan = self.plan
         at = plan.sections
-        if not self._takes(out, *terms) or payload.dtype != torch.uint8 or payload.shape != (at.total_nbytes,):
+        if not self._takes((out, *terms)) or payload.dtype != torch.uint8 or payload.shape != (at.total_nbytes,):
             return False
         if payload.data_ptr() % 16 or not payload.is_contiguous():  # the middle of someone's buffer
             payload = payload.clone(memory_format=torch.contiguous_format)
-        target = _bits(out)
-        (_, *source), count = _source(out, terms)
-        with _on(self._device):
-            codes.decode_codes[(-(-plan.units // _UNITS),)](
-                *source, target, payload, payload if accepted is None else accepted, plan.table,
-                plan.offsets.row_at, plan.offsets.column_at,
-                at.rows, at.channels, at.elements, at.row_scales_at, at.channel_scales_at,
-                plan.blocks, plan.pad, plan.matrix_channels, plan.numel,
-                TERMS=count, CHECKED=accepted is not None, UNITS=_UNITS, num_warps=8, **self._units, **_EXACT,
-            )  # fmt: skip
+        _, base, velocity = _source(out, terms)
+        key = len(terms), accepted is not None
+        launch = self._decodings.get(key)
+        if launch is None:
+            launch = self._decodings[key] = _decoding(plan, *key)
+        given = base, velocity, out, payload, payload if accepted is None else accepted
+        pointers = tuple([tensor.data_ptr() for tensor in given])
+        with on(self._device):
+            stream = None if self._stream_of is None else self._stream_of(self._device.index)
+            launch(given, pointers, alignment_of(pointers), stream)
         return True
 
-    def _takes(self, *tensors: Tensor) -> bool:
-        return all(tensor.dtype == self._dtype and tensor.device.type == self._device.type for tensor in tensors)
+    def _takes(self, tensors: Iterable[Tensor]) -> bool:
+        kind = self._device.type
+        for tensor in tensors:  # noqa: SIM110 - a generator costs a call for each tensor
+            if tensor.dtype != self._dtype or tensor.device.type != kind:
+                return False
+        return True
 
 
-def _source(x: Tensor, terms: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-    """``(x, base, velocity)`` as kernels take them, and how many terms count. A missing term repeats ``x``."""
-    given = [_bits(tensor) for tensor in (x, *terms)]
-    first, second, third = (given + 2 * given[:1])[:3]
-    return (first, second, third), len(given) - 1
+def _source(x: Tensor, terms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """``(x, base, velocity)``, contiguous. A missing term repeats ``x``."""
+    first, *rest = [part if part.is_contiguous() else part.detach().contiguous() for part in (x, *terms)]
+    second, third, *_ = (*rest, first, first)
+    return first, second, third
 
 
-def _settle_scales(call: _Call) -> None:
-    plan, scratch, at = call.plan, call.scratch, call.plan.sections
+def _units(plan: Plan) -> dict[str, Any]:
+    """The constants of the kernels that write codes and reconstructions."""
+    at = plan.sections
+    scaled = {"ROW_SCALES": at.row_scale_count > 0, "PER_GROUP": at.channel_scales_per_group == 1}
+    return {**plan.codec_flags, **plan.offsets_flags, "PER": plan.per, **scaled, "UNITS": _UNITS, "num_warps": 8}
+
+
+def _decoding(plan: Plan, terms: int, checked: bool) -> Launch:
+    """Of ``(base, velocity, out, payload, accepted)``."""
+    at = plan.sections
+    arguments = (
+        *map(Slot, range(5)), plan.table, plan.offsets.row_at, plan.offsets.column_at,
+        at.rows, at.channels, at.elements, at.row_scales_at, at.channel_scales_at,
+        plan.blocks, plan.pad, plan.matrix_channels, plan.numel,
+    )  # fmt: skip
+    constants = {"TERMS": terms, "CHECKED": checked, **_units(plan), **_EXACT}
+    return Launch(codes.decode_codes, -(-plan.units // _UNITS), arguments, 5, constants)
+
+
+def _encoding(plan: Plan, terms: int, writes: bool, lockstep: bool) -> list[Launch]:
+    """All launches of an encoding, in order."""
+    written = {"WRITES": writes, "LOCKSTEP": lockstep}
+    launches = [_encode_blocks(plan, terms, written)] if plan.by_block else _settle_scales(plan, terms)
+    if not plan.by_block or not plan.whole:
+        launches.append(_encode_codes(plan, terms, written))
+    return launches
+
+
+def _settle_scales(plan: Plan, terms: int) -> list[Launch]:
+    at, scratch, offsets = plan.sections, _SCRATCH, (plan.offsets.row_at, plan.offsets.column_at)
     statistics = scratch.statistic, scratch.low, scratch.largest, scratch.flag
     size = at.rows, at.channels, plan.numel
-    common = {"KIND": plan.kind, "PLACE": plan.offsets.kind, "WHOLE": plan.whole_rows, "TERMS": call.terms}
-    common.update(UNROLL=_UNROLL, **_EXACT)
-    rows.row_statistics[(at.groups * -(-at.rows // _ROWS),)](
-        *call.source, *call.offsets, *statistics, call.reported, *size, ROWS=_ROWS, num_warps=1, **common
-    )
+    common = {"KIND": plan.kind, "PLACE": plan.offsets.kind, "WHOLE": plan.whole_rows, "TERMS": terms}
+    common.update(UNROLL=_UNROLL, num_warps=1, **_EXACT)
     sums = scratch.first, scratch.energy, scratch.weight
     scaled = {"ROW_SCALES": at.row_scale_count > 0}
-    rows.tile_sums[(at.groups * -(-plan.tiles // _TILES) * plan.channel_blocks,)](
-        *call.source, *call.offsets, *statistics, call.payload, scratch.row_weights, *sums, at.row_scales_at, *size,
-        plan.tiles, TILES=_TILES, UNITS=UNITS_OF_TILE, num_warps=1, **scaled, **common,
-    )  # fmt: skip
+    launches = [
+        Launch(
+            rows.row_statistics, at.groups * -(-at.rows // _ROWS),
+            (*_SOURCE, *offsets, *statistics, _REPORTED, *size), _ENCODING, {"ROWS": _ROWS, **common},
+        ),
+        Launch(
+            rows.tile_sums, at.groups * -(-plan.tiles // _TILES) * plan.channel_blocks,
+            (
+                *_SOURCE, *offsets, *statistics, _PAYLOAD, scratch.row_weights, *sums, at.row_scales_at, *size,
+                plan.tiles,
+            ),
+            _ENCODING, {"TILES": _TILES, "UNITS": UNITS_OF_TILE, **scaled, **common},
+        ),
+    ]  # fmt: skip
     if plan.tiles > 64:
-        scales.fold_many_tiles[(at.groups * plan.channel_blocks * 64,)](
-            *sums, at.channels, plan.tiles, 1 << ((plan.tiles - 1).bit_length() - 1),
-            KIND=plan.kind, UNITS=UNITS_OF_TILE, num_warps=1, **_EXACT,
-        )  # fmt: skip
+        half_of_all = 1 << ((plan.tiles - 1).bit_length() - 1)
+        constants = {"KIND": plan.kind, "UNITS": UNITS_OF_TILE, "num_warps": 1, **_EXACT}
+        folded = (*sums, at.channels, plan.tiles, half_of_all)
+        folding = at.groups * plan.channel_blocks * 64
+        launches.append(Launch(scales.fold_many_tiles, folding, folded, _ENCODING, constants))
     per_group = at.channel_scales_per_group == 1
     scales_end = at.channel_scales_at + 2 * at.groups * at.channel_scales_per_group
-    scales.settle[(at.groups * (1 if per_group else -(-at.channels // _WIDTH)),)](
-        *sums, scratch.largest, scratch.flag, call.payload, scratch.inverse, scratch.wire, scratch.factors,
+    arguments = (
+        *sums, scratch.largest, scratch.flag, _PAYLOAD, scratch.inverse, scratch.wire, scratch.factors,
         at.channels, plan.tiles, plan.channel_blocks, 8 * UNITS_OF_TILE,
         at.row_scales_at + at.row_scale_count, at.channel_scales_at, scales_end, at.total_nbytes, plan.constant,
-        KIND=plan.kind, WIDENING=plan.widening, PER_GROUP=per_group, WIDTH=_WIDTH, num_warps=4, **scaled, **_EXACT,
     )  # fmt: skip
+    constants = {"KIND": plan.kind, "WIDENING": plan.widening, "PER_GROUP": per_group, "WIDTH": _WIDTH, "num_warps": 4}
+    settling = at.groups * (1 if per_group else -(-at.channels // _WIDTH))
+    launches.append(Launch(scales.settle, settling, arguments, _ENCODING, {**constants, **scaled, **_EXACT}))
+    return launches
 
 
-def _encode_blocks(call: _Call, writes: dict[str, bool]) -> None:
+def _encode_blocks(plan: Plan, terms: int, written: dict[str, bool]) -> Launch:
     """Scales, and where units do not run over the ends of blocks everything else."""
-    plan, scratch, at = call.plan, call.scratch, call.plan.sections
-    blocks.encode_blocks[(-(-at.groups // _BLOCKS),)](
-        *call.source, call.target, call.payload, scratch.inverse, scratch.wire, scratch.factors, scratch.flag,
-        call.reported, plan.table, *call.offsets, at.groups, at.channels,
+    at, scratch = plan.sections, _SCRATCH
+    arguments = (
+        *_SOURCE, _OUT, _PAYLOAD, scratch.inverse, scratch.wire, scratch.factors, scratch.flag,
+        _REPORTED, plan.table, plan.offsets.row_at, plan.offsets.column_at, at.groups, at.channels,
         at.codes_nbytes, at.row_scales_at, at.channel_scales_at + 2 * at.groups, at.total_nbytes,
         plan.blocks, plan.pad, plan.matrix_channels, plan.numel, plan.constant,
-        WIDENING=plan.widening, TERMS=call.terms, CODES=plan.whole, BLOCKS=_BLOCKS, num_warps=4,
-        **plan.codec_flags, **plan.offsets_flags, **writes, **_EXACT,
     )  # fmt: skip
+    constants = {"WIDENING": plan.widening, "TERMS": terms, "CODES": plan.whole, "BLOCKS": _BLOCKS, "num_warps": 4}
+    constants.update(**plan.codec_flags, **plan.offsets_flags, **written, **_EXACT)
+    return Launch(blocks.encode_blocks, -(-at.groups // _BLOCKS), arguments, _ENCODING, constants)
 
 
-def _encode_codes(call: _Call, constants: dict[str, Any]) -> None:
-    plan, scratch, at = call.plan, call.scratch, call.plan.sections
-    codes.encode_codes[(-(-plan.units // _UNITS),)](
-        *call.source, call.target, call.payload, scratch.inverse, scratch.wire, scratch.factors, scratch.flag,
-        plan.table, *call.offsets, at.rows, at.channels, at.elements, at.row_scales_at,
+def _encode_codes(plan: Plan, terms: int, written: dict[str, bool]) -> Launch:
+    at, scratch = plan.sections, _SCRATCH
+    arguments = (
+        *_SOURCE, _OUT, _PAYLOAD, scratch.inverse, scratch.wire, scratch.factors, scratch.flag,
+        plan.table, plan.offsets.row_at, plan.offsets.column_at, at.rows, at.channels, at.elements, at.row_scales_at,
         plan.blocks, plan.pad, plan.matrix_channels, plan.numel,
-        TERMS=call.terms, BY_BLOCK=plan.by_block, UNITS=_UNITS, num_warps=8, **constants, **_EXACT,
     )  # fmt: skip
+    constants = {"TERMS": terms, "BY_BLOCK": plan.by_block, **_units(plan), **written, **_EXACT}
+    return Launch(codes.encode_codes, -(-plan.units // _UNITS), arguments, _ENCODING, constants)
