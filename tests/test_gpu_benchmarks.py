@@ -1,0 +1,144 @@
+"""The GPU benchmarks run without a GPU as far as they can, go on after a failure, and print what fits a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import common, e2e, host, kernels
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = 100
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+
+
+def fits(table: str) -> bool:
+    return max(map(len, table.splitlines())) <= COLUMNS
+
+
+def test_host_measures_every_kind_of_method_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    size = ("--device", "cpu", "--rows", "16", "--sites", "2", "--rounds", "2")
+    only = ("plain", "passed through", "raw", "int8", "int8 block")
+    done = run("benchmarks.gpu.host", *size, "--only", *only, "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert {"gpu", "driver", "nccl", "triton", "torch"} <= set(result)
+    lines = {line["name"]: line for line in result["lines"]}
+    assert list(lines) == list(only)
+    assert all(line["host_us"] > 0 and line["host_waits"] is None for line in lines.values())
+    assert lines["plain"]["python_calls"] < lines["passed through"]["python_calls"] < lines["int8"]["python_calls"]
+    assert lines["passed through"]["compressed_calls"] == 0
+    assert lines["int8"]["compressed_calls"] > 0 < lines["int8"]["state_bytes"]
+
+
+@pytest.mark.xdit
+def test_e2e_runs_a_tiny_model_with_nccls_manners(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    tiny = ("--tiny", "--inner", "nccl_like", "--route", "ring", "--steps", "4")
+    done = run("benchmarks.gpu.e2e", *tiny, "--methods", "passed through", "int8", "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    plain, passed, int8 = json.loads(out.read_text())["lines"]
+    assert plain["name"] == "plain"
+    assert len(plain["steps_ms"]) == 4
+    assert passed["error_of_latents"] == 0
+    assert passed["wire_bytes"] == passed["raw_bytes"]
+    assert 0 < int8["error_of_latents"] < 0.01
+    assert int8["wire_bytes"] < int8["raw_bytes"] / 2
+    assert int8["state_bytes"] > 0
+
+
+def test_without_a_gpu_they_say_so() -> None:
+    for module in ("host", "e2e"):
+        done = run(f"benchmarks.gpu.{module}")
+        assert done.returncode == common.EXIT_WITHOUT_GPU
+        assert "no CUDA device" in done.stdout
+
+
+def test_a_method_that_raises_does_not_stop_the_others(tmp_path: Path, capsys, monkeypatch) -> None:
+    def work(name: str) -> dict[str, Any]:
+        if name == "bad":
+            raise RuntimeError("out of luck")
+        return {"us": 1.0} | ({"error": "wrong bytes"} if name == "wrong" else {})
+
+    lines = common.lines_of(("bad", "wrong", "good"), work)
+    assert [line.get("error") for line in lines] == ["RuntimeError: out of luck", "wrong bytes", None]
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", [kernels.__file__])
+    with pytest.raises(SystemExit, match=r"2 of 3 failed: bad, wrong"):
+        common.settle(out, {"lines": lines}, lines)
+    assert len(json.loads(out.read_text())["lines"]) == 3
+    assert "bad FAILED: RuntimeError: out of luck" in capsys.readouterr().out
+    common.settle(None, {"lines": lines}, lines[2:])
+
+
+def _of_a_rank(name: str, **found: Any) -> dict[str, Any]:
+    counts = dict.fromkeys(("compressed_calls", "passed_through", "wire_bytes", "raw_bytes", "state_bytes"), 1)
+    return {"name": name, "step_ms": 2.0, "first_ms": 3.0, "request_s": 1.0, "steps_ms": [3.0, 2.0], **counts, **found}
+
+
+def test_e2e_goes_on_in_new_ranks() -> None:
+    asked = []
+
+    def ranks(left):
+        asked.append(list(left))
+        if left[0] == "raw":  # rank 1 raises, rank 0 hangs
+            return [[_of_a_rank("plain")], [_of_a_rank("plain"), {"name": "raw", "error": "rank 1: no"}]]
+        if left[0] == "int2":  # both are killed
+            return [[_of_a_rank("plain", step_ms=9.0)], [_of_a_rank("plain")]]
+        lines = [_of_a_rank("plain"), *(_of_a_rank(name) for name in left)]
+        return [lines, [{**line, "step_ms": 4.0, "error_of_latents": 0.5} for line in lines]]
+
+    lines = {line["name"]: line for line in e2e.measure(("raw", "int2", "int8", "binary"), ranks)}
+    assert asked == [["raw", "int2", "int8", "binary"], ["int2", "int8", "binary"], ["int8", "binary"]]
+    assert list(lines) == ["plain", "raw", "int2", "int8", "binary"]
+    assert lines["raw"]["error"] == "rank 1: no"
+    assert "without a word" in lines["int2"]["error"]
+    assert lines["plain"]["step_ms"] == 2.0  # of the first ranks
+    assert (lines["int8"]["step_ms"], lines["int8"]["wire_bytes"], lines["int8"]["error_of_latents"]) == (4.0, 2, 0.5)
+
+
+def test_e2e_gives_up_where_the_plain_pipeline_fails() -> None:
+    lines = e2e.measure(("raw", "int2"), lambda left: [[{"name": "setting up", "error": "rank 0: no"}], []])
+    assert [line["error"] for line in lines] == ["rank 0: no"] * 3
+
+
+def test_counts_of_a_profile() -> None:
+    host_side = ["cudaLaunchKernel", "cuLaunchKernelEx", "cuLaunchKernel", "cudaLaunchKernelExC", "aten::add"]
+    host_side += ["cudaMemcpyAsync", "cudaMemsetAsync", "cudaStreamSynchronize", "cudaEventSynchronize"]
+    host_side += ["cudaDeviceSynchronize", "cudaStreamWaitEvent", "cudaEventRecord"]  # the profile's own; no wait
+    device_side = [("encode_codes", True, 7.0), ("Memcpy DtoH", True, 2.0)]
+    counts = common.counted([*((name, False, 0.0) for name in host_side), *device_side])
+    assert counts == common.Counts(launches=4, copies=1, fills=1, waits=2, kernel_us=9.0)
+    assert counts.per(2) == {"launches": 2.0, "copies": 0.5, "fills": 0.5, "waits": 1.0, "kernel_us": 4.5}
+
+
+def test_tables_fit_and_leave_gaps_where_something_failed() -> None:
+    timed = {"encode_graph_us": 4507.3, "encode_of_copy": 1.03, "encode_host_us": 1310.0}
+    timed |= {name.replace("encode", "decode"): value for name, value in timed.items()}
+    names = [(f"{name} {size}", size) for name in kernels.TIMED for size in kernels.SIZES]
+    lines = [{"name": name, "size": size, **timed} for name, size in names[1:]] + [{"name": names[0][0], "error": "no"}]
+    table = kernels.shown(lines)
+    assert fits(table)
+    assert len(table.splitlines()) == 1 + 2 * len(kernels.TIMED)
+    assert table.splitlines()[1].split()[-1] == "-"
+
+    keys = ("host_us", "total_us", "python_calls", "launches", "copies", "fills", "waits", "kernel_us", "host_waits")
+    lines = [{"name": name, **dict.fromkeys(keys, 12345.6)} for name in host.METHODS] + [{"name": "x", "error": "no"}]
+    assert fits(host.shown(lines))
+
+    large = _of_a_rank("x", step_ms=12345.6, first_ms=12345.6, request_s=123.4, error_of_latents=1e-3)
+    large |= {"wire_bytes": 9 * 10**9, "raw_bytes": 9 * 10**9, "state_bytes": 9 * 10**9, "compressed_calls": 99999}
+    lines = [{**large, "name": name} for name in ("plain", *e2e.METHODS)] + [{"name": "y", "error": "no"}]
+    assert fits(e2e.shown(lines))
