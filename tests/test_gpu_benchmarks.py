@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.gpu import common, e2e, host, kernels
+from benchmarks.gpu import common, e2e, host, kernels, reference
+from benchmarks.gpu.reference_steps import RANK, RECIPES
+from benchmarks.quality import reference_formulas
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = 100
@@ -43,6 +46,45 @@ def test_host_measures_every_kind_of_method_on_a_cpu(tmp_path: Path) -> None:
     assert lines["int8"]["compressed_calls"] > 0 < lines["int8"]["state_bytes"]
 
 
+def test_reference_times_and_plays_every_line_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    size = ("--device", "cpu", "--shapes", "64x96", "--steps", "3", "--rounds", "2", "--backend", "aot_eager")
+    only = [name for name in reference.NAMES if name.startswith(("binary", "lowrank"))]
+    done = run("benchmarks.gpu.reference", *size, "--only", *only, "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = {line["method"]: line for line in json.loads(out.read_text())["lines"]}
+    assert list(lines) == only
+    for line in lines.values():
+        assert 0 < line["white_error"] < 0.1
+        assert 0 < line["drift_error"] < 0.4
+        assert line["white_ends_equal"]
+        assert line["drift_ends_equal"]
+        assert line["encode_host_us"] > 0 < line["decode_host_us"]
+    eager, compiled, ours = (lines[f"binary {kind}"] for kind in ("eager", "compiled", "ours"))
+    assert eager["white_error"] == pytest.approx(compiled["white_error"])
+    assert eager["white_error"] == pytest.approx(ours["white_error"], rel=0.02)
+    assert abs(eager["payload_bytes"] - ours["payload_bytes"]) < 300  # scales, and where they lie
+
+
+@pytest.mark.parametrize("name", ["binary", "int2", "lowrank_int4"])
+def test_the_recipe_is_what_its_formula_says(name: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    base = torch.randn(66, 96, generator=g).half()
+    x = (base + 0.1 * torch.randn(66, 96, generator=g)).half()
+    r = x.float() - base.float()
+    torch.manual_seed(3)
+    payload, sent = RECIPES[name].encode(x, base)
+    if name == "lowrank_int4":
+        change, bits = reference_formulas.lowrank_int4(r, RANK, torch.Generator().manual_seed(3))
+    else:
+        change, bits = getattr(reference_formulas, name)(r)
+    assert 8 * payload.numel() == bits
+    assert torch.equal(sent, RECIPES[name].decode(payload, base))
+    assert torch.allclose(sent.float(), base.float() + change, rtol=1e-3, atol=1e-3)
+    assert (sent.float() - x.float()).norm() < 0.75 * r.norm()
+
+
+@pytest.mark.slow
 @pytest.mark.xdit
 def test_e2e_runs_a_tiny_model_with_nccls_manners(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
@@ -60,7 +102,7 @@ def test_e2e_runs_a_tiny_model_with_nccls_manners(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_they_say_so() -> None:
-    for module in ("host", "e2e"):
+    for module in ("host", "e2e", "reference"):
         done = run(f"benchmarks.gpu.{module}")
         assert done.returncode == common.EXIT_WITHOUT_GPU
         assert "no CUDA device" in done.stdout
@@ -137,6 +179,11 @@ def test_tables_fit_and_leave_gaps_where_something_failed() -> None:
     keys = ("host_us", "total_us", "python_calls", "launches", "copies", "fills", "waits", "kernel_us", "host_waits")
     lines = [{"name": name, **dict.fromkeys(keys, 12345.6)} for name in host.METHODS] + [{"name": "x", "error": "no"}]
     assert fits(host.shown(lines))
+
+    keys = [f"{way}_{what}_us" for way in ("encode", "decode") for what in ("kernel", "graph", "host")]
+    numbers = {**dict.fromkeys(keys, 12345.6), "encode_launches": 1088, "white_error": 0.0589, "drift_error": 0.2}
+    lines = [{"name": f"{name} 1088", **numbers} for name in reference.NAMES] + [{"name": "x", "error": "no"}]
+    assert fits(reference.shown(lines))
 
     large = _of_a_rank("x", step_ms=12345.6, first_ms=12345.6, request_s=123.4, error_of_latents=1e-3)
     large |= {"wire_bytes": 9 * 10**9, "raw_bytes": 9 * 10**9, "state_bytes": 9 * 10**9, "compressed_calls": 99999}
