@@ -165,9 +165,13 @@ def synchronize() -> None:
 
 def graph_of(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     """The work, captured; it has run before."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except BaseException:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream as the current one
+        raise
     return graph
 
 

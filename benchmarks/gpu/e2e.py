@@ -58,74 +58,6 @@ _COUNTED = ("compressed_calls", "passed_through", "wire_bytes", "raw_bytes", "st
 # --- a rank
 
 
-def full_flux(steps: int, double: int, single: int, engine_config: Any) -> tuple[Any, dict[str, Any]]:
-    """FLUX at full width under xDiT on the current GPU, and the arguments to call it with; random weights.
-
-    Args:
-        steps: of a request.
-        double: blocks of two streams, 19 in FLUX.1.
-        single: blocks of one, 38 in FLUX.1.
-        engine_config: of xfuser.
-    """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
-    from compactdist_harness.xdit import wrapped
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        transformer = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=64,
-            num_layers=double,
-            num_single_layers=single,
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            pooled_projection_dim=768,
-            guidance_embeds=True,
-            axes_dims_rope=(16, 56, 56),
-        )
-    torch.set_default_dtype(torch.float32)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=16,
-        sample_size=128,
-        shift_factor=0.0,
-    )
-    pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.to("cuda", torch.bfloat16),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer.to("cuda", torch.bfloat16).eval().requires_grad_(False),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator("cuda").manual_seed(1)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda").bfloat16()
-
-    return wrapped(pipe, engine_config), {
-        "prompt_embeds": noise(1, 512, 4096),
-        "pooled_prompt_embeds": noise(1, 768),
-        "latents": noise(1, 4096, 64),
-        "height": 1024,
-        "width": 1024,
-        "guidance_scale": 3.5,
-        "max_sequence_length": 512,
-        "num_inference_steps": steps,
-        "output_type": "latent",
-        "return_dict": False,
-    }
-
-
 def pipeline(args: Any) -> tuple[Any, dict[str, Any]]:
     """What is asked for, under xDiT on all ranks of this process's group, and the arguments to call it with."""
     from compactdist_harness import xdit
@@ -144,13 +76,16 @@ def pipeline(args: Any) -> tuple[Any, dict[str, Any]]:
         return pipe, call_kwargs
     from xfuser import xFuserArgs
 
+    from benchmarks.gpu import full_flux
+
     # Ring attention needs a kernel that returns the log-sum-exp.
     arguments = xFuserArgs(
         model="flux", attention_backend="SDPA_FLASH", num_inference_steps=args.steps, warmup_steps=1, **degrees
     )
     engine_config, _ = arguments.create_config()
     engine_config.runtime_config.dtype = torch.bfloat16
-    return full_flux(args.steps, args.double, args.single, engine_config)
+    pipe, call_kwargs = full_flux.build(args.steps, args.double, args.single)
+    return xdit.wrapped(pipe, engine_config), call_kwargs
 
 
 class Requests:

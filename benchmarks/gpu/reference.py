@@ -5,8 +5,8 @@
 
 The recipe is re-written from its formulas (``reference_steps.py``), so that this needs nothing of theirs: as it is
 ("eager"), and through ``torch.compile`` ("compiled"). Both encode from x and base to payload and new base, and decode
-from payload and base to new base. Ours do so too: quantizers by the kernels of a stream, low rank by its session.
-Tensors are float16.
+from payload and base to new base. Ours do so too: quantizers by the kernels of a stream, low rank by its session,
+which searches from where the last step ended ("warm") or anew ("cold"). Tensors are float16.
 
     kernel us   sum over the kernels of a step (torch.profiler)
     graph us    the step replayed from a CUDA graph, "-" where it cannot be captured
@@ -52,12 +52,13 @@ OURS = {
     "binary ours block": {"id": "binary", "scales": "block"},
     "int2 ours": {"id": "int2"},
     "int2 ours block": {"id": "int2", "scales": "block"},
-    "lowrank_int4 ours": {"id": "lowrank_int4", "rank": RANK},
+    "lowrank_int4 ours cold": {"id": "lowrank_int4", "rank": RANK},
+    "lowrank_int4 ours warm": {"id": "lowrank_int4", "rank": RANK},
 }
 NAMES = [
     *(f"binary {kind}" for kind in ("eager", "compiled", "ours", "ours block")),
     *(f"int2 {kind}" for kind in ("eager", "compiled", "ours", "ours block")),
-    *(f"lowrank_int4 {kind}" for kind in ("eager", "compiled", "ours")),
+    *(f"lowrank_int4 {kind}" for kind in ("eager", "compiled", "ours cold", "ours warm")),
 ]
 STREAMS = ("white", "drift")
 DIRECTIONS, TURN = 64, 0.2
@@ -83,10 +84,10 @@ def ends_of(name: str, shape: tuple[int, int], device: torch.device, backend: st
     if kind == "compiled":
         recipe = RECIPES[codec_id].compiled(backend)
         return Ends(recipe.encode, recipe.decode)
-    return _ours(codecs.get(OURS[name]), shape, device)
+    return _ours(codecs.get(OURS[name]), shape, device, cold=kind.endswith("cold"))
 
 
-def _ours(codec: Any, shape: tuple[int, int], device: torch.device) -> Ends:
+def _ours(codec: Any, shape: tuple[int, int], device: torch.device, *, cold: bool) -> Ends:
     view = plain(shape[0] * shape[1], 1, shape[1])
     sender, receiver = (codec.open(view, DTYPE, device) for _ in range(2))
     payload = torch.empty(sender.payload_nbytes, dtype=torch.uint8, device=device)
@@ -101,7 +102,7 @@ def _ours(codec: Any, shape: tuple[int, int], device: torch.device) -> Ends:
             fused.encode(x.view(-1), (base.view(-1),), sent.view(-1), payload, flag=flag)
         else:
             sender.encode(x.view(-1), (base.view(-1),), sent.view(-1), payload)
-            sender.commit()
+            sender.rollback() if cold else sender.commit()
         return payload, sent
 
     def decode(data: Tensor, base: Tensor) -> Tensor:
@@ -189,7 +190,7 @@ def measured(name: str, shape: tuple[int, int], args: Any, clock: Clock) -> dict
     line: dict[str, Any] = {"method": name, "shape": list(shape), "payload_bytes": payload.nbytes}
     for kind in STREAMS:
         # a session remembers, so each stream has its own
-        one = ends if not name.endswith("ours") else ends_of(name, shape, device, args.backend)
+        one = ends_of(name, shape, device, args.backend) if name in OURS else ends
         error, equal = error_of(one, stream(kind, shape, args.steps, device))
         line |= {f"{kind}_error": error, f"{kind}_ends_equal": equal}
     for direction, work in (("encode", lambda: ends.encode(x, base)), ("decode", lambda: ends.decode(payload, base))):
