@@ -157,13 +157,14 @@ def test_e2e_gives_up_where_the_plain_pipeline_fails() -> None:
 
 
 def test_counts_of_a_profile() -> None:
-    host_side = ["cudaLaunchKernel", "cuLaunchKernelEx", "cuLaunchKernel", "cudaLaunchKernelExC", "aten::add"]
-    host_side += ["cudaMemcpyAsync", "cudaMemsetAsync", "cudaStreamSynchronize", "cudaEventSynchronize"]
+    host_side = ["cuLaunchKernelEx", "aten::add", "cudaMemcpyAsync", "cudaStreamSynchronize", "cudaEventSynchronize"]
     host_side += ["cudaDeviceSynchronize", "cudaStreamWaitEvent", "cudaEventRecord"]  # the profile's own; no wait
-    device_side = [("encode_codes", True, 7.0), ("Memcpy DtoH", True, 2.0)]
-    counts = common.counted([*((name, False, 0.0) for name in host_side), *device_side])
-    assert counts == common.Counts(launches=4, copies=1, fills=1, waits=2, kernel_us=9.0)
-    assert counts.per(2) == {"launches": 2.0, "copies": 0.5, "fills": 0.5, "waits": 1.0, "kernel_us": 4.5}
+    device_side = [("encode_codes", 7.0), ("settle", 1.0), ("Memcpy DtoH (Device -> Pageable)", 2.0)]
+    device_side += [("Memset (Device)", 0.5), ("void at::native::elementwise", 1.5)]
+    events = [*((name, False, 3.0) for name in host_side), *((name, True, us) for name, us in device_side)]
+    counts = common.counted(events)
+    assert counts == common.Counts(launches=3, copies=1, fills=1, waits=2, kernel_us=12.0)
+    assert counts.per(2) == {"launches": 1.5, "copies": 0.5, "fills": 0.5, "waits": 1.0, "kernel_us": 6.0}
 
 
 def test_tables_fit_and_leave_gaps_where_something_failed() -> None:

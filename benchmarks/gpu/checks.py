@@ -175,8 +175,8 @@ def _counting_triton() -> Iterator[list[Any]]:
     module, made = gpu_kernels(), []
     steps_of = module.steps_of
 
-    def counting(*args: Any) -> Any:
-        steps = steps_of(*args)
+    def counting(*args: Any, **settings: Any) -> Any:
+        steps = steps_of(*args, **settings)
         made.extend([] if steps is None else [steps])
         return steps
 

@@ -175,9 +175,6 @@ def graph_of(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-_LAUNCH = re.compile(r"(cuda|cu|hip)(Module)?Launch(Cooperative)?Kernel")
-_COPY = re.compile(r"(cuda|cu|hip)Memcpy")
-_FILL = re.compile(r"(cuda|cu|hip)Memset")
 _WAIT = re.compile(r"(cuda|cu|hip)(Stream|Event)Synchronize")
 
 
@@ -207,9 +204,15 @@ class Counts:
 def counted(events: Iterable[tuple[str, bool, float]]) -> Counts:
     """Counts of a profile: name of each event, whether it is the device's, and its microseconds."""
     seen = list(events)
-    host = [name for name, of_device, _ in seen if not of_device]
-    found = [sum(bool(kind.match(name)) for name in host) for kind in (_LAUNCH, _COPY, _FILL, _WAIT)]
-    return Counts(*found, kernel_us=sum(us for _, of_device, us in seen if of_device))
+    on_device = [name for name, of_device, _ in seen if of_device]
+    copies, fills = (sum(name.startswith(kind) for name in on_device) for kind in ("Memcpy", "Memset"))
+    return Counts(
+        launches=len(on_device) - copies - fills,
+        copies=copies,
+        fills=fills,
+        waits=sum(bool(_WAIT.match(name)) for name, of_device, _ in seen if not of_device),
+        kernel_us=sum(us for _, of_device, us in seen if of_device),
+    )
 
 
 def profiled(work: Callable[[], Any]) -> Counts | None:
@@ -227,6 +230,7 @@ def profiled(work: Callable[[], Any]) -> Counts | None:
     return counted(
         (event.name, event.device_type == DeviceType.CUDA, float(event.self_device_time_total))
         for event in profiler.events()
+        if not getattr(event, "is_user_annotation", False)  # a span of compiled code, beside its kernels
     )
 
 
