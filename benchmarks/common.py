@@ -86,10 +86,9 @@ def _rank(rank: int, ranks: int, core: int, folder: str, body: Callable[..., Any
 
 
 def _module(script: Path) -> str:
-    """The dotted name that a benchmark is run by: ``benchmarks.gpu`` or ``benchmarks.link.all_gather``."""
+    """The dotted name that a benchmark is run by: ``benchmarks.link.all_gather``."""
     parts = script.resolve().with_suffix("").parts
-    named = parts[len(parts) - 1 - parts[::-1].index("benchmarks") :]
-    return ".".join(named[:-1] if named[-1] == "__main__" else named)
+    return ".".join(parts[len(parts) - 1 - parts[::-1].index("benchmarks") :])
 
 
 def finish(path: Path | None, result: dict[str, Any]) -> None:

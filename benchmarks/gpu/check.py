@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 import compactdist
-from benchmarks.common import finish, on_two_ranks, parser
+from benchmarks.common import WORLD_SIZE, finish, on_two_ranks
 from benchmarks.gpu.collectives import CALLS, Run
+from benchmarks.gpu.common import apart, card, parser
 from compactdist.testing import act_like_nccl
 
 STEPS = 4
@@ -37,9 +38,7 @@ def inner_group(inner: str, rank: int) -> tuple[Any, torch.device]:
         return act_like_nccl(dist.group.WORLD), torch.device("cpu")
     device = torch.device("cuda", rank % torch.cuda.device_count())
     if torch.cuda.device_count() < dist.get_world_size():
-        network = {"NCCL_HOSTID": f"host{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
-        off = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_IB_DISABLE")
-        os.environ.update(network | dict.fromkeys(off, "1") | {"NCCL_NVLS_ENABLE": "0", "NCCL_CUMEM_ENABLE": "0"})
+        os.environ.update(apart(rank))
     torch.cuda.set_device(device)
     return dist.new_group(backend="nccl"), device
 
@@ -103,7 +102,9 @@ def main() -> None:
     print(f"{STEPS} steps of each collective on two ranks over {inner}, codec {args.codec}, torch {torch.__version__}")
     for line in lines:
         show(line)
-    finish(args.json, {"inner": inner, "codec": args.codec, "lines": lines})
+    finish(
+        args.json, {**card(), "ranks": f"{WORLD_SIZE}, {inner}", "inner": inner, "codec": args.codec, "lines": lines}
+    )
     wrong = [line["call"] for line in lines if not line["right"]]
     if wrong:
         sys.exit(f"{len(wrong)} of {len(lines)} wrong: {', '.join(wrong)}")

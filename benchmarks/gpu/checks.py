@@ -1,16 +1,17 @@
-"""What benchmarks/gpu.py checks before it times anything: bytes, host reads, allocations, two ranks."""
+"""What ``benchmarks.gpu.kernels`` checks before it times anything: bytes, host reads, allocations, two ranks."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import compactdist
-from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.kernels import use
 from compactdist.state.matrix_view import Layout, blocks, plain
@@ -49,32 +50,33 @@ def tensors(view: Any, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor,
     return base.to(dtype), (base + 0.1 * change).to(dtype)
 
 
-def exactness(device: torch.device, *, small: bool) -> list[dict[str, Any]]:
-    """Payload, new base and decoding of every codec against the reference on the CPU."""
-    lines, kernels = [], gpu_kernels()
-    for codec_id, scales in itertools.product(CODECS, SCALES):
-        codec, line = codecs.get(codec_id, scales=scales), {"codec": codec_id, "scales": scales, "cases": 0}
-        wrong = {"payload": 0, "encoded": 0, "decoded": 0}
-        for index, (view, dtype) in enumerate(itertools.product(cuts(small=small), DTYPES)):
-            if small and index % len(DTYPES) != len(codec_id) % len(DTYPES):
-                continue
-            base, x = tensors(view, dtype)
-            expected = torch.empty_like(x)
-            with use("reference"):
-                session = codec.open(view, dtype, x.device)
-                reference = torch.empty(session.payload_nbytes, dtype=torch.uint8)
-                session.encode(x, (base,), expected, reference)
-            terms, held = (base.to(device, copy=True),), base.to(device, copy=True)
-            steps, out = kernels.steps_of(codec.spec, view, dtype, device), torch.empty_like(held)
-            payload = torch.empty_like(reference, device=device)
-            assert steps.encode(x.to(device), terms, out, payload)
-            assert steps.decode(reference.to(device), (held,), held)
-            line["cases"] += 1
-            wrong["payload"] += not torch.equal(payload.cpu(), reference)
-            wrong["encoded"] += not torch.equal(out.cpu(), expected)
-            wrong["decoded"] += not torch.equal(held.cpu(), expected)
-        lines.append({**line, "wrong": wrong, "exact": not any(wrong.values())})
-    return lines
+def exactness(
+    codec: Codec, device: torch.device, *, small: bool, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> dict[str, Any]:
+    """A codec's payload, new base and decoding against the CPU's reference: a line, with its ``error`` if wrong."""
+    kernels, cases = gpu_kernels(), 0
+    wrong = {"payload": 0, "encoded": 0, "decoded": 0}
+    for index, (view, dtype) in enumerate(itertools.product(cuts(small=small), dtypes)):
+        if small and index % len(DTYPES) != len(codec.codec_id) % len(DTYPES):
+            continue
+        base, x = tensors(view, dtype)
+        expected = torch.empty_like(x)
+        with use("reference"):
+            session = codec.open(view, dtype, x.device)
+            reference = torch.empty(session.payload_nbytes, dtype=torch.uint8)
+            session.encode(x, (base,), expected, reference)
+        terms, held = (base.to(device, copy=True),), base.to(device, copy=True)
+        steps, out = kernels.steps_of(codec.spec, view, dtype, device), torch.empty_like(held)
+        payload = torch.empty_like(reference, device=device)
+        assert steps.encode(x.to(device), terms, out, payload)
+        assert steps.decode(reference.to(device), (held,), held)
+        cases += 1
+        wrong["payload"] += not torch.equal(payload.cpu(), reference)
+        wrong["encoded"] += not torch.equal(out.cpu(), expected)
+        wrong["decoded"] += not torch.equal(held.cpu(), expected)
+    exact = cases > 0 and not any(wrong.values())
+    found = {"cases": cases, "wrong": wrong, "exact": exact}
+    return found if exact else {**found, "error": f"of {cases} cases these are wrong: {wrong}"}
 
 
 class Step:
@@ -128,19 +130,58 @@ def allocations(step: Step) -> int:
     return int(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
 
 
-def digests(rank: int, device: str, forced: bool, codec_id: str, numel: int) -> list[str]:
-    """Body of a rank: what it received in five steps of a wrapped all-gather."""
+def digests(rank: int, kernels: str, codec_id: str, numel: int) -> list[str]:
+    """Body of a rank: what it received in five steps of a wrapped all-gather.
+
+    Args:
+        rank: of the default group.
+        kernels: ``"cuda"`` for CUDA tensors and the kernels that these get by themselves; ``"interpreted"`` for CPU
+            tensors on Triton's kernels in its interpreter; ``"reference"`` for CPU tensors on torch operations.
+        codec_id: of the group.
+        numel: of each rank's tensor.
+
+    Raises:
+        RuntimeError: Nothing was compressed, or not by Triton's kernels where these are under test.
+    """
+    device = "cuda" if kernels == "cuda" else "cpu"
     g = torch.Generator().manual_seed(rank)
     group = compactdist.wrap(dist.group.WORLD, codec=codec_id, min_numel=1)
     x, seen = torch.randn(numel, generator=g), []
     out = torch.empty(2 * numel, dtype=torch.bfloat16, device=device)
-    for _ in range(5):
-        x = x + 0.1 * torch.randn(numel, generator=g)
-        group.step()
-        with use("gpu" if forced else "reference"):
+    with _chosen(kernels), _counting_triton() as made:
+        for _ in range(5):
+            x = x + 0.1 * torch.randn(numel, generator=g)
+            group.step()
             group.all_gather_into_tensor(out, x.bfloat16().to(device))
-        seen.append(hashlib.sha256(out.cpu().view(torch.uint8).numpy().tobytes()).hexdigest())
+            seen.append(hashlib.sha256(out.cpu().view(torch.uint8).numpy().tobytes()).hexdigest())
     if group.stats().compressed_calls == 0:
         raise RuntimeError(f"nothing was compressed:\n{group.explain()}")
+    if (kernels != "reference") != bool(made):
+        raise RuntimeError(f"kernels {kernels!r}: {len(made)} streams got Triton's kernels")
     group.close()
     return seen
+
+
+def _chosen(kernels: str) -> AbstractContextManager[None]:
+    """CUDA tensors get Triton's kernels by themselves; CPU tensors must be told."""
+    if kernels == "cuda":
+        return nullcontext()
+    return use("gpu" if kernels == "interpreted" else "reference")
+
+
+@contextmanager
+def _counting_triton() -> Iterator[list[Any]]:
+    """The steps that Triton's kernels were asked for, and made, inside the block."""
+    module, made = gpu_kernels(), []
+    steps_of = module.steps_of
+
+    def counting(*args: Any, **settings: Any) -> Any:
+        steps = steps_of(*args, **settings)
+        made.extend([] if steps is None else [steps])
+        return steps
+
+    module.steps_of = counting
+    try:
+        yield made
+    finally:
+        module.steps_of = steps_of

@@ -18,21 +18,26 @@ def _half(x: Tensor) -> Tensor:
     return x.half().float()
 
 
-def _mean_scales(r: Tensor) -> Tensor:
-    """A scale for each element: the mean magnitude of its column times that of its row, relative to the others."""
+def mean_scales(r: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean magnitude of each row relative to that of all, ``(N,)``, and of each column, ``(C,)``, as sent."""
     column, row = r.abs().mean(0), r.abs().mean(1)
-    return _half(row / (row.mean() + 1e-6))[:, None] * _half(column)
+    return (row / (row.mean() + 1e-6)).half(), column.half()
+
+
+def _scale_of_each(r: Tensor) -> Tensor:
+    row, column = mean_scales(r)
+    return row.float()[:, None] * column.float()
 
 
 def binary(r: Tensor) -> tuple[Tensor, int]:
     """Sign bits; mean scales (rank -1)."""
-    scale = _mean_scales(r)
+    scale = _scale_of_each(r)
     return torch.where(r >= 0, scale, -scale), r.numel() + 16 * sum(r.shape)
 
 
 def int2(r: Tensor) -> tuple[Tensor, int]:
     """Sign, and whether the magnitude is above the scale S; magnitudes 0.5 S and 2 S."""
-    scale = _mean_scales(r)
+    scale = _scale_of_each(r)
     size = torch.where(r.abs() > scale, 2 * scale, 0.5 * scale)
     return torch.where(r < 0, -size, size), 2 * r.numel() + 16 * sum(r.shape)
 
@@ -53,9 +58,15 @@ def int4(r: Tensor) -> tuple[Tensor, int]:
     return _from_codes(*min_max_codes(r)), 4 * r.numel() + 32 * r.shape[1]
 
 
-def factors(r: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``U (N, rank)`` and ``V (rank, C)`` by two subspace iterations from random directions: 6 products, 4 QRs."""
-    q = torch.linalg.qr(torch.randn(r.shape[1], rank, generator=generator))[0]
+def factors(r: Tensor, rank: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """``U (N, rank)`` and ``V (rank, C)`` by two subspace iterations from random directions: 6 products, 4 QRs.
+
+    Args:
+        r: ``(N, C)``, float32.
+        rank: components.
+        generator: of the directions, on the device of ``r``; ``None``: the global one, as theirs.
+    """
+    q = torch.linalg.qr(torch.randn(r.shape[1], rank, generator=generator, device=r.device))[0]
     for _ in range(ITERATIONS):
         q = torch.linalg.qr(r.T @ (r @ q))[0]
     u = torch.linalg.qr(r @ q)[0]

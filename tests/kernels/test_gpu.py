@@ -45,18 +45,18 @@ def test_all_tests_pass_under_the_interpreter():
 @pytest.mark.timeout(600)
 def test_the_benchmark_checks_them_without_a_gpu(tmp_path):
     written = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--interpret", "--json", str(written)]
+    command = [sys.executable, "-m", "benchmarks.gpu.kernels", "--interpret", "--json", str(written)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=500)
     result = json.loads(written.read_text())
     assert len(result["exact"]) == 14
     assert all(line["exact"] and line["cases"] for line in result["exact"])
-    assert result["two_ranks_equal"] == {"int2": True, "int8": True}
+    assert {line["name"]: line["equal"] for line in result["two_ranks"]} == {"int2": True, "int8": True}
     assert result["lines"] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time")
 def test_the_benchmark_says_that_there_is_no_gpu():
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu.kernels"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no CUDA device" in done.stdout
 
