@@ -6,6 +6,7 @@ source it was read; where another version has another name, the code says which.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
@@ -151,8 +152,21 @@ def group_store(group: Any) -> Any:
 
 
 def is_fake(group: Any) -> bool:
-    """Whether the group is torch's fake one, whose ranks never meet."""
-    return "fake" in str(group.name()).lower()
+    """Whether the group is torch's fake one, whose ranks never meet: all its backends are called so (2.13)."""
+    names = set()
+    for device in group._device_types:
+        with contextlib.suppress(RuntimeError, AttributeError):  # as in ``timeout_of``
+            names.add(group._get_backend(device).name())
+    return names == {"fake"}
+
+
+def is_known_name(name: str) -> bool:
+    """Whether torch's registry has a group of this name, closed ones included (2.13)."""
+    try:
+        c10d._resolve_process_group(group_name(name))  # type: ignore[attr-defined]
+    except (RuntimeError, LookupError):
+        return False
+    return True
 
 
 def timeout_of(group: Any) -> float:

@@ -83,6 +83,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         self._desc = "compactdist"
         self._closed = False
         self._owns_inner = owns_inner
+        self._alone = inner.size() == 1 or _torch.is_fake(inner)
         self._adopted = False
         self._backend_name = "compactdist" if owns_inner else str(inner.name())
         self._pool: ThreadPoolExecutor | None = None
@@ -125,7 +126,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
 
     def _agrees(self, inner: Any, options: Options, label: str) -> Agreement | None:
         """What ranks agree on plans with; ``None``: there is nobody to agree with, or they should not."""
-        if options.agree == "off" or inner.size() == 1 or _torch.is_fake(inner):
+        if options.agree == "off" or self._alone:
             return None
         timeout = options.agree_timeout or _torch.timeout_of(inner)
         return Agreement(self._store, f"compactdist/plans/{self._name}", inner.rank(), inner.size(), label, timeout)
@@ -325,7 +326,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
                 have compared.
         """
         self._ready()
-        if self._engine.size == 1:
+        if self._alone:
             return
         self._departures.join()
         try:

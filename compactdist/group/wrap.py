@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -36,8 +37,9 @@ def wrap(
     """Wrap a process group so that it sends compressed residuals.
 
     Collective: every rank of the group calls it, in the same order for all groups. Ranks compare configuration and
-    versions through the store before anything is sent. An option that is not given is taken from the environment
-    (``COMPACTDIST_CODEC=int4``; :mod:`compactdist.group.environment`), else it has the default of :class:`Options`.
+    versions through the store before anything is sent (not on torch's fake group, whose ranks never meet). An option
+    that is not given is taken from the environment (``COMPACTDIST_CODEC=int4``;
+    :mod:`compactdist.group.environment`), else it has the default of :class:`Options`.
 
     Args:
         group: the group to wrap; ``None``: the default group. A rank outside the group gets ``group`` itself back.
@@ -73,16 +75,30 @@ def wrap(
     if not _torch.is_registered(group):
         raise ConfigError("wrap() takes a group that torch.distributed knows (and that was not destroyed)")
     _torch.warn_untested()
-    ranks = dist.get_process_group_ranks(group)
-    common = _torch.group_store(_torch.default_group())
     store = _torch.group_store(group)
-    turn = agree(store, common, str(group.group_name), group.rank(), ranks, chosen.fingerprint(), seconds)
-    wrapped = CompressedProcessGroup(group, chosen, f"compactdist:{group.group_name}:{turn}", store)
+    turn = _turn(group, store, chosen, seconds)
+    wrapped = CompressedProcessGroup(group, chosen, _name(group, turn), store)
     _torch.register(wrapped, group, wrapped._name)
     if any(_torch.supports_coalescing(group, device) for device in group._device_types if _usable(device)):
         _torch.patch_batch_isend_irecv(lambda g: isinstance(g, CompressedProcessGroup))
     _log.info("%r wraps '%s'", wrapped, group.group_name)
     return wrapped
+
+
+def _name(group: Any, turn: int) -> str:
+    return f"compactdist:{group.group_name}:{turn}"
+
+
+def _turn(group: Any, store: Any, options: Options, seconds: float) -> int:
+    """How many times the group has been wrapped, once its ranks agree on the options.
+
+    On torch's fake group there is nobody to agree with, and its store answers nothing: the first number that is free.
+    """
+    if _torch.is_fake(group):
+        return next(turn for turn in itertools.count(1) if not _torch.is_known_name(_name(group, turn)))
+    common = _torch.group_store(_torch.default_group())
+    ranks = dist.get_process_group_ranks(group)
+    return agree(store, common, str(group.group_name), group.rank(), ranks, options.fingerprint(), seconds)
 
 
 def _usable(device: torch.device) -> bool:

@@ -50,6 +50,8 @@ METHODS = (
 )
 """ProcessGroup's methods, old names and new."""
 
+BEFORE_2_13 = _torch.VERSION < (2, 13)
+
 OLDER_NAMES = {
     "all_gather_single": "_allgather_base",
     "all_gather_single_coalesced": "allgather_into_tensor_coalesced",
@@ -59,8 +61,21 @@ OLDER_NAMES = {
 }
 """Which method torch 2.11 calls where 2.13 calls another."""
 
-GLOO_HAS_ALL_TO_ALL = _torch.VERSION >= (2, 13)
+# What torch itself, or plain gloo, does otherwise in torch 2.11. Wrapped groups do the same in all versions.
+
+GLOO_HAS_ALL_TO_ALL = not BEFORE_2_13
 """Whether plain gloo has all_to_all of lists."""
+
+COALESCES_ASYNCHRONOUSLY = frozenset({"all_gather_single_coalesced"} if BEFORE_2_13 else ())
+"""Calls of a coalescing manager that reach the group without options, hence as asynchronous ones."""
+
+PIPELINES_OPEN_LINKS = BEFORE_2_13
+"""Whether a pipeline sends a message of one element between neighbours before the first of its first step."""
+
+
+def reached(*names: str) -> tuple[str, ...]:
+    """Methods of ProcessGroup as this torch calls them, by their names in torch 2.13."""
+    return tuple(OLDER_NAMES.get(name, name) for name in names) if BEFORE_2_13 else names
 
 
 def since(major: int, minor: int, what: str) -> Any:

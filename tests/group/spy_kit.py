@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from compactdist import _torch
-from tests.group.kit import NUMEL, OLDER_NAMES, close
+from tests.group.kit import NUMEL, close, reached
 
 SIZE = 2
 NO_DIFFERENCE: dict[str, Any] = {}
@@ -53,13 +53,11 @@ def row(
     """``reaches``: in torch 2.13; ``since``: the first version of torch that has the call; ``passed``: operation =
     reason, or (reason, calls).
     """
-    if _torch.VERSION < (2, 13):
-        reaches = tuple(OLDER_NAMES.get(name, name) for name in reaches)
     expected = {(op, r if isinstance(r, str) else r[0]): 1 if isinstance(r, str) else r[1] for op, r in passed.items()}
 
     def add(call: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
         if since <= _torch.VERSION:
-            ROWS[call.__name__] = Row(call, list(reaches), compressed, expected, error, on_nccl_like)
+            ROWS[call.__name__] = Row(call, list(reached(*reaches)), compressed, expected, error, on_nccl_like)
         return call
 
     return add

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from tests.group.kit import NUMEL, data, exchanged, gathered
+from tests.group.kit import NUMEL, data, exchanged, gathered, reached
 from tests.group.spy_kit import SIZE, blank, blanks, right, row
 
 # --- torch.distributed: gathering and exchanging ----------------------------------------------------------------------
@@ -254,7 +254,7 @@ def coalesced_all_reduces(g, rank):
     return all(right(x, data(0) + data(1)) for x in xs)
 
 
-GROUPED = ["_start_coalescing", "all_gather_single_coalesced", "_end_coalescing"]
+GROUPED = [*reached("_start_coalescing", "all_gather_single_coalesced", "_end_coalescing")]
 
 
 @row(

@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d as c10d
 import compactdist
 from compactdist import _torch
 from compactdist.errors import ConfigError
-from tests.group.kit import NUMEL, close, data, since, told
+from tests.group.kit import GLOO_HAS_ALL_TO_ALL, NUMEL, close, data, exchanged, since, told
 from tests.launch import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +131,23 @@ def test_a_function_that_this_torch_lacks_is_named():
             g.gather_single(torch.ones(4), torch.empty(4), dst=0)
 
     run_ranks(body, 1)
+
+
+@pytest.mark.skipif(GLOO_HAS_ALL_TO_ALL, reason="gloo of this torch has all_to_all of lists")
+def test_what_gloo_lacks_a_wrapped_group_compresses_or_refuses_alike():
+    def body(rank, size):
+        g = compactdist.wrap(codec="int8", min_numel=64)
+        outs = [torch.full((NUMEL // size,), torch.nan) for _ in range(size)]
+        for group in (g.inner, g):  # without a step it passes through
+            with pytest.raises(RuntimeError, match="Backend gloo does not support alltoall"):
+                dist.all_to_all(outs, list(data(rank).chunk(size)), group=group)
+        for _ in range(2):
+            g.step()
+            dist.all_to_all(outs, list(data(rank).chunk(size)), group=g)
+            assert close(torch.cat(outs), exchanged(rank, size))
+        assert g.stats().compressed_calls == 2
+
+    run_ranks(body, 2, pg_timeout=20)
 
 
 @since(2, 14, "group ranks in functional collectives")

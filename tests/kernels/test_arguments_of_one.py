@@ -39,7 +39,7 @@ def _run_both_ends(form: dict[str, Any], view: MatrixView, dtype: torch.dtype) -
 
 
 class _WithOnes(_Compiler):
-    """Compiles each launch with all of its plain integers set to 1."""
+    """Compiles each launch with all of its plain integers set to 1; what the kernel specializes becomes a constant."""
 
     def launch(self, kernel: Any, *args: Any, **others: Any) -> Any:
         assert any(type(value) is int for value in args), kernel.fn.__name__
@@ -67,7 +67,8 @@ def test_tensors_of_one_channel_compile(monkeypatch):
     for form, view in (
         ({"id": "int4"}, plain(1, 1, 1)),
         ({"id": "int4"}, blocks(1)),
+        ({"id": "int8"}, plain(5000, 1, 1)),
         ({"id": "int2", "scales": "block", "block": 8}, plain(8, 1, 8)),
     ):
         _run_both_ends(form, view, torch.float32)
-    assert {"encode_blocks", "encode_codes", "decode_codes"} <= set(compiler.ptx)
+    assert {"encode_blocks", "encode_codes", "decode_codes", "fold_many_tiles"} <= set(compiler.ptx)

@@ -139,12 +139,13 @@ class _Compiler:
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(kernel.params):
             value = given[parameter.name]
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            specialized = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or (specialized and value == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
                 continue
             tensor = isinstance(value, torch.Tensor)
             signature[parameter.name] = _TYPES[value.dtype] if tensor else "fp32" if isinstance(value, float) else "i32"
-            if tensor or (isinstance(value, int) and value % 16 == 0):
+            if tensor or (specialized and value % 16 == 0):
                 attributes[index,] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

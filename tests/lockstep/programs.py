@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from hypothesis import strategies as st
 
+from compactdist import _torch
 from tests.group.kit import GLOO_HAS_ALL_TO_ALL
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -187,7 +188,8 @@ class Runner:
             works = [dist.all_gather(outputs, x, group=g, async_op=True)]
         elif what == "gather coalesced":
             outputs = [out(world * n), out(world * n)]
-            works = [g.all_gather_single_coalesced(outputs, [x, x + 1], dist.distributed_c10d.AllgatherOptions())]
+            options = dist.distributed_c10d.AllgatherOptions()
+            works = [_torch.inner_call(g, _torch.ALL_GATHER_COALESCED, outputs, [x, x + 1], options)]
         elif what == "gather functional":
             works, outputs = [], [funcol.wait_tensor(funcol.all_gather_tensor(x, 0, g))]
         elif what == "to all":

@@ -18,7 +18,8 @@ from compactdist.kernels.gpu.elements import (
 from compactdist.kernels.gpu.rows import group_factor, group_norm
 
 
-@triton.jit
+# Both are more than 32 in use. Triton 3.6 fails where it takes them for the constant 1.
+@triton.jit(do_not_specialize=["tiles", "half_of_all"])
 def fold_many_tiles(
     first,
     energy,
