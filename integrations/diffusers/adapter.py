@@ -16,7 +16,7 @@ import torch
 
 import compactdist
 import compactdist_common
-from compactdist_common import Patches, uncompiled
+from compactdist_common import Patches, compiled_call, uncompiled
 from compactdist_diffusers import caches
 from compactdist_diffusers.clock import Clock
 from compactdist_diffusers.sites import Sites
@@ -188,9 +188,9 @@ def _meshes(models: dict[str, Any], routes: tuple[str, ...] | None) -> list[tupl
 
 
 def _is_compiled(module: Any) -> bool:
-    """Whether hooks in the module would land in a compiled graph, which cannot name call sites."""
+    """Whether the module is compiled as a whole: hooks in it would land in its graph, which cannot name call sites."""
     inner = uncompiled(module)
-    return inner is not module or any(m._compiled_call_impl is not None for m in inner.modules())
+    return inner is not module or compiled_call(inner) is not None
 
 
 def without_gathers(policy: Any) -> Any:
