@@ -20,13 +20,46 @@ import torch.distributed as dist
 import compactdist
 
 WORLD_SIZE = 2
+STDOUT = Path("-")
 _LOAD = os.getloadavg()[0]
+
+
+class _JsonTo(argparse.Action):
+    """Takes a file; with ``-`` whatever the script prints goes to standard error, so that only JSON is on the other."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        if values == STDOUT:
+            sys.stdout = sys.stderr
+
+
+def add_json(to: argparse.ArgumentParser, default: Path | None = None) -> None:
+    """Add ``--json FILE|-``."""
+    text = "write the numbers there too; -: to standard output, and all else to standard error"
+    to.add_argument("--json", type=Path, metavar="FILE", action=_JsonTo, default=default, help=text)
+
+
+def write_json(path: Path | None, record: dict[str, Any]) -> None:
+    """Write the record where ``--json`` says; nothing where it says ``None``."""
+    if path is None:
+        return
+    text = json.dumps(record, indent=1) + "\n"
+    if path == STDOUT:
+        assert sys.__stdout__ is not None
+        sys.__stdout__.write(text)
+        sys.__stdout__.flush()
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"written to {path}")
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser with ``--json`` and ``--max-load``."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    add_json(made)
     made.add_argument(
         "--max-load", type=float, default=1.5, help="refuse to time above this 1-minute load average (default 1.5)"
     )
@@ -104,6 +137,4 @@ def finish(path: Path | None, result: dict[str, Any]) -> None:
         "load_average_before": round(_LOAD, 2),
         "ranks": f"{WORLD_SIZE}, gloo over loopback, each pinned to a core",
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, **result}, indent=1) + "\n")
-    print(f"written to {path}")
+    write_json(path, {**about, **result})

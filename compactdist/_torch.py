@@ -235,6 +235,41 @@ MODEL_CALLERS = (
 )
 """Those that run a model's code, compiled or not: what called them says nothing about what that code moves (2.13)."""
 
+
+class AroundCompiledCalls:
+    """Runs functions before and after the calls of a module that was compiled in place, outside of its graph (2.13).
+
+    ``module.compile()`` takes hooks into the graph, where they run once, while it is traced.
+
+    Args:
+        module: one for which ``compiled_in_place`` holds.
+        before, after: called without arguments; ``after`` also where the call raises.
+    """
+
+    def __init__(self, module: torch.nn.Module, before: Callable[[], None], after: Callable[[], None]) -> None:
+        compiled: Any = module._compiled_call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before()
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                after()
+
+        self._module, self._compiled, self._call = module, compiled, call
+        vars(module)["_compiled_call_impl"] = call
+
+    def remove(self) -> None:
+        """Give the module its own call back, unless it was compiled anew since."""
+        if self._module._compiled_call_impl is self._call:
+            vars(self._module)["_compiled_call_impl"] = self._compiled
+
+
+def compiled_in_place(module: torch.nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, as ``compile_repeated_blocks`` of diffusers does for blocks (2.13)."""
+    return module._compiled_call_impl is not None
+
+
 AUTOGRAD_ENGINE = "torch.autograd.graph._engine_run_backward"
 """The function that runs the autograd engine, whose C++ nodes make calls of their own (2.13)."""
 

@@ -9,13 +9,12 @@ the gap to the rate-distortion bound of the Gaussian: ``6.0206 * bits + 10 * log
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common import add_json, write_json
 from compactdist import codecs
 
 SHAPE = (1088, 3072)
@@ -90,13 +89,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    add_json(parser)
     arguments = parser.parse_args()
     data = samples()
     rows = [row(spec, data) for spec in CODECS]
     print(table(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"shape": SHAPE, "rows": rows}, indent=1) + "\n")
+    write_json(arguments.json, {"shape": SHAPE, "rows": rows})
 
 
 if __name__ == "__main__":

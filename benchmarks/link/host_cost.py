@@ -267,13 +267,13 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> int:
+    from benchmarks.common import add_json, write_json  # not on top: workers run this file over another checkout
+
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument(
         "--old", type=Path, metavar="PATH", help="root of another checkout, measured in turn with this one"
     )
-    cli.add_argument(
-        "--json", type=Path, metavar="FILE", default=RESULT, help=f"where numbers go (default {RESULT.name})"
-    )
+    add_json(cli, RESULT)
     cli.add_argument("--rounds", type=int, default=9, help="turns of each checkout (default 9)")
     cli.add_argument("--steps", type=int, default=20, help="steps of ten calls in a round (default 20)")
     args = cli.parse_args()
@@ -308,9 +308,7 @@ def main() -> int:
     if args.old:
         stored["old_over_this"] = ratios(results["old"], results["this"])
         print("old / this: " + ", ".join(f"{name} {value:.2f}" for name, value in stored["old_over_this"].items()))
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(stored, indent=1) + "\n")
-    print(f"written to {args.json}")
+    write_json(args.json, stored)
     return 0
 
 

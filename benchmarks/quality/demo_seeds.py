@@ -9,13 +9,12 @@ range of ||x - x_ref|| / ||x_ref|| over the seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from benchmarks.common import add_json, write_json
 from benchmarks.quality.over_seeds import measure
 from compactdist_harness.digits import STEPS
 
@@ -37,17 +36,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--route", choices=["ring", "ulysses"], default="ring")
     parser.add_argument("--seeds", type=int, default=16)
-    parser.add_argument("--json", type=Path)
+    add_json(parser)
     args = parser.parse_args()
 
     rows = measure(args.route, VARIANTS, args.seeds)
     if rows:
         for row in rows:
             sys.stdout.write(f"{row['variant']:24s} {row['median']:.2e}  ({row['min']:.2e} to {row['max']:.2e})\n")
-        if args.json is not None:
-            module = "torchrun --nproc-per-node 2 -m benchmarks.quality.demo_seeds"
-            command = f"{module} --route {args.route} --seeds {args.seeds}"
-            args.json.write_text(json.dumps({"command": command, "steps": STEPS, "rows": rows}, indent=1) + "\n")
+        module = "torchrun --nproc-per-node 2 -m benchmarks.quality.demo_seeds"
+        command = f"{module} --route {args.route} --seeds {args.seeds}"
+        write_json(args.json, {"command": command, "steps": STEPS, "rows": rows})
     dist.barrier()
     dist.destroy_process_group()
 

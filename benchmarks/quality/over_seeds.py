@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import add_json, write_json
 from compactdist_harness.demo_worker import METHODS, UNCOMPRESSED, run
 from compactdist_harness.digits import STEPS, noise_latents
 from compactdist_harness.xdit import parallel_digits
@@ -76,7 +77,7 @@ def main(
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--variants", nargs="+", choices=list(variants), default=list(variants))
-    parser.add_argument("--json", type=Path)
+    add_json(parser)
     parser.add_argument("--show", type=Path, help="print these results instead of measuring")
     args = parser.parse_args()
     if args.show is not None:
@@ -89,10 +90,9 @@ def main(
     rows = measure(route, {name: variants[name] for name in args.variants}, args.seeds)
     if rows:
         sys.stdout.write(show(rows) + "\n")
-        if args.json is not None:
-            command = f"python -m benchmarks.quality.{script} --seeds {args.seeds}"
-            record = {"command": command, "steps": STEPS, "ranks": RANKS, "torch": torch.__version__, "rows": rows}
-            args.json.write_text(json.dumps(record, indent=1) + "\n")
+        command = f"python -m benchmarks.quality.{script} --seeds {args.seeds}"
+        record = {"command": command, "steps": STEPS, "ranks": RANKS, "torch": torch.__version__, "rows": rows}
+        write_json(args.json, record)
     sys.stdout.flush()
     dist.barrier()
     os._exit(0)  # xfuser's and gloo's threads may outlive an orderly exit

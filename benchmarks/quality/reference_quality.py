@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import finish
+from benchmarks.common import add_json, finish
 from benchmarks.quality import reference_formulas as theirs
 from compactdist import codecs
 from compactdist.cli.evaluate import play
@@ -139,7 +139,7 @@ def table(lines: list[dict[str, Any]], sizes: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    add_json(made)
     args = made.parse_args()
     torch.set_num_threads(1)
     lines, sizes = rows(), ratios()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from compactdist import _torch
 from compactdist.errors import ConfigError
 from compactdist.group.keys import Clock, KeyBook
 
@@ -37,6 +39,8 @@ class Attachment:
     """Forward hooks on a module tree; made by ``CompressedProcessGroup.attach``.
 
     Each module pushes its qualified name while it runs, so a call's prefix is the name of the innermost running module.
+    A graph runs no hooks: a submodule that is compiled by now names all calls made inside it. In a module that is
+    compiled as a whole, calls have no names.
     Steps: ``step_module``'s forwards are counted per branch, and a step begins when a branch comes round again; so the
     ``cond`` and ``uncond`` passes of one step share it.
     """
@@ -63,8 +67,16 @@ class Attachment:
         if step_module is not None:
             counted = modules[step_module]
             self._handles.append(counted.register_forward_pre_hook(self._count, with_kwargs=True))
+        compiled: list[str] = []  # names of the submodules, not of the whole, that are compiled in place
         for name, child in modules.items():
+            if any(name.startswith(f"{graph}.") for graph in compiled):
+                continue
             shown = name or type(child).__name__
+            if name and _torch.compiled_in_place(child):
+                compiled.append(name)
+                enter, leave = partial(keys.push_module, shown), partial(keys.pop_module, shown)
+                self._handles.append(_torch.AroundCompiledCalls(child, enter, leave))
+                continue
             self._handles.append(child.register_forward_pre_hook(self._entering(shown)))
             # always_call: a forward that raises must not leave its name on the stack
             self._handles.append(child.register_forward_hook(self._leaving(shown), always_call=True))

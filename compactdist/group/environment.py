@@ -1,23 +1,27 @@
 """Options of ``wrap`` from environment variables: ``COMPACTDIST_`` and the option's name in capitals.
 
-Each option has one, ``timeout`` included. What a program gives to ``wrap`` counts before the environment.
+Each option has one, ``timeout`` included. What a program gives to ``wrap`` goes before the environment, and a log line
+says so where the two differ.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from compactdist.codecs import get as codec_of
 from compactdist.errors import CompactDistError, ConfigError
 from compactdist.policy import Rule, rules_from_json
 from compactdist.state import Layout
 
-__all__ = ["check_names", "settings_from_environment"]
+__all__ = ["check_names", "settings_from_environment", "warn_overruled"]
 
+_log = logging.getLogger("compactdist")
 _PREFIX = "COMPACTDIST_"
 _ALIKE = 0.85
 
@@ -116,3 +120,25 @@ def settings_from_environment(environment: Mapping[str, str] | None = None) -> d
             reason = f" ({error})" if telling else ""
             raise ConfigError(f"{_PREFIX}{field}={value!r} is not {what}{reason}") from None
     return settings
+
+
+def warn_overruled(environment: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Log a warning for each variable that has no effect, as the program gives the same option another value.
+
+    Args:
+        environment: options from the environment.
+        given: options that the program gave, or an adapter for it.
+    """
+    for name in environment.keys() & given.keys():
+        told, chosen = environment[name], given[name]
+        if told != chosen and not (name in ("codec", "keyframe") and codec_of(told) == codec_of(chosen)):
+            variable = _PREFIX + name.upper()
+            _log.warning(
+                "%s=%r has no effect on this group: the program (or its adapter) gives %s=%r to wrap(), which goes "
+                "before the environment. Unset the variable, or leave %s out of the program",
+                variable,
+                told,
+                name,
+                chosen,
+                name,
+            )

@@ -16,7 +16,7 @@ from compactdist.codecs import Codec
 from compactdist.config import Options
 from compactdist.errors import ClosedGroupError, ConfigError, NotInitializedError
 from compactdist.group.agree import agree
-from compactdist.group.environment import settings_from_environment
+from compactdist.group.environment import settings_from_environment, warn_overruled
 from compactdist.group.lifecycle import check_rules
 from compactdist.group.process_group import CompressedProcessGroup
 
@@ -39,7 +39,8 @@ def wrap(
     Collective: every rank of the group calls it, in the same order for all groups. Ranks compare configuration and
     versions through the store before anything is sent (not on torch's fake group, whose ranks never meet). An option
     that is not given is taken from the environment (``COMPACTDIST_CODEC=int4``;
-    :mod:`compactdist.group.environment`), else it has the default of :class:`Options`.
+    :mod:`compactdist.group.environment`), else it has the default of :class:`Options`. One that is given goes before
+    the environment; where the two differ, a warning is logged.
 
     Args:
         group: the group to wrap; ``None``: the default group. A rank outside the group gets ``group`` itself back.
@@ -117,10 +118,12 @@ def _options(
         raise ConfigError(f"wrap() knows no option {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
     if options is not None and given:
         raise ConfigError("give options=, or codec and single settings, not both")
-    settings = {} if options is not None else {**settings_from_environment(), **given}
-    waited = settings.pop("timeout", _TIMEOUT_SECONDS)
+    environment = {} if options is not None else settings_from_environment()
     if timeout is not None:
-        waited = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+        given = {**given, "timeout": timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)}
+    warn_overruled(environment, given)
+    settings = {**environment, **given}
+    waited = settings.pop("timeout", _TIMEOUT_SECONDS)
     return options or Options(**settings), waited
 
 

@@ -16,7 +16,7 @@ import torch
 
 import compactdist
 import compactdist_common
-from compactdist_common import Patches, uncompiled
+from compactdist_common import AUTO, Patches, chosen_codec, compiled_call, uncompiled
 from compactdist_diffusers import caches
 from compactdist_diffusers.clock import Clock
 from compactdist_diffusers.sites import Sites
@@ -50,7 +50,7 @@ class Handle(compactdist_common.Handle):
 
 def enable(
     model_or_pipe: Any,
-    codec: Any = "int2",
+    codec: Any = AUTO,
     *,
     routes: str | Iterable[str] | None = None,
     forwards_per_step: int | None = None,
@@ -63,7 +63,7 @@ def enable(
             with at least one such model; `torch.compile` it before. With a pipeline, a request begins when the pipeline
             sets its timesteps. With a model alone, a request begins when the timesteps turn back (up, where they go
             down); call `handle.new_request()` where they do not, as with a single step.
-        codec: a codec or its name, for `compactdist.wrap`.
+        codec: a codec or its name, for `compactdist.wrap`; `"auto"`: that of `COMPACTDIST_CODEC`, else `int2`.
         routes: `"ring"`, `"ulysses"` or both; by default those that span more than one rank.
         forwards_per_step: forwards of the model in one step, and in one branch where the pipeline names branches in
             `cache_context`; by default a step begins when the timestep changes.
@@ -86,7 +86,7 @@ def enable(
     # Exact: attention uses its own keys and values as they are, and those of other ranks as they were decoded.
     options: dict[str, Any] = {"local": "exact", "layouts": sites.layout_of} | wrap_options
     try:
-        _wrap(meshes, codec, options, groups, sites, patches)
+        _wrap(meshes, chosen_codec(codec), options, groups, sites, patches)
         patches.add(sites.remove)
         sites.install()
         clock = Clock(list(groups.values()), forwards_per_step)
@@ -188,9 +188,9 @@ def _meshes(models: dict[str, Any], routes: tuple[str, ...] | None) -> list[tupl
 
 
 def _is_compiled(module: Any) -> bool:
-    """Whether hooks in the module would land in a compiled graph, which cannot name call sites."""
+    """Whether the module is compiled as a whole: hooks in it would land in its graph, which cannot name call sites."""
     inner = uncompiled(module)
-    return inner is not module or any(m._compiled_call_impl is not None for m in inner.modules())
+    return inner is not module or compiled_call(inner) is not None
 
 
 def without_gathers(policy: Any) -> Any:

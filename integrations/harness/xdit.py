@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,13 @@ import torch
 
 from compactdist_harness import digits, tiny
 from compactdist_harness.cpu import xdit as xdit_on_cpu
+
+# Of these pipelines xfuser has no wrapper: it replaces the transformer of a diffusers pipeline.
+_TRANSFORMERS = {
+    "wan": ("transformer_wan", "xFuserWanTransformer3DWrapper"),
+    "qwenimage": ("transformer_qwen", "xFuserQwenImageTransformerWrapper"),
+    "hunyuanvideo": ("transformer_hunyuan_video", "xFuserHunyuanVideoTransformer3DWrapper"),
+}
 
 
 def parallel_tiny(model: str, *, steps: int = 8, batch: int = 1, **degrees: Any) -> tuple[Any, dict[str, Any]]:
@@ -28,13 +36,13 @@ def parallel_tiny(model: str, *, steps: int = 8, batch: int = 1, **degrees: Any)
 def tiny_under(engine_config: Any, model: str, *, steps: int = 8, batch: int = 1) -> tuple[Any, dict[str, Any]]:
     """A tiny pipeline as xDiT runs it under `engine_config`, and the arguments to call it with."""
     pipe, call_kwargs = tiny.build(model, steps=steps, batch=batch)
-    if model != "wan":
+    if model not in _TRANSFORMERS:
         return wrapped(pipe, engine_config), call_kwargs
-    # xfuser has no wrapper of this pipeline: it replaces the transformer of a diffusers pipeline.
     from xfuser.core.distributed import initialize_runtime_state
-    from xfuser.model_executor.models.transformers.transformer_wan import xFuserWanTransformer3DWrapper
 
-    transformer = xFuserWanTransformer3DWrapper.from_config(pipe.transformer.config)
+    module, name = _TRANSFORMERS[model]
+    wrapper = getattr(importlib.import_module(f"xfuser.model_executor.models.transformers.{module}"), name)
+    transformer = wrapper.from_config(pipe.transformer.config)
     transformer.load_state_dict(pipe.transformer.state_dict())
     pipe.transformer = transformer.eval().requires_grad_(False)
     initialize_runtime_state(pipe, engine_config)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import compactdist_common
-from compactdist_common import Patches, unwrapped
+from compactdist_common import AUTO, Patches, chosen_codec, unwrapped
 from compactdist_xdit import methods, probe
 from compactdist_xdit import routes as all_routes
 from compactdist_xdit.session import Session
@@ -49,7 +49,7 @@ class Handle(compactdist_common.Handle):
 
 def enable(
     pipe: Any,
-    codec: Any = "int2",
+    codec: Any = AUTO,
     *,
     routes: str | Sequence[str] | None = None,
     parallel_method: str | None = None,
@@ -64,7 +64,8 @@ def enable(
 
     Args:
         pipe: an xDiT pipeline wrapper, or a diffusers pipeline whose transformer xfuser has parallelised.
-        codec: a codec or its name, for `compactdist.wrap`; `None` compresses nothing (for a parallel method alone).
+        codec: a codec or its name, for `compactdist.wrap`; `"auto"`: that of `COMPACTDIST_CODEC`, else `int2`; `None`
+            compresses nothing (for a parallel method alone).
         routes: of `compactdist_xdit.routes.ROUTES`, as a list or a text with commas; by default `ring`, `ulysses` and
             `pipefusion`. Routes whose groups have one rank send nothing and are left out.
         parallel_method: `"patch"` or `"distrifusion"` in place of ring attention; see `compactdist_xdit.methods`.
@@ -76,7 +77,7 @@ def enable(
         ValueError: there is nothing to compress, a route or method is unknown, the pipeline is enabled already, or
             xfuser is configured in a way that excludes compression (8-bit communication, CPU offload).
     """
-    inner, wanted = unwrapped(pipe), all_routes.chosen(routes)
+    inner, wanted, codec = unwrapped(pipe), all_routes.chosen(routes), chosen_codec(codec)
     method = None
     if parallel_method is not None:
         choices = {"warmup_steps": method_warmup_steps, "sync_from_step": method_sync_from_step, "exact_own": exact_own}

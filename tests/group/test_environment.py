@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 
 import pytest
@@ -12,9 +13,9 @@ import torch.distributed as dist
 import compactdist
 from compactdist import codecs
 from compactdist.errors import ConfigError
-from compactdist.group.environment import _FIELDS, settings_from_environment
+from compactdist.group.environment import _FIELDS, settings_from_environment, warn_overruled
 from compactdist_xdit import flags
-from tests.group.kit import NUMEL, data, gathered
+from tests.group.kit import NUMEL, data, gathered, told
 from tests.launch import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -164,3 +165,28 @@ def test_wrap_takes_from_the_environment_what_it_is_not_given():
 def test_a_codec_in_the_place_of_the_group_is_an_error_that_says_so(codec):
     with pytest.raises(ConfigError, match=r"did you mean codec=.*[iI]nt4"):
         compactdist.wrap(codec)
+
+
+def test_the_program_goes_first_and_the_log_says_so(caplog):
+    environment = settings_from_environment(
+        {f"COMPACTDIST_{name}": value for name, value in {"CODEC": "int4", "ORDER": "2", "MIN_NUMEL": "7"}.items()}
+    )
+    with caplog.at_level(logging.WARNING, logger="compactdist"):
+        warn_overruled(environment, {"codec": codecs.get("int4"), "order": 2, "local": "exact"})
+        assert not caplog.records
+        warn_overruled(environment, {"codec": "int2", "order": 2})
+        (text,) = caplog.messages
+    assert text.startswith("COMPACTDIST_CODEC='int4' has no effect on this group: the program (or its adapter)")
+    assert "gives codec='int2' to wrap(), which goes before the environment. Unset the variable" in text
+
+
+def test_wrap_warns_of_what_it_overrules():
+    def body(rank, size):
+        os.environ.update(COMPACTDIST_CODEC="int4", COMPACTDIST_ORDER="2", COMPACTDIST_TIMEOUT="30")
+        lines = told(logging.WARNING)
+        with compactdist.wrap(codec="int2", order=2, timeout=20) as wrapped:
+            assert wrapped.options.default_codec == codecs.get("int2")
+        overruled = sorted(line.split("=")[0] for line in lines if "has no effect" in line)
+        assert overruled == ["COMPACTDIST_CODEC", "COMPACTDIST_TIMEOUT"], lines
+
+    run_ranks(body, 2, timeout=40)

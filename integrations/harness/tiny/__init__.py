@@ -29,6 +29,13 @@ _BUILDERS = {
     "cogvideox": videos.cogvideox,
     "wan": videos.wan,
     "qwenimage": pictures.qwenimage,
+    "pixart_sigma": pictures.pixart_sigma,
+    "hunyuandit": pictures.hunyuandit,
+    "lumina2": pictures.lumina2,
+    "flux2": pictures.flux2,
+    "latte": videos.latte,
+    "hunyuanvideo": videos.hunyuanvideo,
+    "ltx": videos.ltx,
 }
 MODELS = tuple(_BUILDERS)
 SAVABLE = tuple(checkpoint.TEXTS)
@@ -45,6 +52,13 @@ def build(model: str, *, steps: int = 8, batch: int = 1) -> tuple[Any, dict[str,
     | cogvideox | video | 48 + 16 | (batch, 3, 4, 8, 8) | both branches in one batch |
     | wan | video | 48, text by cross-attention | (batch, 16, 3, 8, 8) | two forwards a step |
     | qwenimage | picture | 64 + 16 | (batch, 64, 16) | two forwards a step |
+    | pixart_sigma | picture | 64, text by cross-attention | (batch, 4, 16, 16) | both branches in one batch |
+    | hunyuandit | picture | 64, text by cross-attention | (batch, 4, 16, 16) | both branches in one batch |
+    | lumina2 | picture | 64 + 16 | (batch, 4, 16, 16) | two forwards a step |
+    | flux2 | picture | 64 + 16 | (batch, 64, 16) | distilled: one forward a step |
+    | latte | video | 4 frames of 16, text by cross-attention | (batch, 4, 4, 8, 8) | both branches in one batch |
+    | hunyuanvideo | video | 48 + 16 | (batch, 4, 3, 8, 8) | distilled: one forward a step |
+    | ltx | video | 48, text by cross-attention | (batch, 48, 16) | both branches in one batch |
 
     All have 4 heads of 32 channels, so Ulysses splits over 2 or 4 ranks.
 

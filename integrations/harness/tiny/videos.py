@@ -10,6 +10,7 @@ from compactdist_harness.tiny.parts import (
     TEXT_CHANNELS,
     TEXT_TOKENS,
     Noise,
+    picture_vae,
     randomised,
     without_text_encoders,
 )
@@ -95,4 +96,131 @@ def wan(noise: Noise) -> tuple[Any, dict[str, Any]]:
         "width": SIDE,
         "num_frames": FRAMES,
         "guidance_scale": 5.0,
+    }
+
+
+def latte(noise: Noise) -> tuple[Any, dict[str, Any]]:
+    from diffusers import DDIMScheduler, LattePipeline, LatteTransformer3DModel
+
+    frames = 4
+    transformer = LatteTransformer3DModel(
+        sample_size=64,  # diffusers divides positions by a 64th of it, rounded down
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        cross_attention_dim=HEADS * HEAD_DIM,
+        caption_channels=TEXT_CHANNELS,
+        norm_type="ada_norm_single",
+        num_embeds_ada_norm=1000,
+        attention_bias=True,
+        norm_elementwise_affine=False,
+        video_length=frames,
+    )
+    pipe = without_text_encoders(
+        LattePipeline,
+        vae=picture_vae(latent_channels=4, sample_size=SIDE),
+        transformer=randomised(transformer),
+        scheduler=DDIMScheduler(beta_schedule="linear", clip_sample=False),
+    )
+    return pipe, {
+        # Its default is a text, which excludes embeddings.
+        "negative_prompt": None,
+        "prompt_embeds": noise.text(),
+        "negative_prompt_embeds": noise.text(),
+        "latents": noise(4, frames, SIDE // 8, SIDE // 8),
+        "height": SIDE,
+        "width": SIDE,
+        "video_length": frames,
+        "guidance_scale": 7.5,
+        "clean_caption": False,
+        "mask_feature": False,
+    }
+
+
+def hunyuanvideo(noise: Noise) -> tuple[Any, dict[str, Any]]:
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=TEXT_CHANNELS,
+        pooled_projection_dim=32,
+        rope_axes_dim=(8, 12, 12),
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+    pipe = without_text_encoders(
+        HunyuanVideoPipeline,
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=randomised(transformer),
+    )
+    return pipe, {
+        "prompt_embeds": noise.text(),
+        "pooled_prompt_embeds": noise(32),
+        "prompt_attention_mask": noise.mask(),
+        "latents": noise(4, 3, SIDE // 8, SIDE // 8),
+        "height": SIDE,
+        "width": SIDE,
+        "num_frames": FRAMES,
+        "guidance_scale": 6.0,
+    }
+
+
+def ltx(noise: Noise) -> tuple[Any, dict[str, Any]]:
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=16,
+        out_channels=16,
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        cross_attention_dim=HEADS * HEAD_DIM,
+        num_layers=3,
+        caption_channels=TEXT_CHANNELS,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=16,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    side = 2 * SIDE  # the VAE halves it five times
+    pipe = without_text_encoders(
+        LTXPipeline,
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=randomised(transformer),
+    )
+    return pipe, {
+        "prompt_embeds": noise.text(),
+        "prompt_attention_mask": noise.mask(),
+        "negative_prompt_embeds": noise.text(),
+        "negative_prompt_attention_mask": noise.mask(),
+        "latents": noise(3 * 16, 16),
+        "height": side,
+        "width": side,
+        "num_frames": 17,
+        "guidance_scale": 3.0,
     }

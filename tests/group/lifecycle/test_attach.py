@@ -18,12 +18,13 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.dist, self.number, self.broken = dist, number, False
         self.norm = torch.nn.Identity()
+        self.send = torch.compiler.disable(lambda x: kit.gather(dist, x))  # at a graph break, where it is compiled
 
     def forward(self, x):
         self.norm(x)
         if self.broken:
             raise ZeroDivisionError
-        kit.gather(self.dist, x + self.number)
+        self.send(x + self.number)
         return x
 
 
@@ -187,3 +188,32 @@ def test_each_request_has_steps_of_its_own():
                         assert dist.current_step == t
 
     run_ranks(body)
+
+
+def test_a_compiled_submodule_names_the_calls_of_its_graph():
+    def body(rank, world_size):
+        torch._dynamo.reset()
+        with kit.wrap() as dist:
+            model = Model(dist)
+            for layer in model.layers:
+                layer.compile(backend="eager")
+            model.layers[1].norm.compile(backend="eager")
+            before = [layer._compiled_call_impl for layer in model.layers]
+            attachment = dist.attach(model)
+            for t in range(2):
+                model(kit.tensor(rank, t))
+            expected = {f"layers.{i}/all_gather#0": (2, 1) for i in range(2)}
+            assert kit.keyframes(dist) == expected
+            assert not model.layers[0].norm._forward_pre_hooks, "a hook inside the graph"
+
+            model.layers[0].broken = True
+            model(kit.tensor(rank))
+            assert "Model/all_gather#0" in kit.keyframes(dist), "a name outlived the call that raised"
+
+            model.layers[1].compile(backend="eager")
+            anew = model.layers[1]._compiled_call_impl
+            attachment.detach()
+            assert [layer._compiled_call_impl for layer in model.layers] == [before[0], anew]
+            return kit.finish(dist)
+
+    compare.check(run_ranks(body))

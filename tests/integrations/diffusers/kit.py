@@ -12,7 +12,13 @@ from compactdist_harness import tiny
 from compactdist_harness.cpu import diffusers as diffusers_on_cpu
 
 # Named once so that the modules behind diffusers' lazy names are loaded before ranks are forked.
-PIPELINES = (diffusers.FluxPipeline, diffusers.WanPipeline, diffusers.QwenImagePipeline)
+PIPELINES = (
+    diffusers.FluxPipeline,
+    diffusers.WanPipeline,
+    diffusers.QwenImagePipeline,
+    diffusers.Flux2Pipeline,
+    diffusers.LTXPipeline,
+)
 
 STEPS = 8
 

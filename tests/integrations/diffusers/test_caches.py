@@ -89,6 +89,44 @@ def test_ranks_that_part_skip_together(route: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_compiled_blocks_vote_and_keep_their_histories() -> None:
+    def body(rank: int, size: int) -> None:
+        pipe, call_kwargs = cached("ring", size)
+        with decisions_noted() as noted, compactdist_diffusers.enable(pipe, codec="int4"):
+            eager = pipe(**call_kwargs)[0]
+            noted_eager = list(noted)
+        pipe.transformer.compile_repeated_blocks(backend="eager")
+        with decisions_noted() as noted, compactdist_diffusers.enable(pipe, codec="int4") as handle:
+            picture = pipe(**call_kwargs)[0]
+            sites = handle.stats()["ring"].sites
+        assert noted == noted_eager
+        computed = sum(any(step) for step in zip(*decided(noted, size), strict=True))
+        assert 1 < computed < STEPS
+        assert len(sites) == 4
+        for key, site in sites.items():
+            first = "/transformer_blocks.0/" in key
+            assert (site.calls, site.keyframes) == (STEPS if first else computed, 1), key
+        assert relative_error(picture, eager) < 2e-2
+
+    run_ranks(body, timeout=380, pg_timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_transformer_compiled_as_a_whole_cannot_leave_blocks_out() -> None:
+    def body(rank: int, size: int) -> None:
+        pipe, call_kwargs = cached("ring", size)
+        pipe.transformer.compile(backend="eager")
+        with compactdist_diffusers.enable(pipe, codec="int4"):
+            pipe(**call_kwargs)
+
+    for outcome in run_ranks(body, timeout=380, pg_timeout=120, expect_error=True):
+        assert outcome.error_type == "ConfigError", outcome
+        assert "Which of them that step left out cannot be told from their order" in outcome.error_text
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("compressed", [False, True])
 def test_without_a_vote_no_rank_gets_its_picture(compressed: bool) -> None:
     """What the vote is for: ranks hang, raise, or are ended by gloo."""

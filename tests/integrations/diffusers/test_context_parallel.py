@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import compactdist
 import compactdist_diffusers
 from compactdist._torch import swap_mesh_dim
 from compactdist.testing import act_like_nccl
+from tests.group.kit import told
 from tests.integrations.diffusers.kit import STEPS, functions, hooks, parallel, relative_error
 from tests.launch import run_ranks
 
@@ -211,5 +214,24 @@ def test_refusals() -> None:
             compactdist_diffusers.enable(pipe.transformer)
         assert pipe.transformer._parallel_config.context_parallel_config._ring_mesh.get_group() is group
         dist.barrier()
+
+    run_ranks(body, timeout=60)
+
+
+def test_enable_without_a_codec_takes_the_environments() -> None:
+    def body(rank: int, size: int) -> None:
+        pipe, _ = parallel("flux", "ring", size)
+        os.environ["COMPACTDIST_CODEC"] = "int8"
+        lines = told(logging.WARNING)
+        with compactdist_diffusers.enable(pipe) as handle:
+            assert handle.groups["ring"].options.default_codec == compactdist.codecs.get("int8")
+        assert lines == []
+        with compactdist_diffusers.enable(pipe, "int4") as handle:
+            assert handle.groups["ring"].options.default_codec == compactdist.codecs.get("int4")
+        (line,) = lines
+        assert line.startswith("COMPACTDIST_CODEC='int8' has no effect")
+        del os.environ["COMPACTDIST_CODEC"]
+        with compactdist_diffusers.enable(pipe) as handle:
+            assert handle.groups["ring"].options.default_codec == compactdist.codecs.get("int2")
 
     run_ranks(body, timeout=60)

@@ -1,4 +1,4 @@
-"""More models: transformers alone, in a denoising loop of the test, and FLUX pipelines that start from a picture."""
+"""More models: pipelines, transformers alone, in a denoising loop of the test, and FLUX that starts from a picture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import compactdist_diffusers
 from compactdist_harness import tiny
 from compactdist_harness.cpu import diffusers as diffusers_on_cpu
 from compactdist_harness.tiny.parts import HEAD_DIM, HEADS, TEXT_CHANNELS, TEXT_TOKENS, randomised
-from tests.integrations.diffusers.kit import config, relative_error
+from tests.integrations.diffusers.kit import config, parallel, relative_error
 from tests.launch import run_ranks
 
 pytestmark = [
@@ -130,6 +130,41 @@ def test_a_transformer_alone(make: Callable[[], tuple[Any, Tensor, dict[str, Any
             assert all((site.calls, site.keyframes) == (STEPS, 1) for site in sites.values()), route
 
     run_ranks(body, timeout=100)
+
+
+@pytest.mark.parametrize(
+    ("model", "route", "ranks"),
+    [("flux2", "ring", 2), ("flux2", "ulysses", 2), ("flux2", "both", 4), ("ltx", "ring", 2)],
+)
+def test_a_pipeline(model: str, route: str, ranks: int) -> None:
+    def body(rank: int, size: int) -> None:
+        single, call_kwargs = tiny.build(model, steps=STEPS)
+        expected = single(**call_kwargs)[0]
+        pipe, call_kwargs = parallel(model, route, size, steps=STEPS)
+        plain = pipe(**call_kwargs)[0]
+        assert relative_error(plain, expected) < 1e-5
+        with compactdist_diffusers.enable(pipe, codec="int4") as handle:
+            assert 1e-7 < relative_error(pipe(**call_kwargs)[0], plain) < 2e-2
+            stats = handle.stats()
+        assert list(stats) == (["ring", "ulysses"] if route == "both" else [route])
+        for group in stats.values():
+            assert group.sites
+            assert all((site.calls, site.keyframes) == (STEPS, 1) for site in group.sites.values())
+
+    run_ranks(body, ranks, timeout=100)
+
+
+@pytest.mark.parametrize(("model", "route"), [("ltx", "ulysses"), ("hunyuanvideo", "ring")])
+def test_what_diffusers_cannot_run_uncompressed_either(model: str, route: str) -> None:
+    """docs/integrations.md lists these: where a later diffusers can, they move to the test above."""
+
+    def body(rank: int, size: int) -> None:
+        pipe, call_kwargs = parallel(model, route, size, steps=STEPS)
+        pipe(**call_kwargs)
+
+    reason = "cp_plan" if model == "hunyuanvideo" else "must match the size of tensor"
+    for outcome in run_ranks(body, timeout=60, expect_error=True):
+        assert reason in outcome.error_text
 
 
 @pytest.mark.parametrize("name", ["FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline"])

@@ -22,7 +22,15 @@ FAST = ("ring 2", "pipefusion 2")
     "column", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in matrix.COLUMNS]
 )
 def test_column(column: str) -> None:
-    for model, record in matrix.run(column).items():
+    for model, record in matrix.run(column, matrix.COLUMNS[column][1]).items():
+        assert "failed" not in record, record
+        check(column, model, record)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("column", matrix.MORE)
+def test_more_models(column: str) -> None:
+    for model, record in matrix.run_more(column).items():
         assert "failed" not in record, record
         check(column, model, record)
 
@@ -30,7 +38,7 @@ def test_column(column: str) -> None:
 def check(column: str, model: str, record: dict[str, Any]) -> None:
     cell = f"{model}, {column}"
     assert 0 <= record["raw"]["error"] <= 1e-6, cell
-    assert 0 < record["int4"]["error"] <= 1e-2, cell
+    assert 0 < record["int4"]["error"] <= (6e-2 if model == "hunyuandit" else 1e-2), cell
     assert record["int4"]["calls"] > 0, cell
     assert record["int4"]["ratio"] > 2, cell
     assert record["raw"]["repeats"], cell
@@ -40,7 +48,9 @@ def check(column: str, model: str, record: dict[str, Any]) -> None:
 
 def test_the_page_shows_what_was_measured() -> None:
     records = json.loads(matrix.JSON.read_text())["columns"]
-    assert set(records) == set(matrix.COLUMNS)
+    assert {column: tuple(models) for column, models in records.items()} == {
+        column: models + matrix.MORE.get(column, ()) for column, (_, models) in matrix.COLUMNS.items()
+    }
     assert matrix.render(records) in matrix.PAGE.read_text()
     for column, models in records.items():
         for model, record in models.items():

@@ -1,0 +1,30 @@
+"""The codec of an `enable` that was given none."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import compactdist_diffusers
+import compactdist_xdit
+from compactdist.errors import ConfigError
+from compactdist_common import AUTO, chosen_codec
+
+
+def test_the_environment_counts_where_no_codec_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMPACTDIST_CODEC", raising=False)
+    assert chosen_codec(AUTO) == "int2"
+    monkeypatch.setenv("COMPACTDIST_CODEC", "int8:scales=block")
+    assert chosen_codec(AUTO) == "int8:scales=block"
+    assert chosen_codec("int4") == "int4"
+    assert chosen_codec(None) is None
+    monkeypatch.setenv("COMPACTDIST_KODEC", "int8")
+    assert chosen_codec("int4") == "int4"
+    with pytest.raises(ConfigError, match="did you mean COMPACTDIST_CODEC"):
+        chosen_codec(AUTO)
+
+
+@pytest.mark.parametrize("adapter", [compactdist_xdit, compactdist_diffusers])
+def test_no_adapter_gives_a_codec_that_nobody_asked_for(adapter: object) -> None:
+    assert inspect.signature(adapter.enable).parameters["codec"].default == AUTO
