@@ -3,7 +3,8 @@
 An agreement has a number ``epoch.n``; ``n`` counts from 0 in each epoch. A rank posts what it is about to do, compares
 a digest of that with the one that the first rank wrote (``compare_set``), and counts itself in (``add``). The last rank
 to come writes ``done``; a rank that finds another digest writes ``veto`` there. Everyone looks for that one key.
-Successful agreements leave a constant number of keys.
+Successful agreements leave a constant number of keys: the first rank to come has to wait anyway, and removes what the
+agreements before have left.
 
 Posts are there for error messages, and lie in two slots that are overwritten in turn. What is compared pair by pair has
 keys of its own, which are removed once all ranks have come to a later agreement.
@@ -25,8 +26,10 @@ from compactdist.errors import PlanMismatchError, PlanTimeoutError
 __all__ = ["Agreement", "Subject"]
 
 _log = logging.getLogger("compactdist")
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.05
-"""Seconds between two looks at the store."""
+_FIRST_PAUSE, _LONGEST_PAUSE, _SHARE = 0.0001, 0.05, 0.125
+"""Seconds between two looks at the store, and which share of the wait so far a pause may be: that is how late a rank
+may go on.
+"""
 
 _WARN_SECONDS = 20.0
 _DONE, _VETO, _GONE = "done", "veto", "gone"
@@ -70,7 +73,7 @@ class Agreement:
         self._epoch = 0
         self._number = 0
         self._last = ""
-        self._ended = ""
+        self._ended = self._ended_before = ""
         self._pairs = ""
         self._broken: tuple[int, str] | None = None
         self._lock = threading.Lock()
@@ -128,16 +131,19 @@ class Agreement:
             for key in {done, self._key(f"done/{other}")}:
                 store.compare_set(key, "", veto)
             raise PlanMismatchError(self._difference(subject, against))
-        if store.add(self._key(f"count/{name}"), 1) == self._size:
+        came = store.add(self._key(f"count/{name}"), 1)
+        if came == self._size:
             end = store.compare_set(done, "", _DONE).decode()
-            store.delete_key(self._key(f"count/{name}"))
-            if self._ended:  # all ranks have seen the end of the agreement before this one
-                store.delete_key(self._key(f"done/{self._ended}"))
         else:
+            if came == 1 and self._ended:
+                # all ranks have been counted in the last agreement, so they have seen the end of the one before
+                store.delete_key(self._key(f"count/{self._ended}"))
+                if self._ended_before:
+                    store.delete_key(self._key(f"done/{self._ended_before}"))
             end = self._wait(done, name, subject, keep_waiting)
         if end != _DONE:
             raise PlanMismatchError(self._difference(subject, self._against(end)))
-        self._ended = name
+        self._ended_before, self._ended = self._ended, name
         if self._pairs:  # all ranks have come to this agreement, so they have read what was posted for the one before
             store.delete_key(self._pairs)
         self._pairs = pairs
@@ -150,7 +156,8 @@ class Agreement:
             if self._store.add(self._key("closed"), 1) == self._size:
                 posts = [f"{what}/{rank}" for rank in range(self._size) for what in ("post/0", "post/1")]
                 posts += [f"pairs/{self._ended}/{rank}" for rank in range(self._size)]
-                for key in ("now", "closed", f"done/{self._ended}", *posts):
+                ends = [f"done/{self._ended_before}", f"done/{self._ended}", f"count/{self._ended}"]
+                for key in ("now", "closed", *ends, *posts):
                     self._store.delete_key(self._key(key))
 
     def _key(self, name: str) -> str:
@@ -201,8 +208,8 @@ class Agreement:
         end: str
         while (end := self._store.compare_set(done, _OPEN, _OPEN).decode()) == _OPEN:
             time.sleep(pause)
-            pause = min(1.2 * pause, _LONGEST_PAUSE)
             waited = time.monotonic() - began
+            pause = min(max(_SHARE * waited, _FIRST_PAUSE), _LONGEST_PAUSE)
             if waited > _WARN_SECONDS and not warned:
                 warned = True
                 _log.warning("%s", self._missing(name, subject, waited))
@@ -255,7 +262,11 @@ class Agreement:
 
     def _compare_pairs(self, name: str, subject: Subject) -> None:
         keys = [self._key(f"pairs/{name}/{rank}") for rank in range(self._size)]
-        pairs = [json.loads(self._store.get(key).decode()) for key in keys]
+        if self._store.has_extended_api():
+            posted = self._store.multi_get(keys)
+        else:
+            posted = [self._store.get(key) for key in keys]
+        pairs = [json.loads(post.decode()) for post in posted]
         wrong = []
         for source in range(self._size):
             for target in range(self._size):
