@@ -12,7 +12,9 @@ one process, round by round, each round in another order:
 An agreement takes a fraction of a millisecond, fresh pages of memory take more. So freed memory stays with the process
 here (glibc's ``mallopt``), histories of other steps are dropped before one begins, and the first rounds, which touch
 the memory, are not counted. A step takes as long as its slowest rank; what a kind costs is its time less that of
-``off`` in the same round, over the median of ``off``. Medians and quartiles over rounds.
+``off`` in the same round, over the median of ``off``. Medians and quartiles over rounds. On a busy machine steps vary by
+more than that, so the *delay* of each agreement of ``new`` is taken as well: from when the last rank has come to it until
+the last one goes on (ranks share a clock). Its share is that of all agreements of a step, at their median.
 
 The demo (``--demo``, with xDiT): whole requests of one step, the digits model drawn by Ulysses on two ranks, with
 ``agree="plans"`` and ``"off"`` in turn. There each request wraps the group anew, so all sites are new.
@@ -84,6 +86,16 @@ class Sites:
         self._out = torch.empty(dist.get_world_size() * self._x.numel(), dtype=self._x.dtype)
         self.groups = {mode: compactdist.wrap(codec="int4", agree=mode) for mode in ("plans", "off")}
         self._requests = 0
+        self.delays: list[tuple[float, float]] = []
+        agreement: Any = self.groups["plans"]._agreement
+        agree = agreement.agree
+
+        def timed(*args: Any) -> None:
+            came = time.perf_counter()
+            agree(*args)
+            self.delays.append((came, time.perf_counter()))
+
+        agreement.agree = timed
 
     def step(self, kind: str) -> float:
         """Seconds of a keyframe step."""
@@ -99,13 +111,23 @@ class Sites:
                 group.all_gather_into_tensor(self._out, self._x)
         return slowest(time.perf_counter() - start)
 
+    def delays_of_all(self) -> list[float]:
+        """Seconds from when the last rank came to an agreement until the last one went on, of all agreements."""
+        own = torch.tensor(self.delays, dtype=torch.float64)
+        ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, own)
+        came, went = torch.stack(ranks).amax(0).T
+        delays: list[float] = (went - came).tolist()
+        return delays
+
 
 def body(rank: int, rounds: int, rows: int) -> dict[str, list[float]]:
-    """Seconds of the rounds' steps, by kind."""
+    """Seconds of the rounds' steps, by kind, and of agreements (``"delay"``)."""
     keep_freed_memory()
     sites = Sites(rows)
     sites.step("new")  # for the first "known"
     taken = in_turn({kind: partial(sites.step, kind) for kind in KINDS}, rounds)
+    taken["delay"] = sites.delays_of_all()[(WARMING + 1) * SITES :]
     for group in sites.groups.values():
         group.close()
     return taken
@@ -143,9 +165,11 @@ def demo(rank: int, rounds: int) -> dict[str, list[float]]:
 
 def summary(taken: dict[str, list[float]]) -> dict[str, Any]:
     """Medians and quartiles of seconds, and of what each kind costs, as a share of ``off``."""
-    off = taken["off"]
+    off, delays = taken["off"], taken.pop("delay", None)
     median = statistics.median(off)
-    return {
+    delay = None if delays is None else quartiles(delays)
+    direct = {} if delay is None else {"delay": delay, "share_of_delays": SITES * delay["median"] / median}
+    return direct | {
         "seconds": {kind: quartiles(values) for kind, values in taken.items()},
         "share": {
             kind: quartiles([(one - without) / median for one, without in zip(values, off, strict=True)])
@@ -155,14 +179,15 @@ def summary(taken: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def told(what: str, line: dict[str, Any], agreements: int | None) -> str:
+def told(what: str, line: dict[str, Any]) -> str:
     """A line for the terminal."""
     off = line["seconds"]["off"]["median"]
     costs = []
     for kind, share in line["share"].items():
         spread = f"{100 * share['q1']:+.1f} to {100 * share['q3']:+.1f}"
-        each = f", {1e6 * share['median'] * off / agreements:.0f} us each" if kind == "new" and agreements else ""
-        costs.append(f"{kind}: {100 * share['median']:+.1f} % ({spread}{each})")
+        costs.append(f"{kind}: {100 * share['median']:+.1f} % ({spread})")
+    if "delay" in line:
+        costs.append(f"{1e6 * line['delay']['median']:.0f} us an agreement, {100 * line['share_of_delays']:.1f} %")
     return f"{what}: a keyframe step takes {1e3 * off:.1f} ms without agreements; {'; '.join(costs)}"
 
 
@@ -173,11 +198,11 @@ def run(args: Any) -> list[dict[str, Any]]:
     for ranks, rows in cases:
         line = summary(on_ranks(ranks, body, args.rounds, rows))
         lines.append({"ranks": ranks, "tensor": [rows, 3072], "sites": SITES, **line})
-        print(told(f"{ranks} ranks, {SITES} sites of {[rows, 3072]} bfloat16", line, SITES), flush=True)
+        print(told(f"{ranks} ranks, {SITES} sites of {[rows, 3072]} bfloat16", line), flush=True)
     if args.demo:
         line = summary(on_ranks(2, demo, 2 * args.rounds))
         lines.append({"ranks": 2, "demo": "ulysses, one step", **line})
-        print(told("demo, Ulysses on 2 ranks", line, None), flush=True)
+        print(told("demo, Ulysses on 2 ranks", line), flush=True)
     return lines
 
 
