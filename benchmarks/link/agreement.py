@@ -12,9 +12,9 @@ one process, round by round, each round in another order:
 An agreement takes a fraction of a millisecond, fresh pages of memory take more. So freed memory stays with the process
 here (glibc's ``mallopt``), histories of other steps are dropped before one begins, and the first rounds, which touch
 the memory, are not counted. A step takes as long as its slowest rank; what a kind costs is its time less that of
-``off`` in the same round, over the median of ``off``. Medians and quartiles over rounds. On a busy machine steps vary by
-more than that, so the *delay* of each agreement of ``new`` is taken as well: from when the last rank has come to it until
-the last one goes on (ranks share a clock). Its share is that of all agreements of a step, at their median.
+``off`` in the same round, over the median of ``off``. Medians and quartiles over rounds. On a busy machine steps vary
+by more than that, so the *delay* of each agreement is taken as well: from when the last rank has come to it until the
+last one goes on (ranks share a clock). Its share is that of a step's agreements, at their median.
 
 The demo (``--demo``, with xDiT): whole requests of one step, the digits model drawn by Ulysses on two ranks, with
 ``agree="plans"`` and ``"off"`` in turn. There each request wraps the group anew, so all sites are new.
