@@ -209,7 +209,7 @@ def run(args: Any) -> list[dict[str, Any]]:
 def main() -> None:
     """Print the lines, and write them where ``--json`` says."""
     made = parser(__doc__ or "")
-    made.add_argument("--rounds", type=int, default=18, help="rounds that count (default 18)")
+    made.add_argument("--rounds", type=int, default=12, help="rounds that count (default 12)")
     made.add_argument("--demo", action="store_true", help="the demo's keyframe step as well")
     args = made.parse_args()
     check_load(args.max_load)
