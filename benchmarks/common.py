@@ -89,10 +89,12 @@ def on_two_ranks(body: Callable[..., Any], *args: Any) -> Any:
 def on_ranks(ranks: int, body: Callable[..., Any], *args: Any) -> Any:
     """As :func:`on_two_ranks` for any number of ranks, which share the cores if there are fewer."""
     cores = sorted(os.sched_getaffinity(0))
+    # a store in the process that starts the ranks, as torchrun has it
+    store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context: Any = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_rank, args=(rank, ranks, cores[rank % len(cores)], folder, body, args))
+            context.Process(target=_rank, args=(rank, ranks, cores[rank % len(cores)], store.port, folder, body, args))
             for rank in range(ranks)
         ]
         for process in processes:
@@ -104,11 +106,14 @@ def on_ranks(ranks: int, body: Callable[..., Any], *args: Any) -> Any:
         return json.loads(Path(folder, "result.json").read_text())
 
 
-def _rank(rank: int, ranks: int, core: int, folder: str, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, ranks: int, core: int, port: int, folder: str, body: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.sched_setaffinity(0, {core})
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    store: Any = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     result = body(rank, *args)
     dist.barrier()
     if rank == 0:
