@@ -34,7 +34,7 @@ class _OnDevice:
     def look(self, wait: bool) -> Tensor | None:
         """The board as it was when it was last copied; ``None`` while that copy is under way."""
         if self.device.type != "cuda":
-            return self.board
+            return self.board.clone()
         if wait:
             torch.cuda.synchronize(self.device)
             return self.board.cpu()

@@ -1,0 +1,203 @@
+"""Frames that the device seals and checks: they are the host's to the byte, and a wrong one is noticed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compactdist import codecs
+from compactdist.errors import ConfigError, FrameError, NonFiniteError
+from compactdist.kernels import use
+from compactdist.state.board import Board
+from compactdist.state.decoder import StreamDecoder
+from compactdist.state.encoder import StreamEncoder
+from compactdist.state.matrix_view import plain
+from compactdist.state.stream import Spares, StreamConfig
+from compactdist.wire import HEADER_NBYTES
+from tests.kernels.gpu import kit
+
+NUMEL, CHANNELS, STEPS = 20 * 64, 64, 5
+VIEW = plain(NUMEL, 1, CHANNELS)
+PADDING = 32
+
+
+class Stream:
+    """Both ends of a stream, each with a board of its own."""
+
+    def __init__(self, codec: Any = "int4", device: torch.device = kit.DEVICE, **options: Any) -> None:
+        config = StreamConfig(**{"find_layout": False, **options})
+        self.codec = codecs.get(codec)
+        self.device = device
+        self.boards = Board(), Board()
+        self.encoder = StreamEncoder(config, 1234, "the sender", Spares(), board=self.boards[0])
+        self.decoder = StreamDecoder(config, 1234, "the receiver", board=self.boards[1])
+        self.generator = torch.Generator().manual_seed(0)
+        self.base = torch.randn(NUMEL, generator=self.generator)
+
+    def x(self) -> Tensor:
+        change = 0.1 * torch.randn(NUMEL, generator=self.generator)
+        return (self.base + change).bfloat16().to(self.device)
+
+    def send(self, step: int, x: Tensor | None = None, *, kept: bool = True) -> Tensor:
+        x = self.x() if x is None else x
+        nbytes = self.encoder.frame_nbytes(self.codec, NUMEL, x.dtype, keyframe=step == 0) + PADDING
+        staged, failure = self.encoder.stage_or_flag(
+            x, self.codec, keyframe=step == 0, step=step, epoch=0, frame_nbytes=nbytes
+        )
+        assert failure is None
+        assert staged.there == (step > 0 and self.there)
+        if kept:
+            self.encoder.commit(staged, VIEW)
+        else:
+            self.encoder.withdraw(staged)
+        return staged.frame
+
+    def receive(self, step: int, frame: Tensor, *, foreseen: bool = True) -> Tensor:
+        return self.decoder.decode(
+            frame, self.codec, NUMEL, torch.bfloat16, step=step, epoch=0, hint=VIEW, foreseen=foreseen
+        )
+
+    @property
+    def there(self) -> bool:
+        from compactdist.kernels import frames_for
+
+        return frames_for(self.device) is not None
+
+    def both_are_silent(self) -> None:
+        for board in self.boards:
+            board.poll(wait=True)
+
+    def ends_are_equal(self) -> bool:
+        ours, theirs = self.encoder.predictor.held, self.decoder.predictor.held
+        same = all(torch.equal(kit.raw(a), kit.raw(b)) for a, b in zip(ours, theirs, strict=True))
+        return same and self.encoder.known_digest() == self.decoder.known_digest()
+
+
+@pytest.fixture(autouse=True)
+def _kernels_of_the_device():
+    with use("gpu"):
+        yield
+
+
+def _run(stream: Stream) -> list[tuple[Tensor, Tensor]]:
+    seen = []
+    for step in range(STEPS):
+        frame = stream.send(step)
+        seen.append((kit.raw(frame), kit.raw(stream.receive(step, frame))))
+    stream.both_are_silent()
+    assert stream.ends_are_equal()
+    return seen
+
+
+@pytest.mark.parametrize("codec", ["binary", "int2", "int8:scales=block", "int4", "fp8"])
+@pytest.mark.parametrize("options", [{}, {"order": 2}, {"state": "int8"}], ids=["last", "velocity", "int8 history"])
+def test_frames_are_those_that_the_host_makes(codec, options):
+    got = _run(Stream(codec, **options))
+    with use("reference"):
+        expected = _run(Stream(codec, torch.device("cpu"), **options))
+    for (frame, value), (host_frame, host_value) in zip(got, expected, strict=True):
+        assert torch.equal(frame, host_frame)
+        assert torch.equal(value, host_value)
+
+
+def test_host_and_device_take_turns():
+    stream = Stream()
+    for step in range(8):
+        with use("reference" if step in (3, 4, 6) else "gpu"):
+            frame = stream.send(step)
+            stream.receive(step, frame, foreseen=step != 5)
+    stream.both_are_silent()
+    assert stream.ends_are_equal()
+
+
+def test_a_frame_that_is_not_sent_leaves_no_trace():
+    stream = Stream()
+    for step in range(4):
+        if step:
+            stream.send(step, kept=False)
+        stream.receive(step, stream.send(step))
+    stream.both_are_silent()
+    assert stream.ends_are_equal()
+
+
+@pytest.mark.parametrize(
+    "at", [0, 5, 8, 17, 25, 50, 72, 97, 104, 113, 121, HEADER_NBYTES, HEADER_NBYTES + 301, -PADDING - 1]
+)
+def test_one_wrong_bit_is_noticed_and_nothing_applied(at):
+    stream = Stream()
+    for step in range(3):
+        stream.receive(step, stream.send(step))
+    before, frame = kit.raw(stream.decoder.predictor.base), stream.send(3)
+    frame[at] ^= 4 if at == 5 else 2  # bit 2 of byte 5 is the flag of what is not finite: its sum is then wrong
+    stream.receive(3, frame)
+    assert not bool(stream.decoder.holds_values)
+    assert torch.equal(kit.raw(stream.decoder.predictor.base), before)
+    with pytest.raises(FrameError, match=r"the receiver: wrong .* in step 3: .* Nothing was applied.*reset"):
+        stream.boards[1].poll(wait=True)
+    stream.boards[1].poll(wait=True)  # raised once
+    stream.receive(4, stream.send(4))  # what follows was made against another history
+    assert not bool(stream.decoder.holds_values)
+    with pytest.raises(FrameError, match="digest"):
+        stream.boards[1].poll(wait=True)
+    stream.encoder.drop(), stream.decoder.drop()
+    stream.receive(0, stream.send(0))
+    stream.receive(1, stream.send(1))
+    stream.both_are_silent()
+    assert stream.ends_are_equal()
+
+
+def test_a_left_out_frame_and_a_wrong_step_are_named():
+    stream = Stream()
+    for step in range(2):
+        stream.receive(step, stream.send(step))
+    stream.send(2)
+    stream.receive(2, stream.send(3))
+    with pytest.raises(FrameError, match=r"wrong step \(and sequence, .*frame says 3, expected 2.*call step\(\)"):
+        stream.boards[1].poll(wait=True)
+
+
+@pytest.mark.parametrize("codec", ["int4", "int4:scales=block"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_what_is_not_finite_is_flagged_and_both_ends_go_on(codec, order):
+    stream = Stream(codec, order=order)
+    for step in range(3):
+        stream.receive(step, stream.send(step))
+    x = stream.x()
+    x[77] = torch.nan
+    stream.receive(3, stream.send(3, x))
+    assert not bool(stream.decoder.holds_values)
+    assert stream.ends_are_equal()
+    for board, end in zip(stream.boards, ("the sender", "the receiver"), strict=True):
+        with pytest.raises(NonFiniteError, match=f"{end}: in step 3 .*NaN or Inf"):
+            board.poll(wait=True)
+    frame = stream.send(4)
+    value = stream.receive(4, frame)
+    assert bool(stream.decoder.holds_values)
+    assert bool(torch.isfinite(value).all())
+    stream.both_are_silent()
+    assert stream.ends_are_equal()
+
+
+def test_a_keyframe_cannot_be_announced():
+    stream = Stream()
+    stream.receive(0, stream.send(0))
+    stream.encoder.announce_keyframe = True
+    with pytest.raises(ConfigError, match="the sender: a keyframe cannot be announced"):
+        stream.send(1)
+
+
+def test_a_board_keeps_the_first_report():
+    streams, board = [Stream(), Stream()], Board()
+    for number, stream in enumerate(streams):
+        stream.decoder = StreamDecoder(stream.decoder.config, 1234, f"receiver {number}", board=board)
+        stream.receive(0, stream.send(0))
+        stream.receive(1, stream.send(1))  # the host looks into the first residual
+        frame = stream.send(2)
+        frame[200] ^= 1
+        stream.receive(2, frame)
+    with pytest.raises(FrameError, match="receiver 0: wrong checksum"):
+        board.poll(wait=True)
+    board.poll(wait=True)

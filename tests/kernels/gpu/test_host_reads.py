@@ -1,0 +1,148 @@
+"""A steady call on a device reads nothing back: every collective, on two ranks."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import compactdist
+from benchmarks.gpu.collectives import CALLS, Run
+from compactdist.errors import FrameError, NonFiniteError
+from compactdist.kernels import use
+from compactdist.testing import act_like_nccl
+from tests.kernels.gpu.conftest import INTERPRETED
+from tests.launch import run_ranks
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU benchmarks.gpu.host counts what waits")
+
+READS = ("cpu", "numpy", "item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+LEFT_OUT = {
+    "all_reduce, passed through": "nothing is compressed",
+    "all_gather_object": "nothing is compressed",
+    "functional all_gather over a DeviceMesh": "torch reads ranks while the call makes its mesh",
+}
+STEADY = 3
+"""The step from which on nothing is compiled, searched or learnt."""
+
+
+class NoReads(TorchDispatchMode):
+    """An error for every value that this thread takes from a tensor, but for what the interpreter of kernels takes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        from triton.runtime.interpreter import InterpretedFunction
+
+        self.armed, self.thread, self.launches = False, threading.get_ident(), 0
+        for name in READS:
+            monkeypatch.setattr(torch.Tensor, name, self._guarded(name, getattr(torch.Tensor, name)))
+        run = InterpretedFunction.run
+
+        def launched(*args: Any, **kwargs: Any) -> Any:
+            armed, self.armed = self.armed, False
+            self.launches += 1
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self.armed = armed
+
+        monkeypatch.setattr(InterpretedFunction, "run", launched)
+
+    def _guarded(self, name: str, real: Any) -> Any:
+        def read(*args: Any, **kwargs: Any) -> Any:
+            assert not (self.armed and threading.get_ident() == self.thread), f"the host reads by Tensor.{name}"
+            return real(*args, **kwargs)
+
+        return read
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not (self.armed and "_local_scalar_dense" in str(func)), "the host reads a scalar"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("codec", ["int8", "int2:scales=block"])
+def test_no_collective_reads_in_a_steady_step(codec):
+    def body(rank, world_size):
+        warnings.simplefilter("ignore")
+        steady = {}
+        with use("gpu"), pytest.MonkeyPatch.context() as patch, NoReads(patch) as reads:
+            group = compactdist.wrap(act_like_nccl(dist.group.WORLD), codec, min_numel=64)
+            for name in [name for name in CALLS if name not in LEFT_OUT]:
+                made, frames = CALLS[name]
+                run = Run(group, rank, torch.device("cpu"))
+                group.reset()
+                for run.step in range(STEADY + 1):
+                    group.step()
+                    reads.launches, counted = 0, group.stats().compressed_calls
+                    reads.armed = run.step == STEADY
+                    made(run)
+                    reads.armed = False
+                sent = group.stats().compressed_calls - counted
+                assert sent == (0 if name.startswith("broadcast") and rank else frames), name
+                steady[name] = reads.launches
+            group.close()
+        return steady
+
+    for steady in run_ranks(body, world_size=2, timeout=300):
+        assert len(steady) == len(CALLS) - len(LEFT_OUT)
+        assert all(launches > 1 for launches in steady.values()), steady
+
+
+def test_reading_is_noticed():
+    with pytest.MonkeyPatch.context() as patch, NoReads(patch) as reads:
+        x = torch.ones(3)
+        reads.armed = True
+        for read in (lambda: x[0].item(), lambda: bool(x[0]), lambda: x.numpy(), lambda: x.sum().tolist()):
+            with pytest.raises(AssertionError, match="the host reads"):
+                read()
+        reads.armed = False
+
+
+def _gather(group: Any, x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(2 * x.numel(), dtype=x.dtype)
+    group.all_gather_into_tensor(out, x)
+    return out
+
+
+def test_a_group_raises_at_a_later_step_and_goes_on_after_a_reset():
+    def body(rank, world_size):
+        with use("gpu"):
+            group = compactdist.wrap(dist.group.WORLD, "int4", min_numel=64, find_layout=False)
+            x = torch.linspace(-1, 1, 1280)
+            for step in range(3):
+                group.step()
+                _gather(group, x + 0.01 * step)
+            group.step()
+            x_bad = x.clone()
+            if rank == 0:
+                x_bad[5] = torch.inf
+            out = _gather(group, x_bad)
+            assert out.view(2, -1)[0].isnan().all() == (rank == 1)
+            assert out.view(2, -1)[1].isfinite().all()
+            with pytest.raises(NonFiniteError, match=r"in step 3 .*NaN or Inf"):
+                group.step()
+            group.step()
+            assert (_gather(group, x) - torch.cat([x, x])).abs().max() < 0.1
+            group.check()
+            if rank == 1:  # as if a frame had been lost
+                decoder = group._engine.store.sites()[0].decoder(0)
+                decoder.sequence += 1
+            group.step()
+            out = _gather(group, x)
+            if rank == 1:
+                assert out.view(2, -1)[0].isnan().all()
+                with pytest.raises(FrameError, match=r"frame from rank 0: wrong sequence .*reset\(\)"):
+                    group.stats()
+            group.reset()
+            for _ in range(3):
+                group.step()
+                assert (_gather(group, x) - torch.cat([x, x])).abs().max() < 0.1
+            group.check()
+            group.close()
+
+    run_ranks(body, world_size=2, timeout=120)
