@@ -1,13 +1,10 @@
 """Ranks agree on something through the store, one thing after the other, before a byte of it travels.
 
-An agreement has a number ``epoch.n``; ``n`` counts from 0 in each epoch. A rank posts what it is about to do and counts
-itself in (``add``) under the number and a digest of that: ranks agree once all of them are counted there, and the last
-one to come goes on at once. The others look at the count. A rank that has to wait longer compares its digest with that
-of the first such rank (``compare_set``); where they differ it writes a veto, as how the agreement has ended, for no
-count can become complete then. A rank that gives up spoils the count first.
-
-Successful agreements leave a constant number of keys: the first rank to come has to wait anyway, and removes what an
-earlier agreement has left.
+An agreement has a number ``epoch.n``; ``n`` counts from 0 in each epoch. A rank posts what it is about to do, compares
+a digest of that with the one that the first rank wrote (``compare_set``), and counts itself in (``add``). The last rank
+to come writes ``done``; a rank that finds another digest writes ``veto`` there. Everyone looks for that one key.
+Successful agreements leave a constant number of keys: the first rank to come has to wait anyway, and removes what the
+agreements before have left.
 
 Posts are there for error messages, and lie in two slots that are overwritten in turn. What is compared pair by pair has
 keys of its own, which are removed once all ranks have come to a later agreement.
@@ -35,13 +32,7 @@ may go on.
 """
 
 _WARN_SECONDS = 20.0
-_SOON_SECONDS = 0.02
-"""A rank that waits longer compares what it is about to do with the others. Most agreements end before."""
-
-_SPOILT = 1 << 32
-"""Taken from a count, so that it never becomes complete."""
-
-_VETO, _GONE = "veto", "gone"
+_DONE, _VETO, _GONE = "done", "veto", "gone"
 _OPEN = "open"
 """Never written: ``compare_set`` answers with what it expected where there is no such key."""
 
@@ -127,12 +118,32 @@ class Agreement:
         pairs = self._post_pairs(name, subject)
         digest = hashlib.blake2b(repr(sorted(subject.facts.items())).encode(), digest_size=12).hexdigest()
         mine = f"{name}:{digest}"
-        came = store.add(self._count(mine), 1)
-        if came == 1 and self._ended_before:  # all ranks have come to the last agreement, so they have left this one
-            store.delete_key(self._count(self._ended_before))
-        if came != self._size:
-            self._wait(mine, subject, keep_waiting)
-        self._ended_before, self._ended = self._ended, mine
+        found = self._found(mine)
+        self._last = found
+        done = self._key(f"done/{name}")
+        if found != mine:
+            if store.check([done]):  # it has failed before: what the others agree on by now is no matter of this rank
+                raise PlanMismatchError(self._difference(subject, self._against(store.get(done).decode())))
+            other = found.partition(":")[0]
+            veto = _VETO + json.dumps([self._rank, dict(subject.facts)])
+            # read before the others wake up and post what they do next
+            against = {rank: post[1] for rank, post in self._posts().items()}
+            for key in {done, self._key(f"done/{other}")}:
+                store.compare_set(key, "", veto)
+            raise PlanMismatchError(self._difference(subject, against))
+        came = store.add(self._key(f"count/{name}"), 1)
+        if came == self._size:
+            end = store.compare_set(done, "", _DONE).decode()
+        else:
+            if came == 1 and self._ended:
+                # all ranks have been counted in the last agreement, so they have seen the end of the one before
+                store.delete_key(self._key(f"count/{self._ended}"))
+                if self._ended_before:
+                    store.delete_key(self._key(f"done/{self._ended_before}"))
+            end = self._wait(done, name, subject, keep_waiting)
+        if end != _DONE:
+            raise PlanMismatchError(self._difference(subject, self._against(end)))
+        self._ended_before, self._ended = self._ended, name
         if self._pairs:  # all ranks have come to this agreement, so they have read what was posted for the one before
             store.delete_key(self._pairs)
         self._pairs = pairs
@@ -144,20 +155,13 @@ class Agreement:
         with contextlib.suppress(RuntimeError):  # the store may be gone already
             if self._store.add(self._key("closed"), 1) == self._size:
                 posts = [f"{what}/{rank}" for rank in range(self._size) for what in ("post/0", "post/1")]
-                posts += [f"pairs/{_name(self._ended)}/{rank}" for rank in range(self._size)]
-                for key in ("now", "closed", f"count/{self._ended_before}", f"count/{self._ended}", *posts):
+                posts += [f"pairs/{self._ended}/{rank}" for rank in range(self._size)]
+                ends = [f"done/{self._ended_before}", f"done/{self._ended}", f"count/{self._ended}"]
+                for key in ("now", "closed", *ends, *posts):
                     self._store.delete_key(self._key(key))
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"
-
-    def _count(self, digest: str) -> str:
-        """The key that counts the ranks which came with a digest, ``epoch.n:hash``."""
-        return self._key(f"count/{digest}")
-
-    def _end(self, digest: str) -> str:
-        """The key that says how an agreement failed."""
-        return self._key(f"end/{_name(digest)}")
 
     def _post(self, slot: int, name: str, subject: Subject) -> None:
         self._store.set(self._key(f"post/{slot}/{self._rank}"), json.dumps([name, dict(subject.facts)]))
@@ -183,73 +187,39 @@ class Agreement:
         return posts
 
     def _found(self, mine: str) -> str:
-        """The digest that the first waiting rank wrote: ``mine``, or another rank's."""
+        """What the first rank of this agreement wrote: ``mine``, or another rank's."""
         store, now, expected = self._store, self._key("now"), self._last
         while True:
             found: str = store.compare_set(now, expected, mine).decode()
-            if _name(found) == _name(mine):
+            name = found.partition(":")[0]
+            if found == mine or name == mine.partition(":")[0]:
                 return found
             if found == expected:  # the answer where there is no such key
                 expected = ""
-            elif self._has_ended(found):
-                expected = found
+            elif store.check([self._key(f"done/{name}")]):
+                expected = found  # left by an agreement that has ended
             else:
                 return found
 
-    def _has_ended(self, digest: str) -> bool:
-        """Whether nobody waits any more for an agreement that somebody has come to."""
-        store, count = self._store, self._count(digest)
-        return store.check([self._end(digest)]) or not store.check([count]) or store.add(count, 0) == self._size
-
-    def _compare(self, mine: str, subject: Subject) -> None:
-        """Compare with the first rank that waits.
-
-        Raises:
-            PlanMismatchError: it is about to do something else.
-        """
-        store = self._store
-        found = self._last = self._found(mine)
-        if found == mine or store.add(self._count(mine), 0) == self._size:  # else the others may have gone on by now
-            return
-        ends = {self._end(mine), self._end(found)}
-        if store.check([self._end(mine)]):  # it has failed before: what the others do by now is no matter of this rank
-            raise PlanMismatchError(self._difference(subject, self._against(store.get(self._end(mine)).decode())))
-        veto = _VETO + json.dumps([self._rank, dict(subject.facts)])
-        # read before the others wake up and post what they do next
-        against = {rank: post[1] for rank, post in self._posts().items()}
-        for key in ends:
-            store.compare_set(key, "", veto)
-        raise PlanMismatchError(self._difference(subject, against))
-
-    def _wait(self, mine: str, subject: Subject, keep_waiting: Any) -> None:
-        """Wait until all ranks have come."""
-        store, count, end = self._store, self._count(mine), self._end(mine)
-        began, pause, compared, warned = time.monotonic(), _FIRST_PAUSE, False, False
+    def _wait(self, done: str, name: str, subject: Subject, keep_waiting: Any) -> str:
+        """Wait for the end of an agreement; how it ended."""
+        began, pause, warned = time.monotonic(), _FIRST_PAUSE, False
         # asked for again and again: a blocking wait of the store prints a warning whenever its time is up
-        while True:
+        end: str
+        while (end := self._store.compare_set(done, _OPEN, _OPEN).decode()) == _OPEN:
             time.sleep(pause)
-            if store.add(count, 0) == self._size:
-                return
             waited = time.monotonic() - began
             pause = min(max(_SHARE * waited, _FIRST_PAUSE), _LONGEST_PAUSE)
-            if waited > _SOON_SECONDS:
-                if not compared:
-                    compared = True
-                    self._compare(mine, subject)
-                ended = store.compare_set(end, _OPEN, _OPEN).decode()
-                if ended != _OPEN:
-                    raise PlanMismatchError(self._difference(subject, self._against(ended)))
             if waited > _WARN_SECONDS and not warned:
                 warned = True
-                _log.warning("%s", self._missing(_name(mine), subject, waited))
-            if waited > self._timeout or (keep_waiting is not None and not keep_waiting()):
-                if store.add(count, -_SPOILT) % _SPOILT == self._size:  # the others came at the last moment
-                    store.add(count, _SPOILT)
-                    return
-                ended = store.compare_set(end, "", _GONE).decode()
-                if ended != _GONE:
-                    raise PlanMismatchError(self._difference(subject, self._against(ended)))
-                raise PlanTimeoutError(self._missing(_name(mine), subject, waited))
+                _log.warning("%s", self._missing(name, subject, waited))
+            ended = keep_waiting is not None and not keep_waiting()
+            if waited > self._timeout or ended:
+                end = self._store.compare_set(done, "", _GONE).decode()
+                if end != _GONE:
+                    return end  # the others came at the last moment
+                raise PlanTimeoutError(self._missing(name, subject, waited))
+        return end
 
     def _missing(self, name: str, subject: Subject, waited: float) -> str:
         posts = self._posts()
@@ -308,11 +278,6 @@ class Agreement:
                 f"{self._label}, {_shown(subject.facts)}: {'; '.join(wrong)}. Nothing was sent; mend that, and call "
                 "reset() on all ranks"
             )
-
-
-def _name(digest: str) -> str:
-    """The number of an agreement, ``epoch.n``, from a digest ``epoch.n:hash``."""
-    return digest.partition(":")[0]
 
 
 def _order(post: list[Any]) -> tuple[int, ...]:

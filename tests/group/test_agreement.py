@@ -148,37 +148,6 @@ def test_a_rank_that_comes_after_the_others_gave_up():
 
 
 @in_a_process
-def test_the_last_rank_to_come_makes_one_call_of_the_store_that_can_wait():
-    """Posts are not answered. All others wait for the last rank, so it must not wait for the store again and again."""
-    first_has_come = threading.Barrier(2)
-
-    class Counting:
-        def __init__(self, store):
-            self.store, self.calls = store, []
-
-        def __getattr__(self, name):
-            self.calls.append(name)
-            return getattr(self.store, name)
-
-    def work(agreement, rank, store):
-        agreement._store = counting = Counting(agreement._store)
-        for n in range(4):
-            counting.calls.clear()
-            if rank == 1:
-                first_has_come.wait(30)
-                time.sleep(0.1)
-            else:
-                threading.Timer(0.01, first_has_come.wait, (30,)).start()
-            agreement.agree(Subject(0, {"site": f"{n}"}))
-            if rank == 1:
-                assert counting.calls == ["set", "add"]
-        return True
-
-    results, _ = together(2, work)
-    assert results == [True] * 2
-
-
-@in_a_process
 def test_who_does_not_come_is_named(caplog):
     def work(agreement, rank, store):
         agreement.agree(Subject(0, {"site": "first", "step": 7}))
