@@ -4,8 +4,8 @@
     python -m benchmarks.gpu.host --device cpu --rows 64 --sites 2 --rounds 2
 
 Rank 0 of 2 makes ``all_gather_into_tensor`` of a bfloat16 [rows, 3072] at each site of a step; the fake group hands it
-a copy of its own frame as the other rank's. All in one process: a thread answers for the other rank when a group is
-wrapped. Columns, each per call of a steady step, ``step()`` included:
+a copy of its own frame as the other rank's. All in one process. Columns, each per call of a steady step, ``step()``
+included:
 
     host us     until the calls have returned
     total us    until the device is done
@@ -22,7 +22,6 @@ from __future__ import annotations
 import importlib
 import statistics
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -45,8 +44,6 @@ from benchmarks.gpu.common import (
     table,
 )
 from compactdist import Layout, _torch
-from compactdist.config import Options
-from compactdist.group.agree import agree
 
 CHANNELS = 3072
 VALUES = 4
@@ -59,22 +56,6 @@ METHODS: dict[str, dict[str, Any] | None] = {
     **{name: {"codec": name} for name in ("binary", "int2", "int4", "int8")},
     **{f"{name} block": {"codec": f"{name}:scales=block"} for name in ("binary", "int2", "int4", "int8")},
 }
-
-
-def wrapped(group: Any, **settings: Any) -> Any:
-    """``compactdist.wrap`` of a fake group of two ranks: a thread posts what rank 1 would post to the store.
-
-    Ranks of a fake group never meet, so nothing is agreed on later either.
-    """
-    options = Options(**settings, agree="off")
-    common, store = _torch.group_store(_torch.default_group()), _torch.group_store(group)
-    ranks = dist.get_process_group_ranks(group)
-    peer = (store, common, str(group.group_name), 1, ranks, options.fingerprint(), 60.0)
-    thread = threading.Thread(target=agree, args=peer, daemon=True)
-    thread.start()
-    made = compactdist.wrap(group, options=options)
-    thread.join()
-    return made
 
 
 class Bench:
@@ -124,7 +105,8 @@ class Bench:
         self.begun = self.turn
         if settings is None:
             return nullcontext(self.plain)
-        return wrapped(self.plain, layouts=_matrix, min_numel=1, **settings)
+        made: AbstractContextManager[Any] = compactdist.wrap(self.plain, layouts=_matrix, min_numel=1, **settings)
+        return made
 
     def _measured(self, step: Callable[[], None]) -> dict[str, Any]:
         for _ in range(WARMUP):
