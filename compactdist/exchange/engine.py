@@ -47,6 +47,14 @@ def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full((), math.nan, dtype=dtype, device=device)
 
 
+def _hold_for_this_stream(buffers: Sequence[Tensor], queue: torch.cuda.Stream) -> None:
+    """Let no later work of ``queue`` reuse the memory of its buffers before this CUDA stream has read them."""
+    now = torch.cuda.current_stream(queue.device)
+    if now != queue:
+        for buffer in buffers:
+            buffer.record_stream(now)
+
+
 @dataclass(slots=True)
 class Flight:
     """One call on its way along a plan.
@@ -71,6 +79,7 @@ class Flight:
         keep: tensors that must live until the inner work is done.
         wire_nbytes: bytes put on the link.
         own_value: the value to be written to ``own_output``.
+        queue: CUDA stream that the buffers belong to; ``None`` on a CPU.
     """
 
     plan: CallPlan
@@ -93,6 +102,7 @@ class Flight:
     keep: tuple[Tensor, ...] = ()
     wire_nbytes: int = 0
     own_value: Tensor | None = None
+    queue: torch.cuda.Stream | None = None
 
 
 @dataclass
@@ -259,6 +269,8 @@ class Engine:
             except BaseException:
                 self.withdraw(flight)
                 raise
+            if flight.arrived and flight.arrived[0].is_cuda:
+                flight.queue = torch.cuda.current_stream(flight.arrived[0].device)
             if self.sample_every and flight.failure is None and flight.passed is None:
                 self._sample(flight)
             if pattern.forwards:
@@ -324,6 +336,8 @@ class Engine:
         plan = flight.plan
         error: Exception | None = flight.failure
         refused = set(flight.refusing)
+        if flight.queue is not None:
+            _hold_for_this_stream(flight.arrived, flight.queue)
         with _torch.without_autograd():
             target = flight.own_output
             if may_write and flight.own_value is not None and target is not None:

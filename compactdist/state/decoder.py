@@ -33,6 +33,11 @@ from compactdist.wire import (
 
 __all__ = ["StreamDecoder"]
 
+_FLAGGED = (
+    ": what the sender's tensor changed by held NaN or Inf; no output was written, and both ends keep their history. "
+    "Find the source of the NaN, or let the site pass through"
+)
+
 _KINDS = KEY | STATELESS | RESTART
 _FLAGS_OF_KINDS = {0: NONFINITE, KEY: NONFINITE | NO_STATE, STATELESS: 0, RESTART: 0}
 """The kinds of frames, and the other flags that each may have; any other combination is refused."""
@@ -117,7 +122,7 @@ class StreamDecoder(StreamState):
             self.sequence += 1
         elif flags & KEY:
             value = self._take_key(payload, header, codec, hint, refuse_state)
-        elif not flags & NONFINITE:
+        elif header.payload_nbytes or not flags & NONFINITE:
             session = self.form(codec, frame.device).session
             value = self._take_residual(payload, header.checksum, session, restarts=bool(flags & RESTART))
             self._looked = True
@@ -125,6 +130,8 @@ class StreamDecoder(StreamState):
         if value is None:
             raise self._restarted()
         self.follow(header)
+        if flags & NONFINITE and not flags & KEY:
+            raise NonFiniteError(self.where + _FLAGGED)
         return value
 
     def _restarted(self) -> NonFiniteError:
@@ -319,7 +326,7 @@ class StreamDecoder(StreamState):
             self._compare(header, "flags", f"{flags:#04x}", "one kind of frame, and what it may say", SAME_CONFIG)
         if kind == STATELESS or (kind == KEY and self.config.keyframe_for(codec) is None):
             return None, raw_nbytes(numel, dtype)
-        if flags & NONFINITE:
+        if flags & NONFINITE and not header.payload_nbytes:
             return None, 0
         if kind == KEY:
             return blocks(numel), self.keyframe_nbytes(codec, numel, dtype)

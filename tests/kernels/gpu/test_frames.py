@@ -181,6 +181,23 @@ def test_what_is_not_finite_is_flagged_and_both_ends_go_on(codec, order):
     assert stream.ends_are_equal()
 
 
+def test_the_host_takes_a_flagged_frame_too():
+    """Where it looks into frames itself: the first residual, a message on gloo."""
+    stream = Stream()
+    for step in range(2):
+        stream.receive(step, stream.send(step))
+    x = stream.x()
+    x[77] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"the receiver: .*held NaN or Inf; no output was written"):
+        stream.receive(2, stream.send(2, x), foreseen=False)
+    assert stream.ends_are_equal()
+    with pytest.raises(NonFiniteError, match="the sender"):
+        stream.boards[0].poll(wait=True)
+    stream.receive(3, stream.send(3))
+    stream.both_are_silent()
+    assert stream.ends_are_equal()
+
+
 def test_a_keyframe_cannot_be_announced():
     stream = Stream()
     stream.receive(0, stream.send(0))
