@@ -21,6 +21,9 @@ from compactdist.wire import HEADER_NBYTES, differences, step_in
 __all__ = ["Board"]
 
 
+_MOST_STREAMS = 1 << 16
+
+
 class _OnDevice:
     """A board, and its last copy on the host."""
 
@@ -63,7 +66,8 @@ class Board:
 
     def __init__(self) -> None:
         self.used = False
-        self._streams: list[str] = []
+        self._streams: dict[int, str] = {}
+        self._next = 0
         self._devices: dict[torch.device, _OnDevice] = {}
         self._lock = threading.Lock()
 
@@ -78,8 +82,11 @@ class Board:
         """The number under which a stream reports."""
         with self._lock:
             self.used = True
-            self._streams.append(where)
-            return len(self._streams) - 1
+            number, self._next = self._next, (self._next + 1) % (1 << 31)
+            self._streams[number] = where
+            if len(self._streams) > _MOST_STREAMS:  # every request has streams of its own
+                del self._streams[next(iter(self._streams))]
+            return number
 
     def poll(self, *, wait: bool = False) -> None:
         """Raise what was reported, once.
@@ -102,7 +109,7 @@ class Board:
 
     def _error(self, words: list[int]) -> CompactDistError:
         code, stream = words[:2]
-        where = self._streams[stream]
+        where = self._streams.get(stream, "a stream of an earlier request")
         raw = torch.tensor(words[2:], dtype=torch.int32).numpy().tobytes()
         got, expected = raw[:HEADER_NBYTES], raw[HEADER_NBYTES : 2 * HEADER_NBYTES]
         if code == NOT_FINITE:

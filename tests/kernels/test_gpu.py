@@ -15,7 +15,9 @@ import torch
 
 from compactdist import codecs
 from compactdist.kernels import steps_for, use
+from compactdist.kernels.spec import BOARD_WORDS
 from compactdist.state.matrix_view import Layout, blocks, plain
+from compactdist.wire import HEAD_PLACES, HEADER_NBYTES
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 ROOT = Path(__file__).parent.parent.parent
@@ -120,6 +122,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.uint8: "*u8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 
 
@@ -151,6 +154,25 @@ class _Compiler:
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         self.ptx[kernel.fn.__name__] = compiled.asm["ptx"]
         return compiled
+
+
+@pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
+def test_frames_compile_for_an_h100_once_for_all_streams(monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    from compactdist.kernels.gpu.frames import FrameKernels
+
+    compiler = _Compiler()
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
+    seen = set()
+    for stream, nbytes, call in ((1, 16, (1, 0, 0)), (16, 4096, (-1, 16, 2**31)), (7, 4 * 5000, (3, 1, 1))):
+        board, digests = torch.zeros(BOARD_WORDS, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+        frames = FrameKernels(bytes(HEADER_NBYTES), HEAD_PLACES, nbytes, board, stream)
+        frame = torch.zeros(HEADER_NBYTES + nbytes, dtype=torch.uint8)
+        frames.seal(frame, frames.flag(), digests, call, 2, 2**64 - 1)
+        frames.check(frame, digests, call, 1, 0)
+        seen.add((compiler.ptx["seal_frame"], compiler.ptx["check_frame"]))
+    assert len(seen) == 1
 
 
 CASES = [

@@ -113,12 +113,13 @@ def report(board, code, stream, got, expected):
 
 
 _CHANGING = ["step", "epoch", "sequence", "source", "known_low", "known_high"]
-"""Arguments of which Triton must not make constants: each value would be compiled anew."""
+"""What a call gives beside tensors. Triton must not make constants of it: each value would be compiled anew."""
+_GENERAL = [*_CHANGING, "count", "stream"]
 _GIVEN = 4
 """Tensors that a call gives, before those numbers."""
 
 
-@triton.jit(do_not_specialize=_CHANGING)
+@triton.jit(do_not_specialize=_GENERAL)
 def seal_frame(
     frame, sums, digests, flag, step, epoch, sequence, source, known_low, known_high,
     template, board, count, stream,
@@ -140,7 +141,7 @@ def seal_frame(
             report(board, _NOT_FINITE, stream, head, head)
 
 
-@triton.jit(do_not_specialize=_CHANGING)
+@triton.jit(do_not_specialize=_GENERAL)
 def check_frame(
     frame, sums, digests, accepted, step, epoch, sequence, source, known_low, known_high,
     template, board, count, stream,
@@ -217,7 +218,7 @@ class FrameKernels:
             self.accepted = torch.zeros(2, dtype=torch.uint8, device=device)
         count, given = payload_nbytes // 4, _GIVEN + len(_CHANGING)
         arguments = (*map(Slot, range(given)), template, board, count, stream)
-        constants = {"WORDS": _WORDS, **places._asdict()}
+        constants = {"WORDS": _WORDS, **places._asdict(), "num_warps": 4, "enable_fp_fusion": False}
         grid = -(-count // _WORDS)
         self._seal = Launch(seal_frame, grid, arguments, given, constants)
         self._check = Launch(check_frame, grid, arguments, given, constants)
