@@ -185,7 +185,8 @@ class StreamDecoder(StreamState):
             value = terms[0]
         else:  # a frame that is refused leaves the prediction in its place
             value = terms[0].clone() if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
-        steps.decode(payload, terms, value, accepted=accepted)
+        decoded = steps.decode(payload, terms, value, accepted=accepted)
+        assert decoded, "the steps of a form take its own tensors"
         self.header, self.checksum = form.head.header, None
         self.holds_values = accepted[1:].view(torch.bool)
         self.predictor.advance(value, terms)
