@@ -24,6 +24,7 @@ def body(rank, world_size, batch, nccl):
             dist.step()
             runner = Runner(dist, program["seed"])
             results = runner.run(program["actions"])
+            dist._departures.join()  # or the barrier would overtake a call that ranks have not agreed on yet
             torch.distributed.barrier()
             held = compare.of_group(dist)
             stats = dist.stats()
