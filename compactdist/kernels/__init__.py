@@ -89,13 +89,7 @@ class DeviceSteps(Steps, Protocol):
 
 
 class Frames(Protocol):
-    """Seals or checks the frames of one end of a stream on a device.
-
-    Attributes:
-        accepted: uint8 ``[2]``: what the last check found: 1 if the frame is to be applied, 1 if it holds values.
-    """
-
-    accepted: Tensor
+    """Seals or checks the frames of one end of a stream on a device."""
 
     def flag(self) -> Tensor:
         """For the encoder of the next frame that is sealed on this thread and CUDA stream: int32 ``[1]``, zero."""
@@ -123,7 +117,11 @@ class Frames(Protocol):
         ...
 
     def check(self, frame: Tensor, digests: Tensor, call: tuple[int, int, int], source: int, known: int) -> Tensor:
-        """Compare a frame with the one that is expected; ``accepted``. Arguments as for :meth:`seal`."""
+        """Compare a frame with the one that is expected. Arguments as for :meth:`seal`.
+
+        Returns:
+            uint8 ``[2]``, the same tensor every time: 1 if the frame is to be applied, 1 if it holds values.
+        """
         ...
 
 

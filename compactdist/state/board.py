@@ -105,13 +105,13 @@ class Board:
             seen = one.look(wait)
             if seen is not None and int(seen[0]):
                 one.clear()
-                raise self._error(seen.tolist())
+                raise self._error(seen)
 
-    def _error(self, words: list[int]) -> CompactDistError:
-        code, stream = words[:2]
+    def _error(self, seen: Tensor) -> CompactDistError:
+        code, stream = seen[:2].tolist()
         where = self._streams.get(stream, "a stream of an earlier request")
-        raw = torch.tensor(words[2:], dtype=torch.int32).numpy().tobytes()
-        got, expected = raw[:HEADER_NBYTES], raw[HEADER_NBYTES : 2 * HEADER_NBYTES]
+        heads = seen[2:].numpy().tobytes()
+        got, expected = heads[:HEADER_NBYTES], heads[HEADER_NBYTES:]
         if code == NOT_FINITE:
             return NonFiniteError(
                 f"{where}: in step {step_in(got)} what the tensor changed by held NaN or Inf. Receivers got NaN, the "

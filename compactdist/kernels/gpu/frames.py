@@ -208,14 +208,14 @@ class FrameKernels:
         stream: the stream's number on the board.
     """
 
-    __slots__ = ("_check", "_device", "_seal", "_stream_of", "accepted")
+    __slots__ = ("_accepted", "_check", "_device", "_seal", "_stream_of")
 
     def __init__(self, head: bytes, places: HeadPlaces, payload_nbytes: int, board: Tensor, stream: int) -> None:
         device = self._device = board.device
         self._stream_of = stream_getter(device)
         with torch.inference_mode(False):
             template = torch.frombuffer(bytearray(head), dtype=torch.int32).to(device)
-            self.accepted = torch.zeros(2, dtype=torch.uint8, device=device)
+            self._accepted = torch.zeros(2, dtype=torch.uint8, device=device)
         count, given = payload_nbytes // 4, _GIVEN + len(_CHANGING)
         arguments = (*map(Slot, range(given)), template, board, count, stream)
         constants = {"WORDS": _WORDS, **places._asdict(), "num_warps": 4, "enable_fp_fusion": False}
@@ -234,9 +234,9 @@ class FrameKernels:
         self._launch(self._seal, frame, flag, digests, call, source, known)
 
     def check(self, frame: Tensor, digests: Tensor, call: tuple[int, int, int], source: int, known: int) -> Tensor:
-        """Compare the header of a frame; ``accepted``."""
-        self._launch(self._check, frame, self.accepted, digests, call, source, known)
-        return self.accepted
+        """Compare the header of a frame."""
+        self._launch(self._check, frame, self._accepted, digests, call, source, known)
+        return self._accepted
 
     def _zeroed(self) -> tuple[_Sums, int | None]:
         stream = None if self._stream_of is None else self._stream_of(self._device.index)
