@@ -4,7 +4,7 @@ Example:
     >>> import torch
     >>> from compactdist import codecs
     >>> codecs.list()
-    ['binary', 'fp8', 'int2', 'int3', 'int4', 'int8', 'lowrank', 'lowrank_int4', 'raw', 'ternary', 'topk', 'topk_int4']
+    ['binary', 'fp8', 'int2', 'int3', 'int4', 'int8', 'lowrank', 'lowrank_int4', 'raw', 'ternary', 'topk', ...]
     >>> int4 = codecs.get("int4")
     >>> x = torch.ones(4, 64)
     >>> payload = int4.encode(x)
@@ -31,6 +31,7 @@ from compactdist.codecs.scalar.int8 import Int8
 from compactdist.codecs.scalar.ternary import Ternary
 from compactdist.codecs.shapes import matrix_shape
 from compactdist.codecs.topk import TopK, TopKInt4
+from compactdist.codecs.transform.transform import Transform
 
 __all__ = [
     "Binary",
@@ -46,6 +47,7 @@ __all__ = [
     "Ternary",
     "TopK",
     "TopKInt4",
+    "Transform",
     "get",
     "list",
     "matrix_shape",

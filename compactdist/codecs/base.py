@@ -59,6 +59,10 @@ class Codec(ABC):
     takes_row_weights: ClassVar[bool] = False
     """``encode`` and its sessions' ``encode`` take ``row_weights``, float ``(R,)`` or ``(G, R)``."""
 
+    needs_shared_history: ClassVar[bool] = False
+    """Sessions learn from the prediction and from what was decoded, which must be the same at both ends: streams
+    without error feedback, whose sender predicts from values of its own, cannot use this codec."""
+
     @abstractmethod
     def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Return the exact payload size in bytes for a tensor of this shape and dtype.
@@ -208,11 +212,7 @@ class Session:
         Raises:
             PayloadError: The payload is not uint8 of the expected length.
         """
-        decoded = self.view.to_flat(self.codec.decode(payload, self.view.shape, torch.float32))
-        total = decoded + (sum_of(terms) if terms else 0.0)  # without terms -0 becomes 0
-        limit = torch.finfo(out.dtype).max
-        with torch.inference_mode():  # ``out`` may be an inference tensor, which can be written to in this mode only
-            out.copy_(total.clamp(-limit, limit))
+        add_up(terms, self.view.to_flat(self.codec.decode(payload, self.view.shape, torch.float32)), out)
 
     @property
     def device_steps(self) -> DeviceSteps | None:
@@ -242,6 +242,14 @@ def residual_of(x: Tensor, terms: Terms) -> Tensor:
 def sum_of(terms: Terms) -> Tensor:
     """The sum of one or two terms in float32."""
     return terms[0].float() if len(terms) == 1 else terms[0].float() + terms[1].float()
+
+
+def add_up(terms: Terms, decoded: Tensor, out: Tensor) -> None:
+    """Write the sum of ``terms`` plus ``decoded``, flat float32, kept finite and rounded once, to ``out``."""
+    total = decoded + (sum_of(terms) if terms else 0.0)  # without terms -0 becomes 0
+    limit = min(torch.finfo(out.dtype).max, torch.finfo(torch.float32).max)
+    with torch.inference_mode():  # ``out`` may be an inference tensor, which can be written to in this mode only
+        out.copy_(total.clamp(-limit, limit))
 
 
 def check_payload(payload: Tensor, expected_nbytes: int, codec_id: str) -> Tensor:

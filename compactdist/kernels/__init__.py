@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compactdist.kernels.reference.checksum import weighted_sum
+from compactdist.kernels.reference.rotations import sweep
 from compactdist.kernels.sources import digest
 from compactdist.kernels.spec import HeadPlaces, MatrixView, QuantizerSpec
 
@@ -34,6 +35,7 @@ __all__ = [
     "cpu_runs",
     "digest",
     "frames_for",
+    "rotate",
     "steps_for",
     "use",
 ]
@@ -210,6 +212,16 @@ def frames_for(device: torch.device) -> Callable[[bytes, HeadPlaces, int, Tensor
     from compactdist.kernels.gpu.frames import FrameKernels
 
     return FrameKernels
+
+
+def rotate(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn symmetric matrices towards diagonal ones, and a basis along, as ``reference/rotations.py`` says."""
+    n = matrices.shape[1]
+    if matrices.is_cpu and n >= 4 and cpu_runs(8 * matrices.numel() * n):
+        from compactdist.kernels.cpu import products
+
+        return products.sweep(matrices, basis)
+    return sweep(matrices, basis)
 
 
 class Checksum(Protocol):

@@ -318,12 +318,24 @@ class StreamState:
     def frame_nbytes(
         self, codec: Codec, numel: int, dtype: torch.dtype, *, keyframe: bool, with_shape: bool = False
     ) -> int:
-        """Bytes of the next frame, header included."""
+        """Bytes of the next frame, header included.
+
+        Raises:
+            ConfigError: The codec learns from a history that the ends of this stream do not share.
+        """
+        self._check_sharing(codec)
         head = HEADER_NBYTES + (SHAPE_NBYTES if with_shape else 0)
         if keyframe or codec.lossless:
             return head + self.keyframe_nbytes(codec, numel, dtype)
         view = self.view if not self.is_fresh(numel, dtype) else None
         return head + codec.payload_nbytes((view or blocks(numel)).shape, torch.float32)
+
+    def _check_sharing(self, codec: Codec) -> None:
+        if codec.needs_shared_history and self.config.open_loop:
+            raise ConfigError(
+                f"{self.where}: codec {codec.codec_id!r} learns from the history, which the two ends do not share with "
+                "error_feedback=False; leave error feedback on, or use another codec"
+            )
 
     def keyframe_nbytes(self, codec: Codec, numel: int, dtype: torch.dtype) -> int:
         """Bytes of a keyframe's payload."""
@@ -336,6 +348,7 @@ class StreamState:
         if form is not None and form.codec == codec:
             form.codec = codec  # callers compare identities first, which is cheaper
             return form
+        self._check_sharing(codec)
         assert self.live is not None
         assert self.view is not None
         view, (numel, dtype) = self.view, self.live
@@ -406,7 +419,10 @@ class StreamState:
             self.drop()
             self.live = (numel, dtype)
             self._use(hint or blocks(numel))
-        elif self.keyframe_announced:
+            return
+        if self._form is not None and self._form.codec.needs_shared_history:
+            self._form = None  # what it learnt belongs to the frames before; a receiver may begin with this one
+        if self.keyframe_announced:
             self.keyframe_announced = False
             self._changes.count += 1
 

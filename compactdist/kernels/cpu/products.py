@@ -1,4 +1,4 @@
-"""What the low-rank codecs call: tensors to blocks for the loops of ``lowrank.py``."""
+"""What codecs of products call: tensors to blocks for the loops of ``lowrank.py`` and ``rotations.py``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from compactdist.kernels.cpu.call import Work
 from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.cpu.steps import DTYPES, Block, scratch
 from compactdist.kernels.offsets import WIDTH, Offsets, offsets_of
+from compactdist.kernels.reference.rotations import SMALLEST_ANGLE
 from compactdist.kernels.spec import MatrixView
 from compactdist.kernels.threads import team
 
-__all__ = ["add_product", "fit_levels", "multiply", "supports", "take_in"]
+__all__ = ["add_product", "fit_levels", "multiply", "supports", "sweep", "take_in"]
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -111,6 +112,24 @@ def fit_levels(
     work = Work(count, factor.numel() * refits, address_of("lowrank.fit_levels", len(limits)))
     _run(work, slots, own=-(-3 * length // 16) * 16)
     return codes, level, scale, near
+
+
+def sweep(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``reference.rotations.sweep``, for n of at least 4."""
+    count, n, _ = matrices.shape
+    matrices, basis = (
+        matrices.clone(memory_format=torch.contiguous_format),
+        basis.clone(memory_format=torch.contiguous_format),
+    )
+    numbers = np.array([SMALLEST_ANGLE], np.float32)
+    slots = {
+        call.X: matrices.data_ptr(),
+        call.OUT: basis.data_ptr(),
+        call.LENGTH: n,
+        call.NUMBERS: numbers.ctypes.data,
+    }
+    _run(Work(count, 8 * count * n**3, address_of("rotations.sweep")), slots, own=-(-(2 * n * n + n) // 16) * 16)
+    return matrices, basis
 
 
 def _placed(offsets: Offsets) -> dict[int, int]:

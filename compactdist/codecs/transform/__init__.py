@@ -1,0 +1,1 @@
+"""A codec that turns blocks of channels onto a basis both ends learn."""

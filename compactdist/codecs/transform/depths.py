@@ -1,0 +1,85 @@
+"""How many bits each component gets, and the levels of each depth.
+
+A component that gets b bits loses the mean square error ``LOSS[b]`` of its energy, as a Gaussian does with Lloyd-Max
+levels. Reverse water-filling (T. Cover, J. Thomas, "Elements of Information Theory", section 10.3) with these losses
+gives the next bit to whatever component loses most by not having it. Both ends compute it from the sent energies in
+integers, so nothing is sent that says who got how many bits.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from compactdist.codecs.scalar.gaussian_levels import LOSS, MAGNITUDES
+
+__all__ = ["DEEPEST", "PER_OCTAVE", "allocate", "borders", "outermost", "levels"]
+
+DEEPEST = 8
+"""Most bits of a component."""
+
+PER_OCTAVE = 8
+"""Steps of an energy code to a factor of two in amplitude."""
+
+_REACH = {7: 4.4, 8: 4.8}
+"""Outermost level of the uniform grids, in standard deviations."""
+
+
+@cache
+def _magnitudes(depth: int) -> tuple[float, ...]:
+    """Positive levels for a unit Gaussian, ascending."""
+    if depth in MAGNITUDES:
+        return MAGNITUDES[depth]
+    count = 1 << (depth - 1)
+    return tuple(_REACH[depth] * (2 * i + 1) / (2 * count - 1) for i in range(count))
+
+
+def outermost(depth: int) -> float:
+    """The outermost level, in standard deviations: what the level 127 stands for; 0 for no bits."""
+    return _magnitudes(depth)[-1] if depth else 0.0
+
+
+@cache
+def levels(depth: int) -> tuple[int, ...]:
+    """The level of each code, ``2**depth`` of them, ascending: -127 to 127."""
+    positive = [round(127 * one / outermost(depth)) for one in _magnitudes(depth)]
+    return (*(-one for one in reversed(positive)), *positive)
+
+
+@cache
+def borders(depth: int) -> tuple[float, ...]:
+    """Ascending borders between codes, in standard deviations."""
+    all_levels = [-one for one in reversed(_magnitudes(depth))] + list(_magnitudes(depth))
+    return tuple((a + b) / 2 for a, b in pairwise(all_levels))
+
+
+def _worth() -> list[int]:
+    """What the next bit of a component with 0, 1, ... bits is worth, in steps of an energy code; falling."""
+    loss = {**LOSS, 7: LOSS[6] / 4, 8: LOSS[6] / 16}
+    return [round(PER_OCTAVE * math.log2(loss[b] - loss[b + 1]) / 2) for b in range(DEEPEST)]
+
+
+def allocate(codes: Tensor, planes: int) -> Tensor:
+    """Bits of each component.
+
+    Args:
+        codes: energy codes, uint8 ``(K,)``.
+        planes: bits to give away, at most ``8 K``. Of equal claims the component that comes first has the right.
+
+    Returns:
+        int64 ``(K,)``, 0 to 8, their sum ``planes``.
+    """
+    worth = torch.tensor(_worth(), device=codes.device)
+    claims = (codes.long()[:, None] + (worth - worth.min())[None]).reshape(-1)
+    counts = torch.bincount(claims, minlength=256 + int(worth.max() - worth.min()))
+    at_least = counts.flip(0).cumsum(0).flip(0)
+    # the lowest level of claims that is served whole lies just above the one that is served in part
+    border = (at_least > planes).sum() - 1
+    above, at = claims > border, claims == border
+    left = planes - above.sum()
+    served = above | (at & (at.long().cumsum(0) <= left))
+    return served.view(-1, DEEPEST).sum(1)

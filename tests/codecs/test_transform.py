@@ -1,0 +1,250 @@
+"""The transform codec: what the allocation and the planes promise, both ends alike on any kernels, and its quality."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compactdist import codecs, kernels
+from compactdist.cli.evaluate import play as play_trace
+from compactdist.codecs.transform.basis import first_basis, plain_basis
+from compactdist.codecs.transform.depths import DEEPEST, allocate, borders, levels
+from compactdist.codecs.transform.planes import pack, unpack
+from compactdist.codecs.transform.products import gram, inverse
+from compactdist.errors import CodecConfigError, ConfigError
+from compactdist.kernels.reference.rotations import next_places, sweep
+from compactdist.kernels.spec import MatrixView
+from compactdist.observe.trace import Trace
+from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig
+from compactdist.state.decoder import StreamDecoder
+from compactdist.state.encoder import StreamEncoder
+from tests.codecs import kit
+
+DIGITS = Path(__file__).parents[2] / "benchmarks" / "traces" / "digits_ring.safetensors"
+STEPS = 28
+bounded = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def moving(steps: int = STEPS, rows: int = 40, channels: int = 48) -> list[torch.Tensor]:
+    """Values whose channels and changes are correlated alike."""
+    g = torch.Generator().manual_seed(3)
+    mixed = torch.randn(6, channels, generator=g)
+    x = torch.randn(rows, 6, generator=g) @ mixed + 0.05 * torch.randn(rows, channels, generator=g)
+    values = []
+    for _ in range(steps):
+        x = x + 0.1 * (torch.randn(rows, 6, generator=g) @ mixed) + 0.01 * torch.randn(rows, channels, generator=g)
+        values.append(x.bfloat16())
+    return values
+
+
+# ---- allocation, levels, planes
+
+
+@bounded
+@given(codes=st.lists(st.integers(0, 255), min_size=1, max_size=60), share=st.floats(0, 1))
+def test_bits_are_given_to_the_strongest_claims(codes, share):
+    given_codes = torch.tensor(codes, dtype=torch.uint8)
+    planes = round(share * DEEPEST * len(codes))
+    bits = allocate(given_codes, planes)
+    assert int(bits.sum()) == planes
+    assert int(bits.min()) >= 0
+    assert int(bits.max()) <= DEEPEST
+    order = sorted(range(len(codes)), key=lambda k: (-codes[k], k))
+    assert [int(bits[k]) for k in order] == sorted((int(b) for b in bits), reverse=True)
+
+
+def test_a_bit_goes_where_it_is_worth_most():
+    """Twice the amplitude is worth one bit more, give or take rounding."""
+    bits = allocate(torch.tensor([255, 247, 239, 231], dtype=torch.uint8), 10)
+    assert bits.tolist() == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("depth", range(1, DEEPEST + 1))
+def test_levels_are_symmetric_whole_numbers(depth):
+    values = levels(depth)
+    assert len(values) == 2**depth
+    assert values == tuple(sorted(values))
+    assert values[-1] == 127
+    assert all(a == -b for a, b in zip(values, reversed(values), strict=True))
+    assert len(borders(depth)) == len(values) - 1
+
+
+@bounded
+@given(rows=st.integers(1, 35), count=st.integers(1, 9), depth=st.integers(1, 8), seed=st.integers(0, 99))
+def test_planes_hold_the_codes(rows, count, depth, seed):
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**depth, (rows, count), generator=g).to(torch.uint8)
+    packed = pack(codes, depth)
+    assert packed.shape == (math.ceil(rows / 8), count * depth)
+    assert torch.equal(unpack(packed, depth, rows), codes)
+
+
+# ---- arithmetic that both ends share
+
+
+def test_products_are_exact_in_any_order_and_precision():
+    g = torch.Generator().manual_seed(0)
+    whole = torch.randint(-127, 128, (2, 2500, 64), generator=g).float()
+    exact = whole.double()
+    weights = torch.randint(-16256, 16257, (2, 64, 64), generator=g).float()
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert torch.equal(gram(whole), (exact.mT @ exact).float())
+                assert torch.equal(inverse(whole, weights, wide=True), (exact @ weights.double()).float())
+                narrow = weights.clamp(-127, 127)
+                assert torch.equal(inverse(whole, narrow, wide=False), (exact @ narrow.double()).float())
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("n", [2, 4, 6, 10, 128])
+def test_a_sweep_turns_every_pair_once(n):
+    places, seen = list(range(n)), set()
+    for _ in range(n - 1):
+        seen |= {frozenset((places[i], places[i + n // 2])) for i in range(n // 2)}
+        places = [places[source] for source in next_places(n)]
+    assert len(seen) == n * (n - 1) // 2
+    assert places == list(range(n))
+
+
+@pytest.mark.parametrize("n", [4, 6, 48, 128])
+def test_the_compiled_sweep_gives_the_bits_of_the_reference(n):
+    g = torch.Generator().manual_seed(n)
+    some = torch.randn(3, 200, n, generator=g) * torch.rand(n, generator=g)
+    matrices, basis = some.mT @ some / 200, torch.eye(n).repeat(3, 1, 1)
+    matrices = (matrices + matrices.mT) / 2
+    for _ in range(3):
+        with kernels.use("cpu"):
+            fast = kernels.rotate(matrices, basis)
+        slow = sweep(matrices, basis)
+        assert torch.equal(fast[0], slow[0])
+        assert torch.equal(fast[1], slow[1])
+        matrices, basis = slow
+
+
+def test_sweeps_diagonalise_and_keep_the_basis_orthonormal():
+    values = moving(1, 200, 32)[0].float()[None, None]
+    basis = first_basis(values)
+    off = basis.covariance - torch.diag_embed(basis.covariance.diagonal(0, -2, -1))
+    assert float(off.norm()) < 1e-3 * float(basis.covariance.norm())
+    assert torch.allclose(basis.rows @ basis.rows.mT, torch.eye(32)[None, None], atol=1e-5)
+
+
+# ---- in the loop
+
+
+def play(codec: str, values: list[torch.Tensor], **options: object) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Frames and what came out."""
+    encoder, decoder = ResidualEncoder(codec, **options), ResidualDecoder(codec, **options)
+    frames, out = [], []
+    for x in values:
+        frames.append(encoder.encode(x))
+        out.append(decoder.decode(frames[-1]))
+        assert torch.equal(kit.as_bytes(encoder.state), kit.as_bytes(decoder.state))
+    return frames, out
+
+
+@pytest.mark.parametrize("bits", [0.4, 1, 4.5])
+def test_decoding_is_the_same_on_all_kernels_and_threads(bits):
+    """Basis updates included, over a request; an encoder on other kernels may choose other payloads."""
+    values = moving()
+    codec = f"transform:bits={bits}"
+    frames, out = play(codec, values)
+    before = torch.get_num_threads()
+    try:
+        for which, threads in (("reference", 1), ("cpu", 1), ("cpu", 2)):
+            torch.set_num_threads(threads)
+            decoder = ResidualDecoder(codec)
+            with kernels.use(which):
+                for frame, expected in zip(frames, out, strict=True):
+                    assert torch.equal(decoder.decode(frame), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_learnt_basis_beats_the_channels_as_they_are():
+    values = moving()
+    errors = []
+    for learns in (True, False):
+        config = StreamConfig(find_layout=False)
+        encoder = StreamEncoder(config, 0, "test")
+        error = 0.0
+        for step, x in enumerate(values):
+            staged = encoder.stage(x.view(-1), codecs.get("transform:bits=1"), keyframe=step == 0, want_value=True)
+            encoder.commit(staged, MatrixView(x.numel(), 1, *x.shape))
+            if not learns and encoder._form is not None:
+                encoder._form.session._basis = plain_basis((1, 1), x.shape[1], x.device)
+            error += float((staged.value.view_as(x).float() - x.float()).norm())
+        errors.append(error)
+    assert errors[0] < 0.4 * errors[1]
+
+
+def test_a_rolled_back_frame_changes_nothing():
+    x, y = (value.view(-1) for value in moving(2))
+    view = MatrixView(x.numel(), 1, 40, 48)
+    codec = codecs.get("transform")
+    session, other = (codec.open(view, x.dtype, x.device) for _ in range(2))
+    payloads = torch.empty(3, session.payload_nbytes, dtype=torch.uint8)
+    session.encode(y.flip(0), (x,), None, payloads[0])
+    session.rollback()
+    session.commit()
+    assert session.held_bytes == 0
+    session.encode(y, (x,), None, payloads[1])
+    other.encode(y, (x,), None, payloads[2])
+    assert torch.equal(payloads[1], payloads[2])
+
+
+def test_what_was_learnt_ends_with_a_keyframe():
+    """A receiver that begins with a keyframe, as one that frames are passed on to, reads what follows."""
+    values = moving(6)
+    config, codec = StreamConfig(find_layout=False), codecs.get("transform")
+    encoder, first, late = StreamEncoder(config, 0, "test"), StreamDecoder(config, 0, "test"), None
+    hint = MatrixView(values[0].numel(), 1, *values[0].shape)
+    for step, x in enumerate(values):
+        keyframe = step in (0, 3)
+        staged = encoder.stage(x.view(-1), codec, keyframe=keyframe, want_value=True)
+        encoder.commit(staged, hint)
+        if step == 3:
+            late = StreamDecoder(config, 0, "test")
+            late.sequence = first.sequence
+        for decoder in (first, late):
+            if decoder is not None:
+                out = decoder.decode(staged.frame, codec, x.numel(), x.dtype, hint=hint)
+                assert torch.equal(out, staged.value)
+
+
+def test_needs_error_feedback():
+    encoder = ResidualEncoder("transform", error_feedback=False)
+    x = moving(1)[0]
+    encoder.encode(x)
+    with pytest.raises(ConfigError, match="the two ends do not share with error_feedback=False"):
+        encoder.encode(x)
+
+
+@pytest.mark.parametrize("bits", [0, 0.01, 8.5, True, "1", math.nan])
+def test_bits_out_of_range(bits):
+    with pytest.raises(CodecConfigError, match=r"bits must be a number from 0\.05 to 8"):
+        codecs.get("transform", bits=bits)
+
+
+# ---- quality
+
+
+def test_ten_decibels_below_binary_at_fewer_bytes():
+    names = ("binary", "int2", "transform:bits=0.95", "transform:bits=2", "transform:bits=0.3")
+    scores = play_trace(Trace(DIGITS), {name: codecs.get(name) for name in names}, StreamConfig())
+    binary, int2, low, mid, least = (scores[name] for name in names)
+    assert low.bits_per_element < 1.15 < binary.bits_per_element
+    assert low.nmse_db < binary.nmse_db - 9
+    assert mid.bits_per_element < int2.bits_per_element
+    assert mid.nmse_db < int2.nmse_db - 9
+    assert least.bits_per_element < 0.4 * binary.bits_per_element
+    assert least.nmse_db < binary.nmse_db + 2
