@@ -30,6 +30,7 @@ HEIGHT = {
     "state": 2,
     "policy": 3,
     "config": 3,
+    "presets": 3,
     "exchange": 4,
     "observe": 5,
     "group": 6,

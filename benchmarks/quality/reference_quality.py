@@ -88,7 +88,7 @@ def rows(sites: int | None = None, names: tuple[str, ...] = tuple(FORMULAS)) -> 
     lines = []
     for name in names:
         bits, nmse = _play_formula(trace, FORMULAS[name][0])
-        ours = scores[name]
+        ours = scores[name].residuals
         header = 8 * HEADER_NBYTES * ours.frames / ours.elements
         lines.append(
             {

@@ -11,11 +11,13 @@ import typer
 from compactdist import __version__
 from compactdist.cli import bench_codecs, subjects
 from compactdist.cli import evaluate as evaluation
+from compactdist.cli.baselines import play_baselines
 from compactdist.cli.common import JsonFile, check_writable, console, failing_well, parse_codecs, write_json
 from compactdist.cli.demo import run_demo
 from compactdist.errors import ConfigError
 from compactdist.observe.trace import Trace
-from compactdist.state import StateForm, StreamConfig
+from compactdist.presets import PRESETS
+from compactdist.state import StateForm, StreamConfig, keyframe_codec
 from compactdist.state.quantized_history import STATE_FORMS
 
 __all__ = ["main"]
@@ -70,7 +72,14 @@ def evaluate(
     trace: Annotated[Path, typer.Argument(metavar="TRACE.safetensors", help="Written by compactdist.record.")],
     codec: Annotated[
         list[str] | None,
-        typer.Option(help="A codec: id, or id:option=value,... May be repeated; all registered ones if not given."),
+        typer.Option(
+            help="A codec: id, or id:option=value,... May be repeated; all registered ones if neither it nor --preset "
+            "is given."
+        ),
+    ] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(PRESETS)}, or all, with options of its own. May be repeated."),
     ] = None,
     order: Annotated[int, typer.Option(min=0, help="Prediction: 0 none, 1 last value, 2 velocity.")] = 1,
     damping: Annotated[
@@ -80,6 +89,16 @@ def evaluate(
     state: Annotated[
         str, typer.Option(help=f"What both ends keep of the last tensor: {', '.join(STATE_FORMS)}.")
     ] = "exact",
+    keyframe: Annotated[
+        str, typer.Option(metavar="CODEC", help="Codes keyframes; raw: they are the tensor's own bytes.")
+    ] = "raw",
+    steps: Annotated[
+        int | None,
+        typer.Option(min=2, help="Play this many of the recorded steps, evenly spaced, first and last among them."),
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Add formats that send every step by itself: int4, fp4 and fp8.")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Play recorded activations through the residual loop and say what each codec sends and how wrong it is.
@@ -95,11 +114,16 @@ def evaluate(
             warmup_steps=warmup,
             find_layout=False,
             state=cast("StateForm", state),  # checked there
+            keyframe=keyframe_codec(keyframe),
         )
-        chosen = parse_codecs(codec)
+        codecs = parse_codecs(codec) if codec or not preset else {}
+        settings = {name: evaluation.Setting(chosen, config) for name, chosen in codecs.items()}
+        settings |= evaluation.settings_of_presets(preset or ())
         opened = Trace(trace)
-        scores = evaluation.play(opened, chosen, config)
-        evaluation.show(opened, config, scores, console(json_file))
+        scores = evaluation.play_settings(opened, settings, steps)
+        if baselines:
+            scores |= play_baselines(opened, max(1, warmup), steps)
+        evaluation.show(opened, config if codecs else None, scores, console(json_file), steps)
         write_json(json_file, evaluation.to_json(scores))
 
 

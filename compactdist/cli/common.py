@@ -91,7 +91,9 @@ def fitting_table(
         section_of: name of the section that a row belongs to, shown on a line before its first row; empty for none.
         **options: of :class:`rich.table.Table`.
     """
-    table = Table(box=SIMPLE, title_justify="left", caption_justify="left", pad_edge=False, padding=(0, 1), **options)
+    table = Table(
+        box=SIMPLE, title_justify="left", caption_justify="left", pad_edge=False, **{"padding": (0, 1), **options}
+    )
     for column in columns:
         head = column.head
         if column.left:

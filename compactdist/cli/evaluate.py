@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,74 +13,105 @@ from rich.markup import escape
 from torch import Tensor
 
 from compactdist.cli.common import Column, fitting_table
+from compactdist.cli.score import Score
 from compactdist.codecs import Codec
+from compactdist.config import Options
 from compactdist.errors import CompactDistError
 from compactdist.observe.trace import Trace, TraceError
+from compactdist.presets import PRESETS, expand
 from compactdist.state import MatrixView, StreamConfig, StreamDecoder, StreamEncoder
 
-__all__ = ["Score", "play", "show", "to_json"]
+__all__ = [
+    "Recorded",
+    "Setting",
+    "play",
+    "play_settings",
+    "recorded",
+    "settings_of_presets",
+    "show",
+    "spaced",
+    "to_json",
+]
 
 
-@dataclass
-class Score:
-    """Bytes and errors of one codec on a trace.
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table: the codec of residuals, and how its streams predict and send keyframes."""
+
+    codec: Codec
+    config: StreamConfig
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A site of a trace.
 
     Attributes:
-        elements, wire_bytes: of all frames but the keyframes of the warm-up; headers and scales included.
-        request_elements, request_bytes: of all frames.
-        error_energy, energy: sums of squares over the frames counted in ``elements``.
-        relative_error_sum, frames: sum of ``||x - x_hat|| / ||x||`` over frames, and their number; frames with
-            ``||x|| = 0`` are left out.
-        worst: (relative error, site, step) of the frame with the largest relative error.
-        state_bytes: bytes that the sender holds after the last step, over all sites.
+        site: its name.
+        x: ``[steps, N, C]``.
+        groups: matrices that the ``N`` rows consist of.
     """
 
-    elements: int = 0
-    wire_bytes: int = 0
-    request_elements: int = 0
-    request_bytes: int = 0
-    error_energy: float = 0.0
-    energy: float = 0.0
-    relative_error_sum: float = 0.0
-    frames: int = 0
-    worst: tuple[float, str, int] = (0.0, "", -1)
-    state_bytes: int = 0
+    site: str
+    x: Tensor
+    groups: int
 
     @property
-    def bits_per_element(self) -> float:
-        """Wire bits per element in the steady state."""
-        return 8 * self.wire_bytes / self.elements
+    def hint(self) -> MatrixView:
+        """The matrix view of each step."""
+        _, rows, channels = self.x.shape
+        return MatrixView(rows * channels, self.groups, rows // self.groups, channels)
 
-    @property
-    def request_bits_per_element(self) -> float:
-        """Wire bits per element over the whole request, keyframes included."""
-        return 8 * self.request_bytes / self.request_elements
 
-    @property
-    def rel_error(self) -> float:
-        """Mean relative error over steps and sites."""
-        return self.relative_error_sum / max(1, self.frames)
+def spaced(recorded_steps: int, steps: int) -> list[int]:
+    """``steps`` of the numbers 0 to ``recorded_steps - 1``, evenly spaced, the first and the last among them."""
+    last, gaps = recorded_steps - 1, steps - 1
+    return [(2 * i * last + gaps) // (2 * gaps) for i in range(steps)]
 
-    @property
-    def nmse_db(self) -> float:
-        """``10 log10`` of error energy over energy; minus infinity for an exact codec."""
-        if self.error_energy == 0:
-            return -math.inf
-        return 10 * math.log10(self.error_energy / self.energy) if self.energy else math.inf
 
-    def count(self, site: str, step: int, x: Tensor, x_hat: Tensor, wire_bytes: int) -> None:
-        """Count a frame that is no keyframe of the warm-up."""
-        exact = x.double()
-        error, energy = float((x_hat.double() - exact).square().sum()), float(exact.square().sum())
-        self.elements += x.numel()
-        self.wire_bytes += wire_bytes
-        self.error_energy += error
-        self.energy += energy
-        if energy > 0:
-            relative = math.sqrt(error / energy)
-            self.relative_error_sum += relative
-            self.frames += 1
-            self.worst = max(self.worst, (relative, site, step), key=lambda worst: worst[0])
+def recorded(
+    trace: Trace, steps: int | None, keyframes: int, report: Callable[[str], None] = lambda site: None
+) -> Iterator[Recorded]:
+    """Load the sites of a trace one by one.
+
+    Args:
+        trace: the trace.
+        steps: how many of each site's steps to take, evenly spaced, at least 2; ``None``: all.
+        keyframes: how many of the steps taken are sent as keyframes.
+        report: called with each site's name before it is loaded.
+
+    Raises:
+        TraceError: a tensor cannot be played, has fewer than ``steps`` steps, or none after the keyframes.
+    """
+    for site in trace.sites:
+        report(site)
+        x = trace.load(site)
+        if steps is not None and steps > x.shape[0]:
+            raise TraceError(
+                f"{trace.path}, tensor '{site}' has {x.shape[0]} steps, and --steps {steps} asks for more: record more "
+                "steps, or ask for fewer"
+            )
+        if steps is not None:
+            x = x[spaced(x.shape[0], steps)]
+        if x.shape[0] <= keyframes:
+            raise TraceError(
+                f"{trace.path}, tensor '{site}' has {x.shape[0]} steps, and the first {keyframes} are keyframes: "
+                "record more steps, or evaluate with a smaller --warmup or a larger --steps"
+            )
+        yield Recorded(site, x, trace.groups(site, x.shape[1]))
+
+
+def settings_of_presets(names: Sequence[str]) -> dict[str, Setting]:
+    """Presets of ``wrap`` by their names, all of them for ``all``.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    made = {}
+    for name in dict.fromkeys(PRESETS if "all" in names else names):
+        options = Options(**expand({"preset": name}), find_layout=False)
+        made[name] = Setting(options.default_codec, options.stream)
+    return made
 
 
 def play(
@@ -89,55 +120,50 @@ def play(
     config: StreamConfig,
     report: Callable[[str], None] = lambda site: None,
 ) -> dict[str, Score]:
-    """Play every site of a trace through an encoder and a decoder of every codec.
+    """Play codecs under one configuration; see :func:`play_settings`."""
+    return play_settings(trace, {name: Setting(codec, config) for name, codec in codecs.items()}, None, report)
+
+
+def play_settings(
+    trace: Trace,
+    settings: Mapping[str, Setting],
+    steps: int | None = None,
+    report: Callable[[str], None] = lambda site: None,
+) -> dict[str, Score]:
+    """Play every site of a trace through an encoder and a decoder of every setting.
 
     Args:
         trace: the trace to play.
-        codecs: codecs by name.
-        config: configuration of the streams; ``[N, C]`` gives their matrix view, so no search is needed.
+        settings: codecs with their configurations, by name; ``[N, C]`` gives their matrix view, so no search is needed.
+        steps: how many of the recorded steps to play, evenly spaced, at least 2; ``None``: all.
         report: called with each site's name before it is played.
 
     Returns:
-        A score by the codec's name.
+        A score by the setting's name.
 
     Raises:
         TraceError: a tensor cannot be played, or there are no steps after the warm-up.
         CompactDistError: encoder and decoder disagree.
     """
-    scores = {name: Score() for name in codecs}
-    for site in trace.sites:
-        report(site)
-        x = trace.load(site)
-        steps, rows, channels = x.shape
-        keyframes = max(1, config.warmup_steps)
-        if steps <= keyframes:
-            raise TraceError(
-                f"{trace.path}, tensor '{site}' has {steps} steps, and the first {keyframes} are keyframes: record "
-                "more steps, or evaluate with a smaller --warmup"
-            )
-        groups = trace.groups(site, rows)
-        hint = MatrixView(rows * channels, groups, rows // groups, channels)
-        for name, codec in codecs.items():
-            _play_site(scores[name], codec, config, site, x, hint, keyframes)
+    scores = {name: Score() for name in settings}
+    keyframes = max([1, *(setting.config.warmup_steps for setting in settings.values())])
+    for entry in recorded(trace, steps, keyframes, report):
+        for name, setting in settings.items():
+            _play_site(scores[name], setting, entry)
     return scores
 
 
 @torch.no_grad()
-def _play_site(
-    score: Score, codec: Codec, config: StreamConfig, site: str, x: Tensor, hint: MatrixView, keyframes: int
-) -> None:
-    encoder, decoder = StreamEncoder(config, 0, site), StreamDecoder(config, 0, site)
-    for step, value in enumerate(x):
-        flat = value.reshape(-1)
-        staged = encoder.stage(flat, codec, keyframe=step < keyframes, want_value=True)
+def _play_site(score: Score, setting: Setting, entry: Recorded) -> None:
+    codec, config, hint = setting.codec, setting.config, entry.hint
+    encoder, decoder = StreamEncoder(config, 0, entry.site), StreamDecoder(config, 0, entry.site)
+    for step, value in enumerate(entry.x):
+        flat, keyframe = value.reshape(-1), step < max(1, config.warmup_steps)
+        staged = encoder.stage(flat, codec, keyframe=keyframe, want_value=True)
         encoder.commit(staged, hint)
         x_hat = decoder.decode(staged.frame, codec, flat.numel(), flat.dtype, hint=hint)
-        _check_equal(encoder, decoder, staged.value, x_hat, f"{site}, step {step}, codec {codec!r}")
-        nbytes = staged.frame.numel()
-        score.request_elements += flat.numel()
-        score.request_bytes += nbytes
-        if step >= keyframes:
-            score.count(site, step, flat, x_hat, nbytes)
+        _check_equal(encoder, decoder, staged.value, x_hat, f"{entry.site}, step {step}, codec {codec!r}")
+        score.count(entry.site, step, flat, x_hat, staged.frame.numel(), keyframe=keyframe)
     score.state_bytes += encoder.state_bytes
 
 
@@ -158,14 +184,18 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def to_json(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
-    """Plain values by codec; ``nmse_db`` is ``None`` for an exact codec."""
+    """Plain values by row; ``nmse_db`` and ``request_worst_step`` are ``None`` for an exact codec."""
     return {
         name: {
-            "bits_per_element": score.bits_per_element,
-            "request_bits_per_element": score.request_bits_per_element,
-            "rel_error": score.rel_error,
-            "nmse_db": score.nmse_db if math.isfinite(score.nmse_db) else None,
-            "worst_step_rel_error": score.worst[0],
+            "bits_per_element": score.residuals.bits_per_element,
+            "request_bits_per_element": score.request.bits_per_element,
+            "request_ratio": score.ratio,
+            "rel_error": score.residuals.rel_error,
+            "request_rel_error": score.request.rel_error,
+            "nmse_db": score.residuals.nmse_db if math.isfinite(score.residuals.nmse_db) else None,
+            "worst_step_rel_error": score.residuals.worst[0],
+            "request_worst_step_rel_error": score.request.worst[0],
+            "request_worst_step": score.request.worst[2] if score.request.worst[0] else None,
             "state_bytes": score.state_bytes,
         }
         for name, score in scores.items()
@@ -173,32 +203,61 @@ def to_json(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
 
 
 def _nmse(score: Score) -> str:
-    return f"{score.nmse_db:.2f}" if math.isfinite(score.nmse_db) else "exact"
+    return f"{score.residuals.nmse_db:.2f}" if math.isfinite(score.residuals.nmse_db) else "exact"
 
 
 _COLUMNS: tuple[Column, ...] = (
     Column("codec", lambda row: escape(row[0]), left=True),
-    Column("b/el", lambda row: f"{row[1].bits_per_element:.3f}"),
-    Column("request", lambda row: f"{row[1].request_bits_per_element:.3f}"),
-    Column("error", lambda row: f"{row[1].rel_error:.2e}"),
-    Column("NMSE\ndB", lambda row: _nmse(row[1])),
-    Column("worst", lambda row: f"{row[1].worst[0]:.2e}"),
-    Column("at\nstep", lambda row: str(row[1].worst[2]) if row[1].worst[0] else "-"),
-    Column("state\nMB", lambda row: f"{row[1].state_bytes / 1e6:.3f}"),
+    Column("b/el", lambda row: f"{row[1].residuals.bits_per_element:.3f}"),
+    Column("request\nb/el", lambda row: f"{row[1].request.bits_per_element:.3f}"),
+    Column("ratio", lambda row: f"{row[1].ratio:.2f}"),
+    Column("error", lambda row: f"{row[1].residuals.rel_error:.2e}"),
+    Column("request\nerror", lambda row: f"{row[1].request.rel_error:.2e}"),
+    Column("worst", lambda row: f"{row[1].request.worst[0]:.2e}"),
+    Column("at\nstep", lambda row: str(row[1].request.worst[2]) if row[1].request.worst[0] else "-"),
+    Column("NMSE\ndB", lambda row: _nmse(row[1]), spare=1),
+    Column("state\nMB", lambda row: f"{row[1].state_bytes / 1e6:.3f}", spare=2),
 )
 
 
-def show(trace: Trace, config: StreamConfig, scores: Mapping[str, Score], shown_on: Console) -> None:
-    """Print the table."""
-    loop = f"order {config.order}" + ("" if config.damping is None else f", damping {config.damping:g}")
-    loop += f", {config.state} state" if config.state != "exact" else ""
+def _title(trace: Trace, config: StreamConfig | None, steps: int | None) -> str:
+    said = [f"{len(trace.sites)} sites"]
+    if steps is not None:
+        said.append(f"{steps} steps")
+    if config is not None:
+        damping = "" if config.damping is None else f", damping {config.damping:g}"
+        said.append(f"order {config.order}{damping}, warm-up {config.warmup_steps}")
+        if config.state != "exact":
+            said.append(f"{config.state} state")
+        if config.keyframe is not None:
+            said.append(f"{config.keyframe.codec_id} keyframes")
+    return f"{escape(str(trace.path))}: {', '.join(said)}"
+
+
+def show(
+    trace: Trace,
+    config: StreamConfig | None,
+    scores: Mapping[str, Score],
+    shown_on: Console,
+    steps: int | None = None,
+) -> None:
+    """Print the table.
+
+    Args:
+        trace: what was played.
+        config: of the codecs; ``None`` where there are presets only.
+        scores: by row.
+        shown_on: the console.
+        steps: how many of the recorded steps were played; ``None`` for all.
+    """
     table = fitting_table(
         _COLUMNS,
         list(scores.items()),
         shown_on,
-        title=f"{escape(str(trace.path))}: {len(trace.sites)} sites, {loop}, warm-up {config.warmup_steps}",
+        padding=(0, 1, 0, 0),  # ten columns
+        title=_title(trace, config, steps),
         caption="b/el: wire bits per element of a residual frame, header and scales included; request: of all frames, "
-        "keyframes too; error: mean of ||x - x_hat|| / ||x|| over steps and sites, without keyframes; worst: the "
-        "largest of them; state: what the sender holds",
+        "keyframes too; ratio: 16 bits over these; error: mean of ||x - x_hat|| / ||x|| over steps and sites, without "
+        "keyframes and with them; worst: the largest of all",
     )
     shown_on.print(table)

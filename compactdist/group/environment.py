@@ -17,6 +17,7 @@ from typing import Any
 from compactdist.codecs import get as codec_of
 from compactdist.errors import CompactDistError, ConfigError
 from compactdist.policy import Rule, rules_from_json
+from compactdist.presets import expand
 from compactdist.state import Layout
 
 __all__ = ["check_names", "settings_from_environment", "warn_overruled"]
@@ -39,6 +40,11 @@ def _content(text: str, opening: str) -> str:
     return text if text.lstrip().startswith(opening) else Path(text).read_text()
 
 
+def _preset(text: str) -> str:
+    expand({"preset": text})
+    return text
+
+
 def _rules(text: str) -> list[Rule]:
     return rules_from_json(_content(text, "["))
 
@@ -50,6 +56,7 @@ def _layouts(text: str) -> dict[str, Layout]:
 
 _FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "CODEC": (str, "a codec"),
+    "PRESET": (_preset, "a preset"),
     "POLICY": (_rules, "a JSON list of rules, or the path of a file that holds one"),
     "WARMUP_STEPS": (int, "an integer"),
     "ORDER": (int, "an integer"),
@@ -123,22 +130,30 @@ def settings_from_environment(environment: Mapping[str, str] | None = None) -> d
 
 
 def warn_overruled(environment: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Log a warning for each variable that has no effect, as the program gives the same option another value.
+    """Log a warning for each option of the environment without effect, as the program gives it another value.
 
     Args:
         environment: options from the environment.
-        given: options that the program gave, or an adapter for it.
+        given: options that the program gave, or an adapter for it, those of its preset included.
     """
-    for name in environment.keys() & given.keys():
-        told, chosen = environment[name], given[name]
-        if told != chosen and not (name in ("codec", "keyframe") and codec_of(told) == codec_of(chosen)):
-            variable = _PREFIX + name.upper()
-            _log.warning(
-                "%s=%r has no effect on this group: the program (or its adapter) gives %s=%r to wrap(), which goes "
-                "before the environment. Unset the variable, or leave %s out of the program",
-                variable,
-                told,
-                name,
-                chosen,
-                name,
-            )
+    of_variables = expand(environment)
+    if "preset" in environment:
+        of_variables["preset"] = environment["preset"]
+    for name in of_variables.keys() & given.keys():
+        told, chosen = of_variables[name], given[name]
+        if told == chosen or (name in ("codec", "keyframe") and codec_of(told) == codec_of(chosen)):
+            continue
+        if name in environment:
+            said = f"{_PREFIX}{name.upper()}={told!r}"
+        elif "preset" in given:
+            continue  # one preset in place of another: said once
+        else:
+            said = f"{name}={told!r} of {_PREFIX}PRESET={environment['preset']!r}"
+        _log.warning(
+            "%s has no effect on this group: the program (or its adapter) gives %s=%r to wrap(), which goes before "
+            "the environment. Unset the variable, or leave %s out of the program",
+            said,
+            name,
+            chosen,
+            name,
+        )

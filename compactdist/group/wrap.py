@@ -19,6 +19,7 @@ from compactdist.group.agree import agree
 from compactdist.group.environment import settings_from_environment, warn_overruled
 from compactdist.group.lifecycle import check_rules
 from compactdist.group.process_group import CompressedProcessGroup
+from compactdist.presets import expand
 
 __all__ = ["unwrap", "unwrap_mesh", "wrap", "wrap_mesh"]
 
@@ -30,6 +31,7 @@ def wrap(
     group: Any = None,
     codec: Any = None,
     *,
+    preset: str | None = None,
     options: Options | None = None,
     timeout: timedelta | float | None = None,
     **settings: Any,
@@ -45,7 +47,8 @@ def wrap(
     Args:
         group: the group to wrap; ``None``: the default group. A rank outside the group gets ``group`` itself back.
         codec: see :class:`Options`.
-        options: all options at once, instead of ``codec``, ``settings`` and the environment.
+        preset: a name of :mod:`compactdist.presets`; options that are given beside it go before its own.
+        options: all options at once, instead of ``codec``, ``preset``, ``settings`` and the environment.
         timeout: how long to wait for the other ranks, seconds or timedelta; 60 s by default.
         **settings: the other fields of :class:`Options`: ``policy``, ``warmup_steps``, ``order``, ``damping``,
             ``error_feedback``, ``local``, ``min_numel``, ``layouts``, ``find_layout``, ``state``, ``keyframe``,
@@ -60,8 +63,8 @@ def wrap(
         ConfigError, UnknownCodecError, CodecConfigError: bad options.
         ConfigMismatchError, WrapTimeoutError: the ranks do not agree.
     """
-    given = settings if codec is None else {"codec": codec, **settings}
-    chosen, seconds = _options(group, options, given, timeout)
+    named = {name: value for name, value in (("codec", codec), ("preset", preset)) if value is not None}
+    chosen, seconds = _options(group, options, {**named, **settings}, timeout)
     check_rules(chosen)
     if not dist.is_initialized():
         raise NotInitializedError("wrap() needs a process group: call torch.distributed.init_process_group() first")
@@ -113,16 +116,17 @@ def _options(
     if isinstance(group, str | Mapping | Codec):
         raise ConfigError(f"wrap() takes a process group first, got {group!r}; did you mean codec={group!r}?")
     known = {f.name for f in Options.__dataclass_fields__.values() if f.init}
-    unknown = sorted(set(given) - known)
+    unknown = sorted(set(given) - known - {"preset"})
     if unknown:
         raise ConfigError(f"wrap() knows no option {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
     if options is not None and given:
-        raise ConfigError("give options=, or codec and single settings, not both")
+        raise ConfigError("give options=, or codec, preset and single settings, not both")
     environment = {} if options is not None else settings_from_environment()
     if timeout is not None:
         given = {**given, "timeout": timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)}
-    warn_overruled(environment, given)
-    settings = {**environment, **given}
+    chosen = expand(given)
+    warn_overruled(environment, {**chosen, **given})
+    settings = {**expand(environment), **chosen}
     waited = settings.pop("timeout", _TIMEOUT_SECONDS)
     return options or Options(**settings), waited
 

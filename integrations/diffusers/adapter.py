@@ -63,11 +63,12 @@ def enable(
             with at least one such model; `torch.compile` it before. With a pipeline, a request begins when the pipeline
             sets its timesteps. With a model alone, a request begins when the timesteps turn back (up, where they go
             down); call `handle.new_request()` where they do not, as with a single step.
-        codec: a codec or its name, for `compactdist.wrap`; `"auto"`: that of `COMPACTDIST_CODEC`, else `int2`.
+        codec: a codec or its name, for `compactdist.wrap`; `"auto"`: that of `preset=`, else of
+            `COMPACTDIST_CODEC`, else `int2`.
         routes: `"ring"`, `"ulysses"` or both; by default those that span more than one rank.
         forwards_per_step: forwards of the model in one step, and in one branch where the pipeline names branches in
             `cache_context`; by default a step begins when the timestep changes.
-        wrap_options: further arguments of `compactdist.wrap` (`policy`, `order`, `warmup_steps`, ...).
+        wrap_options: further arguments of `compactdist.wrap` (`preset`, `policy`, `order`, ...).
 
     Raises:
         TypeError: neither a diffusers model nor a pipeline.
@@ -86,7 +87,7 @@ def enable(
     # Exact: attention uses its own keys and values as they are, and those of other ranks as they were decoded.
     options: dict[str, Any] = {"local": "exact", "layouts": sites.layout_of} | wrap_options
     try:
-        _wrap(meshes, chosen_codec(codec), options, groups, sites, patches)
+        _wrap(meshes, chosen_codec(codec, wrap_options.get("preset")), options, groups, sites, patches)
         patches.add(sites.remove)
         sites.install()
         clock = Clock(list(groups.values()), forwards_per_step)

@@ -64,20 +64,20 @@ def enable(
 
     Args:
         pipe: an xDiT pipeline wrapper, or a diffusers pipeline whose transformer xfuser has parallelised.
-        codec: a codec or its name, for `compactdist.wrap`; `"auto"`: that of `COMPACTDIST_CODEC`, else `int2`; `None`
-            compresses nothing (for a parallel method alone).
+        codec: a codec or its name, for `compactdist.wrap`; `"auto"`: that of `preset=`, else of
+            `COMPACTDIST_CODEC`, else `int2`; `None` compresses nothing (for a parallel method alone).
         routes: of `compactdist_xdit.routes.ROUTES`, as a list or a text with commas; by default `ring`, `ulysses` and
             `pipefusion`. Routes whose groups have one rank send nothing and are left out.
         parallel_method: `"patch"` or `"distrifusion"` in place of ring attention; see `compactdist_xdit.methods`.
         method_warmup_steps, method_sync_from_step: DistriFusion's synchronous first and last steps.
         exact_own: a rank attends to its own keys and values as they are, not as the other ranks decode them.
-        wrap_options: further arguments of `compactdist.wrap` (`policy`, `order`, `warmup_steps`, ...).
+        wrap_options: further arguments of `compactdist.wrap` (`preset`, `policy`, `order`, ...).
 
     Raises:
         ValueError: there is nothing to compress, a route or method is unknown, the pipeline is enabled already, or
             xfuser is configured in a way that excludes compression (8-bit communication, CPU offload).
     """
-    inner, wanted, codec = unwrapped(pipe), all_routes.chosen(routes), chosen_codec(codec)
+    inner, wanted, codec = unwrapped(pipe), all_routes.chosen(routes), chosen_codec(codec, wrap_options.get("preset"))
     method = None
     if parallel_method is not None:
         choices = {"warmup_steps": method_warmup_steps, "sync_from_step": method_sync_from_step, "exact_own": exact_own}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from compactdist import codecs
+from compactdist.presets import PRESETS
 from compactdist.state import StreamDecoder
 from compactdist.wire import HEADER_NBYTES
 from tests.cli.kit import activations, run, run_json, trace
@@ -18,9 +19,13 @@ from tests.cli.kit import activations, run, run_json, trace
 KEYS = {
     "bits_per_element",
     "request_bits_per_element",
+    "request_ratio",
     "rel_error",
+    "request_rel_error",
     "nmse_db",
     "worst_step_rel_error",
+    "request_worst_step_rel_error",
+    "request_worst_step",
     "state_bytes",
 }
 LOSSY = ("binary", "int2", "int4", "int8")
@@ -54,6 +59,10 @@ def test_figures_are_those_of_the_loop_by_hand(tmp_path: Path, order: int, codec
     assert row["request_bits_per_element"] == pytest.approx(8 * request / x.numel(), abs=8 * 16 / rows / channels)
     assert row["rel_error"] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
     assert row["worst_step_rel_error"] == pytest.approx(max(errors), rel=1e-5)
+    assert row["request_ratio"] == pytest.approx(16 / row["request_bits_per_element"])
+    assert row["request_rel_error"] == pytest.approx(sum(errors) / steps, rel=1e-5)  # the keyframe is exact
+    assert row["request_worst_step_rel_error"] == row["worst_step_rel_error"]
+    assert row["request_worst_step"] == 1 + errors.index(max(errors))
     assert row["nmse_db"] == pytest.approx(10 * math.log10(squares / float(x[1:].double().square().sum())), abs=1e-4)
     assert row["state_bytes"] == order * rows * channels * 4
 
@@ -74,6 +83,65 @@ def test_more_warm_up_means_more_request_bits_and_none_in_the_steady_state(tmp_p
     assert three["bits_per_element"] < 4.7
     zero = run_json("evaluate", path, "--codec", "int4", "--warmup", 0, "--json", "-")["int4"]
     assert zero == one
+
+
+def test_a_coded_keyframe_makes_the_request_smaller_and_its_first_step_wrong(tmp_path: Path) -> None:
+    x = activations()
+    path = trace(tmp_path / "t.safetensors", {"a": x})
+    raw = run_json("evaluate", path, "--codec", "int8", "--keyframe", "raw", "--json", "-")["int8"]
+    row = run_json("evaluate", path, "--codec", "int8", "--keyframe", "int4", "--json", "-")["int8"]
+    codec = codecs.get("int4")
+    blocks = x[0].view(1, -1, 128)
+    first = codec.decode(codec.encode(blocks), blocks.shape, torch.float32)
+    error = float((first - blocks).norm() / blocks.norm())
+    assert row["request_worst_step"] == 0
+    assert row["request_worst_step_rel_error"] == pytest.approx(error, rel=1e-5)
+    later = (x.shape[0] - 1) * row["rel_error"]
+    assert row["request_rel_error"] == pytest.approx((error + later) / x.shape[0], rel=1e-5)
+    saved = 4 * x[0].numel() - codec.payload_nbytes(blocks.shape, torch.float32)
+    per_element = 8 * saved / x.numel()
+    assert row["request_bits_per_element"] == pytest.approx(raw["request_bits_per_element"] - per_element, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "steps", "numbers"),
+    [(28, 4, [0, 9, 18, 27]), (28, 8, [0, 4, 8, 12, 15, 19, 23, 27]), (5, 5, [0, 1, 2, 3, 4]), (9, 2, [0, 8])],
+)
+def test_fewer_steps_are_evenly_spaced(tmp_path: Path, recorded: int, steps: int, numbers: list[int]) -> None:
+    x = activations(recorded, 16, 16)
+    whole = trace(tmp_path / "whole.safetensors", {"a": x})
+    cut = trace(tmp_path / "cut.safetensors", {"a": x[numbers]})
+    options = ("--codec", "int2", "--baselines", "--json", "-")
+    assert run_json("evaluate", whole, "--steps", steps, *options) == run_json("evaluate", cut, *options)
+
+
+def test_presets_are_their_options_under_their_own_names(tmp_path: Path) -> None:
+    path = trace(tmp_path / "t.safetensors")
+    rows = run_json("evaluate", path, "--preset", "all", "--codec", "int3", "--json", "-")
+    assert list(rows) == ["int3", *PRESETS]
+    for name, preset in PRESETS.items():
+        options = ("--codec", preset.codec, "--keyframe", preset.keyframe, "--order", preset.order)
+        assert rows[name] == run_json("evaluate", path, *options, "--json", "-")[preset.codec]
+    two = run_json("evaluate", path, "--preset", "tiny", "--preset", "safe", "--order", 0, "--json", "-")
+    assert two == {name: rows[name] for name in ("tiny", "safe")}
+    shown = run("evaluate", path, "--preset", "small").stdout
+    assert "small" in shown
+    assert "order" not in shown  # of codecs, of which there are none
+
+
+def test_an_unknown_preset_is_refused(tmp_path: Path) -> None:
+    result = run("evaluate", trace(tmp_path / "t.safetensors"), "--preset", "smal", "--json", "-")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "did you mean 'small'" in result.stderr
+
+
+def test_more_steps_than_recorded_are_refused(tmp_path: Path) -> None:
+    result = run("evaluate", trace(tmp_path / "t.safetensors"), "--steps", 5, "--json", "-")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "tensor 'b' has 4 steps" in result.stderr
+    assert "--steps 5" in result.stderr
 
 
 @pytest.mark.parametrize(

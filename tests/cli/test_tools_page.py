@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from compactdist.cli.baselines import BASELINES
+from compactdist.presets import PRESETS
 from tests.cli.kit import run_json
 
 ROOT = Path(__file__).parents[2]
 TRACE = ROOT / "benchmarks" / "traces" / "digits_ring.safetensors"
+PHOTOS = ROOT / "benchmarks" / "traces" / "photos_dit.safetensors"
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -22,8 +25,28 @@ def test_figures(order: int) -> None:
         row = committed[codec]
         assert printed[codec] == pytest.approx(row, rel=1e-3), codec
         cells = [codec, f"{row['bits_per_element']:.3f}", f"{row['request_bits_per_element']:.3f}"]
-        cells += [f"{row['rel_error']:.2e}", f"{row['nmse_db']:.2f}", f"{row['worst_step_rel_error']:.2e}"]
+        cells += [f"{row['request_ratio']:.2f}", f"{row['rel_error']:.2e}", f"{row['request_rel_error']:.2e}"]
+        cells += [f"{row['request_worst_step_rel_error']:.2e}", f"{row['nmse_db']:.2f}"]
         assert "| " + " | ".join([*cells, f"{row['state_bytes'] / 1e6:.3f}"]) + " |" in page
+
+
+@pytest.mark.parametrize("steps", [None, 4])
+def test_presets_and_baselines(steps: int | None) -> None:
+    results, page = ROOT / "benchmarks" / "results", (ROOT / "docs" / "tools.md").read_text()
+    fewer = () if steps is None else ("--steps", steps)
+    both = []
+    for trace in (TRACE, PHOTOS):
+        name = trace.name.split("_")[0]
+        stored = results / f"evaluate_{name}_presets{'' if steps is None else f'_{steps}_steps'}.json"
+        both.append(json.loads(stored.read_text()))
+        printed = run_json("evaluate", trace, "--preset", "all", "--baselines", *fewer, "--json", "-")
+        assert printed == {row: pytest.approx(values, rel=1e-3) for row, values in both[-1].items()}
+    assert list(both[0]) == list(both[1]) == [*PRESETS, *(name for name, _ in BASELINES)]
+    for row in both[0]:
+        cells = [f"{values[row]['request_bits_per_element']:.3f}" for values in both]
+        for key in ("request_rel_error", "request_worst_step_rel_error"):
+            cells += [f"{values[row][key]:.2e}" for values in both]
+        assert "| " + " | ".join([row, *cells]) + " |" in page
 
 
 @pytest.mark.parametrize("order", [1, 2])

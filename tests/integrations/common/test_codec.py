@@ -25,6 +25,16 @@ def test_the_environment_counts_where_no_codec_is_given(monkeypatch: pytest.Monk
         chosen_codec(AUTO)
 
 
+def test_a_preset_names_the_codec_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPACTDIST_PRESET", "small")
+    assert chosen_codec(AUTO) == "binary"
+    assert chosen_codec(AUTO, "safe") == "int4"
+    monkeypatch.setenv("COMPACTDIST_CODEC", "int8")
+    assert chosen_codec(AUTO) == "int8"
+    assert chosen_codec(AUTO, "safe") == "int4"
+    assert chosen_codec("int2", "safe") == "int2"
+
+
 @pytest.mark.parametrize("adapter", [compactdist_xdit, compactdist_diffusers])
 def test_no_adapter_gives_a_codec_that_nobody_asked_for(adapter: object) -> None:
     assert inspect.signature(adapter.enable).parameters["codec"].default == AUTO

@@ -1,0 +1,70 @@
+"""Options of ``wrap`` by intent: ``wrap(preset="small")``.
+
+Every preset sets the same options, so that one replaces another whole. What is given beside a preset goes before it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+from compactdist.errors import ConfigError
+
+__all__ = ["PRESETS", "Preset", "expand"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options that belong together; their meaning is that of :class:`compactdist.Options`.
+
+    Attributes:
+        codec: codes residuals.
+        keyframe: codes keyframes.
+        order: prediction.
+    """
+
+    codec: str
+    keyframe: str
+    order: int = 1
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        # the first step exact, and an error that no picture shows
+        "safe": Preset("int4", "raw"),
+        # eight bits of a keyframe cost no error that can be measured
+        "balanced": Preset("int2", "int8"),
+        "small": Preset("binary", "int8"),
+        # the first step is as wrong as later ones are; a velocity, one more copy of each tensor, makes those less wrong
+        "tiny": Preset("binary", "int4", order=2),
+        # with 4 to 8 steps the keyframe is most of a request
+        "few-step": Preset("int4", "int4"),
+    }
+)
+"""Presets by name, the largest error last but for ``"few-step"``."""
+
+
+def expand(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the preset that they name, if any, put in its options' place.
+
+    Args:
+        settings: options by name, ``preset`` among them or not.
+
+    Returns:
+        Options without ``preset``; those of ``settings`` go before those of the preset.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    others = dict(settings)
+    name = others.pop("preset", None)
+    if name is None:
+        return others
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(str(name), PRESETS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+        raise ConfigError(f"there is no preset {name!r}{hint} There are: {', '.join(PRESETS)}")
+    return {**asdict(PRESETS[name]), **others}
