@@ -1,0 +1,97 @@
+"""The transform codec through collectives: ends that learn stay equal, whatever passes between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import compactdist
+from compactdist.errors import ConfigError
+from tests.launch import run_ranks
+
+STEPS, ROWS, CHANNELS = 6, 60, 96
+
+
+def _values(rank: int, seed: int = 0) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(10 * seed + rank)
+    mixed = torch.randn(5, CHANNELS, generator=torch.Generator().manual_seed(99))
+    x = torch.randn(ROWS, 5, generator=g) @ mixed
+    values = []
+    for _ in range(STEPS):
+        x = x + 0.1 * torch.randn(ROWS, 5, generator=g) @ mixed
+        values.append(x.clone())
+    return values
+
+
+def _gather_and_exchange(rank: int, world_size: int) -> list[float]:
+    errors = []
+    with compactdist.wrap(codec="transform:bits=2", min_numel=1) as dist:
+        mine, others = _values(rank), [_values(peer) for peer in range(world_size)]
+        for step in range(STEPS):
+            with dist.step():
+                gathered = torch.empty(world_size * ROWS, CHANNELS)
+                dist.all_gather_into_tensor(gathered, mine[step])
+                received = torch.empty(ROWS, CHANNELS)
+                dist.all_to_all_single(received, mine[step])
+            expected = torch.cat([other[step] for other in others])
+            errors.append(float((gathered - expected).norm() / expected.norm()))
+            part = ROWS // world_size
+            expected = torch.cat([other[step][rank * part : (rank + 1) * part] for other in others])
+            errors.append(float((received - expected).norm() / expected.norm()))
+        dist.check()
+        counts = dist.stats()
+        assert counts.compressed_calls == 2 * STEPS
+        # reconstructed on all ranks alike
+        everyone = [torch.empty_like(gathered) for _ in range(world_size)]
+        torch.distributed.all_gather(everyone, gathered)
+        assert all(torch.equal(everyone[0], one) for one in everyone)
+    return errors
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gather_and_exchange(world_size):
+    for errors in run_ranks(_gather_and_exchange, world_size):
+        assert max(errors) < 0.05
+
+
+def _ring(rank: int, world_size: int) -> bool:
+    """Chunks travel round the ring, passed on as the frames they came in."""
+    with compactdist.wrap(codec="transform:bits=2", min_numel=1) as dist:
+        mine, others = _values(rank), [_values(peer) for peer in range(world_size)]
+        for step in range(STEPS):
+            with dist.step():
+                held = mine[step]
+                for hop in range(1, world_size):
+                    received = torch.empty_like(held)
+                    ops = [
+                        torch.distributed.P2POp(torch.distributed.isend, held, (rank + 1) % world_size, group=dist),
+                        torch.distributed.P2POp(torch.distributed.irecv, received, (rank - 1) % world_size, group=dist),
+                    ]
+                    for work in torch.distributed.batch_isend_irecv(ops):
+                        work.wait()
+                    held = received
+                    expected = others[(rank - hop) % world_size][step]
+                    assert float((held - expected).norm() / expected.norm()) < 0.05
+        assert dist.stats().forwarded > 0
+        dist.check()
+    return True
+
+
+def test_frames_are_passed_on_round_a_ring():
+    assert all(run_ranks(_ring, 3))
+
+
+def _open_loop(rank: int, world_size: int) -> str:
+    with compactdist.wrap(codec="transform", min_numel=1, error_feedback=False) as dist:
+        x = _values(rank)[0]
+        try:
+            with dist.step():
+                dist.all_gather_into_tensor(torch.empty(world_size * ROWS, CHANNELS), x)
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def test_without_error_feedback_it_is_refused_before_a_byte_moves():
+    for text in run_ranks(_open_loop):
+        assert "learns from the history, which the two ends do not share with error_feedback=False" in text
