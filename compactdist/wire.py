@@ -42,12 +42,14 @@ __all__ = [
     "SHAPE",
     "SHAPE_NBYTES",
     "STATELESS",
+    "checksum_in",
     "differences",
     "empty_frame",
     "explain",
     "frame_in",
     "hash64",
     "pack",
+    "read_head",
     "seal",
     "step_in",
     "stream_fingerprint",
@@ -136,6 +138,7 @@ MAX_DIMS = 8
 
 _CALL, _CALL_AT = struct.Struct("<iII"), _OFFSETS["step"]
 _SUMS, _SUMS_AT = struct.Struct("<QQ8xQ"), _OFFSETS["checksum"]
+_CHECKSUM = struct.Struct("<Q")
 
 KEY = 1
 """The payload is the tensor itself and starts (or restarts) the stream's history."""
@@ -333,6 +336,13 @@ def write_head(frame: Tensor, head: bytes) -> Tensor:
     return frame
 
 
+def read_head(frame: Tensor) -> bytes:
+    """The first bytes of a frame, as many as a header has."""
+    if frame.is_cpu:
+        return ctypes.string_at(frame.data_ptr(), HEADER_NBYTES)
+    return frame[:HEADER_NBYTES].cpu().numpy().tobytes()
+
+
 def pack(header: Header, payload: Tensor, frame_nbytes: int | None = None) -> Tensor:
     """Put header and payload into one frame.
 
@@ -453,6 +463,11 @@ def differences(got: bytes, expected: bytes) -> list[tuple[str, object, object]]
         return f"{value:016x}" if field.code == "Q" else value
 
     return [(field.name, shown(field, theirs), shown(field, ours)) for field, theirs, ours in wrong]
+
+
+def checksum_in(head: bytes) -> int:
+    """The payload's checksum that a header says."""
+    return int(_CHECKSUM.unpack_from(head, _SUMS_AT)[0])
 
 
 def step_in(head: bytes) -> int:

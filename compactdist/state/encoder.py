@@ -47,24 +47,6 @@ def _bounded(residual: Tensor) -> Tensor:
     return residual.clamp(-limit, limit)
 
 
-_SAMPLES, _SAMPLE = 16, 256
-"""Runs of elements that stand for a tensor, and elements of a run."""
-
-_FAR = 4.0
-"""How many times a residual must be larger than its tensor to be not worth coding."""
-
-
-def _is_far_larger(flat: Tensor, terms: Terms) -> bool:
-    """Whether the residual is far larger than the tensor, judged by the sums of magnitudes of some runs of each."""
-    run, residual = flat.numel() // _SAMPLES, flat
-    some = run > _SAMPLE
-    if some:
-        flat = residual = flat[: _SAMPLES * run].view(_SAMPLES, run)[:, :_SAMPLE]
-    for one in terms:
-        residual = residual - (one[: _SAMPLES * run].view(_SAMPLES, run)[:, :_SAMPLE] if some else one)
-    return float(residual.abs().sum()) > _FAR * float(flat.abs().sum())
-
-
 class StreamEncoder(StreamState):
     """Encoder of one directed stream inside a group: stages a frame, and commits once it is on its way.
 
@@ -231,7 +213,7 @@ class StreamEncoder(StreamState):
             frame[end:].zero_()
         payload = frame[start:end]
         terms = self.predictor.terms()
-        if terms and flat.is_cpu and _is_far_larger(flat, terms if own is None else own.terms()):
+        if terms and flat.is_cpu and form.is_far_larger(flat, terms if own is None else own.terms()):
             terms, header = (), replace(header, flags=RESTART)
         value = None
         if want_value or self._remembers:

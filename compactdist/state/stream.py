@@ -187,10 +187,11 @@ class Form:
         head: the bytes before the payload; what differs from frame to frame is filled in.
         frame_nbytes: bytes of every frame, header included, padding excluded.
         checksum: sums up a payload.
+        is_far_larger: whether a residual is so large beside its tensor that it is not worth coding.
         frames: seals or checks frames on the device; ``None`` where the host does it.
     """
 
-    __slots__ = ("checksum", "codec", "frame_nbytes", "frames", "head", "session")
+    __slots__ = ("checksum", "codec", "frame_nbytes", "frames", "head", "is_far_larger", "session")
 
     def __init__(self, codec: Codec, session: Session, head: HeadTemplate, frames: kernels.Frames | None) -> None:
         self.codec = codec
@@ -199,6 +200,7 @@ class Form:
         self.frame_nbytes = head.header.nbytes + session.payload_nbytes
         self.frames = frames
         self.checksum = kernels.checksum_for(session.payload_nbytes, session.device)
+        self.is_far_larger = kernels.far_larger_for(session.view.numel, session.dtype, session.device)
 
 
 @dataclass(slots=True)
