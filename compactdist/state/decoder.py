@@ -17,6 +17,7 @@ from compactdist.state.matrix_view import blocks
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, Spares, StreamConfig, StreamState
 from compactdist.wire import (
+    CHECKSUM_PLACE,
     CHECKSUM_WEIGHTED_SUM,
     HEADER_NBYTES,
     KEY,
@@ -25,11 +26,10 @@ from compactdist.wire import (
     RESTART,
     STATELESS,
     Header,
-    checksum_in,
+    bytes_at,
     from_raw,
     payload_of,
     raw_nbytes,
-    read_head,
     unpack,
 )
 
@@ -166,8 +166,9 @@ class StreamDecoder(StreamState):
                 return value
         if self._there is not None:
             self.known_digest()
-        head, session = read_head(frame), form.session
-        checksum = checksum_in(head)
+        head = bytes_at(frame.data_ptr()).raw if frame.is_cpu else frame[:HEADER_NBYTES].cpu().numpy().tobytes()
+        session = form.session
+        checksum = int.from_bytes(head[CHECKSUM_PLACE], "little")
         if head != form.head.filled(step, epoch, self.sequence, checksum, self.digest):
             return None
         if session.sums and self._spares is not None and not self._torn:
