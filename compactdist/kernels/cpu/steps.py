@@ -307,6 +307,7 @@ class CpuSteps:
         "_numel",
         "_out_streams",
         "_signs",
+        "_sums",
         "_total_nbytes",
         "checksum",
         "plan",
@@ -320,7 +321,9 @@ class CpuSteps:
         self._dtype = dtype
         self._total_nbytes = plan.sections.total_nbytes
         self._out_streams = numel * dtype.itemsize >= STREAMED_NBYTES
-        self.sums = plan.row_words > 0
+        self._sums = plan.row_words > 0
+        # one or two bits are read twice in less time than it takes to write elsewhere than over the history
+        self.sums = self._sums and plan.sections.bits >= 4
         self._signs = plan.kind == SIGN
         self.checksum: int | None = None
         # compiled, or read from disk, when first needed; by whether there is just one term, and whether it is summed up
@@ -365,7 +368,7 @@ class CpuSteps:
         )
         done = bool(block.run(block.address))
         # signs are summed up by the pass that writes ``out``, where scales belong to rows and channels
-        sums = self.sums and (not self._signs or (out_at and not plan.by_block))
+        sums = self._sums and (not self._signs or (out_at and not plan.by_block))
         self.checksum = int(block.slots[call.SUM]) & _MASK64 if done and sums else None
         return done
 
