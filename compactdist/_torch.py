@@ -45,6 +45,14 @@ PUBLIC_NAMES: frozenset[str] = frozenset(c10d.__all__) | {"group", "GroupMember"
 """Names of the public torch.distributed API (``torch.distributed`` itself has no ``__all__``; 2.13)."""
 
 
+AllgatherOptions: Any = c10d.AllgatherOptions  # type: ignore[attr-defined]
+world: Any = c10d._world
+"""What torch.distributed knows of its groups; ``pg_coalesce_state`` has those inside a coalescing manager (2.13)."""
+
+has_torch_function: Callable[[Any], bool] = torch._C._has_torch_function_unary
+"""Whether a tensor's class, or a mode such as export's, replaces torch's functions of it (2.13)."""
+
+
 _OLDER_NAMES = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
 """Names of torch.distributed's functions in torch 2.11, by those of 2.13, which warns at the old ones."""
 

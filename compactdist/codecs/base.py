@@ -160,9 +160,10 @@ class Session:
         codec, view, dtype, device: as given to ``Codec.open``.
         payload_nbytes: bytes of every payload of this stream.
         checksum: of the payload that the last ``encode`` wrote, if it was summed up on the way, else ``None``.
+        sums: whether ``decode_and_sum`` sums up payloads.
     """
 
-    __slots__ = ("checksum", "codec", "device", "dtype", "payload_nbytes", "view")
+    __slots__ = ("checksum", "codec", "device", "dtype", "payload_nbytes", "sums", "view")
 
     remembers: ClassVar[bool] = False
     """Whether ``commit``, ``rollback`` and ``prepare`` do anything; if not, callers may leave these calls out."""
@@ -174,6 +175,7 @@ class Session:
         self.device = device
         self.payload_nbytes = codec.payload_nbytes(view.shape, torch.float32)
         self.checksum: int | None = None
+        self.sums = False
 
     @torch.no_grad()
     def encode(
@@ -213,6 +215,19 @@ class Session:
             PayloadError: The payload is not uint8 of the expected length.
         """
         add_up(terms, self.view.to_flat(self.codec.decode(payload, self.view.shape, torch.float32)), out)
+
+    def decode_and_sum(self, payload: Tensor, terms: Terms, out: Tensor) -> int | None:
+        """As ``decode``, of bytes that may be damaged, and their checksum: ``out`` is good if that is the payload's.
+
+        Args:
+            payload: ``payload_nbytes`` of any contents.
+            terms: terms of the prediction, as for ``encode``.
+            out: flat, contiguous, of ``dtype``, none of the terms.
+
+        Returns:
+            The checksum; ``None``: the bytes were not summed up, and ``out`` holds anything.
+        """
+        return None
 
     @property
     def device_steps(self) -> DeviceSteps | None:

@@ -28,7 +28,7 @@ from compactdist.exchange.plan import Call, CallPlan, Chooser, Incoming, Outgoin
 from compactdist.exchange.work import Job, Outbox, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import GroupStats, PassReason
-from compactdist.state import Site, Staged, StateStore, StreamConfig
+from compactdist.state import Room, Site, Staged, StateStore, StreamConfig
 from compactdist.wire import KEY, NONFINITE, frame_in, from_raw
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Flight:
         wire_nbytes: bytes put on the link.
         own_value: the value to be written to ``own_output``.
         queue: CUDA stream that the buffers belong to; ``None`` on a CPU.
+        room: memory of ``arrived`` that another call may use once this one is done; ``None``: it is this call's own.
     """
 
     plan: CallPlan
@@ -103,6 +104,7 @@ class Flight:
     wire_nbytes: int = 0
     own_value: Tensor | None = None
     queue: torch.cuda.Stream | None = None
+    room: Room | None = None
 
 
 @dataclass
@@ -357,6 +359,12 @@ class Engine:
                             plan.pattern.remember(self, flight, part, target, data)
                 except Exception as e:
                     error = error or e
+        rooms = self.store.spares.rooms
+        if flight.room is not None:
+            rooms[flight.room.place] = flight.room
+        for staged in flight.staged:
+            if staged is not None and staged.room is not None:
+                rooms[staged.room.place] = staged.room
         for peer in refused:
             self.store.refuse(plan.site, peer)
         if error is not None:

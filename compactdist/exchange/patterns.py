@@ -19,7 +19,7 @@ from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.forward import Message
 from compactdist.exchange.plan import Call, CallPlan, Incoming, Outgoing
 from compactdist.observe.stats import PassReason
-from compactdist.state import Site, state_nbytes
+from compactdist.state import Room, Site, state_nbytes
 from compactdist.wire import raw_payload
 
 __all__ = [
@@ -188,12 +188,16 @@ class AllGather(OneMessage):
         assert staged is not None
         frame, size = staged.frame, engine.size
         nbytes = frame.numel()
-        gathered = torch.empty(size * nbytes, dtype=torch.uint8, device=frame.device)
-        flight.work = engine.link.all_gather(gathered, frame, flight.opts)
-        rows = []
-        for part in flight.plan.incoming:
-            rows.append(gathered.narrow(0, part.peer * nbytes, nbytes))
-        flight.arrived, flight.keep, flight.wire_nbytes = rows, (frame, gathered), (size - 1) * nbytes
+        place = nbytes, size
+        room = engine.store.spares.rooms.pop(place, None) if frame.is_cpu else None
+        if room is None:
+            gathered = torch.empty(size * nbytes, dtype=torch.uint8, device=frame.device)
+            room = Room(
+                place, gathered, tuple([gathered.narrow(0, p.peer * nbytes, nbytes) for p in flight.plan.incoming])
+            )
+        flight.work = engine.link.all_gather(room.whole, frame, flight.opts)
+        flight.arrived, flight.keep, flight.wire_nbytes = room.views, (frame, room.whole), (size - 1) * nbytes
+        flight.room = room if frame.is_cpu else None
 
     def keep_own(self, engine: Engine, flight: Flight) -> None:
         staged = flight.staged[0]

@@ -10,6 +10,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -100,16 +101,34 @@ def moves_weights() -> bool:
     frame: FrameType | None = sys._getframe(1)
     direct = True
     while frame is not None:
-        module = frame.f_globals.get("__name__") or ""
-        if module.startswith("torch."):
-            caller = f"{module}.{frame.f_code.co_name}"
-            if caller.startswith(_torch.MODEL_CALLERS):
+        caller = _caller(frame.f_globals.get("__name__"), frame.f_code.co_name)
+        if caller is not _CORE:
+            if caller is _MODEL:
                 return False
-            if caller.startswith(_torch.WEIGHT_CALLERS) or (direct and caller == _torch.AUTOGRAD_ENGINE):
+            if caller is _WEIGHTS or (direct and caller is _ENGINE):
                 return True
-        direct = direct and module.startswith("compactdist.")
+            direct = False
         frame = frame.f_back
     return direct and _torch.in_backward()
+
+
+_CORE, _MODEL, _WEIGHTS, _ENGINE, _OTHER = "compactdist", "model", "weights", "autograd engine", "other"
+
+
+@lru_cache(maxsize=4096)
+def _caller(module: str | None, function: str) -> str:
+    """What a function on the stack is, by the name of its module and its own; every call asks for a dozen."""
+    module = module or ""
+    if module.startswith("compactdist."):
+        return _CORE
+    if not module.startswith("torch."):
+        return _OTHER
+    name = f"{module}.{function}"
+    if name.startswith(_torch.MODEL_CALLERS):
+        return _MODEL
+    if name.startswith(_torch.WEIGHT_CALLERS):
+        return _WEIGHTS
+    return _ENGINE if name == _torch.AUTOGRAD_ENGINE else _OTHER
 
 
 def under_autograd(tensor: Tensor) -> bool:

@@ -111,10 +111,34 @@ class TorchDistributedAPI:
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
         """torch.distributed.all_gather_into_tensor on this group: ``[N, ...]`` per rank to ``[world * N, ...]``."""
+        group = self if group is None else self._resolve_group(group)
+        if group is self and self._calls_method(output_tensor, input_tensor):
+            opts = _torch.AllgatherOptions()
+            opts.asyncOp = async_op
+            work = self.all_gather_single(output_tensor, input_tensor, opts)
+            if async_op:
+                return work
+            if work is not None:
+                work.wait()
+            return None
         # torch 2.13 renamed it and warns at the old name; not by public_function, which costs a Python call
         function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        group = self if group is None else self._resolve_group(group)
         return function(output_tensor, input_tensor, group=group, async_op=async_op)
+
+    def _calls_method(self, output: Any, x: Any) -> bool:
+        """Whether torch.distributed's function would do nothing but call this group's method, after six Python calls.
+
+        It does more for other things than real tensors, inside a coalescing manager, under a torch function mode such
+        as export's, and while Dynamo traces.
+        """
+        return not (
+            torch.compiler.is_dynamo_compiling()
+            or not type(output) is type(x) is Tensor
+            or output.is_complex()
+            or x.is_complex()
+            or _torch.has_torch_function(x)
+            or self in _torch.world.pg_coalesce_state
+        )
 
     def all_to_all(
         self,

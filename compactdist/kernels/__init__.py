@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compactdist.kernels.reference.checksum import weighted_sum
 from compactdist.kernels.reference.rotations import sweep
+from compactdist.kernels.reference.samples import is_far_larger
 from compactdist.kernels.sources import digest
 from compactdist.kernels.spec import HeadPlaces, MatrixView, QuantizerSpec
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MIN_ELEMENTS",
     "Checksum",
+    "FarLarger",
     "DeviceSteps",
     "Frames",
     "Steps",
@@ -34,6 +36,7 @@ __all__ = [
     "choice",
     "cpu_runs",
     "digest",
+    "far_larger_for",
     "frames_for",
     "rotate",
     "steps_for",
@@ -50,10 +53,13 @@ class Steps(Protocol):
     """The steps of one stream, prepared once: everything that does not change between two steps is held here.
 
     Attributes:
-        checksum: of the payload that the last :meth:`encode` wrote, if it was summed up on the way, else ``None``.
+        checksum: of the payload that the last :meth:`encode` wrote, or the last :meth:`decode` with ``sums`` read, if
+            it was summed up on the way, else ``None``.
+        sums: whether :meth:`decode` can sum up payloads.
     """
 
     checksum: int | None
+    sums: bool
 
     def encode(self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor) -> bool:
         """Write the payload of ``x`` less the sum of ``terms``, and to ``out`` what :meth:`decode` will give.
@@ -63,8 +69,10 @@ class Steps(Protocol):
         """
         ...
 
-    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor) -> bool:
+    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor, *, sums: bool = False) -> bool:
         """Write the sum of ``terms`` plus the decoded payload to ``out``, which may be the first of the terms.
+
+        With ``sums``, sum up the payload on the way. It may be any bytes then, and ``out`` is to be none of the terms.
 
         Returns:
             Whether it was done; if not, ``out`` is as it was.
@@ -84,7 +92,13 @@ class DeviceSteps(Steps, Protocol):
         ...
 
     def decode(
-        self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor, *, accepted: Tensor | None = None
+        self,
+        payload: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor,
+        *,
+        sums: bool = False,
+        accepted: Tensor | None = None,
     ) -> bool:
         """As ``Steps``; with ``accepted``, uint8, ``out`` stays as it was where the first of it is 0."""
         ...
@@ -242,6 +256,25 @@ def checksum_for(nbytes: int, device: torch.device) -> Checksum:
     from compactdist.kernels.cpu import steps
 
     return steps.weighted_sum
+
+
+FarLarger = Callable[[Tensor, tuple[Tensor, ...]], bool]
+"""Whether a flat tensor less the sum of its terms, one or two, is far larger than the tensor."""
+
+
+def far_larger_for(numel: int, dtype: torch.dtype, device: torch.device) -> FarLarger:
+    """The function that judges the residuals of one stream; ``reference/samples.py`` says how.
+
+    Args:
+        numel: elements of every tensor.
+        dtype: of the tensors.
+        device: of the tensors.
+    """
+    if device.type != "cpu" or not cpu_runs(numel):
+        return is_far_larger
+    from compactdist.kernels.cpu import steps
+
+    return steps.Samples(numel, dtype) if dtype in steps.DTYPES else is_far_larger
 
 
 @cache

@@ -9,6 +9,7 @@ from compactdist.state.residual import ResidualDecoder, ResidualEncoder
 from compactdist.state.store import Site, StateStore
 from compactdist.state.stream import (
     COMPRESSIBLE_DTYPES,
+    Room,
     Staged,
     StreamConfig,
     StreamState,
@@ -23,6 +24,7 @@ __all__ = [
     "Layout",
     "ResidualDecoder",
     "ResidualEncoder",
+    "Room",
     "Site",
     "Staged",
     "StateForm",

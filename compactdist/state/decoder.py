@@ -15,8 +15,9 @@ from compactdist.kernels.spec import MatrixView
 from compactdist.state.board import Board
 from compactdist.state.matrix_view import blocks
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
-from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, StreamConfig, StreamState
+from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, Spares, StreamConfig, StreamState
 from compactdist.wire import (
+    CHECKSUM_PLACE,
     CHECKSUM_WEIGHTED_SUM,
     HEADER_NBYTES,
     KEY,
@@ -25,6 +26,7 @@ from compactdist.wire import (
     RESTART,
     STATELESS,
     Header,
+    bytes_at,
     from_raw,
     payload_of,
     raw_nbytes,
@@ -55,17 +57,19 @@ class StreamDecoder(StreamState):
             the host made sure of it.
     """
 
-    __slots__ = ("_looked", "_torn", "checksum", "header", "holds_values", "refused")
+    __slots__ = ("_looked", "_spares", "_torn", "checksum", "header", "holds_values", "refused")
 
     def __init__(
         self,
         config: StreamConfig,
         fingerprint: int,
         where: str,
+        spares: Spares | None = None,
         changes: Changes | None = None,
         board: Board | None = None,
     ) -> None:
         super().__init__(config, fingerprint, where, changes, board)
+        self._spares = spares
         self.refused = False
         self.checksum: int | None = 0
         self.header: Header | None = None
@@ -150,7 +154,7 @@ class StreamDecoder(StreamState):
 
         ``None``: the frame is another one, or needs a closer look.
         """
-        form = self._form
+        form, value = self._form, None
         if form is None or form.codec is not codec or self.live != (numel, dtype) or self.keyframe_announced:
             return None
         payload = frame[HEADER_NBYTES : form.frame_nbytes]
@@ -162,12 +166,41 @@ class StreamDecoder(StreamState):
                 return value
         if self._there is not None:
             self.known_digest()
-        checksum = form.checksum(payload)
-        head = form.head.filled(step, epoch, self.sequence, checksum, self.digest)
-        if frame[:HEADER_NBYTES].cpu().numpy().tobytes() != head:
+        head = bytes_at(frame.data_ptr()).raw if frame.is_cpu else frame[:HEADER_NBYTES].cpu().numpy().tobytes()
+        session = form.session
+        checksum = int.from_bytes(head[CHECKSUM_PLACE], "little")
+        if head != form.head.filled(step, epoch, self.sequence, checksum, self.digest):
             return None
+        if session.sums and self._spares is not None and not self._torn:
+            value = self._take_beside(payload, checksum, session, self._spares)
+        if value is None:
+            if form.checksum(payload) != checksum:
+                return None
+            value = self._take_residual(payload, checksum, session, restarts=False)
         self.header, self.checksum = form.head.header, checksum
-        return self._take_residual(payload, checksum, form.session, restarts=False)
+        return value
+
+    def _take_beside(self, payload: Tensor, checksum: int, session: Session, spares: Spares) -> Tensor | None:
+        """The value of a residual that is summed up while it is decoded, beside the history, and so in one pass.
+
+        ``None``: the payload is another one, or cannot be summed up on the way; nothing has changed.
+        """
+        predictor = self.predictor
+        terms = predictor.terms()
+        if not terms:
+            return None
+        value = spares.take(terms[0])
+        if session.decode_and_sum(payload, terms, value) != checksum:
+            spares.give(value)
+            return None
+        unused = predictor.advance(value, terms)
+        if unused is not None:
+            spares.give(unused)
+        self.moved_on(checksum)
+        if session.remembers:
+            session.commit()
+            session.prepare()
+        return value
 
     def _take_there(
         self, frame: Tensor, payload: Tensor, form: Form, frames: Frames, step: int, epoch: int

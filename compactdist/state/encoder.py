@@ -18,7 +18,7 @@ from compactdist.state.board import Board
 from compactdist.state.find_view import find_view
 from compactdist.state.matrix_view import blocks
 from compactdist.state.relay import Relay, stop_sharing
-from compactdist.state.stream import Changes, Form, Spares, Staged, StreamConfig, StreamState
+from compactdist.state.stream import Changes, Form, Room, Spares, Staged, StreamConfig, StreamState
 from compactdist.wire import (
     HEADER_NBYTES,
     KEY,
@@ -47,22 +47,13 @@ def _bounded(residual: Tensor) -> Tensor:
     return residual.clamp(-limit, limit)
 
 
-_SAMPLES, _SAMPLE = 16, 256
-"""Runs of elements that stand for a tensor, and elements of a run."""
-
-_FAR = 4.0
-"""How many times a residual must be larger than its tensor to be not worth coding."""
-
-
-def _is_far_larger(flat: Tensor, terms: Terms) -> bool:
-    """Whether the residual is far larger than the tensor, judged by the sums of magnitudes of some runs of each."""
-    run, residual = flat.numel() // _SAMPLES, flat
-    some = run > _SAMPLE
-    if some:
-        flat = residual = flat[: _SAMPLES * run].view(_SAMPLES, run)[:, :_SAMPLE]
-    for one in terms:
-        residual = residual - (one[: _SAMPLES * run].view(_SAMPLES, run)[:, :_SAMPLE] if some else one)
-    return float(residual.abs().sum()) > _FAR * float(flat.abs().sum())
+def _room_for_frame(place: tuple[int, int, int], device: torch.device) -> Room:
+    """A frame whose bytes are yet to be written; ``place``: how many there are, where the payload begins and ends."""
+    nbytes, start, end = place
+    frame = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    if nbytes > end:
+        frame[end:].zero_()
+    return Room(place, frame, (frame[start:end],))
 
 
 class StreamEncoder(StreamState):
@@ -226,16 +217,14 @@ class StreamEncoder(StreamState):
         session, header, own = form.session, form.head.header, self._own_predictor
         start = HEADER_NBYTES if shape is None else HEADER_NBYTES + SHAPE_NBYTES
         end = start + session.payload_nbytes
-        frame = torch.empty(frame_nbytes or end, dtype=torch.uint8, device=flat.device)
-        if frame_nbytes is not None and frame_nbytes > end:
-            frame[end:].zero_()
-        payload = frame[start:end]
+        spares, place = self._spares or Spares(), (frame_nbytes or end, start, end)
+        room = (spares.rooms.pop(place, None) if flat.is_cpu else None) or _room_for_frame(place, flat.device)
+        frame, (payload,) = room.whole, room.views
         terms = self.predictor.terms()
-        if terms and flat.is_cpu and _is_far_larger(flat, terms if own is None else own.terms()):
+        if terms and flat.is_cpu and form.is_far_larger(flat, terms if own is None else own.terms()):
             terms, header = (), replace(header, flags=RESTART)
         value = None
         if want_value or self._remembers:
-            spares = self._spares or Spares()
             value = spares.take(flat)
         # an open-loop sender's prediction is not the receiver's: encode against its own, decode with the receiver's
         expected, out = (terms, value) if own is None or not terms else (own.terms(), None)
@@ -245,7 +234,9 @@ class StreamEncoder(StreamState):
             session.decode(payload, terms, value)
         checksum = form.checksum(payload) if session.checksum is None else session.checksum
         exact = None if own is None else _own(flat)
-        staged = Staged(frame, header, checksum, value, terms, exact, session=session)
+        staged = Staged(
+            frame, header, checksum, value, terms, exact, session=session, room=room if flat.is_cpu else None
+        )
         searches = not self._searched and not header.layout
         if searches:
             self._search(staged, residual_of(flat, expected))
@@ -365,7 +356,7 @@ class StreamEncoder(StreamState):
         Returns:
             The frame, and the error to raise once the frame is on its way, or ``None``.
         """
-        flat, keyframe = x.detach().reshape(-1), keyframe or codec.lossless
+        flat, keyframe = x if x.dim() == 1 else x.reshape(-1), keyframe or codec.lossless
         try:
             if keyframe:
                 staged = self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, None)

@@ -75,7 +75,7 @@ class Site:
         if found is None:
             where = f"{self._label}, frame from rank {peer}"
             found = self.decoders[peer] = StreamDecoder(
-                self._config, self.fingerprint, where, self.changes, self._board
+                self._config, self.fingerprint, where, self._spares, self.changes, self._board
             )
         return found
 

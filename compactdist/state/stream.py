@@ -7,7 +7,7 @@ so that either end can tell the size of the next frame before it arrives.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "COMPRESSIBLE_DTYPES",
     "Changes",
     "Form",
+    "Room",
     "Spares",
     "Staged",
     "StreamConfig",
@@ -148,20 +149,39 @@ def _queue(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream
 
 
+class Room(NamedTuple):
+    """Memory for frames.
+
+    Attributes:
+        place: under which ``Spares.rooms`` has it.
+        whole: 1-D uint8.
+        views: of the whole.
+    """
+
+    place: tuple[int, ...]
+    whole: Tensor
+    views: tuple[Tensor, ...]
+
+
 class Spares:
     """Buffers that reconstructions are written to: at most one of each size, shared by the streams of a group.
 
     A sender writes the next reconstruction beside the last one, since a staged frame must not change the history; when
-    the frame is committed, the last one becomes the spare buffer. On a GPU a buffer stays with its CUDA stream, whose
-    work may still read it.
+    the frame is committed, the last one becomes the spare buffer. A receiver on a CPU does the same while it sums up a
+    payload. On a GPU a buffer stays with its CUDA stream, whose work may still read it.
+
+    Attributes:
+        rooms: memory for frames on a CPU, with the views of it that a call needs, by what the views are. Whoever takes
+            one removes it, and puts it back once the call is done.
     """
 
     def __init__(self) -> None:
         self._held: dict[tuple[int, torch.dtype, torch.device, int], Tensor] = {}
+        self.rooms: dict[tuple[int, ...], Room] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers that lie ready."""
+        """Bytes of the buffers that lie ready; those for frames are not among them."""
         return sum(held.nbytes for held in tuple(self._held.values()))
 
     def take(self, like: Tensor) -> Tensor:
@@ -176,6 +196,7 @@ class Spares:
     def clear(self) -> None:
         """Let go of all buffers."""
         self._held.clear()
+        self.rooms.clear()
 
 
 class Form:
@@ -187,10 +208,11 @@ class Form:
         head: the bytes before the payload; what differs from frame to frame is filled in.
         frame_nbytes: bytes of every frame, header included, padding excluded.
         checksum: sums up a payload.
+        is_far_larger: whether a residual is so large beside its tensor that it is not worth coding.
         frames: seals or checks frames on the device; ``None`` where the host does it.
     """
 
-    __slots__ = ("checksum", "codec", "frame_nbytes", "frames", "head", "session")
+    __slots__ = ("checksum", "codec", "frame_nbytes", "frames", "head", "is_far_larger", "session")
 
     def __init__(self, codec: Codec, session: Session, head: HeadTemplate, frames: kernels.Frames | None) -> None:
         self.codec = codec
@@ -199,6 +221,7 @@ class Form:
         self.frame_nbytes = head.header.nbytes + session.payload_nbytes
         self.frames = frames
         self.checksum = kernels.checksum_for(session.payload_nbytes, session.device)
+        self.is_far_larger = kernels.far_larger_for(session.view.numel, session.dtype, session.device)
 
 
 @dataclass(slots=True)
@@ -217,6 +240,7 @@ class Staged:
         searched: this frame's residual was searched for a matrix view.
         session: the codec's session that made the payload.
         there: made on a device, which alone knows checksum, digest and whether the residual was finite.
+        room: memory of the frame that another may use once this one has been sent; ``None``: it is this frame's own.
     """
 
     frame: Tensor
@@ -229,6 +253,7 @@ class Staged:
     searched: bool = False
     session: Session | None = None
     there: bool = False
+    room: Room | None = None
 
 
 class Changes:

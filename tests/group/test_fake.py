@@ -67,3 +67,46 @@ def test_groups_of_a_fake_group_have_names_of_their_own():
             assert c10d._resolve_process_group(g.group_name) is g
 
     on_a_fake_group(body)
+
+
+def test_torchs_function_is_called_where_it_does_more_than_call_the_method():
+    """A coalescing manager collects calls, a mode replaces them, complex tensors are seen as real ones."""
+
+    def body():
+        with compactdist.wrap(codec="int8", min_numel=64) as g:
+            x, out = data(0), torch.empty(4 * NUMEL)
+            assert g._calls_method(out, x)
+            assert not g._calls_method(out, x.tolist())
+            assert not g._calls_method(torch.nn.Parameter(out), x)
+            assert not g._calls_method(out.to(torch.complex64), x.to(torch.complex64))
+            with torch.overrides.BaseTorchFunctionMode():
+                assert not g._calls_method(out, x)
+            with c10d._coalescing_manager(group=g, async_ops=False):
+                assert not g._calls_method(out, x)
+            assert g._calls_method(out, x)
+            with pytest.raises(TypeError, match="input_tensor"):
+                g.all_gather_into_tensor(out, None)
+
+    on_a_fake_group(body)
+
+
+def test_memory_of_frames_belongs_to_one_call_at_a_time():
+    def body():
+        with compactdist.wrap(codec="int8", min_numel=64) as g:
+            outs = [torch.empty(4 * NUMEL) for _ in range(3)]
+            rooms = g._engine.store.spares.rooms
+            for seed in range(4):
+                with g.step():
+                    works = [
+                        g.all_gather_into_tensor(out, data(0, seed=seed + i), async_op=True)
+                        for i, out in enumerate(outs)
+                    ]
+                    for i in (2, 0, 1):
+                        works[i].wait()
+                        assert all(close(part, data(0, seed=seed + i)) for part in outs[i].chunk(4))
+            assert len(rooms) == len({room.whole.data_ptr() for room in rooms.values()})
+            assert rooms
+            g.reset()
+            assert not rooms
+
+    on_a_fake_group(body)

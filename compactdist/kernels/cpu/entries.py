@@ -37,6 +37,7 @@ _FOLD = call.FOLD
 _SECOND_PASS = call.SECOND_PASS
 _APART_PASS = call.APART_PASS
 _SUM = call.SUM
+_ROW_WORDS = call.ROW_WORDS
 
 
 @inlined
@@ -92,6 +93,17 @@ def encode_blocks() -> Any:
     return body
 
 
+@inlined
+def _apply(args: Any) -> None:
+    """Apply the codes, and sum up the payload if that is wanted."""
+    args[_SUM] = 0
+    if args[_APART] != 0:
+        run(args, _APART_PASS)
+    run(args, _SECOND_PASS)
+    if args[_ROW_WORDS] != 0:
+        add_rest(args)
+
+
 def decode_rows() -> Any:
     """Decode with scales by row and channel; 0 to decline."""
 
@@ -100,9 +112,7 @@ def decode_rows() -> Any:
         if not read_channel_scales(args, room_at(args, _C_ROOM), repeat):
             return 0
         read_row_scales(args)
-        if args[_APART] != 0:
-            run(args, _APART_PASS)
-        run(args, _SECOND_PASS)
+        _apply(args)
         return 1
 
     return body
@@ -117,9 +127,7 @@ def decode_blocks() -> Any:
         c = room_at(args, _C_ROOM)
         for j in range(args[_CHANNELS]):
             c[j] = 1.0
-        if args[_APART] != 0:
-            run(args, _APART_PASS)
-        run(args, _SECOND_PASS)
+        _apply(args)
         return 1
 
     return body

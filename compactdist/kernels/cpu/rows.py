@@ -63,6 +63,9 @@ from compactdist.kernels.reference import TILE_ROWS as TILE
 _AHEAD_OF_LITTLE = 3 * AHEAD
 """Where there is little to compute, memory has to be asked earlier."""
 
+_SUMMED_WORDS = 512
+"""Codes are summed up once there are so many words of them: rows of few words would fill few lanes."""
+
 _f32 = np.float32
 _FIRST_PASS = call.FIRST_PASS
 _BORDERS = call.BORDERS
@@ -267,6 +270,7 @@ def _for_rows(step: Any, given: Any, args: Any, offsets: Any, weights: Any) -> N
     words, row_words, sums = words_at(args, _CODES), args[_ROW_WORDS], no_sums()
     lo, hi = next_part(args, _SECOND_PASS)
     while lo < hi:
+        summed = lo * row_words
         for row in range(lo, hi):
             pair = t[row], inverse_t[row]
             for k in range(chunks):
@@ -277,7 +281,9 @@ def _for_rows(step: Any, given: Any, args: Any, offsets: Any, weights: Any) -> N
                     step(given, pair, at + j, channel + j, code + j, LANES, LANES)
                 for j in range(whole, n, LANES):
                     step(given, pair, at + j, channel + j, code + j, n - j, have - j)
-            sums = sum_between(sums, words, row * row_words, (row + 1) * row_words)
+            coded = (row + 1) * row_words
+            if coded - summed >= _SUMMED_WORDS or (row + 1 == hi and row_words != 0):
+                sums, summed = sum_between(sums, words, summed, coded), coded
         lo, hi = next_part(args, _SECOND_PASS)
     settle_streams()
     add_to(args, _SUM, all_of(sums))

@@ -24,13 +24,13 @@ from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import LINEAR, LITTLE, MUCH, NEAREST, RUN, SIGN, TRITS, Work
 from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.offsets import Offsets, offsets_of, offsets_of_blocks
-from compactdist.kernels.reference import LANES, TILE_ROWS
+from compactdist.kernels.reference import LANES, TILE_ROWS, samples
 from compactdist.kernels.reference.scales import LARGEST_OF_MEAN
 from compactdist.kernels.sections import Sections
 from compactdist.kernels.spec import KINDS, MatrixView, QuantizerSpec
 from compactdist.kernels.threads import team
 
-__all__ = ["DTYPES", "Block", "CpuSteps", "scratch", "steps_of", "weighted_sum"]
+__all__ = ["DTYPES", "Block", "CpuSteps", "Samples", "scratch", "steps_of", "weighted_sum"]
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """What the loops take."""
@@ -130,7 +130,7 @@ class Plan(NamedTuple):
     def encoder(self, one: bool) -> Block:
         """A block for encoding, with just ``one`` term or any number."""
         at, dtype, sign = self.sections, self.dtype, self.kind == SIGN
-        slots, works = self.slots | {call.ROW_WORDS: self.row_words}, {}
+        slots, works = self.slots | {call.ROW_WORDS: 0 if self.by_block and sign else self.row_words}, {}
         if self.by_block:
             if sign:
                 body = address_of("blocks.block_signs", dtype, one)
@@ -160,18 +160,19 @@ class Plan(NamedTuple):
 
     @property
     def row_words(self) -> int:
-        """Words of the codes of a row or block; 0 where the encoder does not sum them up: rows may end within words,
-        and codes that are packed apart, or signs, are not written by the loops that sum up.
+        """Words of the codes of a row or block; 0 where loops cannot sum them up: rows may end within words, and codes
+        that are packed apart pass through other loops.
         """
         row_bits = self.sections.channels * self.bits
-        return 0 if self.apart or self.kind == SIGN or row_bits % 32 else row_bits // 32
+        return 0 if self.apart or row_bits % 32 else row_bits // 32
 
-    def decoder(self, one: bool) -> Block:
-        """A block for decoding, with just ``one`` term or any number."""
+    def decoder(self, one: bool, sums: bool) -> Block:
+        """A block for decoding, with just ``one`` term or any number; whether it ``sums`` up the payload."""
         works = {call.SECOND_PASS: Work(self.offsets.row_at.size, self.sections.elements, self._apply(one))}
         if self.apart:
             works[call.APART_PASS] = self._apart("unpack")
-        return Block(address_of("entries.decode_blocks" if self.by_block else "entries.decode_rows"), self.slots, works)
+        slots = self.slots | {call.ROW_WORDS: self.row_words if sums else 0}
+        return Block(address_of("entries.decode_blocks" if self.by_block else "entries.decode_rows"), slots, works)
 
     def _apply(self, one: bool) -> int:
         return address_of("rows.apply_codes", self.dtype, one, NEAREST if self.kind == TRITS else self.kind, self.bits)
@@ -305,10 +306,12 @@ class CpuSteps:
         "_encoders",
         "_numel",
         "_out_streams",
+        "_signs",
         "_sums",
         "_total_nbytes",
         "checksum",
         "plan",
+        "sums",
     )
 
     def __init__(self, plan: Plan, numel: int, dtype: torch.dtype) -> None:
@@ -319,10 +322,13 @@ class CpuSteps:
         self._total_nbytes = plan.sections.total_nbytes
         self._out_streams = numel * dtype.itemsize >= STREAMED_NBYTES
         self._sums = plan.row_words > 0
+        # one or two bits are read twice in less time than it takes to write elsewhere than over the history
+        self.sums = self._sums and plan.sections.bits >= 4
+        self._signs = plan.kind == SIGN
         self.checksum: int | None = None
-        # compiled, or read from disk, when first needed; by whether there is just one term
+        # compiled, or read from disk, when first needed; by whether there is just one term, and whether it is summed up
         self._encoders: list[Block | None] = [None, None]
-        self._decoders: list[Block | None] = [None, None]
+        self._decoders: list[Block | None] = [None, None, None, None]
 
     def encode(self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor) -> bool:
         numel, dtype, count = self._numel, self._dtype, len(terms)
@@ -361,10 +367,12 @@ class CpuSteps:
             scratch.address,
         )
         done = bool(block.run(block.address))
-        self.checksum = int(block.slots[call.SUM]) & _MASK64 if done and self._sums else None
+        # signs are summed up by the pass that writes ``out``, where scales belong to rows and channels
+        sums = self._sums and (not self._signs or (out_at and not plan.by_block))
+        self.checksum = int(block.slots[call.SUM]) & _MASK64 if done and sums else None
         return done
 
-    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor) -> bool:
+    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor, *, sums: bool = False) -> bool:
         numel, dtype, count = self._numel, self._dtype, len(terms)
         for one in (out, *terms):
             if one.dtype is not dtype or not one.is_cpu or one.numel() != numel:
@@ -373,9 +381,10 @@ class CpuSteps:
                 return False
         if payload.dtype is not torch.uint8 or payload.numel() != self._total_nbytes or not payload.is_contiguous():
             return False
-        block = self._decoders[count == 1]
+        sums = sums and self.sums
+        block = self._decoders[(count == 1) + 2 * sums]
         if block is None:
-            block = self._decoders[count == 1] = self.plan.decoder(count == 1)
+            block = self._decoders[(count == 1) + 2 * sums] = self.plan.decoder(count == 1, sums)
         threads, plan, payload_at = torch.get_num_threads(), self.plan, payload.data_ptr()
         needed = plan.scratch_size + threads * plan.own_size
         if scratch.size < needed:
@@ -391,12 +400,15 @@ class CpuSteps:
             out_at,
             payload_at,
             scratch.address + plan.apart_at if plan.apart else payload_at,
-            0,
+            # over the first term lines have been read, and are not written past the caches
+            self._out_streams and out_at % CACHE_LINE == 0 and not (count and terms[0].data_ptr() == out_at),
             threads,
             team.address,
             scratch.address,
         )
-        return bool(block.run(block.address))
+        done = bool(block.run(block.address))
+        self.checksum = int(block.slots[call.SUM]) & _MASK64 if done and sums else None
+        return done
 
 
 class _Sums(threading.local):
@@ -429,3 +441,26 @@ def weighted_sum(data: Tensor, copy: Tensor | None = None) -> int:
     _DYNAMIC.pack_into(block.buffer, 0, 0, 0, 0, 0, copy_at, data.data_ptr(), 0, streams, threads, team.address, 0)
     slots[call.WORDS], slots[_RUNS], slots[_WORK_WORDS] = words, -(-words // RUN), words
     return int(block.run(block.address)) & _MASK64
+
+
+class Samples:
+    """Tells whether residuals of a stream are far larger than their tensors, see ``reference/samples.py``."""
+
+    __slots__ = ("_block", "_dtype", "_numel")
+
+    def __init__(self, numel: int, dtype: torch.dtype) -> None:
+        self._numel = numel
+        self._dtype = dtype
+        self._block: Block | None = None  # made when first needed: only a sender asks
+
+    def __call__(self, x: Tensor, terms: tuple[Tensor, ...]) -> bool:
+        for one in (x, *terms):
+            if one.dtype is not self._dtype or not one.is_cpu or one.numel() != self._numel or not one.is_contiguous():
+                return samples.is_far_larger(x, terms)
+        block, count = self._block, len(terms)
+        if block is None:
+            unit = address_of("samples.far_larger", DTYPES[self._dtype])
+            block = self._block = Block(unit, {call.NUMEL: self._numel}, {})
+        second = terms[1].data_ptr() if count > 1 else 0
+        _DYNAMIC.pack_into(block.buffer, 0, x.data_ptr(), terms[0].data_ptr(), second, count, 0, 0, 0, 0, 1, 0, 0)
+        return bool(block.run(block.address))

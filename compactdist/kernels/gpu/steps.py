@@ -55,11 +55,12 @@ class TritonSteps:
         plan: what the kernels are told.
     """
 
-    __slots__ = ("_decodings", "_device", "_dtype", "_encodings", "_stream_of", "checksum", "plan")
+    __slots__ = ("_decodings", "_device", "_dtype", "_encodings", "_stream_of", "checksum", "plan", "sums")
 
     def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
         self.plan = plan
         self.checksum: int | None = None
+        self.sums = False  # ``frames.py`` sums up payloads
         self._dtype = dtype
         self._stream_of = stream_getter(device)
         index: int | None = device.index
@@ -124,7 +125,13 @@ class TritonSteps:
         return True
 
     def decode(
-        self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor, *, accepted: Tensor | None = None
+        self,
+        payload: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor,
+        *,
+        sums: bool = False,
+        accepted: Tensor | None = None,
     ) -> bool:
         """Write the sum of ``terms`` plus the decoded payload to ``out``, kept finite and rounded to its dtype.
 
