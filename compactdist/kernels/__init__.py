@@ -227,7 +227,11 @@ def history_steps_for(
     spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device: torch.device
 ) -> HistorySteps | None:
     """As :func:`steps_for`, for ``scales="token_history"``; there are none for GPUs."""
-    return None
+    if device.type != "cpu" or not cpu_runs(view.numel):
+        return None
+    from compactdist.kernels.cpu import history_steps
+
+    return history_steps.steps_of(spec, view, dtype, device)
 
 
 def frames_for(device: torch.device) -> Callable[[bytes, HeadPlaces, int, Tensor, int], Frames] | None:

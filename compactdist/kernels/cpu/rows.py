@@ -127,7 +127,7 @@ def _read_row(source: Any, at: int, chunks: Any, numel: int, values: Pointer) ->
 
 
 @inlined
-def _fill_lanes(offsets: Any) -> bool:
+def fill_lanes(offsets: Any) -> bool:
     chunk_len, count, filled = offsets[1][2], offsets[1][3], True
     for k in range(count - 1):
         filled = filled and chunk_len[k] % LANES == 0
@@ -222,7 +222,7 @@ def survey_signs(dtype: str) -> Any:
 
     def body(args: Any) -> int:
         offsets, one = offsets_in(args), room_at(args, _FIRST_ROOM)
-        given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, _fill_lanes(offsets), bytes_at(args, _CODES)
+        given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, fill_lanes(offsets), bytes_at(args, _CODES)
         _for_tiles(_weight, _add_signs, given, args, source_of(args, elements_at, False), offsets, (one, one, False))
         return 0
 
@@ -235,7 +235,7 @@ def survey_moments(dtype: str) -> Any:
 
     def body(args: Any) -> int:
         offsets, to = offsets_in(args), (room_at(args, _FIRST_ROOM), room_at(args, _SECOND_ROOM), True)
-        given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, _fill_lanes(offsets)
+        given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, fill_lanes(offsets)
         _for_tiles(_weight, _add_moments, given, args, source_of(args, elements_at, False), offsets, to)
         return 0
 
@@ -284,7 +284,7 @@ def _for_rows(step: Any, given: Any, args: Any, offsets: Any, weights: Any) -> N
 
 
 @inlined
-def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+def nearest_step(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
     source, target, packed, cs, inverses, levels, bits, search, trits, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
@@ -298,7 +298,7 @@ def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: 
 
 
 @inlined
-def _reaching(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+def reaching_step(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
     source, target, packed, cs, inverses, kind, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
@@ -312,7 +312,7 @@ def _reaching(given: Any, weights: Any, at: int, channel: int, code: int, count:
 
 
 @inlined
-def _apply(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+def apply_step(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
     source, target, packed, cs, kind, bits, levels = given
     ask_for_expected(source, at + _AHEAD_OF_LITTLE)
     scale = load_first(cs, channel, count) * weights[0]
@@ -340,7 +340,7 @@ def code_nearest(dtype: str, one: bool, bits: int, borders: int, trits: bool) ->
             trits,
             args[_OUT] != 0,
         )
-        _for_rows(_nearest, given, args, offsets_in(args), (room_at(args, _T_ROOM), room_at(args, _INVERSE_T_ROOM)))
+        _for_rows(nearest_step, given, args, offsets_in(args), (room_at(args, _T_ROOM), room_at(args, _INVERSE_T_ROOM)))
         return 0
 
     return body
@@ -360,7 +360,9 @@ def code_reaching(dtype: str, one: bool, kind: int) -> Any:
             kind,
             args[_OUT] != 0,
         )
-        _for_rows(_reaching, given, args, offsets_in(args), (room_at(args, _T_ROOM), room_at(args, _INVERSE_T_ROOM)))
+        _for_rows(
+            reaching_step, given, args, offsets_in(args), (room_at(args, _T_ROOM), room_at(args, _INVERSE_T_ROOM))
+        )
         return 0
 
     return body
@@ -374,7 +376,7 @@ def apply_codes(dtype: str, one: bool, kind: int, bits: int) -> Any:
         levels, target = sixteen_at(table_of(args), 0), (elements_at(args, _OUT), args[_OUT_STREAMS] != 0)
         source, t = source_of(args, elements_at, one), room_at(args, _T_ROOM)
         given = source, target, bytes_at(args, _CODES), room_at(args, _C_ROOM), kind, bits, levels
-        _for_rows(_apply, given, args, offsets_in(args), (t, t))
+        _for_rows(apply_step, given, args, offsets_in(args), (t, t))
         return 0
 
     return body
