@@ -47,6 +47,7 @@ def _clear(payload: Pointer, start: int, end: int) -> None:
 
 @inlined
 def clear_padding(args: Any) -> None:
+    """Write the zeros between and behind the sections of the payload."""
     payload = bytes_at(args, _PAYLOAD)
     _clear(payload, args[_CODES_NBYTES], args[_ROW_SCALES_AT])
     _clear(payload, args[_ROW_SCALES_AT] + args[_ROW_SCALE_COUNT], args[_CHANNEL_SCALES_AT])

@@ -69,6 +69,7 @@ _FIRST_PASS, _FOLD, _SECOND_PASS, _APART_PASS = call.FIRST_PASS, call.FOLD, call
 _GROUPS, _ROWS, _CHANNELS, _TILES, _ROW_COUNT = call.GROUPS, call.ROWS, call.CHANNELS, call.TILES, call.ROW_COUNT
 _OUT, _CODES, _OUT_STREAMS, _PAYLOAD, _APART = call.OUT, call.CODES, call.OUT_STREAMS, call.PAYLOAD, call.APART
 _ROW_SCALES_AT, _ROW_WORDS, _SUM, _HISTORY = call.ROW_SCALES_AT, call.ROW_WORDS, call.SUM, call.HISTORY
+_ROWS_APART = call.ROWS_APART
 _STAT_ROOM, _T_ROOM, _NORMS_ROOM, _FIRST_ROOM = call.STAT_ROOM, call.T_ROOM, call.NORMS_ROOM, call.FIRST_ROOM
 _C_ROOM, _INVERSE_C_ROOM, _WIDENING, _BORDERS = call.C_ROOM, call.INVERSE_C_ROOM, call.WIDENING, call.BORDERS
 
@@ -82,12 +83,13 @@ def _row_scales(args: Any) -> Any:
 @inlined
 def _look_at(look: Any, found: Any, place: Any, at: int, left: int, count: int, have: int) -> Any:
     """Take notice of a run of 64 channels from ``left`` on, which begins at ``at`` in memory."""
-    source, (c, inverse), (sums, s), (signs, packed, code), (filled, values) = place
+    source, (c, inverse), (sums, s, adds), (signs, packed, code), (filled, values) = place
     ask_for(source, at + AHEAD)
     value = residual_at(source, at, have)
     if signs:
         store_mask(value >= _f32(0), packed, code + left, count)
-    store_first(load_first(sums, s + left, count) + value * value, sums, s + left, count)
+    if adds:
+        store_first(load_first(sums, s + left, count) + value * value, sums, s + left, count)
     if filled:
         return look(found, value, load_first(c, left, count), load_first(inverse, left, count))
     store(value, values, left)
@@ -106,7 +108,7 @@ def _look_again(look: Any, found: Any, scales: Any, values: Any, channels: int) 
 
 @inlined
 def _code(step: Any, given: Any, pair: Any, offsets: Any, row: int, of_group: int) -> None:
-    row_at, (chunk_at, chunk_from, chunk_len, chunks), rows, channels, numel, _ = offsets
+    row_at, (chunk_at, chunk_from, chunk_len, chunks), _, channels, numel, _ = offsets
     for k in range(chunks):
         n, left, at = chunk_len[k], chunk_at[k], row_at[row] + chunk_from[k]
         have, code = min(n, numel - at), row * channels + left
@@ -133,7 +135,7 @@ def _for_tiles(look: Any, none: Any, settle: Any, step: Any, known: Any, given: 
         room_at(args, _STAT_ROOM),
         _row_scales(args),
     )
-    words, row_words, checksum = words_at(args, _CODES), args[_ROW_WORDS], no_sums()
+    words, row_words, checksum, skipped = words_at(args, _CODES), args[_ROW_WORDS], no_sums(), args[_ROWS_APART] - 1
     lo, hi = next_part(args, _FIRST_PASS)
     while lo < hi:
         for tile in range(lo, hi):
@@ -143,7 +145,8 @@ def _for_tiles(look: Any, none: Any, settle: Any, step: Any, known: Any, given: 
             for j in range(0, channels, LANES):
                 store_first(zeros(), sums, s + j, channels - j)
             for row in range(first, min(first + TILE, (group + 1) * rows)):
-                found, place = none(), (source, scales, (sums, s), (signs, packed, row * channels), (filled, values))
+                to = sums, s, (row - first) & skipped == 0
+                found, place = none(), (source, scales, to, (signs, packed, row * channels), (filled, values))
                 for k in range(chunks):
                     n, left, at = chunk_len[k], chunk_at[k], row_at[row] + chunk_from[k]
                     have = min(n, numel - at)

@@ -13,6 +13,7 @@ from compactdist.kernels.cpu.call import LINEAR, SIGN, TRITS, Work
 from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.cpu.steps import DTYPES, Block, CpuSteps, Plan, plan_of
 from compactdist.kernels.reference import LANES
+from compactdist.kernels.reference.history import rows_apart
 from compactdist.kernels.spec import MatrixView, QuantizerSpec
 
 __all__ = ["CpuHistorySteps", "steps_of"]
@@ -69,6 +70,7 @@ class CpuHistorySteps:
         self._addresses = np.zeros(2, np.int64)
         slots = narrow.slots | {
             call.HISTORY: self._addresses.ctypes.data,
+            call.ROWS_APART: rows_apart(at.rows),
             call.ROW_SCALE_COUNT: 2 * at.row_scale_count,
             call.CHANNEL_SCALES_AT: at.channel_scales_at,
             call.TOTAL_NBYTES: at.total_nbytes,

@@ -128,6 +128,7 @@ def _read_row(source: Any, at: int, chunks: Any, numel: int, values: Pointer) ->
 
 @inlined
 def fill_lanes(offsets: Any) -> bool:
+    """Whether all chunks of a row but the last are whole runs of 64 channels."""
     chunk_len, count, filled = offsets[1][2], offsets[1][3], True
     for k in range(count - 1):
         filled = filled and chunk_len[k] % LANES == 0
@@ -285,6 +286,7 @@ def _for_rows(step: Any, given: Any, args: Any, offsets: Any, weights: Any) -> N
 
 @inlined
 def nearest_step(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+    """A step of ``_for_rows``: codes of the nearest magnitude, and what the receiver makes of them."""
     source, target, packed, cs, inverses, levels, bits, search, trits, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
@@ -299,6 +301,7 @@ def nearest_step(given: Any, weights: Any, at: int, channel: int, code: int, cou
 
 @inlined
 def reaching_step(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+    """A step of ``_for_rows``: the same for integers and float8."""
     source, target, packed, cs, inverses, kind, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
@@ -313,6 +316,7 @@ def reaching_step(given: Any, weights: Any, at: int, channel: int, code: int, co
 
 @inlined
 def apply_step(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+    """A step of ``_for_rows``: what the receiver makes of codes."""
     source, target, packed, cs, kind, bits, levels = given
     ask_for_expected(source, at + _AHEAD_OF_LITTLE)
     scale = load_first(cs, channel, count) * weights[0]

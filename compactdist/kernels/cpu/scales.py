@@ -180,6 +180,7 @@ def _largest(values: Pointer, n: int) -> Any:
 
 @inlined
 def fold_run(sums: Pointer, at: int, tiles: int, channels: int, count: int, largest: bool) -> None:
+    """Fold the first ``count`` of 64 channels from ``at`` on upon the first tile."""
     length = tiles
     while length > 1:
         half = 1

@@ -7,7 +7,8 @@ scales ``c``, float32 ``(G, 1, C)``, and a row's scale follows from that row and
   channel, with rows and channels in each other's places. However little ``c`` fits a channel, the error energy of a row
   stays below its energy;
 * the frame carries, for each channel, the root of the sum of squares of the residual, from which both ends make the
-  ``c`` of the next frame (:func:`scales_after`). Not the decoded residual's: at one bit that is what ``c`` said.
+  ``c`` of the next frame (:func:`scales_after`). Not the decoded residual's: at one bit that is what ``c`` said. Where
+  there are many rows, some hundreds of them are enough (:func:`rows_apart`).
 
 The payload has the sections of ``sections.py`` with ``wide_rows``: codes; ``t`` as bfloat16, for what it is relative to
 is not known before all rows have been read; and the roots as bfloat16 in the place of channel scales.
@@ -27,7 +28,17 @@ from compactdist.kernels.reference.scales import divide_or_zero
 from compactdist.kernels.sections import Sections
 from compactdist.kernels.spec import QuantizerSpec
 
-__all__ = ["FLOOR", "LARGEST_BITS", "SMALLEST", "SMALLEST_BITS", "decode", "encode", "scales_after", "scales_from"]
+__all__ = [
+    "FLOOR",
+    "LARGEST_BITS",
+    "SMALLEST",
+    "SMALLEST_BITS",
+    "decode",
+    "encode",
+    "rows_apart",
+    "scales_after",
+    "scales_from",
+]
 
 FLOOR = 2.0**-6
 """A channel that ever moved has this of its group's mean scale at least: if it moves again, its row is not spoilt."""
@@ -60,7 +71,7 @@ def encode(
     magnitude.mul_(factor)
     statistic = _row_statistic(spec, magnitude, c, inverse)
     t = _row_scales(spec, magnitude, statistic, c, inverse)
-    roots = channel_sums(magnitude * magnitude).double().sqrt().float() / factor
+    roots = channel_sums(magnitude * magnitude, rows_apart(sections.rows)).double().sqrt().float() / factor
     payload = torch.zeros(sections.total_nbytes, dtype=torch.uint8, device=values.device)
     payload[: sections.codes_nbytes] = steps.pack(spec, values, codes.normalised(magnitude, t, c))
     t_bytes = scales.encode_bf16(scales.storable_scale(t / factor))
@@ -75,6 +86,11 @@ def decode(spec: QuantizerSpec, payload: Tensor, c: Tensor, sections: Sections) 
     t_bytes = payload[sections.row_scales_at :][: 2 * sections.row_scale_count]
     t = scales.decode_bf16(t_bytes).view(sections.groups, sections.rows, 1)
     return codes.dequantize(steps.levels_of(spec, payload[: sections.codes_nbytes], sections.elements), t, c)
+
+
+def rows_apart(rows: int) -> int:
+    """Of so many rows every how many are in the sums of squares: a power of two that leaves 512 or more, at most 64."""
+    return 1 << min(6, max(0, (rows // 512).bit_length() - 1))
 
 
 def scales_from(payload: Tensor, sections: Sections) -> Tensor:
