@@ -16,9 +16,19 @@ from compactdist.kernels.reference import history
 from compactdist.kernels.sections import padded_nbytes
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.trace import Trace
-from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig, StreamDecoder, StreamEncoder, plain
+from compactdist.state import (
+    ResidualDecoder,
+    ResidualEncoder,
+    StreamConfig,
+    StreamDecoder,
+    StreamEncoder,
+    digest,
+    plain,
+    relay,
+)
 from compactdist.testing import DISTRIBUTIONS, check_codec, sample
 from compactdist.testing.session_checks import check_session
+from compactdist.wire import HEADER_NBYTES
 from tests.test_house import ROOT
 
 IDS = ("binary", "ternary", "int2", "int3", "int4", "int8", "fp8")
@@ -328,3 +338,55 @@ def test_quality_on_a_recorded_trace(codec_id, more_db):
     trace = Trace(ROOT / "benchmarks" / "traces" / "digits_ring.safetensors")
     scores = play(trace, {"history": codec_of(codec_id), "without": codecs.get(codec_id)}, StreamConfig())
     assert scores["history"].nmse_db < scores["without"].nmse_db + more_db
+
+
+# --- frames that go on in another stream
+
+
+def forwarded(order: int):
+    """A -> B -> C with one keyframe behind them: their coders."""
+    codec, config = codec_of("int2"), StreamConfig(order, find_layout=False)
+    first, outer = StreamEncoder(config, 1, "a"), StreamEncoder(config, 2, "b")
+    inner, last = StreamDecoder(config, 1, "b"), StreamDecoder(config, 2, "c")
+
+    y = send(codec, first, inner, noise(0), keyframe=True)
+    send(codec, outer, last, y, keyframe=True)
+    return codec, first, inner, outer, last
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_both_receivers_remember_the_same(share):
+    codec, first, inner, outer, last = forwarded(1)
+    assert relay.same_state(outer, inner)
+    relation = relay.join(outer, inner, share=share)
+    for n in range(1, 5):
+        staged = first.stage(noise(n), codec, keyframe=False)
+        first.commit(staged)
+        y = inner.decode(staged.frame, codec, VIEW.numel, torch.float32).clone()
+        payload = staged.frame[HEADER_NBYTES:]
+        received = relay.Received(inner, inner.sequence, inner.header, inner.checksum, payload)
+        sent = relay.pass_on(outer, received, y, codec, 0, 0)
+        outer.commit(sent)
+        relation.passed = received.sequence
+        assert torch.equal(last.decode(sent.frame, codec, VIEW.numel, torch.float32), y)
+        for stream in (inner, outer):
+            assert torch.equal(stream.codec_memory[0], last.codec_memory[0])
+    assert digest._held("k", outer).digest == digest._held("k", last).digest
+    relay.leave(outer, relation)
+    for n in range(5, 8):
+        send(codec, outer, last, noise(n), keyframe=relation.owes_key)
+    assert torch.equal(outer.codec_memory[0], last.codec_memory[0])
+
+
+def test_streams_that_remember_different_scales_are_not_joined():
+    codec, first, inner, outer, last = forwarded(0)
+    assert relay.same_state(outer, inner)
+    send(codec, first, inner, noise(1))
+    assert not relay.same_state(outer, inner)
+    send(codec, outer, last, noise(2))
+    assert not relay.same_state(outer, inner)
+    assert not relay.same_state(outer, inner, compare=False)
+    assert digest._held("k", outer).digest == digest._held("k", last).digest
+    held = digest._held("k", last).digest
+    last._form.session.shared_memory[0][0, 0, 0] += 0.1
+    assert digest._held("k", last).digest != held
