@@ -79,7 +79,7 @@ def _run(body: int, words: int, **tensors: Tensor) -> None:
 
 
 def move_for_blocks(x: Tensor, base: Tensor, out: Tensor) -> None:
-    """Read ``x`` and ``base`` and write ``out``: what encoding with scales of blocks does.
+    """Read ``x`` and ``base`` and write ``out``: what encoding in one pass does, as with scales of blocks.
 
     All of one size, a multiple of 256 bytes, that begin a cache line.
     """

@@ -171,7 +171,8 @@ def _check_equal(
     encoder: StreamEncoder, decoder: StreamDecoder, value: Tensor | None, x_hat: Tensor, where: str
 ) -> None:
     """Raise CompactDistError unless both ends hold the same bits."""
-    ours, theirs = (value, *encoder.predictor.held), (x_hat, *decoder.predictor.held)
+    ours = value, *encoder.predictor.held, *encoder.codec_memory
+    theirs = x_hat, *decoder.predictor.held, *decoder.codec_memory
     equal = len(ours) == len(theirs) and all(
         a is not None and b is not None and _same_bits(a, b) for a, b in zip(ours, theirs, strict=True)
     )

@@ -55,7 +55,7 @@ def _missing(name: str, why: str) -> Subject:
 
 
 class _Stream:
-    """One step of a stream that starts from zeros, at both ends, each in memory of its own."""
+    """A step of a stream, at both ends, each in memory of its own; what is known of the tensor are zeros."""
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
@@ -69,6 +69,8 @@ class _Stream:
             self._held = torch.zeros_like(self._base)
             self._session = self._codec.open(self._view, x.dtype, x.device)
             self._payload = torch.empty(self._session.payload_nbytes, dtype=torch.uint8)
+            self._session.encode(x.view(-1), (self._base,), self._new, self._payload)
+            self._session.commit()  # a codec with a memory is timed once it has one
         self._session.encode(x.view(-1), (self._base,), self._new, self._payload)
         self._session.rollback()
         return self._payload

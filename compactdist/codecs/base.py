@@ -240,6 +240,19 @@ class Session:
     def rollback(self) -> None:
         """Forget the changes of the last ``encode``, whose frame will not be sent."""
 
+    def learn(self, payload: Tensor) -> None:
+        """Change the memory as :meth:`decode` does, for a payload of another stream that goes on in this one; no values
+        are needed. :meth:`commit` follows.
+        """
+
+    def forget(self) -> None:
+        """Forget what decoding depends on: a keyframe was sent, or arrived."""
+
+    @property
+    def shared_memory(self) -> tuple[Tensor, ...]:
+        """What decoding depends on beside payload and terms; equal on both ends of a stream. Not to be written to."""
+        return ()
+
     def prepare(self) -> None:
         """Do work that the next frame needs. Called after a commit, when the site's next call is a step away."""
 

@@ -120,7 +120,9 @@ class Message:
         theirs = arrival.received.decoder.view
         fits = theirs == self._encoder.view
         relay = self._encoder.relay = self._encoder.relay or Relay()
-        if not self._is_untouched() or not (fits or can_announce(theirs)):
+        # a keyframe gives our receivers the history of that stream, but not what its codec remembers
+        remembers = bool(arrival.received.decoder.codec_memory)
+        if remembers or not self._is_untouched() or not (fits or can_announce(theirs)):
             relay.streak = 0
             return
         relay.streak += 1

@@ -31,6 +31,7 @@ __all__ = [
     "FarLarger",
     "DeviceSteps",
     "Frames",
+    "HistorySteps",
     "Steps",
     "checksum_for",
     "choice",
@@ -38,6 +39,7 @@ __all__ = [
     "digest",
     "far_larger_for",
     "frames_for",
+    "history_steps_for",
     "rotate",
     "steps_for",
     "use",
@@ -77,6 +79,31 @@ class Steps(Protocol):
         Returns:
             Whether it was done; if not, ``out`` is as it was.
         """
+        ...
+
+
+class HistorySteps(Protocol):
+    """The steps of a stream with ``scales="token_history"``, as ``Steps``, for all frames but the first.
+
+    ``scales``: the channel scales that both ends hold, and where those of the next frame go; float32, contiguous,
+    elements of ``(groups, channels)``.
+    """
+
+    checksum: int | None
+
+    def encode(
+        self,
+        x: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor | None,
+        payload: Tensor,
+        scales: tuple[Tensor, Tensor],
+    ) -> bool:
+        """As ``Steps.encode``."""
+        ...
+
+    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor, scales: tuple[Tensor, Tensor]) -> bool:
+        """As ``Steps.decode``."""
         ...
 
 
@@ -201,6 +228,8 @@ def steps_for(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device:
     """
     steps: Steps | None = None
     module = None
+    if spec.scales == "token_history":
+        return None  # history_steps_for has them
     if choice.forced == "gpu" or (device.type == "cuda" and choice.forced is None):
         module = _gpu_steps()
     elif device.type == "cpu" and cpu_runs(view.numel):
@@ -208,6 +237,17 @@ def steps_for(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device:
     if module is not None:
         steps = module.steps_of(spec, view, dtype, device)
     return steps
+
+
+def history_steps_for(
+    spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device: torch.device
+) -> HistorySteps | None:
+    """As :func:`steps_for`, for ``scales="token_history"``; there are none for GPUs."""
+    if device.type != "cpu" or not cpu_runs(view.numel):
+        return None
+    from compactdist.kernels.cpu import history_steps
+
+    return history_steps.steps_of(spec, view, dtype, device)
 
 
 def frames_for(device: torch.device) -> Callable[[bytes, HeadPlaces, int, Tensor, int], Frames] | None:

@@ -36,6 +36,9 @@ groups of one row of L channels: no row scales, and one channel scale for each b
 N.) With ``centroids="minmax"`` a fourth section of the same form as the third carries a signed bfloat16 **offset**
 ``a`` for each block; the code q, of b bits without a sign, decodes to ``a + q * c``, product first.
 
+With ``scales="token_history"`` a tensor with R >= 64 and C >= 128 has room for row scales of two bytes, and channel
+scales that come from the frame before: ``reference/history.py``. Any other is coded as with ``"token_channel"``.
+
 With ``scales="rank"`` of ``binary`` the scales are others: ``rank_scales.py``.
 
 A tensor without elements has an empty payload.
@@ -45,7 +48,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 SECTION_ALIGN_NBYTES = 16
@@ -59,6 +62,9 @@ MIN_CHANNELS_FOR_ROW_SCALES = 64
 
 MIN_ROWS_FOR_CHANNEL_SCALES = 64
 """Below this two bytes for each channel would cost more than a quarter of a bit for each element."""
+
+MIN_CHANNELS_FOR_WIDE_ROW_SCALES = 128
+"""Below this two bytes for each row would cost more than an eighth of a bit for each element."""
 
 
 def padded_nbytes(nbytes: int) -> int:
@@ -107,6 +113,7 @@ class Sections:
         bits: b, for each code.
         base3: Codes are trits, five to a byte; ``bits`` is not used.
         offsets: Each block has an offset beside its scale.
+        wide_rows: There is room for row scales of two bytes, and channel scales come from the frame before.
     """
 
     groups: int
@@ -115,11 +122,17 @@ class Sections:
     bits: int
     base3: bool = False
     offsets: bool = False
+    wide_rows: bool = False
 
     @classmethod
     def of(cls, shape: Sequence[int], bits: int, *, base3: bool = False) -> Sections:
         """Return the sections of a tensor of this shape, with scales by row and channel."""
         return _of(tuple(shape), bits, base3)
+
+    @classmethod
+    def of_history(cls, shape: Sequence[int], bits: int, *, base3: bool = False) -> Sections:
+        """As :meth:`of`, with wide row scales where the tensor is large enough for them."""
+        return _of_history(tuple(shape), bits, base3)
 
     @classmethod
     def of_blocks(
@@ -159,7 +172,7 @@ class Sections:
     @cached_property
     def channel_scales_at(self) -> int:
         """Offset of the channel scales."""
-        return self.row_scales_at + padded_nbytes(self.row_scale_count)
+        return self.row_scales_at + padded_nbytes(self.row_scale_count * (2 if self.wide_rows else 1))
 
     @cached_property
     def total_nbytes(self) -> int:
@@ -176,6 +189,13 @@ class Sections:
 @lru_cache(maxsize=256)
 def _of(shape: tuple[int, ...], bits: int, base3: bool) -> Sections:
     return Sections(*matrix_shape(shape), bits, base3)
+
+
+@lru_cache(maxsize=256)
+def _of_history(shape: tuple[int, ...], bits: int, base3: bool) -> Sections:
+    narrow = _of(shape, bits, base3)
+    large = narrow.rows >= MIN_ROWS_FOR_CHANNEL_SCALES and narrow.channels >= MIN_CHANNELS_FOR_WIDE_ROW_SCALES
+    return replace(narrow, wide_rows=True) if large and narrow.groups else narrow
 
 
 @lru_cache(maxsize=256)

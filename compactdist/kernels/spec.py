@@ -25,10 +25,12 @@ __all__ = [
     "KINDS",
     "NOT_FINITE",
     "REFUSED",
+    "SCALE_FORMS",
     "Float8",
     "HeadPlaces",
     "MatrixView",
     "QuantizerSpec",
+    "ScaleForm",
 ]
 
 CHECKSUM_WEIGHT = 0x9E3779B1
@@ -69,6 +71,8 @@ class HeadPlaces(NamedTuple):
 
 Kind = Literal["sign", "nearest", "trits", "linear", "e4m3", "e5m2"]
 KINDS: tuple[Kind, ...] = ("sign", "nearest", "trits", "linear", "e4m3", "e5m2")
+ScaleForm = Literal["token_channel", "token_history", "block"]
+SCALE_FORMS: tuple[ScaleForm, ...] = ("token_channel", "token_history", "block")
 
 
 class Float8(NamedTuple):
@@ -106,7 +110,8 @@ class QuantizerSpec:
         reach: for ``"linear"`` and float8: the level of the largest code, which the largest value takes.
         widening: for ``"nearest"``: how wide the scale is for tails heavier than those of a Gaussian; see
             ``reference.scales.gaussian_scale``.
-        scales: ``"token_channel"``: a scale for each row and each channel. ``"block"``: one for each run of elements.
+        scales: ``"token_channel"``: a scale for each row and each channel. ``"token_history"``: one for each row, and
+            for each channel one that both ends know from the frame before. ``"block"``: one for each run of elements.
         block: elements to a block, at most.
     """
 
@@ -115,12 +120,12 @@ class QuantizerSpec:
     magnitudes: tuple[float, ...] = ()
     reach: float = 0.0
     widening: int = 1
-    scales: Literal["token_channel", "block"] = "token_channel"
+    scales: ScaleForm = "token_channel"
     block: int = 128
 
     def __post_init__(self) -> None:
         levels = self.magnitudes
-        if self.kind not in KINDS or self.scales not in ("token_channel", "block"):
+        if self.kind not in KINDS or self.scales not in SCALE_FORMS:
             raise ValueError(f"no kernels for kind={self.kind!r} with scales={self.scales!r}; kinds: {KINDS}")
         wanted = {"sign": (1,), "nearest": (2, 3, 4), "trits": (2,)}.get(self.kind, (8,))
         if self.bits not in wanted:
@@ -144,6 +149,8 @@ class QuantizerSpec:
         """The sections of the payload of a tensor of this shape."""
         if self.scales == "block":
             return Sections.of_blocks(shape, self.bits, self.block, base3=self.kind == "trits")
+        if self.scales == "token_history":
+            return Sections.of_history(shape, self.bits, base3=self.kind == "trits")
         return Sections.of(shape, self.bits, base3=self.kind == "trits")
 
 

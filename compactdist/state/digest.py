@@ -21,7 +21,7 @@ class Held(NamedTuple):
     Attributes:
         site: the site key.
         frames: frames since the last reset.
-        digest: of the frames and of the bytes of the history; equal on both ends.
+        digest: of the frames, of the bytes of the history and of what the codec remembers; equal on both ends.
     """
 
     site: str
@@ -32,7 +32,7 @@ class Held(NamedTuple):
 def _held(key: str, stream: StreamState) -> Held:
     view = None if stream.view is None else (stream.view.shape, stream.view.hint)
     facts = [stream.fingerprint, stream.sequence, stream.known_digest(), stream.live, view, stream.keyframe_announced]
-    for tensor in stream.predictor.held:
+    for tensor in (*stream.predictor.held, *stream.codec_memory):
         data = tensor.reshape(-1).view(torch.uint8)
         facts.append(kernels.checksum_for(data.numel(), data.device)(data))
     return Held(key, stream.sequence, hash64(repr(facts)))

@@ -96,6 +96,13 @@ class StreamEncoder(StreamState):
         held = (0 if shared else self.predictor.held_bytes) + self.session_bytes
         return held + (self._own_predictor.held_bytes if self._own_predictor else 0)
 
+    @property
+    def codec_memory(self) -> tuple[Tensor, ...]:
+        """As for any stream; an encoder that shares the predictor of an incoming stream has that stream's."""
+        if self.relay is not None and self.relay.shared and self.relay.source is not None:
+            return self.relay.source.codec_memory
+        return super().codec_memory
+
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
         if self.relay is not None:

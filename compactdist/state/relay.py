@@ -127,18 +127,22 @@ def is_untouched(received: Received, x: Tensor) -> bool:
 
 
 def same_state(encoder: StreamEncoder, decoder: StreamDecoder, *, compare: bool = True) -> bool:
-    """Whether the receiver of the outgoing stream holds the same history as the decoder of the incoming one.
+    """Whether the receiver of the outgoing stream holds the same as the decoder of the incoming one: the same history,
+    and the same that its codec remembers.
 
     Args:
         encoder: of the outgoing stream, with a history of its own.
         decoder: of the incoming stream.
         compare: compare the bytes; ``False``: only size, dtype, matrix view and number of tensors, which the host knows
-            without waiting for a device.
+            without waiting for a device. Codecs must remember nothing then.
     """
     if encoder.live is None or (encoder.live, encoder.view) != (decoder.live, decoder.view):
         return False
     ours, theirs = encoder.predictor.held, decoder.predictor.held
-    return len(ours) == len(theirs) and (not compare or all(map(_equal, ours, theirs)))
+    if not compare:
+        return len(ours) == len(theirs) and not encoder.codec_memory and not decoder.codec_memory
+    ours, theirs = (*ours, *encoder.codec_memory), (*theirs, *decoder.codec_memory)
+    return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
 
 
 def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec, step: int, epoch: int) -> Staged:
@@ -168,12 +172,16 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
     )
     payload = raw_payload(x) if is_raw_key(header) else received.payload
     assert payload is not None
-    value = exact = None
-    config = encoder.config
-    if config.remembers and not (encoder.relay and encoder.relay.shared):
+    value = exact = session = None
+    config, shared = encoder.config, encoder.relay is not None and encoder.relay.shared
+    if config.remembers and not shared:
         value = _copy(x)
         exact = _copy(x) if config.open_loop else None
-    return Staged(pack(header, payload), header, checksum, value, (), exact, announced(header))
+    if not shared and received.decoder.codec_memory:
+        session = encoder.form(codec, x.device).session
+        session.rollback()  # of what a frame before would have changed
+        session.learn(payload)
+    return Staged(pack(header, payload), header, checksum, value, (), exact, announced(header), session=session)
 
 
 def is_raw_key(header: Header) -> bool:

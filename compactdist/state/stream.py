@@ -336,6 +336,11 @@ class StreamState:
         """Bytes of tensors that the codec remembers."""
         return 0 if self._form is None else self._form.session.held_bytes
 
+    @property
+    def codec_memory(self) -> tuple[Tensor, ...]:
+        """What the codec remembers that decoding depends on; the stream's other end holds the same."""
+        return () if self._form is None else self._form.session.shared_memory
+
     def is_fresh(self, numel: int, dtype: torch.dtype) -> bool:
         """Whether the stream holds no history for such a tensor, so that its next frame must be a keyframe."""
         return self.live != (numel, dtype) or self.keyframe_announced
@@ -437,7 +442,12 @@ class StreamState:
         return self.digest
 
     def start(self, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> None:
-        """Make the stream live for tensors of this size, as its first keyframe does."""
+        """Make the stream live for tensors of this size, as its first keyframe does.
+
+        What decoding depends on begins with a keyframe, as the digest does.
+        """
+        if self._form is not None:
+            self._form.session.forget()
         if self._there is not None:
             self._there.source = FROM_HOST
         if self.live != (numel, dtype):

@@ -25,8 +25,8 @@ class Binary(ScalarQuantizer):
     About 1.02 bits for each element of a ``[1088, 3072]`` tensor, NMSE 0.364 on white Gaussian data.
 
     Args:
-        scales: ``"token_channel"`` or ``"block"`` (``sections.py``), or ``"rank"``: the sum of ``rank`` products of a
-            scale for each row and one for each channel (``rank_scales.py``).
+        scales: ``"token_channel"``, ``"token_history"`` or ``"block"`` (``quantized.py``), or ``"rank"``: the sum of
+            ``rank`` products of a scale for each row and one for each channel (``rank_scales.py``).
         block: Elements to a block, at most; with ``scales="block"`` only.
         rank: Components, 1 to 16, of which a small tensor uses fewer; with ``scales="rank"`` only.
 
@@ -42,7 +42,7 @@ class Binary(ScalarQuantizer):
     )
     kind = "sign"
     bits = 1
-    scale_choices = ("token_channel", "block", "rank")
+    scale_choices = (*ScalarQuantizer.scale_choices, "rank")
 
     def __init__(
         self,

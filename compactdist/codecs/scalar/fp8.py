@@ -29,7 +29,7 @@ class Fp8(ScalarQuantizer):
 
     Args:
         format: ``"e4m3"`` or ``"e5m2"``.
-        scales: ``"token_channel"`` or ``"block"``.
+        scales: ``"token_channel"``, ``"token_history"`` or ``"block"``.
         block: Elements to a block, at most.
 
     Raises:

@@ -19,7 +19,7 @@ class Int8(ScalarQuantizer):
     About 8.02 bits for each element of a ``[1088, 3072]`` tensor, NMSE 1e-4 on white Gaussian data.
 
     Args:
-        scales: ``"token_channel"`` or ``"block"``.
+        scales: ``"token_channel"``, ``"token_history"`` or ``"block"``.
         block: Elements to a block, at most.
         centroids: ``"uniform"``, the integers; ``"minmax"``, 256 levels from the smallest to the largest value of a
             block (needs ``scales="block"``).

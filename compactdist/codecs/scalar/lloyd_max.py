@@ -28,7 +28,7 @@ class LloydMaxQuantizer(ScalarQuantizer):
     """Sign and magnitude index; the sign is the highest bit of the code, set for values below zero.
 
     Args:
-        scales: ``"token_channel"`` or ``"block"``.
+        scales: ``"token_channel"``, ``"token_history"`` or ``"block"``.
         block: Elements to a block, at most.
         centroids: ``"lloyd_max"``, the best levels for Gaussian data; ``"uniform"``, the best equally spaced ones;
             ``"minmax"``, equally spaced from the smallest to the largest value of a block, without a sign (needs

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from compactdist import kernels
 from compactdist.codecs.base import Codec, Session, Terms, check_payload, residual_of, sum_of
@@ -21,7 +22,10 @@ from compactdist.codecs.shapes import BLOCK_ELEMENTS, matrix_shape, whole_view
 from compactdist.errors import CodecConfigError, NonFiniteError
 from compactdist.kernels.reference import steps as reference
 from compactdist.kernels.sections import Sections
-from compactdist.kernels.spec import Kind, MatrixView, QuantizerSpec
+from compactdist.kernels.spec import Kind, MatrixView, QuantizerSpec, ScaleForm
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,8 +74,10 @@ class ScalarQuantizer(Codec):
     are told nothing else (:attr:`spec`).
 
     Args:
-        scales: ``"token_channel"``: a scale for each row and each channel, as ``sections.py`` says. ``"block"``: a
-            scale for each run of elements in row-major order.
+        scales: ``"token_channel"``: a scale for each row and each channel, as ``sections.py`` says.
+            ``"token_history"``: the same, but a stream's channel scales come from the frame before, so that one pass
+            over the tensor is enough (``reference/history.py``); single tensors and the first frame are coded as with
+            ``"token_channel"``. ``"block"``: a scale for each run of elements in row-major order.
         block: Elements to a block, at most; 2 to 65536.
 
     Raises:
@@ -86,7 +92,7 @@ class ScalarQuantizer(Codec):
     offsets: bool = False
     """Each block has an offset beside its scale (``affine.py``)."""
 
-    scale_choices: ClassVar[tuple[str, ...]] = ("token_channel", "block")
+    scale_choices: ClassVar[tuple[str, ...]] = ("token_channel", "token_history", "block")
 
     def __init__(self, scales: str = "token_channel", block: int = BLOCK_ELEMENTS) -> None:
         self.scales = check_choice(self.codec_id, "scales", scales, self.scale_choices)
@@ -110,8 +116,15 @@ class ScalarQuantizer(Codec):
         """
         if self.offsets:
             return None
-        scales = cast(Literal["token_channel", "block"], self.scales)
+        scales = cast(ScaleForm, self.scales)
         return QuantizerSpec(self.kind, self.bits, self.magnitudes, self.reach, self.widening, scales, self.block)
+
+    @cached_property
+    def without_history(self) -> Self | None:
+        """Codes what has no frame before it; ``None`` where that makes no difference."""
+        if self.scales != "token_history":
+            return None
+        return self.from_config({name: value for name, value in self.get_config().items() if name != "scales"})
 
     def sections_of(self, shape: Sequence[int]) -> Sections:
         """Return the sections of the payload for a tensor of this shape."""
@@ -126,6 +139,9 @@ class ScalarQuantizer(Codec):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         check_dtype(self.codec_id, x.dtype)
+        if self.without_history is not None:
+            alone = self.without_history.encode(x)
+            return pad(alone, (0, self.payload_nbytes(x.shape, x.dtype) - alone.numel()))
         sections = self.sections_of(x.shape)
         if sections.elements == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -161,6 +177,9 @@ class ScalarQuantizer(Codec):
         payload = check_payload(payload, self.payload_nbytes(shape, dtype), self.codec_id)
         if payload.numel() == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=payload.device)
+        if self.without_history is not None:
+            nbytes = self.without_history.payload_nbytes(shape, dtype)
+            return self.without_history.decode(payload[:nbytes], shape, dtype)
         steps = self._steps_of(shape, dtype, payload.device)
         if steps is not None:
             out = torch.empty(tuple(shape), dtype=dtype, device=payload.device)
@@ -178,7 +197,13 @@ class ScalarQuantizer(Codec):
         return y[:, : math.prod(shape) // groups].reshape(tuple(shape)).clamp(-limit, limit)
 
     def open(self, view: MatrixView, dtype: torch.dtype, device: torch.device) -> Session:
-        return ScalarSession(self, view, dtype, device)
+        if self.without_history is None:
+            return ScalarSession(self, view, dtype, device)
+        if not self.sections_of(view.shape).wide_rows:
+            return self.without_history.open(view, dtype, device)
+        from compactdist.codecs.scalar.history import HistorySession  # which builds on this file
+
+        return HistorySession(self, view, dtype, device)
 
     def _steps_of(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> kernels.Steps | None:
         if self.spec is None:

@@ -22,10 +22,12 @@ from typing import NamedTuple
     ROW_AT, CHUNK_AT, CHUNK_FROM, CHUNK_LEN, CHUNKS, GROUPS, ROWS, CHANNELS, NUMEL, ROW_COUNT, ELEMENTS, TILES, KIND,
     APART, WEIGHTED, SHARED, WIDENING, TABLE, CODES_NBYTES, ROW_SCALES_AT, ROW_SCALE_COUNT, CHANNEL_SCALES_AT,
     SCALE_COUNT, TOTAL_NBYTES, BAD, STAT_ROOM, T_ROOM, INVERSE_T_ROOM, NORMS_ROOM, WEIGHTS_ROOM, FIRST_ROOM,
-    SECOND_ROOM, C_ROOM, INVERSE_C_ROOM, OWN_ROOM, OWN_EACH, BITS, ROW_WORDS, SUM,
-) = range(DYNAMIC, DYNAMIC + 39)  # fmt: skip
+    SECOND_ROOM, C_ROOM, INVERSE_C_ROOM, OWN_ROOM, OWN_EACH, BITS, ROW_WORDS, SUM, HISTORY, ROWS_APART,
+) = range(DYNAMIC, DYNAMIC + 41)  # fmt: skip
 """``OWN_EACH``: float32 that each worker has for itself, one after the other from ``OWN_ROOM`` on. ``ROW_WORDS``: words
-of the codes of each row or block; 0 if the payload is not summed up. ``SUM``: its checksum.
+of the codes of each row or block; 0 if the payload is not summed up. ``SUM``: its checksum. ``HISTORY``: of
+``history.py`` alone: where the addresses of the channel scales of this frame and of the next are; ``ROWS_APART``: every
+how many rows are in the sums of squares. ``ROW_SCALE_COUNT`` counts bytes there.
 """
 
 U, V, RANK, NUMBERS, GAINS, SQUARES, LENGTH, REFITS, LEVELS, SCALES, NEAR = range(KIND, KIND + 11)

@@ -47,7 +47,8 @@ def _clear(payload: Pointer, start: int, end: int) -> None:
 
 
 @inlined
-def _clear_padding(args: Any) -> None:
+def clear_padding(args: Any) -> None:
+    """Write the zeros between and behind the sections of the payload."""
     payload = bytes_at(args, _PAYLOAD)
     _clear(payload, args[_CODES_NBYTES], args[_ROW_SCALES_AT])
     _clear(payload, args[_ROW_SCALES_AT] + args[_ROW_SCALE_COUNT], args[_CHANNEL_SCALES_AT])
@@ -58,7 +59,7 @@ def encode_rows() -> Any:
     """Encode with scales by row and channel; 0 to decline."""
 
     def body(args: Any) -> int:
-        _clear_padding(args)
+        clear_padding(args)
         args[_SUM] = 0
         run(args, _FIRST_PASS)
         if not settle_rows(args, grain_of(table_of(args))):
@@ -79,7 +80,7 @@ def encode_blocks() -> Any:
     """Encode with a scale for each block; 0 to decline."""
 
     def body(args: Any) -> int:
-        _clear_padding(args)
+        clear_padding(args)
         args[_SUM] = 0
         args[_BAD] = 0
         run(args, _FIRST_PASS)

@@ -130,7 +130,8 @@ def _read_row(source: Any, at: int, chunks: Any, numel: int, values: Pointer) ->
 
 
 @inlined
-def _fill_lanes(offsets: Any) -> bool:
+def fill_lanes(offsets: Any) -> bool:
+    """Whether all chunks of a row but the last are whole runs of 64 channels."""
     chunk_len, count, filled = offsets[1][2], offsets[1][3], True
     for k in range(count - 1):
         filled = filled and chunk_len[k] % LANES == 0
@@ -225,7 +226,7 @@ def survey_signs(dtype: str) -> Any:
 
     def body(args: Any) -> int:
         offsets, one = offsets_in(args), room_at(args, _FIRST_ROOM)
-        given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, _fill_lanes(offsets), bytes_at(args, _CODES)
+        given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, fill_lanes(offsets), bytes_at(args, _CODES)
         _for_tiles(_weight, _add_signs, given, args, source_of(args, elements_at, False), offsets, (one, one, False))
         return 0
 
@@ -238,7 +239,7 @@ def survey_moments(dtype: str) -> Any:
 
     def body(args: Any) -> int:
         offsets, to = offsets_in(args), (room_at(args, _FIRST_ROOM), room_at(args, _SECOND_ROOM), True)
-        given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, _fill_lanes(offsets)
+        given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, fill_lanes(offsets)
         _for_tiles(_weight, _add_moments, given, args, source_of(args, elements_at, False), offsets, to)
         return 0
 
@@ -290,7 +291,8 @@ def _for_rows(step: Any, given: Any, args: Any, offsets: Any, weights: Any) -> N
 
 
 @inlined
-def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+def nearest_step(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+    """A step of ``_for_rows``: codes of the nearest magnitude, and what the receiver makes of them."""
     source, target, packed, cs, inverses, levels, bits, search, trits, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
@@ -304,7 +306,8 @@ def _nearest(given: Any, weights: Any, at: int, channel: int, code: int, count: 
 
 
 @inlined
-def _reaching(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+def reaching_step(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+    """A step of ``_for_rows``: the same for integers and float8."""
     source, target, packed, cs, inverses, kind, stores = given
     ask_for(source, at + AHEAD)
     expected = expected_at(source, at, have)
@@ -318,7 +321,8 @@ def _reaching(given: Any, weights: Any, at: int, channel: int, code: int, count:
 
 
 @inlined
-def _apply(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+def apply_step(given: Any, weights: Any, at: int, channel: int, code: int, count: int, have: int) -> None:
+    """A step of ``_for_rows``: what the receiver makes of codes."""
     source, target, packed, cs, kind, bits, levels = given
     ask_for_expected(source, at + _AHEAD_OF_LITTLE)
     scale = load_first(cs, channel, count) * weights[0]
@@ -346,7 +350,7 @@ def code_nearest(dtype: str, one: bool, bits: int, borders: int, trits: bool) ->
             trits,
             args[_OUT] != 0,
         )
-        _for_rows(_nearest, given, args, offsets_in(args), (room_at(args, _T_ROOM), room_at(args, _INVERSE_T_ROOM)))
+        _for_rows(nearest_step, given, args, offsets_in(args), (room_at(args, _T_ROOM), room_at(args, _INVERSE_T_ROOM)))
         return 0
 
     return body
@@ -366,7 +370,9 @@ def code_reaching(dtype: str, one: bool, kind: int) -> Any:
             kind,
             args[_OUT] != 0,
         )
-        _for_rows(_reaching, given, args, offsets_in(args), (room_at(args, _T_ROOM), room_at(args, _INVERSE_T_ROOM)))
+        _for_rows(
+            reaching_step, given, args, offsets_in(args), (room_at(args, _T_ROOM), room_at(args, _INVERSE_T_ROOM))
+        )
         return 0
 
     return body
@@ -380,7 +386,7 @@ def apply_codes(dtype: str, one: bool, kind: int, bits: int) -> Any:
         levels, target = sixteen_at(table_of(args), 0), (elements_at(args, _OUT), args[_OUT_STREAMS] != 0)
         source, t = source_of(args, elements_at, one), room_at(args, _T_ROOM)
         given = source, target, bytes_at(args, _CODES), room_at(args, _C_ROOM), kind, bits, levels
-        _for_rows(_apply, given, args, offsets_in(args), (t, t))
+        _for_rows(apply_step, given, args, offsets_in(args), (t, t))
         return 0
 
     return body

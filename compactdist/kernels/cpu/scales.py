@@ -92,7 +92,7 @@ def gaussian(energy: Any, mean: Any, weight: Any, bound: Any, widening: int) -> 
 
 
 @inlined
-def _bf16_bits(c: Any) -> Any:
+def bf16_bits(c: Any) -> Any:
     """What is stored of a scale that ``storable`` gave."""
     return np.uint16(min(_u32(_f32(c).view(_u32) >> _u32(16)), _BF16_MAX_BITS))
 
@@ -179,7 +179,8 @@ def _largest(values: Pointer, n: int) -> Any:
 
 
 @inlined
-def _fold_run(sums: Pointer, at: int, tiles: int, channels: int, count: int, largest: bool) -> None:
+def fold_run(sums: Pointer, at: int, tiles: int, channels: int, count: int, largest: bool) -> None:
+    """Fold the first ``count`` of 64 channels from ``at`` on upon the first tile."""
     length = tiles
     while length > 1:
         half = 1
@@ -206,9 +207,9 @@ def fold_tiles() -> Any:
             for run in range(lo, hi):
                 j = run % runs * LANES
                 at = run // runs * tiles * channels + j
-                _fold_run(one, at, tiles, channels, channels - j, kind >= LINEAR)
+                fold_run(one, at, tiles, channels, channels - j, kind >= LINEAR)
                 if squares:
-                    _fold_run(two, at, tiles, channels, channels - j, False)
+                    fold_run(two, at, tiles, channels, channels - j, False)
             lo, hi = next_part(args, _FOLD)
         return 0
 
@@ -250,7 +251,7 @@ def settle_channels(args: Any) -> None:
             else:
                 sigma = storable(over(two[j], (one[j] * norm) * _SIGMA_OF_MEAN_MAGNITUDE), False)
                 scale = storable(sigma * _LEVEL_OF_TRITS, False)
-            stored[group * count + j] = _bf16_bits(scale)
+            stored[group * count + j] = bf16_bits(scale)
             for k in range(j, channels if shared else j + 1):
                 c[group * channels + k] = scale
                 inverse_c[group * channels + k] = over(_f32(1), scale)

@@ -40,10 +40,15 @@ def row_sums(x: Tensor) -> Tensor:
     return fold_sum(lanes, 2)
 
 
-def channel_sums(x: Tensor) -> Tensor:
-    """``(G, R, C)`` to ``(G, 1, C)``: each tile of 64 rows is added up from its first to its last, tiles are folded."""
+def channel_sums(x: Tensor, every: int = 1) -> Tensor:
+    """``(G, R, C)`` to ``(G, 1, C)``: each tile of 64 rows is added up from its first to its last, tiles are folded.
+
+    Args:
+        x: what is added up.
+        every: of rows, those whose number is a multiple of it; 1 to 64, a power of two.
+    """
     tiles = x[:, ::TILE_ROWS].clone()
-    for row in range(1, min(TILE_ROWS, x.shape[1])):
+    for row in range(every, min(TILE_ROWS, x.shape[1]), every):
         part = x[:, row::TILE_ROWS]
         tiles[:, : part.shape[1]] += part
     return fold_sum(tiles, 1)

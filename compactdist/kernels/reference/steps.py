@@ -26,7 +26,7 @@ from compactdist.kernels.reference.scales import RowScales, divide_or_zero
 from compactdist.kernels.sections import Sections
 from compactdist.kernels.spec import FLOAT8, QuantizerSpec
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "levels_of", "pack"]
 
 
 def encode(spec: QuantizerSpec, values: Tensor, magnitude: Tensor, amax: Tensor, sections: Sections) -> Tensor:
@@ -65,7 +65,30 @@ def decode(spec: QuantizerSpec, payload: Tensor, sections: Sections) -> Tensor:
     per_group = sections.channel_scales_per_group
     c_bytes = payload[sections.channel_scales_at :][: 2 * sections.groups * per_group]
     c = scales.decode_bf16(c_bytes).view(sections.groups, 1, per_group)
-    return codes.dequantize(_levels(spec, payload[: sections.codes_nbytes], sections.elements), t, c)
+    return codes.dequantize(levels_of(spec, payload[: sections.codes_nbytes], sections.elements), t, c)
+
+
+def pack(spec: QuantizerSpec, values: Tensor, size: Tensor) -> Tensor:
+    """Packed codes ``(codes_nbytes,)``.
+
+    Args:
+        spec: of the quantizer.
+        values: float32 ``(G, R, C)``, for the signs only.
+        size: their magnitudes in units of ``t * c``, the same shape; may be overwritten. Signs need none.
+    """
+    if spec.kind == "sign":
+        return codes.pack_codes((values >= 0).view(-1).to(torch.uint8), 1)
+    negative = (values < 0).to(torch.uint8)
+    if spec.kind == "linear":
+        size = size.round_().clamp_(max=spec.reach)
+        return torch.where(negative > 0, -size, size).to(torch.int8).view(-1).view(torch.uint8)
+    if spec.kind in FLOAT8:
+        return (codes.float8_codes(size, FLOAT8[spec.kind]) | (negative << 7)).view(-1)
+    if spec.kind == "trits":
+        return codes.pack_trits((size > 0.5).to(torch.uint8).mul_(negative.add_(1)).view(-1))
+    borders = [(low + high) / 2 for low, high in pairwise(spec.magnitudes)]
+    index = codes.count_above(size, borders)
+    return codes.pack_codes(negative.mul_(len(spec.magnitudes)).add_(index).view(-1), spec.bits)
 
 
 def _row_statistic(spec: QuantizerSpec, magnitude: Tensor) -> Tensor:
@@ -93,23 +116,18 @@ def _fit(
     if spec.kind == "sign":
         # Least squares: the error energy is sum(m ** 2) - sum(m * t) ** 2 / sum(t ** 2), less than there was.
         c = divide_or_zero(scales.mean_sums(magnitude, rows, sections), scales.row_weight(rows, sections))
-        return codes.pack_codes((values >= 0).view(-1).to(torch.uint8), 1), scales.storable_scale(c)
+        return pack(spec, values, magnitude), scales.storable_scale(c)
     moments = scales.moments(magnitude, rows, sections)
     if spec.kind == "trits":
         # The largest element of a channel lies above the border, so something is sent wherever there is something.
         c = scales.storable_scale(scales.gaussian_scale(*moments) * scales.LEVEL_OF_TRITS)
-        levels = (codes.normalised(magnitude, rows.t, c) > 0.5).to(torch.float32)
-        trits = levels.to(torch.uint8).mul_((values < 0).to(torch.uint8).add_(1)).view(-1)
-        packed = codes.pack_trits(trits)
     else:
         c = scales.gaussian_scale(*moments, spec.magnitudes[0], spec.widening)
-        borders = [(low + high) / 2 for low, high in pairwise(spec.magnitudes)]
-        index = codes.count_above(codes.normalised(magnitude, rows.t, c), borders)
-        chosen = (values < 0).to(torch.uint8).mul_(len(spec.magnitudes)).add_(index).view(-1)
-        packed = codes.pack_codes(chosen, spec.bits)
-        if sections.rows == 1:
-            levels = codes.unpack_levels(packed, spec.magnitudes * 2, spec.bits, sections.elements).view_as(magnitude)
-    return packed, scales.refitted_scale(c, magnitude, levels) if sections.rows == 1 else c
+    packed = pack(spec, values, codes.normalised(magnitude, rows.t, c))
+    if sections.rows > 1:
+        return packed, c
+    levels = levels_of(spec, packed, sections.elements).abs_().view_as(magnitude)
+    return packed, scales.refitted_scale(c, magnitude, levels)
 
 
 def _fit_maximum(
@@ -120,14 +138,10 @@ def _fit_maximum(
     if sections.channel_scales_per_group == 1:
         reach = reach.amax(2, keepdim=True)
     c = scales.storable_scale(reach / spec.reach, up=True)
-    steps = codes.normalised(magnitude, rows.t, c)
-    if spec.kind == "linear":
-        steps = steps.round_().clamp_(max=spec.reach)
-        return torch.where(values < 0, -steps, steps).to(torch.int8).view(-1).view(torch.uint8), c
-    return (codes.float8_codes(steps, FLOAT8[spec.kind]) | ((values < 0).to(torch.uint8) << 7)).view(-1), c
+    return pack(spec, values, codes.normalised(magnitude, rows.t, c)), c
 
 
-def _levels(spec: QuantizerSpec, packed: Tensor, count: int) -> Tensor:
+def levels_of(spec: QuantizerSpec, packed: Tensor, count: int) -> Tensor:
     """The float32 levels ``(count,)`` of packed codes."""
     if spec.kind == "linear":
         return packed[:count].view(torch.int8).to(torch.float32)

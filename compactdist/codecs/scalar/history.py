@@ -1,0 +1,143 @@
+"""Streams whose channel scales come from the frame before (``scales="token_history"``)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compactdist import kernels
+from compactdist.codecs.base import Session, Terms, check_payload, residual_of, sum_of
+from compactdist.codecs.scalar.quantized import ScalarQuantizer, finite_amax
+from compactdist.kernels.reference import history
+from compactdist.kernels.spec import MatrixView
+
+__all__ = ["HistorySession"]
+
+
+class HistorySession(Session):
+    """One end of a stream, which remembers the channel scales of its next frame: a number for each channel of a group.
+
+    The first frame, and the first after :meth:`forget`, is one of the codec without history at the beginning of the
+    payload. What is remembered follows from the payloads since then, so it is equal on both ends.
+    """
+
+    __slots__ = (
+        "_chosen_under",
+        "_first",
+        "_first_nbytes",
+        "_is_staged",
+        "_remembers_scales",
+        "_scales",
+        "_sections",
+        "_staged",
+        "_steps",
+    )
+
+    remembers: ClassVar[bool] = True
+
+    codec: ScalarQuantizer
+
+    def __init__(self, codec: ScalarQuantizer, view: MatrixView, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(codec, view, dtype, device)
+        assert codec.without_history is not None
+        self._first = codec.without_history.open(view, dtype, device)
+        self._first_nbytes = self._first.payload_nbytes
+        self._sections = codec.sections_of(view.shape)
+        with torch.inference_mode(False):  # two buffers that take turns
+            self._scales = torch.zeros(view.groups, 1, view.channels, device=device)
+            self._staged = torch.zeros_like(self._scales)
+        self._remembers_scales = self._is_staged = False
+        self._choose()
+
+    def _choose(self) -> None:
+        assert self.codec.spec is not None
+        self._chosen_under = kernels.choice.forced
+        self._steps = kernels.history_steps_for(self.codec.spec, self.view, self.dtype, self.device)
+
+    def encode(
+        self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
+    ) -> None:
+        if self._chosen_under is not kernels.choice.forced:
+            self._choose()
+        steps, self.checksum, self._is_staged = self._steps, None, False
+        if row_weights is not None:
+            super().encode(x, terms, out, payload, row_weights=row_weights)  # which refuses them
+        if not self._remembers_scales:
+            self._first.encode(x, terms, out, payload[: self._first_nbytes])
+            payload[self._first_nbytes :].zero_()
+            self.checksum = self._first.checksum  # zeros add nothing to it
+            self.learn(payload)
+        elif steps is not None and steps.encode(x, terms, out, payload, (self._scales, self._staged)):
+            self.checksum = steps.checksum
+        else:
+            self._encode_by_reference(x, terms, out, payload)
+        self._is_staged = True
+
+    @torch.no_grad()
+    def _encode_by_reference(self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor) -> None:
+        spec, values = self.codec.spec, self.view.to_matrix(residual_of(x.detach(), terms))
+        assert spec is not None
+        magnitude = values.abs()
+        amax = finite_amax(magnitude, self.view.numel)
+        payload.copy_(history.encode(spec, values, magnitude, amax, self._scales, self._sections))
+        if out is None:
+            self.learn(payload)
+        else:
+            self._decode_by_reference(payload, terms, out)
+
+    def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
+        if self._chosen_under is not kernels.choice.forced:
+            self._choose()
+        steps = self._steps
+        if not self._remembers_scales:
+            payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
+            self._first.decode(payload[: self._first_nbytes], terms, out)
+            self.learn(payload)
+        elif steps is None or not steps.decode(payload, terms, out, (self._scales, self._staged)):
+            self._decode_by_reference(payload, terms, out)
+        self._is_staged = True
+
+    @torch.no_grad()
+    def _decode_by_reference(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
+        payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
+        spec, limit = self.codec.spec, torch.finfo(torch.float32).max
+        assert spec is not None
+        decoded = history.decode(spec, payload, self._scales, self._sections).clamp(-limit, limit)
+        change = self.view.to_flat(decoded)
+        # -0 plus a change of -0 is -0, as in the kernels; without terms -0 becomes 0
+        total = sum_of(terms) + change if terms else change + 0.0
+        limit = min(limit, torch.finfo(out.dtype).max)
+        with torch.inference_mode():  # ``out`` may be an inference tensor, which can be written to in this mode only
+            out.copy_(total.clamp(-limit, limit))
+        self.learn(payload)
+
+    @torch.no_grad()
+    def learn(self, payload: Tensor) -> None:
+        if self._remembers_scales:
+            self._staged.copy_(history.scales_after(payload, self._scales, self._sections))
+        else:
+            assert self.codec.without_history is not None
+            narrow = self.codec.without_history.sections_of(self.view.shape)
+            self._staged.copy_(history.scales_from(payload, narrow))
+        self._is_staged = True
+
+    def commit(self) -> None:
+        if self._is_staged:
+            self._scales, self._staged = self._staged, self._scales
+            self._remembers_scales, self._is_staged = True, False
+
+    def rollback(self) -> None:
+        self._is_staged = False
+
+    def forget(self) -> None:
+        self._remembers_scales = self._is_staged = False
+
+    @property
+    def shared_memory(self) -> tuple[Tensor, ...]:
+        return (self._scales,) if self._remembers_scales else ()
+
+    @property
+    def held_bytes(self) -> int:
+        return self._scales.nbytes + self._staged.nbytes
