@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu.compiled import Compiler
 from compactdist import codecs
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.matrix_view import Layout, blocks, plain
-from tests.kernels.test_gpu import _Compiler
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 
@@ -38,7 +38,7 @@ def _run_both_ends(form: dict[str, Any], view: MatrixView, dtype: torch.dtype) -
     steps.decode(payload, (base, x), base)
 
 
-class _WithOnes(_Compiler):
+class _WithOnes(Compiler):
     """Compiles each launch with all of its plain integers set to 1; what the kernel specializes becomes a constant."""
 
     def launch(self, kernel: Any, *args: Any, **others: Any) -> Any:
@@ -62,7 +62,7 @@ def test_tensors_of_one_channel_compile(monkeypatch):
     """What sets such arguments in use: one channel, one row, one group, one block."""
     from triton.runtime.jit import JITFunction
 
-    compiler = _Compiler()
+    compiler = Compiler()
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
     for form, view in (
         ({"id": "int4"}, plain(1, 1, 1)),

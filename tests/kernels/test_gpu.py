@@ -8,11 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.gpu.compiled import Compiler
 from compactdist import codecs
 from compactdist.kernels import steps_for, use
 from compactdist.kernels.spec import BOARD_WORDS
@@ -116,53 +116,13 @@ except RuntimeError as error:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-_TYPES = {
-    torch.int16: "*i16",
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-
-
-class _Compiler:
-    """Takes the place of a launch: compiles the kernel for an H100, as the launch would, and keeps the PTX."""
-
-    def __init__(self) -> None:
-        self.ptx: dict[str, str] = {}
-
-    def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int, **others: Any) -> Any:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        options = {"num_warps": num_warps, "enable_fp_fusion": others.pop("enable_fp_fusion")}
-        given = {**dict(zip((one.name for one in kernel.params), args, strict=False)), **others}
-        signature, constants, attributes = {}, {}, {}
-        for index, parameter in enumerate(kernel.params):
-            value = given[parameter.name]
-            specialized = isinstance(value, int) and not parameter.do_not_specialize
-            if parameter.is_constexpr or (specialized and value == 1):
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
-                continue
-            tensor = isinstance(value, torch.Tensor)
-            signature[parameter.name] = _TYPES[value.dtype] if tensor else "fp32" if isinstance(value, float) else "i32"
-            if tensor or (specialized and value % 16 == 0):
-                attributes[index,] = [["tt.divisibility", 16]]
-        source = ASTSource(kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        self.ptx[kernel.fn.__name__] = compiled.asm["ptx"]
-        return compiled
-
-
 @pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
 def test_frames_compile_for_an_h100_once_for_all_streams(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     from compactdist.kernels.gpu.frames import FrameKernels
 
-    compiler = _Compiler()
+    compiler = Compiler()
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
     seen = set()
     for stream, nbytes, call in ((1, 16, (1, 0, 0)), (16, 4096, (-1, 16, 2**31)), (7, 4 * 5000, (3, 1, 1))):
@@ -196,7 +156,7 @@ def test_they_compile_for_an_h100(form, view, dtype, monkeypatch):
 
     from compactdist.kernels.gpu.plan import plan_of
 
-    compiler = _Compiler()
+    compiler = Compiler()
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
     codec, x, base = codecs.get(form), torch.zeros(view.numel, dtype=dtype), torch.zeros(view.numel, dtype=dtype)
     plan = plan_of(codec.spec, view, torch.device("cpu"))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu.compiled import Compiler
 from compactdist import codecs
 from compactdist.state.matrix_view import plain
-from tests.kernels.test_gpu import _Compiler
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter has no launcher")
@@ -59,7 +59,7 @@ class _Machine:
         self.dispatched: list[tuple[str, tuple[int, ...], tuple[Any, ...]]] = []
         self.launched: list[tuple[str, tuple[int, ...], int, tuple[Any, ...]]] = []
         self.kernels: list[_Recorder] = []
-        self._compiler = _Compiler() if compiles else None
+        self._compiler = Compiler() if compiles else None
 
     def dispatch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **others: Any) -> _Recorder:
         values = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in args]

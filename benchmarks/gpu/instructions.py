@@ -1,0 +1,157 @@
+"""Count machine instructions of the Triton kernels, for GPUs that need not be there.
+
+    python -m benchmarks.gpu.instructions --json benchmarks/results/gpu_instructions.json
+    python -m benchmarks.gpu.instructions --capability 90 --codec "int2 block"
+
+Kernels are compiled as a steady call on [1088, 3072] bfloat16 launches them, with one term and a flag. One program in
+the middle of each launch is followed through its machine code (``machine_code.py``): all of its tile is there.
+
+    instructions = 32 * (instructions its warps issue, summed) / (elements of the tensor / programs of the launch)
+
+That is instructions of a thread for each element, what a profiler calls thread instructions where no lane is off.
+Instructions that a predicate switches off are issued, and count; loops count by their trips, the slow paths of division
+and root do not. Registers are those of a thread, spills the instructions that keep one in memory. Loads and stores are
+those of one thread to global memory, by their bits: ``4x128 1x16``. For frames an element is a 32-bit word of the
+payload, and the last program's header does not count.
+
+The numbers depend on Triton's version, which is stored with them; they depend on no machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import STDOUT, add_json
+from benchmarks.gpu.common import table
+from benchmarks.gpu.compiled import CAPABILITIES, Compiled, Compiler, frames, step
+from benchmarks.gpu.machine_code import executed, listing
+from compactdist import codecs
+from compactdist.state.matrix_view import plain
+
+ROWS, CHANNELS = 1088, 3072
+FRAMES = "frames"
+NAMES = [
+    f"{codec} {scales}" for scales in ("block", "token_channel") for codec in ("binary", "int2", "int4", "int8", "fp8")
+]
+NAMES += [FRAMES]
+_WORDS = 1 << 20
+
+
+def counted(kernel: Compiled, capability: int, elements: int) -> dict[str, Any]:
+    """The line of one kernel.
+
+    Args:
+        kernel: what was compiled.
+        capability: of the GPU.
+        elements: of the whole launch.
+    """
+    code = listing(kernel.cubin, capability)
+    warps = executed(kernel, code, kernel.programs // 2)
+    issued = sum(one.instructions for one in warps)
+    return {
+        "instructions": round(32 * issued * kernel.programs / elements, 2),
+        "registers": code.registers,
+        "spills": code.spills,
+        "loads": _widths(warps[0].loads),
+        "stores": _widths(warps[0].stores),
+        "shared": warps[0].shared,
+    }
+
+
+def _widths(counts: Counter[int]) -> str:
+    return " ".join(f"{counts[bits]}x{bits}" for bits in sorted(counts, reverse=True))
+
+
+def lines(name: str, capability: int) -> dict[str, dict[str, Any]]:
+    """The kernels of one codec and form of scales, or of frames: ``{"int2 block encode encode_blocks": line}``."""
+    compiler = Compiler(capability)
+    if name == FRAMES:
+        frames(4 * _WORDS, compiler)
+        return {f"{name} {one.name}": counted(one, capability, _WORDS) for one in compiler.launches}
+    codec_id, scales = name.split()
+    view = plain(ROWS * CHANNELS, 1, CHANNELS)
+    both = step(codecs.get(codec_id, scales=scales), view, torch.bfloat16, compiler)
+    return {
+        f"{name} {direction} {one.name}": counted(one, capability, view.numel)
+        for direction, launches in zip(("encode", "decode"), both, strict=True)
+        for one in launches
+    }
+
+
+def counts(capabilities: list[int], names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Every line, by ``sm_90`` and then by kernel."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for capability in capabilities:
+        of = found[f"sm_{capability}"] = {}
+        for name in names:
+            of.update(lines(name, capability))
+    return found
+
+
+def shown(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """A row for each kernel, two columns for each GPU; and the sums of encoding and decoding."""
+    head = ["instructions an element, registers", *(part for sm in found for part in (sm, ""))]
+    sums: dict[str, list[float]] = {}
+    rows = []
+    for key in next(iter(found.values())):
+        cells = [key]
+        for number, of in enumerate(found.values()):
+            line = of[key]
+            cells += [f"{line['instructions']:.1f}", f"{line['registers']}{'' if not line['spills'] else ' spills'}"]
+            if key.split()[0] != FRAMES:
+                sums.setdefault(key.rsplit(" ", 1)[0], [0.0] * len(found))[number] += line["instructions"]
+        rows.append(cells)
+    rows += [
+        [f"{name}, all", *(part for value in values for part in (f"{value:.1f}", ""))] for name, values in sums.items()
+    ]
+    return table(head, rows)
+
+
+def text(record: dict[str, Any]) -> str:
+    """JSON with a line for each kernel, so that a difference shows the kernels concerned and no others."""
+    about = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key != "kernels"]
+    tables = [
+        f"  {json.dumps(sm)}: {{\n"
+        + ",\n".join(f"   {json.dumps(key)}: {json.dumps(line)}" for key, line in of.items())
+        + "\n  }"
+        for sm, of in record["kernels"].items()
+    ]
+    return "{\n" + ",\n".join([*about, ' "kernels": {\n' + ",\n".join(tables) + "\n }"]) + "\n}\n"
+
+
+def _written(path: Path | None, record: dict[str, Any]) -> None:
+    if path == STDOUT:
+        assert sys.__stdout__ is not None
+        sys.__stdout__.write(text(record))
+    elif path is not None:
+        path.write_text(text(record))
+        print(f"written to {path}")
+
+
+def _arguments() -> argparse.Namespace:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_json(made)
+    made.add_argument("--capability", type=int, action="append", choices=CAPABILITIES, help="default: all")
+    made.add_argument("--codec", action="append", choices=NAMES, help='such as "int2 block"; default: all')
+    return made.parse_args()
+
+
+def main() -> None:
+    import triton
+
+    args = _arguments()
+    found = counts(args.capability or list(CAPABILITIES), args.codec or NAMES)
+    print(shown(found))
+    size = {"triton": triton.__version__, "rows": ROWS, "channels": CHANNELS, "dtype": "bfloat16"}
+    _written(args.json, {"command": "python -m benchmarks.gpu.instructions", **size, "kernels": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The kernels' machine code is no longer than the stored table says, and the walk that counts it counts right."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from benchmarks.gpu import instructions
+from benchmarks.gpu.compiled import CAPABILITIES, Compiled
+from benchmarks.gpu.machine_code import Executed, executed, parsed
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_instructions.json"
+STORED = json.loads(FILE.read_text())
+GROWTH = 1.05
+MAIN = ("int2 block", "int4 block", "frames")
+
+compiles = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
+
+
+def _compare(name: str, capability: int) -> None:
+    if triton.__version__ != STORED["triton"]:
+        pytest.skip(f"counts stored for Triton {STORED['triton']}, not for {triton.__version__}")
+    stored = STORED["kernels"][f"sm_{capability}"]
+    found = instructions.lines(name, capability)
+    assert set(found) == {key for key in stored if key.startswith(f"{name} ")}
+    for key, line in found.items():
+        before = stored[key]
+        again = f"if that is wanted: {STORED['command']} --json benchmarks/results/gpu_instructions.json"
+        assert line["instructions"] <= GROWTH * before["instructions"], (
+            f"{key}, sm_{capability}: {line['instructions']} instructions an element, stored are "
+            f"{before['instructions']}; {again}"
+        )
+        assert line["spills"] <= before["spills"], f"{key}, sm_{capability} spills: {line}; {again}"
+
+
+@compiles
+@pytest.mark.parametrize("name", MAIN)
+def test_no_more_instructions_than_stored(name: str) -> None:
+    _compare(name, 90)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_more_instructions_than_stored_anywhere(capability: int) -> None:
+    for name in instructions.NAMES:
+        _compare(name, capability)
+
+
+def test_the_table_has_every_kernel_of_every_gpu() -> None:
+    assert list(STORED["kernels"]) == [f"sm_{capability}" for capability in CAPABILITIES]
+    for of in STORED["kernels"].values():
+        assert {re.sub(r" (encode|decode)?( ?\w+)$", "", key) for key in of} == set(instructions.NAMES)
+        assert {key.split()[-2] for key in of} >= {"encode", "decode"}
+    assert instructions.text(STORED) == FILE.read_text()
+
+
+LOOP = """
+kernel:
+.text.kernel:
+        /*0000*/                   S2R R0, SR_CTAID.X ;
+        /*0010*/                   ULDC UR4, c[0x0][0x210] ;
+        /*0020*/                   IMAD.SHL.U32 R1, R0, 0x2, RZ ;
+        /*0030*/                   LDG.E.128 R4, desc[UR6][R2.64] ;
+        /*0040*/                   FSETP.GT.AND P0, PT, R4, RZ, PT ;
+        /*0050*/               @P0 BRA `(.L_x_1) ;
+        /*0060*/                   CALL.REL.NOINC `($slow) ;
+.L_x_1:
+        /*0070*/                   VIADD R1, R1, 0x1 ;
+        /*0080*/                   ISETP.GE.AND P1, PT, R1, UR4, PT ;
+        /*0090*/              @!P1 BRA `(.L_x_1) ;
+        /*00a0*/                   STG.E.U16 desc[UR6][R2.64], R4 ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def _walked(text: str, trips: int = 9) -> Executed:
+    kernel = Compiled("kernel", programs=4, warps=2, values=(trips,), ptx="", cubin=b"")
+    first, second = executed(kernel, parsed(text, 90, 8), program=2)
+    assert first == second
+    return first
+
+
+def test_a_loop_counts_by_its_trips_and_a_slow_path_not_at_all() -> None:
+    """Six instructions, five trips of three from 2 * 2 to 9, and two at the end."""
+    found = _walked(LOOP)
+    assert found.instructions == 6 + 5 * 3 + 2
+    assert (found.loads, found.stores, found.shared) == ({128: 1}, {16: 1}, 0)
+    assert _walked(LOOP, trips=12).instructions == 6 + 8 * 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        ("VIADD R1, R1, 0x1", "STRANGE R1, R1, 0x1", "cannot tell whether BRA .*L_x_1.* is taken: !P1 is unknown"),
+        ("VIADD R1, R1, 0x1", "FADD R1, R1, 1", "cannot tell whether BRA .*L_x_1.* is taken: !P1 is data"),
+        ("VIADD R1, R1, 0x1", "MOV R1, RZ", "an endless loop"),
+        ("@P0 BRA `(.L_x_1)", "@!PT BRA `(.L_x_1)", "the path of a full tile calls .slow"),
+    ],
+)
+def test_what_cannot_be_followed_raises(before: str, after: str, reason: str) -> None:
+    assert before in LOOP
+    with pytest.raises(RuntimeError, match=reason):
+        _walked(LOOP.replace(before, after))
