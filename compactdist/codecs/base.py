@@ -240,9 +240,10 @@ class Session:
     def rollback(self) -> None:
         """Forget the changes of the last ``encode``, whose frame will not be sent."""
 
-    def learn(self, payload: Tensor) -> None:
-        """Change the memory as :meth:`decode` does, for a payload of another stream that goes on in this one; no values
-        are needed. :meth:`commit` follows.
+    def learn(self, payload: Tensor, terms: Terms) -> None:
+        """Change the memory as :meth:`decode` does, for a payload of another stream that goes on in this one.
+
+        Nothing is decoded; :meth:`commit` follows.
         """
 
     def forget(self) -> None:

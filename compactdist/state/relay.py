@@ -20,7 +20,7 @@ from compactdist.codecs.base import Codec
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.matrix_view import plain
 from compactdist.state.stream import Staged
-from compactdist.wire import Header, pack, raw_payload, seal
+from compactdist.wire import RESTART, Header, pack, raw_payload, seal
 
 if TYPE_CHECKING:
     from compactdist.state.decoder import StreamDecoder
@@ -180,7 +180,7 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
     if not shared and received.decoder.codec_memory:
         session = encoder.form(codec, x.device).session
         session.rollback()  # of what a frame before would have changed
-        session.learn(payload)
+        session.learn(payload, () if header.flags & RESTART else encoder.predictor.terms())
     return Staged(pack(header, payload), header, checksum, value, (), exact, announced(header), session=session)
 
 

@@ -455,8 +455,6 @@ class StreamState:
             self.live = (numel, dtype)
             self._use(hint or blocks(numel))
             return
-        if self._form is not None and self._form.codec.needs_shared_history:
-            self._form = None  # what it learnt belongs to the frames before; a receiver may begin with this one
         if self.keyframe_announced:
             self.keyframe_announced = False
             self._changes.count += 1

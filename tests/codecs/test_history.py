@@ -343,9 +343,9 @@ def test_quality_on_a_recorded_trace(codec_id, more_db):
 # --- frames that go on in another stream
 
 
-def forwarded(order: int):
+def forwarded(order: int, codec=None):
     """A -> B -> C with one keyframe behind them: their coders."""
-    codec, config = codec_of("int2"), StreamConfig(order, find_layout=False)
+    codec, config = codec or codec_of("int2"), StreamConfig(order, find_layout=False)
     first, outer = StreamEncoder(config, 1, "a"), StreamEncoder(config, 2, "b")
     inner, last = StreamDecoder(config, 1, "b"), StreamDecoder(config, 2, "c")
 
@@ -354,9 +354,10 @@ def forwarded(order: int):
     return codec, first, inner, outer, last
 
 
+@pytest.mark.parametrize("learns", ["token_history", "transform"])
 @pytest.mark.parametrize("share", [True, False])
-def test_both_receivers_remember_the_same(share):
-    codec, first, inner, outer, last = forwarded(1)
+def test_both_receivers_remember_the_same(share, learns):
+    codec, first, inner, outer, last = forwarded(1, codecs.get("transform") if learns == "transform" else None)
     assert relay.same_state(outer, inner)
     relation = relay.join(outer, inner, share=share)
     for n in range(1, 5):

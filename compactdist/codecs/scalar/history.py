@@ -68,7 +68,7 @@ class HistorySession(Session):
             self._first.encode(x, terms, out, payload[: self._first_nbytes])
             payload[self._first_nbytes :].zero_()
             self.checksum = self._first.checksum  # zeros add nothing to it
-            self.learn(payload)
+            self.learn(payload, terms)
         elif steps is not None and steps.encode(x, terms, out, payload, (self._scales, self._staged)):
             self.checksum = steps.checksum
         else:
@@ -83,7 +83,7 @@ class HistorySession(Session):
         amax = finite_amax(magnitude, self.view.numel)
         payload.copy_(history.encode(spec, values, magnitude, amax, self._scales, self._sections))
         if out is None:
-            self.learn(payload)
+            self.learn(payload, terms)
         else:
             self._decode_by_reference(payload, terms, out)
 
@@ -94,7 +94,7 @@ class HistorySession(Session):
         if not self._remembers_scales:
             payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
             self._first.decode(payload[: self._first_nbytes], terms, out)
-            self.learn(payload)
+            self.learn(payload, terms)
         elif steps is None or not steps.decode(payload, terms, out, (self._scales, self._staged)):
             self._decode_by_reference(payload, terms, out)
         self._is_staged = True
@@ -111,10 +111,10 @@ class HistorySession(Session):
         limit = min(limit, torch.finfo(out.dtype).max)
         with torch.inference_mode():  # ``out`` may be an inference tensor, which can be written to in this mode only
             out.copy_(total.clamp(-limit, limit))
-        self.learn(payload)
+        self.learn(payload, terms)
 
     @torch.no_grad()
-    def learn(self, payload: Tensor) -> None:
+    def learn(self, payload: Tensor, terms: Terms) -> None:
         if self._remembers_scales:
             self._staged.copy_(history.scales_after(payload, self._scales, self._sections))
         else:

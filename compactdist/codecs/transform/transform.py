@@ -163,6 +163,17 @@ class TransformSession(Session):
     def rollback(self) -> None:
         self._staged = None
 
+    @torch.no_grad()
+    def learn(self, payload: Tensor, terms: Terms) -> None:
+        self._read(payload, self._basis_for(terms))
+
+    def forget(self) -> None:
+        self._basis = self._staged = None
+
+    @property
+    def shared_memory(self) -> tuple[Tensor, ...]:
+        return self._basis or ()
+
     @property
     def held_bytes(self) -> int:
         return 0 if self._basis is None else sum(one.nbytes for one in self._basis)

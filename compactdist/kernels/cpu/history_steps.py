@@ -44,11 +44,12 @@ class HistoryPlan(Plan):
         row_bits = self.sections.channels * self.bits
         return 0 if self.apart or row_bits % 32 else row_bits // 32
 
-    def decoder(self, one: bool) -> Block:
+    def decoder(self, one: bool, sums: bool) -> Block:
+        """As ``Plan.decoder``; nobody asks for ``sums`` here."""
         works = {call.SECOND_PASS: Work(self.offsets.row_at.size, self.sections.elements, self._apply(one))}
         if self.apart:
             works[call.APART_PASS] = self._apart("unpack")
-        return Block(address_of("history.decode"), self.slots, works)
+        return Block(address_of("history.decode"), self.slots | {call.ROW_WORDS: 0}, works)
 
 
 def steps_of(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device: torch.device) -> CpuHistorySteps | None:
