@@ -15,7 +15,7 @@ from compactdist.cli.common import JsonFile, check_writable, console, failing_we
 from compactdist.cli.demo import run_demo
 from compactdist.errors import ConfigError
 from compactdist.observe.trace import Trace
-from compactdist.state import StateForm, StreamConfig
+from compactdist.state import DEFAULT_KEYFRAME, StateForm, StreamConfig, keyframe_codec
 from compactdist.state.quantized_history import STATE_FORMS
 
 __all__ = ["main"]
@@ -80,6 +80,9 @@ def evaluate(
     state: Annotated[
         str, typer.Option(help=f"What both ends keep of the last tensor: {', '.join(STATE_FORMS)}.")
     ] = "exact",
+    keyframe: Annotated[
+        str, typer.Option(help="Codec of the first frame: id, or id:option=value,...; raw: the tensor itself.")
+    ] = DEFAULT_KEYFRAME,
     json_file: JsonFile = None,
 ) -> None:
     """Play recorded activations through the residual loop and say what each codec sends and how wrong it is.
@@ -95,6 +98,7 @@ def evaluate(
             warmup_steps=warmup,
             find_layout=False,
             state=cast("StateForm", state),  # checked there
+            keyframe=keyframe_codec(keyframe),
         )
         chosen = parse_codecs(codec)
         opened = Trace(trace)

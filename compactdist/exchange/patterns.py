@@ -407,8 +407,9 @@ def stage_message(
         keyframe_expected=keyframe,
         arrival=flight.arrival,
         accepts_unannounced_keyframe=accepts_unannounced_keyframe,
+        may_begin=not engine.refuses(flight, part.peer),
     )
-    if reserve and message.keyframe and not message.forwards:
+    if reserve and message.keyframe and (message.begins or not message.forwards):
         need = state_nbytes(engine.config, part.numel, flight.plan.dtype, sender=True)
         if not engine.store.reserve(flight.plan.site, part.peer, (part.numel, flight.plan.dtype), need):
             flight.passed = PassReason.BUDGET
@@ -421,7 +422,7 @@ def stage_message(
         flight.staged.append(staged)
         flight.keyframes = flight.keyframes and staged.header.is_key
     else:
-        message.announce(engine.stage(flight, part, x, message.keyframe))
+        message.announce(engine.stage(flight, part, x, message.keyframe, own_bytes=message.own_bytes))
 
 
 def commit_messages(flight: Flight) -> None:

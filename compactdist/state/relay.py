@@ -32,7 +32,6 @@ __all__ = [
     "announce",
     "can_announce",
     "digest_of",
-    "is_raw_key",
     "is_untouched",
     "join",
     "leave",
@@ -51,9 +50,9 @@ class Received:
         sequence: ``decoder.sequence`` after the frame; once they differ, the frame can no longer be passed on.
         header: header of the frame.
         checksum: of its payload; ``None``: only the device knows it.
-        payload: of a residual or a coded keyframe, 1-D uint8; kept only where an outgoing stream relays this one.
-        digest: of the decoded tensor's bytes; kept only where an outgoing stream relays this one and the decoder's
-            history does not hold those bytes.
+        payload: of a coded keyframe, or of a residual where an outgoing stream relays this one: 1-D uint8.
+        digest: of the decoded tensor's bytes; kept only where the payload might be and the decoder's history does not
+            hold those bytes.
     """
 
     decoder: StreamDecoder
@@ -166,7 +165,7 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
         checksum=checksum,
         digest=0 if received.header.is_key else encoder.known_digest(),
     )
-    payload = raw_payload(x) if is_raw_key(header) else received.payload
+    payload = raw_payload(x) if header.is_raw_key else received.payload
     assert payload is not None
     value = exact = None
     config = encoder.config
@@ -174,11 +173,6 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
         value = _copy(x)
         exact = _copy(x) if config.open_loop else None
     return Staged(pack(header, payload), header, checksum, value, (), exact, announced(header))
-
-
-def is_raw_key(header: Header) -> bool:
-    """Whether the payload is a tensor's own bytes, which make its history."""
-    return header.is_key and not header.keyframe_codec
 
 
 def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Relay:
