@@ -226,7 +226,7 @@ class Engine:
             step=flight.call.step,
             epoch=flight.call.epoch,
             frame_nbytes=None if own_bytes else agreed,
-            refuse_state=self.refuses(flight, part.peer),
+            refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             want_value=flight.plan.want_value,
             own_bytes=own_bytes,
         )

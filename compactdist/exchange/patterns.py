@@ -395,7 +395,8 @@ def stage_message(
 ) -> None:
     """Encode a part, or pass on the frame it arrived in.
 
-    With ``reserve``, take budget for a keyframe's history first; without budget left, only set ``flight.passed``.
+    With ``reserve``, take budget for a keyframe's history first. Without budget left, only set ``flight.passed`` where
+    the receiver takes a frame of any size; elsewhere the keyframe it expects says that no history is kept.
     """
     assert part.stream is not None
     assert part.codec is not None
@@ -407,13 +408,16 @@ def stage_message(
         keyframe_expected=keyframe,
         arrival=flight.arrival,
         accepts_unannounced_keyframe=accepts_unannounced_keyframe,
-        may_begin=not engine.refuses(flight, part.peer),
+        may_begin=not (flight.refusing and engine.refuses(flight, part.peer)),
     )
     if reserve and message.keyframe and (message.begins or not message.forwards):
         need = state_nbytes(engine.config, part.numel, flight.plan.dtype, sender=True)
         if not engine.store.reserve(flight.plan.site, part.peer, (part.numel, flight.plan.dtype), need):
-            flight.passed = PassReason.BUDGET
-            return
+            if accepts_unannounced_keyframe:
+                flight.passed = PassReason.BUDGET
+                return
+            flight.refusing = flight.refusing | {part.peer}
+            message.forwards = message.begins = False
     flight.messages.append(message)
     if message.forwards:
         if engine.tap is not None:
