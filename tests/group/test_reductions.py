@@ -198,7 +198,7 @@ def test_nan_on_one_rank_raises_on_all_and_the_next_step_is_right(where):
                         dist.all_reduce(y)
                     continue
                 dist.all_reduce(y)
-                assert off(y, total(world, step)) < near(step)
+                assert off(y, total(world, step)) < near(0 if step == 3 else step)  # keyframes again
                 assert same_everywhere(y)
             dist.check()
 
