@@ -120,7 +120,7 @@ def test_bytes_are_those_handed_to_the_inner_group():
 
 def test_explain_names_codec_ratio_and_reasons():
     def body(rank, world_size):
-        with kit.wrap(codec="int8", sample_errors_every=1) as dist:
+        with kit.wrap(codec="int8", keyframe="raw", sample_errors_every=1) as dist:
             kit.gather(dist, kit.tensor(rank))
             for t in range(4):
                 dist.step()
