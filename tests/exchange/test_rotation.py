@@ -27,7 +27,9 @@ def forwarded(g):
     return [g.stats().sites[f"all_to_all#{h}"].forwarded for h in range(g.size() - 1)]
 
 
-@pytest.mark.parametrize(("size", "options"), [(2, {}), (4, {}), (3, {"order": 2}), (3, {"state": "int8"}), (3, {"keyframe": "raw"})])
+@pytest.mark.parametrize(
+    ("size", "options"), [(2, {}), (4, {}), (3, {"order": 2}), (3, {"state": "int8"}), (3, {"keyframe": "raw"})]
+)
 def test_a_rotation_is_compressed_and_forwarded(size, options):
     def body(rank, size):
         g = wrap(**options)
