@@ -13,7 +13,7 @@ from compactdist import codecs, kernels
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
 from compactdist.policy import CallInfo, Policy, Rule, Rules, as_policy, describe_policy
-from compactdist.state import Layout, StateForm, StreamConfig, keyframe_codec
+from compactdist.state import DEFAULT_KEYFRAME, Layout, StateForm, StreamConfig, keyframe_codec
 from compactdist.wire import VERSION
 
 __all__ = ["DEFAULT_MIN_NUMEL", "Options"]
@@ -44,7 +44,8 @@ class Options:
         state: ``"exact"``: both ends keep reconstructions in the tensors' dtype; ``"int8"`` or ``"fp8"``: in one byte
             for each element and a scale for every 128.
         keyframe: id, configuration dictionary or Codec of the frames that carry tensors themselves, in blocks of
-            consecutive elements; ``"raw"``: the tensors' own bytes.
+            consecutive elements; ``"raw"``: the tensors' own bytes, so that the first step is exact. Those of codec
+            ``raw``, and of tensors too small to gain by it, are their own bytes in any case.
         forward: a received tensor that is sent again untouched goes on in the frame it arrived in, instead of being
             encoded once more (:mod:`compactdist.exchange.forward`). The sender alone decides, so ranks may differ.
         state_budget_bytes: cap on history tensors of this rank; new sites beyond it pass through on all ranks
@@ -70,7 +71,7 @@ class Options:
     layouts: Layouts = None
     find_layout: bool = True
     state: StateForm = "exact"
-    keyframe: str | dict[str, Any] | Codec = "raw"
+    keyframe: str | dict[str, Any] | Codec = DEFAULT_KEYFRAME
     forward: bool = True
     state_budget_bytes: int | None = None
     sample_errors_every: int = 0
@@ -97,8 +98,6 @@ class Options:
             raise ConfigError("layouts maps key globs to compactdist.Layout objects")
         if self.layouts is not None and not isinstance(self.layouts, Mapping) and not callable(self.layouts):
             raise ConfigError("layouts is a mapping from key globs to Layout, or a function of CallInfo")
-        order = 0 if self._only_lossless() else self.order
-        feedback = self.error_feedback if order or not self.error_feedback else None
         checked = StreamConfig(
             self.order,
             self.damping,
@@ -108,8 +107,13 @@ class Options:
             self.state,
             keyframe_codec(self.keyframe),
         )
+        lossless = self._only_lossless()
+        order = 0 if lossless else self.order
         damping = checked.damping if order == self.order else None
-        object.__setattr__(self, "_stream", replace(checked, order=order, damping=damping, error_feedback=feedback))
+        feedback = self.error_feedback if order or not self.error_feedback else None
+        keyframe = None if lossless else checked.keyframe
+        stream = replace(checked, order=order, damping=damping, error_feedback=feedback, keyframe=keyframe)
+        object.__setattr__(self, "_stream", stream)
 
     def _only_lossless(self) -> bool:
         """Whether no call can meet a codec that needs a history; then none is kept."""

@@ -235,6 +235,11 @@ class Header:
         """Whether the payload is a keyframe."""
         return bool(self.flags & KEY)
 
+    @property
+    def is_raw_key(self) -> bool:
+        """Whether the payload is a tensor's own bytes, which make its history."""
+        return self.is_key and not self.keyframe_codec
+
     def describe(self) -> str:
         """One line for error messages and ``explain``."""
         names = [name for bit, name in _FLAG_NAMES.items() if self.flags & bit] or ["residual"]

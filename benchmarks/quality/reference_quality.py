@@ -84,7 +84,7 @@ def rows(sites: int | None = None, names: tuple[str, ...] = tuple(FORMULAS)) -> 
         names: Which pairs.
     """
     trace = _Sites(TRACE, sites)
-    scores = play(trace, {name: codecs.get(FORMULAS[name][1]) for name in names}, StreamConfig(order=1))
+    scores = play(trace, {name: codecs.get(FORMULAS[name][1]) for name in names}, StreamConfig(order=1, keyframe=None))
     lines = []
     for name in names:
         bits, nmse = _play_formula(trace, FORMULAS[name][0])

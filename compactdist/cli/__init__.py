@@ -17,7 +17,7 @@ from compactdist.cli.demo import run_demo
 from compactdist.errors import ConfigError
 from compactdist.observe.trace import Trace
 from compactdist.presets import PRESETS
-from compactdist.state import StateForm, StreamConfig, keyframe_codec
+from compactdist.state import DEFAULT_KEYFRAME, StateForm, StreamConfig, keyframe_codec
 from compactdist.state.quantized_history import STATE_FORMS
 
 __all__ = ["main"]
@@ -91,7 +91,7 @@ def evaluate(
     ] = "exact",
     keyframe: Annotated[
         str, typer.Option(metavar="CODEC", help="Codes keyframes; raw: they are the tensor's own bytes.")
-    ] = "raw",
+    ] = DEFAULT_KEYFRAME,
     steps: Annotated[
         int | None,
         typer.Option(min=2, help="Play this many of the recorded steps, evenly spaced, first and last among them."),

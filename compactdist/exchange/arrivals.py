@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compactdist.state import Site, StateStore
-from compactdist.state.relay import Received, digest_of, is_raw_key
+from compactdist.state.relay import Received, digest_of
 from compactdist.wire import NO_STATE, NONFINITE, STATELESS, payload_of
 
 __all__ = ["Arrival", "Arrivals"]
@@ -113,8 +113,9 @@ class Arrivals:
             return
         received = Received(decoder, decoder.sequence, header, decoder.checksum)
         stream = (site.key, source)
-        if stream in self._relayed:
-            if not is_raw_key(header):
+        coded_key = header.is_key and not header.is_raw_key
+        if stream in self._relayed or coded_key:  # a coded keyframe is passed on by streams that relay nothing yet
+            if not header.is_raw_key:
                 received.payload = payload_of(frame, header).clone()
             if x.device.type == "cpu" and not decoder.config.remembers_values:
                 received.digest = digest_of(x)

@@ -209,8 +209,13 @@ class Engine:
                 raise
         return flight
 
-    def stage(self, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> Staged:
-        """Encode one tensor and append its frame to ``flight.staged``."""
+    def stage(self, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool, *, own_bytes: bool = False) -> Staged:
+        """Encode one tensor and append its frame to ``flight.staged``.
+
+        ``own_bytes``: a keyframe carries the tensor's own bytes, whatever codes the stream's keyframes, and is as large
+        as they are.
+        """
+        agreed = part.key_nbytes if keyframe else part.residual_nbytes
         if self.tap is not None:
             self.tap(flight.call, part.peer, x, part.hint)
         stream, codec = part.stream, part.codec
@@ -222,9 +227,10 @@ class Engine:
             keyframe=keyframe,
             step=flight.call.step,
             epoch=flight.call.epoch,
-            frame_nbytes=part.key_nbytes if keyframe else part.residual_nbytes,
-            refuse_state=bool(flight.refusing) and self._refuses(flight, part.peer),
+            frame_nbytes=None if own_bytes else agreed,
+            refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             want_value=flight.plan.want_value,
+            own_bytes=own_bytes,
         )
         if failure is not None:
             flight.failure = flight.failure or failure
@@ -234,7 +240,8 @@ class Engine:
         return staged
 
     @staticmethod
-    def _refuses(flight: Flight, peer: int) -> bool:
+    def refuses(flight: Flight, peer: int) -> bool:
+        """Whether this rank keeps no history of what it exchanges with a peer."""
         return peer in flight.refusing or Site.ALL in flight.refusing
 
     def withdraw(self, flight: Flight) -> None:
@@ -393,7 +400,7 @@ class Engine:
             step=flight.call.step,
             epoch=flight.call.epoch,
             hint=part.hint,
-            refuse_state=bool(flight.refusing) and self._refuses(flight, part.peer),
+            refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             foreseen=pattern.waits_for_earlier_calls,
         )
         if decoder.refused:

@@ -5,6 +5,10 @@ Passing on adds no error, so a chunk is the same on every rank it has visited. W
 encoding and passing on takes a keyframe. Where sizes are agreed beforehand (collectives, other devices) the sender
 keeps a history of its own, which equals the receiver's whether it encodes or passes on: it may encode again at any
 time, and begins to pass on where a keyframe is expected anyway.
+
+Passing on begins with a keyframe after which the receivers of both streams hold the same. That is the coded keyframe
+which arrived, passed on itself, for one coded again would hold something else; or a keyframe of the tensor's own bytes,
+where the receiver follows the frame.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ from compactdist.state.relay import (
     announce,
     announced,
     can_announce,
-    is_raw_key,
     is_untouched,
     join,
     leave,
@@ -42,11 +45,15 @@ class Message:
         codec: codes a residual.
         keyframe_expected: whether the receiver expects a keyframe.
         arrival: the arrival that may be passed on, held; ``None`` for none.
-        accepts_unannounced_keyframe: whether the receiver takes a keyframe it does not expect.
+        accepts_unannounced_keyframe: whether the receiver takes a keyframe it does not expect, and one of the tensor's
+            own bytes where it expects a coded one.
+        may_begin: whether a keyframe that arrived may start this stream.
 
     Attributes:
         forwards: whether the frame that arrived is passed on.
-        keyframe: whether the frame will be a keyframe, if it is not passed on.
+        begins: whether that frame is a keyframe, and the first that this stream passes on.
+        keyframe: whether the frame will be a keyframe.
+        own_bytes: whether a keyframe has to carry the tensor's own bytes, although the stream codes its keyframes.
         forwarded: after ``commit``: whether the receiver gets, to the bit, the tensor that was received here.
     """
 
@@ -58,9 +65,11 @@ class Message:
         "_encoder",
         "_share",
         "_x",
+        "begins",
         "forwarded",
         "forwards",
         "keyframe",
+        "own_bytes",
     )
 
     def __init__(
@@ -73,6 +82,7 @@ class Message:
         keyframe_expected: bool,
         arrival: Arrival | None = None,
         accepts_unannounced_keyframe: bool = False,
+        may_begin: bool = True,
     ) -> None:
         self._arrivals, self._encoder, self._x, self._codec = arrivals, encoder, x, codec
         config = encoder.config
@@ -81,8 +91,7 @@ class Message:
         self._share = accepts_unannounced_keyframe and config.predictor.can_share
         self._announce: MatrixView | None = None
         self.keyframe = keyframe_expected
-        self.forwarded = False
-        self.forwards = False
+        self.forwarded = self.forwards = self.begins = self.own_bytes = False
         relay = encoder.relay
         if relay is not None and relay.source is not None:
             may = self._may_forward(relay, keyframe_expected, accepts_unannounced_keyframe)
@@ -92,8 +101,25 @@ class Message:
             leave(encoder, relay)
         if relay is not None and relay.owes_key:
             self.keyframe = True
-        if not self.keyframe and self._share and self._arrival is not None:
+        if self._arrival is None:
+            return
+        if self.keyframe:
+            self._begin(self._arrival, may_begin)
+        elif self._share:
             self._switch_if_worth_it(self._arrival)
+
+    def _begin(self, arrival: Arrival, may_begin: bool) -> None:
+        """Decide whether a coded keyframe is the one that arrived, or carries the tensor's own bytes instead."""
+        received, encoder = arrival.received, self._encoder
+        header, theirs = received.header, received.decoder
+        coded = encoder.config.keyframe_for(self._codec, self._x.numel(), self._x.dtype)
+        if coded is None:
+            return
+        same = may_begin and header.is_key and header.keyframe_codec == coded.fingerprint()
+        if same and received.payload is not None and self._is_untouched():
+            self.forwards = self.begins = True
+        elif self._share and (encoder.live, encoder.view) == (theirs.live, theirs.view):
+            self.own_bytes = self._is_untouched()
 
     def _is_untouched(self) -> bool:
         if self._arrivals.trusted:
@@ -113,7 +139,7 @@ class Message:
             return False
         kept = received.payload is not None and header.codec == self._codec.fingerprint()
         view = announced(header) or encoder.view
-        return (is_raw_key(header) or kept) and view == received.decoder.view
+        return (header.is_raw_key or kept) and view == received.decoder.view
 
     def _switch_if_worth_it(self, arrival: Arrival) -> None:
         """Send a keyframe in place of a residual where that pays, so that the frames after it can be passed on."""
@@ -127,7 +153,7 @@ class Message:
             return
         relay.streak += 1
         if relay.streak >= relay.patience:
-            self.keyframe = True
+            self.keyframe = self.own_bytes = True
             self._announce = None if fits else theirs
 
     def pass_on(self, step: int, epoch: int) -> Staged:
@@ -146,20 +172,22 @@ class Message:
         encoder.commit(staged, hint)
         if arrival is None:
             return
-        if self.forwards:
+        self.forwarded = self.forwards
+        if self.forwards and not self.begins:
             assert encoder.relay is not None
             encoder.relay.passed = arrival.received.sequence
-            self.forwarded = True
             return
-        config = encoder.config
-        if staged.header.flags & (NONFINITE | NO_STATE) or not (staged.header.is_key or not config.remembers):
+        config, header = encoder.config, staged.header
+        if header.flags & (NONFINITE | NO_STATE) or not (header.is_key or not config.remembers):
             return
         compare = self._x.device.type == "cpu"
         decoder = arrival.received.decoder
         # where bytes are not compared: any keyframe makes last values equal, but only the first makes velocities equal
         if not compare and config.predictor.copies > 1 and (encoder.sequence, decoder.sequence) != (1, 1):
             return
+        if not compare and config.remembers and not (header.is_raw_key or self.begins):
+            return  # a keyframe that was coded once more
         if same_state(encoder, decoder, compare=compare):
             join(encoder, decoder, share=self._share)
             self._arrivals.relayed(arrival)
-            self.forwarded = is_raw_key(staged.header) and config.remembers_values
+            self.forwarded |= header.is_raw_key and config.remembers_values

@@ -399,7 +399,8 @@ def stage_message(
 ) -> None:
     """Encode a part, or pass on the frame it arrived in.
 
-    With ``reserve``, take budget for a keyframe's history first; without budget left, only set ``flight.passed``.
+    With ``reserve``, take budget for a keyframe's history first. Without budget left, only set ``flight.passed`` where
+    the receiver takes a frame of any size; elsewhere the keyframe it expects says that no history is kept.
     """
     assert part.stream is not None
     assert part.codec is not None
@@ -411,12 +412,16 @@ def stage_message(
         keyframe_expected=keyframe,
         arrival=flight.arrival,
         accepts_unannounced_keyframe=accepts_unannounced_keyframe,
+        may_begin=not (flight.refusing and engine.refuses(flight, part.peer)),
     )
-    if reserve and message.keyframe and not message.forwards:
+    if reserve and message.keyframe and (message.begins or not message.forwards):
         need = state_nbytes(engine.config, part.numel, flight.plan.dtype, sender=True)
         if not engine.store.reserve(flight.plan.site, part.peer, (part.numel, flight.plan.dtype), need):
-            flight.passed = PassReason.BUDGET
-            return
+            if accepts_unannounced_keyframe:
+                flight.passed = PassReason.BUDGET
+                return
+            flight.refusing = flight.refusing | {part.peer}
+            message.forwards = message.begins = False
     flight.messages.append(message)
     if message.forwards:
         if engine.tap is not None:
@@ -425,7 +430,7 @@ def stage_message(
         flight.staged.append(staged)
         flight.keyframes = flight.keyframes and staged.header.is_key
     else:
-        message.announce(engine.stage(flight, part, x, message.keyframe))
+        message.announce(engine.stage(flight, part, x, message.keyframe, own_bytes=message.own_bytes))
 
 
 def commit_messages(flight: Flight) -> None:

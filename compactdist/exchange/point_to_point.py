@@ -93,6 +93,8 @@ class Send(OneMessage):
 
     def commit(self, engine: Engine, flight: Flight) -> None:
         commit_messages(flight)
+        for peer in flight.refusing:  # its next message passes through, which may be sent before this one is waited for
+            engine.store.refuse(flight.plan.site, peer)
         stream = flight.plan.outgoing[0].stream
         if stream is not None and stream.relay is not None and stream.relay.shared:
             engine.store.reserve(flight.plan.site, flight.plan.outgoing[0].peer, "shared", 0)

@@ -9,6 +9,7 @@ from compactdist.state.residual import ResidualDecoder, ResidualEncoder
 from compactdist.state.store import Site, StateStore
 from compactdist.state.stream import (
     COMPRESSIBLE_DTYPES,
+    DEFAULT_KEYFRAME,
     Room,
     Staged,
     StreamConfig,
@@ -19,6 +20,7 @@ from compactdist.state.stream import (
 
 __all__ = [
     "COMPRESSIBLE_DTYPES",
+    "DEFAULT_KEYFRAME",
     "MatrixView",
     "Predictor",
     "Layout",

@@ -265,7 +265,8 @@ class StreamDecoder(StreamState):
         self, payload: Tensor, header: Header, codec: Codec, hint: MatrixView | None, refuse_state: bool
     ) -> Tensor | None:
         """The value of a keyframe, now the history; ``None`` if its sender could not code it."""
-        numel, dtype, coded = header.numel, header.dtype, self.config.keyframe_for(codec)
+        numel, dtype = header.numel, header.dtype
+        coded = None if header.is_raw_key else self.config.keyframe_for(codec, numel, dtype)
         if coded is None:
             value = from_raw(payload, numel, dtype)
         elif header.flags & NONFINITE:
@@ -302,7 +303,8 @@ class StreamDecoder(StreamState):
     ) -> Tensor:
         """The payload, 1-D uint8, once everything about the frame is known to be right; nothing has changed.
 
-        That of a raw keyframe is a copy, made while it is summed up, which may become the history.
+        That of a raw keyframe is a copy, made while it is summed up, which may become the history. A sender may send
+        one where this end expects a coded keyframe, if the frame's size is not agreed beforehand.
 
         Raises:
             FrameError: something is not right.
@@ -316,7 +318,8 @@ class StreamDecoder(StreamState):
         compare("size", *size, "send and receive tensors of the same size and dtype; then " + RESET)
         if not codec.lossless and dtype not in COMPRESSIBLE_DTYPES:  # a stand-alone stream's dtype is what frames say
             compare("dtype", dtype, "float32, float16 or bfloat16, as this codec takes no other", SAME_CONFIG)
-        if (header.codec, header.keyframe_codec) != (ours.codec, ours.keyframe_codec):
+        codes_keys = 0 if header.is_raw_key else ours.keyframe_codec
+        if (header.codec, header.keyframe_codec) != (ours.codec, codes_keys):
             coding = f"{header.codec:08x}, keyframes {header.keyframe_codec:08x}"
             compare("codec", coding, f"{ours.codec:08x} ({codec!r}), keyframes {ours.keyframe_codec:08x}", SAME_CONFIG)
         predictor = header.predictor, header.coefficient, header.coefficient_2
@@ -331,8 +334,7 @@ class StreamDecoder(StreamState):
         compare("digest of the history", f"{header.digest:016x}", f"{0 if header.is_key else self.known_digest():016x}")
         self._check_announcements(header)
         payload = payload_of(frame, header)
-        copies = header.is_key and self.config.remembers and self.config.keyframe_for(codec) is None
-        copy = torch.empty_like(payload) if copies else None
+        copy = torch.empty_like(payload) if header.is_raw_key and self.config.remembers else None
         if kernels.checksum_for(nbytes, payload.device)(payload, copy) != header.checksum:
             raise FrameError(
                 f"{self.where}: the payload is damaged (its checksum does not match). Nothing was applied; {RESET}. "
@@ -358,7 +360,7 @@ class StreamDecoder(StreamState):
         flags, kind = header.flags, header.flags & _KINDS
         if kind not in _FLAGS_OF_KINDS or flags & ~kind & ~_FLAGS_OF_KINDS[kind]:
             self._compare(header, "flags", f"{flags:#04x}", "one kind of frame, and what it may say", SAME_CONFIG)
-        if kind == STATELESS or (kind == KEY and self.config.keyframe_for(codec) is None):
+        if kind == STATELESS or header.is_raw_key:
             return None, raw_nbytes(numel, dtype)
         if flags & NONFINITE and not header.payload_nbytes:
             return None, 0

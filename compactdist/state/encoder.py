@@ -126,6 +126,7 @@ class StreamEncoder(StreamState):
         want_value: bool = False,
         shape: tuple[int, ...] | None = None,
         row_weights: Tensor | None = None,
+        own_bytes: bool = False,
     ) -> Staged:
         """Make the next frame without changing any state.
 
@@ -140,6 +141,7 @@ class StreamEncoder(StreamState):
             want_value: fill ``Staged.value`` even where the stream keeps no history.
             shape: put this shape into the frame.
             row_weights: how much errors in each row matter, float ``(R,)`` or ``(G, R)``; for a codec that takes them.
+            own_bytes: let a keyframe carry the tensor's own bytes, although the stream codes its keyframes.
 
         Returns:
             The frame; :meth:`commit` or :meth:`withdraw` it.
@@ -150,7 +152,7 @@ class StreamEncoder(StreamState):
         """
         flat = x.detach().reshape(-1)
         if keyframe or codec.lossless:
-            return self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, shape)
+            return self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, shape, own_bytes)
         return self._stage_residual(flat, codec, step, epoch, frame_nbytes, want_value, shape, row_weights)
 
     def _stage_payload(
@@ -173,9 +175,11 @@ class StreamEncoder(StreamState):
         refuse_state: bool,
         want_value: bool,
         shape: tuple[int, ...] | None,
+        own_bytes: bool,
     ) -> Staged:
         flags = KEY | (NO_STATE if refuse_state else 0)
-        keeps, coded = self.config.remembers and not refuse_state, self.config.keyframe_for(codec)
+        keeps = self.config.remembers and not refuse_state
+        coded = None if own_bytes else self.config.keyframe_for(codec, flat.numel(), flat.dtype)
         fields: dict[str, Any] = {"step": step, "epoch": epoch, "shape": shape}
         value: Tensor | None = None
         if coded is None:
@@ -184,6 +188,7 @@ class StreamEncoder(StreamState):
                 keeps = False
             payload = raw_payload(flat)
             value = _own(flat) if keeps or want_value else None
+            fields["keyframe_codec"] = 0
         else:
             view = blocks(flat.numel())
             session = coded.open(view, flat.dtype, flat.device)
@@ -354,9 +359,10 @@ class StreamEncoder(StreamState):
         keyframe: bool,
         step: int,
         epoch: int,
-        frame_nbytes: int,
+        frame_nbytes: int | None,
         refuse_state: bool = False,
         want_value: bool = False,
+        own_bytes: bool = False,
     ) -> tuple[Staged, NonFiniteError | None]:
         """As ``stage``, but a tensor that is not finite gives a flagged frame: peers wait for one of the agreed size.
 
@@ -366,7 +372,9 @@ class StreamEncoder(StreamState):
         flat, keyframe = x if x.dim() == 1 else x.reshape(-1), keyframe or codec.lossless
         try:
             if keyframe:
-                staged = self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, None)
+                staged = self._stage_key(
+                    flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, None, own_bytes
+                )
             else:
                 staged = self._stage_residual(flat, codec, step, epoch, frame_nbytes, want_value, None, None)
             return staged, None

@@ -32,7 +32,6 @@ __all__ = [
     "announce",
     "can_announce",
     "digest_of",
-    "is_raw_key",
     "is_untouched",
     "join",
     "leave",
@@ -51,9 +50,9 @@ class Received:
         sequence: ``decoder.sequence`` after the frame; once they differ, the frame can no longer be passed on.
         header: header of the frame.
         checksum: of its payload; ``None``: only the device knows it.
-        payload: of a residual or a coded keyframe, 1-D uint8; kept only where an outgoing stream relays this one.
-        digest: of the decoded tensor's bytes; kept only where an outgoing stream relays this one and the decoder's
-            history does not hold those bytes.
+        payload: of a coded keyframe, or of a residual where an outgoing stream relays this one: 1-D uint8.
+        digest: of the decoded tensor's bytes; kept only where the payload might be and the decoder's history does not
+            hold those bytes.
     """
 
     decoder: StreamDecoder
@@ -170,7 +169,7 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
         checksum=checksum,
         digest=0 if received.header.is_key else encoder.known_digest(),
     )
-    payload = raw_payload(x) if is_raw_key(header) else received.payload
+    payload = raw_payload(x) if header.is_raw_key else received.payload
     assert payload is not None
     value = exact = session = None
     config, shared = encoder.config, encoder.relay is not None and encoder.relay.shared
@@ -182,11 +181,6 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
         session.rollback()  # of what a frame before would have changed
         session.learn(payload, () if header.flags & RESTART else encoder.predictor.terms())
     return Staged(pack(header, payload), header, checksum, value, (), exact, announced(header), session=session)
-
-
-def is_raw_key(header: Header) -> bool:
-    """Whether the payload is a tensor's own bytes, which make its history."""
-    return header.is_key and not header.keyframe_codec
 
 
 def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Relay:

@@ -15,7 +15,7 @@ from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.matrix_view import Layout
 from compactdist.state.quantized_history import StateForm
-from compactdist.state.stream import COMPRESSIBLE_DTYPES, StreamConfig, keyframe_codec
+from compactdist.state.stream import COMPRESSIBLE_DTYPES, DEFAULT_KEYFRAME, StreamConfig, keyframe_codec
 from compactdist.wire import stream_fingerprint, unpack
 
 __all__ = ["ResidualDecoder", "ResidualEncoder"]
@@ -40,7 +40,7 @@ class ResidualEncoder:
         order, damping, error_feedback, warmup_steps, find_layout, state: see :class:`StreamConfig`. The first
             ``warmup_steps`` frames, the first of all, and any frame of another size or dtype are keyframes.
         layout: hint for the matrix view of the flattened tensor; equal on both ends.
-        keyframe: codes keyframes; ``"raw"``: they carry the tensor's own bytes.
+        keyframe: codes keyframes; ``"raw"``: they carry the tensor's own bytes, so the first value arrives exactly.
 
     Raises:
         ConfigError, UnknownCodecError: bad arguments.
@@ -57,7 +57,7 @@ class ResidualEncoder:
         find_layout: bool = True,
         layout: Layout | None = None,
         state: StateForm = "exact",
-        keyframe: str | dict[str, Any] | Codec = "raw",
+        keyframe: str | dict[str, Any] | Codec = DEFAULT_KEYFRAME,
     ) -> None:
         self.codec = codecs.get(codec)
         coded = keyframe_codec(keyframe)
@@ -147,7 +147,7 @@ class ResidualDecoder:
         find_layout: bool = True,
         layout: Layout | None = None,
         state: StateForm = "exact",
-        keyframe: str | dict[str, Any] | Codec = "raw",
+        keyframe: str | dict[str, Any] | Codec = DEFAULT_KEYFRAME,
     ) -> None:
         self.codec = codecs.get(codec)
         coded = keyframe_codec(keyframe)

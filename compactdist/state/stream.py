@@ -25,6 +25,7 @@ from compactdist.wire import HEAD_PLACES, HEADER_NBYTES, MASK64, SHAPE_NBYTES, H
 
 __all__ = [
     "COMPRESSIBLE_DTYPES",
+    "DEFAULT_KEYFRAME",
     "Changes",
     "Form",
     "Room",
@@ -37,6 +38,11 @@ __all__ = [
 ]
 
 _DAMPING = 0.5
+
+DEFAULT_KEYFRAME = "int8"
+"""Id of the codec of keyframes, wherever none is named."""
+
+_DEFAULT_KEYFRAME = codecs.get(DEFAULT_KEYFRAME)
 
 COMPRESSIBLE_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -58,6 +64,7 @@ class StreamConfig:
             ``"int8"`` or ``"fp8"`` (E4M3), one byte for each element and a bfloat16 scale for every 128. What the
             rounding loses is part of the next residual. Without effect at order 0, which keeps nothing.
         keyframe: codes keyframes, in blocks of consecutive elements; ``None``: they carry the tensor's own bytes.
+            Those of tensors too small to gain by it, and of a lossless codec's streams, do so in any case.
 
     Raises:
         ConfigError: a value is out of range, error feedback is asked for without prediction, or damping without
@@ -70,11 +77,11 @@ class StreamConfig:
     warmup_steps: int = 1
     find_layout: bool = True
     state: StateForm = "exact"
-    keyframe: Codec | None = None
+    keyframe: Codec | None = _DEFAULT_KEYFRAME
 
     def __repr__(self) -> str:
-        later = {"damping": None, "state": "exact", "keyframe": None}
-        shown = [f.name for f in fields(self) if f.name not in later or getattr(self, f.name) != later[f.name]]
+        later = ("damping", "state")  # shown where they differ from the default
+        shown = [f.name for f in fields(self) if f.name not in later or getattr(self, f.name) != f.default]
         return f"StreamConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def __post_init__(self) -> None:
@@ -96,9 +103,16 @@ class StreamConfig:
         if self.error_feedback and not self.remembers:
             raise ConfigError("error_feedback=True needs a prediction to correct: use order=1 or 2, or leave it None")
 
-    def keyframe_for(self, codec: Codec) -> Codec | None:
-        """Codes the keyframes of a stream with this codec; ``None``: they carry the tensor's own bytes."""
-        return None if codec.lossless else self.keyframe
+    def keyframe_for(self, codec: Codec, numel: int, dtype: torch.dtype) -> Codec | None:
+        """Codes the keyframes of such tensors on a stream with this codec; ``None``: they carry the tensors' own bytes.
+
+        A keyframe is coded only where that makes it smaller, which scales can prevent in tensors of a few hundred
+        elements. Both ends tell it from the size alone.
+        """
+        coded = self.keyframe
+        if codec.lossless or coded is None:
+            return None
+        return coded if _coded_nbytes(coded, numel) < raw_nbytes(numel, dtype) else None
 
     @property
     def predictor(self) -> type[Predictor]:
@@ -133,6 +147,10 @@ class StreamConfig:
     def new_predictor(self) -> Predictor:
         """An empty predictor."""
         return make_predictor(self.order, self.damping or 0.0, self.state)
+
+
+def _coded_nbytes(coded: Codec, numel: int) -> int:
+    return coded.payload_nbytes(blocks(numel).shape, torch.float32)
 
 
 def keyframe_codec(keyframe: str | dict[str, Any] | Codec) -> Codec | None:
@@ -369,8 +387,8 @@ class StreamState:
 
     def keyframe_nbytes(self, codec: Codec, numel: int, dtype: torch.dtype) -> int:
         """Bytes of a keyframe's payload."""
-        coded = self.config.keyframe_for(codec)
-        return raw_nbytes(numel, dtype) if coded is None else coded.payload_nbytes(blocks(numel).shape, torch.float32)
+        coded = self.config.keyframe_for(codec, numel, dtype)
+        return raw_nbytes(numel, dtype) if coded is None else _coded_nbytes(coded, numel)
 
     def form(self, codec: Codec, device: torch.device) -> Form:
         """What the next residual frame shares with those before it. The stream must be live."""
@@ -410,14 +428,19 @@ class StreamState:
 
     def header_of(self, codec: Codec, numel: int, dtype: torch.dtype, **fields: Any) -> Header:
         """A header with what all frames of the stream say, and the ``fields`` given."""
-        fields = {"step": 0, "epoch": 0, "sequence": self.sequence, "payload_nbytes": 0} | fields
-        coded = self.config.keyframe_for(codec)
+        coded = self.config.keyframe_for(codec, numel, dtype)
+        fields = {
+            "step": 0,
+            "epoch": 0,
+            "sequence": self.sequence,
+            "payload_nbytes": 0,
+            "keyframe_codec": 0 if coded is None else coded.fingerprint(),
+        } | fields
         return Header(
             stream=self.fingerprint,
             codec=codec.fingerprint(),
             numel=numel,
             dtype=dtype,
-            keyframe_codec=0 if coded is None else coded.fingerprint(),
             predictor=self.config.order,
             coefficient=self.config.coefficient,
             **fields,

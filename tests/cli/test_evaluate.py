@@ -38,7 +38,10 @@ def test_figures_are_those_of_the_loop_by_hand(tmp_path: Path, order: int, codec
     x = activations()
     path = trace(tmp_path / "t.safetensors", {"a": x})
     damping = ("--damping", 0.3) if order == 2 else ()
-    row = run_json("evaluate", path, "--codec", codec_id, "--order", order, *damping, "--json", "-")[codec_id]
+    row = run_json(
+        "evaluate", path, "--codec", codec_id, "--order", order, *damping, "--keyframe", "raw", "--json", "-"
+    )
+    row = row[codec_id]
     codec = codecs.get(codec_id)
     steps, rows, channels = x.shape
     base, velocity = x[0], torch.zeros_like(x[0])
@@ -65,6 +68,20 @@ def test_figures_are_those_of_the_loop_by_hand(tmp_path: Path, order: int, codec
     assert row["request_worst_step"] == 1 + errors.index(max(errors))
     assert row["nmse_db"] == pytest.approx(10 * math.log10(squares / float(x[1:].double().square().sum())), abs=1e-4)
     assert row["state_bytes"] == order * rows * channels * 4
+
+
+def test_the_first_frame_is_coded_in_eight_bits_unless_asked_otherwise(tmp_path: Path) -> None:
+    path, x = trace(tmp_path / "t.safetensors", {"a": activations()}), activations()
+    asked = {"default": (), "int8": ("--keyframe", "int8"), "raw": ("--keyframe", "raw")}
+    rows = {
+        name: run_json("evaluate", path, "--codec", "int4", *option, "--json", "-")["int4"]
+        for name, option in asked.items()
+    }
+    assert rows["default"] == rows["int8"]
+    saved = (rows["raw"]["request_bits_per_element"] - rows["int8"]["request_bits_per_element"]) * len(x)
+    keyframe = codecs.get("int8").payload_nbytes((1, math.ceil(x[0].numel() / 128), 128), torch.float32)
+    assert saved == pytest.approx(32 - 8 * keyframe / x[0].numel(), abs=0.2)
+    assert rows["int8"]["rel_error"] == pytest.approx(rows["raw"]["rel_error"], rel=0.1)
 
 
 def test_every_registered_codec_by_default(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ suite runs with the plain group and with every group that torch makes wrapped at
 
 * `wrap()`: by `compactdist.wrap(codec="raw", min_numel=1)`. Codec `raw` must change no bit.
 * `int8`: with codec `int8` and a policy that names it for all floating-point tensors, in reductions too, and lets
-  integers pass. First calls of a site are keyframes, which are exact.
+  integers pass. First calls of a site are keyframes, which are exact (`keyframe="raw"`).
 * backend name: with `"compactdist"` (`COMPACTDIST_CODEC=raw COMPACTDIST_MIN_NUMEL=1`).
 
 Each group begins a step as soon as it exists, so that calls travel as frames.

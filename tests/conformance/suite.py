@@ -136,7 +136,7 @@ def integers_pass(info: compactdist.CallInfo) -> Any:
     return "int8" if info.dtype.is_floating_point else compactdist.PASS
 
 
-INT8 = compactdist.Options(codec="int8", min_numel=1, policy=integers_pass)
+INT8 = compactdist.Options(codec="int8", keyframe="raw", min_numel=1, policy=integers_pass)
 
 
 def _nccl(group: Any) -> Any:

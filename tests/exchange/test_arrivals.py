@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import torch
 
 from compactdist import codecs
 from compactdist.exchange.arrivals import Arrivals
+from compactdist.exchange.forward import Message
 from compactdist.state import StateStore, StreamConfig, StreamEncoder, relay
 
 CODEC = codecs.get("int4")
@@ -160,3 +162,20 @@ def test_frames_without_history_and_switched_off_groups_leave_nothing():
     off, store = setup(enabled=False)
     Incoming(off, store).into(x)
     assert off.found(x) is None
+
+
+def test_where_bytes_are_not_compared_only_the_keyframe_that_arrived_begins_passing_on():
+    """On a GPU, where an adapter vouches for tensors: a keyframe coded again makes another history."""
+    arrivals, store = setup()
+    x = torch.empty(N)
+    Incoming(arrivals, store).into(x)
+    arrival = arrivals.found(x)
+    encoder = store.site("b/send").encoder(2)
+    for may_begin in (False, True):
+        message = Message(arrivals, encoder, x, CODEC, keyframe_expected=True, arrival=arrival, may_begin=may_begin)
+        assert message.begins == message.forwards == may_begin
+        staged = message.pass_on(0, 0) if may_begin else encoder.stage(x, CODEC, keyframe=True)
+        message._x = SimpleNamespace(device=torch.device("cuda"))
+        message.commit(staged, None)
+        assert (encoder.relay is not None and encoder.relay.source is arrival.received.decoder) == may_begin
+    assert relay.same_state(encoder, arrival.received.decoder)

@@ -261,9 +261,9 @@ def test_a_send_of_unforeseen_size_is_refused_before_it_leaves():
         for t in range(3):
             g.step()
             x = data(0, seed=t)
-            if rank == 0 and t == 1:
+            if rank == 0 and t < 2:
                 with pytest.raises(UnforeseenSizeError, match=r"rank 0, site .send/0>1.* 2176 bytes.* rank 1 "):
-                    g.send(x.clone().requires_grad_(), 1)  # a residual is due, and this tensor must travel as it is
+                    g.send(x.clone().requires_grad_(), 1)  # a coded frame is due, and this tensor must travel as it is
             if rank == 0:
                 with torch.no_grad():
                     g.send(x.clone().requires_grad_(t == 0), 1)
@@ -276,16 +276,28 @@ def test_a_send_of_unforeseen_size_is_refused_before_it_leaves():
     run_ranks(body, 2, timeout=40)
 
 
-def test_without_budget_messages_are_as_large_as_the_keyframes_that_are_expected():
+@pytest.mark.parametrize("keyframe", ["int8", "raw"])
+@pytest.mark.parametrize("later", [False, True])
+def test_without_budget_the_first_message_says_so_in_the_keyframe_that_is_expected(keyframe, later):
     def body(rank, size):
-        _, g = wrapped(state_budget_bytes=0 if rank == 0 else None)
+        _, g = wrapped(state_budget_bytes=0 if rank == 0 else None, keyframe=keyframe)
+        works = []
         for t in range(3):
             g.step()
             if rank == 0:
-                g.send(data(0, seed=t), 1)
+                works.append(g.isend(data(0, seed=t), 1))
+                if not later:
+                    works.pop().wait()
             else:
                 g.recv(out := nan(), 0)
-                assert torch.equal(out, data(0, seed=t))
+                assert torch.equal(out, data(0, seed=t)) == (t > 0 or keyframe == "raw")
+                assert close(out, data(0, seed=t))
+        for work in works:
+            work.wait()
+        stats = g.stats()
+        assert stats.state_bytes == 0
+        if rank == 0:
+            assert stats.passed_reasons == {"state-budget": 2}
         g.close()
 
     run_ranks(body, 2, timeout=40)
@@ -295,7 +307,7 @@ def test_both_ends_can_tell_after_a_receive_of_another_size():
     """Rank 1 misses a step: it expects a keyframe where rank 0 sends a residual. NCCL would give it anything."""
 
     def body(rank, size):
-        _, g = wrapped(warmup_steps=2)
+        _, g = wrapped(warmup_steps=2, keyframe="raw")
         errors = []
         for t in range(4):
             if rank == 0 or t != 1:

@@ -440,7 +440,7 @@ def test_a_late_rank_does_not_end_what_the_others_agree_on_by_now():
 
 def test_differentiable_calls_after_one_that_waits_for_an_agreement():
     def body(rank, world):
-        with kit.wrap(codec="int8") as dist:
+        with kit.wrap(codec="int8", keyframe="raw") as dist:
             dist.step()
             if rank == 1:
                 time.sleep(0.5)
@@ -470,7 +470,7 @@ def test_a_request_that_ends_while_a_call_waits_for_an_agreement():
 
 def test_waiting_again_after_a_wait_that_was_too_short():
     def body(rank, world):
-        with kit.wrap(codec="int8") as dist:
+        with kit.wrap(codec="int8", keyframe="raw") as dist:
             dist.step()
             if rank == 1:
                 time.sleep(1.0)

@@ -29,6 +29,11 @@ def off(y, expected):
     return float((y.double() - expected).norm() / expected.norm())
 
 
+def near(step, dtype=torch.float32):
+    """A bound for :func:`off`: keyframes are coded in eight bits as residuals are, which are a tenth as large."""
+    return 0.015 if step == 0 else 0.01 if dtype == torch.bfloat16 else 0.002
+
+
 def same_everywhere(y):
     """Whether all ranks hold the same bytes."""
     raw = y.contiguous().view(-1).view(torch.uint8)
@@ -49,12 +54,12 @@ def test_sums_are_near_and_the_same_on_all_ranks(world_size, mean, dtype):
                 for n in (N, N + 1):  # the second does not divide
                     y = kit.tensor(rank, step, n).to(dtype)
                     dist.all_reduce(y, op=op)
-                    assert off(y, total(world, step, n, dtype, mean)) < (0.01 if dtype == torch.bfloat16 else 0.002)
+                    assert off(y, total(world, step, n, dtype, mean)) < near(step, dtype)
                     assert same_everywhere(y)
                 out = torch.empty(N // world, dtype=dtype)
                 dist.reduce_scatter_tensor(out, kit.tensor(rank, step, N).to(dtype), op=op)
                 expected = total(world, step, N, dtype, mean).chunk(world)[rank]
-                assert off(out, expected) < (0.01 if dtype == torch.bfloat16 else 0.002)
+                assert off(out, expected) < near(step, dtype)
             sites = dist.stats().sites
             assert {key: site.calls for key, site in sites.items()} == {
                 "all_reduce#0": 5,
@@ -70,11 +75,11 @@ def test_sums_are_near_and_the_same_on_all_ranks(world_size, mean, dtype):
     run_ranks(body, world_size=world_size)
 
 
-def test_keyframes_make_exact_sums():
+def test_raw_keyframes_make_exact_sums():
     """In the first step every chunk travels as it is: the sum is that of float32 in rank order."""
 
     def body(rank, world):
-        with kit.wrap(policy=BOTH) as dist:
+        with kit.wrap(policy=BOTH, keyframe="raw") as dist:
             dist.step()
             y = kit.tensor(rank, 0, N)
             expected = kit.tensor(0, 0, N) + kit.tensor(1, 0, N) + kit.tensor(2, 0, N)
@@ -148,7 +153,7 @@ def test_what_cannot_be_compressed_is_exact(what):
                         y = y.requires_grad_()
                         with torch.no_grad():
                             dist.all_reduce(y)
-                        assert off(y.detach(), (x + other).double()) < 0.002
+                        assert off(y.detach(), (x + other).double()) < near(step)
                         continue
                     dist.all_reduce(y)
                     assert torch.equal(y, x + other)
@@ -165,14 +170,14 @@ def test_functional_and_asynchronous_forms():
                 dist.step()
                 x, expected = kit.tensor(rank, step), total(world, step, kit.N)
                 y = funcol.all_reduce(x, "sum", dist)
-                assert off(y + 0, expected) < 0.002
+                assert off(y + 0, expected) < near(step)
                 part = funcol.reduce_scatter_tensor(x, "sum", 0, dist)
-                assert off(part + 0, expected.chunk(world)[rank]) < 0.002
+                assert off(part + 0, expected.chunk(world)[rank]) < near(step)
                 y = x.clone()
                 work = dist.all_reduce(y, async_op=True)
                 work.wait()
                 assert work.is_completed()
-                assert off(y, expected) < 0.002
+                assert off(y, expected) < near(step)
                 assert torch.equal(work.get_future().wait()[0], y)
             assert dist.stats().compressed_calls == 5 * 3
 
@@ -193,7 +198,7 @@ def test_nan_on_one_rank_raises_on_all_and_the_next_step_is_right(where):
                         dist.all_reduce(y)
                     continue
                 dist.all_reduce(y)
-                assert off(y, total(world, step)) < 0.002
+                assert off(y, total(world, step)) < near(0 if step == 3 else step)  # keyframes again
                 assert same_everywhere(y)
             dist.check()
 
@@ -220,7 +225,9 @@ def test_a_budget_that_is_too_small():
                 dist.step()
                 y = kit.tensor(rank, step, N)
                 dist.all_reduce(y)
-                assert off(y, total(world, step)) < 1e-6
+                assert off(y, total(world, step)) < (
+                    1e-6 if step else near(0)
+                )  # the first frames are keyframes which say that no history is kept
                 assert same_everywhere(y)
 
     run_ranks(body)
@@ -237,12 +244,12 @@ def test_a_policy_for_one_pair_of_three(op):
                 x = kit.tensor(rank, step, N)
                 if op == "all_reduce":
                     dist.all_reduce(x)
-                    assert off(x, total(world, step)) < 0.002
+                    assert off(x, total(world, step)) < near(step)
                     assert same_everywhere(x)
                 else:
                     out = torch.empty(N // world)
                     dist.reduce_scatter_tensor(out, x)
-                    assert off(out, total(world, step).chunk(world)[rank]) < 0.002
+                    assert off(out, total(world, step).chunk(world)[rank]) < near(step)
             dist.check()
 
     run_ranks(body, world_size=3, pg_timeout=20)

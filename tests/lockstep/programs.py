@@ -67,6 +67,7 @@ def options(draw: Any, codecs: tuple[str, ...] = ("binary", "int2", "int4", "int
         "state_budget_bytes": draw(st.sampled_from([None, None, 0, 20_000, 60_000])),
         "find_layout": draw(st.booleans()),
         "state": draw(st.sampled_from(["exact", "int8", "fp8"])),
+        "keyframe": draw(st.sampled_from(["int8", "int8", "int4", "raw"])),
     }
 
 

@@ -28,6 +28,7 @@ def program(draw):
         "state_budget_bytes": draw.choice([None, None, None, 12_000]),
         "find_layout": draw.random() < 0.5,
         "state": draw.choice(["exact", "exact", "int8"]),
+        "keyframe": draw.choice(["int8", "int8", "int4", "raw"]),
     }
     if chosen["order"] == 0:
         chosen["error_feedback"] = None

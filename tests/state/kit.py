@@ -26,6 +26,7 @@ def stream_options(draw: Any) -> dict[str, Any]:
         "warmup_steps": draw(st.integers(0, 3)),
         "find_layout": draw(st.booleans()),
         "state": draw(st.sampled_from(["exact", "exact", "int8", "fp8"])),
+        "keyframe": draw(st.sampled_from(["int8", "int8", "int4", "raw"])),
     }
 
 

@@ -166,7 +166,7 @@ def test_many_forged_frames():
 def test_streams_of_another_configuration_are_told_apart(what):
     """Frames of one stand-alone stream are refused by the decoder of another, from the first one on."""
     ours = {"codec": "int8", "order": 2}
-    theirs = {"state": "int8", "order": 1, "damping": 0.25, "keyframe": "int8", "codec": "int4"}[what]
+    theirs = {"state": "int8", "order": 1, "damping": 0.25, "keyframe": "raw", "codec": "int4"}[what]
     encoder, decoder = ResidualEncoder(**ours), ResidualDecoder(**{**ours, what: theirs})
     for _ in range(3):
         check_refused(decoder, encoder.encode(torch.randn(N)))

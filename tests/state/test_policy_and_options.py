@@ -135,6 +135,8 @@ def test_equal_options_have_equal_fingerprints():
         {"find_layout": False},
         {"state": "int8"},
         {"state": "fp8"},
+        {"keyframe": "raw"},
+        {"keyframe": "int4"},
     ],
     ids=lambda change: ",".join(f"{name}={getattr(value, '__name__', value)}" for name, value in change.items()),
 )
@@ -145,9 +147,9 @@ def test_every_option_that_changes_frames_changes_the_fingerprint(change):
 
 
 def test_an_option_at_its_default_is_not_in_the_fingerprint():
-    """Groups of versions without the option go on agreeing."""
+    """Groups of versions without the option go on agreeing; keyframes were the tensors' own bytes in some."""
     assert Options().fingerprint()["streams"] == (
-        "StreamConfig(order=1, error_feedback=None, warmup_steps=1, find_layout=True)"
+        "StreamConfig(order=1, error_feedback=None, warmup_steps=1, find_layout=True, keyframe=Int8())"
     )
     assert "damping=0.5" in Options(order=2).fingerprint()["streams"]
     assert "state='int8'" in Options(state="int8").fingerprint()["streams"]

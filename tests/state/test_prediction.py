@@ -31,7 +31,7 @@ def wander(steps, n=3000, pace=0.1, seed=0):
 @pytest.mark.parametrize("order", [1, 2])
 def test_error_of_a_resting_tensor_dies_out(codec, order):
     start, x = torch.randn(2, 2000)
-    error = errors([start, *[x] * 20], codec=codec, order=order)
+    error = errors([start, *[x] * 20], codec=codec, order=order, keyframe="raw")
     assert error[0] == 0
     assert error[1] > 0
     assert error[5] < 0.5 * error[1]
@@ -40,8 +40,8 @@ def test_error_of_a_resting_tensor_dies_out(codec, order):
 
 @pytest.mark.parametrize("codec", kit.LOSSY)
 def test_feedback_beats_the_open_loop(codec):
-    closed = errors(wander(40), codec=codec)
-    open_loop = errors(wander(40), codec=codec, error_feedback=False)
+    closed = errors(wander(40), codec=codec, keyframe="raw")
+    open_loop = errors(wander(40), codec=codec, error_feedback=False, keyframe="raw")
     assert sum(closed[20:]) < 0.5 * sum(open_loop[20:])
     assert open_loop[39] > 3 * open_loop[2], "without feedback the error grows"
     assert max(closed[20:]) < 2 * max(closed[2:20]) + 1e-9, "with feedback it does not"
@@ -79,10 +79,28 @@ def test_half_precision_reaches_its_own_rounding(codec, dtype):
     assert error[-1] < torch.finfo(dtype).eps ** 2 + 0.02 * error[1]
 
 
-def test_warmup_frames_are_exact():
-    error = errors(wander(6), codec="binary", warmup_steps=4)
+def test_warmup_frames_are_exact_or_coded():
+    error = errors(wander(6), codec="binary", warmup_steps=4, keyframe="raw")
     assert error[:4] == [0, 0, 0, 0]
     assert error[4] > 0
+    coded = errors(wander(6), codec="binary", warmup_steps=4)
+    assert 0 < max(coded[:4]) < 1e-4
+    assert coded[4] == pytest.approx(error[4], rel=0.05)
+
+
+@pytest.mark.parametrize("codec", kit.LOSSY)
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_coded_keyframe_is_corrected_by_the_residuals(codec, order):
+    """After a few frames of a resting tensor nothing is left of its keyframe's error."""
+    x = torch.randn(2000)
+    error = errors([x] * 20, codec=codec, order=order)
+    assert 1e-6 < error[0] < 1e-4
+    assert error[19] < 0.05 * error[0]
+
+
+def test_in_the_open_loop_the_error_of_a_coded_keyframe_stays():
+    error = errors([torch.randn(2000)] * 10, codec="int8", error_feedback=False)
+    assert error[9] == pytest.approx(error[0], rel=0.01)
 
 
 def test_an_empty_tensor_of_odd_strides_can_be_a_residual():

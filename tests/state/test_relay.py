@@ -20,7 +20,7 @@ class Chain:
     """A -> B -> C: B's decoder ``inner``, B's encoder ``outer`` and C's decoder ``last``."""
 
     def __init__(self, **config):
-        self.config = StreamConfig(**config)
+        self.config = StreamConfig(**{"keyframe": None} | config)
         self.first = StreamEncoder(self.config, 1, "a")
         self.inner = StreamDecoder(self.config, 1, "b")
         self.outer = StreamEncoder(self.config, 2, "b")
@@ -75,6 +75,18 @@ def test_both_receivers_stay_equal(share, config):
         assert not relay.owes_key
         assert all(map(torch.equal, chain.last.predictor.held, chain.outer.predictor.held))
         assert (z - x_at(t)).norm() < 0.2 * x_at(t).norm()
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, {"order": 2}, {"order": 0}])
+def test_a_coded_keyframe_is_passed_on_without_a_second_error(config):
+    chain = Chain(keyframe=codecs.get("int4"), **config)
+    y, received = chain.arrive(torch.randn(4096, generator=torch.Generator().manual_seed(0)))
+    again = chain.outer.stage(y, CODEC, keyframe=True, want_value=True)
+    assert not torch.equal(again.value, y), "coded once more it would be something else"
+    z = chain.deliver(r.pass_on(chain.outer, received, y, CODEC, 0, 0))
+    assert torch.equal(y, z)
+    assert r.same_state(chain.outer, chain.inner)
+    assert all(map(torch.equal, chain.last.predictor.held, chain.inner.predictor.held))
 
 
 def test_the_next_frame_is_the_one_after_the_last_passed_on():

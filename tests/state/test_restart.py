@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compactdist import codecs
+from compactdist import Rule, codecs
+from compactdist.config import Options
 from compactdist.errors import ConfigError, FrameError, NonFiniteError
 from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig, StreamDecoder, StreamEncoder
-from compactdist.wire import KEY, RESTART, unpack
+from compactdist.wire import KEY, RESTART, raw_nbytes, unpack
 from tests.state import kit
 
 N = 4096
@@ -107,10 +108,10 @@ def test_a_residual_in_place_of_the_announced_keyframe_is_refused():
 
 
 @pytest.mark.parametrize("dtype", kit.DTYPES)
-@pytest.mark.parametrize("n", [1, 100, N])
+@pytest.mark.parametrize("n", [1000, N])
 def test_coded_keyframes(n, dtype):
-    """A quarter to a half of the bytes, at 8 bits' error; the residuals after it correct that."""
-    encoder, decoder = kit.pair(codec="int4", keyframe="int8")
+    """The default: a quarter to a half of the bytes, at 8 bits' error; the residuals after it correct that."""
+    encoder, decoder = kit.pair(codec="int4")
     x = torch.randn(n)
     frame = encoder.encode(x.to(dtype))
     header = unpack(frame, "here")
@@ -126,8 +127,46 @@ def test_coded_keyframes(n, dtype):
     assert error(decoder.state, x.to(dtype)) < 0.01
 
 
+@pytest.mark.parametrize("dtype", kit.DTYPES)
+@pytest.mark.parametrize("keyframe", ["int8", "int4", "binary", "lowrank"])
+def test_keyframes_of_small_tensors_are_their_own_bytes(keyframe, dtype):
+    """Whatever the size, a keyframe is never larger than a raw one, and both ends know its size beforehand."""
+    codec, config = codecs.get("int4"), codecs.get(keyframe)
+    kinds = set()
+    for n in (0, 1, 2, 17, 100, 128, 129, 300, 512, 1000, N):
+        encoder, decoder = pair(keyframe=config)
+        x = torch.randn(n).to(dtype)
+        staged, y = carry(encoder, decoder, x, codec)
+        assert staged.header.payload_nbytes <= raw_nbytes(n, dtype)
+        assert torch.equal(y, x) or not staged.header.is_raw_key
+        kinds.add((n, staged.header.is_raw_key))
+        staged, _ = carry(encoder, decoder, x, codec)
+        assert not staged.header.is_key
+    assert {(0, True), (1, True), (N, False)} <= kinds
+
+
+def test_a_keyframe_may_carry_its_own_bytes_where_a_coded_one_is_expected():
+    codec, x = codecs.get("int4"), torch.randn(N)
+    encoder, decoder = pair()
+    staged = encoder.stage(x, codec, keyframe=True, own_bytes=True)
+    assert staged.header.is_raw_key
+    encoder.commit(staged)
+    assert torch.equal(decoder.decode(staged.frame, codec, N, x.dtype), x)
+    for _ in range(3):
+        carry(encoder, decoder, x, codec)
+        assert kit.same_bytes(encoder.predictor.base, decoder.predictor.base)
+
+
+def test_codec_raw_implies_raw_keyframes():
+    x = torch.full((N,), float("nan"))
+    encoder, decoder = kit.pair(codec="raw")
+    assert kit.same_bytes(decoder.decode(encoder.encode(x)), x)
+    assert Options(codec="raw").stream.keyframe is None
+    assert Options(codec="raw", policy=Rule("int4", key="*kv*")).stream.keyframe == codecs.get("int8")
+
+
 def test_a_keyframe_that_cannot_be_coded_raises_and_changes_nothing():
-    encoder, decoder = kit.pair(codec="int4", keyframe="int8")
+    encoder, decoder = kit.pair(codec="int4")
     for _ in range(2):
         with pytest.raises(NonFiniteError, match="NaN"):
             encoder.encode(torch.full((N,), float("nan")))
@@ -137,8 +176,11 @@ def test_a_keyframe_that_cannot_be_coded_raises_and_changes_nothing():
 
 
 def test_which_keyframe_codecs_there_are():
-    assert ResidualEncoder("int4", keyframe="raw").config == ResidualEncoder("int4").config
+    default = codecs.get("int8")
+    assert ResidualEncoder("int4", keyframe="raw").config.keyframe is None
+    assert ResidualEncoder("int4").config == ResidualEncoder("int4", keyframe=default).config == StreamConfig()
+    assert StreamConfig().keyframe == Options().stream.keyframe == default
     with pytest.raises(ConfigError, match="lossless"):
         StreamConfig(keyframe=codecs.get("raw"))
     with pytest.raises(FrameError, match="keyframes"):
-        ResidualDecoder("int4").decode(ResidualEncoder("int4", keyframe="int8").encode(torch.randn(N)))
+        ResidualDecoder("int4").decode(ResidualEncoder("int4", keyframe="raw").encode(torch.randn(N)))

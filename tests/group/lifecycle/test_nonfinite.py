@@ -1,4 +1,4 @@
-"""NaN and Inf: named where a residual is due, delivered where a keyframe is, and gone with the next keyframe."""
+"""NaN and Inf: named where a coded frame is due, delivered where a raw keyframe is, and gone with the next keyframe."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def call(dist, op, x):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("order", [0, 1, 2])
-def test_a_nonfinite_residual_is_named_on_every_rank(op, bad, order):
+@pytest.mark.parametrize(("order", "when"), [(0, 2), (1, 2), (2, 2), (1, 0)], ids=str)
+def test_a_nonfinite_residual_or_coded_keyframe_is_named_on_every_rank(op, bad, order, when):
     def body(rank, world_size):
         with kit.wrap(order=order) as dist:
             for t in range(6):
@@ -52,10 +52,10 @@ def test_a_nonfinite_residual_is_named_on_every_rank(op, bad, order):
                 with dist.key("other"):
                     kit.gather(dist, kit.tensor(rank, t))
                 x = kit.tensor(rank, t)
-                if t == 2 and rank == 1:
+                if t == when and rank == 1:
                     x[5] = bad
                 meets = op != "ring" or rank in (1, 2)
-                if t == 2 and meets:
+                if t == when and meets:
                     with pytest.raises(NonFiniteError) as caught:
                         call(dist, op, x)
                     text = str(caught.value)
@@ -76,9 +76,9 @@ def test_a_nonfinite_residual_is_named_on_every_rank(op, bad, order):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_nan_in_a_keyframe_is_delivered(op):
+def test_nan_in_a_raw_keyframe_is_delivered(op):
     def body(rank, world_size):
-        with kit.wrap(sample_errors_every=1) as dist:
+        with kit.wrap(sample_errors_every=1, keyframe="raw") as dist:
             for t in range(5):
                 dist.step()
                 x = kit.tensor(rank, t)

@@ -43,8 +43,7 @@ def test_raw_is_the_uncompressed_attention(ranks, route):
 def test_int4_is_close(ranks, route):
     for rank in ranks:
         errors = rank[f"int4 {route}"]["errors"]
-        # a ring's first step is exact; the output of a Ulysses exchange is compressed as well
-        assert errors[0] < 1e-6
+        assert 0 < errors[0] < 0.02  # of a keyframe coded in eight bits
         assert 0 < max(errors) < 0.05
         assert rank[f"int4 {route}"]["passed"] == {}
 

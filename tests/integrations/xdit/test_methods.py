@@ -235,7 +235,7 @@ def test_wrapped_group_compresses_the_gathers_even_across_steps(name: str) -> No
     def body(rank: int, world: int) -> None:
         plain = run_steps(methods.create(name), dist.group.WORLD, rank, 6)
         for codec in ("raw", "int8"):
-            group = compactdist.wrap(codec=codec, min_numel=1, local="exact")
+            group = compactdist.wrap(codec=codec, keyframe="raw", min_numel=1, local="exact")
             method = methods.create(name)
             for _ in range(2):
                 method.new_request()
