@@ -322,8 +322,9 @@ class CpuSteps:
         self._total_nbytes = plan.sections.total_nbytes
         self._out_streams = numel * dtype.itemsize >= STREAMED_NBYTES
         self._sums = plan.row_words > 0
-        # one or two bits are read twice in less time than it takes to write elsewhere than over the history
-        self.sums = self._sums and plan.sections.bits >= 4
+        # measured: fewer bits are read twice, and what no cache holds is, in less time than decoding takes longer that
+        # does not write over the history
+        self.sums = self._sums and plan.sections.bits >= 4 and not self._out_streams
         self._signs = plan.kind == SIGN
         self.checksum: int | None = None
         # compiled, or read from disk, when first needed; by whether there is just one term, and whether it is summed up
@@ -400,8 +401,7 @@ class CpuSteps:
             out_at,
             payload_at,
             scratch.address + plan.apart_at if plan.apart else payload_at,
-            # over the first term lines have been read, and are not written past the caches
-            self._out_streams and out_at % CACHE_LINE == 0 and not (count and terms[0].data_ptr() == out_at),
+            0,
             threads,
             team.address,
             scratch.address,
