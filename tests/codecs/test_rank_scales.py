@@ -161,7 +161,7 @@ def test_nobody_elses_random_numbers_change():
         ({"rank": 2}, "rank=2 needs scales='rank'"),
         ({"scales": "block", "rank": 2}, "rank=2 needs scales='rank'"),
         ({"scales": "rank", "block": 64}, "block=64 needs scales='block'"),
-        ({"scales": "ranks"}, "'token_channel', 'block', 'rank'"),
+        ({"scales": "ranks"}, "'token_channel', 'token_history', 'block', 'rank'"),
     ],
 )
 def test_impossible_options(options, says):
@@ -170,5 +170,5 @@ def test_impossible_options(options, says):
 
 
 def test_other_codecs_have_no_such_scales():
-    with pytest.raises(CodecConfigError, match="'token_channel', 'block', got 'rank'"):
+    with pytest.raises(CodecConfigError, match="'token_channel', 'token_history', 'block', got 'rank'"):
         codecs.get("int2", scales="rank")

@@ -76,7 +76,7 @@ def test_nmse_of_options(codec_id, options, limit):
 @pytest.mark.parametrize(
     ("codec_id", "options", "message"),
     [
-        ("int2", {"scales": "row"}, "scales must be one of 'token_channel', 'block', got 'row'"),
+        ("int2", {"scales": "row"}, "scales must be one of 'token_channel', 'token_history', 'block', got 'row'"),
         ("binary", {"scales": "block", "block": 1}, "block must be an integer from 2 to 65536, got 1"),
         ("binary", {"scales": "block", "block": 64.0}, "block must be an integer"),
         ("ternary", {"block": 64}, "block=64 needs scales='block'"),
