@@ -70,7 +70,7 @@ def _widths(counts: Counter[int]) -> str:
 
 
 def lines(name: str, capability: int) -> dict[str, dict[str, Any]]:
-    """The kernels of one codec and form of scales, or of frames: ``{"int2 block encode encode_blocks": line}``."""
+    """The kernels of one codec and form of scales, or of frames: ``{"int2 block decode decode_codes": line}``."""
     compiler = Compiler(capability)
     if name == FRAMES:
         frames(4 * _WORDS, compiler)

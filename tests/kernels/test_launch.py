@@ -23,7 +23,7 @@ CASES = {
         plain(5000 * 72, 1, 72),
         ["row_statistics", "tile_sums", "fold_many_tiles", "settle", "encode_codes"],
     ),
-    "by block": (BY_BLOCK, plain(128 * 256, 1, 256), ["encode_blocks"]),
+    "by block": (BY_BLOCK, plain(128 * 256, 1, 256), ["encode_held_blocks"]),
     "by block, across ends": (ACROSS, plain(3 * 40 * 65, 3, 65), ["encode_blocks", "encode_codes"]),
 }
 
@@ -160,7 +160,7 @@ def test_another_alignment_is_another_kernel(machine):
     shifted = torch.zeros(128 * 256 + 8, dtype=torch.bfloat16)[1 : 128 * 256 + 1]
     machine.clear()
     ends.encode(x=shifted)
-    assert [name for name, *_ in machine.dispatched] == ["encode_blocks"]
+    assert [name for name, *_ in machine.dispatched] == ["encode_held_blocks"]
     odd, even = machine.kernels[1], machine.kernels[0]
     ran: list[Any] = []
     for kernel in (odd, even):
@@ -228,7 +228,7 @@ def test_hooks_on_launches_are_called(machine, monkeypatch):
     monkeypatch.setattr(hook, "calls", [seen.append])
     ends.encode()
     (about,) = seen
-    assert (about["name"], about["stream"]) == ("encode_blocks", 7)
+    assert (about["name"], about["stream"]) == ("encode_held_blocks", 7)
     assert about["args"] == machine.launched[0][3]
     monkeypatch.setattr(hook, "calls", [])
     ends.encode()

@@ -1,4 +1,4 @@
-"""The kernel of block scales: everything that encoding does, each element read from memory once."""
+"""The kernels of block scales: everything that encoding does, each element read from memory once."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from compactdist.kernels.gpu.codes import (
     code_of,
     in_memory,
     level_of,
+    nearest_of,
+    packed_codes,
     store_codes,
+    store_packed,
 )
 from compactdist.kernels.gpu.elements import (
     INFINITY_BITS,
     applied,
+    bits_of,
     decode_bf16,
     divide_or_zero,
     encode_bf16,
@@ -27,6 +31,7 @@ from compactdist.kernels.gpu.elements import (
     fold_lanes,
     from_bits,
     inverse_or_zero,
+    is_plain,
     is_zero,
     lowered,
     magnitude_bits,
@@ -34,6 +39,7 @@ from compactdist.kernels.gpu.elements import (
     read,
     scale_factor,
     scaled_statistic,
+    scaled_value,
     storable_scale,
     write,
 )
@@ -193,3 +199,120 @@ def encode_blocks(
                 if not LOCKSTEP:
                     there = there & unset
                 write(out, at, applied(before, scale_of, level_of(code, table, KIND, BITS, MANTISSA)), there)
+
+
+@triton.jit
+def units_of_blocks(
+    groups, where, PADDED: tl.constexpr, PLACE: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """Units of ``BLOCKS`` blocks of ``64 * CHUNKS`` elements, ``(8 * CHUNKS * BLOCKS, 8)``.
+
+    Four threads share a block, and each has what sums meet first: units are in the order (half of 64 lanes, chunk of 64
+    elements, block, a quarter of the half).
+
+    Returns:
+        As ``chunk_of_blocks``.
+    """
+    order, lane = tl.arange(0, 8 * CHUNKS * BLOCKS)[:, None], tl.arange(0, 8)[None, :]
+    chunk = order // (4 * BLOCKS) % CHUNKS
+    eighth = order // (4 * BLOCKS * CHUNKS) * 4 + order % 4
+    block = tl.program_id(0) * BLOCKS + order // 4 % BLOCKS
+    unit = block * (8 * CHUNKS) + chunk * 8 + eighth
+    ok = block < groups
+    at, there = in_memory(8 * unit, lane, ok, block, where, True, PADDED, PLACE)
+    return unit, ok, at, there
+
+
+@triton.jit
+def fold_blocks(values, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Sums of blocks, ``(BLOCKS,)``, in the order of ``fold_lanes``, of values in the order of ``units_of_blocks``."""
+    if CHUNKS == 2:
+        values = tl.sum(tl.reshape(values, (2, 2, 32 * BLOCKS)), axis=1)
+    values = tl.sum(tl.reshape(values, (2, 32 * BLOCKS)), axis=0)
+    for step in tl.static_range(5):
+        values = tl.sum(tl.reshape(values, (BLOCKS, 2, 16 >> step)), axis=1)
+    return tl.reshape(values, (BLOCKS,))
+
+
+@triton.jit
+def of_blocks(values, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr):
+    """``(BLOCKS,)`` to one for each unit, ``(8 * CHUNKS * BLOCKS, 1)``."""
+    spread = tl.broadcast_to(values[None, :, None], (2 * CHUNKS, BLOCKS, 4))
+    return tl.reshape(spread, (8 * CHUNKS * BLOCKS, 1))
+
+
+@triton.jit
+def largest_of_blocks(value, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr):
+    """The bits of the largest magnitude of each block."""
+    most = tl.reshape(magnitude_bits(value), (2 * CHUNKS, BLOCKS, 32))
+    return tl.max(tl.max(most, axis=0), axis=1)
+
+
+@triton.jit
+def encode_held_blocks(
+    x, base, velocity, out, payload, flag, reported, table, row_at, column_at,
+    groups, codes_end, section, scales_end, total, blocks, pad, matrix_channels, numel, constant,
+    KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, WIDENING: tl.constexpr,
+    PADDED: tl.constexpr, PLACE: tl.constexpr, TERMS: tl.constexpr, WRITES: tl.constexpr, LOCKSTEP: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """``encode_blocks`` with ``WHOLE`` and ``CODES`` where a block has ``64 * CHUNKS`` elements, ``CHUNKS`` 1 or 2.
+
+    Blocks are held in registers. What only extreme values need (factors, sums of lowered magnitudes, a look for what is
+    not finite) is done if one of the program's blocks has such values.
+    """
+    where = (64 * CHUNKS, blocks, pad, matrix_channels, numel, row_at, column_at)
+    unset = is_zero(flag)
+    unit, ok, at, there = units_of_blocks(groups, where, PADDED, PLACE, BLOCKS, CHUNKS)
+    before = expected(base, velocity, at, there, TERMS)
+    value = (read(x, at, there) - before) + 0.0  # not -0.0, so that its sign is a bit
+    if KIND == LINEAR or KIND == FLOAT8:
+        statistic = from_bits(largest_of_blocks(value, BLOCKS, CHUNKS))
+    else:
+        statistic = fold_blocks(tl.abs(value), BLOCKS, CHUNKS)
+    factor, first = tl.full((BLOCKS,), 1.0, tl.float32), statistic
+    finite = tl.full((BLOCKS,), 1, tl.int32)
+    if tl.min(is_plain(statistic).to(tl.int32), axis=0) == 0:
+        amax = largest_of_blocks(value, BLOCKS, CHUNKS)
+        factor = scale_factor(statistic, from_bits(amax))
+        if KIND == LINEAR or KIND == FLOAT8:
+            first = statistic * factor
+        else:
+            low = fold_blocks(lowered(tl.abs(value)), BLOCKS, CHUNKS)
+            first = scaled_statistic(statistic, low, statistic, factor)
+        value = scaled_value(value, of_blocks(factor, BLOCKS, CHUNKS))
+        finite = tl.where(amax < INFINITY_BITS, 1, 0)
+        tl.store(flag, 1, mask=tl.min(finite, axis=0) == 0)
+        tl.store(reported, 1, mask=tl.min(finite, axis=0) == 0)
+    magnitude, energy = tl.abs(value), first
+    if KIND == NEAREST or KIND == TERNARY:
+        energy = fold_blocks(magnitude * magnitude, BLOCKS, CHUNKS)
+    c = channel_scale(first, energy, 64.0 * CHUNKS, constant, KIND, WIDENING)
+
+    inverse_of = of_blocks(inverse_or_zero(c), BLOCKS, CHUNKS)
+    if KIND == NEAREST:
+        size, index = nearest_of(magnitude * inverse_of, table, BITS)
+        level = from_bits(bits_of(size) | bits_of(value) & -0x80000000)
+        store_packed(payload, unit, packed_codes(bits_of(value), index, BITS), ok, section, BITS)
+    else:
+        code = code_of(value, magnitude, inverse_of, 1.0, table, KIND, BITS, MANTISSA)
+        level = level_of(code, table, KIND, BITS, MANTISSA)
+        store_codes(payload, unit, code, ok, section, KIND, BITS)
+    if KIND == NEAREST or KIND == TERNARY:  # the scale that fits these very codes, as ``scales.refitted_scale``
+        products = fold_blocks(magnitude * tl.abs(level), BLOCKS, CHUNKS)
+        fitted = divide_or_zero(products, fold_blocks(level * level, BLOCKS, CHUNKS))
+        c = tl.where(c > 0, storable_scale(fitted, False), c)
+    code_of_scale = encode_bf16(storable_scale(tl.div_rn(c, factor), False))
+    code_of_scale = tl.where(finite == 0, 0, code_of_scale)
+
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    scales = (payload + section).to(tl.pointer_type(tl.int16))
+    tl.store(scales + block, code_of_scale.to(tl.int16), mask=block < groups)
+    if tl.program_id(0) == 0:
+        fill(payload, codes_end, section)
+        fill(payload, scales_end, total)
+    if WRITES:
+        if not LOCKSTEP:
+            there = there & unset
+        scale_of = of_blocks(decode_bf16(code_of_scale), BLOCKS, CHUNKS)
+        write(out, at, applied(before, scale_of, level), there)

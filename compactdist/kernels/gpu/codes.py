@@ -80,6 +80,85 @@ def channel_scale(first, energy, weight, constant, KIND: tl.constexpr, WIDENING:
 
 
 @triton.jit
+def nearest_of(size, table, BITS: tl.constexpr):
+    """The magnitude that is nearest to ``size``, found by halves of the borders, and its number, int32.
+
+    By signs of differences and by bits: a comparison for each element would want more predicates than a GPU has.
+    """
+    borders = table + (1 << BITS)
+    if BITS == 2:
+        low = below(tl.load(borders), size)
+        return from_bits(chosen(low >> 31, _loaded(table + 1), _loaded(table))), sign_bit(low)
+    elif BITS == 3:
+        high = below(tl.load(borders + 1), size)
+        low = below(from_bits(chosen(high >> 31, _loaded(borders + 2), _loaded(borders))), size)
+        index = sign_bit(high) << 1 | sign_bit(low)
+        return tl.load(table + index), index
+    else:
+        top = below(tl.load(borders + 3), size)
+        upper = top >> 31
+        high = below(from_bits(chosen(upper, _loaded(borders + 5), _loaded(borders + 1))), size)
+        odd = chosen(high >> 31, _loaded(borders + 6), _loaded(borders + 4))
+        even = chosen(high >> 31, _loaded(borders + 2), _loaded(borders))
+        low = below(from_bits(chosen(upper, odd, even)), size)
+        index = (sign_bit(top) << 1 | sign_bit(high)) << 1 | sign_bit(low)
+        return tl.load(table + index), index
+
+
+@triton.jit
+def below(border, size):
+    """An int32 that is negative where ``border < size``. A difference has the right sign, as subnormals are kept."""
+    return bits_of(border - size)
+
+
+@triton.jit
+def chosen(mask, yes, no):
+    """``yes`` where ``mask`` is -1, ``no`` where it is 0; all int32."""
+    return no ^ (mask & (yes ^ no))
+
+
+@triton.jit
+def _loaded(at):
+    return bits_of(tl.load(at))
+
+
+@triton.jit
+def sign_bit(value):
+    """1 where an int32 is negative, else 0."""
+    return (value.to(tl.uint32, bitcast=True) >> 31).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def packed_codes(negative, index, BITS: tl.constexpr):
+    """Codes of eight signs and numbers of magnitudes in the low bits of an int32, ``(units,)``.
+
+    Args:
+        negative: int32 ``(units, 8)``, of which the sign counts.
+        index: int32 ``(units, 8)``.
+    """
+    packed = tl.zeros((negative.shape[0],), tl.int32)
+    signs, numbers = lanes_of(negative), lanes_of(index)
+    for lane in tl.static_range(8):  # the last first, so that each bit costs one shift of two words
+        packed = packed << 1 | sign_bit(signs[7 - lane])
+        packed = (packed << (BITS - 1)) + numbers[7 - lane]
+    return packed
+
+
+@triton.jit
+def lanes_of(values):
+    """The eight columns of ``(units, 8)``."""
+    UNITS: tl.constexpr = values.shape[0]
+    even, odd = tl.split(tl.reshape(values, (UNITS, 4, 2)))
+    even_0, even_1 = tl.split(tl.reshape(even, (UNITS, 2, 2)))
+    odd_0, odd_1 = tl.split(tl.reshape(odd, (UNITS, 2, 2)))
+    lane_0, lane_4 = tl.split(even_0)
+    lane_2, lane_6 = tl.split(even_1)
+    lane_1, lane_5 = tl.split(odd_0)
+    lane_3, lane_7 = tl.split(odd_1)
+    return lane_0, lane_1, lane_2, lane_3, lane_4, lane_5, lane_6, lane_7
+
+
+@triton.jit
 def code_of(
     value, magnitude, inverse_c, inverse_t, table, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr
 ):
@@ -99,10 +178,8 @@ def code_of(
         negative = tl.where(value < 0, 1, 0)
         size = magnitude * inverse_c * inverse_t
         if KIND == NEAREST:
-            index = negative << (BITS - 1)
-            for i in tl.static_range((1 << (BITS - 1)) - 1):
-                index += tl.where(size > tl.load(table + (1 << BITS) + i), 1, 0)
-            return index
+            _, index = nearest_of(size, table, BITS)
+            return index | negative << (BITS - 1)
         elif KIND == TERNARY:
             return tl.where(size > 0.5, 1 + negative, 0)
         elif KIND == LINEAR:
@@ -133,6 +210,9 @@ def level_of(code, table, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.c
         return ((code << 24) >> 24).to(tl.float32)
     elif KIND == TERNARY:
         return tl.where(code == 1, 1.0, tl.where(code == 2, -1.0, 0.0))
+    elif KIND == NEAREST and BITS == 2:  # two numbers are chosen faster than loaded
+        magnitude = chosen((code << 31) >> 31, _loaded(table + 1), _loaded(table))
+        return from_bits(magnitude | (code << 30 & -0x80000000))
     elif KIND == NEAREST:
         return tl.load(table + code)
     else:
@@ -165,17 +245,23 @@ def store_codes(payload, unit, codes, ok, nbytes, KIND: tl.constexpr, BITS: tl.c
         at = 8 * unit + lane
         tl.store(payload + at, codes.to(tl.uint8), mask=ok & (at < nbytes))
     else:
-        packed = tl.sum(codes << (BITS * lane), axis=1)
-        if BITS == 4:
-            tl.store(payload.to(tl.pointer_type(tl.int32)) + number, packed, mask=whole & (4 * number < nbytes))
-        elif BITS == 2:
-            tl.store(
-                payload.to(tl.pointer_type(tl.int16)) + number, packed.to(tl.int16), mask=whole & (2 * number < nbytes)
-            )
-        else:
-            for i in tl.static_range(BITS):
-                at = BITS * number + i
-                tl.store(payload + at, (packed >> (8 * i)).to(tl.uint8), mask=whole & (at < nbytes))
+        store_packed(payload, unit, tl.sum(codes << (BITS * lane), axis=1), ok, nbytes, BITS)
+
+
+@triton.jit
+def store_packed(payload, unit, packed, ok, nbytes, BITS: tl.constexpr):
+    """Store units of eight codes, int32 ``(units,)``; the rest is as in ``store_codes``."""
+    number = tl.reshape(unit, (unit.shape[0],))
+    whole = tl.reshape(ok, (unit.shape[0],))
+    if BITS == 4:
+        tl.store(payload.to(tl.pointer_type(tl.int32)) + number, packed, mask=whole & (4 * number < nbytes))
+    elif BITS == 2:
+        at = payload.to(tl.pointer_type(tl.int16)) + number
+        tl.store(at, packed.to(tl.int16), mask=whole & (2 * number < nbytes))
+    else:
+        for i in tl.static_range(BITS):
+            at = BITS * number + i
+            tl.store(payload + at, (packed >> (8 * i)).to(tl.uint8), mask=whole & (at < nbytes))
 
 
 @triton.jit

@@ -1,13 +1,15 @@
 """The primitives of ``reference.py`` as Triton functions, to the bit, and how elements are read and written.
 
-No function here leaves a rounding open: division and square root are the IEEE ones, bfloat16 is made by integer
-arithmetic (Triton's interpreter truncates), and kernels are launched with multiply-add contraction switched off.
+No function here leaves a rounding open: division and square root are the IEEE ones, and kernels are launched with
+multiply-add contraction switched off. bfloat16 is made by the hardware's instruction where there is one, else by
+integer arithmetic, as in Triton's interpreter, whose own conversion truncates.
 bfloat16 tensors come as their bits, int16.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -30,9 +32,20 @@ _BF16_MAX = tl.constexpr(3.3895313892515355e38)
 _F16_MAX = tl.constexpr(65504.0)
 _SMALLEST_SCALE = tl.constexpr(scales.SMALLEST_SCALE)
 _SAFE_LOW, _SAFE_HIGH = map(tl.constexpr, scales.SAFE_STATISTIC)
+_SMALLEST = tl.constexpr(2.0**-149)
 _TO_LOW = tl.constexpr(2.0**-64)
 _FROM_LOW = tl.constexpr(2.0**64)
 _ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, half to even
+
+
+def _rounds() -> bool:
+    """Whether all GPUs here have the instruction that rounds to bfloat16; also where there is none to compile for."""
+    if triton.knobs.runtime.interpret or torch.version.hip is not None:
+        return False
+    return all(torch.cuda.get_device_capability(index) >= (8, 0) for index in range(torch.cuda.device_count()))
+
+
+_HARDWARE_ROUNDS = tl.constexpr(_rounds())
 
 
 @triton.jit
@@ -62,13 +75,23 @@ def clamped(value, limit):
 
 
 @triton.jit
+def rounded_bf16(value):
+    """The bits of the nearest finite bfloat16, ties to even, int16. NaN stays one, of whatever bits."""
+    if _HARDWARE_ROUNDS:  # two at a time; what is too large, or rounds to infinity, becomes the largest
+        return tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.bf16x2.f32 $0, $2, $1;", "=r,f,f", [value], dtype=tl.int16, is_pure=True, pack=2
+        )
+    else:
+        bits = bits_of(clamped(value, _BF16_MAX))
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(value != value, 0x7FC0, rounded).to(tl.int16)
+
+
+@triton.jit
 def write(target, at, value, ok):
     """Clamp to what the dtype holds, round once, to nearest even, and store."""
     if target.dtype.element_ty == tl.int16:
-        bits = bits_of(clamped(value, _BF16_MAX))
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(value != value, 0x7FC0, rounded)
-        tl.store(target + at, rounded.to(tl.int16), mask=ok)
+        tl.store(target + at, rounded_bf16(value), mask=ok)
     elif target.dtype.element_ty == tl.float16:
         tl.store(target + at, clamped(value, _F16_MAX).to(tl.float16), mask=ok)
     else:
@@ -170,6 +193,19 @@ def decode_bf16(code):
 def scale_factor(statistic, amax):
     safe = (statistic >= _SAFE_LOW) & (statistic <= _SAFE_HIGH) | (amax == 0)
     return tl.where(safe, 1.0, power_of_two_near_inverse(amax))
+
+
+@triton.jit
+def is_plain(statistic):
+    """Whether a block with this statistic is finite, and its ``scale_factor`` 1."""
+    return (statistic <= _SAFE_HIGH) & ((statistic >= _SAFE_LOW) | (statistic == 0))
+
+
+@triton.jit
+def scaled_value(value, factor):
+    """``value * factor``, which stays negative where ``value`` is, however small."""
+    scaled = value * factor
+    return tl.where(value < 0, tl.minimum(scaled, -_SMALLEST), tl.where(value == 0, 0.0, scaled))
 
 
 @triton.jit

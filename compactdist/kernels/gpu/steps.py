@@ -41,6 +41,9 @@ def steps_of(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device: 
     return None if plan is None else TritonSteps(plan, dtype, device)
 
 
+# Blocks of a program that are held in registers: four threads have one, and a program is one warp.
+_HELD = 128 if INTERPRETED else 8
+
 # What an encoding gives to its launches: these and then the parts of the scratch memory. A missing term repeats ``x``.
 _X, _BASE, _VELOCITY, _OUT, _PAYLOAD, _REPORTED = map(Slot, range(6))
 _SOURCE = _X, _BASE, _VELOCITY
@@ -246,15 +249,34 @@ def _settle_scales(plan: Plan, terms: int) -> list[Launch]:
 def _encode_blocks(plan: Plan, terms: int, written: dict[str, bool]) -> Launch:
     """Scales, and where units do not run over the ends of blocks everything else."""
     at, scratch = plan.sections, _SCRATCH
+    if plan.whole and at.channels in (64, 128):
+        return _encode_held_blocks(plan, terms, written)
     arguments = (
         *_SOURCE, _OUT, _PAYLOAD, scratch.inverse, scratch.wire, scratch.factors, scratch.flag,
-        _REPORTED, plan.table, plan.offsets.row_at, plan.offsets.column_at, at.groups, at.channels,
-        at.codes_nbytes, at.row_scales_at, at.channel_scales_at + 2 * at.groups, at.total_nbytes,
+        _REPORTED, plan.table, plan.offsets.row_at, plan.offsets.column_at, at.groups, at.channels, *_ends(plan),
         plan.blocks, plan.pad, plan.matrix_channels, plan.numel, plan.constant,
     )  # fmt: skip
     constants = {"WIDENING": plan.widening, "TERMS": terms, "CODES": plan.whole, "BLOCKS": _BLOCKS, "num_warps": 4}
     constants.update(**plan.codec_flags, **plan.offsets_flags, **written, **_EXACT)
     return Launch(blocks.encode_blocks, -(-at.groups // _BLOCKS), arguments, _ENCODING, constants)
+
+
+def _encode_held_blocks(plan: Plan, terms: int, written: dict[str, bool]) -> Launch:
+    """All of an encoding whose blocks are short enough to be held in registers."""
+    at, scratch = plan.sections, _SCRATCH
+    arguments = (
+        *_SOURCE, _OUT, _PAYLOAD, scratch.flag, _REPORTED, plan.table, plan.offsets.row_at, plan.offsets.column_at,
+        at.groups, *_ends(plan), plan.blocks, plan.pad, plan.matrix_channels, plan.numel, plan.constant,
+    )  # fmt: skip
+    constants = {"WIDENING": plan.widening, "TERMS": terms, "PADDED": plan.padded, "PLACE": plan.offsets.kind}
+    constants.update(CHUNKS=at.channels // 64, BLOCKS=_HELD, num_warps=1, **plan.codec_flags, **written, **_EXACT)
+    return Launch(blocks.encode_held_blocks, -(-at.groups // _HELD), arguments, _ENCODING, constants)
+
+
+def _ends(plan: Plan) -> tuple[int, int, int, int]:
+    """Where codes and scales of blocks end in the payload, without and with alignment."""
+    at = plan.sections
+    return at.codes_nbytes, at.row_scales_at, at.channel_scales_at + 2 * at.groups, at.total_nbytes
 
 
 def _encode_codes(plan: Plan, terms: int, written: dict[str, bool]) -> Launch:
