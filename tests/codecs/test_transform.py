@@ -241,7 +241,7 @@ def test_bits_out_of_range(bits):
 def test_ten_decibels_below_binary_at_fewer_bytes():
     names = ("binary", "int2", "transform:bits=0.95", "transform:bits=2", "transform:bits=0.3")
     scores = play_trace(Trace(DIGITS), {name: codecs.get(name) for name in names}, StreamConfig())
-    binary, int2, low, mid, least = (scores[name] for name in names)
+    binary, int2, low, mid, least = (scores[name].residuals for name in names)
     assert low.bits_per_element < 1.15 < binary.bits_per_element
     assert low.nmse_db < binary.nmse_db - 9
     assert mid.bits_per_element < int2.bits_per_element
