@@ -22,6 +22,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("compactdist", "residual compression of the messages between ranks")
     add = group.add_argument
     add("--compact_codec", help="codec: an id (int2, binary, ...), or with options: int4:scales=block")
+    add("--compact_keyframe", metavar="CODEC", help="codec of the first step; raw: the tensors' own bytes")
     add("--compact_order", type=int, choices=(0, 1, 2), help="prediction: 0 none, 1 last value, 2 velocity")
     add("--compact_warmup_steps", type=int, help="steps at the beginning of a request that are sent as keyframes")
     add("--compact_routes", help=f"comma-separated, of {','.join(routes.ROUTES)} (usually {','.join(routes.USUAL)})")
@@ -39,6 +40,7 @@ def options_from(args: argparse.Namespace) -> dict[str, Any] | None:
         ValueError: flags that have an effect only with a codec stand without one, or the policy file cannot be read.
     """
     options: dict[str, Any] = {
+        "keyframe": args.compact_keyframe,
         "order": args.compact_order,
         "warmup_steps": args.compact_warmup_steps,
         "routes": args.compact_routes,

@@ -29,6 +29,7 @@ def test_flags_become_arguments_of_enable() -> None:
         "codec": "int4:scales=block",
         "order": 2,
     }
+    assert parsed("--compact_codec", "int2", "--compact_keyframe", "raw") == {"codec": "int2", "keyframe": "raw"}
     assert parsed("--parallel_method", "patch") == {"codec": None, "parallel_method": "patch"}
     assert parsed("--compact_codec", "int2", "--compact_routes", "ring,cfg") == {"codec": "int2", "routes": "ring,cfg"}
 
