@@ -59,7 +59,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(
     doc: str,
     script: str,
-    route: str,
+    route: str | None,
     variants: dict[str, dict[str, Any]],
     seeds: int,
     show: Callable[[list[dict[str, Any]]], str],
@@ -69,13 +69,15 @@ def main(
     Args:
         doc: of the script.
         script: its name in this package.
-        route: of `parallel_digits`.
+        route: of `parallel_digits`; `None`: the command line names it.
         variants: what to measure, by name.
         seeds: how many, unless said otherwise.
         show: rows as text.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=seeds)
+    if route is None:
+        parser.add_argument("--route", choices=("ring", "ulysses"), default="ring")
     parser.add_argument("--variants", nargs="+", choices=list(variants), default=list(variants))
     add_json(parser)
     parser.add_argument("--show", type=Path, help="print these results instead of measuring")
@@ -87,10 +89,12 @@ def main(
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
         command += ["-m", f"benchmarks.quality.{script}", *sys.argv[1:]]
         sys.exit(subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode)
-    rows = measure(route, {name: variants[name] for name in args.variants}, args.seeds)
+    chosen = args.route if route is None else route
+    rows = measure(chosen, {name: variants[name] for name in args.variants}, args.seeds)
     if rows:
         sys.stdout.write(show(rows) + "\n")
         command = f"python -m benchmarks.quality.{script} --seeds {args.seeds}"
+        command += f" --route {chosen}" if route is None else ""
         record = {"command": command, "steps": STEPS, "ranks": RANKS, "torch": torch.__version__, "rows": rows}
         write_json(args.json, record)
     sys.stdout.flush()
