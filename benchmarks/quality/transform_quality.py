@@ -1,7 +1,8 @@
 """Image error of the transform codec on the digits FLUX in xDiT, at the bytes of the scalar codecs, over noise seeds.
 
-    python -m benchmarks.quality.transform_quality --route ring --json benchmarks/results/transform_quality_ring.json
-    python -m benchmarks.quality.transform_quality --route ulysses --json benchmarks/results/transform_quality_ulysses.json
+    R=benchmarks/results
+    python -m benchmarks.quality.transform_quality --route ring --json $R/transform_quality_ring.json
+    python -m benchmarks.quality.transform_quality --route ulysses --json $R/transform_quality_ulysses.json
 
 Starts torchrun with two ranks by itself. Bytes are those of whole requests, keyframes, scales and headers included. The
 reference for errors is the uncompressed run on the same route. "As published" is what CompactFusion sends for the same

@@ -1,8 +1,8 @@
-"""From a block of rows and channels to levels of components, and back.
+"""From rows and channels to levels of components, and back.
 
-A group's matrix is float32 ``(M, R, n)`` here: M blocks of n channels, R rows. ``Layout`` says where the parts of
-a payload lie, ``encode`` chooses them, ``Decoded`` reads them. What ``Decoded`` computes is the same on every machine:
-whole numbers, and single elements rounded one operation at a time.
+A group's matrix is float32 ``(R, K)`` here: R rows, K = M n channels in M blocks, or as many components. ``Layout``
+says where the parts of a payload lie, ``encode`` chooses them, ``decode`` reads them. What ``decode`` computes is the
+same on every machine: whole numbers, and single elements rounded one operation at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from compactdist.codecs.shapes import padded_nbytes
 from compactdist.codecs.transform.depths import DEEPEST, PER_OCTAVE, allocate, borders, outermost
 from compactdist.codecs.transform.planes import classes, codes_of, level_table, pack, unpack
-from compactdist.codecs.transform.products import inverse
+from compactdist.codecs.transform.products import by_blocks, inverse
 from compactdist.kernels import reference as kernels
 
-__all__ = ["Decoded", "Layout", "encode"]
+__all__ = ["Decoded", "Layout", "decode", "encode"]
 
 _LARGEST_CODE = 255
 _ROW_STEPS, _ROW_CODES = 4, 16
@@ -78,21 +78,14 @@ class Layout(NamedTuple):
         """Of the payload."""
         return sum(self.sections)
 
-    def to_blocks(self, matrix: Tensor) -> Tensor:
-        """``(..., R, C)`` to ``(..., M, R, n)``."""
-        missing = self.blocks * self.width - self.channels
-        if missing:
-            matrix = torch.nn.functional.pad(matrix, (0, missing))
-        cut = matrix.reshape(*matrix.shape[:-1], self.blocks, self.width)
-        return cut.transpose(-2, -3).contiguous()
+    def padded(self, matrix: Tensor) -> Tensor:
+        """``(..., R, C)`` with zeros beyond the channels, ``(..., R, K)``."""
+        missing = self.components - self.channels
+        return torch.nn.functional.pad(matrix, (0, missing)) if missing else matrix
 
-    def to_matrix(self, blocks: Tensor) -> Tensor:
-        """The inverse of :meth:`to_blocks`."""
-        return self.by_row(blocks)[..., : self.channels]
-
-    def by_row(self, components: Tensor) -> Tensor:
-        """``(..., M, R, n)`` to ``(..., R, K)``."""
-        return components.transpose(-2, -3).reshape(*components.shape[:-3], self.rows, -1)
+    def blocks_of(self, matrix: Tensor) -> Tensor:
+        """A view ``(..., M, R, n)`` of a contiguous ``(..., R, K)``."""
+        return matrix.view(*matrix.shape[:-1], self.blocks, self.width).transpose(-2, -3)
 
 
 @cache
@@ -135,38 +128,46 @@ class Weights(NamedTuple):
         divisor = torch.where(unit > 0, unit, torch.ones_like(unit))[:, None, None]
         return cls(torch.round(scaled / divisor), unit, wide)
 
-    def apply(self, levels: Tensor, gains: Tensor | None, top: Tensor, rows: Tensor) -> Tensor:
-        """The blocks that levels ``(M, R, n)`` stand for; ``gains (M,)``, ``top ()``, ``rows (R,)``."""
+    def products(self, levels: Tensor, layout: Layout) -> Tensor:
+        """Levels ``(R, K)`` times the weights, whole numbers ``(R, K)``, rounded once."""
+        out = torch.empty_like(levels)
+        inverse(layout.blocks_of(levels), self.whole, layout.blocks_of(out), wide=self.wide)
+        return out
+
+    def scaled(self, products: Tensor, gains: Tensor | None, top: Tensor, rows: Tensor) -> Tensor:
+        """What products stand for, ``(R, K)``; ``gains (M,)``, ``top ()``, ``rows (R,)``."""
         unit = (self.unit if gains is None else self.unit * gains) * top
-        return (inverse(levels, self.whole, wide=self.wide) * unit[:, None, None]) * rows[:, None]
+        return (products * unit.repeat_interleave(self.whole.shape[1])) * rows[:, None]
 
 
 class Decoded(NamedTuple):
     """What a payload says.
 
     Attributes:
-        blocks: float32 ``(M, R, n)``.
-        levels: float32 whole numbers ``(M, R, n)``, in proportion to the rows' scales.
+        matrix: float32 ``(R, K)``.
+        levels: float32 whole numbers ``(R, K)``, in proportion to the rows' scales.
         amplitudes: float32 ``(M, n)``, relative to the largest.
     """
 
-    blocks: Tensor
+    matrix: Tensor
     levels: Tensor
     amplitudes: Tensor
 
-    @classmethod
-    def of(cls, payload: Tensor, layout: Layout, basis: Tensor) -> Decoded:
-        scales, energies, row_codes, planes = payload.split(list(layout.sections))
-        top = scales[:4].clone().view(torch.float32)[0]
-        gains = kernels.decode_bf16(scales[4 : 4 + 2 * layout.blocks])
-        codes = energies[: layout.components]
-        depths = allocate(codes, layout.planes)
-        amplitudes = _amplitude_table(payload.device)[codes.long()].view(-1, layout.width)
-        of_row = _row_codes(row_codes, layout)
-        levels = _levels(planes, depths, layout)
-        weights = Weights.of(basis, amplitudes, depths.view(-1, layout.width))
-        blocks = weights.apply(levels, gains, top, _row_table(payload.device)[of_row])
-        return cls(blocks, _weighted(levels, of_row), amplitudes)
+
+def decode(payload: Tensor, layout: Layout, basis: Tensor) -> Decoded:
+    """What a payload, uint8 ``(layout.nbytes,)``, says on a basis ``(M, n, n)``."""
+    scales, energies, row_codes, planes = payload.split(list(layout.sections))
+    top = scales[:4].clone().view(torch.float32)[0]
+    gains = kernels.decode_bf16(scales[4 : 4 + 2 * layout.blocks])
+    codes = energies[: layout.components]
+    depths = allocate(codes, layout.planes)
+    amplitudes = _amplitude_table(payload.device)[codes.long()].view(-1, layout.width)
+    of_row = _row_codes(row_codes, layout)
+    levels = _levels(planes, depths, layout)
+    weights = Weights.of(basis, amplitudes, depths.view(-1, layout.width))
+    rows = _row_table(payload.device)[of_row]
+    matrix = weights.scaled(weights.products(levels, layout), gains, top, rows)
+    return Decoded(matrix, _weighted(levels, of_row), amplitudes)
 
 
 def _row_codes(section: Tensor, layout: Layout) -> Tensor:
@@ -184,7 +185,7 @@ def _levels(section: Tensor, depths: Tensor, layout: Layout) -> Tensor:
         codes = unpack(planes[:, at : at + count], depth, layout.rows)
         by_row[:, which] = level_table(depth, section.device)[codes.long()]
         at += count
-    return by_row.view(layout.rows, -1, layout.width).transpose(0, 1).contiguous()
+    return by_row
 
 
 def _weighted(levels: Tensor, row_codes: Tensor) -> Tensor:
@@ -195,27 +196,32 @@ def _weighted(levels: Tensor, row_codes: Tensor) -> Tensor:
     return torch.round(levels * relative[:, None])
 
 
-def encode(blocks: Tensor, layout: Layout, basis: Tensor) -> Tensor:
-    """The payload of finite float32 ``(M, R, n)`` on a basis ``(M, n, n)``; uint8 ``(layout.nbytes,)``."""
-    device, exponent = blocks.device, int(torch.frexp(blocks.abs().amax())[1])
-    near_one = blocks * 2.0 ** (-exponent // 2) * 2.0 ** -(exponent + -exponent // 2)
-    components = torch.bmm(near_one, basis.mT, out=torch.empty_like(near_one))
+def encode(matrix: Tensor, layout: Layout, basis: Tensor) -> tuple[Tensor, Decoded]:
+    """The payload of a finite float32 ``(R, K)``, contiguous, on a basis ``(M, n, n)``; and what ``decode`` gives.
+
+    Returns:
+        uint8 ``(layout.nbytes,)``, and its meaning.
+    """
+    device, exponent = matrix.device, int(torch.frexp(matrix.abs().amax())[1])
+    near_one = matrix * 2.0 ** (-exponent // 2) * 2.0 ** -(exponent + -exponent // 2)
+    components = torch.empty_like(near_one)
+    by_blocks(layout.blocks_of(near_one), basis.mT, layout.blocks_of(components))
     row_codes, codes, largest = _fitted(components, layout)
     depths = allocate(codes, layout.planes)
-    amplitudes = _amplitude_table(device)[codes.long()].view(-1, layout.width)
+    amplitudes = _amplitude_table(device)[codes.long()]
     rows = _row_table(device)[row_codes]
-    scale = (amplitudes[:, None] * largest) * rows[:, None]
-    relative = components / torch.where(scale > 0, scale, torch.ones_like(scale))
-    planes = _planes(layout.by_row(relative), depths)
-
-    weights = Weights.of(basis, amplitudes, depths.view(-1, layout.width))
+    planes = _planes(components, depths, rows, amplitudes * largest)
     section = torch.nn.functional.pad(planes.reshape(-1), (0, layout.sections[3] - planes.numel()))
-    seen = weights.apply(_levels(section, depths, layout), None, largest, rows)
-    energy, agreement = (seen * seen).sum((1, 2)), (seen * near_one).sum((1, 2)).clamp(min=0)
-    gains = kernels.round_bf16(kernels.divide_or_zero(agreement, energy))
 
+    levels, amplitudes = _levels(section, depths, layout), amplitudes.view(-1, layout.width)
+    weights = Weights.of(basis, amplitudes, depths.view(-1, layout.width))
+    products = weights.products(levels, layout)
+    seen = weights.scaled(products, None, largest, rows)
+    energy, agreement = _per_block(seen, seen, layout), _per_block(seen, near_one, layout).clamp(min=0)
+    gains = kernels.round_bf16(kernels.divide_or_zero(agreement, energy))
     top = (largest.double() * 2.0**exponent).clamp(max=torch.finfo(torch.float32).max).float()
     top = torch.where(top < _SMALLEST_AMPLITUDE, torch.zeros_like(top), top)
+
     nibbles = torch.nn.functional.pad(row_codes.to(torch.uint8), (0, row_codes.numel() % 2)).view(-1, 2)
     parts = (
         torch.cat([top.view(1).view(torch.uint8), kernels.encode_bf16(gains)]),
@@ -224,15 +230,23 @@ def encode(blocks: Tensor, layout: Layout, basis: Tensor) -> Tensor:
         section,
     )
     padded = [torch.nn.functional.pad(one, (0, n - one.numel())) for one, n in zip(parts, layout.sections, strict=True)]
-    return torch.cat(padded)
+    decoded = weights.scaled(products, gains, top, rows)
+    return torch.cat(padded), Decoded(decoded, _weighted(levels, row_codes), amplitudes)
 
 
-def _planes(relative: Tensor, depths: Tensor) -> Tensor:
-    """uint8 ``(ceil(R / 8), planes)`` from float32 ``(R, K)`` in standard deviations."""
-    parts = []
+def _per_block(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
+    """The sum of ``a b`` over each block, ``(M,)``."""
+    return (a * b).sum(0).view(-1, layout.width).sum(1)
+
+
+def _planes(components: Tensor, depths: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    """uint8 ``(ceil(R / 8), planes)`` from float32 ``(R, K)``; ``rows (R,)`` and ``scale (K,)`` make a deviation."""
+    parts, row = [], torch.where(rows > 0, rows, torch.ones_like(rows))[:, None]
     for depth, which in classes(depths):
-        border = torch.tensor(borders(depth), device=relative.device)
-        parts.append(pack(codes_of(relative[:, which].contiguous(), border), depth))
+        border = torch.tensor(borders(depth), device=components.device)
+        of_class = scale[which]
+        deviation = row * torch.where(of_class > 0, of_class, torch.ones_like(of_class))
+        parts.append(pack(codes_of(components[:, which] / deviation, border), depth))
     return torch.cat(parts, 1)
 
 
@@ -242,18 +256,16 @@ def _fitted(components: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]
     Rows are fitted twice: to all components, then to those that get bits, each as strong as its amplitude says.
     """
     squares = components * components
-    row_codes = _row_codes_for(squares)
+    row_codes = _row_codes_for(squares.sum(1))
     codes, largest = _energy_codes(squares, row_codes)
-    depths = allocate(codes, layout.planes).view(-1, 1, layout.width)
-    power = (_amplitude_table(components.device)[codes.long()] * largest).square().view(-1, 1, layout.width)
-    counts = (depths > 0) & (power > 0)
-    shares = torch.where(counts, squares / torch.where(power > 0, power, torch.ones_like(power)), 0.0)
-    row_codes = _row_codes_for(shares)
+    power = (_amplitude_table(components.device)[codes.long()] * largest).square()
+    counts = (allocate(codes, layout.planes) > 0) & (power > 0)
+    weights = torch.where(counts, 1 / torch.where(counts, power, torch.ones_like(power)), 0.0)
+    row_codes = _row_codes_for(squares @ weights)
     return row_codes, *_energy_codes(squares, row_codes)
 
 
-def _row_codes_for(squares: Tensor) -> Tensor:
-    of_row = squares.sum((0, 2))
+def _row_codes_for(of_row: Tensor) -> Tensor:
     relative = of_row / of_row.mean().clamp(min=1e-30)
     steps = torch.round(_ROW_STEPS * _ROW_POWER / 2 * torch.log2(relative.clamp(min=1e-30))) + _ROW_CODES // 2
     return torch.where(of_row > 0, steps.clamp(1, _ROW_CODES - 1), 0.0).long()
@@ -262,7 +274,7 @@ def _row_codes_for(squares: Tensor) -> Tensor:
 def _energy_codes(squares: Tensor, row_codes: Tensor) -> tuple[Tensor, Tensor]:
     rows = _row_table(squares.device)[row_codes]
     weights = torch.where(rows > 0, 1 / (rows * rows), 0.0)
-    power = (squares * weights[:, None]).mean(1).view(-1)
+    power = weights @ squares / len(squares)
     largest = power.amax()
     relative = torch.log2((power / largest.clamp(min=1e-30)).clamp(min=1e-30)) / 2
     codes = torch.round(_LARGEST_CODE + PER_OCTAVE * relative).clamp(0, _LARGEST_CODE)

@@ -7,10 +7,12 @@ modes, which keep at least 8 bits of a factor and add up in float32.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
-__all__ = ["gram", "inverse"]
+__all__ = ["by_blocks", "gram", "inverse"]
 
 _ROWS = 1024
 """``1024 * 127 * 127 < 2**24``."""
@@ -18,27 +20,35 @@ _ROWS = 1024
 
 def gram(whole: Tensor) -> Tensor:
     """``whole^T whole`` of whole numbers -127 to 127, ``(..., R, n)`` to ``(..., n, n)``, float32, rounded once."""
-    leading, whole = whole.shape[:-2], whole.flatten(0, -3)
-    count, rows, n = whole.shape
-    total = torch.zeros(count, n, n, dtype=torch.float64, device=whole.device)
-    part = torch.empty(count, n, n, device=whole.device)
-    for start in range(0, rows, _ROWS):
-        some = whole[:, start : start + _ROWS]
-        total += torch.bmm(some.mT, some, out=part)  # ``out``: autocast leaves the call alone
-    return total.float().view(*leading, n, n)
+    rows, n = whole.shape[-2:]
+    total = torch.zeros(*whole.shape[:-2], n, n, dtype=torch.float64, device=whole.device)
+    part = torch.empty(n, n, device=whole.device)
+    for index in itertools.product(*map(range, whole.shape[:-2])):
+        for start in range(0, rows, _ROWS):
+            some = whole[index][start : start + _ROWS]
+            total[index] += torch.mm(some.mT, some, out=part)
+    return total.float()
 
 
-def inverse(levels: Tensor, weights: Tensor, *, wide: bool) -> Tensor:
-    """``levels @ weights`` of whole numbers, float32 ``(M, R, n)``, rounded once.
+def inverse(levels: Tensor, weights: Tensor, out: Tensor, *, wide: bool) -> None:
+    """Write ``levels @ weights`` of whole numbers to ``out``, float32 ``(M, R, n)``, rounded once.
 
     Args:
         levels: -127 to 127, float32 ``(M, R, n)``, n at most 1024.
         weights: float32 ``(M, n, n)``: -127 to 127, or with ``wide`` -16256 to 16256.
+        out: receives the products; any strides.
         wide: take the weights as 128 times one whole number of 7 bits plus another.
     """
-    out = torch.empty_like(levels)
     if not wide:
-        return torch.bmm(levels, weights, out=out)
-    high = torch.round(weights / 128)
-    low = torch.bmm(levels, weights - high * 128, out=torch.empty_like(levels))
-    return torch.bmm(levels, high, out=out) * 128 + low
+        by_blocks(levels, weights, out)
+        return
+    high, low = torch.round(weights / 128), torch.empty_like(levels)
+    by_blocks(levels, high, out)
+    by_blocks(levels, weights - high * 128, low)
+    out.mul_(128).add_(low)
+
+
+def by_blocks(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write ``a @ b`` to ``out``, ``(M, R, n)``, both of any strides; autocast leaves calls with ``out`` alone."""
+    for one, other, to in zip(a, b, out, strict=True):
+        torch.mm(one, other, out=to)

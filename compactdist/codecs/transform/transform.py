@@ -15,7 +15,7 @@ from compactdist.codecs.registry import register
 from compactdist.codecs.scalar.quantized import check_dtype, finite_amax
 from compactdist.codecs.shapes import matrix_shape, whole_view
 from compactdist.codecs.transform.basis import Basis, first_basis, followed, plain_basis
-from compactdist.codecs.transform.coding import Decoded, Layout, encode
+from compactdist.codecs.transform.coding import Decoded, Layout, decode, encode
 from compactdist.errors import CodecConfigError
 from compactdist.kernels.spec import MatrixView
 
@@ -124,10 +124,10 @@ class TransformSession(Session):
         residual = self.view.to_matrix(residual_of(x, terms))
         finite_amax(residual.abs(), self.view.numel)
         basis = self._basis_for(terms)
-        blocks = self._layout.to_blocks(residual)
-        payloads = [encode(blocks[g], self._layout, basis.rows[g]) for g in range(self.view.groups)]
-        payload.copy_(torch.cat(payloads))
-        self._read(payload, basis)
+        matrices = self._layout.padded(residual.contiguous())
+        coded = [encode(one, self._layout, rows) for one, rows in zip(matrices, basis.rows, strict=True)]
+        payload.copy_(torch.cat([one for one, _ in coded]))
+        self._stage(basis, [decoded for _, decoded in coded])
         if out is not None:
             self._write(terms, out)
 
@@ -142,23 +142,27 @@ class TransformSession(Session):
         if self._basis is not None:
             return self._basis
         if terms:
-            return first_basis(self._layout.to_blocks(self.view.to_matrix(sum_of(terms))))
+            prediction = self._layout.padded(self.view.to_matrix(sum_of(terms)).contiguous())
+            return first_basis(self._layout.blocks_of(prediction))
         return plain_basis((self.view.groups, self._layout.blocks), self._layout.width, self.device)
 
     def _read(self, payload: Tensor, basis: Basis) -> None:
         groups = payload.view(self.view.groups, -1)
-        decoded = [Decoded.of(group, self._layout, rows) for group, rows in zip(groups, basis.rows, strict=True)]
+        self._stage(basis, [decode(one, self._layout, rows) for one, rows in zip(groups, basis.rows, strict=True)])
+
+    def _stage(self, basis: Basis, decoded: list[Decoded]) -> None:
         self._staged = basis, Decoded(*map(torch.stack, zip(*decoded, strict=True)))
 
     def _write(self, terms: Terms, out: Tensor) -> None:
         assert self._staged is not None
-        add_up(terms, self.view.to_flat(self._layout.to_matrix(self._staged[1].blocks)), out)
+        add_up(terms, self.view.to_flat(self._staged[1].matrix[..., : self._layout.channels]), out)
 
     @torch.no_grad()
     def commit(self) -> None:
         if self._staged is not None:
             basis, decoded = self._staged
-            self._basis, self._staged = followed(basis, decoded.levels, decoded.amplitudes), None
+            levels = self._layout.blocks_of(decoded.levels)
+            self._basis, self._staged = followed(basis, levels, decoded.amplitudes), None
 
     def rollback(self) -> None:
         self._staged = None
