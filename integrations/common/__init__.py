@@ -1,6 +1,6 @@
 """What the adapters for xDiT and diffusers share. It imports neither framework.
 
-* `chosen_codec`: the codec of an `enable` that was given none.
+* `chosen_codec`, `chosen_option`: the codec of an `enable` that was given none, and another option likewise.
 * `Handle`: what both `enable` functions return.
 * `Patches`: what an adapter changed in a framework's objects, and how to change it back.
 * `CallSites`, `expect`, `any_of`: the name and the layout of the message that is about to be sent.
@@ -9,7 +9,7 @@
 * `launch.run_as_main`: run a user's script after the adapter has been installed.
 """
 
-from compactdist_common.codec import AUTO, chosen_codec
+from compactdist_common.codec import AUTO, chosen_codec, chosen_option
 from compactdist_common.handle import Handle
 from compactdist_common.layouts import CallSites, Expected, any_of, expect
 from compactdist_common.models import before_forwards, compiled_call, timestep_of, uncompiled, unwrapped
@@ -24,6 +24,7 @@ __all__ = [
     "any_of",
     "before_forwards",
     "chosen_codec",
+    "chosen_option",
     "compiled_call",
     "expect",
     "timestep_of",

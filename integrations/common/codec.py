@@ -1,7 +1,8 @@
-"""The codec of an `enable` that was given none."""
+"""The codec and other options of an `enable` that was not given them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from compactdist.group.environment import settings_from_environment
@@ -21,3 +22,12 @@ def chosen_codec(codec: Any, preset: str | None = None) -> Any:
         return codec
     environment = settings_from_environment()  # read in any case, to refuse what is misspelt
     return expand({"preset": preset} if preset is not None else environment).get("codec", USUAL)
+
+
+def chosen_option(name: str, given: Mapping[str, Any], usual: Any) -> Any:
+    """What `compactdist.wrap(**given)` will take for an option: what is given, that of the environment, or `usual`.
+
+    Raises:
+        compactdist.errors.ConfigError: a misspelt variable, or a bad value of one.
+    """
+    return given[name] if name in given else expand(settings_from_environment()).get(name, usual)

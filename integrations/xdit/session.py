@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import compactdist
-from compactdist_common import Patches, before_forwards, compiled_call, unwrapped
+from compactdist_common import Patches, before_forwards, chosen_option, compiled_call, unwrapped
 from compactdist_xdit import methods, probe, routes
 from compactdist_xdit.captured import Captured, holders
 from compactdist_xdit.clock import Clock
@@ -133,7 +133,7 @@ class Session:
     def _policy(self, route: str) -> Fine:
         if route != "pipefusion" or self._messages is None:
             return Fine(route)
-        keyframes = int(self._options.get("warmup_steps", 1))
+        keyframes = int(chosen_option("warmup_steps", self._options, 1))
         return Fine(route, self._messages.last_stage, lambda: ends(keyframes, self.timesteps(), _whole_steps()))
 
     def unbind(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 import compactdist_diffusers
 import compactdist_xdit
 from compactdist.errors import ConfigError
-from compactdist_common import AUTO, chosen_codec
+from compactdist_common import AUTO, chosen_codec, chosen_option
 
 
 def test_the_environment_counts_where_no_codec_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +23,17 @@ def test_the_environment_counts_where_no_codec_is_given(monkeypatch: pytest.Monk
     assert chosen_codec("int4") == "int4"
     with pytest.raises(ConfigError, match="did you mean COMPACTDIST_CODEC"):
         chosen_codec(AUTO)
+
+
+def test_other_options_come_from_the_same_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMPACTDIST_WARMUP_STEPS", raising=False)
+    assert chosen_option("warmup_steps", {}, 1) == 1
+    monkeypatch.setenv("COMPACTDIST_WARMUP_STEPS", "3")
+    assert chosen_option("warmup_steps", {}, 1) == 3
+    assert chosen_option("warmup_steps", {"warmup_steps": 2}, 1) == 2
+    monkeypatch.setenv("COMPACTDIST_WARMUP_STEPS", "many")
+    with pytest.raises(ConfigError, match="COMPACTDIST_WARMUP_STEPS"):
+        chosen_option("warmup_steps", {}, 1)
 
 
 def test_a_preset_names_the_codec_too(monkeypatch: pytest.MonkeyPatch) -> None:
