@@ -78,9 +78,11 @@ def test_levels_are_symmetric_whole_numbers(depth):
 @given(rows=st.integers(1, 35), count=st.integers(1, 9), depth=st.integers(1, 8), seed=st.integers(0, 99))
 def test_planes_hold_the_codes(rows, count, depth, seed):
     g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**depth, (rows, count), generator=g).to(torch.uint8)
+    codes = torch.randint(0, 2**depth, (count, rows), generator=g).to(torch.uint8)
     packed = pack(codes, depth)
-    assert packed.shape == (math.ceil(rows / 8), count * depth)
+    assert packed.shape == (count * depth, math.ceil(rows / 8))
+    row, component, bit = rows - 1, count - 1, depth - 1
+    assert (int(packed[component * depth + bit, row // 8]) >> row % 8) & 1 == int(codes[component, row]) >> bit
     assert torch.equal(unpack(packed, depth, rows), codes)
 
 
@@ -89,7 +91,7 @@ def test_planes_hold_the_codes(rows, count, depth, seed):
 
 def test_products_are_exact_in_any_order_and_precision():
     g = torch.Generator().manual_seed(0)
-    whole = torch.randint(-127, 128, (2, 2500, 64), generator=g).float()
+    whole = torch.randint(-127, 128, (2, 64, 2500), generator=g).float()
     exact = whole.double()
     weights = torch.randint(-16256, 16257, (2, 64, 64), generator=g).float()
     before = torch.get_float32_matmul_precision()
@@ -97,13 +99,13 @@ def test_products_are_exact_in_any_order_and_precision():
         for precision in ("highest", "high", "medium"):
             torch.set_float32_matmul_precision(precision)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert torch.equal(gram(whole), (exact.mT @ exact).float())
+                assert torch.equal(gram(whole), (exact @ exact.mT).float())
                 out = torch.empty(2500, 2, 64).transpose(0, 1)
                 inverse(whole, weights, out, wide=True)
-                assert torch.equal(out, (exact @ weights.double()).float())
+                assert torch.equal(out, (exact.mT @ weights.double()).float())
                 narrow = weights.clamp(-127, 127)
                 inverse(whole, narrow, out, wide=False)
-                assert torch.equal(out, (exact @ narrow.double()).float())
+                assert torch.equal(out, (exact.mT @ narrow.double()).float())
     finally:
         torch.set_float32_matmul_precision(before)
 

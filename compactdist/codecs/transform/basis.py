@@ -50,7 +50,7 @@ def first_basis(prediction: Tensor) -> Basis:
     """The basis that fits ``prediction``, float32 ``(G, M, R, n)``, finite."""
     largest = prediction.abs().amax((-2, -1), keepdim=True)
     whole = torch.round(prediction / torch.where(largest > _SMALLEST, largest / 127, torch.ones_like(largest)))
-    covariance = gram(whole)
+    covariance = gram(whole.mT)
     most = covariance.diagonal(0, -2, -1).amax(-1).clamp(min=1)[..., None, None]
     plain = plain_basis((prediction.shape[0], prediction.shape[1]), prediction.shape[3], prediction.device)
     basis = Basis(plain.rows, covariance / most)
@@ -64,7 +64,7 @@ def followed(basis: Basis, levels: Tensor, amplitudes: Tensor) -> Basis:
 
     Args:
         basis: that coded the frame.
-        levels: whole numbers -127 to 127, float32 ``(G, M, R, n)``, what was decoded of each component.
+        levels: whole numbers -127 to 127, float32 ``(G, M, n, R)``, what was decoded of each component.
         amplitudes: of the components, float32 ``(G, M, n)``, relative to the largest.
     """
     sums = gram(levels)

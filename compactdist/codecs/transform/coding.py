@@ -1,8 +1,8 @@
 """From rows and channels to levels of components, and back.
 
-A group's matrix is float32 ``(R, K)`` here: R rows, K = M n channels in M blocks, or as many components. ``Layout``
-says where the parts of a payload lie, ``encode`` chooses them, ``decode`` reads them. What ``decode`` computes is the
-same on every machine: whole numbers, and single elements rounded one operation at a time.
+A group's matrix is float32 ``(R, K)`` here: R rows, K = M n channels in M blocks. Its components are ``(K, R)``.
+``Layout`` says where the parts of a payload lie, ``encode`` chooses them, ``decode`` reads them. What ``decode``
+computes is the same on every machine: whole numbers, and single elements rounded one operation at a time.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from compactdist.codecs.shapes import padded_nbytes
-from compactdist.codecs.transform.depths import DEEPEST, PER_OCTAVE, allocate, borders, outermost
-from compactdist.codecs.transform.planes import classes, codes_of, level_table, pack, unpack
+from compactdist.codecs.transform.depths import DEEPEST, PER_OCTAVE, allocate, outermost
+from compactdist.codecs.transform.planes import classes, codes_of, levels_of, pack, unpack
 from compactdist.codecs.transform.products import by_blocks, inverse
 from compactdist.kernels import reference as kernels
 
@@ -87,6 +87,10 @@ class Layout(NamedTuple):
         """A view ``(..., M, R, n)`` of a contiguous ``(..., R, K)``."""
         return matrix.view(*matrix.shape[:-1], self.blocks, self.width).transpose(-2, -3)
 
+    def components_of(self, components: Tensor) -> Tensor:
+        """A view ``(..., M, n, R)`` of a contiguous ``(..., K, R)``."""
+        return components.view(*components.shape[:-2], self.blocks, self.width, self.rows)
+
 
 @cache
 def _amplitude_table(device: torch.device) -> Tensor:
@@ -129,9 +133,9 @@ class Weights(NamedTuple):
         return cls(torch.round(scaled / divisor), unit, wide)
 
     def products(self, levels: Tensor, layout: Layout) -> Tensor:
-        """Levels ``(R, K)`` times the weights, whole numbers ``(R, K)``, rounded once."""
-        out = torch.empty_like(levels)
-        inverse(layout.blocks_of(levels), self.whole, layout.blocks_of(out), wide=self.wide)
+        """Levels ``(K, R)`` times the weights, whole numbers ``(R, K)``, rounded once."""
+        out = torch.empty(layout.rows, layout.components, device=levels.device)
+        inverse(layout.components_of(levels), self.whole, layout.blocks_of(out), wide=self.wide)
         return out
 
     def scaled(self, products: Tensor, gains: Tensor | None, top: Tensor, rows: Tensor) -> Tensor:
@@ -145,7 +149,7 @@ class Decoded(NamedTuple):
 
     Attributes:
         matrix: float32 ``(R, K)``.
-        levels: float32 whole numbers ``(R, K)``, in proportion to the rows' scales.
+        levels: float32 whole numbers ``(K, R)``, in proportion to the rows' scales.
         amplitudes: float32 ``(M, n)``, relative to the largest.
     """
 
@@ -177,15 +181,14 @@ def _row_codes(section: Tensor, layout: Layout) -> Tensor:
 
 def _levels(section: Tensor, depths: Tensor, layout: Layout) -> Tensor:
     octets = -(-layout.rows // 8)
-    planes = section[: octets * layout.planes].view(octets, layout.planes)
-    by_row = torch.zeros(layout.rows, layout.components, device=section.device)
+    planes = section[: octets * layout.planes].view(layout.planes, octets)
+    out = torch.zeros(layout.components, layout.rows, device=section.device)
     at = 0
     for depth, which in classes(depths):
         count = which.numel() * depth
-        codes = unpack(planes[:, at : at + count], depth, layout.rows)
-        by_row[:, which] = level_table(depth, section.device)[codes.long()]
+        out[which] = levels_of(unpack(planes[at : at + count], depth, layout.rows), depth)
         at += count
-    return by_row
+    return out
 
 
 def _weighted(levels: Tensor, row_codes: Tensor) -> Tensor:
@@ -193,7 +196,7 @@ def _weighted(levels: Tensor, row_codes: Tensor) -> Tensor:
     table = _row_table(levels.device)
     largest = table[row_codes.amax()]
     relative = table[row_codes] / torch.where(largest > 0, largest, torch.ones_like(largest))
-    return torch.round(levels * relative[:, None])
+    return torch.round(levels * relative)
 
 
 def encode(matrix: Tensor, layout: Layout, basis: Tensor) -> tuple[Tensor, Decoded]:
@@ -204,8 +207,8 @@ def encode(matrix: Tensor, layout: Layout, basis: Tensor) -> tuple[Tensor, Decod
     """
     device, exponent = matrix.device, int(torch.frexp(matrix.abs().amax())[1])
     near_one = matrix * 2.0 ** (-exponent // 2) * 2.0 ** -(exponent + -exponent // 2)
-    components = torch.empty_like(near_one)
-    by_blocks(layout.blocks_of(near_one), basis.mT, layout.blocks_of(components))
+    components = torch.empty(layout.components, layout.rows, device=device)
+    by_blocks(basis, layout.blocks_of(near_one).mT, layout.components_of(components))
     row_codes, codes, largest = _fitted(components, layout)
     depths = allocate(codes, layout.planes)
     amplitudes = _amplitude_table(device)[codes.long()]
@@ -240,14 +243,16 @@ def _per_block(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
 
 
 def _planes(components: Tensor, depths: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
-    """uint8 ``(ceil(R / 8), planes)`` from float32 ``(R, K)``; ``rows (R,)`` and ``scale (K,)`` make a deviation."""
-    parts, row = [], torch.where(rows > 0, rows, torch.ones_like(rows))[:, None]
+    """uint8 ``(planes, ceil(R / 8))`` from float32 ``(K, R)``; ``rows (R,)`` and ``scale (K,)`` make a deviation."""
+    parts, inverse_rows = [], torch.where(rows > 0, 1 / rows, torch.zeros_like(rows))
     for depth, which in classes(depths):
-        border = torch.tensor(borders(depth), device=components.device)
-        of_class = scale[which]
-        deviation = row * torch.where(of_class > 0, of_class, torch.ones_like(of_class))
-        parts.append(pack(codes_of(components[:, which] / deviation, border), depth))
-    return torch.cat(parts, 1)
+        some = components[which]
+        if depth > 1:  # of a sign no scale matters
+            of_class = scale[which]
+            some *= torch.where(of_class > 0, 1 / of_class, torch.zeros_like(of_class))[:, None]
+            some *= inverse_rows
+        parts.append(pack(codes_of(some, depth), depth))
+    return torch.cat(parts)
 
 
 def _fitted(components: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,12 +261,12 @@ def _fitted(components: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]
     Rows are fitted twice: to all components, then to those that get bits, each as strong as its amplitude says.
     """
     squares = components * components
-    row_codes = _row_codes_for(squares.sum(1))
+    row_codes = _row_codes_for(squares.sum(0))
     codes, largest = _energy_codes(squares, row_codes)
     power = (_amplitude_table(components.device)[codes.long()] * largest).square()
     counts = (allocate(codes, layout.planes) > 0) & (power > 0)
     weights = torch.where(counts, 1 / torch.where(counts, power, torch.ones_like(power)), 0.0)
-    row_codes = _row_codes_for(squares @ weights)
+    row_codes = _row_codes_for(weights @ squares)
     return row_codes, *_energy_codes(squares, row_codes)
 
 
@@ -274,7 +279,7 @@ def _row_codes_for(of_row: Tensor) -> Tensor:
 def _energy_codes(squares: Tensor, row_codes: Tensor) -> tuple[Tensor, Tensor]:
     rows = _row_table(squares.device)[row_codes]
     weights = torch.where(rows > 0, 1 / (rows * rows), 0.0)
-    power = weights @ squares / len(squares)
+    power = squares @ weights / len(weights)
     largest = power.amax()
     relative = torch.log2((power / largest.clamp(min=1e-30)).clamp(min=1e-30)) / 2
     codes = torch.round(_LARGEST_CODE + PER_OCTAVE * relative).clamp(0, _LARGEST_CODE)

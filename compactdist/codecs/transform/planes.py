@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from compactdist.codecs.transform.depths import DEEPEST, levels
+from compactdist.codecs.transform.depths import DEEPEST, borders, levels
 
-__all__ = ["classes", "codes_of", "level_table", "pack", "unpack"]
+__all__ = ["classes", "codes_of", "levels_of", "pack", "unpack"]
 
 
 def classes(depths: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -21,47 +22,54 @@ def classes(depths: Tensor) -> Iterator[tuple[int, Tensor]]:
             yield depth, which
 
 
-def level_table(depth: int, device: torch.device) -> Tensor:
-    """float32 ``(2**depth,)``: the level of each code."""
-    return torch.tensor(levels(depth), dtype=torch.float32, device=device)
-
-
-def pack(codes: Tensor, depth: int) -> Tensor:
-    """Codes uint8 ``(R, n)`` to uint8 ``(ceil(R / 8), n * depth)``: bit j of row r is bit ``r % 8`` of plane j."""
-    rows, count = codes.shape
-    missing = -rows % 8
-    if missing:
-        codes = torch.cat([codes, codes.new_zeros(missing, count)])
-    octets = codes.view(-1, 8, count)
-    planes = [_gathered((octets >> bit) & 1) for bit in range(depth)]
-    return torch.stack(planes, 2).reshape(octets.shape[0], count * depth)
-
-
-def _gathered(bits: Tensor) -> Tensor:
-    byte = bits[:, 0].clone()
-    for row in range(1, 8):
-        byte |= bits[:, row] << row
-    return byte
+def codes_of(deviations: Tensor, depth: int) -> Tensor:
+    """The code of each value, in standard deviations: how many borders are at most the value; uint8."""
+    if depth == 1:
+        return (deviations >= 0).to(torch.uint8)
+    border = torch.tensor(borders(depth), device=deviations.device)
+    return torch.bucketize(deviations, border, right=True, out_int32=True).to(torch.uint8)
 
 
 @cache
-def _bits_of_bytes(device: torch.device) -> Tensor:
-    """uint8 ``(256, 8)``: the bits of each byte, the lowest first."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=device)
-    return (torch.arange(256, device=device).to(torch.uint8)[:, None] >> shifts) & 1
+def _table(depth: int, device: torch.device) -> Tensor:
+    return torch.tensor(levels(depth), dtype=torch.float32, device=device)
+
+
+def levels_of(codes: Tensor, depth: int) -> Tensor:
+    """The level of each code, float32."""
+    if depth == 1:
+        return codes.float().mul_(254).sub_(127)
+    return _table(depth, codes.device)[codes.int()]
+
+
+def pack(codes: Tensor, depth: int) -> Tensor:
+    """Codes uint8 ``(n, R)`` to uint8 ``(n * depth, ceil(R / 8))``: row r of plane j is bit ``r % 8``."""
+    bits = torch.stack([(codes >> bit) & 1 for bit in range(depth)], 1) if depth > 1 else codes[:, None]
+    return _packed(bits).reshape(codes.shape[0] * depth, -(-codes.shape[1] // 8))
 
 
 def unpack(planes: Tensor, depth: int, rows: int) -> Tensor:
-    """What :func:`pack` packed, uint8 ``(rows, n)``."""
-    octets = planes.shape[0]
-    by_bit = planes.reshape(octets, -1, depth).permute(2, 0, 1).int()
-    bits = _bits_of_bytes(planes.device)
-    codes = bits[by_bit[0]]
+    """What :func:`pack` packed, uint8 ``(n, rows)``."""
+    bits = _unpacked(planes.reshape(-1, depth, planes.shape[1]))[..., :rows]
+    codes = bits[:, 0]
     for bit in range(1, depth):
-        codes |= bits[by_bit[bit]] << bit
-    return codes.transpose(1, 2).reshape(octets * 8, -1)[:rows]
+        codes = codes | (bits[:, bit] << bit)
+    return codes
 
 
-def codes_of(values: Tensor, border: Tensor) -> Tensor:
-    """The code of each value: how many borders are at most the value; uint8."""
-    return torch.bucketize(values, border, right=True, out_int32=True).to(torch.uint8)
+def _packed(bits: Tensor) -> Tensor:
+    """uint8 of 0 and 1, eight of the last dimension to a byte, the first lowest."""
+    if bits.is_cpu:
+        return torch.from_numpy(np.packbits(bits.numpy(), axis=-1, bitorder="little"))
+    bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8))
+    eights = bits.view(*bits.shape[:-1], -1, 8)
+    weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=bits.device)
+    return (eights * weights).sum(-1, dtype=torch.uint8)
+
+
+def _unpacked(planes: Tensor) -> Tensor:
+    """What :func:`_packed` packed."""
+    if planes.is_cpu:
+        return torch.from_numpy(np.unpackbits(planes.numpy(), axis=-1, bitorder="little"))
+    shifts = torch.arange(8, dtype=torch.uint8, device=planes.device)
+    return ((planes[..., None] >> shifts) & 1).flatten(-2)

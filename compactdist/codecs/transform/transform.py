@@ -34,8 +34,8 @@ class Transform(Codec):
     1. **scales**: the largest amplitude, float32; a gain for each block, bfloat16;
     2. **energies**, a byte for each component: an amplitude of ``2**((code - 255) / 8)`` times the largest; 0 is none;
     3. **rows**, half a byte for each row, the first in the lower half: a scale of ``2**((code - 8) / 4)``; 0 is none;
-    4. **planes**: for each eight rows the bits of all components, the deepest components first, then in ascending
-       order, the lowest bit first; row r is bit ``r % 8`` of a byte.
+    4. **planes**: the bits of all rows for each component, the deepest components first, then in ascending order, and
+       of each the lowest bit first; row r is bit ``r % 8`` of a byte.
 
     How many bits each component has follows from section 2 (``depths.allocate``). A code selects a whole number from
     -127 to 127 (``depths.levels``), the basis times the amplitudes is rounded to whole numbers of 7 bits, or of 14
@@ -161,7 +161,7 @@ class TransformSession(Session):
     def commit(self) -> None:
         if self._staged is not None:
             basis, decoded = self._staged
-            levels = self._layout.blocks_of(decoded.levels)
+            levels = self._layout.components_of(decoded.levels)
             self._basis, self._staged = followed(basis, levels, decoded.amplitudes), None
 
     def rollback(self) -> None:
