@@ -47,6 +47,9 @@ CODECS: tuple[dict[str, Any], ...] = (
     {"id": "lowrank", "rank": 32},
     {"id": "lowrank_int4"},
     {"id": "lowrank_int4", "allocation": "energy"},
+    {"id": "transform"},
+    {"id": "transform", "bits": 2.0},
+    {"id": "transform", "bits": 4.0},
 )
 
 
