@@ -205,7 +205,8 @@ def is_plain(statistic):
 def scaled_value(value, factor):
     """``value * factor``, which stays negative where ``value`` is, however small."""
     scaled = value * factor
-    return tl.where(value < 0, tl.minimum(scaled, -_SMALLEST), tl.where(value == 0, 0.0, scaled))
+    least = tl.full(scaled.shape, -_SMALLEST, tl.float32)  # a subnormal constant by itself is a float64 in Triton 3.6
+    return tl.where(value < 0, tl.minimum(scaled, least), tl.where(value == 0, 0.0, scaled))
 
 
 @triton.jit
