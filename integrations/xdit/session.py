@@ -123,6 +123,8 @@ class Session:
         elif slot.route == "pipefusion":
             self._messages = self._messages or PipelineMessages(slot.owner)
             options["layouts"] = self._messages.layout_of
+        if slot.route in ("cfg", "sp") and chosen_option("keyframe", self._options, None) is None:
+            options["keyframe"] = "raw"  # small, and guidance or the scheduler makes the first step's error larger
         if not compactdist.codecs.get(self._codec).lossless:
             options["policy"] = self._policy(slot.route)
         return compactdist.wrap(plain, self._codec, **options | self._options)

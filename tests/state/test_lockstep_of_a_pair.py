@@ -73,7 +73,7 @@ def run(options, sequence, seed):
         if keyframe and own_bytes:
             assert kit.same_bytes(y, values)
         elif keyframe:
-            assert (y.double() - values.double()).norm() <= 0.2 * values.double().norm()
+            assert (y.double() - values.double()).norm() <= 0.3 * values.double().norm()  # int4, few elements
         if options["order"]:
             exact = options["state"] == "exact"
             assert not exact or kit.same_bytes(encoder.state, y.reshape(-1))

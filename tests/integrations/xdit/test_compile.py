@@ -51,7 +51,7 @@ def check(cells: Sequence[str], out: Path) -> None:
             assert record["breaks"] == {}, (name, record)
     for name, record in ranks[-1].items():  # this rank has the output
         # a graph holds no layouts, so the rounding differs from an eager model's
-        assert 1e-7 < record["error"] < 3 * record["eager error"] < 1e-2, (name, record)
+        assert 1e-7 < record["error"] < 3 * record["eager error"] < 2e-2, (name, record)
 
 
 def test_compiled_on_the_wrapper_after_enable(tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ def test_more_models(column: str) -> None:
 def check(column: str, model: str, record: dict[str, Any]) -> None:
     cell = f"{model}, {column}"
     assert 0 <= record["raw"]["error"] <= 1e-6, cell
-    assert 0 < record["int4"]["error"] <= (6e-2 if model == "hunyuandit" else 1e-2), cell
+    # keyframes of stages' hidden states are coded, and random weights make their error larger
+    usual = 2e-2 if column.startswith("pipefusion") else 1e-2
+    assert 0 < record["int4"]["error"] <= (6e-2 if model == "hunyuandit" else usual), cell
     assert record["int4"]["calls"] > 0, cell
     assert record["int4"]["ratio"] > 2, cell
     assert record["raw"]["repeats"], cell
