@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compactdist import kernels
-from compactdist.codecs.base import Session, Terms, check_payload, residual_of, sum_of
+from compactdist.codecs.base import Session, Terms, add_up, check_payload, residual_of
 from compactdist.codecs.scalar.quantized import ScalarQuantizer, finite_amax
 from compactdist.kernels.reference import history
 from compactdist.kernels.spec import MatrixView
@@ -105,12 +105,7 @@ class HistorySession(Session):
         spec, limit = self.codec.spec, torch.finfo(torch.float32).max
         assert spec is not None
         decoded = history.decode(spec, payload, self._scales, self._sections).clamp(-limit, limit)
-        change = self.view.to_flat(decoded)
-        # -0 plus a change of -0 is -0, as in the kernels; without terms -0 becomes 0
-        total = sum_of(terms) + change if terms else change + 0.0
-        limit = min(limit, torch.finfo(out.dtype).max)
-        with torch.inference_mode():  # ``out`` may be an inference tensor, which can be written to in this mode only
-            out.copy_(total.clamp(-limit, limit))
+        add_up(terms, self.view.to_flat(decoded), out)
         self.learn(payload, terms)
 
     @torch.no_grad()

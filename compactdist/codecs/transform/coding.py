@@ -199,13 +199,15 @@ def _weighted(levels: Tensor, row_codes: Tensor) -> Tensor:
     return torch.round(levels * relative)
 
 
-def encode(matrix: Tensor, layout: Layout, basis: Tensor) -> tuple[Tensor, Decoded]:
+def encode(matrix: Tensor, amax: Tensor, layout: Layout, basis: Tensor) -> tuple[Tensor, Decoded]:
     """The payload of a finite float32 ``(R, K)``, contiguous, on a basis ``(M, n, n)``; and what ``decode`` gives.
+
+    ``amax``, one element, is its largest magnitude.
 
     Returns:
         uint8 ``(layout.nbytes,)``, and its meaning.
     """
-    device, exponent = matrix.device, int(torch.frexp(matrix.abs().amax())[1])
+    device, exponent = matrix.device, int(torch.frexp(amax)[1])
     near_one = matrix * 2.0 ** (-exponent // 2) * 2.0 ** -(exponent + -exponent // 2)
     components = torch.empty(layout.components, layout.rows, device=device)
     by_blocks(basis, layout.blocks_of(near_one).mT, layout.components_of(components))

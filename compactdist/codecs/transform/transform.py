@@ -122,10 +122,11 @@ class TransformSession(Session):
         if row_weights is not None:
             raise CodecConfigError(f"codec {self.codec.codec_id!r} has no use for row_weights")
         residual = self.view.to_matrix(residual_of(x, terms))
-        finite_amax(residual.abs(), self.view.numel)
+        amax = finite_amax(residual.abs(), self.view.numel)
         basis = self._basis_for(terms)
         matrices = self._layout.padded(residual.contiguous())
-        coded = [encode(one, self._layout, rows) for one, rows in zip(matrices, basis.rows, strict=True)]
+        groups = zip(matrices, amax, basis.rows, strict=True)
+        coded = [encode(one, largest, self._layout, rows) for one, largest, rows in groups]
         payload.copy_(torch.cat([one for one, _ in coded]))
         self._stage(basis, [decoded for _, decoded in coded])
         if out is not None:

@@ -40,16 +40,8 @@ class HistoryPlan(Plan):
         return Block(address_of("history.encode"), self.slots | {call.ROW_WORDS: self.row_words}, works)
 
     @property
-    def row_words(self) -> int:
-        row_bits = self.sections.channels * self.bits
-        return 0 if self.apart or row_bits % 32 else row_bits // 32
-
-    def decoder(self, one: bool, sums: bool) -> Block:
-        """As ``Plan.decoder``; nobody asks for ``sums`` here."""
-        works = {call.SECOND_PASS: Work(self.offsets.row_at.size, self.sections.elements, self._apply(one))}
-        if self.apart:
-            works[call.APART_PASS] = self._apart("unpack")
-        return Block(address_of("history.decode"), self.slots | {call.ROW_WORDS: 0}, works)
+    def decoding(self) -> str:
+        return "history.decode"
 
 
 def steps_of(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device: torch.device) -> CpuHistorySteps | None:

@@ -172,7 +172,12 @@ class Plan(NamedTuple):
         if self.apart:
             works[call.APART_PASS] = self._apart("unpack")
         slots = self.slots | {call.ROW_WORDS: self.row_words if sums else 0}
-        return Block(address_of("entries.decode_blocks" if self.by_block else "entries.decode_rows"), slots, works)
+        return Block(address_of(self.decoding), slots, works)
+
+    @property
+    def decoding(self) -> str:
+        """The unit that decodes."""
+        return "entries.decode_blocks" if self.by_block else "entries.decode_rows"
 
     def _apply(self, one: bool) -> int:
         return address_of("rows.apply_codes", self.dtype, one, NEAREST if self.kind == TRITS else self.kind, self.bits)
