@@ -1,13 +1,12 @@
 """Ranks agree on something through the store, one thing after the other, before a byte of it travels.
 
-An agreement has a number ``epoch.n``; ``n`` counts from 0 in each epoch. A rank posts what it is about to do, compares
-a digest of that with the one that the first rank wrote (``compare_set``), and counts itself in (``add``). The last rank
-to come writes ``done``; a rank that finds another digest writes ``veto`` there. Everyone looks for that one key.
-Successful agreements leave a constant number of keys: the first rank to come has to wait anyway, and removes what the
-agreements before have left.
+An agreement has a number ``epoch.n``; ``n`` counts from 0 in each epoch. A rank compares what it is about to do with
+what the first rank to come wrote (``compare_set``), and counts itself in (``add``). The last rank to come writes
+``done``; a rank that is about to do something else writes ``veto`` there. Everyone looks for that one key. Successful
+agreements leave a constant number of keys: the first rank to come removes them when it next has to wait.
 
-Posts are there for error messages, and lie in two slots that are overwritten in turn. What is compared pair by pair has
-keys of its own, which are removed once all ranks have come to a later agreement.
+A rank that has waited for half a second says that it is there, so that an error can name those that are missing. What
+is compared pair by pair has keys of its own, which are removed once all ranks have come to a later agreement.
 """
 
 from __future__ import annotations
@@ -26,12 +25,18 @@ from compactdist.errors import PlanMismatchError, PlanTimeoutError
 __all__ = ["Agreement", "Subject"]
 
 _log = logging.getLogger("compactdist")
-_FIRST_PAUSE, _LONGEST_PAUSE, _SHARE = 0.0001, 0.05, 0.125
-"""Seconds between two looks at the store, and which share of the wait so far a pause may be: that is how late a rank
-may go on.
+_PAUSE_OF_A_RANK, _LONGEST_PAUSE, _SHARE = 0.00005, 0.05, 0.125
+"""Seconds between two looks at the store: at least the first for each rank of the group, whose looks get into one
+another's way; and which share of the wait so far a pause may be, for that is how late a rank may go on.
 """
 
 _WARN_SECONDS = 20.0
+_HERE_SECONDS = 0.5
+"""Seconds after which a rank that waits says that it is there."""
+
+_MOST_LEFT = 8
+"""Keys of ended agreements that a rank leaves in the store before it takes the time to remove them."""
+
 _DONE, _VETO, _GONE = "done", "veto", "gone"
 _OPEN = "open"
 """Never written: ``compare_set`` answers with what it expected where there is no such key."""
@@ -49,6 +54,35 @@ class Subject(NamedTuple):
     epoch: int
     facts: Mapping[str, Any]
     pairs: Sequence[tuple[str, str]] = ()
+
+
+class _Coming(NamedTuple):
+    """What the first rank to come to an agreement is about to do.
+
+    Attributes:
+        name: of the agreement.
+        digest: of the facts.
+        rank: of the group.
+        facts: as in :class:`Subject`.
+    """
+
+    name: str
+    digest: str
+    rank: int
+    facts: Mapping[str, Any]
+
+    def text(self) -> str:
+        """As the store keeps it."""
+        return json.dumps(self)
+
+    @classmethod
+    def read(cls, text: str) -> _Coming:
+        """The inverse of :meth:`text`."""
+        return cls(*json.loads(text))
+
+    def agrees_with(self, other: _Coming) -> bool:
+        """Whether both are about to do the same in the same agreement."""
+        return self.name == other.name and self.digest == other.digest
 
 
 class Agreement:
@@ -74,6 +108,8 @@ class Agreement:
         self._number = 0
         self._last = ""
         self._ended = self._ended_before = ""
+        self._agreed: Mapping[str, Any] = {}
+        self._left: list[str] = []
         self._pairs = ""
         self._broken: tuple[int, str] | None = None
         self._lock = threading.Lock()
@@ -111,39 +147,37 @@ class Agreement:
     def _agree(self, subject: Subject, keep_waiting: Any) -> None:
         if subject.epoch != self._epoch:
             self._epoch, self._number = subject.epoch, 0
-        name, slot = f"{self._epoch}.{self._number}", self._number % 2
+        name = f"{self._epoch}.{self._number}"
         self._number += 1
         store = self._store
-        self._post(slot, name, subject)
         pairs = self._post_pairs(name, subject)
-        digest = hashlib.blake2b(repr(sorted(subject.facts.items())).encode(), digest_size=12).hexdigest()
-        mine = f"{name}:{digest}"
+        facts = dict(subject.facts)
+        digest = hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=12).hexdigest()
+        mine = _Coming(name, digest, self._rank, facts)
         found = self._found(mine)
-        self._last = found
         done = self._key(f"done/{name}")
-        if found != mine:
+        if not found.agrees_with(mine):
+            against = {found.rank: found.facts}
             if store.check([done]):  # it has failed before: what the others agree on by now is no matter of this rank
-                raise PlanMismatchError(self._difference(subject, self._against(store.get(done).decode())))
-            other = found.partition(":")[0]
-            veto = _VETO + json.dumps([self._rank, dict(subject.facts)])
-            # read before the others wake up and post what they do next
-            against = {rank: post[1] for rank, post in self._posts().items()}
-            for key in {done, self._key(f"done/{other}")}:
-                store.compare_set(key, "", veto)
+                against |= self._against(store.get(done).decode())
+            else:
+                veto = _VETO + json.dumps([self._rank, facts])
+                for key in {done, self._key(f"done/{found.name}")}:
+                    store.compare_set(key, "", veto)
             raise PlanMismatchError(self._difference(subject, against))
         came = store.add(self._key(f"count/{name}"), 1)
+        if came == 1 and self._ended:
+            # all ranks have been counted in the last agreement, so they have seen the end of the one before
+            self._left.append(f"count/{self._ended}")
+            if self._ended_before:
+                self._left.append(f"done/{self._ended_before}")
         if came == self._size:
             end = store.compare_set(done, "", _DONE).decode()
         else:
-            if came == 1 and self._ended:
-                # all ranks have been counted in the last agreement, so they have seen the end of the one before
-                store.delete_key(self._key(f"count/{self._ended}"))
-                if self._ended_before:
-                    store.delete_key(self._key(f"done/{self._ended_before}"))
             end = self._wait(done, name, subject, keep_waiting)
         if end != _DONE:
             raise PlanMismatchError(self._difference(subject, self._against(end)))
-        self._ended_before, self._ended = self._ended, name
+        self._ended_before, self._ended, self._agreed = self._ended, name, facts
         if self._pairs:  # all ranks have come to this agreement, so they have read what was posted for the one before
             store.delete_key(self._pairs)
         self._pairs = pairs
@@ -153,18 +187,21 @@ class Agreement:
     def close(self) -> None:
         """Take part no more. The last rank to close removes the keys of all: others may still read them before."""
         with contextlib.suppress(RuntimeError):  # the store may be gone already
+            self._clear_up()
             if self._store.add(self._key("closed"), 1) == self._size:
-                posts = [f"{what}/{rank}" for rank in range(self._size) for what in ("post/0", "post/1")]
-                posts += [f"pairs/{self._ended}/{rank}" for rank in range(self._size)]
+                of_ranks = [f"{what}/{rank}" for rank in range(self._size) for what in ("here", f"pairs/{self._ended}")]
                 ends = [f"done/{self._ended_before}", f"done/{self._ended}", f"count/{self._ended}"]
-                for key in ("now", "closed", *ends, *posts):
+                for key in ("now", "closed", *ends, *of_ranks):
                     self._store.delete_key(self._key(key))
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"
 
-    def _post(self, slot: int, name: str, subject: Subject) -> None:
-        self._store.set(self._key(f"post/{slot}/{self._rank}"), json.dumps([name, dict(subject.facts)]))
+    def _clear_up(self) -> None:
+        """Remove what ended agreements have left."""
+        for key in self._left:
+            self._store.delete_key(self._key(key))
+        self._left.clear()
 
     def _post_pairs(self, name: str, subject: Subject) -> str:
         """Post what is compared pair by pair; the key, or nothing if there is nothing to compare."""
@@ -174,42 +211,39 @@ class Agreement:
         self._store.set(key, json.dumps([list(pair) for pair in subject.pairs]))
         return key
 
-    def _posts(self) -> dict[int, list[Any]]:
-        """The newest post of each rank that has made one: name and facts."""
-        posts: dict[int, list[Any]] = {}
-        for rank in range(self._size):
-            for slot in range(2):
-                key = self._key(f"post/{slot}/{rank}")
-                if self._store.check([key]):
-                    post = json.loads(self._store.get(key).decode())
-                    if rank not in posts or _order(post) > _order(posts[rank]):
-                        posts[rank] = post
-        return posts
-
-    def _found(self, mine: str) -> str:
-        """What the first rank of this agreement wrote: ``mine``, or another rank's."""
-        store, now, expected = self._store, self._key("now"), self._last
+    def _found(self, mine: _Coming) -> _Coming:
+        """What the first rank of this agreement is about to do: the same as this rank, or something else."""
+        store, now, expected, written = self._store, self._key("now"), self._last, mine.text()
         while True:
-            found: str = store.compare_set(now, expected, mine).decode()
-            name = found.partition(":")[0]
-            if found == mine or name == mine.partition(":")[0]:
+            text: str = store.compare_set(now, expected, written).decode()
+            found = _Coming.read(text) if text else None
+            if found is not None and found.name == mine.name:
+                self._last = text
                 return found
-            if found == expected:  # the answer where there is no such key
+            if text == expected:  # the answer where there is no such key
                 expected = ""
-            elif store.check([self._key(f"done/{name}")]):
-                expected = found  # left by an agreement that has ended
-            else:
+            elif found is not None and store.check([self._key(f"done/{found.name}")]):
+                expected = text  # left by an agreement that has ended
+            elif found is not None:
+                self._last = text
                 return found
 
     def _wait(self, done: str, name: str, subject: Subject, keep_waiting: Any) -> str:
         """Wait for the end of an agreement; how it ended."""
-        began, pause, warned = time.monotonic(), _FIRST_PAUSE, False
+        began, warned, here = time.monotonic(), False, False
+        pause = shortest = _PAUSE_OF_A_RANK * self._size
         # asked for again and again: a blocking wait of the store prints a warning whenever its time is up
         end: str
         while (end := self._store.compare_set(done, _OPEN, _OPEN).decode()) == _OPEN:
+            if self._left:
+                self._clear_up()
+                continue
             time.sleep(pause)
             waited = time.monotonic() - began
-            pause = min(max(_SHARE * waited, _FIRST_PAUSE), _LONGEST_PAUSE)
+            pause = min(max(_SHARE * waited, shortest), _LONGEST_PAUSE)
+            if waited > _HERE_SECONDS and not here:
+                here = True
+                self._store.set(self._key(f"here/{self._rank}"), name)
             if waited > _WARN_SECONDS and not warned:
                 warned = True
                 _log.warning("%s", self._missing(name, subject, waited))
@@ -219,25 +253,26 @@ class Agreement:
                 if end != _GONE:
                     return end  # the others came at the last moment
                 raise PlanTimeoutError(self._missing(name, subject, waited))
+        if len(self._left) > _MOST_LEFT:
+            self._clear_up()
         return end
 
     def _missing(self, name: str, subject: Subject, waited: float) -> str:
-        posts = self._posts()
-        lines = []
-        for rank in range(self._size):
-            last = posts.get(rank)
-            if last is not None and last[0] == name:
-                continue
-            seen = "nothing yet" if last is None else f"{_shown(last[1])} (agreement {last[0]})"
-            lines.append(f"rank {rank}: last agreed on {seen}")
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        missing = [f"rank {rank}" for rank in others if not self._has_come(rank, name)]
+        who = ", ".join(missing) or "nobody any more, but not all came in time"
+        last = f"{_shown(self._agreed)} (agreement {self._ended})" if self._ended else "nothing yet"
         return (
             f"{self._label}: waiting for {waited:.0f} s to agree on {_shown(subject.facts)} (agreement {name}); "
-            "missing: "
-            + ("; ".join(lines) or "nobody any more, but not all came in time")
-            + ". A rank that is missing has not come to a call that is new to all: it makes other calls, has missed or "
-            "added a step() or reset(), or lets this call pass through. Make the same calls on all ranks; after this "
-            "error call reset() on all ranks"
+            f"missing: {who}. All ranks last agreed on {last}. A rank that is missing has not come to a call that is "
+            "new to all: it makes other calls, has missed or added a step() or reset(), or lets it pass through. "
+            "Make the same calls on all ranks; after this error call reset() on all ranks"
         )
+
+    def _has_come(self, rank: int, name: str) -> bool:
+        """Whether another rank has said that it waits in an agreement."""
+        key = self._key(f"here/{rank}")
+        return bool(self._store.check([key])) and self._store.get(key).decode() == name
 
     @staticmethod
     def _against(end: str) -> dict[int, dict[str, Any]]:
@@ -278,10 +313,6 @@ class Agreement:
                 f"{self._label}, {_shown(subject.facts)}: {'; '.join(wrong)}. Nothing was sent; mend that, and call "
                 "reset() on all ranks"
             )
-
-
-def _order(post: list[Any]) -> tuple[int, ...]:
-    return tuple(map(int, post[0].split(".")))
 
 
 def _shown(facts: Mapping[str, Any]) -> str:

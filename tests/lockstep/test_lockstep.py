@@ -68,7 +68,7 @@ UNSHRUNK = (Phase.explicit, Phase.generate)  # a failing run costs seconds: shri
 batches = st.lists(programs(), min_size=6, max_size=6)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @settings(max_examples=6, phases=UNSHRUNK)
 @given(batch=batches)
 def test_every_decoder_holds_what_its_encoder_holds(world_size, batch):

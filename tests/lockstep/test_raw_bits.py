@@ -57,7 +57,7 @@ batches = st.lists(
 )
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @settings(max_examples=4, phases=UNSHRUNK)
 @given(batch=batches)
 def test_raw_is_the_plain_group(world_size, batch):

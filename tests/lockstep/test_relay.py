@@ -83,7 +83,7 @@ def check(world_size, seed, programs):
     return sum(r[p][1] for r in ranks for p in range(programs))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_states_stay_equal_however_forwarding_comes_and_goes(world_size):
     assert check(world_size, seed=world_size, programs=12) > 100
 

@@ -55,14 +55,14 @@ def _registered() -> Iterator[None]:
 
 
 def passes(codec: Codec) -> None:
-    check_codec(codec, examples=10)
+    check_codec(codec, examples=5)
 
 
 def test_a_codec_of_another_package_passes() -> None:
     passes(codecs.register(Half)())
 
 
-@pytest.mark.parametrize("codec_id", ["raw", "int4", "topk", "lowrank"])
+@pytest.mark.parametrize("codec_id", ["raw", "int4", "lowrank"])
 def test_codecs_of_this_package_pass(codec_id: str) -> None:
     passes(codecs.get(codec_id))
 

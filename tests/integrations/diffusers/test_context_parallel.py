@@ -26,8 +26,17 @@ pytestmark = [pytest.mark.xdit, pytest.mark.timeout(120), pytest.mark.filterwarn
 CALLS = {"flux": 4 * 1 * STEPS, "wan": 3 * 2 * STEPS, "qwenimage": 3 * 2 * STEPS}
 
 
-@pytest.mark.parametrize("route", ["ring", "ulysses"])
-@pytest.mark.parametrize("model", CALLS)
+FAST = [("flux", "ring"), ("flux", "ulysses"), ("wan", "ring")]
+
+
+@pytest.mark.parametrize(
+    ("model", "route"),
+    [
+        pytest.param(model, route, marks=[] if (model, route) in FAST else [pytest.mark.slow])
+        for model in CALLS
+        for route in ("ring", "ulysses")
+    ],
+)
 def test_requests(model: str, route: str) -> None:
     def body(rank: int, size: int) -> None:
         pipe, call_kwargs = parallel(model, route, size)

@@ -15,7 +15,7 @@ import torch
 from compactdist_xdit import long_context
 from compactdist_xdit.long_context import LongContextSites
 
-pytestmark = [pytest.mark.xdit, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.xdit, pytest.mark.slow, pytest.mark.timeout(240)]
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 WORKER = Path(__file__).with_name("long_context_worker.py")

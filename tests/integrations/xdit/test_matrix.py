@@ -15,7 +15,7 @@ if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "
 
 pytestmark = [pytest.mark.xdit, pytest.mark.timeout(300)]
 
-FAST = ("ring 2", "pipefusion 2")
+FAST = ("ring 2",)
 
 
 @pytest.mark.parametrize(

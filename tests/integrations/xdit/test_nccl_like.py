@@ -13,7 +13,7 @@ from tests.integrations.xdit.ranks import run_worker
 if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")):
     pytest.skip("xfuser is not installed", allow_module_level=True)
 
-pytestmark = [pytest.mark.xdit, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.xdit, pytest.mark.slow, pytest.mark.timeout(120)]
 
 STEPS, LAYERS = 4, 4
 CALLS = {"ring": STEPS * LAYERS, "ulysses": 2 * STEPS * LAYERS}  # of every rank
