@@ -105,6 +105,10 @@ class Codec(ABC):
         """
         return Session(self, view, dtype, device)
 
+    def memory_nbytes(self, view: MatrixView) -> int:
+        """Return the bytes that a session of such a stream keeps between two steps, at most; see ``held_bytes``."""
+        return 0
+
     def get_config(self) -> dict[str, Any]:
         """Return the options of this codec as a JSON-able dict, without the id."""
         return {}
