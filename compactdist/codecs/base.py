@@ -106,7 +106,7 @@ class Codec(ABC):
         return Session(self, view, dtype, device)
 
     def memory_nbytes(self, view: MatrixView) -> int:
-        """Return the bytes that a session of such a stream keeps between two steps, at most; see ``held_bytes``."""
+        """Return the bytes of what each end of a stream learns; 0 where that is a few hundredths of the history."""
         return 0
 
     def get_config(self) -> dict[str, Any]:

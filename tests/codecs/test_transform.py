@@ -16,9 +16,11 @@ from compactdist.codecs.transform.basis import first_basis, plain_basis, rows_of
 from compactdist.codecs.transform.coding import Layout, Spread, Weights
 from compactdist.codecs.transform.depths import DEEPEST, allocate, borders, levels
 from compactdist.codecs.transform.products import LARGEST_SUM, LARGEST_WEIGHT, gram, inverse
+from compactdist.config import Options
 from compactdist.errors import CodecConfigError, ConfigError
 from compactdist.kernels.reference.rotations import next_places, sweep
 from compactdist.kernels.spec import MatrixView
+from compactdist.observe.estimate import estimate
 from compactdist.observe.trace import Trace
 from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig
 from compactdist.state.decoder import StreamDecoder
@@ -211,6 +213,43 @@ def test_a_rolled_back_frame_changes_nothing():
     session.encode(y, (x,), None, payloads[1])
     other.encode(y, (x,), None, payloads[2])
     assert torch.equal(payloads[1], payloads[2])
+
+
+def test_estimate_counts_what_sessions_hold():
+    values, config = moving(3), StreamConfig(find_layout=False)
+    codec, encoder = codecs.get("transform"), StreamEncoder(config, 0, "test")
+    for step, x in enumerate(values):
+        staged = encoder.stage(x.view(-1), codec, keyframe=step == 0, want_value=True)
+        encoder.commit(staged, MatrixView(x.numel(), 1, *x.shape))
+    options = Options(codec="transform")
+    held = [estimate(options, 2, x.numel(), op="send", channels=channels).state_bytes for channels in (None, 48)]
+    assert encoder._form is not None
+    assert held[1] - held[0] == encoder._form.session.held_bytes == 48 * (2 * 48 + 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 200, 101), torch.bfloat16), ((3, 65, 48), torch.float32), ((2, 7, 30), torch.float16)]
+)
+@pytest.mark.parametrize("bits", [0.4, 4])
+def test_compiled_loops_write_the_bytes_of_the_reference(bits, shape, dtype):
+    """Payloads and reconstructions of a frame with one term, on 1 and 2 threads; channels that do not fill blocks."""
+    g = torch.Generator().manual_seed(5)
+    view = MatrixView(math.prod(shape), *shape)
+    base, x = torch.randn(2, view.numel, generator=g).to(dtype)
+    results, before = [], torch.get_num_threads()
+    try:
+        for which, threads in (("reference", 1), ("cpu", 1), ("cpu", 2)):
+            torch.set_num_threads(threads)
+            with kernels.use(which):
+                session = codecs.get("transform", bits=bits, block=60).open(view, dtype, torch.device("cpu"))
+                payload, out = torch.empty(session.payload_nbytes, dtype=torch.uint8), torch.empty_like(x)
+                session.encode(x, (base,), out, payload)
+                session.commit()
+                results.append((payload, out, *session.shared_memory))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
 
 def test_what_was_learnt_ends_with_a_keyframe():

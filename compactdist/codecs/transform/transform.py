@@ -73,6 +73,7 @@ class Transform(Codec):
         return {"bits": self.bits} | ({"block": self.block} if self.block != 128 else {})
 
     def memory_nbytes(self, view: MatrixView) -> int:
+        """Return the bytes of the bases of all blocks."""
         layout = self.layout_of(view.shape)
         return memory_nbytes(view.groups, layout.blocks, layout.width)
 
