@@ -105,6 +105,10 @@ class Codec(ABC):
         """
         return Session(self, view, dtype, device)
 
+    def memory_nbytes(self, view: MatrixView) -> int:
+        """Return the bytes of what each end of a stream learns; 0 where that is a few hundredths of the history."""
+        return 0
+
     def get_config(self) -> dict[str, Any]:
         """Return the options of this codec as a JSON-able dict, without the id."""
         return {}

@@ -352,9 +352,11 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         dtype: torch.dtype = torch.bfloat16,
         sites: int = 1,
         steps: int | None = None,
+        channels: int | None = None,
     ) -> Estimate:
         """State memory and traffic before running; see :func:`compactdist.observe.estimate.estimate`."""
-        return estimate(self.options, self._engine.size, numel, op=op, dtype=dtype, sites=sites, steps=steps)
+        size = self._engine.size
+        return estimate(self.options, size, numel, op=op, dtype=dtype, sites=sites, steps=steps, channels=channels)
 
     def _warn_no_step(self, op: str) -> None:
         _log.warning(

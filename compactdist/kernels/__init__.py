@@ -7,7 +7,7 @@ They are taken wherever they apply, and leave every byte as it is: which kernels
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from compactdist.kernels.reference import components
 from compactdist.kernels.reference.checksum import weighted_sum
 from compactdist.kernels.reference.rotations import sweep
 from compactdist.kernels.reference.samples import is_far_larger
@@ -35,6 +36,7 @@ __all__ = [
     "Steps",
     "checksum_for",
     "choice",
+    "component_steps_for",
     "cpu_runs",
     "digest",
     "far_larger_for",
@@ -268,14 +270,22 @@ def frames_for(device: torch.device) -> Callable[[bytes, HeadPlaces, int, Tensor
     return FrameKernels
 
 
-def rotate(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(matrices: Tensor, basis: Tensor, sizes: Sequence[int], smallest: float) -> tuple[Tensor, Tensor]:
     """Turn symmetric matrices towards diagonal ones, and a basis along, as ``reference/rotations.py`` says."""
-    n = matrices.shape[1]
-    if matrices.is_cpu and n >= 4 and cpu_runs(8 * matrices.numel() * n):
+    if matrices.is_cpu and min(sizes) >= 4 and cpu_runs(8 * basis.numel() * max(sizes)):
         from compactdist.kernels.cpu import products
 
-        return products.sweep(matrices, basis)
-    return sweep(matrices, basis)
+        return products.sweep(matrices, basis, sizes, smallest)
+    return sweep(matrices, basis, sizes, smallest)
+
+
+def component_steps_for(numel: int, device: torch.device) -> ModuleType:
+    """What chooses and reads the levels of so many elements: ``reference/components.py``, or its compiled twin."""
+    if device.type == "cpu" and cpu_runs(numel):
+        from compactdist.kernels.cpu import component_steps
+
+        return component_steps
+    return components
 
 
 class Checksum(Protocol):

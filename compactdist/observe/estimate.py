@@ -9,7 +9,7 @@ import torch
 from compactdist.config import Options
 from compactdist.errors import ConfigError
 from compactdist.exchange.ops import patterns_by_op
-from compactdist.state import state_nbytes
+from compactdist.state import plain, state_nbytes
 from compactdist.state.stream import StreamState
 
 __all__ = ["Estimate", "estimate"]
@@ -20,7 +20,7 @@ class Estimate:
     """What one rank will hold and send, in bytes; traffic is that of one step.
 
     Attributes:
-        state_bytes: history tensors of all sites together.
+        state_bytes: history tensors of all sites together, and the codec's memory if ``channels`` were given.
         raw_bytes: uncompressed traffic.
         keyframe_bytes: traffic of a step of keyframes.
         wire_bytes: traffic of a step of residuals, headers and scales included (in the matrix view without a hint).
@@ -48,6 +48,7 @@ def estimate(
     dtype: torch.dtype = torch.bfloat16,
     sites: int = 1,
     steps: int | None = None,
+    channels: int | None = None,
 ) -> Estimate:
     """Estimate state memory and traffic of ``sites`` equal call sites.
 
@@ -59,9 +60,11 @@ def estimate(
         dtype: of the tensors.
         sites: call sites per step (layers x calls per layer x branches).
         steps: steps of a request, for ``request_ratio``.
+        channels: of a row of the tensors; without it, the memory of a codec that learns (``transform``) is left out.
 
     Raises:
         ConfigError: an unknown op or a number below 1.
+        LayoutError: ``numel`` does not divide by ``channels``.
     """
     patterns = patterns_by_op()
     if op not in patterns:
@@ -73,6 +76,8 @@ def estimate(
     held += decoders * state_nbytes(options.stream, numel, dtype, sender=False)
     stream = StreamState(options.stream, 0, "estimate")
     codec = options.default_codec
+    if channels is not None:
+        held += (encoders + decoders) * codec.memory_nbytes(plain(numel, 1, channels))
     residual = links * sites * stream.frame_nbytes(codec, numel, dtype, keyframe=False)
     key = links * sites * stream.frame_nbytes(codec, numel, dtype, keyframe=True)
     raw = links * sites * numel * dtype.itemsize

@@ -511,9 +511,9 @@ class StreamState:
 def state_nbytes(config: StreamConfig, numel: int, dtype: torch.dtype, *, sender: bool) -> int:
     """Bytes of history that one end of a stream will hold for tensors of this size.
 
-    The memory of the codec's session is not included: it is a few hundredths of the history and depends on the matrix
-    view found later, and a budget caps only what both ends must agree to keep. ``state_bytes`` includes that memory. An
-    open-loop sender keeps the true values beside the receiver's reconstruction.
+    The memory of the codec's session is not included, for it depends on the matrix view found later: a few hundredths
+    of the history, or with ``transform`` 260 bytes for each channel (``Codec.memory_nbytes``). ``state_bytes`` includes
+    it. An open-loop sender keeps the true values beside the receiver's reconstruction.
     """
     copies = config.predictor.copies * (2 if sender and config.open_loop else 1)
     return copies * state_copy_nbytes(config.state, numel, dtype)

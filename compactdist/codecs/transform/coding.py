@@ -1,8 +1,9 @@
-"""From rows and channels to levels of components, and back.
+"""From components to the payload of a group, and back to levels and weights.
 
-A group's matrix is float32 ``(R, K)`` here: R rows, K = M n channels in M blocks. Its components are ``(K, R)``.
-``Layout`` says where the parts of a payload lie, ``encode`` chooses them, ``decode`` reads them. What ``decode``
-computes is the same on every machine: whole numbers, and single elements rounded one operation at a time.
+A group's matrix is float32 ``(R, K)``: R rows, K = M n channels in M blocks. Its components are ``(K, R)``; those that
+get bits are *chosen*, S of them. ``Layout`` says where the parts of a payload lie, ``encode`` chooses them, ``decode``
+reads them. What ``decode`` computes is the same on every machine: whole numbers, and single elements rounded one
+operation at a time.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compactdist import kernels
 from compactdist.codecs.shapes import padded_nbytes
-from compactdist.codecs.transform.depths import DEEPEST, PER_OCTAVE, allocate, outermost
-from compactdist.codecs.transform.planes import classes, codes_of, levels_of, pack, unpack
-from compactdist.codecs.transform.products import by_blocks, inverse
-from compactdist.kernels import reference as kernels
+from compactdist.codecs.transform.depths import DEEPEST, PER_OCTAVE, allocate, borders, levels, outermost
+from compactdist.codecs.transform.products import LARGEST_SUM, LARGEST_WEIGHT
+from compactdist.kernels import reference
+from compactdist.kernels.reference.components import STRIDE, Chosen
 
-__all__ = ["Decoded", "Layout", "decode", "encode"]
+__all__ = ["Frame", "Layout", "Spread", "Weights", "decode", "encode", "sampled"]
 
 _LARGEST_CODE = 255
 _ROW_STEPS, _ROW_CODES = 4, 16
@@ -31,8 +33,13 @@ _ROW_POWER = 0.7
 _SMALLEST_AMPLITUDE = 2.0**-60
 """A residual whose largest amplitude is smaller decodes to zero: machines differ in subnormal numbers."""
 
-_WIDE_FROM = 4
-"""From this depth on a weight of 7 bits would be the largest error."""
+_SAMPLE = 512
+"""Energies and covariances are taken from so many rows, or up to twice as many."""
+
+
+def sampled(rows: int) -> slice:
+    """The rows, evenly spaced from the first on, that energies and covariances are taken from."""
+    return slice(None, None, max(1, rows // _SAMPLE))
 
 
 class Layout(NamedTuple):
@@ -64,13 +71,18 @@ class Layout(NamedTuple):
         return self.blocks * self.width
 
     @property
+    def plane_nbytes(self) -> int:
+        """Of a bit for each row."""
+        return -(-self.rows // 8)
+
+    @property
     def sections(self) -> tuple[int, int, int, int]:
         """Bytes of the scales, the energy codes, the row codes and the planes, padding included."""
         return (
             padded_nbytes(4 + 2 * self.blocks),
             padded_nbytes(self.components),
             padded_nbytes(-(-self.rows // 2)),
-            padded_nbytes(-(-self.rows // 8) * self.planes),
+            padded_nbytes(self.plane_nbytes * self.planes),
         )
 
     @property
@@ -91,6 +103,10 @@ class Layout(NamedTuple):
         """A view ``(..., M, n, R)`` of a contiguous ``(..., K, R)``."""
         return components.view(*components.shape[:-2], self.blocks, self.width, self.rows)
 
+    def planes_of(self, section: Tensor) -> Tensor:
+        """A view ``(planes, ceil(R / 8))`` of the section of planes."""
+        return section[: self.plane_nbytes * self.planes].view(self.planes, self.plane_nbytes)
+
 
 @cache
 def _amplitude_table(device: torch.device) -> Tensor:
@@ -110,166 +126,184 @@ def _outermost_table(device: torch.device) -> Tensor:
     return torch.tensor([outermost(depth) / 127 for depth in range(DEEPEST + 1)], device=device)
 
 
-class Weights(NamedTuple):
-    """A basis scaled by its components' amplitudes, in whole numbers.
+@cache
+def _steps_table(device: torch.device) -> Tensor:
+    """As ``Chosen.steps``."""
+    steps = torch.zeros(DEEPEST + 1, 2, STRIDE)
+    steps[0] = 1
+    for depth in range(1, DEEPEST + 1):
+        steps[depth, 0, : 2**depth - 1] = torch.tensor(borders(depth))
+        whole = torch.tensor(levels(depth), dtype=torch.float32)
+        steps[depth, 1, : 2**depth] = torch.diff(whole, prepend=torch.zeros(1))
+    return steps.to(device)
+
+
+class Spread(NamedTuple):
+    """What energy codes say.
 
     Attributes:
-        whole: float32 ``(M, n, n)``, components by channels.
+        chosen: the components that get bits.
+        counts: how many of them each block has.
+        block: of each of them, int64 ``(S,)``.
+        amplitudes: of all components, float32 ``(K,)``, relative to the largest.
+    """
+
+    chosen: Chosen
+    counts: list[int]
+    block: Tensor
+    amplitudes: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor, layout: Layout) -> Spread:
+        """``codes`` is uint8 ``(K,)``."""
+        depths = allocate(codes, layout.planes)
+        places = depths.nonzero().view(-1)
+        depths = depths[places]
+        order = torch.argsort(depths, descending=True, stable=True)
+        planes = torch.empty_like(depths)
+        planes[order] = depths[order].cumsum(0) - depths[order]
+        block = places // layout.width
+        counts: list[int] = torch.bincount(block, minlength=layout.blocks).tolist()
+        chosen = Chosen(places, depths, planes, _steps_table(codes.device))
+        return cls(chosen, counts, block, _amplitude_table(codes.device)[codes.long()])
+
+    @property
+    def unit_levels(self) -> Tensor:
+        """What a level of 1 is of each chosen component, float32 ``(S,)``, in units of the largest amplitude."""
+        return self.amplitudes[self.chosen.places] * _outermost_table(self.block.device)[self.chosen.depths]
+
+
+class Weights(NamedTuple):
+    """Chosen components of a basis scaled by their amplitudes, in whole numbers.
+
+    Attributes:
+        whole: float32 ``(S, n)``, at most ``LARGEST_WEIGHT``; magnitudes of a block and channel add up to about
+            ``LARGEST_SUM`` at most.
         unit: what a weight of 1 is, float32 ``(M,)``, in units of the largest amplitude.
-        wide: whether weights have 14 bits.
     """
 
     whole: Tensor
     unit: Tensor
-    wide: bool
 
     @classmethod
-    def of(cls, basis: Tensor, amplitudes: Tensor, depths: Tensor) -> Weights:
-        """``basis`` is float32 ``(M, n, n)``, ``amplitudes`` and ``depths`` are ``(M, n)``."""
-        wide = bool((depths >= _WIDE_FROM).any())
-        scaled = basis * (amplitudes * _outermost_table(basis.device)[depths])[:, :, None]
-        unit = scaled.abs().amax((1, 2)) / (127 * 128 if wide else 127)
-        divisor = torch.where(unit > 0, unit, torch.ones_like(unit))[:, None, None]
-        return cls(torch.round(scaled / divisor), unit, wide)
-
-    def products(self, levels: Tensor, layout: Layout) -> Tensor:
-        """Levels ``(K, R)`` times the weights, whole numbers ``(R, K)``, rounded once."""
-        out = torch.empty(layout.rows, layout.components, device=levels.device)
-        inverse(layout.components_of(levels), self.whole, layout.blocks_of(out), wide=self.wide)
-        return out
-
-    def scaled(self, products: Tensor, gains: Tensor | None, top: Tensor, rows: Tensor) -> Tensor:
-        """What products stand for, ``(R, K)``; ``gains (M,)``, ``top ()``, ``rows (R,)``."""
-        unit = (self.unit if gains is None else self.unit * gains) * top
-        return (products * unit.repeat_interleave(self.whole.shape[1])) * rows[:, None]
+    def of(cls, basis: Tensor, spread: Spread) -> Weights:
+        """``basis`` is float32 ``(M, n, n)``, of any scale."""
+        blocks, width, _ = basis.shape
+        scaled = basis.reshape(-1, width)[spread.chosen.places] * spread.unit_levels[:, None]
+        unit = basis.new_zeros(blocks).scatter_reduce_(0, spread.block, scaled.abs().amax(1), "amax") / LARGEST_WEIGHT
+        whole = _rounded(scaled, unit, spread.block)
+        # sums of whole numbers, exact in float64
+        sums = torch.zeros(blocks, width, dtype=torch.float64, device=basis.device)
+        excess = sums.index_add_(0, spread.block, whole.abs().double()).amax(1) / LARGEST_SUM
+        unit = unit * excess.clamp(min=1).float()
+        return cls(_rounded(scaled, unit, spread.block), unit)
 
 
-class Decoded(NamedTuple):
+def _rounded(scaled: Tensor, unit: Tensor, block: Tensor) -> Tensor:
+    divisor = torch.where(unit > 0, unit, torch.ones_like(unit))
+    return torch.round(scaled / divisor[block][:, None])
+
+
+class Frame(NamedTuple):
     """What a payload says.
 
     Attributes:
-        matrix: float32 ``(R, K)``.
-        levels: float32 whole numbers ``(K, R)``, in proportion to the rows' scales.
-        amplitudes: float32 ``(M, n)``, relative to the largest.
+        spread: of its energies.
+        levels: float32 whole numbers ``(S, R)``.
+        row_codes: int64 ``(R,)``.
+        gains: bfloat16-valued float32 ``(M,)``.
+        top: the largest amplitude, float32 ``()``.
     """
 
-    matrix: Tensor
+    spread: Spread
     levels: Tensor
-    amplitudes: Tensor
+    row_codes: Tensor
+    gains: Tensor
+    top: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """Scales, float32 ``(R,)``."""
+        return _row_table(self.row_codes.device)[self.row_codes]
+
+    def units(self, weights: Weights) -> Tensor:
+        """What a product of levels and weights of 1 is in each channel, of a row of scale 1, float32 ``(K,)``."""
+        return ((weights.unit * self.gains) * self.top).repeat_interleave(weights.whole.shape[1])
+
+    def evidence(self) -> Tensor:
+        """Levels of the sampled rows times their scale relative to the largest, whole numbers ``(S, R')``."""
+        which = sampled(self.levels.shape[1])
+        rows = self.rows[which]
+        largest = rows.amax()
+        return torch.round(self.levels[:, which] * (rows / torch.where(largest > 0, largest, torch.ones_like(largest))))
 
 
-def decode(payload: Tensor, layout: Layout, basis: Tensor) -> Decoded:
-    """What a payload, uint8 ``(layout.nbytes,)``, says on a basis ``(M, n, n)``."""
+def decode(payload: Tensor, layout: Layout, space: Tensor) -> Frame:
+    """What a payload, uint8 ``(layout.nbytes,)``, says. Levels go to ``space``, float32 ``(K, R)``."""
     scales, energies, row_codes, planes = payload.split(list(layout.sections))
-    top = scales[:4].clone().view(torch.float32)[0]
-    gains = kernels.decode_bf16(scales[4 : 4 + 2 * layout.blocks])
-    codes = energies[: layout.components]
-    depths = allocate(codes, layout.planes)
-    amplitudes = _amplitude_table(payload.device)[codes.long()].view(-1, layout.width)
-    of_row = _row_codes(row_codes, layout)
-    levels = _levels(planes, depths, layout)
-    weights = Weights.of(basis, amplitudes, depths.view(-1, layout.width))
-    rows = _row_table(payload.device)[of_row]
-    matrix = weights.scaled(weights.products(levels, layout), gains, top, rows)
-    return Decoded(matrix, _weighted(levels, of_row), amplitudes)
+    spread = Spread.of(energies[: layout.components], layout)
+    out = space[: spread.block.numel()]
+    kernels.component_steps_for(out.numel(), payload.device).read(layout.planes_of(planes), spread.chosen, out)
+    gains = reference.decode_bf16(scales[4 : 4 + 2 * layout.blocks])
+    pairs = torch.stack([row_codes & 15, row_codes >> 4], 1).view(-1)
+    return Frame(spread, out, pairs[: layout.rows].long(), gains, scales[:4].clone().view(torch.float32)[0])
 
 
-def _row_codes(section: Tensor, layout: Layout) -> Tensor:
-    pairs = torch.stack([section & 15, section >> 4], 1).view(-1)
-    return pairs[: layout.rows].long()
+def encode(turned: Tensor, of_row: Tensor, exponent: int, layout: Layout, space: Tensor) -> tuple[Tensor, Frame]:
+    """The payload of components, float32 ``(K, R)``, that are to be multiplied by ``2**exponent``.
 
-
-def _levels(section: Tensor, depths: Tensor, layout: Layout) -> Tensor:
-    octets = -(-layout.rows // 8)
-    planes = section[: octets * layout.planes].view(layout.planes, octets)
-    out = torch.zeros(layout.components, layout.rows, device=section.device)
-    at = 0
-    for depth, which in classes(depths):
-        count = which.numel() * depth
-        out[which] = levels_of(unpack(planes[at : at + count], depth, layout.rows), depth)
-        at += count
-    return out
-
-
-def _weighted(levels: Tensor, row_codes: Tensor) -> Tensor:
-    """Levels times their row's scale relative to the largest, rounded."""
-    table = _row_table(levels.device)
-    largest = table[row_codes.amax()]
-    relative = table[row_codes] / torch.where(largest > 0, largest, torch.ones_like(largest))
-    return torch.round(levels * relative)
-
-
-def encode(matrix: Tensor, amax: Tensor, layout: Layout, basis: Tensor) -> tuple[Tensor, Decoded]:
-    """The payload of a finite float32 ``(R, K)``, contiguous, on a basis ``(M, n, n)``; and what ``decode`` gives.
-
-    ``amax``, one element, is its largest magnitude.
+    Args:
+        turned: the components, of magnitudes that can be squared.
+        of_row: sums of their squares, float32 ``(R,)``; may differ a little.
+        exponent: of what they were divided by.
+        layout: of the payload.
+        space: for the levels, float32 ``(K, R)``, contiguous.
 
     Returns:
-        uint8 ``(layout.nbytes,)``, and its meaning.
+        uint8 ``(layout.nbytes,)``, and what ``decode`` makes of it.
     """
-    device, exponent = matrix.device, int(torch.frexp(amax)[1])
-    near_one = matrix * 2.0 ** (-exponent // 2) * 2.0 ** -(exponent + -exponent // 2)
-    components = torch.empty(layout.components, layout.rows, device=device)
-    by_blocks(basis, layout.blocks_of(near_one).mT, layout.components_of(components))
-    row_codes, codes, largest = _fitted(components, layout)
-    depths = allocate(codes, layout.planes)
-    amplitudes = _amplitude_table(device)[codes.long()]
-    rows = _row_table(device)[row_codes]
-    planes = _planes(components, depths, rows, amplitudes * largest)
-    section = torch.nn.functional.pad(planes.reshape(-1), (0, layout.sections[3] - planes.numel()))
+    device = turned.device
+    payload = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+    scales, energies, of_rows, planes = payload.split(list(layout.sections))
+    row_codes, codes, largest = _fitted(turned, of_row, layout)
+    spread = Spread.of(codes, layout)
+    out = space[: spread.block.numel()]
+    steps, rows = kernels.component_steps_for(out.numel(), device), _row_table(device)[row_codes]
+    of_level = spread.unit_levels * largest
+    deviation = spread.amplitudes[spread.chosen.places] * largest
+    inverses = torch.where(deviation > 0, 1 / deviation, torch.zeros_like(deviation))
+    energy, agreement = steps.choose(turned, spread.chosen, inverses, rows, layout.planes_of(planes), out)
 
-    levels, amplitudes = _levels(section, depths, layout), amplitudes.view(-1, layout.width)
-    weights = Weights.of(basis, amplitudes, depths.view(-1, layout.width))
-    products = weights.products(levels, layout)
-    seen = weights.scaled(products, None, largest, rows)
-    energy, agreement = _per_block(seen, seen, layout), _per_block(seen, near_one, layout).clamp(min=0)
-    gains = kernels.round_bf16(kernels.divide_or_zero(agreement, energy))
+    sums = torch.zeros(2, layout.blocks, dtype=torch.float64, device=device)
+    exact = of_level.double()
+    sums[0].index_add_(0, spread.block, agreement * exact)
+    sums[1].index_add_(0, spread.block, energy * exact * exact)
+    gains = reference.round_bf16(reference.divide_or_zero(sums[0].clamp(min=0), sums[1]).float())
     top = (largest.double() * 2.0**exponent).clamp(max=torch.finfo(torch.float32).max).float()
     top = torch.where(top < _SMALLEST_AMPLITUDE, torch.zeros_like(top), top)
-
-    nibbles = torch.nn.functional.pad(row_codes.to(torch.uint8), (0, row_codes.numel() % 2)).view(-1, 2)
-    parts = (
-        torch.cat([top.view(1).view(torch.uint8), kernels.encode_bf16(gains)]),
-        codes,
-        nibbles[:, 0] | nibbles[:, 1] << 4,
-        section,
-    )
-    padded = [torch.nn.functional.pad(one, (0, n - one.numel())) for one, n in zip(parts, layout.sections, strict=True)]
-    decoded = weights.scaled(products, gains, top, rows)
-    return torch.cat(padded), Decoded(decoded, _weighted(levels, row_codes), amplitudes)
+    scales[:4] = top.view(1).view(torch.uint8)
+    scales[4 : 4 + 2 * layout.blocks] = reference.encode_bf16(gains)
+    energies[: layout.components] = codes
+    nibbles = torch.nn.functional.pad(row_codes.to(torch.uint8), (0, layout.rows % 2)).view(-1, 2)
+    of_rows[: nibbles.shape[0]] = nibbles[:, 0] | nibbles[:, 1] << 4
+    return payload, Frame(spread, out, row_codes, gains, top)
 
 
-def _per_block(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
-    """The sum of ``a b`` over each block, ``(M,)``."""
-    return (a * b).sum(0).view(-1, layout.width).sum(1)
-
-
-def _planes(components: Tensor, depths: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
-    """uint8 ``(planes, ceil(R / 8))`` from float32 ``(K, R)``; ``rows (R,)`` and ``scale (K,)`` make a deviation."""
-    parts, inverse_rows = [], torch.where(rows > 0, 1 / rows, torch.zeros_like(rows))
-    for depth, which in classes(depths):
-        some = components[which]
-        if depth > 1:  # of a sign no scale matters
-            of_class = scale[which]
-            some *= torch.where(of_class > 0, 1 / of_class, torch.zeros_like(of_class))[:, None]
-            some *= inverse_rows
-        parts.append(pack(codes_of(some, depth), depth))
-    return torch.cat(parts)
-
-
-def _fitted(components: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+def _fitted(turned: Tensor, of_row: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """Row codes int64 ``(R,)``, energy codes uint8 ``(K,)`` and the largest amplitude ``()`` that fit components.
 
     Rows are fitted twice: to all components, then to those that get bits, each as strong as its amplitude says.
     """
-    squares = components * components
-    row_codes = _row_codes_for(squares.sum(0))
-    codes, largest = _energy_codes(squares, row_codes)
-    power = (_amplitude_table(components.device)[codes.long()] * largest).square()
-    counts = (allocate(codes, layout.planes) > 0) & (power > 0)
-    weights = torch.where(counts, 1 / torch.where(counts, power, torch.ones_like(power)), 0.0)
-    row_codes = _row_codes_for(weights @ squares)
-    return row_codes, *_energy_codes(squares, row_codes)
+    which = sampled(layout.rows)
+    squares = turned[:, which].square()
+    row_codes = _row_codes_for(of_row)
+    codes, largest = _energy_codes(squares, row_codes[which])
+    spread = Spread.of(codes, layout)
+    power = (spread.amplitudes[spread.chosen.places] * largest).square()
+    weights = torch.where(power > 0, 1 / power, torch.zeros_like(power))
+    steps = kernels.component_steps_for(turned.numel(), turned.device)
+    row_codes = _row_codes_for(steps.weigh(turned, spread.chosen.places, weights))
+    return row_codes, *_energy_codes(squares, row_codes[which])
 
 
 def _row_codes_for(of_row: Tensor) -> Tensor:

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import About, Codec, Session, Terms, add_up, check_payload, residual_of, sum_of
+from compactdist.codecs.base import About, Codec, Session, Terms, check_payload, sum_of
 from compactdist.codecs.options import check_integer
 from compactdist.codecs.registry import register
-from compactdist.codecs.scalar.quantized import check_dtype, finite_amax
+from compactdist.codecs.scalar.quantized import check_dtype
 from compactdist.codecs.shapes import matrix_shape, whole_view
-from compactdist.codecs.transform.basis import Basis, first_basis, followed, plain_basis
-from compactdist.codecs.transform.coding import Decoded, Layout, decode, encode
+from compactdist.codecs.transform.basis import Basis, first_basis, followed, memory_nbytes, plain_basis, rows_of
+from compactdist.codecs.transform.coding import Frame, Layout, Spread, Weights, decode, encode
+from compactdist.codecs.transform.ends import put_out, residuals
+from compactdist.codecs.transform.products import by_blocks, inverse
+from compactdist.codecs.transform.room import room
 from compactdist.errors import CodecConfigError
 from compactdist.kernels.spec import MatrixView
 
@@ -38,9 +41,9 @@ class Transform(Codec):
        of each the lowest bit first; row r is bit ``r % 8`` of a byte.
 
     How many bits each component has follows from section 2 (``depths.allocate``). A code selects a whole number from
-    -127 to 127 (``depths.levels``), the basis times the amplitudes is rounded to whole numbers of 7 bits, or of 14
-    where some component has more than 3 bits, and their product is exact (``products.py``). It is multiplied by unit,
-    gain and largest amplitude, then by the row's scale.
+    -127 to 127 (``depths.levels``), the basis times the amplitudes is rounded to whole numbers of up to 14 bits, so few
+    that their product is exact in float32 (``products.py``). It is multiplied by unit, gain and largest amplitude, then
+    by the row's scale.
 
     Args:
         bits: for each element, on average, 0.05 to 8; the other sections come on top.
@@ -68,6 +71,11 @@ class Transform(Codec):
     def get_config(self) -> dict[str, Any]:
         """Return the bits, and the block if it is not the default."""
         return {"bits": self.bits} | ({"block": self.block} if self.block != 128 else {})
+
+    def memory_nbytes(self, view: MatrixView) -> int:
+        """Return the bytes of the bases of all blocks."""
+        layout = self.layout_of(view.shape)
+        return memory_nbytes(view.groups, layout.blocks, layout.width)
 
     def layout_of(self, shape: tuple[int, int, int]) -> Layout:
         """Return how each matrix ``(R, C)`` of ``(G, R, C)`` is cut into blocks, and the sections of its payload."""
@@ -113,7 +121,7 @@ class TransformSession(Session):
         super().__init__(codec, view, dtype, device)
         self._layout = codec.layout_of(view.shape)
         self._basis: Basis | None = None
-        self._staged: tuple[Basis, Decoded] | None = None
+        self._staged: tuple[Basis, list[tuple[Spread, Tensor]]] | None = None
 
     @torch.no_grad()
     def encode(
@@ -121,22 +129,27 @@ class TransformSession(Session):
     ) -> None:
         if row_weights is not None:
             raise CodecConfigError(f"codec {self.codec.codec_id!r} has no use for row_weights")
-        residual = self.view.to_matrix(residual_of(x, terms))
-        amax = finite_amax(residual.abs(), self.view.numel)
+        matrices, squares, exponents = residuals(x, terms, self.view, self._layout)
         basis = self._basis_for(terms)
-        matrices = self._layout.padded(residual.contiguous())
-        groups = zip(matrices, amax, basis.rows, strict=True)
-        coded = [encode(one, largest, self._layout, rows) for one, largest, rows in groups]
+        coded = []
+        turned = room("components", (self._layout.components, self._layout.rows), self.device)
+        groups = zip(matrices, squares, exponents, basis.rows, self._space(), strict=True)
+        for matrix, of_row, exponent, rows, space in groups:
+            by_blocks(rows_of(rows), self._layout.blocks_of(matrix).mT, self._layout.components_of(turned))
+            coded.append(encode(turned, of_row, exponent, self._layout, space))
         payload.copy_(torch.cat([one for one, _ in coded]))
-        self._stage(basis, [decoded for _, decoded in coded])
+        frames = [frame for _, frame in coded]
+        self._stage(basis, frames)
         if out is not None:
-            self._write(terms, out)
+            self._write(basis, frames, terms, out, matrices)
 
     @torch.no_grad()
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
-        self._read(payload, self._basis_for(terms))
-        self._write(terms, out)
+        basis = self._basis_for(terms)
+        frames = self._read(payload)
+        self._stage(basis, frames)
+        self._write(basis, frames, terms, out, None)
 
     def _basis_for(self, terms: Terms) -> Basis:
         """The basis of the next frame. The first one follows from the prediction, which both ends hold."""
@@ -147,30 +160,44 @@ class TransformSession(Session):
             return first_basis(self._layout.blocks_of(prediction))
         return plain_basis((self.view.groups, self._layout.blocks), self._layout.width, self.device)
 
-    def _read(self, payload: Tensor, basis: Basis) -> None:
-        groups = payload.view(self.view.groups, -1)
-        self._stage(basis, [decode(one, self._layout, rows) for one, rows in zip(groups, basis.rows, strict=True)])
+    def _read(self, payload: Tensor) -> list[Frame]:
+        groups = zip(payload.view(self.view.groups, -1), self._space(), strict=True)
+        return [decode(one, self._layout, space) for one, space in groups]
 
-    def _stage(self, basis: Basis, decoded: list[Decoded]) -> None:
-        self._staged = basis, Decoded(*map(torch.stack, zip(*decoded, strict=True)))
+    def _space(self) -> Tensor:
+        """Where the levels of all groups go, float32 ``(G, K, R)``."""
+        return room("levels", (self.view.groups, self._layout.components, self._layout.rows), self.device)
 
-    def _write(self, terms: Terms, out: Tensor) -> None:
-        assert self._staged is not None
-        add_up(terms, self.view.to_flat(self._staged[1].matrix[..., : self._layout.channels]), out)
+    def _stage(self, basis: Basis, frames: list[Frame]) -> None:
+        self._staged = basis, [(frame.spread, frame.evidence()) for frame in frames]
+
+    def _write(self, basis: Basis, frames: list[Frame], terms: Terms, out: Tensor, products: Tensor | None) -> None:
+        """Write the sum of ``terms`` plus what frames say; ``products`` may be overwritten."""
+        groups, layout = self.view.groups, self._layout
+        if products is None:
+            products = room("matrix", (groups, layout.rows, layout.components), self.device)
+        units = torch.empty(groups, layout.components, device=self.device)
+        for frame, rows, to, unit in zip(frames, basis.rows, products, units, strict=True):
+            weights = Weights.of(rows_of(rows), frame.spread)
+            inverse(frame.levels, weights.whole, frame.spread.counts, layout.blocks_of(to))
+            unit.copy_(frame.units(weights))
+        put_out(products, units, torch.stack([frame.rows for frame in frames]), terms, self.view, out)
 
     @torch.no_grad()
     def commit(self) -> None:
         if self._staged is not None:
-            basis, decoded = self._staged
-            levels = self._layout.components_of(decoded.levels)
-            self._basis, self._staged = followed(basis, levels, decoded.amplitudes), None
+            basis, learnt = self._staged
+            groups = zip(basis.rows, basis.energies, learnt, strict=True)
+            after = [followed(rows, energies, *frame) for rows, energies, frame in groups]
+            rows, energies = zip(*after, strict=True)
+            self._basis, self._staged = Basis(torch.stack(rows), torch.stack(energies)), None
 
     def rollback(self) -> None:
         self._staged = None
 
     @torch.no_grad()
     def learn(self, payload: Tensor, terms: Terms) -> None:
-        self._read(payload, self._basis_for(terms))
+        self._stage(self._basis_for(terms), self._read(payload))
 
     def forget(self) -> None:
         self._basis = self._staged = None

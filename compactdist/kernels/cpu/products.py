@@ -14,11 +14,10 @@ from compactdist.kernels.cpu.call import Work
 from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.cpu.steps import DTYPES, Block, scratch
 from compactdist.kernels.offsets import WIDTH, Offsets, offsets_of
-from compactdist.kernels.reference.rotations import SMALLEST_ANGLE
 from compactdist.kernels.spec import MatrixView
 from compactdist.kernels.threads import team
 
-__all__ = ["add_product", "fit_levels", "multiply", "supports", "sweep", "take_in"]
+__all__ = ["add_product", "expected", "fit_levels", "multiply", "placed", "run", "supports", "sweep", "take_in"]
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -34,9 +33,9 @@ def take_in(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor)
     """
     groups, rows, _ = view.shape
     squares, offsets = np.empty(groups * rows, np.float32), offsets_of(view)
-    slots = _placed(offsets) | _expected(terms)
+    slots = placed(offsets) | expected(terms)
     slots |= {call.X: x.data_ptr(), call.OUT: out.data_ptr(), call.SQUARES: squares.ctypes.data}
-    _run(Work(groups * rows, view.numel, address_of("lowrank.take_in", DTYPES[x.dtype])), slots)
+    run(Work(groups * rows, view.numel, address_of("lowrank.take_in", DTYPES[x.dtype])), slots)
     norms = np.sqrt(squares.reshape(groups, rows).sum(1, dtype=np.float64))
     return torch.from_numpy(norms.astype(np.float32))
 
@@ -61,11 +60,11 @@ def add_product(
 
     ``out`` may be the first of the terms.
     """
-    _add_product(u, v, smallest, gain, _expected(terms), offsets_of(view), out)
+    _add_product(u, v, smallest, gain, expected(terms), offsets_of(view), out)
 
 
 def _add_product(
-    u: Tensor, v: Tensor, smallest: float, gain: Tensor, expected: dict[int, int], offsets: Offsets, out: Tensor
+    u: Tensor, v: Tensor, smallest: float, gain: Tensor, given: dict[int, int], offsets: Offsets, out: Tensor
 ) -> None:
     groups, rank, rows = u.shape
     u, v, gain, numbers = (
@@ -74,7 +73,7 @@ def _add_product(
         gain.reshape(-1).contiguous(),
         np.array([smallest], np.float32),
     )
-    slots = _placed(offsets) | expected
+    slots = placed(offsets) | given
     slots |= {
         call.OUT: out.data_ptr(),
         call.U: u.data_ptr(),
@@ -84,7 +83,7 @@ def _add_product(
         call.NUMBERS: numbers.ctypes.data,
     }
     body = address_of("lowrank.add_product", DTYPES[out.dtype])
-    _run(Work(groups * rows, groups * rows * v.shape[2] * rank, body), slots)
+    run(Work(groups * rows, groups * rows * v.shape[2] * rank, body), slots)
 
 
 def fit_levels(
@@ -110,29 +109,35 @@ def fit_levels(
         call.NEAR: near.data_ptr(),
     }
     work = Work(count, factor.numel() * refits, address_of("lowrank.fit_levels", len(limits)))
-    _run(work, slots, own=-(-3 * length // 16) * 16)
+    run(work, slots, own=-(-3 * length // 16) * 16)
     return codes, level, scale, near
 
 
-def sweep(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``reference.rotations.sweep``, for n of at least 4."""
+def sweep(matrices: Tensor, basis: Tensor, sizes: Sequence[int], smallest: float) -> tuple[Tensor, Tensor]:
+    """As ``reference.rotations.sweep``, for sizes of at least 4."""
     count, n, _ = matrices.shape
+    width = basis.shape[2]
     matrices, basis = (
         matrices.clone(memory_format=torch.contiguous_format),
         basis.clone(memory_format=torch.contiguous_format),
     )
-    numbers = np.array([SMALLEST_ANGLE], np.float32)
+    numbers, each = np.array([smallest], np.float32), np.array(sizes, np.int64)
     slots = {
         call.X: matrices.data_ptr(),
         call.OUT: basis.data_ptr(),
         call.LENGTH: n,
+        call.CHANNELS: width,
+        call.ROW_AT: each.ctypes.data,
         call.NUMBERS: numbers.ctypes.data,
     }
-    _run(Work(count, 8 * count * n**3, address_of("rotations.sweep")), slots, own=-(-(2 * n * n + n) // 16) * 16)
+    most = max(sizes)
+    body = address_of("rotations.sweep")
+    run(Work(count, 8 * count * most * most * width, body), slots, own=-(-2 * most // 16) * 16)
     return matrices, basis
 
 
-def _placed(offsets: Offsets) -> dict[int, int]:
+def placed(offsets: Offsets) -> dict[int, int]:
+    """The slots of offsets."""
     return {
         call.ROW_AT: offsets.row_at.ctypes.data,
         call.CHUNK_AT: offsets.chunk_at.ctypes.data,
@@ -146,12 +151,13 @@ def _placed(offsets: Offsets) -> dict[int, int]:
     }
 
 
-def _expected(terms: tuple[Tensor, ...]) -> dict[int, int]:
+def expected(terms: tuple[Tensor, ...]) -> dict[int, int]:
+    """The slots of the terms of a prediction."""
     slots = (call.BASE, call.VELOCITY)
     return {call.TERMS: len(terms), **{slot: term.data_ptr() for slot, term in zip(slots, terms, strict=False)}}
 
 
-def _run(work: Work, slots: dict[int, int], own: int = 0) -> None:
+def run(work: Work, slots: dict[int, int], own: int = 0) -> None:
     """Run a work that stands alone."""
     team.prepare()
     threads = torch.get_num_threads()

@@ -1,0 +1,168 @@
+"""What a step of the transform codec costs, as a whole and in parts, beside what it reads and writes just moved.
+
+    python -m benchmarks.codecs.transform_cost --json benchmarks/results/transform_cost.json
+
+A step is all that both ends do for a frame: encode, decode, and the basis update of each. *Just moved*
+(``moving.py``): read tensor and base and write the new base, then read and write the base in place. Rounds follow one
+another; figures are medians, as multiples of the median of what was moved. On one thread its own time is taken, which
+other processes cannot take away. The tensor's channels are mixed from a few strong directions and many weak ones, as
+activations are; *first* is a stream's first frame, where the basis is found in the prediction.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.codecs import moving
+from benchmarks.common import check_load, finish, parser
+from compactdist import codecs
+from compactdist.codecs.transform.basis import followed, rows_of
+from compactdist.codecs.transform.coding import Frame, Weights, _fitted, decode, encode
+from compactdist.codecs.transform.ends import put_out, residuals
+from compactdist.codecs.transform.products import by_blocks, inverse
+from compactdist.codecs.transform.transform import TransformSession
+from compactdist.state import plain
+
+CPU = torch.device("cpu")
+
+
+def timed(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each step, all of them in turn."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 2):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            if number >= 2:
+                taken[name].append(1e3 * (clock() - start))
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def tensors(rows: int, channels: int, count: int) -> list[Tensor]:
+    """Flat bfloat16 tensors that change from one to the next, with a spectrum that falls as activations' do."""
+    g = torch.Generator().manual_seed(0)
+    mixed = torch.randn(channels, channels, generator=g) / channels**0.5
+    mixed *= torch.arange(1, channels + 1).pow(-0.6)[:, None]
+    x, out = torch.randn(rows, channels, generator=g) @ mixed, []
+    for _ in range(count):
+        out.append(x.bfloat16().view(-1))
+        x = x + 0.2 * torch.randn(rows, channels, generator=g) @ mixed
+    return out
+
+
+def opened(bits: float, rows: int, channels: int) -> TransformSession:
+    """One end of a stream."""
+    session = codecs.get("transform", bits=bits).open(plain(rows * channels, 1, channels), torch.bfloat16, CPU)
+    assert isinstance(session, TransformSession)
+    return session
+
+
+def parts_of(session: TransformSession, x: Tensor, base: Tensor, out: Tensor, payload: Tensor) -> dict[str, Any]:
+    """The parts of a step of a session that has learnt, as calls without arguments."""
+    layout, basis, view = session._layout, session._basis, session.view
+    assert basis is not None
+    matrices, squares, _ = residuals(x, (base,), view, layout)
+    turned = torch.empty(layout.components, layout.rows)
+    rows = rows_of(basis.rows[0])
+
+    def forward() -> None:
+        by_blocks(rows, layout.blocks_of(matrices[0]).mT, layout.components_of(turned))
+
+    forward()
+    space = torch.empty_like(turned)
+    frame: Frame = decode(payload, layout, space)
+    weights, products = Weights.of(rows, frame.spread), matrices.clone()
+    units, scales = frame.units(weights)[None], frame.rows[None]
+    return {
+        "residual": lambda: residuals(x, (base,), view, layout),
+        "forward products": forward,
+        "scales": lambda: _fitted(turned, squares[0], layout),
+        "scales, levels and planes": lambda: encode(turned, squares[0], 0, layout, space),
+        "read planes": lambda: decode(payload, layout, space),
+        "weights": lambda: Weights.of(rows, frame.spread),
+        "inverse products": lambda: inverse(
+            frame.levels, weights.whole, frame.spread.counts, layout.blocks_of(products[0])
+        ),
+        "put out": lambda: put_out(products, units, scales, (base,), view, out),
+        "evidence": frame.evidence,
+        "basis update": lambda: followed(basis.rows[0], basis.energies[0], frame.spread, frame.evidence()),
+    }
+
+
+def measured(rows: int, channels: int, bits: float, rounds: int) -> dict[str, Any]:
+    """One shape at one rate."""
+    base, x, y = tensors(rows, channels, 3)
+    sender, receiver = opened(bits, rows, channels), opened(bits, rows, channels)
+    payload = torch.empty(sender.payload_nbytes, dtype=torch.uint8)
+    held, out, beside = base.clone(), torch.empty_like(x), torch.empty_like(x)
+
+    def first() -> None:
+        opened(bits, rows, channels).encode(x, (base,), out, payload)
+
+    first_ms = timed({"first": first}, 1)["first"]
+    for value in (x, y):
+        sender.encode(value, (held,), out, payload)
+        receiver.decode(payload, (held,), beside)
+        sender.commit()
+        receiver.commit()
+        held.copy_(out)
+    x, staged = x.clone(), {"frame": torch.empty_like(payload)}
+
+    def update(session: TransformSession) -> None:
+        basis, what = session._basis, session._staged
+        session.commit()
+        session._basis, session._staged = basis, what
+
+    steps = {
+        "moved": lambda: (moving.move_for_blocks(x, base, out), moving.move_for_decoding(beside)),
+        "encode": lambda: sender.encode(x, (base,), out, staged["frame"]),
+        "update at the sender": lambda: update(sender),
+        "decode": lambda: receiver.decode(staged["frame"], (base,), beside),
+        "update at the receiver": lambda: update(receiver),
+    }
+    ms = timed(steps, rounds)
+    parts = timed(parts_of(receiver, x, base, out, staged["frame"]), rounds)
+    moved = ms.pop("moved")
+    return {
+        "shape": [rows, channels],
+        "bits": bits,
+        "chosen": len(sender._read(staged["frame"])[0].spread.block) / sender._layout.components,
+        "moved_ms": moved,
+        "step": sum(ms.values()) / moved,
+        "whole": {name: value / moved for name, value in ms.items()},
+        "parts": {name: value / moved for name, value in parts.items()},
+        "first": first_ms / moved,
+        "held_bytes_of_history": sender.held_bytes / x.nbytes,
+    }
+
+
+def main() -> None:
+    """Print the lines, and write them where ``--json`` says."""
+    made = parser(__doc__ or "")
+    made.add_argument("--rounds", type=int, default=11, help="rounds of each line (default 11)")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: as many as torch takes")
+    made.add_argument("--rows", type=int, nargs="+", default=[4096, 1088], help="(default 4096 1088)")
+    made.add_argument("--bits", type=float, nargs="+", default=[1.0], help="(default 1)")
+    args = made.parse_args()
+    torch.set_num_threads(args.threads)
+    check_load(args.max_load)
+    lines = [measured(rows, 3072, bits, args.rounds) for rows in args.rows for bits in args.bits]
+    for one in lines:
+        print(
+            f"{one['shape']} {one['bits']} bits: a step {one['step']:.1f} x moved ({one['moved_ms']:.2f} ms), "
+            f"{100 * one['chosen']:.0f} % of components, {100 * one['held_bytes_of_history']:.0f} % memory"
+        )
+        for kind in ("whole", "parts"):
+            print(f"  {kind}: " + "  ".join(f"{name} {value:.1f}" for name, value in one[kind].items()))
+    finish(args.json, {"ranks": "none", "threads": args.threads, "rounds": args.rounds, "lines": lines})
+
+
+if __name__ == "__main__":
+    main()

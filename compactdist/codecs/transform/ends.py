@@ -1,0 +1,86 @@
+"""The two ends of the codec's work: tensors to residuals as matrices, and scaled products to tensors.
+
+Both are compiled loops where there are any for the tensors at hand, and torch operations elsewhere.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from compactdist import kernels
+from compactdist.codecs.base import Terms, add_up, residual_of
+from compactdist.codecs.scalar.quantized import finite_amax
+from compactdist.codecs.transform.coding import Layout
+from compactdist.codecs.transform.room import room
+from compactdist.kernels.spec import MatrixView
+
+__all__ = ["put_out", "residuals"]
+
+_MODERATE = 30
+"""Magnitudes within powers of two of this size can be squared and added up as they are."""
+
+
+def residuals(x: Tensor, terms: Terms, view: MatrixView, layout: Layout) -> tuple[Tensor, Tensor, list[int]]:
+    """``x`` less the sum of ``terms``.
+
+    Returns:
+        Matrices, float32 ``(G, R, K)``, zeros beyond the channels, to be multiplied by two to the power of an exponent
+        for each group, in this thread's ``room("matrix")`` perhaps; the sums of squares of their rows, ``(G, R)``; the
+        exponents.
+
+    Raises:
+        NonFiniteError: There is an infinity or NaN among them.
+    """
+    shape = view.groups, layout.rows, layout.components
+    x = x.contiguous()
+    steps = _compiled(x, *terms)
+    if steps is not None:
+        out = room("matrix", shape, x.device)
+        squares = steps.take_in(x, terms, view, out)
+        norms: list[float] = squares.sum(1, dtype=torch.float64).sqrt_().tolist()
+        if all(2.0**-_MODERATE <= norm <= 2.0**_MODERATE for norm in norms):
+            return out, squares, [0] * view.groups
+    out = view.to_matrix(residual_of(x, terms))
+    amax = finite_amax(out.abs(), view.numel).view(-1)
+    out, exponents = layout.padded(out.contiguous()), []
+    for group, largest in enumerate(amax):
+        exponent = int(torch.frexp(largest)[1])
+        moderate = abs(exponent) <= _MODERATE
+        exponents.append(0 if moderate else exponent)
+        if not moderate:  # in two steps, for the power itself may be beyond float32
+            if out.data_ptr() == x.data_ptr():
+                out = out.clone()
+            out[group] *= 2.0 ** (-exponent // 2)
+            out[group] *= 2.0 ** -(exponent + -exponent // 2)
+    return out, torch.linalg.vector_norm(out, dim=2).square(), exponents
+
+
+def put_out(products: Tensor, units: Tensor, rows: Tensor, terms: Terms, view: MatrixView, out: Tensor) -> None:
+    """Write the sum of ``terms`` plus scaled products, kept finite and rounded once, to ``out``.
+
+    Args:
+        products: float32 ``(G, R, K)``, contiguous.
+        units: what they are multiplied by first, float32 ``(G, K)``.
+        rows: what they are multiplied by then, float32 ``(G, R)``.
+        terms: as for ``Session.decode``.
+        view: of ``out`` and the terms.
+        out: may be the first of the terms.
+    """
+    steps = _compiled(out, *terms)
+    if steps is not None:
+        steps.put_out(products, units, rows, terms, view, out)
+        return
+    matrix = (products * units[:, None]) * rows[:, :, None]
+    add_up(terms, view.to_flat(matrix[..., : view.channels]), out)
+
+
+def _compiled(*tensors: Tensor) -> ModuleType | None:
+    """The compiled loops, where they take these flat tensors."""
+    if not tensors[0].is_cpu or not kernels.cpu_runs(tensors[0].numel()):
+        return None
+    from compactdist.kernels.cpu import component_steps
+
+    return component_steps if component_steps.supports(*tensors) else None

@@ -1,0 +1,107 @@
+"""What the transform codec calls: tensors to blocks for the loops of ``components.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compactdist.kernels.cpu import call
+from compactdist.kernels.cpu.call import Work
+from compactdist.kernels.cpu.native import address_of
+from compactdist.kernels.cpu.products import expected, placed, run, supports
+from compactdist.kernels.cpu.steps import DTYPES
+from compactdist.kernels.offsets import offsets_of
+from compactdist.kernels.reference import LANES
+from compactdist.kernels.reference.components import Chosen
+from compactdist.kernels.spec import MatrixView
+
+__all__ = ["choose", "put_out", "read", "supports", "take_in", "weigh"]
+
+
+def take_in(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor) -> Tensor:
+    """Write ``x`` less the sum of ``terms`` as matrices to ``out``, float32 ``(G, R, K)``, zeros beyond the channels.
+
+    Returns:
+        Sums of squares, float32 ``(G, R)``; not finite where the residual is not, or too large to be squared.
+    """
+    groups, rows, width = out.shape
+    squares = torch.empty(groups, rows)
+    slots = placed(offsets_of(view)) | expected(terms)
+    slots |= {call.X: x.data_ptr(), call.TURNED: out.data_ptr(), call.ENERGIES: squares.data_ptr()}
+    slots |= {call.COMPONENTS: width}
+    run(Work(groups * rows, view.numel, address_of("components.take_in", DTYPES[x.dtype])), slots)
+    return squares
+
+
+def choose(
+    turned: Tensor, chosen: Chosen, inverses: Tensor, rows: Tensor, planes: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.components.choose``; sums may differ in their last bits."""
+    energy, agreement = torch.empty(2, inverses.numel())
+    of_row = torch.where(rows > 0, 1 / rows, torch.zeros_like(rows))
+    slots = _of_chosen(chosen, planes, out) | {
+        call.TURNED: turned.data_ptr(),
+        call.INVERSES: inverses.data_ptr(),
+        call.ROW_SCALES: rows.data_ptr(),
+        call.ROW_INVERSES: of_row.data_ptr(),
+        call.ENERGIES: energy.data_ptr(),
+        call.AGREEMENTS: agreement.data_ptr(),
+    }
+    run(Work(inverses.numel(), 2 * out.numel(), address_of("components.choose")), slots)
+    return energy, agreement
+
+
+def read(planes: Tensor, chosen: Chosen, out: Tensor) -> None:
+    """As ``reference.components.read``."""
+    run(Work(chosen.places.numel(), out.numel(), address_of("components.read")), _of_chosen(chosen, planes, out))
+
+
+def weigh(turned: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """As ``reference.components.weigh``; sums may differ in their last bits."""
+    out = torch.empty(turned.shape[1])
+    slots = {
+        call.TURNED: turned.data_ptr(),
+        call.PLACES: places.data_ptr(),
+        call.INVERSES: weights.data_ptr(),
+        call.OUT: out.data_ptr(),
+        call.ROWS: out.numel(),
+        call.COMPONENTS: places.numel(),
+    }
+    run(Work(-(-out.numel() // LANES), out.numel() * places.numel(), address_of("components.weigh")), slots)
+    return out
+
+
+def put_out(
+    products: Tensor, units: Tensor, rows: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor
+) -> None:
+    """Write the sum of ``terms`` plus scaled products, kept finite and rounded once, to ``out``.
+
+    Args:
+        products: float32 ``(G, R, K)``.
+        units: what they are multiplied by first, float32 ``(G, K)``.
+        rows: what they are multiplied by then, float32 ``(G, R)``.
+        terms: as many as there are.
+        view: of ``out`` and the terms.
+        out: may be the first of the terms.
+    """
+    slots = placed(offsets_of(view)) | expected(terms)
+    slots |= {
+        call.OUT: out.data_ptr(),
+        call.TURNED: products.data_ptr(),
+        call.INVERSES: units.data_ptr(),
+        call.ROW_SCALES: rows.data_ptr(),
+        call.COMPONENTS: products.shape[2],
+    }
+    run(Work(rows.numel(), view.numel, address_of("components.put_out", DTYPES[out.dtype])), slots)
+
+
+def _of_chosen(chosen: Chosen, planes: Tensor, out: Tensor) -> dict[int, int]:
+    return {
+        call.ROWS: out.shape[1],
+        call.OUT: out.data_ptr(),
+        call.CODES: planes.data_ptr(),
+        call.PLACES: chosen.places.data_ptr(),
+        call.DEPTHS: chosen.depths.data_ptr(),
+        call.PLANES: chosen.planes.data_ptr(),
+        call.STEPS: chosen.steps.data_ptr(),
+    }
