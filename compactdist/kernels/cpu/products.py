@@ -18,7 +18,7 @@ from compactdist.kernels.reference.rotations import SMALLEST_ANGLE
 from compactdist.kernels.spec import MatrixView
 from compactdist.kernels.threads import team
 
-__all__ = ["add_product", "fit_levels", "multiply", "supports", "sweep", "take_in"]
+__all__ = ["add_product", "expected_slots", "fit_levels", "multiply", "run_alone", "supports", "sweep", "take_in"]
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -34,9 +34,9 @@ def take_in(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor)
     """
     groups, rows, _ = view.shape
     squares, offsets = np.empty(groups * rows, np.float32), offsets_of(view)
-    slots = _placed(offsets) | _expected(terms)
+    slots = _placed(offsets) | expected_slots(terms)
     slots |= {call.X: x.data_ptr(), call.OUT: out.data_ptr(), call.SQUARES: squares.ctypes.data}
-    _run(Work(groups * rows, view.numel, address_of("lowrank.take_in", DTYPES[x.dtype])), slots)
+    run_alone(Work(groups * rows, view.numel, address_of("lowrank.take_in", DTYPES[x.dtype])), slots)
     norms = np.sqrt(squares.reshape(groups, rows).sum(1, dtype=np.float64))
     return torch.from_numpy(norms.astype(np.float32))
 
@@ -61,7 +61,7 @@ def add_product(
 
     ``out`` may be the first of the terms.
     """
-    _add_product(u, v, smallest, gain, _expected(terms), offsets_of(view), out)
+    _add_product(u, v, smallest, gain, expected_slots(terms), offsets_of(view), out)
 
 
 def _add_product(
@@ -84,7 +84,7 @@ def _add_product(
         call.NUMBERS: numbers.ctypes.data,
     }
     body = address_of("lowrank.add_product", DTYPES[out.dtype])
-    _run(Work(groups * rows, groups * rows * v.shape[2] * rank, body), slots)
+    run_alone(Work(groups * rows, groups * rows * v.shape[2] * rank, body), slots)
 
 
 def fit_levels(
@@ -110,7 +110,7 @@ def fit_levels(
         call.NEAR: near.data_ptr(),
     }
     work = Work(count, factor.numel() * refits, address_of("lowrank.fit_levels", len(limits)))
-    _run(work, slots, own=-(-3 * length // 16) * 16)
+    run_alone(work, slots, own=-(-3 * length // 16) * 16)
     return codes, level, scale, near
 
 
@@ -128,7 +128,7 @@ def sweep(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         call.LENGTH: n,
         call.NUMBERS: numbers.ctypes.data,
     }
-    _run(Work(count, 8 * count * n**3, address_of("rotations.sweep")), slots, own=-(-(2 * n * n + n) // 16) * 16)
+    run_alone(Work(count, 8 * count * n**3, address_of("rotations.sweep")), slots, own=-(-(2 * n * n + n) // 16) * 16)
     return matrices, basis
 
 
@@ -146,13 +146,14 @@ def _placed(offsets: Offsets) -> dict[int, int]:
     }
 
 
-def _expected(terms: tuple[Tensor, ...]) -> dict[int, int]:
+def expected_slots(terms: tuple[Tensor, ...]) -> dict[int, int]:
+    """Where the terms are."""
     slots = (call.BASE, call.VELOCITY)
     return {call.TERMS: len(terms), **{slot: term.data_ptr() for slot, term in zip(slots, terms, strict=False)}}
 
 
-def _run(work: Work, slots: dict[int, int], own: int = 0) -> None:
-    """Run a work that stands alone."""
+def run_alone(work: Work, slots: dict[int, int], own: int = 0) -> None:
+    """Run a work that stands alone, and return its block."""
     team.prepare()
     threads = torch.get_num_threads()
     if scratch.size < threads * own:
@@ -166,3 +167,4 @@ def _run(work: Work, slots: dict[int, int], own: int = 0) -> None:
     }
     block = Block(address_of("entries.first_pass"), slots | given, {call.FIRST_PASS: work})
     block.run(block.address)
+    return block
