@@ -16,7 +16,6 @@ from compactdist.kernels.cpu.simd.elements import Pointer
 from compactdist.kernels.cpu.simd.jit import inlined
 from compactdist.kernels.cpu.simd.memory import load, settle_streams, stack_floats, store
 from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT, bytes_at, next_part
-from compactdist.kernels.cpu.simd.vectors import zeros
 from compactdist.kernels.reference import BF16_MAX_BITS, LANES
 
 _u32, _u16, _f32, _at = np.uint32, np.uint16, np.float32, np.uintp
@@ -108,12 +107,11 @@ def spread(dtype: str, m: int, halves: bool) -> Any:
         while lo < hi:
             for batch in range(lo, hi):
                 at, first = batch * span, batch * _BATCH
-                for j in range(0, span, LANES):
-                    store(zeros(), room, j)
                 for r in range(min(_BATCH, runs - first)):
                     place = (places[_at((first + r) >> 1)] >> (4 * (r & 1))) & 15
-                    if place < m:  # no encoder sends another
-                        room[_at(r * m + place)] = _kept_at(kept, first + r, halves)
+                    value = _kept_at(kept, first + r, halves)
+                    for j in range(m):  # all of a run at once, and nothing where no encoder would point
+                        room[_at(r * m + j)] = value if j == place else _f32(0)
                 for j in range(0, min(span, numel - at), LANES):
                     ask_for_expected(source, at + j + AHEAD)
                     have = numel - at - j

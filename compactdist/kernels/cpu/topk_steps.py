@@ -19,7 +19,8 @@ def pick(x: Tensor, terms: tuple[Tensor, ...], m: int, places: Tensor, kept: Ten
     """Write places and kept elements of ``x`` less the sum of ``terms``, seen as one run after the other.
 
     Args:
-        x, terms: flat, contiguous, of one dtype of ``DTYPES``.
+        x: flat, contiguous, of a dtype of ``DTYPES``.
+        terms: of the prediction, in the form of ``x``.
         m: elements of a run; behind the last element zeros fill up the last run.
         places: uint8, a byte for two runs.
         kept: float32, or uint8 for bfloat16, low byte first; one element for each run, and one more if the runs are
