@@ -152,7 +152,7 @@ def expected_slots(terms: tuple[Tensor, ...]) -> dict[int, int]:
     return {call.TERMS: len(terms), **{slot: term.data_ptr() for slot, term in zip(slots, terms, strict=False)}}
 
 
-def run_alone(work: Work, slots: dict[int, int], own: int = 0) -> None:
+def run_alone(work: Work, slots: dict[int, int], own: int = 0) -> Block:
     """Run a work that stands alone, and return its block."""
     team.prepare()
     threads = torch.get_num_threads()
