@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import About, Codec, check_payload
+from compactdist import kernels as fused
+from compactdist.codecs.base import About, Codec, Session, Terms, check_payload
 from compactdist.codecs.options import check_integer
 from compactdist.codecs.registry import register
 from compactdist.codecs.scalar.quantized import check_dtype, finite_amax
 from compactdist.codecs.scalar.with_zero import Int4WithZero
 from compactdist.codecs.shapes import BLOCK_ELEMENTS, matrix_shape, padded_nbytes
 from compactdist.kernels import reference as kernels
+from compactdist.kernels.reference import topk
+from compactdist.kernels.spec import MatrixView
 
 _SMALLEST_VALUE = 2.0**-118
 
@@ -42,16 +46,9 @@ class _OneOfM(Codec):
         groups, runs = self._runs(x.shape)
         if groups * runs == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
-        flat = x.detach().to(torch.float32).reshape(-1).view(groups, -1)
-        missing = runs * self.m - flat.shape[1]
-        if missing:
-            flat = torch.cat([flat, flat.new_zeros(groups, missing)], 1)
-        columns = flat.view(groups, runs, self.m)
-        magnitude = columns.abs()
-        finite_amax(magnitude, x.numel())
-        place = magnitude.argmax(2, keepdim=True)
-        kept = columns.gather(2, place).squeeze(2)
-        index = kernels.pack_codes(place.to(torch.uint8).view(-1), 4)
+        columns = topk.in_runs(x.detach().to(torch.float32).reshape(-1).view(groups, -1), self.m)
+        finite_amax(columns.abs(), x.numel())
+        index, kept = topk.pick(columns)
         payload = torch.zeros(self.payload_nbytes(x.shape, x.dtype), dtype=torch.uint8, device=x.device)
         payload[: index.numel()] = index
         values = self._encode_values(kept)
@@ -65,15 +62,14 @@ class _OneOfM(Codec):
         if groups * runs == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=payload.device)
         values_at = self._index_nbytes(groups * runs)
-        place = kernels.unpack_codes(payload[: -(-groups * runs // 2)], 4, groups * runs)
-        kept = self._decode_values(payload[values_at:], groups, runs)
-        # A comparison and not a scatter: a place that no encoder sends must not write outside its run.
-        every = torch.arange(self.m, dtype=torch.uint8, device=payload.device)
-        here = place.view(groups, runs, 1) == every
-        y = torch.where(here, kept.view(groups, runs, 1), torch.zeros((), dtype=torch.float32, device=payload.device))
-        y = y.view(groups, -1)[:, : math.prod(shape) // groups].reshape(tuple(shape))
+        kept = self._decode_values(payload[values_at:], groups, runs).view(groups, runs)
+        y = topk.spread(payload[: -(-groups * runs // 2)], kept, self.m)
+        y = y[:, : math.prod(shape) // groups].reshape(tuple(shape))
         limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
         return y.clamp(-limit, limit).to(dtype)
+
+    def open(self, view: MatrixView, dtype: torch.dtype, device: torch.device) -> Session:
+        return _TopKSession(self, view, dtype, device)
 
     def _runs(self, shape: Sequence[int]) -> tuple[int, int]:
         """Groups, and runs of m in each."""
@@ -84,6 +80,9 @@ class _OneOfM(Codec):
     def _index_nbytes(runs: int) -> int:
         return padded_nbytes(-(-runs // 2))
 
+    _kept_as_sent: ClassVar[bool] = False
+    """The second section holds the kept elements as kernels write and read them, not in codes."""
+
     @abstractmethod
     def _values_nbytes(self, groups: int, runs: int) -> int: ...
 
@@ -92,6 +91,54 @@ class _OneOfM(Codec):
 
     @abstractmethod
     def _decode_values(self, data: Tensor, groups: int, runs: int) -> Tensor: ...
+
+
+class _TopKSession(Session):
+    """A session whose places are found by compiled loops, where there are any; the bytes are those of the codec."""
+
+    __slots__ = ()
+
+    codec: _OneOfM
+
+    @torch.no_grad()
+    def encode(
+        self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
+    ) -> None:
+        steps = self._steps() if row_weights is None and x.is_contiguous() else None
+        if steps is not None:
+            groups, runs = self.codec._runs(self.view.shape)
+            values_at, count = self.codec._index_nbytes(groups * runs), groups * runs
+            payload[-(-count // 2) : values_at] = 0
+            kept = payload[values_at:]
+            if self.codec._kept_as_sent:
+                payload[values_at + 2 * count :] = 0
+            else:
+                kept = torch.empty(count + count % 2)
+            if steps.pick(x.detach(), terms, self.codec.m, payload, kept):
+                if not self.codec._kept_as_sent:
+                    values = self.codec._encode_values(kept[:count].view(groups, runs))
+                    payload[values_at:] = values
+                if out is not None:
+                    self.decode(payload, terms, out)
+                return
+        # raises the NonFiniteError where a kernel met a value that is not finite
+        super().encode(x, terms, out, payload, row_weights=row_weights)
+
+    @torch.no_grad()
+    def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
+        payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
+        steps = self._steps()
+        if steps is None:
+            super().decode(payload, terms, out)
+            return
+        groups, runs = self.codec._runs(self.view.shape)
+        kept = payload[self.codec._index_nbytes(groups * runs) :]
+        if not self.codec._kept_as_sent:
+            kept = self.codec._decode_values(kept, groups, runs).view(-1)
+        steps.spread(payload, kept, self.codec.m, terms, out)
+
+    def _steps(self) -> ModuleType | None:
+        return fused.topk_steps_for(self.view, self.codec.m, self.dtype, self.device)
 
 
 @register
@@ -120,6 +167,8 @@ class TopK(_OneOfM):
         use="residuals with few changes among many zeros",
         source="1:m block sparsity: CompactFusion, arXiv 2507.17511",
     )
+
+    _kept_as_sent = True
 
     def _values_nbytes(self, groups: int, runs: int) -> int:
         return padded_nbytes(2 * groups * runs)

@@ -44,6 +44,7 @@ __all__ = [
     "history_steps_for",
     "rotate",
     "steps_for",
+    "topk_steps_for",
     "use",
 ]
 
@@ -286,6 +287,20 @@ def component_steps_for(numel: int, device: torch.device) -> ModuleType:
 
         return component_steps
     return components
+
+
+def topk_steps_for(view: MatrixView, m: int, dtype: torch.dtype, device: torch.device) -> ModuleType | None:
+    """The module with ``pick`` and ``spread`` for a stream's flat tensors; ``None`` where the reference is to be used.
+
+    That is on other devices, for other dtypes, and where runs of m do not follow one another in memory. ``pick`` gives
+    the bytes of ``reference/topk.py``.
+    """
+    in_order = view.axes is None and (view.groups == 1 or view.numel // max(view.groups, 1) % m == 0)
+    if device.type != "cpu" or not in_order or not view.numel or not cpu_runs(view.numel):
+        return None
+    from compactdist.kernels.cpu import steps, topk_steps
+
+    return topk_steps if dtype in steps.DTYPES else None
 
 
 class Checksum(Protocol):

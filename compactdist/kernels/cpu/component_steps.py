@@ -8,7 +8,7 @@ from torch import Tensor
 from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import Work
 from compactdist.kernels.cpu.native import address_of
-from compactdist.kernels.cpu.products import expected, placed, run, supports
+from compactdist.kernels.cpu.products import expected_slots, placed, run_alone, supports
 from compactdist.kernels.cpu.steps import DTYPES
 from compactdist.kernels.offsets import offsets_of
 from compactdist.kernels.reference import LANES
@@ -26,10 +26,10 @@ def take_in(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor)
     """
     groups, rows, width = out.shape
     squares = torch.empty(groups, rows)
-    slots = placed(offsets_of(view)) | expected(terms)
+    slots = placed(offsets_of(view)) | expected_slots(terms)
     slots |= {call.X: x.data_ptr(), call.TURNED: out.data_ptr(), call.ENERGIES: squares.data_ptr()}
     slots |= {call.COMPONENTS: width}
-    run(Work(groups * rows, view.numel, address_of("components.take_in", DTYPES[x.dtype])), slots)
+    run_alone(Work(groups * rows, view.numel, address_of("components.take_in", DTYPES[x.dtype])), slots)
     return squares
 
 
@@ -47,13 +47,13 @@ def choose(
         call.ENERGIES: energy.data_ptr(),
         call.AGREEMENTS: agreement.data_ptr(),
     }
-    run(Work(inverses.numel(), 2 * out.numel(), address_of("components.choose")), slots)
+    run_alone(Work(inverses.numel(), 2 * out.numel(), address_of("components.choose")), slots)
     return energy, agreement
 
 
 def read(planes: Tensor, chosen: Chosen, out: Tensor) -> None:
     """As ``reference.components.read``."""
-    run(Work(chosen.places.numel(), out.numel(), address_of("components.read")), _of_chosen(chosen, planes, out))
+    run_alone(Work(chosen.places.numel(), out.numel(), address_of("components.read")), _of_chosen(chosen, planes, out))
 
 
 def weigh(turned: Tensor, places: Tensor, weights: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def weigh(turned: Tensor, places: Tensor, weights: Tensor) -> Tensor:
         call.ROWS: out.numel(),
         call.COMPONENTS: places.numel(),
     }
-    run(Work(-(-out.numel() // LANES), out.numel() * places.numel(), address_of("components.weigh")), slots)
+    run_alone(Work(-(-out.numel() // LANES), out.numel() * places.numel(), address_of("components.weigh")), slots)
     return out
 
 
@@ -84,7 +84,7 @@ def put_out(
         view: of ``out`` and the terms.
         out: may be the first of the terms.
     """
-    slots = placed(offsets_of(view)) | expected(terms)
+    slots = placed(offsets_of(view)) | expected_slots(terms)
     slots |= {
         call.OUT: out.data_ptr(),
         call.TURNED: products.data_ptr(),
@@ -92,7 +92,7 @@ def put_out(
         call.ROW_SCALES: rows.data_ptr(),
         call.COMPONENTS: products.shape[2],
     }
-    run(Work(rows.numel(), view.numel, address_of("components.put_out", DTYPES[out.dtype])), slots)
+    run_alone(Work(rows.numel(), view.numel, address_of("components.put_out", DTYPES[out.dtype])), slots)
 
 
 def _of_chosen(chosen: Chosen, planes: Tensor, out: Tensor) -> dict[int, int]:

@@ -17,7 +17,17 @@ from compactdist.kernels.offsets import WIDTH, Offsets, offsets_of
 from compactdist.kernels.spec import MatrixView
 from compactdist.kernels.threads import team
 
-__all__ = ["add_product", "expected", "fit_levels", "multiply", "placed", "run", "supports", "sweep", "take_in"]
+__all__ = [
+    "add_product",
+    "expected_slots",
+    "fit_levels",
+    "multiply",
+    "placed",
+    "run_alone",
+    "supports",
+    "sweep",
+    "take_in",
+]
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -33,9 +43,9 @@ def take_in(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor)
     """
     groups, rows, _ = view.shape
     squares, offsets = np.empty(groups * rows, np.float32), offsets_of(view)
-    slots = placed(offsets) | expected(terms)
+    slots = placed(offsets) | expected_slots(terms)
     slots |= {call.X: x.data_ptr(), call.OUT: out.data_ptr(), call.SQUARES: squares.ctypes.data}
-    run(Work(groups * rows, view.numel, address_of("lowrank.take_in", DTYPES[x.dtype])), slots)
+    run_alone(Work(groups * rows, view.numel, address_of("lowrank.take_in", DTYPES[x.dtype])), slots)
     norms = np.sqrt(squares.reshape(groups, rows).sum(1, dtype=np.float64))
     return torch.from_numpy(norms.astype(np.float32))
 
@@ -60,7 +70,7 @@ def add_product(
 
     ``out`` may be the first of the terms.
     """
-    _add_product(u, v, smallest, gain, expected(terms), offsets_of(view), out)
+    _add_product(u, v, smallest, gain, expected_slots(terms), offsets_of(view), out)
 
 
 def _add_product(
@@ -83,7 +93,7 @@ def _add_product(
         call.NUMBERS: numbers.ctypes.data,
     }
     body = address_of("lowrank.add_product", DTYPES[out.dtype])
-    run(Work(groups * rows, groups * rows * v.shape[2] * rank, body), slots)
+    run_alone(Work(groups * rows, groups * rows * v.shape[2] * rank, body), slots)
 
 
 def fit_levels(
@@ -109,7 +119,7 @@ def fit_levels(
         call.NEAR: near.data_ptr(),
     }
     work = Work(count, factor.numel() * refits, address_of("lowrank.fit_levels", len(limits)))
-    run(work, slots, own=-(-3 * length // 16) * 16)
+    run_alone(work, slots, own=-(-3 * length // 16) * 16)
     return codes, level, scale, near
 
 
@@ -132,7 +142,7 @@ def sweep(matrices: Tensor, basis: Tensor, sizes: Sequence[int], smallest: float
     }
     most = max(sizes)
     body = address_of("rotations.sweep")
-    run(Work(count, 8 * count * most * most * width, body), slots, own=-(-2 * most // 16) * 16)
+    run_alone(Work(count, 8 * count * most * most * width, body), slots, own=-(-2 * most // 16) * 16)
     return matrices, basis
 
 
@@ -151,14 +161,14 @@ def placed(offsets: Offsets) -> dict[int, int]:
     }
 
 
-def expected(terms: tuple[Tensor, ...]) -> dict[int, int]:
+def expected_slots(terms: tuple[Tensor, ...]) -> dict[int, int]:
     """The slots of the terms of a prediction."""
     slots = (call.BASE, call.VELOCITY)
     return {call.TERMS: len(terms), **{slot: term.data_ptr() for slot, term in zip(slots, terms, strict=False)}}
 
 
-def run(work: Work, slots: dict[int, int], own: int = 0) -> None:
-    """Run a work that stands alone."""
+def run_alone(work: Work, slots: dict[int, int], own: int = 0) -> Block:
+    """Run a work that stands alone, and return its block."""
     team.prepare()
     threads = torch.get_num_threads()
     if scratch.size < threads * own:
@@ -172,3 +182,4 @@ def run(work: Work, slots: dict[int, int], own: int = 0) -> None:
     }
     block = Block(address_of("entries.first_pass"), slots | given, {call.FIRST_PASS: work})
     block.run(block.address)
+    return block

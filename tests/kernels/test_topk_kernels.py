@@ -1,0 +1,103 @@
+"""The compiled loops of ``topk`` and ``topk_int4`` against the torch reference, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compactdist import codecs, kernels
+from compactdist.errors import NonFiniteError
+from compactdist.kernels import use
+from compactdist.kernels.spec import MatrixView
+from tests.codecs import kit
+
+pytest.importorskip("numba")
+
+CPU = torch.device("cpu")
+SPECS = ({"id": "topk"}, {"id": "topk", "m": 5}, {"id": "topk_int4"})
+
+
+def _step(spec, view, x, terms, chosen):
+    with use(chosen):
+        session = codecs.get(spec).open(view, x.dtype, CPU)
+        payload, out = torch.full((session.payload_nbytes,), 7, dtype=torch.uint8), torch.empty_like(x)
+        session.encode(x, terms, out, payload)
+        again = terms[0].clone() if terms else torch.empty_like(x)
+        session.decode(payload, (again, *terms[1:]) if terms else (), again)
+    assert torch.equal(kit.as_bytes(again), kit.as_bytes(out))
+    return payload, out
+
+
+def _check_same(spec, view, x, terms):
+    for ours, theirs in zip(_step(spec, view, x, terms, "cpu"), _step(spec, view, x, terms, "reference"), strict=True):
+        assert torch.equal(kit.as_bytes(ours), kit.as_bytes(theirs))
+
+
+CASES = (  # not all of each, for every one is compiled
+    (SPECS[0], torch.float32),
+    (SPECS[0], torch.bfloat16),
+    (SPECS[0], torch.float16),
+    (SPECS[1], torch.float32),
+    (SPECS[2], torch.bfloat16),
+)
+
+
+@pytest.mark.parametrize(("spec", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize("name", sorted(kit.DISTRIBUTIONS))
+def test_same_bytes(name, spec, dtype):
+    for numel in (1, 7, 40, 513, 2600):
+        x = kit.sample(name, (numel,)).clamp(-3e4, 3e4).to(dtype)
+        base = x.flip(0).clone()
+        for terms in ((), (base,), (base, 0.5 * base)):
+            _check_same(spec, MatrixView(numel, 1, 1, numel), x, terms)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_ties_keep_the_first(spec):
+    x = torch.tensor([0.0, -2.0, 2.0, -0.0, 2.0] * 160)
+    base = torch.tensor([-0.0, 0.0] * 400)
+    _check_same(spec, MatrixView(800, 2, 1, 400), x, ())
+    _check_same(spec, MatrixView(800, 2, 1, 400), x, (base,))
+    _check_same(spec, MatrixView(800, 2, 1, 400), base, (base,))
+
+
+def test_tiny_and_large_values():
+    x = torch.tensor([2.0**-118, -(2.0**-119), -1e-45, 3.4e38, -3.4e38, 1.00390625, -1.01171875, 0.0]).repeat(100)
+    for m in (2, 8):
+        _check_same({"id": "topk", "m": m}, MatrixView(800, 1, 1, 800), x, ())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_refuses_what_is_not_finite(spec, bad):
+    for at in (0, 77, 599):
+        x = torch.ones(600)
+        x[at] = bad
+        with pytest.raises(NonFiniteError, match="1 of 600"):
+            _step(spec, MatrixView(600, 1, 1, 600), x, (), "cpu")
+
+
+def test_where_the_reference_does_the_work():
+    with use("cpu"):
+        assert kernels.topk_steps_for(MatrixView(80, 2, 1, 40), 8, torch.float32, CPU) is not None
+        assert kernels.topk_steps_for(MatrixView(82, 2, 1, 41), 8, torch.float32, CPU) is None
+        assert kernels.topk_steps_for(MatrixView(80, 2, 1, 40), 8, torch.float64, CPU) is None
+    _check_same({"id": "topk"}, MatrixView(82, 2, 1, 41), torch.randn(82), (torch.randn(82),))
+
+
+def test_threads_share_the_runs():
+    generator = torch.Generator().manual_seed(1)
+    numel = (1 << 19) + 3
+    x, base = (torch.randn(numel, generator=generator).bfloat16() for _ in range(2))
+    for spec in (SPECS[0], SPECS[2]):
+        _check_same(spec, MatrixView(numel, 1, 1, numel), x, (base,))
+
+
+def test_a_place_out_of_range_writes_nothing():
+    with use("cpu"):
+        session = codecs.get("topk", m=5).open(MatrixView(3, 1, 1, 3), torch.float32, CPU)
+        payload, out = torch.zeros(session.payload_nbytes, dtype=torch.uint8), torch.empty(3)
+        session.encode(torch.ones(3), (), None, payload)
+        payload[0] = 9
+        session.decode(payload, (), out)
+    assert not out.any()
