@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from compactdist.kernels.cpu import call
-from compactdist.kernels.cpu.elements import residual_at, source_of
+from compactdist.kernels.cpu.elements import ask_for, residual_at, source_of
 from compactdist.kernels.cpu.simd.jit import inlined
 from compactdist.kernels.cpu.simd.memory import load_first
 from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT
@@ -17,6 +17,15 @@ from compactdist.kernels.reference.samples import NEAR, RUN, RUNS
 
 _NUMEL = call.NUMEL
 _RUNS, _RUN, _NEAR = RUNS, RUN, np.float32(NEAR)
+
+
+@inlined
+def _ask_for_runs(source: Any, numel: int) -> None:
+    """Ask for all runs at once: they are far apart, and memory would otherwise bring one cache line after another."""
+    distance = max(numel // _RUNS, _RUN)
+    for run in range(_RUNS):
+        for first in range(0, _RUN, LANES):
+            ask_for(source, run * distance + first)
 
 
 @inlined
@@ -43,6 +52,7 @@ def far_larger(dtype: str) -> Any:
 
     def body(args: Any) -> int:
         source, numel = source_of(args, elements_at, False), args[_NUMEL]
+        _ask_for_runs(source, numel)
         one, two = _of_two(source, 0, numel), _of_two(source, LANES, numel)
         residual, whole = folded(one[0] + two[0]), folded(one[1] + two[1])
         return 1 if residual * _NEAR > whole else 0
