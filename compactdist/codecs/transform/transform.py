@@ -69,6 +69,11 @@ class Transform(Codec):
         """Return the bits, and the block if it is not the default."""
         return {"bits": self.bits} | ({"block": self.block} if self.block != 128 else {})
 
+    @property
+    def velocity_share(self) -> float:
+        """0.5 at one bit, 1 from three bits on: the fewer bits, the more of an error is structure that a basis finds."""
+        return min(1.0, 0.25 + 0.25 * self.bits)
+
     def layout_of(self, shape: tuple[int, int, int]) -> Layout:
         """Return how each matrix ``(R, C)`` of ``(G, R, C)`` is cut into blocks, and the sections of its payload."""
         return Layout.of(shape[1], shape[2], self.bits, self.block)
