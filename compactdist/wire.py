@@ -117,7 +117,7 @@ FIELDS = (
     Field(
         "coefficient",
         "f",
-        "of the predictor: the damping of 2; the multiple of 1/16 from -1 to 1 that this frame of 3 uses",
+        "of the predictor: damping of 2; of 3, this frame's multiple of 1/16 in [-1, 1]",
     ),
     Field("coefficient_2", "f", "second coefficient"),
     Field("checksum", "Q", "weighted sum of the payload"),

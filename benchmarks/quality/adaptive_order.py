@@ -19,17 +19,7 @@ from compactdist.observe.trace import Trace
 from compactdist.state import Order, StreamConfig
 
 TRACES = ("digits_ring", "photos_dit")
-CODECS = (
-    "binary",
-    "int2",
-    "int4",
-    "lowrank",
-    "lowrank_int4",
-    "topk",
-    "transform:bits=0.5",
-    "transform",
-    "transform:bits=2",
-)
+CODECS = ("binary", "int2", "int4", "lowrank_int4", "transform:bits=0.5", "transform:bits=1", "transform:bits=2")
 STEPS = (28, 8, 4)
 ORDERS: tuple[Order, ...] = (1, 2, "auto")
 FOLDER = Path(__file__).parents[1] / "traces"

@@ -156,6 +156,11 @@ def play_settings(
 
 @torch.no_grad()
 def play_site(score: Score, setting: Setting, entry: Recorded) -> None:
+    """Play a site through one encoder and one decoder, and count its frames in ``score``.
+
+    Raises:
+        CompactDistError: encoder and decoder disagree.
+    """
     codec, config, hint = setting.codec, setting.config, entry.hint
     encoder, decoder = StreamEncoder(config, 0, entry.site), StreamDecoder(config, 0, entry.site)
     for step, value in enumerate(entry.x):

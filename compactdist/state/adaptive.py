@@ -1,7 +1,8 @@
 """Order "auto": the last value and a share of the last change, chosen by the sender for every frame.
 
-The share is the one that leaves the smallest residual, so it follows the noise of the codec by itself: the errors of the
-last two reconstructions are part of the change between them, and the more of it they are, the less of it is of use.
+The share is the one that leaves the smallest residual, or a fixed part of that one where the codec asks for less. So it
+follows the codec's noise by itself: the errors of the last two reconstructions are part of the change between them, and
+the more of it they are, the smaller the share is.
 """
 
 from __future__ import annotations
@@ -76,11 +77,13 @@ class AdaptiveVelocity(Predictor):
             return 0.0
         last = _sample(base).float()
         change = last - _sample(previous).float()
-        along = ((_sample(x).float() - last) * change).sum(dtype=torch.float64)
-        along, energy = torch.stack((along, change.square().sum(dtype=torch.float64))).tolist()
+        products = (
+            torch.stack([(_sample(x).float() - last) * change, change.square()]).flatten(1).sum(1, dtype=torch.float64)
+        )
+        along, energy = products.tolist()
         if not (math.isfinite(along) and math.isfinite(energy) and energy > 0):
             return 0.0
-        best = max(-LARGEST, min(LARGEST, along / energy))
+        best = max(-LARGEST, min(LARGEST, float(along / energy)))
         return round(share * best * GRID) / GRID
 
     def accepts(self, coefficient: float) -> bool:

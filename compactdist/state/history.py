@@ -139,7 +139,7 @@ class Predictor(ABC):
         """The prediction, as flat tensors to be added up in float32; empty without a prediction.
 
         Args:
-            coefficient: what the frame says, one that :meth:`accepts` accepts; only a predictor that adapts looks at it.
+            coefficient: what the frame says, which :meth:`accepts` accepts; for a predictor that adapts.
         """
 
     def choose(self, x: Tensor, share: float) -> float:

@@ -94,8 +94,8 @@ class StreamConfig:
             raise ConfigError(f"damping must lie in [0, 1], got {self.damping!r}")
         if self.damping is not None and not self.predictor.damped:
             raise ConfigError(
-                f"damping={self.damping!r} damps the velocity of order 2, and order={self.order!r} takes none: use order=2, or leave "
-                "damping out"
+                f"damping={self.damping!r} damps the velocity of order 2, and order={self.order!r} takes none: use "
+                "order=2, or leave damping out"
             )
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps must be an integer >= 0, got {self.warmup_steps!r}")

@@ -71,7 +71,7 @@ class Transform(Codec):
 
     @property
     def velocity_share(self) -> float:
-        """0.5 at one bit, 1 from three bits on: the fewer bits, the more of an error is structure that a basis finds."""
+        """0.5 at one bit, 1 from three bits on: with few bits, a velocity is mostly noise that no basis finds."""
         return min(1.0, 0.25 + 0.25 * self.bits)
 
     def layout_of(self, shape: tuple[int, int, int]) -> Layout:
