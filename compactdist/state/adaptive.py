@@ -25,7 +25,7 @@ LARGEST = 1.0
 """Coefficients lie in ``[-LARGEST, LARGEST]``. Negative ones average two reconstructions, which lessens their noise."""
 
 _SAMPLES, _RUN = 1 << 16, 256
-_CPU_PART = 1 << 15
+_CPU_PART = 1 << 17
 
 
 def _sample(flat: Tensor) -> Tensor:
