@@ -130,8 +130,7 @@ class StreamDecoder(StreamState):
             value = self._take_key(payload, header, codec, hint, refuse_state)
         elif header.payload_nbytes or not flags & NONFINITE:
             session = self.form(codec, frame.device).session
-            restarts = bool(flags & RESTART)
-            value = self._take_residual(payload, header.checksum, session, restarts, header.coefficient)
+            value = self._take_residual(payload, header.checksum, session, bool(flags & RESTART), header.coefficient)
             self._looked = True
         self.header, self.checksum = header, header.checksum
         if value is None:
