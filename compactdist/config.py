@@ -13,7 +13,7 @@ from compactdist import codecs, kernels
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
 from compactdist.policy import CallInfo, Policy, Rule, Rules, as_policy, describe_policy
-from compactdist.state import DEFAULT_KEYFRAME, Layout, StateForm, StreamConfig, keyframe_codec
+from compactdist.state import DEFAULT_KEYFRAME, Layout, Order, StateForm, StreamConfig, keyframe_codec
 from compactdist.wire import VERSION
 
 __all__ = ["DEFAULT_MIN_NUMEL", "Options"]
@@ -31,7 +31,8 @@ class Options:
         codec: id, configuration dictionary or Codec used where the policy names none.
         policy: a function of :class:`CallInfo`, a :class:`Rule` or a sequence of rules; see :mod:`compactdist.policy`.
         warmup_steps: steps after a reset whose frames are all keyframes, >= 0.
-        order: 0 no prediction (plain quantization), 1 last value, 2 damped velocity.
+        order: 0 no prediction (plain quantization), 1 last value, 2 damped velocity; ``"auto"``: the last value and a
+            share of the last change that the sender chooses for every frame, for twice the state of order 1.
         damping: velocity factor of order 2, in [0, 1], 0.5 if ``None``; for order 2 only.
         error_feedback: ``None``: on wherever there is a prediction; ``False``: the open loop, in which the sender
             predicts from its own values and errors add up.
@@ -63,7 +64,7 @@ class Options:
     codec: str | dict[str, Any] | Codec = "int2"
     policy: Policy | Sequence[Rule] | Rule | None = None
     warmup_steps: int = 1
-    order: int = 1
+    order: Order = 1
     damping: float | None = None
     error_feedback: bool | None = None
     local: Literal["reconstructed", "exact"] = "reconstructed"

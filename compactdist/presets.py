@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from compactdist.errors import ConfigError
+from compactdist.state import Order
 
 __all__ = ["PRESETS", "Preset", "expand"]
 
@@ -28,7 +29,7 @@ class Preset:
 
     codec: str
     keyframe: str
-    order: int = 1
+    order: Order = 1
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(

@@ -44,6 +44,7 @@ __all__ = [
     "SHAPE_NBYTES",
     "STATELESS",
     "bytes_at",
+    "coefficient_in",
     "differences",
     "empty_frame",
     "explain",
@@ -108,12 +109,16 @@ FIELDS = (
     Field("rate", "B", "rate of this payload, 0 where the codec has just one"),
     Field("next_rate", "B", "rate announced for the next frame, 0: no change"),
     Field("next_kind", "B", "1: the next frame is a keyframe, 0: not announced"),
-    Field("predictor", "B", "order of the prediction: 0 none, 1 last value, 2 damped velocity"),
+    Field("predictor", "B", "prediction: 0 none, 1 last value, 2 damped velocity, 3 adaptive velocity"),
     Field("checksum_kind", "B", "1: weighted sum"),
     Field("reserved", "3s", "zero"),
     Field("codec", "I", "crc32 of id and configuration of the codec of residuals"),
     Field("keyframe_codec", "I", "the same of the codec of keyframes, 0: the tensor's own bytes"),
-    Field("coefficient", "f", "first coefficient of the predictor (the damping of order 2)"),
+    Field(
+        "coefficient",
+        "f",
+        "of the predictor: damping of 2; of 3, this frame's multiple of 1/16 in [-1, 1]",
+    ),
     Field("coefficient_2", "f", "second coefficient"),
     Field("checksum", "Q", "weighted sum of the payload"),
     Field("digest", "Q", "of all payloads that made the history which this one was made against; 0: none"),
@@ -323,6 +328,14 @@ class HeadTemplate:
         total += (digest & _MASK32) * _DIGEST_WEIGHTS[0] + (digest >> 32) * _DIGEST_WEIGHTS[1]
         _SUMS.pack_into(raw, _SUMS_AT, checksum, digest, total & MASK64)
         return bytes(raw)
+
+
+_COEFFICIENT, _COEFFICIENT_AT = struct.Struct("<f"), _OFFSETS["coefficient"]
+
+
+def coefficient_in(head: bytes) -> float:
+    """The predictor's coefficient that a header says; any float32."""
+    return float(_COEFFICIENT.unpack_from(head, _COEFFICIENT_AT)[0])
 
 
 def _weights_of(name: str) -> tuple[int, int]:

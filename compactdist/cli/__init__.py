@@ -12,7 +12,15 @@ from compactdist import __version__
 from compactdist.cli import bench_codecs, subjects
 from compactdist.cli import evaluate as evaluation
 from compactdist.cli.baselines import play_baselines
-from compactdist.cli.common import JsonFile, check_writable, console, failing_well, parse_codecs, write_json
+from compactdist.cli.common import (
+    JsonFile,
+    check_writable,
+    console,
+    failing_well,
+    parse_codecs,
+    parse_order,
+    write_json,
+)
 from compactdist.cli.demo import run_demo
 from compactdist.errors import ConfigError
 from compactdist.observe.trace import Trace
@@ -81,7 +89,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help=f"{', '.join(PRESETS)}, or all, with options of its own. May be repeated."),
     ] = None,
-    order: Annotated[int, typer.Option(min=0, help="Prediction: 0 none, 1 last value, 2 velocity.")] = 1,
+    order: Annotated[
+        str, typer.Option(help="Prediction: 0 none, 1 last value, 2 velocity; auto: a velocity chosen for each frame.")
+    ] = "1",
     damping: Annotated[
         float | None, typer.Option(min=0, max=1, help="Factor of the velocity, for --order 2 only; 0.5 if not given.")
     ] = None,
@@ -109,7 +119,7 @@ def evaluate(
     with failing_well():
         check_writable(json_file)
         config = StreamConfig(
-            order=order,
+            order=parse_order(order),
             damping=damping,
             warmup_steps=warmup,
             find_layout=False,

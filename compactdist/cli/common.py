@@ -20,6 +20,7 @@ from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.errors import CodecConfigError, CompactDistError, ConfigError, UnknownCodecError
 from compactdist.observe.trace import TraceError
+from compactdist.state import Order
 
 __all__ = [
     "STDOUT",
@@ -30,6 +31,7 @@ __all__ = [
     "failing_well",
     "fitting_table",
     "parse_codecs",
+    "parse_order",
     "write_json",
 ]
 
@@ -48,6 +50,19 @@ JsonFile = Annotated[
 def parse_codecs(texts: Sequence[str] | None) -> dict[str, Codec]:
     """Codecs by the text they were named with; all registered ones if none were."""
     return {text: codecs.get(text) for text in dict.fromkeys(texts or codecs.list())}
+
+
+def parse_order(text: str) -> Order:
+    """The order that a text names.
+
+    Raises:
+        ConfigError: it is neither a whole number nor ``auto``.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal():
+        raise ConfigError(f"--order is a whole number or auto, got {text!r}")
+    return int(text)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ __all__ = [
     "Setting",
     "play",
     "play_settings",
+    "play_site",
     "recorded",
     "settings_of_presets",
     "show",
@@ -149,12 +150,17 @@ def play_settings(
     keyframes = max([1, *(setting.config.warmup_steps for setting in settings.values())])
     for entry in recorded(trace, steps, keyframes, report):
         for name, setting in settings.items():
-            _play_site(scores[name], setting, entry)
+            play_site(scores[name], setting, entry)
     return scores
 
 
 @torch.no_grad()
-def _play_site(score: Score, setting: Setting, entry: Recorded) -> None:
+def play_site(score: Score, setting: Setting, entry: Recorded) -> None:
+    """Play a site through one encoder and one decoder, and count its frames in ``score``.
+
+    Raises:
+        CompactDistError: encoder and decoder disagree.
+    """
     codec, config, hint = setting.codec, setting.config, entry.hint
     encoder, decoder = StreamEncoder(config, 0, entry.site), StreamDecoder(config, 0, entry.site)
     for step, value in enumerate(entry.x):

@@ -63,6 +63,15 @@ class Codec(ABC):
     """Sessions learn from the prediction and from what was decoded, which must be the same at both ends: streams
     without error feedback, whose sender predicts from values of its own, cannot use this codec."""
 
+    @property
+    def velocity_share(self) -> float:
+        """Of the velocity that leaves the smallest residual, how much suits the codec best (order "auto"), in (0, 1].
+
+        Less than all of it where the codec lives on the residual's structure: a velocity takes structure away, and adds
+        noise of the last two frames.
+        """
+        return 1.0
+
     @abstractmethod
     def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Return the exact payload size in bytes for a tensor of this shape and dtype.

@@ -18,7 +18,7 @@ from compactdist.codecs import get as codec_of
 from compactdist.errors import CompactDistError, ConfigError
 from compactdist.policy import Rule, rules_from_json
 from compactdist.presets import expand
-from compactdist.state import Layout
+from compactdist.state import Layout, Order
 
 __all__ = ["check_names", "settings_from_environment", "warn_overruled"]
 
@@ -33,6 +33,10 @@ def _switch(text: str) -> bool:
 
 def _feedback(text: str) -> bool | None:
     return None if text.strip().lower() == "auto" else _switch(text)
+
+
+def _order(text: str) -> Order:
+    return "auto" if text.strip().lower() == "auto" else int(text)
 
 
 def _content(text: str, opening: str) -> str:
@@ -59,7 +63,7 @@ _FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "PRESET": (_preset, "a preset"),
     "POLICY": (_rules, "a JSON list of rules, or the path of a file that holds one"),
     "WARMUP_STEPS": (int, "an integer"),
-    "ORDER": (int, "an integer"),
+    "ORDER": (_order, "an integer or auto"),
     "DAMPING": (float, "a number"),
     "ERROR_FEEDBACK": (_feedback, "one of 1, 0, true, false, auto"),
     "LOCAL": (str, "a word"),

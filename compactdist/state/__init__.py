@@ -2,7 +2,7 @@
 
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
-from compactdist.state.history import Predictor
+from compactdist.state.history import Order, Predictor
 from compactdist.state.matrix_view import Layout, MatrixView, blocks, plain
 from compactdist.state.quantized_history import StateForm
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
@@ -22,6 +22,7 @@ __all__ = [
     "COMPRESSIBLE_DTYPES",
     "DEFAULT_KEYFRAME",
     "MatrixView",
+    "Order",
     "Predictor",
     "Layout",
     "ResidualDecoder",

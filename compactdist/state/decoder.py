@@ -26,7 +26,9 @@ from compactdist.wire import (
     RESTART,
     STATELESS,
     Header,
+    HeadTemplate,
     bytes_at,
+    coefficient_in,
     from_raw,
     payload_of,
     raw_nbytes,
@@ -128,7 +130,7 @@ class StreamDecoder(StreamState):
             value = self._take_key(payload, header, codec, hint, refuse_state)
         elif header.payload_nbytes or not flags & NONFINITE:
             session = self.form(codec, frame.device).session
-            value = self._take_residual(payload, header.checksum, session, restarts=bool(flags & RESTART))
+            value = self._take_residual(payload, header.checksum, session, bool(flags & RESTART), header.coefficient)
             self._looked = True
         self.header, self.checksum = header, header.checksum
         if value is None:
@@ -169,24 +171,35 @@ class StreamDecoder(StreamState):
         head = bytes_at(frame.data_ptr()).raw if frame.is_cpu else frame[:HEADER_NBYTES].cpu().numpy().tobytes()
         session = form.session
         checksum = int.from_bytes(head[CHECKSUM_PLACE], "little")
-        if head != form.head.filled(step, epoch, self.sequence, checksum, self.digest):
+        said = self._said(head, form)
+        if said is None or head != said.filled(step, epoch, self.sequence, checksum, self.digest):
             return None
+        coefficient = said.header.coefficient
         if session.sums and self._spares is not None and not self._torn:
-            value = self._take_beside(payload, checksum, session, self._spares)
+            value = self._take_beside(payload, checksum, session, self._spares, coefficient)
         if value is None:
             if form.checksum(payload) != checksum:
                 return None
-            value = self._take_residual(payload, checksum, session, restarts=False)
-        self.header, self.checksum = form.head.header, checksum
+            value = self._take_residual(payload, checksum, session, False, coefficient)
+        self.header, self.checksum = said.header, checksum
         return value
 
-    def _take_beside(self, payload: Tensor, checksum: int, session: Session, spares: Spares) -> Tensor | None:
+    def _said(self, head: bytes, form: Form) -> HeadTemplate | None:
+        """What an expected frame's header says, with the coefficient that this one says; ``None``: one it may not."""
+        if not self.predictor.adapts:
+            return form.head
+        coefficient = coefficient_in(head)
+        return form.head_for(coefficient) if self.predictor.accepts(coefficient) else None
+
+    def _take_beside(
+        self, payload: Tensor, checksum: int, session: Session, spares: Spares, coefficient: float
+    ) -> Tensor | None:
         """The value of a residual that is summed up while it is decoded, beside the history, and so in one pass.
 
         ``None``: the payload is another one, or cannot be summed up on the way; nothing has changed.
         """
         predictor = self.predictor
-        terms = predictor.terms()
+        terms = predictor.terms(coefficient)
         if not terms:
             return None
         value = spares.take(terms[0])
@@ -232,7 +245,9 @@ class StreamDecoder(StreamState):
         self._torn = False
         self._looked = not self.config.find_layout
 
-    def _take_residual(self, payload: Tensor, checksum: int, session: Session, restarts: bool) -> Tensor:
+    def _take_residual(
+        self, payload: Tensor, checksum: int, session: Session, restarts: bool, coefficient: float
+    ) -> Tensor:
         if self._torn:
             raise FrameError(
                 f"{self.where}: an earlier frame was interrupted while it was decoded, so what this end holds is not "
@@ -240,7 +255,7 @@ class StreamDecoder(StreamState):
             )
         assert self.live is not None
         predictor, (numel, dtype) = self.predictor, self.live
-        terms = () if restarts else predictor.terms()
+        terms = () if restarts else predictor.terms(coefficient)
         if terms and predictor.decodes_in_place:
             value = terms[0]
         else:
@@ -323,7 +338,10 @@ class StreamDecoder(StreamState):
             coding = f"{header.codec:08x}, keyframes {header.keyframe_codec:08x}"
             compare("codec", coding, f"{ours.codec:08x} ({codec!r}), keyframes {ours.keyframe_codec:08x}", SAME_CONFIG)
         predictor = header.predictor, header.coefficient, header.coefficient_2
-        compare("predictor", predictor, (ours.predictor, ours.coefficient, ours.coefficient_2), SAME_CONFIG)
+        expected = ours.coefficient
+        if self.predictor.adapts and not header.flags and self.predictor.accepts(header.coefficient):
+            expected = header.coefficient
+        compare("predictor", predictor, (ours.predictor, expected, ours.coefficient_2), SAME_CONFIG)
         compare("sequence", header.sequence, self.sequence)
         compare("part", (header.part, header.parts, header.rate), (0, 1, 0), SAME_CONFIG)
         compare("kind of checksum", header.checksum_kind, CHECKSUM_WEIGHTED_SUM, SAME_CONFIG)

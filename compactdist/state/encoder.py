@@ -226,20 +226,25 @@ class StreamEncoder(StreamState):
                 return staged
         if self._there is not None:
             self.known_digest()
-        session, header, own = form.session, form.head.header, self._own_predictor
+        session, own = form.session, self._own_predictor
+        head, coefficient = form.head, 0.0
+        if self.predictor.adapts:
+            coefficient = (own or self.predictor).choose(flat, codec.velocity_share)
+            head = form.head_for(coefficient)
+        header = head.header
         start = HEADER_NBYTES if shape is None else HEADER_NBYTES + SHAPE_NBYTES
         end = start + session.payload_nbytes
         spares, place = self._spares or Spares(), (frame_nbytes or end, start, end)
         room = (spares.rooms.pop(place, None) if flat.is_cpu else None) or _room_for_frame(place, flat.device)
         frame, (payload,) = room.whole, room.views
-        terms = self.predictor.terms()
-        if terms and flat.is_cpu and form.is_far_larger(flat, terms if own is None else own.terms()):
-            terms, header = (), replace(header, flags=RESTART)
+        terms = self.predictor.terms(coefficient)
+        if terms and flat.is_cpu and form.is_far_larger(flat, terms if own is None else own.terms(coefficient)):
+            terms, header = (), replace(form.head.header, flags=RESTART)
         value = None
         if want_value or self._remembers:
             value = spares.take(flat)
         # an open-loop sender's prediction is not the receiver's: encode against its own, decode with the receiver's
-        expected, out = (terms, value) if own is None or not terms else (own.terms(), None)
+        expected, out = (terms, value) if own is None or not terms else (own.terms(coefficient), None)
         if not self._encoded(session, flat, expected, out, payload, row_weights):
             out = None
         if value is not None and out is None:
@@ -252,8 +257,8 @@ class StreamEncoder(StreamState):
         searches = not self._searched and not header.layout
         if searches:
             self._search(staged, residual_of(flat, expected))
-        if shape is None and header is form.head.header and not searches and not self.announce_keyframe:
-            write_head(frame, form.head.filled(step, epoch, self.sequence, checksum, self.digest))
+        if shape is None and header is head.header and not searches and not self.announce_keyframe:
+            write_head(frame, head.filled(step, epoch, self.sequence, checksum, self.digest))
         else:
             self._seal(staged, step, epoch, shape)
         return staged

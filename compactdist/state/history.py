@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,18 @@ from torch import Tensor
 from compactdist.codecs.base import Terms
 from compactdist.errors import ConfigError
 
-__all__ = ["DampedVelocity", "ExactCell", "LastValue", "Memoryless", "PREDICTORS", "Predictor", "predictor_class"]
+__all__ = [
+    "DampedVelocity",
+    "ExactCell",
+    "LastValue",
+    "Memoryless",
+    "Order",
+    "PREDICTORS",
+    "Predictor",
+    "predictor_class",
+]
+
+Order = int | Literal["auto"]
 
 
 class Cell(Protocol):
@@ -94,8 +105,17 @@ class Predictor(ABC):
         new_cell: makes an empty :class:`Cell`.
     """
 
+    number: ClassVar[int]
+    """Names the predictor in frames."""
+
     copies: ClassVar[int]
     """Number of remembered tensors, each as large as the stream's."""
+
+    damped: ClassVar[bool] = False
+    """Whether ``damping`` means anything."""
+
+    adapts: ClassVar[bool] = False
+    """Whether the sender chooses a coefficient for every residual, which its frame says."""
 
     can_share: ClassVar[bool] = False
     """Whether a stream that passes frames on may share the incoming stream's predictor and keep none of its own."""
@@ -115,8 +135,25 @@ class Predictor(ABC):
         return terms[0] if terms else None
 
     @abstractmethod
-    def terms(self) -> Terms:
-        """The prediction, as flat tensors to be added up in float32; empty without a prediction."""
+    def terms(self, coefficient: float = 0.0) -> Terms:
+        """The prediction, as flat tensors to be added up in float32; empty without a prediction.
+
+        Args:
+            coefficient: what the frame says, which :meth:`accepts` accepts; for a predictor that adapts.
+        """
+
+    def choose(self, x: Tensor, share: float) -> float:
+        """The coefficient to predict ``x``, flat ``[numel]``, with; 0 where the predictor does not adapt.
+
+        Args:
+            x: what is to be sent.
+            share: how much of the coefficient that leaves the smallest residual to use, in (0, 1].
+        """
+        return 0.0
+
+    def accepts(self, coefficient: float) -> bool:
+        """Whether a residual's frame may say this coefficient now, where the predictor adapts."""
+        return coefficient == 0
 
     @abstractmethod
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
@@ -148,13 +185,13 @@ class Predictor(ABC):
 class Memoryless(Predictor):
     """Order 0: predicts nothing (plain quantization)."""
 
-    copies = 0
+    number = copies = 0
     __slots__ = ()
 
     def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
         pass
 
-    def terms(self) -> Terms:
+    def terms(self, coefficient: float = 0.0) -> Terms:
         return ()
 
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
@@ -171,14 +208,14 @@ class Memoryless(Predictor):
 class LastValue(Predictor):
     """Order 1: predicts the last reconstruction."""
 
-    copies = 1
+    number = copies = 1
     can_share = decodes_in_place = True
     __slots__ = ("_base",)
 
     def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
         self._base = new_cell()
 
-    def terms(self) -> Terms:
+    def terms(self, coefficient: float = 0.0) -> Terms:
         base = self._base.read()
         return () if base is None else (base,)
 
@@ -203,7 +240,7 @@ class ExactLastValue(LastValue):
     def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
         self._base = self._cell = ExactCell()
 
-    def terms(self) -> Terms:
+    def terms(self, coefficient: float = 0.0) -> Terms:
         base = self._cell.value
         return () if base is None else (base,)
 
@@ -224,7 +261,8 @@ class DampedVelocity(Predictor):
     ``g * (x_hat - base)`` after every frame; it is zero after the first.
     """
 
-    copies = 2
+    number = copies = 2
+    damped = True
     __slots__ = ("_base", "_damping", "_velocity")
 
     def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
@@ -232,7 +270,7 @@ class DampedVelocity(Predictor):
         self._base = new_cell()
         self._velocity = new_cell()
 
-    def terms(self) -> Terms:
+    def terms(self, coefficient: float = 0.0) -> Terms:
         base, velocity = self._base.read(), self._velocity.read()
         return () if base is None or velocity is None else (base, velocity)
 
@@ -261,12 +299,16 @@ PREDICTORS: tuple[type[Predictor], ...] = (Memoryless, LastValue, DampedVelocity
 """By order: 0 no prediction, 1 last value, 2 last value and damped velocity."""
 
 
-def predictor_class(order: int) -> type[Predictor]:
+def predictor_class(order: Order) -> type[Predictor]:
     """The predictor of an order, which knows what the order means.
 
     Raises:
         ConfigError: there is none.
     """
+    if order == "auto":
+        from compactdist.state.adaptive import AdaptiveVelocity
+
+        return AdaptiveVelocity
     if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order < len(PREDICTORS):
-        raise ConfigError(f"order must be an integer from 0 to {len(PREDICTORS) - 1}, got {order!r}")
+        raise ConfigError(f'order must be an integer from 0 to {len(PREDICTORS) - 1} or "auto", got {order!r}')
     return PREDICTORS[order]

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from compactdist.codecs.scalar.fp8 import encode_units, unit_levels
 from compactdist.kernels import reference as kernels
-from compactdist.state.history import ExactCell, ExactLastValue, LastValue, Predictor, predictor_class
+from compactdist.state.history import ExactCell, ExactLastValue, LastValue, Order, Predictor, predictor_class
 
 __all__ = ["BLOCK", "STATE_FORMS", "QuantizedCell", "StateForm", "make_predictor", "quantize", "state_copy_nbytes"]
 
@@ -154,7 +154,7 @@ class QuantizedCell:
         return () if self._kept is None else (self._kept.codes, self._kept.scales)
 
 
-def make_predictor(order: int, damping: float, form: StateForm) -> Predictor:
+def make_predictor(order: Order, damping: float, form: StateForm) -> Predictor:
     """An empty predictor of this order that keeps tensors in this form."""
     kind = predictor_class(order)
     if form != "exact":

@@ -179,7 +179,7 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
     if not shared and received.decoder.codec_memory:
         session = encoder.form(codec, x.device).session
         session.rollback()  # of what a frame before would have changed
-        session.learn(payload, () if header.flags & RESTART else encoder.predictor.terms())
+        session.learn(payload, () if header.flags & RESTART else encoder.predictor.terms(header.coefficient))
     return Staged(pack(header, payload), header, checksum, value, (), exact, announced(header), session=session)
 
 

@@ -13,6 +13,7 @@ from compactdist.codecs import Codec
 from compactdist.errors import CodecConfigError, FrameError
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
+from compactdist.state.history import Order
 from compactdist.state.matrix_view import Layout
 from compactdist.state.quantized_history import StateForm
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, DEFAULT_KEYFRAME, StreamConfig, keyframe_codec
@@ -50,7 +51,7 @@ class ResidualEncoder:
         self,
         codec: str | dict[str, Any] | Codec = "int2",
         *,
-        order: int = 1,
+        order: Order = 1,
         damping: float | None = None,
         error_feedback: bool | None = None,
         warmup_steps: int = 1,
@@ -140,7 +141,7 @@ class ResidualDecoder:
         self,
         codec: str | dict[str, Any] | Codec = "int2",
         *,
-        order: int = 1,
+        order: Order = 1,
         damping: float | None = None,
         error_feedback: bool | None = None,
         warmup_steps: int = 1,

@@ -6,7 +6,7 @@ so that either end can tell the size of the next frame before it arrives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.errors import ConfigError
 from compactdist.kernels.spec import DIGEST_FACTOR, MatrixView
 from compactdist.state.board import Board
-from compactdist.state.history import Predictor, predictor_class
+from compactdist.state.history import Order, Predictor, predictor_class
 from compactdist.state.matrix_view import blocks, plain
 from compactdist.state.on_device import FROM_HOST, DeviceDigest
 from compactdist.state.quantized_history import STATE_FORMS, StateForm, make_predictor, state_copy_nbytes
@@ -52,7 +52,8 @@ class StreamConfig:
     """How a stream predicts and corrects. Part of the group's fingerprint.
 
     Attributes:
-        order: 0 no prediction, 1 last value, 2 last value plus damped velocity.
+        order: 0 no prediction, 1 last value, 2 last value plus damped velocity; ``"auto"``: last value plus a share of
+            the last change that the sender chooses for every frame (:mod:`compactdist.state.adaptive`).
         damping: factor of the velocity for order 2, 0.5 if ``None``. At one bit the loop is stable only below about
             0.56 (q * ((1 + g)^2 + g^2) < 1 with the codec's error ratio q). ``None`` for the other orders.
         error_feedback: residuals are taken against what the receiver holds, so that errors are corrected by the next
@@ -71,7 +72,7 @@ class StreamConfig:
             velocity.
     """
 
-    order: int = 1
+    order: Order = 1
     damping: float | None = None
     error_feedback: bool | None = None
     warmup_steps: int = 1
@@ -87,14 +88,14 @@ class StreamConfig:
     def __post_init__(self) -> None:
         if self.state not in STATE_FORMS:
             raise ConfigError(f"state must be one of {', '.join(map(repr, STATE_FORMS))}, got {self.state!r}")
-        if self.damping is None and self.has_velocity:
+        if self.damping is None and self.predictor.damped:
             object.__setattr__(self, "damping", _DAMPING)
         if self.damping is not None and not 0 <= self.damping <= 1:
             raise ConfigError(f"damping must lie in [0, 1], got {self.damping!r}")
-        if self.damping is not None and not self.has_velocity:
+        if self.damping is not None and not self.predictor.damped:
             raise ConfigError(
-                f"damping={self.damping!r} damps the velocity, and order={self.order} has none: use order=2, or leave "
-                "damping out"
+                f"damping={self.damping!r} damps the velocity of order 2, and order={self.order!r} takes none: use "
+                "order=2, or leave damping out"
             )
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps must be an integer >= 0, got {self.warmup_steps!r}")
@@ -118,11 +119,6 @@ class StreamConfig:
     def predictor(self) -> type[Predictor]:
         """The predictor class of ``order``."""
         return predictor_class(self.order)
-
-    @property
-    def has_velocity(self) -> bool:
-        """Whether the predictor keeps a velocity beside the last value."""
-        return self.predictor.copies > 1
 
     @property
     def remembers(self) -> bool:
@@ -230,16 +226,24 @@ class Form:
         frames: seals or checks frames on the device; ``None`` where the host does it.
     """
 
-    __slots__ = ("checksum", "codec", "frame_nbytes", "frames", "head", "is_far_larger", "session")
+    __slots__ = ("_heads", "checksum", "codec", "frame_nbytes", "frames", "head", "is_far_larger", "session")
 
     def __init__(self, codec: Codec, session: Session, head: HeadTemplate, frames: kernels.Frames | None) -> None:
         self.codec = codec
         self.session = session
         self.head = head
+        self._heads = {head.header.coefficient: head}
         self.frame_nbytes = head.header.nbytes + session.payload_nbytes
         self.frames = frames
         self.checksum = kernels.checksum_for(session.payload_nbytes, session.device)
         self.is_far_larger = kernels.far_larger_for(session.view.numel, session.dtype, session.device)
+
+    def head_for(self, coefficient: float) -> HeadTemplate:
+        """The same bytes, but for the coefficient that this frame is predicted with."""
+        head = self._heads.get(coefficient)
+        if head is None:
+            head = self._heads[coefficient] = HeadTemplate(replace(self.head.header, coefficient=coefficient))
+        return head
 
 
 @dataclass(slots=True)
@@ -420,6 +424,8 @@ class StreamState:
         made, board = kernels.frames_for(device), self._board
         if made is None or board is None or session.device_steps is None or session.payload_nbytes % 4:
             return None
+        if self.config.predictor.adapts:
+            return None  # the sender's host chooses each frame's coefficient, and the receiver's reads it
         if self._number is None:
             self._number = board.enter(self.where)
         if self._there is None:
@@ -435,14 +441,14 @@ class StreamState:
             "sequence": self.sequence,
             "payload_nbytes": 0,
             "keyframe_codec": 0 if coded is None else coded.fingerprint(),
+            "coefficient": self.config.coefficient,
         } | fields
         return Header(
             stream=self.fingerprint,
             codec=codec.fingerprint(),
             numel=numel,
             dtype=dtype,
-            predictor=self.config.order,
-            coefficient=self.config.coefficient,
+            predictor=self.config.predictor.number,
             **fields,
         )
 

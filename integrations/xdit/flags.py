@@ -17,13 +17,18 @@ from compactdist_xdit import routes
 VARIABLE = "COMPACTDIST_XDIT"
 
 
+def _order(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the `--compact_*` flags and `--parallel_method`; stands beside `xFuserArgs.add_cli_args`."""
     group = parser.add_argument_group("compactdist", "residual compression of the messages between ranks")
     add = group.add_argument
     add("--compact_codec", help="codec: an id (int2, binary, ...), or with options: int4:scales=block")
     add("--compact_keyframe", metavar="CODEC", help="codec of the first step; raw: the tensors' own bytes")
-    add("--compact_order", type=int, choices=(0, 1, 2), help="prediction: 0 none, 1 last value, 2 velocity")
+    orders = "prediction: 0 none, 1 last value, 2 velocity, auto: a velocity chosen for each frame"
+    add("--compact_order", type=_order, choices=(0, 1, 2, "auto"), help=orders)
     add("--compact_warmup_steps", type=int, help="steps at the beginning of a request that are sent as keyframes")
     add("--compact_routes", help=f"comma-separated, of {','.join(routes.ROUTES)} (usually {','.join(routes.USUAL)})")
     add("--compact_policy", type=Path, metavar="FILE", help="JSON list of compactdist.Rule objects")

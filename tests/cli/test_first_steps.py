@@ -113,6 +113,7 @@ def test_json_goes_to_a_file_beside_the_table(tmp_path: Path) -> None:
         ["evaluate", "TRACE", "--warmup", "-1"],
         ["evaluate", "TRACE", "--damping", "0.3"],
         ["evaluate", "TRACE", "--order", "3"],
+        ["evaluate", "TRACE", "--order", "fast"],
         ["evaluate", "TRACE", "--codec", "int99"],
         ["bench", "codecs", "--rounds", "1"],
         ["demo", "--route", "star"],

@@ -56,7 +56,7 @@ actions = st.lists(st.one_of(call, call, other), min_size=3, max_size=25)
 
 @st.composite
 def options(draw: Any, codecs: tuple[str, ...] = ("binary", "int2", "int4", "int8", "raw")) -> dict[str, Any]:
-    order = draw(st.sampled_from([0, 1, 1, 2]))
+    order = draw(st.sampled_from([0, 1, 1, 2, "auto"]))
     return {
         "codec": draw(st.sampled_from(codecs)),
         "order": order,

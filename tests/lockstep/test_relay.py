@@ -21,7 +21,7 @@ def program(draw):
     """
     chosen = {
         "codec": draw.choice(["binary", "int4", "int8", "lowrank", "raw"]),
-        "order": draw.choice([0, 1, 1, 1, 2]),
+        "order": draw.choice([0, 1, 1, 1, 2, "auto"]),
         "error_feedback": draw.choice([None, None, False]),
         "warmup_steps": draw.randrange(3),
         "min_numel": 1,

@@ -17,7 +17,7 @@ codec_ids = st.sampled_from((*LOSSY, "raw"))
 
 @st.composite
 def stream_options(draw: Any) -> dict[str, Any]:
-    order = draw(st.sampled_from([0, 1, 2]))
+    order = draw(st.sampled_from([0, 1, 2, "auto"]))
     return {
         "codec": draw(codec_ids),
         "order": order,

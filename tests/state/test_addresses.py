@@ -19,7 +19,7 @@ def test_a_decoder_works_in_place():
         assert decoder.state.data_ptr() == place
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, "auto"])
 def test_off_the_cpu_a_new_value_is_copied_into_the_old_ones_memory(order):
     """Tensors of the meta device stand in for a GPU's."""
     predictor = make_predictor(order, 0.5, "exact")

@@ -27,7 +27,7 @@ def ends(**config):
     return StreamEncoder(config, store.site("site").fingerprint, "a"), decoder, store.spares
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, "auto"])
 @pytest.mark.parametrize("state", ["exact", "int8"])
 @pytest.mark.parametrize("scales", ["token_channel", "block"])
 @pytest.mark.parametrize("codec_id", ["binary", "int2", "int4", "int8"])

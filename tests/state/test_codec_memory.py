@@ -56,7 +56,7 @@ def started(codec, order: int = 1) -> tuple[StreamEncoder, list[torch.Tensor]]:
     return encoder, values[3:]
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", [0, 1, 2, "auto"])
 @pytest.mark.parametrize("codec_id", CODECS)
 def test_a_frame_that_is_not_committed_changes_nothing(codec_id, order):
     codec = codecs.get(codec_id)

@@ -119,7 +119,7 @@ def fuzz(count: int, seed: int) -> tuple[int, int]:
     while refused + accepted < count:
         options = {
             "codec": g.choice(CODECS),
-            "order": g.choice([0, 1, 2]),
+            "order": g.choice([0, 1, 2, "auto"]),
             "warmup_steps": g.choice([0, 1, 2]),
             "keyframe": g.choice(["raw", "int8"]),
             "state": g.choice(["exact", "int8"]),

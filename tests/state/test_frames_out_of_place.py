@@ -156,7 +156,7 @@ def encoder_state(encoder):
 
 
 @pytest.mark.parametrize("codec", kit.LOSSY)
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", [0, 1, 2, "auto"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nonfinite_residual_raises_and_loses_nothing(codec, order, bad):
     encoder, decoder = kit.pair(codec=codec, order=order)

@@ -29,7 +29,7 @@ class _Int4(Int4):
         return _Interrupted(self, view, dtype, device)
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, "auto"])
 def test_a_retry_is_refused_and_a_reset_helps(order):
     _Interrupted.once = True
     encoder, decoder = ResidualEncoder("int4", order=order), ResidualDecoder(_Int4(), order=order)

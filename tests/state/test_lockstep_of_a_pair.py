@@ -79,7 +79,8 @@ def run(options, sequence, seed):
             assert not exact or kit.same_bytes(encoder.state, y.reshape(-1))
             assert encoder.state.dtype == dtype
             copy = values.nbytes if exact else values.numel() + 2 * math.ceil(values.numel() / 128)
-            assert decoder.state_bytes == options["order"] * copy
+            copies = 2 if options["order"] == "auto" else options["order"]
+            assert decoder.state_bytes == copies * copy
             open_loop = options["error_feedback"] is False
             assert encoder.state_bytes == decoder.state_bytes * (2 if open_loop else 1)
         else:

@@ -28,7 +28,7 @@ def wander(steps, n=3000, pace=0.1, seed=0):
 
 
 @pytest.mark.parametrize("codec", kit.LOSSY)
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, "auto"])
 def test_error_of_a_resting_tensor_dies_out(codec, order):
     start, x = torch.randn(2, 2000)
     error = errors([start, *[x] * 20], codec=codec, order=order, keyframe="raw")
@@ -89,7 +89,7 @@ def test_warmup_frames_are_exact_or_coded():
 
 
 @pytest.mark.parametrize("codec", kit.LOSSY)
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, "auto"])
 def test_a_coded_keyframe_is_corrected_by_the_residuals(codec, order):
     """After a few frames of a resting tensor nothing is left of its keyframe's error."""
     x = torch.randn(2000)

@@ -141,7 +141,7 @@ def test_fifty_steps_do_not_drift(codec, order, allowed, form, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, "auto"])
 def test_a_resting_tensor_is_reached_beyond_the_resolution_of_the_state(form, order):
     """What the state cannot hold is sent again with every frame: the user's copy is better than the state."""
     start, x = torch.randn(2, 4000)
@@ -151,7 +151,7 @@ def test_a_resting_tensor_is_reached_beyond_the_resolution_of_the_state(form, or
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, "auto"])
 @pytest.mark.parametrize("feedback", [None, False])
 @pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.5078125), (torch.float32, 0.25390625)])
 def test_the_bytes_are_half_or_a_quarter(form, order, feedback, dtype, share):

@@ -49,7 +49,8 @@ CONFIGS = [{}, {"state": "int8"}, {"error_feedback": False}]
 
 # with a velocity a keyframe on a live stream is no beginning, so such a stream keeps its own history
 @pytest.mark.parametrize(
-    ("share", "config"), [*((s, c) for s in (True, False) for c in CONFIGS), (False, {"order": 2})]
+    ("share", "config"),
+    [*((s, c) for s in (True, False) for c in CONFIGS), (False, {"order": 2}), (False, {"order": "auto"})],
 )
 def test_both_receivers_stay_equal(share, config):
     chain = Chain(**config)
@@ -77,7 +78,7 @@ def test_both_receivers_stay_equal(share, config):
         assert (z - x_at(t)).norm() < 0.2 * x_at(t).norm()
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, {"order": 2}, {"order": 0}])
+@pytest.mark.parametrize("config", [*CONFIGS, {"order": 2}, {"order": "auto"}, {"order": 0}])
 def test_a_coded_keyframe_is_passed_on_without_a_second_error(config):
     chain = Chain(keyframe=codecs.get("int4"), **config)
     y, received = chain.arrive(torch.randn(4096, generator=torch.Generator().manual_seed(0)))
@@ -118,7 +119,7 @@ def test_states_differ_by_a_bit_a_size_or_a_view():
     assert not r.same_state(StreamEncoder(StreamConfig(), 1, ""), StreamDecoder(StreamConfig(), 1, ""))
 
 
-@pytest.mark.parametrize("config", [{}, {"order": 2}, {"order": 0}, {"state": "fp8"}])
+@pytest.mark.parametrize("config", [{}, {"order": 2}, {"order": "auto"}, {"order": 0}, {"state": "fp8"}])
 def test_untouched_means_the_same_bytes(config):
     chain = Chain(**config)
     x = x_at(0)

@@ -19,7 +19,7 @@ def error(y: torch.Tensor, x: torch.Tensor) -> float:
     return float((y.double() - x.double()).norm() / x.double().norm())
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, "auto"])
 @pytest.mark.parametrize("error_feedback", [None, False])
 @pytest.mark.parametrize("codec", ["binary", "int2", "int4", "int8", "topk", "lowrank_int4"])
 def test_alternating_magnitudes(codec, error_feedback, order):
@@ -70,7 +70,7 @@ def carry(encoder, decoder, x, codec, hint=None):
     return staged, decoder.decode(staged.frame, codec, x.numel(), x.dtype, hint=hint)
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, "auto"])
 @pytest.mark.parametrize("keyframe", [None, codecs.get("int8")])
 def test_an_announced_keyframe_comes_next_and_only_then(order, keyframe):
     codec = codecs.get("int4")

@@ -42,6 +42,11 @@ class LowRankCodec(Codec):
     takes_row_weights = True
     _default_rank: int
 
+    @property
+    def velocity_share(self) -> float:
+        """Half: few components hold a change, and many the noise of the frames that a velocity is made of."""
+        return 0.5
+
     def __init__(self, rank: int) -> None:
         self.rank = check_integer(self.codec_id, "rank", rank, 1, 1024)
 

@@ -77,6 +77,11 @@ class Transform(Codec):
         layout = self.layout_of(view.shape)
         return memory_nbytes(view.groups, layout.blocks, layout.width)
 
+    @property
+    def velocity_share(self) -> float:
+        """0.5 at one bit, 1 from three bits on: with few bits, a velocity is mostly noise that no basis finds."""
+        return min(1.0, 0.25 + 0.25 * self.bits)
+
     def layout_of(self, shape: tuple[int, int, int]) -> Layout:
         """Return how each matrix ``(R, C)`` of ``(G, R, C)`` is cut into blocks, and the sections of its payload."""
         return Layout.of(shape[1], shape[2], self.bits, self.block)

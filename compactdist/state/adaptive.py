@@ -1,0 +1,112 @@
+"""Order "auto": the last value and a share of the last change, chosen by the sender for every frame.
+
+The share is the one that leaves the smallest residual, or a fixed part of that one where the codec asks for less. So it
+follows the codec's noise by itself: the errors of the last two reconstructions are part of the change between them, and
+the more of it they are, the smaller the share is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compactdist.codecs.base import Terms
+from compactdist.state.history import Cell, ExactCell, Predictor
+
+__all__ = ["GRID", "LARGEST", "AdaptiveVelocity"]
+
+GRID = 16
+"""Coefficients are multiples of ``1 / GRID``; finer ones gain nothing that can be measured."""
+
+LARGEST = 1.0
+"""Coefficients lie in ``[-LARGEST, LARGEST]``. Negative ones average two reconstructions, which lessens their noise."""
+
+_SAMPLES, _RUN = 1 << 16, 256
+_CPU_PART = 1 << 17
+
+
+def _sample(flat: Tensor) -> Tensor:
+    """At most 65,536 elements: all of a small tensor, else runs of 256 that lie evenly spaced; a view."""
+    runs = _SAMPLES // _RUN
+    gap = flat.numel() // runs
+    return flat if gap <= _RUN else flat[: runs * gap].view(runs, gap)[:, :_RUN]
+
+
+def _share(base: Tensor, previous: Tensor, coefficient: float) -> Tensor:
+    """``coefficient * (base - previous)`` in float32, rounded once to their dtype and kept finite; new memory."""
+    out, limit = torch.empty_like(base), torch.finfo(base.dtype).max
+    step = _CPU_PART if base.is_cpu else max(1, base.numel())  # what the caches hold between the steps
+    for start in range(0, base.numel(), step):
+        part = slice(start, start + step)
+        change = base[part].float() - previous[part].float()  # two roundings on every device: nothing is contracted
+        out[part] = change.mul_(coefficient).clamp_(-limit, limit)
+    return out
+
+
+class AdaptiveVelocity(Predictor):
+    """Predicts the last reconstruction plus ``coefficient * (last - the one before)``.
+
+    Without one before it, and with a coefficient of zero, this is order 1, and costs no more.
+    """
+
+    number = 3
+    copies = 2
+    adapts = True
+    __slots__ = ("_base", "_previous")
+
+    def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
+        self._base, self._previous = new_cell(), new_cell()
+
+    def terms(self, coefficient: float = 0.0) -> Terms:
+        base = self._base.read()
+        if base is None:
+            return ()
+        previous = self._previous.read() if coefficient else None
+        return (base,) if previous is None else (base, _share(base, previous, coefficient))
+
+    def choose(self, x: Tensor, share: float) -> float:
+        """``share`` of the coefficient of least squares over samples of ``x``: a multiple of 1/16 in [-1, 1].
+
+        0 where nothing changed, and for values that are not finite or too large to be squared.
+        """
+        base, previous = self._base.read(), self._previous.read()
+        if base is None or previous is None or not x.numel():
+            return 0.0
+        last = _sample(base).float()
+        change = last - _sample(previous).float()
+        products = (
+            torch.stack([(_sample(x).float() - last) * change, change.square()]).flatten(1).sum(1, dtype=torch.float64)
+        )
+        along, energy = products.tolist()
+        if not (math.isfinite(along) and math.isfinite(energy) and energy > 0):
+            return 0.0
+        best = max(-LARGEST, min(LARGEST, float(along / energy)))
+        return round(share * best * GRID) / GRID
+
+    def accepts(self, coefficient: float) -> bool:
+        if coefficient == 0:
+            return True
+        there = bool(self._previous.held) and -LARGEST <= coefficient <= LARGEST  # NaN is in no range
+        return there and (coefficient * GRID).is_integer()
+
+    def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
+        base = terms[0] if terms else self._base.read()
+        if base is None:
+            self._previous.put(value.clone(), None)  # no change yet
+            return self._base.put(value, None)
+        if isinstance(self._base, ExactCell) and not value.is_cpu:  # addresses last
+            self._previous.put(base, None)
+        else:
+            self._base, self._previous = self._previous, self._base
+        return self._base.put(value, base)
+
+    def clear(self) -> None:
+        self._base.clear()
+        self._previous.clear()
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return self._base.held + self._previous.held
