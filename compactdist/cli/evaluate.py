@@ -19,7 +19,7 @@ from compactdist.config import Options
 from compactdist.errors import CompactDistError
 from compactdist.observe.trace import Trace, TraceError
 from compactdist.presets import PRESETS, expand
-from compactdist.state import MatrixView, StreamConfig, StreamDecoder, StreamEncoder
+from compactdist.state import MatrixView, RateControl, StreamConfig, StreamDecoder, StreamEncoder, Target
 
 __all__ = [
     "Recorded",
@@ -36,10 +36,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table: the codec of residuals, and how its streams predict and send keyframes."""
+    """One row of the table: the codec of residuals, how its streams predict and send keyframes, and what steers rates."""
 
     codec: Codec
     config: StreamConfig
+    target: Target | None = None
 
 
 @dataclass(frozen=True)
@@ -147,24 +148,46 @@ def play_settings(
     """
     scores = {name: Score() for name in settings}
     keyframes = max([1, *(setting.config.warmup_steps for setting in settings.values())])
+    steered = {name: setting for name, setting in settings.items() if setting.target is not None}
+    kept = []
     for entry in recorded(trace, steps, keyframes, report):
         for name, setting in settings.items():
-            _play_site(scores[name], setting, entry)
+            if name not in steered:
+                _play_sites(scores[name], setting, [entry])
+        if steered:
+            kept.append(entry)
+    for name, setting in steered.items():
+        _play_sites(scores[name], setting, kept)
     return scores
 
 
 @torch.no_grad()
-def _play_site(score: Score, setting: Setting, entry: Recorded) -> None:
-    codec, config, hint = setting.codec, setting.config, entry.hint
-    encoder, decoder = StreamEncoder(config, 0, entry.site), StreamDecoder(config, 0, entry.site)
-    for step, value in enumerate(entry.x):
-        flat, keyframe = value.reshape(-1), step < max(1, config.warmup_steps)
-        staged = encoder.stage(flat, codec, keyframe=keyframe, want_value=True)
-        encoder.commit(staged, hint)
-        x_hat = decoder.decode(staged.frame, codec, flat.numel(), flat.dtype, hint=hint)
-        _check_equal(encoder, decoder, staged.value, x_hat, f"{entry.site}, step {step}, codec {codec!r}")
-        score.count(entry.site, step, flat, x_hat, staged.frame.numel(), keyframe=keyframe)
-    score.state_bytes += encoder.state_bytes
+def _play_sites(score: Score, setting: Setting, entries: Sequence[Recorded]) -> None:
+    """Play sites side by side, step by step, as one request."""
+    config = setting.config
+    ends = [(StreamEncoder(config, 0, entry.site), StreamDecoder(config, 0, entry.site)) for entry in entries]
+    if setting.target is not None:
+        control = RateControl(setting.target)
+        for (encoder, _), entry in zip(ends, entries, strict=True):
+            encoder.steers = control.stream(entry.site)
+    for step in range(max(len(entry.x) for entry in entries)):
+        for (encoder, decoder), entry in zip(ends, entries, strict=True):
+            if step < len(entry.x):
+                _play_frame(score, setting, encoder, decoder, entry, step)
+    score.state_bytes += sum(encoder.state_bytes for encoder, _ in ends)
+
+
+def _play_frame(
+    score: Score, setting: Setting, encoder: StreamEncoder, decoder: StreamDecoder, entry: Recorded, step: int
+) -> None:
+    codec, hint, flat = setting.codec, entry.hint, entry.x[step].reshape(-1)
+    warm_up = step < max(1, setting.config.warmup_steps)
+    keyframe = warm_up or encoder.is_fresh(flat.numel(), flat.dtype)
+    staged = encoder.stage(flat, codec, keyframe=keyframe, step=step, want_value=True)
+    encoder.commit(staged, hint)
+    x_hat = decoder.decode(staged.frame, codec, flat.numel(), flat.dtype, step=step, hint=hint)
+    _check_equal(encoder, decoder, staged.value, x_hat, f"{entry.site}, step {step}, codec {codec!r}")
+    score.count(entry.site, step, flat, x_hat, staged.frame.numel(), keyframe=warm_up)
 
 
 def _check_equal(

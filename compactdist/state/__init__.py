@@ -5,6 +5,7 @@ from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Predictor
 from compactdist.state.matrix_view import Layout, MatrixView, blocks, plain
 from compactdist.state.quantized_history import StateForm
+from compactdist.state.rate import Met, RateControl, Target
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
 from compactdist.state.store import Site, StateStore
 from compactdist.state.stream import (
@@ -22,10 +23,12 @@ __all__ = [
     "COMPRESSIBLE_DTYPES",
     "DEFAULT_KEYFRAME",
     "MatrixView",
+    "Met",
     "Predictor",
     "Layout",
     "ResidualDecoder",
     "ResidualEncoder",
+    "RateControl",
     "Room",
     "Site",
     "Staged",
@@ -35,6 +38,7 @@ __all__ = [
     "StreamDecoder",
     "StreamEncoder",
     "StreamState",
+    "Target",
     "blocks",
     "keyframe_codec",
     "plain",
