@@ -17,7 +17,7 @@ from compactdist.cli.demo import run_demo
 from compactdist.errors import ConfigError
 from compactdist.observe.trace import Trace
 from compactdist.presets import PRESETS
-from compactdist.state import DEFAULT_KEYFRAME, StateForm, StreamConfig, keyframe_codec
+from compactdist.state import DEFAULT_KEYFRAME, STEERED, StateForm, StreamConfig, keyframe_codec
 from compactdist.state.quantized_history import STATE_FORMS
 
 __all__ = ["main"]
@@ -96,6 +96,13 @@ def evaluate(
         int | None,
         typer.Option(min=2, help="Play this many of the recorded steps, evenly spaced, first and last among them."),
     ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="nmse_db=-32, bits=1.5 or bytes_per_step=2e6: what the codec's rates (codec rates if none is given) "
+            "are chosen for. May be repeated."
+        ),
+    ] = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add formats that send every step by itself: int4, fp4 and fp8.")
     ] = False,
@@ -116,8 +123,8 @@ def evaluate(
             state=cast("StateForm", state),  # checked there
             keyframe=keyframe_codec(keyframe),
         )
-        codecs = parse_codecs(codec) if codec or not preset else {}
-        settings = {name: evaluation.Setting(chosen, config) for name, chosen in codecs.items()}
+        codecs = parse_codecs(codec or ([STEERED] if target else None)) if codec or not preset or target else {}
+        settings = evaluation.settings_of_codecs(codecs, config, target or ())
         settings |= evaluation.settings_of_presets(preset or ())
         opened = Trace(trace)
         scores = evaluation.play_settings(opened, settings, steps)

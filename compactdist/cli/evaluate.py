@@ -19,7 +19,7 @@ from compactdist.config import Options
 from compactdist.errors import CompactDistError
 from compactdist.observe.trace import Trace, TraceError
 from compactdist.presets import PRESETS, expand
-from compactdist.state import MatrixView, RateControl, StreamConfig, StreamDecoder, StreamEncoder, Target
+from compactdist.state import MatrixView, RateControl, StreamConfig, StreamDecoder, StreamEncoder, Target, check_steered
 
 __all__ = [
     "Recorded",
@@ -27,6 +27,7 @@ __all__ = [
     "play",
     "play_settings",
     "recorded",
+    "settings_of_codecs",
     "settings_of_presets",
     "show",
     "spaced",
@@ -36,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table: the codec of residuals, how its streams predict and send keyframes, and what steers rates."""
+    """One row of the table: the codec of residuals, how its streams predict and send keyframes, and their target."""
 
     codec: Codec
     config: StreamConfig
@@ -100,6 +101,22 @@ def recorded(
                 "record more steps, or evaluate with a smaller --warmup or a larger --steps"
             )
         yield Recorded(site, x, trace.groups(site, x.shape[1]))
+
+
+def settings_of_codecs(codecs: Mapping[str, Codec], config: StreamConfig, targets: Sequence[str]) -> dict[str, Setting]:
+    """Codecs by name; with targets, each codec with each of them, as ``codec target``.
+
+    Raises:
+        ConfigError: a target is none, or a codec has just one rate.
+    """
+    if not targets:
+        return {name: Setting(codec, config) for name, codec in codecs.items()}
+    made = {}
+    for name, codec in codecs.items():
+        for target in map(Target.parse, targets):
+            check_steered(codec, target)
+            made[f"{name} {target}"] = Setting(codec, config, target)
+    return made
 
 
 def settings_of_presets(names: Sequence[str]) -> dict[str, Setting]:
@@ -169,11 +186,13 @@ def _play_sites(score: Score, setting: Setting, entries: Sequence[Recorded]) -> 
     if setting.target is not None:
         control = RateControl(setting.target)
         for (encoder, _), entry in zip(ends, entries, strict=True):
-            encoder.steers = control.stream(entry.site)
+            encoder.steers = control.stream((entry.site, 0))
     for step in range(max(len(entry.x) for entry in entries)):
         for (encoder, decoder), entry in zip(ends, entries, strict=True):
             if step < len(entry.x):
                 _play_frame(score, setting, encoder, decoder, entry, step)
+    if setting.target is not None:
+        score.met = control.met()
     score.state_bytes += sum(encoder.state_bytes for encoder, _ in ends)
 
 
@@ -222,6 +241,7 @@ def to_json(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
             "request_worst_step": score.request.worst[2] if score.request.worst[0] else None,
             "state_bytes": score.state_bytes,
         }
+        | ({} if score.met is None else {"target": score.met.to_dict()})
         for name, score in scores.items()
     }
 

@@ -19,7 +19,7 @@ from compactdist.kernels.spec import MatrixView
 __all__ = ["LADDERS", "Rates"]
 
 LADDERS: dict[str, tuple[str, ...]] = {
-    "transform": tuple(f"transform:bits={bits}" for bits in (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6)),
+    "transform": tuple(f"transform:bits={bits}" for bits in (0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6)),
     "scalar": ("binary", "int2", "int3", "int4", "int8"),
 }
 """Ladders that have a name."""
@@ -39,8 +39,8 @@ class Rates(Codec):
     whose basis then goes on when the rate changes.
 
     Args:
-        rungs: the name of a ladder (``"transform"``, ``"scalar"``), codecs joined by ``+`` (``"binary+int2+int4"``), or a
-            sequence of codecs; in ascending order of their bits.
+        rungs: the name of a ladder (``"transform"``, ``"scalar"``), codecs joined by ``+`` (``"binary+int2+int4"``),
+            or a sequence of codecs; in ascending order of their bits.
         start: number of the rate before any is announced; 0: that of the middle rung, the lower of two.
 
     Raises:
@@ -66,7 +66,7 @@ class Rates(Codec):
         _check_order(self.rungs)
         if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start <= len(self.rungs):
             raise CodecConfigError(
-                f"codec 'rates': start must be an integer from 0 to {len(self.rungs)}, the number of rungs, got {start!r}"
+                f"codec 'rates': start must be an integer from 0 to {len(self.rungs)}, the rungs, got {start!r}"
             )
         self._start = start
         self.rates = len(self.rungs)

@@ -5,7 +5,7 @@ from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Predictor
 from compactdist.state.matrix_view import Layout, MatrixView, blocks, plain
 from compactdist.state.quantized_history import StateForm
-from compactdist.state.rate import Met, RateControl, Target
+from compactdist.state.rate import STEERED, Met, RateControl, Target, check_steered
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
 from compactdist.state.store import Site, StateStore
 from compactdist.state.stream import (
@@ -30,6 +30,7 @@ __all__ = [
     "ResidualEncoder",
     "RateControl",
     "Room",
+    "STEERED",
     "Site",
     "Staged",
     "StateForm",
@@ -40,6 +41,7 @@ __all__ = [
     "StreamState",
     "Target",
     "blocks",
+    "check_steered",
     "keyframe_codec",
     "plain",
     "state_nbytes",

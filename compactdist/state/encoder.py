@@ -352,9 +352,8 @@ class StreamEncoder(StreamState):
     ) -> Choice:
         """What the frame of a tensor announces: ``rate`` is in use, and the tensor was measured or is a keyframe."""
         numel, view = flat.numel(), self.view or blocks(flat.numel())
-        sizes = [
-            HEADER_NBYTES + codec.at(one + 1).payload_nbytes(view.shape, torch.float32) for one in range(codec.rates)
-        ]
+        rungs = [codec.at(1 + index) for index in range(codec.rates)]
+        sizes = [HEADER_NBYTES + rung.payload_nbytes(view.shape, torch.float32) for rung in rungs]
         steers.begin(step if step >= 0 else self.sequence, epoch, numel, sizes, rate)
         return steers.choose(measured, HEADER_NBYTES + self.keyframe_nbytes(codec, numel, flat.dtype))
 

@@ -11,13 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from compactdist.codecs.base import Terms, residual_of
+from compactdist.codecs.base import Codec, Terms, residual_of
 from compactdist.errors import ConfigError
 
-__all__ = ["Choice", "Measured", "Met", "RateControl", "StreamRate", "Target"]
+__all__ = ["STEERED", "Choice", "Measured", "Met", "RateControl", "StreamRate", "Target", "check_steered"]
+
+STEERED = "rates"
+"""Id of the codec where a target is given and no codec."""
 
 _KINDS = {"nmse_db": "decibels, as -32", "bits": "a number above 0", "bytes_per_step": "a number above 0"}
 _DB_PER_BIT = 6.02
@@ -31,6 +35,10 @@ _FORGET = 0.98
 """Weight of older steps beside those of one step later, in requests of many steps."""
 _LEARN, _LEARN_OTHERS = 0.6, 0.2
 _BISECTIONS = 50
+
+
+Key = tuple[str, int]
+"""An encoder: its site, and the rank it sends to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +82,19 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.kind}={self.value:g}"
+
+
+def check_steered(codec: Codec, target: Target) -> None:
+    """Make sure that a codec has rates to choose from.
+
+    Raises:
+        ConfigError: it has just one.
+    """
+    if not codec.rates:
+        raise ConfigError(
+            f"target='{target}' chooses among the rates of a codec, and {codec!r} has just one: leave codec out, or "
+            f"give codec='{STEERED}' with rungs of your choice"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +165,12 @@ class Met:
         """The figure that was asked for."""
         return float(getattr(self, self.asked.kind))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; ``None`` where there is no finite number."""
+        values = {"met": self.met, "nmse_db": self.nmse_db, "bits": self.bits, "bytes_per_step": self.bytes_per_step}
+        values["request_bits"] = self.request_bits
+        return {"asked": str(self.asked)} | {n: v if math.isfinite(v) else None for n, v in values.items()}
+
 
 class StreamRate:
     """What one encoder has measured, and the rate it wants.
@@ -172,7 +199,8 @@ class StreamRate:
         """Say how the stream codes now.
 
         Args:
-            step, epoch: of the frame; with the first frame of another step, sizes are shared out anew.
+            step: of the frame; with the first frame of another step, sizes are shared out anew.
+            epoch: of the frame.
             elements: of the tensor.
             sizes: bytes of a frame at each rate.
             rate: number of the rate in use.
@@ -200,7 +228,7 @@ class StreamRate:
         return [min(before, before * 10 ** (one / 10)) for one in loss]
 
     def _change(self, measured: Measured) -> float:
-        """The part of a residual's energy that was no error of the frame before, over the tensor's; at least a tenth."""
+        """The part of a residual's energy that was no error of the frame before, over the tensor's; a tenth or more."""
         before = 0.0 if self._last is None else self._last.error
         return max(0.1 * measured.residual, measured.residual - before) / measured.energy
 
@@ -259,6 +287,8 @@ class StreamRate:
 
     def sent(self, measured: Measured | None, wire_bytes: int) -> None:
         """Count a frame that is on its way; ``measured``: ``None`` for a keyframe."""
+        if measured is None and not self.planned:
+            self._control.begun(self)
         self._control.counted(wire_bytes, self.elements, residual=measured is not None)
         if measured is None:
             return
@@ -289,21 +319,22 @@ class RateControl:
     """
 
     target: Target
-    _streams: dict[Hashable, StreamRate] = field(default_factory=dict)
+    _streams: dict[Key, StreamRate] = field(default_factory=dict)
     _at: Hashable = None
     _steps: int = 0
     _under_way: bool = False
+    _over: float = 0.0
     _wire_bytes: int = 0
     _elements: int = 0
 
-    def stream(self, key: Hashable) -> StreamRate:
+    def stream(self, key: Key) -> StreamRate:
         """The rate of an encoder that begins; what one of this key saw before, in the last request, is used."""
         old = self._streams.get(key)
         made = self._streams[key] = StreamRate(self, () if old is None else old.changes or old._told)
         return made
 
     def begin_step(self, step: Hashable) -> None:
-        """Called before each frame: with another step than the last frame's, sizes are shared out for the step after."""
+        """Called before each frame: at another step than the last frame's, sizes are shared out for the step after."""
         if step == self._at:
             return
         self._at = step
@@ -336,11 +367,20 @@ class RateControl:
             stream.planned = rate
 
     def first_rate(self, stream: StreamRate) -> int:
-        """The rate of a stream's first residual, whose frame is nearest to the size; 0: the codec's own start."""
+        """The rate of a stream's first residual; 0: the codec's own start.
+
+        Its frame is nearest to the size asked for, less what other streams took too much.
+        """
         if self.target.kind != "bits":
             return 0
-        size = self.target.value * stream.elements / 8
+        size = self.target.value * stream.elements / 8 - self._over
         return 1 + min(range(len(stream.sizes)), key=lambda at: abs(stream.sizes[at] - size))
+
+    def begun(self, stream: StreamRate) -> None:
+        """Count the size of a stream's first residual, whose rate was announced."""
+        rate = self.first_rate(stream)
+        if rate:
+            self._over += stream.sizes[rate - 1] - self.target.value * stream.elements / 8
 
     def counted(self, wire_bytes: int, elements: int, *, residual: bool) -> None:
         """Count a frame."""
@@ -350,15 +390,15 @@ class RateControl:
 
     def restart(self) -> None:
         """Begin another request; what the streams saw in this one tells what to expect."""
-        self._steps, self._at, self._wire_bytes, self._elements, self._under_way = 0, None, 0, 0, False
+        self._steps, self._at, self._wire_bytes, self._elements = 0, None, 0, 0
+        self._under_way, self._over = False, 0.0
         for key in list(self._streams):
             self.stream(key)
 
     def forget(self, prefix: str) -> None:
         """Let go of the streams whose site lies under a prefix."""
         for key in list(self._streams):
-            site = key[0] if isinstance(key, tuple) else key
-            if isinstance(site, str) and (site == prefix or site.startswith(prefix + "/")):
+            if key[0] == prefix or key[0].startswith(prefix + "/"):
                 del self._streams[key]
 
     def met(self) -> Met:
@@ -376,7 +416,7 @@ class RateControl:
             8 * self._wire_bytes / self._elements if self._elements else math.nan,
         )
 
-    def rates(self) -> dict[Hashable, int]:
+    def rates(self) -> dict[Key, int]:
         """The rate in use of each stream."""
         return {key: stream.rate for key, stream in self._streams.items() if stream.is_known}
 
