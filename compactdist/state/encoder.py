@@ -443,7 +443,7 @@ class StreamEncoder(StreamState):
         header = staged.header
         flags = header.flags
         if self.steers is not None and self.steers.is_known and (staged.measured is not None or flags & KEY):
-            self.steers.sent(staged.measured, staged.frame.numel())
+            self.steers.sent(staged.measured, staged.frame.numel(), header.next_rate)
         if flags & STATELESS:
             self.sequence += 1
             return

@@ -285,8 +285,18 @@ class StreamRate:
         left = (asked * (energy + last.energy) - error) / last.energy
         return max(asked / _ROOM, min(asked * _ROOM, left))
 
-    def sent(self, measured: Measured | None, wire_bytes: int) -> None:
-        """Count a frame that is on its way; ``measured``: ``None`` for a keyframe."""
+    def sent(self, measured: Measured | None, wire_bytes: int, next_rate: int = 0) -> None:
+        """Count a frame that is on its way.
+
+        Args:
+            measured: the frame's tensor; ``None``: it is a keyframe.
+            wire_bytes: of the frame.
+            next_rate: the rate that it announces; 0: none.
+        """
+        self._count(measured, wire_bytes)
+        self.rate = next_rate or self.rate
+
+    def _count(self, measured: Measured | None, wire_bytes: int) -> None:
         if measured is None and not self.planned:
             self._control.begun(self)
         self._control.counted(wire_bytes, self.elements, residual=measured is not None)
