@@ -341,6 +341,8 @@ class RateControl:
         """The rate of an encoder that begins; what one of this key saw before, in the last request, is used."""
         old = self._streams.get(key)
         made = self._streams[key] = StreamRate(self, () if old is None else old.changes or old._told)
+        if old is not None:
+            made._loss, made._seen = old._loss, old._seen
         return made
 
     def begin_step(self, step: Hashable) -> None:
