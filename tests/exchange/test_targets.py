@@ -67,9 +67,11 @@ def test_every_collective_follows(target, codec):
         assert f"target {target}: met" in seen[0]
         assert "rate" in seen[0]
         value = float(target.partition("=")[2])
-        close = abs(stats["target"]["met"] - value) < 1 if "db" in target else None
-        if close is not None:
-            assert close, stats["target"]
+        met = stats["target"]["met"]
+        if "db" in target:
+            assert met < value + 1  # better where the lowest rate is
+        else:
+            assert met == pytest.approx(value, rel=0.1)  # frames of all-gathers are as large as the other rank's
         rates.append({key: site["rate"] for key, site in stats["sites"].items() if "all_gather" in key})
     if "db" in target:
         assert rates[0] != rates[1]  # unequal announcements: frames were as large as the largest

@@ -102,7 +102,7 @@ def test_after_reset_the_first_residual_is_known():
     encoder, decoder = kit.pair(target="nmse_db=-26")
     missed = []
     for _ in range(2):
-        play(encoder, decoder, values(4, 4, 0.4))
+        play(encoder, decoder, values(4, 4, 0.1))
         missed.append(abs(encoder.met.met + 26))
         encoder.reset()
         decoder.reset()
@@ -174,7 +174,7 @@ def test_a_wrong_rate_is_refused():
 def test_streams_at_other_rates_are_not_in_the_same_state():
     ends, codec = _steered("nmse_db=-30", 1), codecs.get("rates:rungs=scalar")
     encoder, decoder = ends[0]
-    x = values(9, 1)[0].reshape(-1)
+    x = values(9, 2)[0].reshape(-1)
     staged = encoder.stage(x, codec, keyframe=True)
     encoder.commit(staged)
     decoder.decode(staged.frame, codec, x.numel(), x.dtype)
