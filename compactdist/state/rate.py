@@ -31,6 +31,8 @@ _MARGIN = 1.12
 """A lower rate must promise an error this much below what is allowed, and one that misses by less is kept: 0.5 dB."""
 _ROOM = 2.5
 """By how much, at most, one step may be better or worse than the target, to make up for others."""
+_HOPELESS = 4.0
+"""Errors count as at most so many times the target when others make up for them."""
 _FORGET = 0.98
 """Weight of older steps beside those of one step later, in requests of many steps."""
 _LEARN, _LEARN_OTHERS = 0.6, 0.2
@@ -79,6 +81,11 @@ class Target:
         except ValueError:
             value = math.nan
         return cls(kind.strip(), value)
+
+    @property
+    def nmse(self) -> float:
+        """The error that is asked for, as a ratio of energies; infinite where a size is asked for."""
+        return 10 ** (self.value / 10) if self.kind == "nmse_db" else math.inf
 
     def __str__(self) -> str:
         return f"{self.kind}={self.value:g}"
@@ -265,7 +272,7 @@ class StreamRate:
         if target.kind != "nmse_db":
             wanted = self.planned or (self._control.first_rate(self) if measured is None else 0)
             return Choice(0 if wanted == self.rate else wanted)
-        allowed = self._allowed(10 ** (target.value / 10), measured)
+        allowed = self._allowed(target.nmse, measured)
         errors = self.relative_errors(measured)
         rate = next((at + 1 for at, error in enumerate(errors) if error <= allowed), len(errors))
         if measured is not None and rate != self.rate:
@@ -279,7 +286,8 @@ class StreamRate:
         """The NMSE that the next residual may have, so that it and those before it meet what is asked."""
         error, energy, last = self._recent_error, self._recent_energy, self._last
         if measured is not None:
-            error, energy, last = _FORGET * error + measured.error, _FORGET * energy + measured.energy, measured
+            error = _FORGET * error + self._counted(asked, measured)
+            energy, last = _FORGET * energy + measured.energy, measured
         if last is None or last.energy <= 0:
             return asked
         left = (asked * (energy + last.energy) - error) / last.energy
@@ -311,8 +319,14 @@ class StreamRate:
         self.sums.energy += measured.energy
         self.sums.wire_bytes += wire_bytes
         self.sums.elements += self.elements
-        self._recent_error = _FORGET * self._recent_error + measured.error
+        asked = self._control.target.nmse
+        self._recent_error = _FORGET * self._recent_error + self._counted(asked, measured)
         self._recent_energy = _FORGET * self._recent_energy + measured.energy
+
+    @staticmethod
+    def _counted(asked: float, measured: Measured) -> float:
+        """The error of a frame as far as others make up for it: a step that nobody foresaw is not paid back."""
+        return min(measured.error, _HOPELESS * asked * measured.energy)
 
     @property
     def is_known(self) -> bool:

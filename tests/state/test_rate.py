@@ -164,7 +164,7 @@ def test_a_wrong_rate_is_refused():
         for bad in wrong:
             frame = staged.frame.clone()
             seal(frame, bad)
-            with pytest.raises(FrameError, match="wrong (rate|announcement).*Nothing was applied"):
+            with pytest.raises(FrameError, match=r"wrong (rate|announcement).*Nothing was applied"):
                 decoder.decode(frame, codec, x.numel(), x.dtype, step=step)
         assert payload_of(staged.frame, header).numel() == header.payload_nbytes
         encoder.commit(staged)
