@@ -12,7 +12,7 @@ from compactdist import __version__
 from compactdist.cli import bench_codecs, subjects
 from compactdist.cli import evaluate as evaluation
 from compactdist.cli.baselines import play_baselines
-from compactdist.cli.common import JsonFile, check_writable, console, failing_well, parse_codecs, write_json
+from compactdist.cli.common import JsonFile, Targets, check_writable, console, failing_well, parse_codecs, write_json
 from compactdist.cli.demo import run_demo
 from compactdist.errors import ConfigError
 from compactdist.observe.trace import Trace
@@ -96,13 +96,7 @@ def evaluate(
         int | None,
         typer.Option(min=2, help="Play this many of the recorded steps, evenly spaced, first and last among them."),
     ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="nmse_db=-32, bits=1.5 or bytes_per_step=2e6: what the codec's rates (codec rates if none is given) "
-            "are chosen for. May be repeated."
-        ),
-    ] = None,
+    target: Targets = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add formats that send every step by itself: int4, fp4 and fp8.")
     ] = False,

@@ -44,6 +44,14 @@ JsonFile = Annotated[
     typer.Option("--json", metavar="FILE", help="Write the numbers there as JSON; - for standard output."),
 ]
 
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="nmse_db=-32, bits=1.5 or bytes_per_step=2e6: what the codec's rates (codec rates if none is given) are "
+        "chosen for. May be repeated."
+    ),
+]
+
 
 def parse_codecs(texts: Sequence[str] | None) -> dict[str, Codec]:
     """Codecs by the text they were named with; all registered ones if none were."""
