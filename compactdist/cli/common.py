@@ -23,6 +23,7 @@ from compactdist.observe.trace import TraceError
 
 __all__ = [
     "STDOUT",
+    "Targets",
     "Column",
     "JsonFile",
     "check_writable",

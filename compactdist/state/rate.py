@@ -31,7 +31,7 @@ _MARGIN = 1.12
 """A lower rate must promise an error this much below what is allowed, and one that misses by less is kept: 0.5 dB."""
 _ROOM = 2.5
 """By how much, at most, one step may be better or worse than the target, to make up for others."""
-_HOPELESS = 4.0
+_HOPELESS = 6.0
 """Errors count as at most so many times the target when others make up for them."""
 _FORGET = 0.98
 """Weight of older steps beside those of one step later, in requests of many steps."""
@@ -314,7 +314,6 @@ class StreamRate:
         if measured.energy > 0:
             self.changes.append(self._change(measured))
         self._seen.add(self.rate - 1)
-        self._last = measured
         self.sums.error += measured.error
         self.sums.energy += measured.energy
         self.sums.wire_bytes += wire_bytes
@@ -322,10 +321,12 @@ class StreamRate:
         asked = self._control.target.nmse
         self._recent_error = _FORGET * self._recent_error + self._counted(asked, measured)
         self._recent_energy = _FORGET * self._recent_energy + measured.energy
+        self._last = measured
 
-    @staticmethod
-    def _counted(asked: float, measured: Measured) -> float:
-        """The error of a frame as far as others make up for it: a step that nobody foresaw is not paid back."""
+    def _counted(self, asked: float, measured: Measured) -> float:
+        """The error of a frame as far as others make up for it: of the first, all; of a sudden change, a part."""
+        if self._last is None:
+            return measured.error
         return min(measured.error, _HOPELESS * asked * measured.energy)
 
     @property
