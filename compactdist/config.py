@@ -13,7 +13,16 @@ from compactdist import codecs, kernels
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
 from compactdist.policy import CallInfo, Policy, Rule, Rules, as_policy, describe_policy
-from compactdist.state import DEFAULT_KEYFRAME, Layout, Order, StateForm, StreamConfig, keyframe_codec
+from compactdist.state import (
+    DEFAULT_KEYFRAME,
+    Layout,
+    Order,
+    StateForm,
+    StreamConfig,
+    Target,
+    check_steered,
+    keyframe_codec,
+)
 from compactdist.wire import VERSION
 
 __all__ = ["DEFAULT_MIN_NUMEL", "Options"]
@@ -47,6 +56,10 @@ class Options:
         keyframe: id, configuration dictionary or Codec of the frames that carry tensors themselves, in blocks of
             consecutive elements; ``"raw"``: the tensors' own bytes, so that the first step is exact. Those of codec
             ``raw``, and of tensors too small to gain by it, are their own bytes in any case.
+        target: what the rates of the codec are chosen for: ``"nmse_db=-32"``, ``"bits=1.5"`` (of residual frames, for
+            each element) or ``"bytes_per_step=2e6"`` (of the residual frames that this rank encodes); see
+            :class:`~compactdist.state.rate.Target`. It needs a codec with several rates, as ``rates``, which ``wrap``
+            takes where no codec is named. Each rank chooses for what it sends, so ranks may differ.
         forward: a received tensor that is sent again untouched goes on in the frame it arrived in, instead of being
             encoded once more (:mod:`compactdist.exchange.forward`). The sender alone decides, so ranks may differ.
         state_budget_bytes: cap on history tensors of this rank; new sites beyond it pass through on all ranks
@@ -73,17 +86,22 @@ class Options:
     find_layout: bool = True
     state: StateForm = "exact"
     keyframe: str | dict[str, Any] | Codec = DEFAULT_KEYFRAME
+    target: str | Target | None = None
     forward: bool = True
     state_budget_bytes: int | None = None
     sample_errors_every: int = 0
     agree: Literal["plans", "off"] = "plans"
     agree_timeout: float | None = None
     _codec: Codec = field(init=False, repr=False)
+    _target: Target | None = field(init=False, repr=False)
     _policy: Policy | None = field(init=False, repr=False)
     _stream: StreamConfig = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_codec", codecs.get(self.codec))
+        object.__setattr__(self, "_target", None if self.target is None else Target.parse(self.target))
+        if self._target is not None:
+            check_steered(self._codec, self._target)
         object.__setattr__(self, "_policy", as_policy(self.policy))
         if self.local not in ("reconstructed", "exact"):
             raise ConfigError(f"local is 'reconstructed' or 'exact', got {self.local!r}")
@@ -131,6 +149,11 @@ class Options:
     def default_codec(self) -> Codec:
         """The codec object."""
         return self._codec
+
+    @property
+    def asked(self) -> Target | None:
+        """The target, read."""
+        return self._target
 
     @property
     def policy_function(self) -> Policy | None:

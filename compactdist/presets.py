@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from compactdist.errors import ConfigError
-from compactdist.state import Order
+from compactdist.state import STEERED, Order
 
-__all__ = ["PRESETS", "Preset", "expand"]
+__all__ = ["PRESETS", "Preset", "expand", "with_steered_codec"]
 
 
 @dataclass(frozen=True)
@@ -69,3 +69,14 @@ def expand(settings: Mapping[str, Any]) -> dict[str, Any]:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
         raise ConfigError(f"there is no preset {name!r}{hint} There are: {', '.join(PRESETS)}")
     return {**asdict(PRESETS[name]), **others}
+
+
+def with_steered_codec(options: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with a codec of several rates where there is a target, and nothing but a preset named a codec.
+
+    Args:
+        options: options, presets expanded.
+        named: the settings that they were expanded from.
+    """
+    steered = options.get("target") is not None and "codec" not in named
+    return {**options, "codec": STEERED} if steered else dict(options)

@@ -50,6 +50,7 @@ CODECS: tuple[dict[str, Any], ...] = (
     {"id": "transform"},
     {"id": "transform", "bits": 2.0},
     {"id": "transform", "bits": 4.0},
+    {"id": "rates"},
 )
 
 

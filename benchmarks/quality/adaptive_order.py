@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import common
 from compactdist import codecs
-from compactdist.cli.evaluate import Setting, play_site, recorded
+from compactdist.cli.evaluate import Setting, play_sites, recorded
 from compactdist.cli.score import Score
 from compactdist.observe.trace import Trace
 from compactdist.state import Order, StreamConfig
@@ -33,7 +33,7 @@ def played(trace: str, steps: int, names: list[str]) -> list[dict[str, object]]:
             row: dict[str, object] = {"trace": trace, "steps": steps, "codec": name, "site": entry.site}
             for order in ORDERS:
                 score = Score()
-                play_site(score, Setting(codecs.get(name), StreamConfig(order, find_layout=False)), entry)
+                play_sites(score, Setting(codecs.get(name), StreamConfig(order, find_layout=False)), [entry])
                 row[f"order_{order}_db"] = 20 * float(torch.tensor(score.residuals.rel_error).log10())
             rows.append(row)
     return rows

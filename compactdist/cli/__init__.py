@@ -14,6 +14,7 @@ from compactdist.cli import evaluate as evaluation
 from compactdist.cli.baselines import play_baselines
 from compactdist.cli.common import (
     JsonFile,
+    Targets,
     check_writable,
     console,
     failing_well,
@@ -25,7 +26,7 @@ from compactdist.cli.demo import run_demo
 from compactdist.errors import ConfigError
 from compactdist.observe.trace import Trace
 from compactdist.presets import PRESETS
-from compactdist.state import DEFAULT_KEYFRAME, StateForm, StreamConfig, keyframe_codec
+from compactdist.state import DEFAULT_KEYFRAME, STEERED, StateForm, StreamConfig, keyframe_codec
 from compactdist.state.quantized_history import STATE_FORMS
 
 __all__ = ["main"]
@@ -106,6 +107,7 @@ def evaluate(
         int | None,
         typer.Option(min=2, help="Play this many of the recorded steps, evenly spaced, first and last among them."),
     ] = None,
+    target: Targets = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add formats that send every step by itself: int4, fp4 and fp8.")
     ] = False,
@@ -126,8 +128,8 @@ def evaluate(
             state=cast("StateForm", state),  # checked there
             keyframe=keyframe_codec(keyframe),
         )
-        codecs = parse_codecs(codec) if codec or not preset else {}
-        settings = {name: evaluation.Setting(chosen, config) for name, chosen in codecs.items()}
+        codecs = parse_codecs(codec or ([STEERED] if target else None)) if codec or not preset or target else {}
+        settings = evaluation.settings_of_codecs(codecs, config, target or ())
         settings |= evaluation.settings_of_presets(preset or ())
         opened = Trace(trace)
         scores = evaluation.play_settings(opened, settings, steps)

@@ -24,6 +24,7 @@ from compactdist.state import Order
 
 __all__ = [
     "STDOUT",
+    "Targets",
     "Column",
     "JsonFile",
     "check_writable",
@@ -44,6 +45,14 @@ STDOUT = Path("-")
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the numbers there as JSON; - for standard output."),
+]
+
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="nmse_db=-32, bits=1.5 or bytes_per_step=2e6: what the codec's rates (codec rates if none is given) are "
+        "chosen for. May be repeated."
+    ),
 ]
 
 

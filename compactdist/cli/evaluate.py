@@ -19,15 +19,16 @@ from compactdist.config import Options
 from compactdist.errors import CompactDistError
 from compactdist.observe.trace import Trace, TraceError
 from compactdist.presets import PRESETS, expand
-from compactdist.state import MatrixView, StreamConfig, StreamDecoder, StreamEncoder
+from compactdist.state import MatrixView, RateControl, StreamConfig, StreamDecoder, StreamEncoder, Target, check_steered
 
 __all__ = [
     "Recorded",
     "Setting",
     "play",
     "play_settings",
-    "play_site",
+    "play_sites",
     "recorded",
+    "settings_of_codecs",
     "settings_of_presets",
     "show",
     "spaced",
@@ -37,10 +38,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table: the codec of residuals, and how its streams predict and send keyframes."""
+    """One row of the table: the codec of residuals, how its streams predict and send keyframes, and their target."""
 
     codec: Codec
     config: StreamConfig
+    target: Target | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,22 @@ def recorded(
         yield Recorded(site, x, trace.groups(site, x.shape[1]))
 
 
+def settings_of_codecs(codecs: Mapping[str, Codec], config: StreamConfig, targets: Sequence[str]) -> dict[str, Setting]:
+    """Codecs by name; with targets, each codec with each of them, as ``codec target``.
+
+    Raises:
+        ConfigError: a target is none, or a codec has just one rate.
+    """
+    if not targets:
+        return {name: Setting(codec, config) for name, codec in codecs.items()}
+    made = {}
+    for name, codec in codecs.items():
+        for target in map(Target.parse, targets):
+            check_steered(codec, target)
+            made[f"{name} {target}"] = Setting(codec, config, target)
+    return made
+
+
 def settings_of_presets(names: Sequence[str]) -> dict[str, Setting]:
     """Presets of ``wrap`` by their names, all of them for ``all``.
 
@@ -148,29 +166,52 @@ def play_settings(
     """
     scores = {name: Score() for name in settings}
     keyframes = max([1, *(setting.config.warmup_steps for setting in settings.values())])
+    steered = {name: setting for name, setting in settings.items() if setting.target is not None}
+    kept = []
     for entry in recorded(trace, steps, keyframes, report):
         for name, setting in settings.items():
-            play_site(scores[name], setting, entry)
+            if name not in steered:
+                play_sites(scores[name], setting, [entry])
+        if steered:
+            kept.append(entry)
+    for name, setting in steered.items():
+        play_sites(scores[name], setting, kept)
     return scores
 
 
 @torch.no_grad()
-def play_site(score: Score, setting: Setting, entry: Recorded) -> None:
-    """Play a site through one encoder and one decoder, and count its frames in ``score``.
+def play_sites(score: Score, setting: Setting, entries: Sequence[Recorded]) -> None:
+    """Play sites side by side, step by step, as one request, and count their frames in ``score``.
 
     Raises:
         CompactDistError: encoder and decoder disagree.
     """
-    codec, config, hint = setting.codec, setting.config, entry.hint
-    encoder, decoder = StreamEncoder(config, 0, entry.site), StreamDecoder(config, 0, entry.site)
-    for step, value in enumerate(entry.x):
-        flat, keyframe = value.reshape(-1), step < max(1, config.warmup_steps)
-        staged = encoder.stage(flat, codec, keyframe=keyframe, want_value=True)
-        encoder.commit(staged, hint)
-        x_hat = decoder.decode(staged.frame, codec, flat.numel(), flat.dtype, hint=hint)
-        _check_equal(encoder, decoder, staged.value, x_hat, f"{entry.site}, step {step}, codec {codec!r}")
-        score.count(entry.site, step, flat, x_hat, staged.frame.numel(), keyframe=keyframe)
-    score.state_bytes += encoder.state_bytes
+    config = setting.config
+    ends = [(StreamEncoder(config, 0, entry.site), StreamDecoder(config, 0, entry.site)) for entry in entries]
+    if setting.target is not None:
+        control = RateControl(setting.target)
+        for (encoder, _), entry in zip(ends, entries, strict=True):
+            encoder.steers = control.stream((entry.site, 0))
+    for step in range(max(len(entry.x) for entry in entries)):
+        for (encoder, decoder), entry in zip(ends, entries, strict=True):
+            if step < len(entry.x):
+                _play_frame(score, setting, encoder, decoder, entry, step)
+    if setting.target is not None:
+        score.met = control.met()
+    score.state_bytes += sum(encoder.state_bytes for encoder, _ in ends)
+
+
+def _play_frame(
+    score: Score, setting: Setting, encoder: StreamEncoder, decoder: StreamDecoder, entry: Recorded, step: int
+) -> None:
+    codec, hint, flat = setting.codec, entry.hint, entry.x[step].reshape(-1)
+    warm_up = step < max(1, setting.config.warmup_steps)
+    keyframe = warm_up or encoder.is_fresh(flat.numel(), flat.dtype)
+    staged = encoder.stage(flat, codec, keyframe=keyframe, step=step, want_value=True)
+    encoder.commit(staged, hint)
+    x_hat = decoder.decode(staged.frame, codec, flat.numel(), flat.dtype, step=step, hint=hint)
+    _check_equal(encoder, decoder, staged.value, x_hat, f"{entry.site}, step {step}, codec {codec!r}")
+    score.count(entry.site, step, flat, x_hat, staged.frame.numel(), keyframe=warm_up)
 
 
 def _check_equal(
@@ -205,6 +246,7 @@ def to_json(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
             "request_worst_step": score.request.worst[2] if score.request.worst[0] else None,
             "state_bytes": score.state_bytes,
         }
+        | ({} if score.met is None else {"target": score.met.to_dict()})
         for name, score in scores.items()
     }
 

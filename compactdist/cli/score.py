@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from compactdist.state import Met
+
 __all__ = ["Score", "Tally"]
 
 _UNCOMPRESSED_BITS = 16
@@ -70,11 +72,13 @@ class Score:
         residuals: all frames but the keyframes of the warm-up.
         request: all frames.
         state_bytes: bytes that the sender holds after the last step, over all sites.
+        met: what came of a target; ``None`` without one.
     """
 
     residuals: Tally = field(default_factory=Tally)
     request: Tally = field(default_factory=Tally)
     state_bytes: int = 0
+    met: Met | None = None
 
     @property
     def ratio(self) -> float:

@@ -4,7 +4,7 @@ Example:
     >>> import torch
     >>> from compactdist import codecs
     >>> codecs.list()
-    ['binary', 'fp8', 'int2', 'int3', 'int4', 'int8', 'lowrank', 'lowrank_int4', 'raw', 'ternary', 'topk', ...]
+    ['binary', 'fp8', 'int2', 'int3', 'int4', 'int8', 'lowrank', 'lowrank_int4', 'rates', 'raw', 'ternary', ...]
     >>> int4 = codecs.get("int4")
     >>> x = torch.ones(4, 64)
     >>> payload = int4.encode(x)
@@ -19,6 +19,7 @@ from __future__ import annotations
 from compactdist.codecs.base import Codec
 from compactdist.codecs.lowrank.lowrank import LowRank
 from compactdist.codecs.lowrank.lowrank_int4 import LowRankInt4
+from compactdist.codecs.rates import Rates
 from compactdist.codecs.raw import Raw
 from compactdist.codecs.registry import get, register
 from compactdist.codecs.registry import list_codecs as list
@@ -43,6 +44,7 @@ __all__ = [
     "Int8",
     "LowRank",
     "LowRankInt4",
+    "Rates",
     "Raw",
     "Ternary",
     "TopK",

@@ -63,6 +63,12 @@ class Codec(ABC):
     """Sessions learn from the prediction and from what was decoded, which must be the same at both ends: streams
     without error feedback, whose sender predicts from values of its own, cannot use this codec."""
 
+    rates: int = 0
+    """Rates that a stream can change between, numbered from 1; 0: the codec has just one."""
+
+    start_rate: int = 0
+    """The rate before any is announced; 0 where there is just one."""
+
     @property
     def velocity_share(self) -> float:
         """Of the velocity that leaves the smallest residual, how much suits the codec best (order "auto"), in (0, 1].
@@ -100,6 +106,10 @@ class Codec(ABC):
             CodecConfigError: The codec does not take this dtype.
             PayloadError: The payload is not a flat uint8 tensor of exactly the expected length.
         """
+
+    def at(self, rate: int) -> Codec:
+        """The codec whose payloads have the size of that rate; this one, where there is just one rate."""
+        return self
 
     def open(self, view: MatrixView, dtype: torch.dtype, device: torch.device) -> Session:
         """Open one end of one directed stream of tensors.
@@ -171,7 +181,7 @@ class Session:
 
     Attributes:
         codec, view, dtype, device: as given to ``Codec.open``.
-        payload_nbytes: bytes of every payload of this stream.
+        payload_nbytes: bytes of every payload of this stream, at the rate in use.
         checksum: of the payload that the last ``encode`` wrote, if it was summed up on the way, else ``None``.
         sums: whether ``decode_and_sum`` sums up payloads.
     """
@@ -241,6 +251,14 @@ class Session:
             The checksum; ``None``: the bytes were not summed up, and ``out`` holds anything.
         """
         return None
+
+    def set_rate(self, rate: int) -> None:
+        """Code the frames from the next on at another rate of the codec; ``payload_nbytes`` follows.
+
+        Raises:
+            CodecConfigError: The codec has just one rate.
+        """
+        raise CodecConfigError(f"codec {self.codec.codec_id!r} has just one rate, and {rate} was asked for")
 
     @property
     def device_steps(self) -> DeviceSteps | None:

@@ -72,6 +72,7 @@ _FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "FIND_LAYOUT": (_switch, "one of 1, 0, true, false"),
     "STATE": (str, "a word"),
     "KEYFRAME": (str, "a codec"),
+    "TARGET": (str, "a target"),
     "FORWARD": (_switch, "one of 1, 0, true, false"),
     "STATE_BUDGET_BYTES": (int, "an integer"),
     "SAMPLE_ERRORS_EVERY": (int, "an integer"),

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from compactdist.observe.estimate import Estimate, estimate
 from compactdist.observe.explain import explain
 from compactdist.observe.stats import GroupStats, Stats
 from compactdist.policy import Rules
-from compactdist.state import StateStore
+from compactdist.state import RateControl, StateStore
 
 __all__ = ["GroupLifecycle", "check_rules"]
 
@@ -115,7 +116,14 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             ),
             exact_local=options.local == "exact",
             sample_every=options.sample_errors_every,
-            store=StateStore(options.stream, label, options.state_budget_bytes, name, inner.rank()),
+            store=StateStore(
+                options.stream,
+                label,
+                options.state_budget_bytes,
+                name,
+                inner.rank(),
+                None if options.asked is None else RateControl(options.asked),
+            ),
             stats=stats,
             forward=options.forward,
         )
@@ -312,7 +320,9 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             FrameError, NonFiniteError: what a GPU has met since the last step; it is waited for.
         """
         self._engine.store.board.poll(wait=True)
-        return self._engine.stats.snapshot(self._engine.state_bytes())
+        store = self._engine.store
+        made = self._engine.stats.snapshot(self._engine.state_bytes(), store.rates())
+        return made if store.control is None else replace(made, target=store.control.met().to_dict())
 
     def check(self) -> None:
         """Make sure that both ends of every stream hold the same history, to the bit. Collective.

@@ -19,7 +19,7 @@ from compactdist.group.agree import agree
 from compactdist.group.environment import settings_from_environment, warn_overruled
 from compactdist.group.lifecycle import check_rules
 from compactdist.group.process_group import CompressedProcessGroup
-from compactdist.presets import expand
+from compactdist.presets import expand, with_steered_codec
 
 __all__ = ["unwrap", "unwrap_mesh", "wrap", "wrap_mesh"]
 
@@ -52,7 +52,7 @@ def wrap(
         timeout: how long to wait for the other ranks, seconds or timedelta; 60 s by default.
         **settings: the other fields of :class:`Options`: ``policy``, ``warmup_steps``, ``order``, ``damping``,
             ``error_feedback``, ``local``, ``min_numel``, ``layouts``, ``find_layout``, ``state``, ``keyframe``,
-            ``forward``, ``state_budget_bytes``, ``sample_errors_every``, ``agree``, ``agree_timeout``.
+            ``target``, ``forward``, ``state_budget_bytes``, ``sample_errors_every``, ``agree``, ``agree_timeout``.
 
     Returns:
         A :class:`CompressedProcessGroup`: a registered ProcessGroup that also carries torch.distributed's API. The
@@ -126,7 +126,7 @@ def _options(
         given = {**given, "timeout": timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)}
     chosen = expand(given)
     warn_overruled(environment, {**chosen, **given})
-    settings = {**expand(environment), **chosen}
+    settings = with_steered_codec({**expand(environment), **chosen}, {**environment, **given})
     waited = settings.pop("timeout", _TIMEOUT_SECONDS)
     return options or Options(**settings), waited
 

@@ -6,7 +6,7 @@ import math
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compactdist.observe.stats import PassReason, SiteStats, Stats
 
@@ -47,6 +47,8 @@ def _columns(sites: Sequence[SiteStats]) -> list[_Column]:
         ("", "bits", lambda site: _number(site.last_wire_bits_per_element)),
         ("state", state, state_cell),
     ]
+    if any(site.rate for site in sites):
+        columns.append(("", "rate", lambda site: site.rate or "-"))
     if any(site.sampled for site in sites):
         columns.append(("NMSE", "dB", lambda site: _number(site.nmse_db, 1)))
     if any(site.forwarded for site in sites):
@@ -98,6 +100,18 @@ def _totals(stats: Stats, budget: int | None) -> str:
     )
 
 
+def _asked(target: dict[str, Any]) -> str:
+    """What was asked of rates, and what came of it."""
+
+    def number(name: str) -> str:
+        return "-" if target[name] is None else f"{target[name]:.4g}"
+
+    return (
+        f"target {target['asked']}: met {number('met')} (residual frames: {number('nmse_db')} dB, "
+        f"{number('bits')} bits, {number('bytes_per_step')} bytes a step; all frames: {number('request_bits')} bits)"
+    )
+
+
 def _passed(group: GroupLifecycle) -> _Lines:
     """A line for each operation and reason."""
     engine = group._engine
@@ -141,6 +155,8 @@ def explain(group: GroupLifecycle) -> str:
     texts = _large_residuals(sites)
     if stats.passed_reasons:
         texts += ["passed through:", *_passed(group)]
+    if stats.target is not None:
+        texts.append(_asked(stats.target))
     texts.append(_totals(stats, engine.store.budget_bytes))
     if stats.hint is not None:
         texts.append(stats.hint)

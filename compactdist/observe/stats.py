@@ -95,6 +95,7 @@ class SiteStats:
         received_raw_bytes, received_wire_bytes: of the ``received`` messages.
         last_wire_bits_per_element: of the last residual frame sent; NaN before there was one.
         state_bytes: bytes held now: histories, the codecs' memory, and payloads kept to be passed on.
+        rate: number of the rate in use, or the lowest and the highest (``"3-5"``), where a target has it chosen.
         passed: number of passed-through calls by reason.
         error_energy, energy, sampled: sums of squares over the sampled calls, and the number of these calls.
         residual_energy, predicted_energy: sums of squares of the residuals, and of the tensors they belong to, over the
@@ -114,6 +115,7 @@ class SiteStats:
     received_wire_bytes: int = 0
     last_wire_bits_per_element: float = math.nan
     state_bytes: int = 0
+    rate: str = ""
     passed: Counter[str] = field(default_factory=Counter)
     error_energy: float = 0.0
     energy: float = 0.0
@@ -191,6 +193,8 @@ class Stats:
         sites: per call site, in order of first use; then one record per operation for the sites that were folded.
         received_calls: receives that got a compressed message; not among ``compressed_calls``.
         received_raw_bytes, received_wire_bytes: bytes of those messages; not among ``raw_bytes`` and ``wire_bytes``.
+        target: what ``target=`` asked for and what was met since the last reset (``asked``, ``met``, then ``nmse_db``,
+            ``bits`` and ``bytes_per_step`` of residual frames, and ``request_bits`` of all frames); ``None`` without.
     """
 
     raw_bytes: int
@@ -204,6 +208,7 @@ class Stats:
     received_calls: int = 0
     received_raw_bytes: int = 0
     received_wire_bytes: int = 0
+    target: dict[str, Any] | None = None
 
     @property
     def ratio(self) -> float:
@@ -356,11 +361,12 @@ class GroupStats:
             self._warned.add(what)
             return True
 
-    def snapshot(self, state_bytes_of: dict[str, int]) -> Stats:
-        """Totals now; ``state_bytes_of`` maps keys to bytes held."""
+    def snapshot(self, state_bytes_of: dict[str, int], rates: Mapping[str, str] | None = None) -> Stats:
+        """Totals now; ``state_bytes_of`` maps keys to bytes held, ``rates`` to the rates in use."""
         with self._lock:
             for site in self._sites.values():
                 site.state_bytes = state_bytes_of.get(site.key, 0)
+                site.rate = (rates or {}).get(site.key, "")
             passed_bytes = int(sum(nbytes for _, nbytes in self._passed.values()))
             reasons: Counter[str] = Counter()
             for (_, reason), (count, _) in self._passed.items():

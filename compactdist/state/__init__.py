@@ -5,6 +5,7 @@ from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Order, Predictor
 from compactdist.state.matrix_view import Layout, MatrixView, blocks, plain
 from compactdist.state.quantized_history import StateForm
+from compactdist.state.rate import STEERED, Met, RateControl, Target, check_steered
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
 from compactdist.state.store import Site, StateStore
 from compactdist.state.stream import (
@@ -22,12 +23,15 @@ __all__ = [
     "COMPRESSIBLE_DTYPES",
     "DEFAULT_KEYFRAME",
     "MatrixView",
+    "Met",
     "Order",
     "Predictor",
     "Layout",
     "ResidualDecoder",
     "ResidualEncoder",
+    "RateControl",
     "Room",
+    "STEERED",
     "Site",
     "Staged",
     "StateForm",
@@ -36,7 +40,9 @@ __all__ = [
     "StreamDecoder",
     "StreamEncoder",
     "StreamState",
+    "Target",
     "blocks",
+    "check_steered",
     "keyframe_codec",
     "plain",
     "state_nbytes",

@@ -343,14 +343,16 @@ class StreamDecoder(StreamState):
             expected = header.coefficient
         compare("predictor", predictor, (ours.predictor, expected, ours.coefficient_2), SAME_CONFIG)
         compare("sequence", header.sequence, self.sequence)
-        compare("part", (header.part, header.parts, header.rate), (0, 1, 0), SAME_CONFIG)
+        compare("part", (header.part, header.parts), (0, 1), SAME_CONFIG)
+        codes = not header.flags & (KEY | STATELESS) and bool(header.payload_nbytes)
+        compare("rate", header.rate, self.rate_of(codec) if codes else 0, SAME_CONFIG)
         compare("kind of checksum", header.checksum_kind, CHECKSUM_WEIGHTED_SUM, SAME_CONFIG)
         view, nbytes = self._expected_payload(header, codec, numel, dtype, hint)
         shape = (0, 0, 0, 0) if view is None else (*view.shape, view.hint)
         compare("layout", (header.groups, header.rows, header.channels, header.layout), shape, SAME_CONFIG)
         compare("payload size", header.payload_nbytes, nbytes, SAME_CONFIG)
         compare("digest of the history", f"{header.digest:016x}", f"{0 if header.is_key else self.known_digest():016x}")
-        self._check_announcements(header)
+        self._check_announcements(header, codec)
         payload = payload_of(frame, header)
         copy = torch.empty_like(payload) if header.is_raw_key and self.config.remembers else None
         if kernels.checksum_for(nbytes, payload.device)(payload, copy) != header.checksum:
@@ -387,9 +389,9 @@ class StreamDecoder(StreamState):
         if codec.lossless or self.is_fresh(numel, dtype):
             self._compare(header, "kind", "a residual", "a keyframe, for this end holds no history or was told of one")
         view = self.view or hint or blocks(numel)
-        return view, codec.payload_nbytes(view.shape, torch.float32)
+        return view, self.residual_nbytes(codec, view)
 
-    def _check_announcements(self, header: Header) -> None:
+    def _check_announcements(self, header: Header, codec: Codec) -> None:
         per_row, numel = header.next_groups * header.next_channels, header.numel
         announces_view = bool(header.next_groups or header.next_channels)
         if announces_view and (per_row == 0 or numel % per_row):
@@ -397,6 +399,6 @@ class StreamDecoder(StreamState):
             self._compare(header, "announced view", next_view, f"a divisor of {numel} elements", SAME_CONFIG)
         said = header.next_rate, header.next_kind
         silent = header.flags & (STATELESS | NONFINITE | NO_STATE)
-        if said not in ((0, 0), (0, 1)) or (silent and (announces_view or any(said))):
+        if said[0] > codec.rates or said[1] > 1 or (silent and (announces_view or any(said))):
             text = f"rate {said[0]}, kind {said[1]}{', a view' if announces_view else ''}"
             self._compare(header, "announcement", text, "nothing that this kind of frame does not say", SAME_CONFIG)

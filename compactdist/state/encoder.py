@@ -17,6 +17,7 @@ from compactdist.kernels.spec import MatrixView
 from compactdist.state.board import Board
 from compactdist.state.find_view import find_view
 from compactdist.state.matrix_view import blocks
+from compactdist.state.rate import Choice, Measured, StreamRate
 from compactdist.state.relay import Relay, stop_sharing
 from compactdist.state.stream import Changes, Form, Room, Spares, Staged, StreamConfig, StreamState
 from compactdist.wire import (
@@ -63,11 +64,12 @@ class StreamEncoder(StreamState):
 
     Attributes:
         relay: relation to the incoming stream whose frames this one passes on; ``None`` if it never passed one on.
+        steers: chooses the rates of a codec with several; ``None``: they stay as they are.
         announce_keyframe: the next residual announces that a keyframe follows it. Set by whoever wants one; both ends
             then expect it.
     """
 
-    __slots__ = ("_own_predictor", "_remembers", "_searched", "_spares", "announce_keyframe", "relay")
+    __slots__ = ("_own_predictor", "_remembers", "_searched", "_spares", "announce_keyframe", "relay", "steers")
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class StreamEncoder(StreamState):
         self.announce_keyframe = False
         self._searched = not config.find_layout
         self.relay: Relay | None = None
+        self.steers: StreamRate | None = None
         self._spares = spares
         self._remembers = config.remembers
         self._own_predictor = config.new_predictor() if config.open_loop else None
@@ -200,6 +203,8 @@ class StreamEncoder(StreamState):
                 raise NonFiniteError(f"{self.where}: {error}") from None
             fields |= {"groups": view.groups, "rows": view.rows, "channels": view.channels}
         exact = _own(flat) if keeps and self._own_predictor is not None else None
+        if self.steers is not None and codec.rates and not flags & (NONFINITE | NO_STATE):
+            fields["next_rate"] = self._steered(self.steers, codec, flat, step, epoch, codec.start_rate).rate
         staged = self._stage_payload(flat, codec, payload, frame_nbytes, flags=flags, **fields)
         staged.value, staged.exact = value, exact
         return staged
@@ -229,7 +234,7 @@ class StreamEncoder(StreamState):
         session, own = form.session, self._own_predictor
         head, coefficient = form.head, 0.0
         if self.predictor.adapts:
-            coefficient = (own or self.predictor).choose(flat, codec.velocity_share)
+            coefficient = (own or self.predictor).choose(flat, codec.at(self.rate_of(codec)).velocity_share)
             head = form.head_for(coefficient)
         header = head.header
         start = HEADER_NBYTES if shape is None else HEADER_NBYTES + SHAPE_NBYTES
@@ -241,7 +246,8 @@ class StreamEncoder(StreamState):
         if terms and flat.is_cpu and form.is_far_larger(flat, terms if own is None else own.terms(coefficient)):
             terms, header = (), replace(form.head.header, flags=RESTART)
         value = None
-        if want_value or self._remembers:
+        steers = self.steers if codec.rates else None
+        if want_value or self._remembers or steers is not None:
             value = spares.take(flat)
         # an open-loop sender's prediction is not the receiver's: encode against its own, decode with the receiver's
         expected, out = (terms, value) if own is None or not terms else (own.terms(coefficient), None)
@@ -257,7 +263,8 @@ class StreamEncoder(StreamState):
         searches = not self._searched and not header.layout
         if searches:
             self._search(staged, residual_of(flat, expected))
-        if shape is None and header is head.header and not searches and not self.announce_keyframe:
+        announces = steers is not None and self._announces_rate(staged, steers, codec, flat, step, epoch)
+        if shape is None and header is head.header and not (searches or announces or self.announce_keyframe):
             write_head(frame, head.filled(step, epoch, self.sequence, checksum, self.digest))
         else:
             self._seal(staged, step, epoch, shape)
@@ -326,6 +333,35 @@ class StreamEncoder(StreamState):
         frames.seal(frame, flag, there.pair, (step, epoch, self.sequence), there.source, self.digest)
         return Staged(frame, form.head.header, 0, value, terms, session=form.session, there=True)
 
+    def _announces_rate(
+        self, staged: Staged, steers: StreamRate, codec: Codec, flat: Tensor, step: int, epoch: int
+    ) -> bool:
+        """Let a residual's frame announce the rate that its tensor asks for; returns whether it announces anything."""
+        assert staged.value is not None
+        staged.measured = Measured.of(flat, staged.terms, staged.value)
+        choice = self._steered(steers, codec, flat, step, epoch, self.rate_of(codec), staged.measured)
+        if choice == Choice():
+            return False
+        staged.header = replace(staged.header, next_rate=choice.rate, next_kind=int(choice.keyframe))
+        return True
+
+    def _steered(
+        self,
+        steers: StreamRate,
+        codec: Codec,
+        flat: Tensor,
+        step: int,
+        epoch: int,
+        rate: int,
+        measured: Measured | None = None,
+    ) -> Choice:
+        """What the frame of a tensor announces: ``rate`` is in use, and the tensor was measured or is a keyframe."""
+        numel, view = flat.numel(), self.view or blocks(flat.numel())
+        rungs = [codec.at(1 + index) for index in range(codec.rates)]
+        sizes = [HEADER_NBYTES + rung.payload_nbytes(view.shape, torch.float32) for rung in rungs]
+        steers.begin(step if step >= 0 else self.sequence, epoch, numel, sizes, rate)
+        return steers.choose(measured, HEADER_NBYTES + self.keyframe_nbytes(codec, numel, flat.dtype))
+
     def residual_energy(self, x: Tensor) -> float:
         """Sum of squares of what ``x`` differs by from its prediction; NaN without a prediction."""
         terms = (self.predictor if self._own_predictor is None else self._own_predictor).terms()
@@ -352,7 +388,7 @@ class StreamEncoder(StreamState):
             shape=shape,
             checksum=staged.checksum,
             digest=self.known_digest(),
-            next_kind=int(self.announce_keyframe),
+            next_kind=int(self.announce_keyframe) or staged.header.next_kind,
         )
         seal(staged.frame, staged.header)
 
@@ -411,6 +447,8 @@ class StreamEncoder(StreamState):
         """
         header = staged.header
         flags = header.flags
+        if self.steers is not None and self.steers.is_known and (staged.measured is not None or flags & KEY):
+            self.steers.sent(staged.measured, staged.frame.numel(), header.next_rate)
         if flags & STATELESS:
             self.sequence += 1
             return
@@ -442,6 +480,7 @@ class StreamEncoder(StreamState):
             staged.session.prepare()
         if staged.next_view is not None:
             self._use(staged.next_view)
+        self.follow_rate(header)
         if header.next_kind:
             self.announce_keyframe = False
             self.keyframe_announced = True

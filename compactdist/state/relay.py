@@ -135,7 +135,8 @@ def same_state(encoder: StreamEncoder, decoder: StreamDecoder, *, compare: bool 
         compare: compare the bytes; ``False``: only size, dtype, matrix view and number of tensors, which the host knows
             without waiting for a device. Codecs must remember nothing then.
     """
-    if encoder.live is None or (encoder.live, encoder.view) != (decoder.live, decoder.view):
+    theirs_now = decoder.live, decoder.view, decoder.rate
+    if encoder.live is None or (encoder.live, encoder.view, encoder.rate) != theirs_now:
         return False
     ours, theirs = encoder.predictor.held, decoder.predictor.held
     if not compare:
@@ -193,9 +194,10 @@ def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Rela
     """
     relay = encoder.relay = encoder.relay or Relay()
     if share and not relay.shared:
-        live, view, digest = encoder.live, encoder.view, encoder.known_digest()
+        live, view, rate, digest = encoder.live, encoder.view, encoder.rate, encoder.known_digest()
         encoder.drop()  # also frees what only encoding needs, such as the codec's memory
-        encoder.live, encoder.view, encoder.digest, encoder.predictor = live, view, digest, decoder.predictor
+        encoder.live, encoder.view, encoder.rate = live, view, rate
+        encoder.digest, encoder.predictor = digest, decoder.predictor
     relay.source, relay.passed, relay.shared, relay.owes_key = decoder, decoder.sequence, share, False
     return relay
 

@@ -16,6 +16,7 @@ from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Order
 from compactdist.state.matrix_view import Layout
 from compactdist.state.quantized_history import StateForm
+from compactdist.state.rate import STEERED, Met, RateControl, Target, check_steered
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, DEFAULT_KEYFRAME, StreamConfig, keyframe_codec
 from compactdist.wire import stream_fingerprint, unpack
 
@@ -24,6 +25,19 @@ __all__ = ["ResidualDecoder", "ResidualEncoder"]
 
 _WHERE = "stand-alone stream"
 _NO_STEP = -1
+
+
+def codec_for(codec: str | dict[str, Any] | Codec | None, target: str | Target | None) -> Codec:
+    """The codec of a stream with or without a target.
+
+    Raises:
+        ConfigError: a codec with just one rate cannot follow a target, or the target is none.
+    """
+    if target is None:
+        return codecs.get("int2" if codec is None else codec)
+    chosen, asked = codecs.get(STEERED if codec is None else codec), Target.parse(target)
+    check_steered(chosen, asked)
+    return chosen
 
 
 def _fingerprint(config: StreamConfig) -> int:
@@ -37,11 +51,15 @@ class ResidualEncoder:
     >>> x_hat = dec.decode(enc.encode(x))                                     # doctest: +SKIP
 
     Args:
-        codec: id, configuration dictionary or :class:`~compactdist.codecs.Codec`.
+        codec: id, configuration dictionary or :class:`~compactdist.codecs.Codec`; ``None``: ``int2``, or ``rates`` with
+            a target.
         order, damping, error_feedback, warmup_steps, find_layout, state: see :class:`StreamConfig`. The first
             ``warmup_steps`` frames, the first of all, and any frame of another size or dtype are keyframes.
         layout: hint for the matrix view of the flattened tensor; equal on both ends.
         keyframe: codes keyframes; ``"raw"``: they carry the tensor's own bytes, so the first value arrives exactly.
+        target: ``"nmse_db=-32"``, ``"bits=1.5"`` or ``"bytes_per_step=2e6"`` (a frame is a step here): the error or the
+            size of residual frames that the rates of the codec are chosen for; see
+            :class:`~compactdist.state.rate.Target`.
 
     Raises:
         ConfigError, UnknownCodecError: bad arguments.
@@ -49,7 +67,7 @@ class ResidualEncoder:
 
     def __init__(
         self,
-        codec: str | dict[str, Any] | Codec = "int2",
+        codec: str | dict[str, Any] | Codec | None = None,
         *,
         order: Order = 1,
         damping: float | None = None,
@@ -59,12 +77,16 @@ class ResidualEncoder:
         layout: Layout | None = None,
         state: StateForm = "exact",
         keyframe: str | dict[str, Any] | Codec = DEFAULT_KEYFRAME,
+        target: str | Target | None = None,
     ) -> None:
-        self.codec = codecs.get(codec)
+        self.codec = codec_for(codec, target)
         coded = keyframe_codec(keyframe)
         self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout, state, coded)
         self.layout = layout
         self._stream = StreamEncoder(self.config, _fingerprint(self.config), _WHERE)
+        self._control = None if target is None else RateControl(Target.parse(target))
+        if self._control is not None:
+            self._stream.steers = self._control.stream((_WHERE, 0))
         self._epoch = 0
         self._frames = 0
 
@@ -114,6 +136,14 @@ class ResidualEncoder:
         self._stream.sequence = 0
         self._epoch += 1
         self._frames = 0
+        if self._control is not None:
+            self._control.restart()
+            self._stream.steers = self._control.stream((_WHERE, 0))
+
+    @property
+    def met(self) -> Met | None:
+        """What came of the target since the last reset; ``None`` without a target."""
+        return None if self._control is None else self._control.met()
 
     @property
     def state(self) -> Tensor | None:
@@ -133,13 +163,13 @@ class ResidualDecoder:
     """Decode what a :class:`~compactdist.state.ResidualEncoder` of the same configuration encoded, in the same order.
 
     Args:
-        codec, order, damping, error_feedback, warmup_steps, find_layout, layout, state, keyframe: as given to the
-            encoder.
+        codec, order, damping, error_feedback, warmup_steps, find_layout, layout, state, keyframe, target: as given to
+            the encoder. Of the target it matters here only whether there is one, where no codec is given.
     """
 
     def __init__(
         self,
-        codec: str | dict[str, Any] | Codec = "int2",
+        codec: str | dict[str, Any] | Codec | None = None,
         *,
         order: Order = 1,
         damping: float | None = None,
@@ -149,8 +179,9 @@ class ResidualDecoder:
         layout: Layout | None = None,
         state: StateForm = "exact",
         keyframe: str | dict[str, Any] | Codec = DEFAULT_KEYFRAME,
+        target: str | Target | None = None,
     ) -> None:
-        self.codec = codecs.get(codec)
+        self.codec = codec_for(codec, target)
         coded = keyframe_codec(keyframe)
         self.config = StreamConfig(order, damping, error_feedback, warmup_steps, find_layout, state, coded)
         self.layout = layout

@@ -9,6 +9,7 @@ from typing import Any
 from compactdist.state.board import Board
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
+from compactdist.state.rate import RateControl
 from compactdist.state.stream import Changes, Spares, StreamConfig
 from compactdist.wire import stream_fingerprint
 
@@ -41,8 +42,10 @@ class Site:
         spares: Spares | None = None,
         rank: int | None = None,
         board: Board | None = None,
+        control: RateControl | None = None,
     ) -> None:
         self.key = key
+        self._control = control
         self._board = board
         self._rank = rank
         self.fingerprint = fingerprint
@@ -67,6 +70,8 @@ class Site:
             found = self.encoders[peer] = StreamEncoder(
                 self._config, self.fingerprint, where, self._spares, self.changes, self._board
             )
+            if self._control is not None:
+                found.steers = self._control.stream((self.key, peer))
         return found
 
     def decoder(self, peer: int) -> StreamDecoder:
@@ -102,8 +107,10 @@ class StateStore:
         budget_bytes: cap on history tensors of this rank; ``None`` for no cap.
         group: name of the group, equal on all ranks; frames of another group are refused.
         rank: this rank; ``None`` outside a group.
+        control: chooses rates for a target; ``None``: nobody does.
 
     Attributes:
+        control: as given.
         known: all sites by key, for reading only.
         board: what streams report from a device.
         spares: buffers for the next reconstructions, one of each size for all sites. They hold no history and do not
@@ -111,10 +118,17 @@ class StateStore:
     """
 
     def __init__(
-        self, config: StreamConfig, label: str, budget_bytes: int | None, group: str = "", rank: int | None = None
+        self,
+        config: StreamConfig,
+        label: str,
+        budget_bytes: int | None,
+        group: str = "",
+        rank: int | None = None,
+        control: RateControl | None = None,
     ) -> None:
         self.config = config
         self._rank = rank
+        self.control = control
         self._label = label
         self._group = group
         self._described = repr(config)
@@ -131,9 +145,9 @@ class StateStore:
         if found is None:
             with self._lock:
                 fingerprint = stream_fingerprint(self._group, key, self._described)
-                site = Site(
-                    key, self.config, f"{self._label}, site '{key}'", fingerprint, self.spares, self._rank, self.board
-                )
+                where = f"{self._label}, site '{key}'"
+                known = self.spares, self._rank, self.board, self.control
+                site = Site(key, self.config, where, fingerprint, *known)
                 found = self.known.setdefault(key, site)
         return found
 
@@ -191,6 +205,17 @@ class StateStore:
                 site.reserved.clear()
                 site.plan = None  # which refers to the site: histories would stay until the garbage collector comes
             self.spares.clear()
+            if self.control is not None and prefix is None:
+                self.control.restart()
+            elif self.control is not None and prefix is not None:
+                self.control.forget(prefix)
+
+    def rates(self) -> dict[str, str]:
+        """The rate in use per key, or the lowest and the highest of its streams, where a target has them chosen."""
+        found: dict[str, set[int]] = {}
+        for (key, _), rate in () if self.control is None else self.control.rates().items():
+            found.setdefault(key, set()).add(rate)
+        return {key: "-".join(map(str, sorted({min(rates), max(rates)}))) for key, rates in found.items()}
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes held per key."""

@@ -21,6 +21,7 @@ from compactdist.state.history import Order, Predictor, predictor_class
 from compactdist.state.matrix_view import blocks, plain
 from compactdist.state.on_device import FROM_HOST, DeviceDigest
 from compactdist.state.quantized_history import STATE_FORMS, StateForm, make_predictor, state_copy_nbytes
+from compactdist.state.rate import Measured
 from compactdist.wire import HEAD_PLACES, HEADER_NBYTES, MASK64, SHAPE_NBYTES, Header, HeadTemplate, raw_nbytes
 
 __all__ = [
@@ -262,6 +263,7 @@ class Staged:
         searched: this frame's residual was searched for a matrix view.
         session: the codec's session that made the payload.
         there: made on a device, which alone knows checksum, digest and whether the residual was finite.
+        measured: of a residual whose rates are chosen by what was measured, or ``None``.
         room: memory of the frame that another may use once this one has been sent; ``None``: it is this frame's own.
     """
 
@@ -275,6 +277,7 @@ class Staged:
     searched: bool = False
     session: Session | None = None
     there: bool = False
+    measured: Measured | None = None
     room: Room | None = None
 
 
@@ -305,6 +308,7 @@ class StreamState:
             same frames have the same digest. Ask :meth:`known_digest` where frames may have been made on a device.
         keyframe_announced: the last frame said that the next one is a keyframe.
         view: matrix view of the residuals; ``None`` until the stream is live.
+        rate: number of the rate announced last; 0: none since the last keyframe, so the codec's start rate holds.
         where: call site and ranks, for error messages.
     """
 
@@ -320,6 +324,7 @@ class StreamState:
         "keyframe_announced",
         "live",
         "predictor",
+        "rate",
         "sequence",
         "view",
         "where",
@@ -342,6 +347,7 @@ class StreamState:
         self.digest = 0
         self.keyframe_announced = False
         self.view: MatrixView | None = None
+        self.rate = 0
         self._form: Form | None = None
         self._changes = changes or Changes()
         self._board = board
@@ -380,7 +386,15 @@ class StreamState:
         if keyframe or codec.lossless:
             return head + self.keyframe_nbytes(codec, numel, dtype)
         view = self.view if not self.is_fresh(numel, dtype) else None
-        return head + codec.payload_nbytes((view or blocks(numel)).shape, torch.float32)
+        return head + self.residual_nbytes(codec, view or blocks(numel))
+
+    def residual_nbytes(self, codec: Codec, view: MatrixView) -> int:
+        """Bytes of a residual's payload at the rate in use."""
+        return codec.at(self.rate_of(codec)).payload_nbytes(view.shape, torch.float32)
+
+    def rate_of(self, codec: Codec) -> int:
+        """The rate at which the codec codes the next residual, as frames say it: 0 where it has just one."""
+        return min(self.rate or codec.start_rate, codec.rates)
 
     def _check_sharing(self, codec: Codec) -> None:
         if codec.needs_shared_history and self.config.open_loop:
@@ -403,8 +417,16 @@ class StreamState:
         self._check_sharing(codec)
         assert self.live is not None
         assert self.view is not None
-        view, (numel, dtype) = self.view, self.live
-        session = codec.open(view, dtype, device)
+        session = codec.open(self.view, self.live[1], device)
+        if codec.rates:
+            session.set_rate(self.rate_of(codec))
+        self._form = self._form_of(codec, session)
+        return self._form
+
+    def _form_of(self, codec: Codec, session: Session) -> Form:
+        """What residual frames share that the session makes, at its rate."""
+        assert self.live is not None
+        view, (numel, dtype) = session.view, self.live
         header = self.header_of(
             codec,
             numel,
@@ -414,10 +436,10 @@ class StreamState:
             groups=view.groups,
             rows=view.rows,
             channels=view.channels,
+            rate=self.rate_of(codec),
         )
         head = HeadTemplate(header)
-        form = self._form = Form(codec, session, head, self._frames_on(device, session, head))
-        return form
+        return Form(codec, session, head, self._frames_on(session.device, session, head))
 
     def _frames_on(self, device: torch.device, session: Session, head: HeadTemplate) -> kernels.Frames | None:
         """What seals or checks the frames of the form on the device, if a group looks at its board."""
@@ -479,6 +501,7 @@ class StreamState:
             self._form.session.forget()
         if self._there is not None:
             self._there.source = FROM_HOST
+        self._change_rate(0)
         if self.live != (numel, dtype):
             self.drop()
             self.live = (numel, dtype)
@@ -489,14 +512,29 @@ class StreamState:
             self._changes.count += 1
 
     def follow(self, header: Header) -> None:
-        """Do what a frame announced for the next one: another matrix view, a keyframe."""
+        """Do what a frame announced for the next one: another matrix view or rate, a keyframe."""
         if self.live is None:
             return
         if header.next_channels:
             self._use(plain(self.live[0], header.next_groups, header.next_channels))
+        self.follow_rate(header)
         if header.next_kind:
             self.keyframe_announced = True
             self._changes.count += 1
+
+    def follow_rate(self, header: Header) -> None:
+        """Change to the rate that a frame announced, if it did."""
+        if header.next_rate:
+            self._change_rate(header.next_rate)
+
+    def _change_rate(self, rate: int) -> None:
+        if rate == self.rate:
+            return
+        self.rate, form = rate, self._form
+        if form is not None and form.codec.rates:
+            form.session.set_rate(self.rate_of(form.codec))
+            self._form = self._form_of(form.codec, form.session)
+        self._changes.count += 1
 
     def _use(self, view: MatrixView | None) -> None:
         self.view = view
@@ -511,6 +549,7 @@ class StreamState:
         if self._there is not None:
             self._there.source = FROM_HOST
         self.keyframe_announced = False
+        self.rate = 0
         self._use(None)
 
 

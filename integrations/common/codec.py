@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compactdist.group.environment import settings_from_environment
-from compactdist.presets import expand
+from compactdist.presets import expand, with_steered_codec
 
 AUTO = "auto"
 USUAL = "int2"
@@ -21,7 +21,9 @@ def chosen_codec(codec: Any, preset: str | None = None) -> Any:
     if codec != AUTO:
         return codec
     environment = settings_from_environment()  # read in any case, to refuse what is misspelt
-    return expand({"preset": preset} if preset is not None else environment).get("codec", USUAL)
+    named = {"preset": preset} if preset is not None else environment
+    target = {name: value for name, value in environment.items() if name == "target"}
+    return with_steered_codec({**target, **expand(named)}, named).get("codec", USUAL)
 
 
 def chosen_option(name: str, given: Mapping[str, Any], usual: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compactdist import codecs, wire
-from compactdist.cli.evaluate import Setting, play_site, recorded
+from compactdist.cli.evaluate import Setting, play_sites, recorded
 from compactdist.cli.score import Score
 from compactdist.errors import ConfigError, FrameError
 from compactdist.observe.trace import Trace
@@ -148,7 +148,7 @@ def test_what_it_costs_and_takes():
 
 def error_db(order, codec, entry) -> float:
     score = Score()
-    play_site(score, Setting(codecs.get(codec), StreamConfig(order, find_layout=False)), entry)
+    play_sites(score, Setting(codecs.get(codec), StreamConfig(order, find_layout=False)), [entry])
     return 20 * math.log10(score.residuals.rel_error)
 
 

@@ -128,6 +128,11 @@ class TransformSession(Session):
         self._basis: Basis | None = None
         self._staged: tuple[Basis, list[tuple[Spread, Tensor]]] | None = None
 
+    def recode(self, codec: Transform) -> None:
+        """Go on with other bits and the same basis; the block is the same. No frame may be staged."""
+        self.codec, self._layout = codec, codec.layout_of(self.view.shape)
+        self.payload_nbytes = codec.payload_nbytes(self.view.shape, torch.float32)
+
     @torch.no_grad()
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None

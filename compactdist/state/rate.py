@@ -1,0 +1,457 @@
+"""Rates in a closed loop: what the encoders of one rank measure, and the rates they announce to meet a target.
+
+Each encoder has a :class:`StreamRate`. With every residual it learns how large the residual was and what the codec left
+of it, and predicts both for the next one at every rate. For an error (``nmse_db``) each stream decides by itself; for a
+size (``bits``, ``bytes_per_step``) one relative error is sought for all of them, as in reverse water-filling, at which
+their frames have that size. What was missed is made up for in the steps after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from compactdist.codecs.base import Codec, Terms, residual_of
+from compactdist.errors import ConfigError
+
+__all__ = ["STEERED", "Choice", "Measured", "Met", "RateControl", "StreamRate", "Target", "check_steered"]
+
+STEERED = "rates"
+"""Id of the codec where a target is given and no codec."""
+
+_KINDS = {"nmse_db": "decibels, as -32", "bits": "a number above 0", "bytes_per_step": "a number above 0"}
+_DB_PER_BIT = 6.02
+_FIRST_CHANGE = 0.03
+"""Energy of the first residual over the tensor's, before any was seen."""
+_MARGIN = 1.12
+"""A lower rate must promise an error this much below what is allowed, and one that misses by less is kept: 0.5 dB."""
+_ROOM = 2.5
+"""By how much, at most, one step may be better or worse than the target, to make up for others."""
+_HOPELESS = 6.0
+"""Errors count as at most so many times the target when others make up for them."""
+_FORGET = 0.98
+"""Weight of older steps beside those of one step later, in requests of many steps."""
+_LEARN, _LEARN_OTHERS = 0.6, 0.2
+_BISECTIONS = 50
+
+
+Key = tuple[str, int]
+"""An encoder: its site, and the rank it sends to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What rates are chosen for.
+
+    Attributes:
+        kind: ``"nmse_db"``: energy of the error over the tensors', in decibels; ``"bits"``: of residual frames, headers
+            and scales included, for each element; ``"bytes_per_step"``: of the residual frames that this rank encodes
+            in a step, each counted once.
+        value: the number.
+
+    Raises:
+        ConfigError: there is no such kind, or the value is out of range.
+    """
+
+    kind: str
+    value: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ConfigError(f"target must begin with one of {', '.join(f'{kind}=' for kind in _KINDS)}, got '{self}'")
+        if not math.isfinite(self.value) or (self.kind != "nmse_db" and self.value <= 0):
+            raise ConfigError(f"target {self.kind}= takes {_KINDS[self.kind]}, got {self.value!r}")
+
+    @classmethod
+    def parse(cls, text: str | Target) -> Target:
+        """A target from ``"nmse_db=-32"``, ``"bits=1.5"`` or ``"bytes_per_step=2e6"``.
+
+        Raises:
+            ConfigError: the text says something else.
+        """
+        if isinstance(text, Target):
+            return text
+        kind, _, number = str(text).partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        return cls(kind.strip(), value)
+
+    @property
+    def nmse(self) -> float:
+        """The error that is asked for, as a ratio of energies; infinite where a size is asked for."""
+        return 10 ** (self.value / 10) if self.kind == "nmse_db" else math.inf
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value:g}"
+
+
+def check_steered(codec: Codec, target: Target) -> None:
+    """Make sure that a codec has rates to choose from.
+
+    Raises:
+        ConfigError: it has just one.
+    """
+    if not codec.rates:
+        raise ConfigError(
+            f"target='{target}' chooses among the rates of a codec, and {codec!r} has just one: leave codec out, or "
+            f"give codec='{STEERED}' with rungs of your choice"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Sums of squares of one tensor.
+
+    Attributes:
+        energy: of the tensor.
+        residual: of what it differed by from the prediction.
+        error: of what it differs by from its reconstruction.
+    """
+
+    energy: float
+    residual: float
+    error: float
+
+    @classmethod
+    def of(cls, x: Tensor, terms: Terms, value: Tensor) -> Measured:
+        """Measure a tensor, its prediction and its reconstruction, all flat; waits for a device."""
+        exact = x.float()
+        residual = residual_of(x, terms)
+        return cls(*(float(one.double().square().sum()) for one in (exact, residual, exact - value.float())))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a frame announces for the next one.
+
+    Attributes:
+        rate: number of the rate; 0: no change.
+        keyframe: the next frame is a keyframe, which costs no more than a residual that would do.
+    """
+
+    rate: int = 0
+    keyframe: bool = False
+
+
+@dataclass
+class _Sums:
+    """Sums over the residual frames of a request."""
+
+    error: float = 0.0
+    energy: float = 0.0
+    wire_bytes: int = 0
+    elements: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """What came of a target since the last reset, over all streams of this rank.
+
+    Attributes:
+        asked: the target.
+        nmse_db: of residual frames; NaN before the first.
+        bits: of residual frames, for each element; NaN before the first.
+        bytes_per_step: of residual frames, by steps that had any; NaN before the first.
+        request_bits: of all frames, keyframes too, for each element; NaN before the first.
+    """
+
+    asked: Target
+    nmse_db: float
+    bits: float
+    bytes_per_step: float
+    request_bits: float
+
+    @property
+    def met(self) -> float:
+        """The figure that was asked for."""
+        return float(getattr(self, self.asked.kind))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; ``None`` where there is no finite number."""
+        values = {"met": self.met, "nmse_db": self.nmse_db, "bits": self.bits, "bytes_per_step": self.bytes_per_step}
+        values["request_bits"] = self.request_bits
+        return {"asked": str(self.asked)} | {n: v if math.isfinite(v) else None for n, v in values.items()}
+
+
+class StreamRate:
+    """What one encoder has measured, and the rate it wants.
+
+    Args:
+        control: of the rank.
+        told: ``told[n]``: the n-th residual's energy over the tensor's in the last request, without the part that is
+            the error of the frame before.
+    """
+
+    def __init__(self, control: RateControl, told: Sequence[float]) -> None:
+        self._control = control
+        self._told = tuple(told)
+        self.changes: list[float] = []
+        self.rate = 0
+        self.planned = 0
+        self.sizes: tuple[int, ...] = ()
+        self.elements = 0
+        self._loss: list[float] = []
+        self._seen: set[int] = set()
+        self._last: Measured | None = None
+        self.sums = _Sums()
+        self._recent_error = self._recent_energy = 0.0
+
+    def begin(self, step: int, epoch: int, elements: int, sizes: Iterable[int], rate: int) -> None:
+        """Say how the stream codes now.
+
+        Args:
+            step: of the frame; with the first frame of another step, sizes are shared out anew.
+            epoch: of the frame.
+            elements: of the tensor.
+            sizes: bytes of a frame at each rate.
+            rate: number of the rate in use.
+        """
+        self._control.begin_step((epoch, step))
+        self.elements, self.sizes, self.rate = elements, tuple(sizes), rate
+        if len(self._loss) != len(self.sizes):
+            self._loss = [-_DB_PER_BIT * 8 * nbytes / max(1, elements) for nbytes in self.sizes]
+            self._seen.clear()
+
+    def relative_errors(self, measured: Measured | None = None) -> list[float]:
+        """The predicted NMSE of the next residual at each rate.
+
+        Args:
+            measured: of the frame that is on its way; ``None``: of the last one that left.
+        """
+        last = measured or self._last
+        number = len(self.changes) + (measured is not None)
+        if last is None or last.energy <= 0:
+            before = self._told[0] if self._told else _FIRST_CHANGE
+        else:
+            change = self._change(measured) if measured is not None else self.changes[-1]
+            before = change * self._growth(number) + last.error / last.energy
+        loss = self._learnt(measured)
+        return [min(before, before * 10 ** (one / 10)) for one in loss]
+
+    def _change(self, measured: Measured) -> float:
+        """The part of a residual's energy that was no error of the frame before, over the tensor's; a tenth or more."""
+        before = 0.0 if self._last is None else self._last.error
+        return max(0.1 * measured.residual, measured.residual - before) / measured.energy
+
+    def _growth(self, number: int) -> float:
+        """How much larger the next residual will be, if the request goes as the last one did."""
+        told = self._told
+        if not 0 < number < len(told) or told[number - 1] <= 0:
+            return 1.0
+        return min(4.0, max(0.25, told[number] / told[number - 1]))
+
+    def _learnt(self, measured: Measured | None) -> list[float]:
+        """What each rate leaves of a residual, in decibels, after this one too."""
+        if measured is None or not measured.residual > 0 or not measured.error > 0:
+            return self._loss
+        mine = self.rate - 1
+        off = 10 * math.log10(measured.error / measured.residual) - self._loss[mine]
+        off = max(-20.0, min(20.0, off))
+        loss = list(self._loss)
+        for at in range(len(loss)):
+            known = at in self._seen
+            loss[at] += off * (_LEARN if at == mine or not known else _LEARN_OTHERS)
+        for at in range(1, len(loss)):
+            loss[at] = min(loss[at], loss[at - 1])
+        return loss
+
+    def choose(self, measured: Measured | None, key_nbytes: int) -> Choice:
+        """What the frame that is being made announces. Nothing changes.
+
+        Args:
+            measured: the frame's tensor; ``None``: it is a keyframe.
+            key_nbytes: bytes of a keyframe.
+        """
+        target = self._control.target
+        if target.kind != "nmse_db":
+            wanted = self.planned or (self._control.first_rate(self) if measured is None else 0)
+            return Choice(0 if wanted == self.rate else wanted)
+        allowed = self._allowed(target.nmse, measured)
+        errors = self.relative_errors(measured)
+        rate = next((at + 1 for at, error in enumerate(errors) if error <= allowed), len(errors))
+        if measured is not None and rate != self.rate:
+            lower, mine = rate < self.rate, errors[self.rate - 1]
+            if (lower and errors[rate - 1] * _MARGIN > allowed) or (not lower and mine <= allowed * _MARGIN):
+                rate = self.rate
+        keyframe = measured is not None and errors[rate - 1] > allowed and self.sizes[rate - 1] >= key_nbytes
+        return Choice(0 if rate == self.rate else rate, keyframe)
+
+    def _allowed(self, asked: float, measured: Measured | None) -> float:
+        """The NMSE that the next residual may have, so that it and those before it meet what is asked."""
+        error, energy, last = self._recent_error, self._recent_energy, self._last
+        if measured is not None:
+            error = _FORGET * error + self._counted(asked, measured)
+            energy, last = _FORGET * energy + measured.energy, measured
+        if last is None or last.energy <= 0:
+            return asked
+        left = (asked * (energy + last.energy) - error) / last.energy
+        return max(asked / _ROOM, min(asked * _ROOM, left))
+
+    def sent(self, measured: Measured | None, wire_bytes: int, next_rate: int = 0) -> None:
+        """Count a frame that is on its way.
+
+        Args:
+            measured: the frame's tensor; ``None``: it is a keyframe.
+            wire_bytes: of the frame.
+            next_rate: the rate that it announces; 0: none.
+        """
+        self._count(measured, wire_bytes)
+        self.rate = next_rate or self.rate
+
+    def _count(self, measured: Measured | None, wire_bytes: int) -> None:
+        if measured is None and not self.planned:
+            self._control.begun(self)
+        self._control.counted(wire_bytes, self.elements, residual=measured is not None)
+        if measured is None:
+            return
+        self._loss = self._learnt(measured)
+        if measured.energy > 0:
+            self.changes.append(self._change(measured))
+        self._seen.add(self.rate - 1)
+        self.sums.error += measured.error
+        self.sums.energy += measured.energy
+        self.sums.wire_bytes += wire_bytes
+        self.sums.elements += self.elements
+        asked = self._control.target.nmse
+        self._recent_error = _FORGET * self._recent_error + self._counted(asked, measured)
+        self._recent_energy = _FORGET * self._recent_energy + measured.energy
+        self._last = measured
+
+    def _counted(self, asked: float, measured: Measured) -> float:
+        """The error of a frame as far as others make up for it: of the first, all; of a sudden change, a part."""
+        if self._last is None:
+            return measured.error
+        return min(measured.error, _HOPELESS * asked * measured.energy)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the stream has begun."""
+        return bool(self.sizes)
+
+
+@dataclass
+class RateControl:
+    """The rates of all encoders of one rank.
+
+    Attributes:
+        target: what they are chosen for.
+    """
+
+    target: Target
+    _streams: dict[Key, StreamRate] = field(default_factory=dict)
+    _at: Hashable = None
+    _steps: int = 0
+    _under_way: bool = False
+    _over: float = 0.0
+    _wire_bytes: int = 0
+    _elements: int = 0
+
+    def stream(self, key: Key) -> StreamRate:
+        """The rate of an encoder that begins; what one of this key saw before, in the last request, is used."""
+        old = self._streams.get(key)
+        made = self._streams[key] = StreamRate(self, () if old is None else old.changes or old._told)
+        if old is not None:
+            made._loss, made._seen = old._loss, old._seen
+        return made
+
+    def begin_step(self, step: Hashable) -> None:
+        """Called before each frame: at another step than the last frame's, sizes are shared out for the step after."""
+        if step == self._at:
+            return
+        self._at = step
+        streams = [stream for stream in self._streams.values() if stream.is_known]
+        self._steps += self._under_way
+        self._under_way = False
+        if self.target.kind != "nmse_db" and streams:
+            self._share_out(streams)
+
+    def _share_out(self, streams: list[StreamRate]) -> None:
+        """Plan the rates of the step after this one: the common relative error at which the frames have the size."""
+        in_step = [stream.sizes[stream.rate - 1] for stream in streams]
+        budget = self.target.value
+        if self.target.kind == "bits":
+            budget *= sum(stream.elements for stream in streams) / 8
+        steps = self._steps + 1  # the one that begins is spoken for
+        left = budget * (steps + 1) - sum(stream.sums.wire_bytes for stream in streams) - sum(in_step)
+        left = max(budget / _ROOM, min(budget * _ROOM, left))
+        errors = [stream.relative_errors() for stream in streams]
+        low, high = -40.0, 40.0  # powers of two
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            if _nbytes(streams, _at_level(errors, 2**middle)) > left:
+                low = middle
+            else:
+                high = middle
+        candidates = [_at_level(errors, 2**high), _at_level(errors, 2**low)]
+        chosen = min(candidates, key=lambda rates: abs(_nbytes(streams, rates) - left))
+        for stream, rate in zip(streams, chosen, strict=True):
+            stream.planned = rate
+
+    def first_rate(self, stream: StreamRate) -> int:
+        """The rate of a stream's first residual; 0: the codec's own start.
+
+        Its frame is nearest to the size asked for, less what other streams took too much.
+        """
+        if self.target.kind != "bits":
+            return 0
+        size = self.target.value * stream.elements / 8 - self._over
+        return 1 + min(range(len(stream.sizes)), key=lambda at: abs(stream.sizes[at] - size))
+
+    def begun(self, stream: StreamRate) -> None:
+        """Count the size of a stream's first residual, whose rate was announced."""
+        rate = self.first_rate(stream)
+        if rate:
+            self._over += stream.sizes[rate - 1] - self.target.value * stream.elements / 8
+
+    def counted(self, wire_bytes: int, elements: int, *, residual: bool) -> None:
+        """Count a frame."""
+        self._under_way = self._under_way or residual
+        self._wire_bytes += wire_bytes
+        self._elements += elements
+
+    def restart(self) -> None:
+        """Begin another request; what the streams saw in this one tells what to expect."""
+        self._steps, self._at, self._wire_bytes, self._elements = 0, None, 0, 0
+        self._under_way, self._over = False, 0.0
+        for key in list(self._streams):
+            self.stream(key)
+
+    def forget(self, prefix: str) -> None:
+        """Let go of the streams whose site lies under a prefix."""
+        for key in list(self._streams):
+            if key[0] == prefix or key[0].startswith(prefix + "/"):
+                del self._streams[key]
+
+    def met(self) -> Met:
+        """What came of the target since the last reset."""
+        sums = [stream.sums for stream in self._streams.values()]
+        error, energy = sum(one.error for one in sums), sum(one.energy for one in sums)
+        wire, elements = sum(one.wire_bytes for one in sums), sum(one.elements for one in sums)
+        nmse_db = (10 * math.log10(error / energy) if error else -math.inf) if energy else math.nan
+        steps = max(self._steps + self._under_way, 1)
+        return Met(
+            self.target,
+            nmse_db,
+            8 * wire / elements if elements else math.nan,
+            wire / steps if elements else math.nan,
+            8 * self._wire_bytes / self._elements if self._elements else math.nan,
+        )
+
+    def rates(self) -> dict[Key, int]:
+        """The rate in use of each stream."""
+        return {key: stream.rate for key, stream in self._streams.items() if stream.is_known}
+
+
+def _at_level(errors: Sequence[Sequence[float]], level: float) -> list[int]:
+    """Of each stream the lowest rate whose error reaches the level, else the highest."""
+    return [next((at + 1 for at, error in enumerate(one) if error <= level), len(one)) for one in errors]
+
+
+def _nbytes(streams: Sequence[StreamRate], rates: Sequence[int]) -> int:
+    return sum(stream.sizes[rate - 1] for stream, rate in zip(streams, rates, strict=True))

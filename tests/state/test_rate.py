@@ -1,0 +1,207 @@
+"""Rates in a closed loop: targets are met, both ends follow what frames announce, and what is wrong is refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from compactdist import codecs
+from compactdist.config import Options
+from compactdist.errors import ConfigError, FrameError
+from compactdist.presets import with_steered_codec
+from compactdist.state import RateControl, ResidualDecoder, ResidualEncoder, StreamConfig, StreamDecoder, StreamEncoder
+from compactdist.state.rate import Measured, Target
+from compactdist.state.relay import same_state
+from compactdist.wire import payload_of, seal, unpack
+from tests.state import kit
+
+ROWS, CHANNELS, STEPS = 48, 64, 24
+
+
+def values(seed: int, steps: int = STEPS, change: float = 0.15) -> list[torch.Tensor]:
+    """A slowly changing tensor; changes are large first and last, and their channels correlated."""
+    g = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(12, CHANNELS, generator=g)
+    x = torch.randn(ROWS, 12, generator=g) @ mixed
+    made = []
+    for step in range(steps):
+        size = change * (1 + 2 * abs(2 * step / (steps - 1) - 1))
+        x = x + size * (torch.randn(ROWS, 12, generator=g) @ mixed + 0.2 * torch.randn(ROWS, CHANNELS, generator=g))
+        made.append(x.clone())
+    return made
+
+
+def play(encoder: ResidualEncoder, decoder: ResidualDecoder, xs: list[torch.Tensor]) -> list[int]:
+    """Sends tensors; returns the rate of each frame, 0 for a keyframe."""
+    rates = []
+    for x in xs:
+        frame = encoder.encode(x)
+        decoder.decode(frame)
+        kit.check_in_step(encoder, decoder)
+        assert encoder._stream.rate == decoder._stream.rate
+        rates.append(unpack(frame, "here").rate)
+    return rates
+
+
+@pytest.mark.parametrize("codec", ["rates", "rates:rungs=scalar"])
+@pytest.mark.parametrize(("order", "state"), [(1, "exact"), (2, "int8")])
+def test_an_error_is_met(codec, order, state):
+    encoder, decoder = kit.pair(codec=codec, target="nmse_db=-26", order=order, state=state)
+    rates = play(encoder, decoder, values(0))
+    assert encoder.met is not None
+    assert abs(encoder.met.met + 26) < 1
+    assert len(set(rates)) > 2  # the keyframe's 0, and several rates
+
+
+@pytest.mark.parametrize("target", ["bits=1.8", "bits=4", "bytes_per_step=900"])
+def test_a_size_is_met(target):
+    encoder, decoder = kit.pair(target=target)
+    play(encoder, decoder, values(1))
+    met = encoder.met
+    assert met is not None
+    assert met.met == pytest.approx(met.asked.value, rel=0.05)
+    assert met.request_bits > met.bits  # the keyframe has more
+    assert met.bytes_per_step == pytest.approx(met.bits * ROWS * CHANNELS / 8)
+
+
+def test_another_request_half_way():
+    """The tensors of another request: one frame is wrong, a restart or a keyframe, and the target is met again."""
+    encoder, decoder = kit.pair(target="nmse_db=-26")
+    play(encoder, decoder, values(2))
+    before = encoder._control._streams["stand-alone stream", 0].sums
+    first = replace(before)
+    rest = values(3)
+    play(encoder, decoder, rest[:2])
+    second = replace(encoder._control._streams["stand-alone stream", 0].sums)
+    play(encoder, decoder, rest[2:])
+    after = encoder._control._streams["stand-alone stream", 0].sums
+    assert second.error - first.error > first.error  # the cut: more than in all steps before
+    settled = 10 * math.log10((after.error - second.error) / (after.energy - second.energy))
+    assert settled < -25
+
+
+def test_a_keyframe_is_announced_where_a_residual_would_cost_more():
+    """Tensors of noise, each another: no residual is worth coding, and 8 bits of a keyframe do better than 6."""
+    encoder, decoder = kit.pair(codec="rates:rungs=int4+int8", target="nmse_db=-60")
+    g = torch.Generator().manual_seed(0)
+    kinds = []
+    for _ in range(6):
+        frame = encoder.encode(torch.randn(ROWS, CHANNELS, generator=g))
+        decoder.decode(frame)
+        kit.check_in_step(encoder, decoder)
+        kinds.append(unpack(frame, "here").is_key)
+    assert kinds[0]
+    assert any(kinds[2:])
+
+
+def test_after_reset_the_first_residual_is_known():
+    """A request of four steps has no time to learn; the second of its kind knows what comes."""
+    encoder, decoder = kit.pair(target="nmse_db=-26")
+    missed = []
+    for _ in range(2):
+        play(encoder, decoder, values(4, 4, 0.1))
+        missed.append(abs(encoder.met.met + 26))
+        encoder.reset()
+        decoder.reset()
+        assert encoder._stream.rate == 0
+        assert math.isnan(encoder.met.met)
+    assert missed[1] < 1 < missed[0]
+
+
+def _steered(target: str, count: int) -> list[tuple[StreamEncoder, StreamDecoder]]:
+    control, config = RateControl(Target.parse(target)), StreamConfig(find_layout=False)
+    ends = []
+    for number in range(count):
+        encoder, decoder = StreamEncoder(config, number, "a"), StreamDecoder(config, number, "b")
+        encoder.steers = control.stream((f"site {number}", 0))
+        ends.append((encoder, decoder))
+    return ends
+
+
+def test_sites_share_a_size():
+    """Bits go to the site that changes more, and the two have about one relative error."""
+    ends, codec = _steered("bits=2", 2), codecs.get("rates")
+    given = [values(5, change=0.02), values(6, change=0.4)]
+    errors, sizes = [0.0, 0.0], [0, 0]
+    for step in range(STEPS):
+        for at, (encoder, decoder) in enumerate(ends):
+            x = given[at][step].reshape(-1)
+            staged = encoder.stage(x, codec, keyframe=step == 0, step=step)
+            encoder.commit(staged)
+            y = decoder.decode(staged.frame, codec, x.numel(), x.dtype, step=step)
+            if step > 3:
+                errors[at] += float((y - x).square().sum() / x.square().sum())
+                sizes[at] += staged.frame.numel()
+    assert sizes[1] > 1.5 * sizes[0]
+    assert 8 * sum(sizes) / (2 * (STEPS - 4) * ROWS * CHANNELS) == pytest.approx(2, rel=0.05)
+    assert abs(10 * math.log10(errors[0] / errors[1])) < 4
+
+
+def test_a_withdrawn_frame_leaves_no_trace():
+    (encoder, decoder), codec = _steered("nmse_db=-30", 1)[0], codecs.get("rates")
+    for step, value in enumerate(values(7, 6)):
+        x = value.reshape(-1)
+        for again in range(2):
+            staged = encoder.stage(x, codec, keyframe=step == 0, step=step)
+            if not again:
+                first = staged.frame.clone()
+                encoder.withdraw(staged)
+        assert torch.equal(first, staged.frame)
+        encoder.commit(staged)
+        decoder.decode(staged.frame, codec, x.numel(), x.dtype, step=step)
+
+
+def test_a_wrong_rate_is_refused():
+    (encoder, decoder), codec = _steered("nmse_db=-30", 1)[0], codecs.get("rates")
+    xs = [x.reshape(-1) for x in values(8, 3)]
+    for step, x in enumerate(xs):
+        staged = encoder.stage(x, codec, keyframe=step == 0, step=step)
+        header = unpack(staged.frame, "here")
+        wrong = [replace(header, rate=header.rate + 1), replace(header, next_rate=codec.rates + 1)]
+        for bad in wrong:
+            frame = staged.frame.clone()
+            seal(frame, bad)
+            with pytest.raises(FrameError, match=r"wrong (rate|announcement).*Nothing was applied"):
+                decoder.decode(frame, codec, x.numel(), x.dtype, step=step)
+        assert payload_of(staged.frame, header).numel() == header.payload_nbytes
+        encoder.commit(staged)
+        decoder.decode(staged.frame, codec, x.numel(), x.dtype, step=step)
+
+
+def test_streams_at_other_rates_are_not_in_the_same_state():
+    ends, codec = _steered("nmse_db=-30", 1), codecs.get("rates:rungs=scalar")
+    encoder, decoder = ends[0]
+    x = values(9, 2)[0].reshape(-1)
+    staged = encoder.stage(x, codec, keyframe=True)
+    encoder.commit(staged)
+    decoder.decode(staged.frame, codec, x.numel(), x.dtype)
+    assert encoder.rate
+    assert same_state(encoder, decoder)
+    decoder._change_rate(encoder.rate % codec.rates + 1)
+    assert not same_state(encoder, decoder)
+
+
+def test_targets_as_text():
+    assert Target.parse("bits=1.50") == Target("bits", 1.5)
+    assert str(Target.parse("bytes_per_step=2e6")) == "bytes_per_step=2e+06"
+    for wrong in ("bits", "bits=0", "bits=x", "snr=3", "nmse_db=nan", "bytes_per_step=-1"):
+        with pytest.raises(ConfigError, match="target"):
+            Target.parse(wrong)
+
+
+def test_a_codec_of_one_rate_follows_no_target():
+    for make in (lambda: ResidualEncoder("int4", target="bits=2"), lambda: Options(codec="int4", target="bits=2")):
+        with pytest.raises(ConfigError, match="just one: leave codec out, or give codec='rates'"):
+            make()
+    assert ResidualDecoder(target="bits=2").codec == codecs.get("rates")
+    steered = with_steered_codec({"target": "bits=2", "codec": "int2"}, {"preset": "balanced", "target": "bits=2"})
+    assert Options(**steered).default_codec == codecs.get("rates")
+    assert with_steered_codec({"codec": "int2"}, {}) == {"codec": "int2"}
+
+
+def test_what_is_measured():
+    x, base, value = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 2.0]), torch.tensor([2.0, 4.0])
+    assert Measured.of(x, (base,), value) == Measured(energy=25, residual=4, error=1)
