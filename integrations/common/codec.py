@@ -12,24 +12,26 @@ AUTO = "auto"
 USUAL = "int2"
 
 
-def chosen_codec(codec: Any, preset: str | None = None) -> Any:
-    """The codec itself; for `"auto"` that of `preset`, of `COMPACTDIST_CODEC`, of `COMPACTDIST_PRESET`, or `int2`.
+def chosen_codec(codec: Any, given: Mapping[str, Any] | None = None) -> Any:
+    """The codec itself; for `"auto"` the one that `compactdist.wrap(**given)` would take, or `int2` where none is named.
+
+    A preset, a target, `COMPACTDIST_CODEC`, `COMPACTDIST_PRESET` and `COMPACTDIST_TARGET` name one.
 
     Raises:
         compactdist.errors.ConfigError: a misspelt variable, a bad value of one, or an unknown preset.
     """
-    if codec != AUTO:
-        return codec
-    environment = settings_from_environment()  # read in any case, to refuse what is misspelt
-    named = {"preset": preset} if preset is not None else environment
-    target = {name: value for name, value in environment.items() if name == "target"}
-    return with_steered_codec({**target, **expand(named)}, named).get("codec", USUAL)
+    return _settings(given or {}).get("codec", USUAL) if codec == AUTO else codec
 
 
 def chosen_option(name: str, given: Mapping[str, Any], usual: Any) -> Any:
-    """What `compactdist.wrap(**given)` will take for an option: what is given, that of the environment, or `usual`.
+    """What `compactdist.wrap(**given)` takes for an option, by its presets and the environment too; else `usual`.
 
     Raises:
-        compactdist.errors.ConfigError: a misspelt variable, or a bad value of one.
+        compactdist.errors.ConfigError: a misspelt variable, a bad value of one, or an unknown preset.
     """
-    return given[name] if name in given else expand(settings_from_environment()).get(name, usual)
+    return _settings(given).get(name, usual)
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    environment = settings_from_environment()
+    return with_steered_codec({**expand(environment), **expand(given)}, {**environment, **given})

@@ -87,7 +87,7 @@ def enable(
     # Exact: attention uses its own keys and values as they are, and those of other ranks as they were decoded.
     options: dict[str, Any] = {"local": "exact", "layouts": sites.layout_of} | wrap_options
     try:
-        _wrap(meshes, chosen_codec(codec, wrap_options.get("preset")), options, groups, sites, patches)
+        _wrap(meshes, chosen_codec(codec, wrap_options), options, groups, sites, patches)
         patches.add(sites.remove)
         sites.install()
         clock = Clock(list(groups.values()), forwards_per_step)

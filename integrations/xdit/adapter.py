@@ -77,7 +77,7 @@ def enable(
         ValueError: there is nothing to compress, a route or method is unknown, the pipeline is enabled already, or
             xfuser is configured in a way that excludes compression (8-bit communication, CPU offload).
     """
-    inner, wanted, codec = unwrapped(pipe), all_routes.chosen(routes), chosen_codec(codec, wrap_options.get("preset"))
+    inner, wanted, codec = unwrapped(pipe), all_routes.chosen(routes), chosen_codec(codec, wrap_options)
     method = None
     if parallel_method is not None:
         choices = {"warmup_steps": method_warmup_steps, "sync_from_step": method_sync_from_step, "exact_own": exact_own}
