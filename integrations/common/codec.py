@@ -13,7 +13,7 @@ USUAL = "int2"
 
 
 def chosen_codec(codec: Any, given: Mapping[str, Any] | None = None) -> Any:
-    """The codec itself; for `"auto"` the one that `compactdist.wrap(**given)` would take, or `int2` where none is named.
+    """The codec itself; for `"auto"` what `compactdist.wrap(**given)` would take, or `int2` where none is named.
 
     A preset, a target, `COMPACTDIST_CODEC`, `COMPACTDIST_PRESET` and `COMPACTDIST_TARGET` name one.
 
