@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,8 +83,7 @@ class Rates(Codec):
         return {"rungs": rungs} | ({"start": self._start} if self._start else {})
 
     def __repr__(self) -> str:
-        named = self._given or "+".join(json.dumps(rung.get_config() | {"id": rung.codec_id}) for rung in self.rungs)
-        return f"Rates({named}{f', start={self._start}' if self._start else ''})"
+        return f"Rates({self.get_config()['rungs']!r}{f', start={self._start}' if self._start else ''})"
 
     def at(self, rate: int) -> Codec:
         return self.rungs[rate - 1]
