@@ -152,14 +152,14 @@ def test_unwrap():
 def test_ranks_that_differ_are_told_on_every_rank(settings, said):
     def body(rank, size):
         with pytest.raises(ConfigMismatchError, match=said) as info:
-            compactdist.wrap(**settings[rank], timeout=10)
+            compactdist.wrap(**settings[rank], timeout=30)
         assert "ranks 0 and 1" in str(info.value) or "ranks 1 and 0" in str(info.value)
         dist.barrier()
         assert works(compactdist.wrap(codec="int8", min_numel=64), rank, size) == 1  # nothing is broken
 
     started = time.monotonic()
-    run_ranks(body, pg_timeout=15)
-    assert time.monotonic() - started < 8
+    run_ranks(body, pg_timeout=35)
+    assert time.monotonic() - started < 20
 
 
 def test_wrapping_in_different_orders_fails_at_once_on_both_ranks():
