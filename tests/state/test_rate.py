@@ -108,7 +108,7 @@ def test_after_reset_the_first_residual_is_known():
         decoder.reset()
         assert encoder._stream.rate == 0
         assert math.isnan(encoder.met.met)
-    assert missed[1] < 1 < missed[0]
+    assert missed[1] < 1.5 < missed[0]
 
 
 def _steered(target: str, count: int) -> list[tuple[StreamEncoder, StreamDecoder]]:

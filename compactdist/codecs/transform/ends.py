@@ -28,8 +28,8 @@ def residuals(x: Tensor, terms: Terms, view: MatrixView, layout: Layout) -> tupl
 
     Returns:
         Matrices, float32 ``(G, R, K)``, zeros beyond the channels, to be multiplied by two to the power of an exponent
-        for each group, in this thread's ``room("matrix")`` perhaps; the sums of squares of their rows, ``(G, R)``; the
-        exponents.
+        for each group; never ``x`` itself, perhaps this thread's ``room("matrix")``. The sums of squares of their rows,
+        ``(G, R)``. The exponents.
 
     Raises:
         NonFiniteError: There is an infinity or NaN among them.
@@ -46,13 +46,13 @@ def residuals(x: Tensor, terms: Terms, view: MatrixView, layout: Layout) -> tupl
     out = view.to_matrix(residual_of(x, terms))
     amax = finite_amax(out.abs(), view.numel).view(-1)
     out, exponents = layout.padded(out.contiguous()), []
+    if out.data_ptr() == x.data_ptr():  # the caller writes over it
+        out = out.clone()
     for group, largest in enumerate(amax):
         exponent = int(torch.frexp(largest)[1])
         moderate = abs(exponent) <= _MODERATE
         exponents.append(0 if moderate else exponent)
         if not moderate:  # in two steps, for the power itself may be beyond float32
-            if out.data_ptr() == x.data_ptr():
-                out = out.clone()
             out[group] *= 2.0 ** (-exponent // 2)
             out[group] *= 2.0 ** -(exponent + -exponent // 2)
     return out, torch.linalg.vector_norm(out, dim=2).square(), exponents
