@@ -73,10 +73,10 @@ def body(rank, world_size, batch):
     return out
 
 
-def check(world_size, seed, programs):
+def check(world_size, seed, programs, timeout=100):
     draw = random.Random(seed)
     batch = [program(draw) for _ in range(programs)]
-    ranks = run_ranks(body, world_size, args=(batch,), timeout=100)
+    ranks = run_ranks(body, world_size, args=(batch,), timeout=timeout)
     for p in range(programs):
         for moment in zip(*(r[p][0] for r in ranks), strict=True):
             compare.check(list(moment))
@@ -92,4 +92,4 @@ def test_states_stay_equal_however_forwarding_comes_and_goes(world_size):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_at_length(world_size):
-    check(world_size, 1000 + world_size, programs=40)
+    check(world_size, 1000 + world_size, programs=24, timeout=600)
