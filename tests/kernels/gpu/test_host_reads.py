@@ -65,6 +65,7 @@ class NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.timeout(360)
 @pytest.mark.parametrize("codec", ["int8", "int2:scales=block"])
 def test_no_collective_reads_in_a_steady_step(codec):
     def body(rank, world_size):
