@@ -10,6 +10,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,19 @@ class _JsonTo(argparse.Action):
         setattr(namespace, self.dest, values)
         if values == STDOUT:
             sys.stdout = sys.stderr
+
+
+def timed(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each step, all of them in turn; of one thread its own time, which others cannot take."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 2):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            if number >= 2:
+                taken[name].append(1e3 * (clock() - start))
+    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def add_json(to: argparse.ArgumentParser, default: Path | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from compactdist.errors import ConfigError
 from compactdist.state import STEERED, Order
 
-__all__ = ["PRESETS", "Preset", "expand", "with_steered_codec"]
+__all__ = ["PRESETS", "Preset", "expand", "settled", "with_steered_codec"]
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,12 @@ def with_steered_codec(options: Mapping[str, Any], named: Mapping[str, Any]) -> 
     """
     steered = options.get("target") is not None and "codec" not in named
     return {**options, "codec": STEERED} if steered else dict(options)
+
+
+def settled(environment: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of both, presets expanded; what is given, or its preset says, goes before the environment.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    return with_steered_codec({**expand(environment), **expand(given)}, {**environment, **given})

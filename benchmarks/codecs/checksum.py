@@ -12,14 +12,11 @@ copy, over the plain copy.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks.common import check_load, finish, parser
+from benchmarks.common import check_load, finish, parser, timed
 from compactdist import codecs, kernels
 from compactdist.codecs.base import Session
 from compactdist.kernels.cpu import call
@@ -28,19 +25,6 @@ from compactdist.state import plain
 CPU = torch.device("cpu")
 ROWS, CHANNELS = 4096, 3072
 CODECS = ("binary", "int2", "int4", "int8")
-
-
-def _timed(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each step, all of them in turn; of one thread its own time, which others cannot take."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 2):
-        for name, step in steps.items():
-            start = clock()
-            step()
-            if number >= 2:
-                taken[name].append(1e3 * (clock() - start))
-    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def _session(codec_id: str, scales: str, *, sums: bool) -> Session:
@@ -74,7 +58,7 @@ def line(codec_id: str, scales: str, rounds: int) -> dict[str, Any]:
         session.decode(payload, (history,), history)
         return summed
 
-    ms = _timed(
+    ms = timed(
         {
             "encode": lambda: bare.encode(x, (base,), out, payload),
             "decode": lambda: bare.decode(payload, (history,), history),
@@ -92,7 +76,7 @@ def raw_keyframe(rounds: int) -> dict[str, Any]:
     x = torch.randn(ROWS * CHANNELS).bfloat16().view(torch.uint8)
     copy = torch.empty_like(x)
     checksum = kernels.checksum_for(x.numel(), x.device)
-    ms = _timed({"copy": lambda: copy.copy_(x), "copy with checksum": lambda: checksum(x, copy)}, rounds)
+    ms = timed({"copy": lambda: copy.copy_(x), "copy with checksum": lambda: checksum(x, copy)}, rounds)
     share = ms["copy with checksum"] / ms["copy"] - 1
     return {"codec": "raw keyframe", "scales": "", "ms": ms, "share": share}
 

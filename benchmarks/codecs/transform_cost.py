@@ -11,16 +11,13 @@ activations are; *first* is a stream's first frame, where the basis is found in 
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.codecs import moving
-from benchmarks.common import check_load, finish, parser
+from benchmarks.common import check_load, finish, parser, timed
 from compactdist import codecs
 from compactdist.codecs.transform.basis import followed, rows_of
 from compactdist.codecs.transform.coding import Frame, Weights, _fitted, decode, encode
@@ -30,19 +27,6 @@ from compactdist.codecs.transform.transform import TransformSession
 from compactdist.state import plain
 
 CPU = torch.device("cpu")
-
-
-def timed(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each step, all of them in turn."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 2):
-        for name, step in steps.items():
-            start = clock()
-            step()
-            if number >= 2:
-                taken[name].append(1e3 * (clock() - start))
-    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def tensors(rows: int, channels: int, count: int) -> list[Tensor]:

@@ -18,7 +18,7 @@ from compactdist.errors import ConfigError
 from compactdist.group.agree import agree
 from compactdist.group.environment import settings_from_environment
 from compactdist.group.process_group import CompressedProcessGroup
-from compactdist.presets import expand, with_steered_codec
+from compactdist.presets import settled
 
 __all__ = ["BACKEND_NAME", "register_backend"]
 
@@ -51,8 +51,7 @@ def _create(opts: Any, backend_options: Any) -> CompressedProcessGroup:
     if backend_options is not None and not isinstance(backend_options, Options):
         raise ConfigError(f"pg_options for backend 'compactdist' is compactdist.Options, got {backend_options!r}")
     _torch.warn_untested()
-    environment = {} if backend_options else settings_from_environment()
-    settings = with_steered_codec(expand(environment), environment)
+    settings = settled({} if backend_options else settings_from_environment(), {})
     seconds = settings.pop("timeout", opts.timeout.total_seconds())
     options = backend_options or Options(**settings)
     ranks = list(opts.global_ranks_in_group) or list(range(opts.group_size))

@@ -19,7 +19,7 @@ from compactdist.group.agree import agree
 from compactdist.group.environment import settings_from_environment, warn_overruled
 from compactdist.group.lifecycle import check_rules
 from compactdist.group.process_group import CompressedProcessGroup
-from compactdist.presets import expand, with_steered_codec
+from compactdist.presets import expand, settled
 
 __all__ = ["unwrap", "unwrap_mesh", "wrap", "wrap_mesh"]
 
@@ -124,9 +124,8 @@ def _options(
     environment = {} if options is not None else settings_from_environment()
     if timeout is not None:
         given = {**given, "timeout": timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)}
-    chosen = expand(given)
-    warn_overruled(environment, {**chosen, **given})
-    settings = with_steered_codec({**expand(environment), **chosen}, {**environment, **given})
+    warn_overruled(environment, {**expand(given), **given})
+    settings = settled(environment, given)
     waited = settings.pop("timeout", _TIMEOUT_SECONDS)
     return options or Options(**settings), waited
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compactdist.group.environment import settings_from_environment
-from compactdist.presets import expand, with_steered_codec
+from compactdist.presets import settled
 
 AUTO = "auto"
 USUAL = "int2"
@@ -20,7 +20,7 @@ def chosen_codec(codec: Any, given: Mapping[str, Any] | None = None) -> Any:
     Raises:
         compactdist.errors.ConfigError: a misspelt variable, a bad value of one, or an unknown preset.
     """
-    return _settings(given or {}).get("codec", USUAL) if codec == AUTO else codec
+    return settled(settings_from_environment(), given or {}).get("codec", USUAL) if codec == AUTO else codec
 
 
 def chosen_option(name: str, given: Mapping[str, Any], usual: Any) -> Any:
@@ -29,9 +29,4 @@ def chosen_option(name: str, given: Mapping[str, Any], usual: Any) -> Any:
     Raises:
         compactdist.errors.ConfigError: a misspelt variable, a bad value of one, or an unknown preset.
     """
-    return _settings(given).get(name, usual)
-
-
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    environment = settings_from_environment()
-    return with_steered_codec({**expand(environment), **expand(given)}, {**environment, **given})
+    return settled(settings_from_environment(), given).get(name, usual)
