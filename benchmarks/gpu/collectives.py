@@ -28,12 +28,14 @@ class Run:
         rank: this rank, of two.
         device: of all tensors.
         step: of the denoising loop; tensors change little from one to the next.
+        mesh: over the group, from the first call that needs one.
     """
 
     group: Any
     rank: int
     device: torch.device
     step: int = 0
+    mesh: DeviceMesh | None = None
 
     @property
     def peer(self) -> int:
@@ -197,8 +199,8 @@ def _functional_exchange(run: Run) -> Result:
 
 @call("functional all_gather over a DeviceMesh")
 def _mesh(run: Run) -> Result:
-    mesh = DeviceMesh.from_group(run.group, run.device.type)
-    return funcol.all_gather_tensor(run.mine(), 0, (mesh, 0)) + 0, run.all()
+    run.mesh = run.mesh or DeviceMesh.from_group(run.group, run.device.type)
+    return funcol.all_gather_tensor(run.mine(), 0, (run.mesh, 0)) + 0, run.all()
 
 
 @call("all_reduce, passed through", frames=0)

@@ -10,17 +10,24 @@ from typing import Any
 import torch
 
 from compactdist.codecs import Codec
-from compactdist.kernels.spec import BOARD_WORDS, MatrixView
+from compactdist.codecs.topk import TopK, TopKInt4
+from compactdist.codecs.transform.coding import steps_table
+from compactdist.codecs.transform.on_device import spec_of
+from compactdist.codecs.transform.transform import Transform
+from compactdist.kernels.spec import BOARD_WORDS, Allotment, MatrixView
+from compactdist.state.quantized_history import EightBits
 from compactdist.wire import HEAD_PLACES, HEADER_NBYTES
 
 CAPABILITIES = (80, 89, 90, 100)
 """A100, RTX 4090, H100 and H200, B200."""
 
 _TYPES = {
+    torch.int8: "*i8",
     torch.int16: "*i16",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -105,6 +112,41 @@ def compiling(compiler: Any) -> Iterator[None]:
         JITFunction.run = run
 
 
+def _plan_of(codec: Codec, view: MatrixView) -> Any:
+    from compactdist.kernels.gpu.plan import plan_of
+
+    plan = plan_of(codec.spec, view, torch.device("cpu"))
+    if plan is None:
+        raise ValueError(f"no kernels for {codec.codec_id} and {view}")
+    return plan
+
+
+def _checks() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a group gives to an encode and to a decode beside tensors, so that nothing waits for the device."""
+    return {"flag": torch.zeros(1, dtype=torch.int32)}, {"accepted": torch.ones(2, dtype=torch.uint8)}
+
+
+def _both(
+    steps: Any,
+    numel: int,
+    dtype: torch.dtype,
+    payload_nbytes: int,
+    compiler: Any,
+    terms: int,
+    for_encode: dict[str, Any],
+    for_decode: dict[str, Any],
+) -> tuple[list[Compiled], list[Compiled]]:
+    """The launches of one encode and of one decode of zeros."""
+    x, out, *given = (torch.zeros(numel, dtype=dtype) for _ in range(2 + terms))
+    payload = torch.zeros(payload_nbytes, dtype=torch.uint8)
+    before = len(compiler.launches)
+    with compiling(compiler):
+        assert steps.encode(x, tuple(given), out, payload, **for_encode)
+        between = len(compiler.launches)
+        assert steps.decode(payload, tuple(given), out, **for_decode)
+    return compiler.launches[before:between], compiler.launches[between:]
+
+
 def step(
     codec: Codec, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int = 1
 ) -> tuple[list[Compiled], list[Compiled]]:
@@ -117,33 +159,101 @@ def step(
         compiler: a :class:`Compiler`.
         terms: of the prediction, 0 to 2.
     """
-    from compactdist.kernels.gpu.plan import plan_of
     from compactdist.kernels.gpu.steps import TritonSteps
 
+    plan = _plan_of(codec, view)
+    steps = TritonSteps(plan, dtype, torch.device("cpu"))
+    return _both(steps, view.numel, dtype, plan.sections.total_nbytes, compiler, terms, *_checks())
+
+
+def history_step(
+    codec: Codec, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int = 1
+) -> tuple[list[Compiled], list[Compiled]]:
+    """As ``step``, for ``scales="token_history"``: of a frame that is not the first."""
+    from compactdist.kernels.gpu.history_steps import TritonHistorySteps
+
+    plan = _plan_of(codec, view)
+    steps = TritonHistorySteps(plan, dtype, torch.device("cpu"))
+    scales = {"scales": (torch.zeros(view.groups, view.channels), torch.zeros(view.groups, view.channels))}
+    return _both(steps, view.numel, dtype, plan.sections.total_nbytes, compiler, terms, scales, scales)
+
+
+def components(
+    codec: Transform, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int = 1
+) -> tuple[list[Compiled], list[Compiled]]:
+    """As ``step``, for the transform codec. The launches of an encode are those that a decode has not: the sender
+    decodes what it sends. The last one is the sweep of a commit.
+    """
+    from compactdist.kernels.gpu.component_steps import ComponentSteps
+    from compactdist.kernels.gpu.rotations import sweep
+
     cpu = torch.device("cpu")
-    plan = plan_of(codec.spec, view, cpu)
-    if plan is None:
-        raise ValueError(f"no kernels for {codec.codec_id} and {view}")
-    steps = TritonSteps(plan, dtype, cpu)
-    x, out = torch.zeros(view.numel, dtype=dtype), torch.zeros(view.numel, dtype=dtype)
-    given = tuple(torch.zeros(view.numel, dtype=dtype) for _ in range(terms))
-    payload = torch.zeros(plan.sections.total_nbytes, dtype=torch.uint8)
-    flag, accepted = torch.zeros(1, dtype=torch.int32), torch.ones(2, dtype=torch.uint8)
+    layout, groups = codec.layout_of(view.shape), view.groups
+    blocks, n, count = layout.blocks, layout.width, layout.components
+    spec = spec_of(layout)
+    steps = ComponentSteps(spec, steps_table(cpu), view, cpu)
+    whole = torch.zeros(groups, count, dtype=torch.int32)
+    allotment, of_rows = Allotment(whole, whole.clone()), torch.zeros(groups, layout.rows)
+    given, payload = torch.zeros(view.numel, dtype=dtype), torch.zeros(groups * layout.nbytes, dtype=torch.uint8)
     before = len(compiler.launches)
     with compiling(compiler):
-        assert steps.encode(x, given, out, payload, flag=flag)
+        turned = torch.zeros(groups, count, layout.rows)
+        steps.choose(turned, allotment, torch.zeros(groups, count), of_rows, payload)
         between = len(compiler.launches)
-        assert steps.decode(payload, given, out, accepted=accepted)
+        weights = steps.weigh(torch.zeros(groups, blocks, n, n, dtype=torch.int16), torch.zeros(groups, count))
+        steps.decode(payload, allotment, weights, of_rows, (given,) * terms, torch.zeros_like(given))
+        order = torch.zeros(groups, blocks, n, dtype=torch.int32)
+        steps.correlate(payload, allotment, order, of_rows[:, :: spec.step].contiguous())
+        matrices, sizes = torch.zeros(groups * blocks, n, n), torch.full((groups * blocks,), n, dtype=torch.int32)
+        sweep(matrices, matrices, sizes, 1e-4)
     return compiler.launches[before:between], compiler.launches[between:]
+
+
+def one_of_m(
+    codec: TopK | TopKInt4, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int = 1
+) -> tuple[list[Compiled], list[Compiled]]:
+    """As ``step``, for the codecs that keep one of every m elements."""
+    from compactdist.kernels.gpu.steps import TritonSteps
+    from compactdist.kernels.gpu.topk import Runs
+    from compactdist.kernels.gpu.topk_steps import TopKSteps
+
+    cpu = torch.device("cpu")
+    (groups, runs), values = codec.runs_of(view.shape), None
+    if codec.quantizer is not None:
+        of_values = MatrixView(groups * runs, groups, 1, runs)
+        values = TritonSteps(_plan_of(codec.quantizer, of_values), torch.float32, cpu)
+    steps = TopKSteps(Runs(view, codec.m, cpu), values, dtype, cpu)
+    return _both(steps, view.numel, dtype, codec.payload_nbytes(view.shape, dtype), compiler, terms, *_checks())
 
 
 def frames(payload_nbytes: int, compiler: Any, *, stream: int = 3, call: tuple[int, int, int] = (7, 3, 5)) -> None:
     """Seal and check one frame."""
-    from compactdist.kernels.gpu.frames import FrameKernels
+    from compactdist.kernels.gpu.frames import FrameKernels, sums_of
 
     board, digests = torch.zeros(BOARD_WORDS, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     with compiling(compiler):
         kernels = FrameKernels(bytes(HEADER_NBYTES), HEAD_PLACES, payload_nbytes, board, stream)
         frame = torch.zeros(HEADER_NBYTES + payload_nbytes, dtype=torch.uint8)
-        kernels.seal(frame, kernels.flag(), digests, call, 2, 2**64 - 1)
-        kernels.check(frame, digests, call, 1, 0)
+        sums, flag = sums_of(board.device, None)
+        kernels.launch(kernels.sealing, (frame, sums, digests, flag), (*call, 2, 2**64 - 1), None)
+        kernels.launch(kernels.checking, (frame, sums, digests, kernels.accepted), (*call, 1, 0), None)
+
+
+def history(numel: int, dtype: torch.dtype, form: EightBits, compiler: Any) -> None:
+    """Round a history to eight bits for each element, and read it.
+
+    Args:
+        numel: elements.
+        dtype: of the values.
+        form: of the history.
+        compiler: a :class:`Compiler`.
+    """
+    from compactdist.kernels.gpu.rounding import Rounding
+    from compactdist.state.quantized_history import BLOCK, CODES, LARGEST_CODE
+
+    values, scales = torch.zeros(numel, dtype=dtype), torch.zeros(-(-numel // BLOCK), dtype=torch.bfloat16)
+    codes = torch.zeros(numel, dtype=CODES[form])
+    with compiling(compiler):
+        rounding = Rounding(numel, codes.dtype, LARGEST_CODE[form], torch.device("cpu"))
+        rounding.quantize(values, codes, scales)
+        rounding.dequantize(codes, scales, values)

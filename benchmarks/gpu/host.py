@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu.host --json benchmarks/results/gpu_host.json
     python -m benchmarks.gpu.host --device cpu --rows 64 --sites 2 --rounds 2
+    python -m benchmarks.gpu.host --stub --json benchmarks/results/gpu_host_stub.json
 
 Rank 0 of 2 makes ``all_gather_into_tensor`` of a bfloat16 [rows, 3072] at each site of a step; the fake group hands it
 a copy of its own frame as the other rank's. All in one process. Columns, each per call of a steady step, ``step()``
@@ -15,23 +16,30 @@ included:
     waits       operations of torch that make the host wait (``torch.cuda.set_sync_debug_mode``), in the whole step
 
 On a CPU the last five are not there.
+
+With ``--stub`` no GPU is needed: tensors take a GPU's way, kernels are recorded instead of launched, and torch's
+operations do nothing (``benchmarks/gpu/stub.py``). What is left is the host's own work without CUDA's: no launches, no
+allocator. ``host us`` is then the least of all steps in CPU time of the process, which other work on the machine
+changes little; ``launches`` are those recorded.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import compactdist
+from benchmarks.gpu import stub
 from benchmarks.gpu.common import (
     EXIT_WITHOUT_GPU,
     cell,
@@ -49,6 +57,7 @@ CHANNELS = 3072
 VALUES = 4
 """Tensors that take turns as a site's input."""
 WARMUP = 3
+STUB_ROUNDS = 200
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "passed through": {"codec": "raw", "policy": lambda call: "pass"},
@@ -70,13 +79,19 @@ class Bench:
 
     def __init__(self, device: str, rows: int, sites: int, rounds: int) -> None:
         numel = rows * CHANNELS
-        generator = torch.Generator(device).manual_seed(0)
-        base, *changes = (torch.randn(numel, device=device, generator=generator) for _ in range(1 + VALUES))
+        base, *changes = self._tensors(numel, device)
         self.inputs = [(base + 0.05 * (1 + t) * change).bfloat16() for t, change in enumerate(changes)]
         self.output = torch.empty(2 * numel, dtype=torch.bfloat16, device=device)
         self.sites, self.rounds, self.turn = sites, rounds, 0
         self.gather = _torch.public_function("all_gather_single")
         self.plain: Any = dist.group.WORLD
+
+    @staticmethod
+    def _tensors(numel: int, device: str) -> list[torch.Tensor]:
+        if device == stub.DEVICE.type:
+            return [torch.empty(numel, device=device) for _ in range(1 + VALUES)]
+        generator = torch.Generator(device).manual_seed(0)
+        return [torch.randn(numel, device=device, generator=generator) for _ in range(1 + VALUES)]
 
     def step(self, group: Any) -> None:
         """A call at each site."""
@@ -126,6 +141,27 @@ class Bench:
             found |= counts.per(self.sites)
         return {**found, "host_waits": host_waits(step), "python_calls": self._python_calls(step)}
 
+    def stub_line(self, name: str) -> dict[str, Any]:
+        """What one method costs the host alone, on a device that is not there."""
+        with ExitStack() as entered:
+            device = entered.enter_context(stub.stub())
+            group = entered.enter_context(
+                device.wrap(self.plain, layouts=_matrix, min_numel=1, **(METHODS[name] or {}))
+            )
+            for _ in range(WARMUP):
+                self.step(group)
+            cpu, wall = [], []
+            for _ in range(self.rounds):
+                device.recorded.clear()
+                began, used = time.perf_counter(), time.process_time()
+                self.step(group)
+                cpu.append(1e6 * (time.process_time() - used) / self.sites)
+                wall.append(1e6 * (time.perf_counter() - began) / self.sites)
+            launches = len(device.recorded) / self.sites
+            calls = self._python_calls(lambda: self.step(group))
+        median = {"host_us_median": statistics.median(cpu), "wall_us_median": statistics.median(wall)}
+        return {"host_us": min(cpu), "wall_us": min(wall), **median, "launches": launches, "python_calls": calls}
+
     def _python_calls(self, step: Callable[[], None]) -> float:
         calls = 0
 
@@ -164,26 +200,48 @@ def shown(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     made = parser(__doc__ or "")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    made.add_argument("--stub", action="store_true", help="record launches instead of running them; needs no GPU")
     made.add_argument("--rows", type=int, default=1088, help="of a tensor of 3072 channels (default 1088)")
     made.add_argument("--sites", type=int, default=20, help="calls of a step (default 20)")
-    made.add_argument("--rounds", type=int, default=15, help="steps timed (default 15)")
-    made.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    made.add_argument("--rounds", type=int, help=f"steps timed (default 15; {STUB_ROUNDS} with --stub)")
+    made.add_argument("--only", nargs="+", choices=list(METHODS), metavar="METHOD")
     args = made.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device: nothing was measured (--device cpu measures without one)")
+    device = stub.DEVICE.type if args.stub else args.device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: nothing was measured (--device cpu measures without one, --stub the host's part)")
         sys.exit(EXIT_WITHOUT_GPU)
+    only = args.only or [name for name, codec in METHODS.items() if not args.stub or _is_recorded(codec)]
+    unknown = [name for name in only if args.stub and not _is_recorded(METHODS[name])]
+    if unknown:
+        sys.exit(f"--stub: no kernels to be recorded for {', '.join(unknown)}")
     warnings.simplefilter("ignore", FutureWarning)  # every torch deprecates some names that its users still have
-    if args.device == "cpu":
+    if device != "cuda":
         torch.set_num_threads(1)
     importlib.import_module("torch.testing._internal.distributed.fake_pg")  # registers the backend "fake"
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
-    bench = Bench(args.device, args.rows, args.sites, args.rounds)
-    lines = lines_of(args.only, bench.line)
-    print(f"all_gather_into_tensor of bfloat16 [{args.rows}, {CHANNELS}], fake group of 2, {args.device}; per call")
+    bench = Bench(device, args.rows, args.sites, args.rounds or (STUB_ROUNDS if args.stub else 15))
+    load = os.getloadavg()[0]
+    lines = lines_of(only, bench.stub_line if args.stub else bench.line)
+    where = "launches recorded, CPU time" if args.stub else device
+    print(f"all_gather_into_tensor of bfloat16 [{args.rows}, {CHANNELS}], fake group of 2, {where}; per call")
     print(shown(lines))
     dist.destroy_process_group()
-    about = {"device": args.device, "rows": args.rows, "channels": CHANNELS, "sites": args.sites, "rounds": args.rounds}
-    settle(args.json, {**about, "lines": lines}, lines)
+    about = {"device": "stub" if args.stub else device, "rows": args.rows, "channels": CHANNELS, "sites": args.sites}
+    settle(
+        args.json,
+        {
+            **about,
+            "rounds": bench.rounds,
+            "load_average_before": round(load, 2),
+            "machine_was_loaded": load > 0.5,
+            "lines": lines,
+        },
+        lines,
+    )
+
+
+def _is_recorded(settings: dict[str, Any] | None) -> bool:
+    return settings is not None and settings["codec"] != "raw"
 
 
 if __name__ == "__main__":

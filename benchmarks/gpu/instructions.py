@@ -12,7 +12,11 @@ That is instructions of a thread for each element, what a profiler calls thread 
 Instructions that a predicate switches off are issued, and count; loops count by their trips, the slow paths of division
 and root do not. Registers are those of a thread, spills the instructions that keep one in memory. Loads and stores are
 those of one thread to global memory, by their bits: ``4x128 1x16``. For frames an element is a 32-bit word of the
-payload, and the last program's header does not count.
+payload, and the last program's header does not count. ``transform`` is at one bit, its elements have bits or none by
+what is sent, and all are counted as if they had all eight; its sender decodes, too. The sweep that turns its basis is
+not counted, for its rounds depend on data.
+
+Of ``token_history`` no flag is given.
 
 The numbers depend on Triton's version, which is stored with them; they depend on no machine.
 """
@@ -30,17 +34,34 @@ import torch
 
 from benchmarks.common import STDOUT, add_json
 from benchmarks.gpu.common import table
-from benchmarks.gpu.compiled import CAPABILITIES, Compiled, Compiler, frames, step
+from benchmarks.gpu.compiled import (
+    CAPABILITIES,
+    Compiled,
+    Compiler,
+    components,
+    frames,
+    history,
+    history_step,
+    one_of_m,
+    step,
+)
 from benchmarks.gpu.machine_code import executed, listing
 from compactdist import codecs
+from compactdist.codecs.topk import TopK, TopKInt4
+from compactdist.codecs.transform.transform import Transform
 from compactdist.state.matrix_view import plain
+from compactdist.state.quantized_history import EightBits
 
 ROWS, CHANNELS = 1088, 3072
 FRAMES = "frames"
+HISTORIES: dict[str, EightBits] = {"int8 history": "int8", "fp8 history": "fp8"}
 NAMES = [
     f"{codec} {scales}" for scales in ("block", "token_channel") for codec in ("binary", "int2", "int4", "int8", "fp8")
 ]
-NAMES += [FRAMES]
+NAMES += [f"{codec} token_history" for codec in ("binary", "int2", "int4", "int8", "fp8")]
+TRANSFORM = "transform"
+TOPK = {"topk": TopK(), "topk_int4": TopKInt4()}
+NAMES += [FRAMES, *HISTORIES, TRANSFORM, *TOPK]
 _WORDS = 1 << 20
 
 
@@ -70,14 +91,24 @@ def _widths(counts: Counter[int]) -> str:
 
 
 def lines(name: str, capability: int) -> dict[str, dict[str, Any]]:
-    """The kernels of one codec and form of scales, or of frames: ``{"int2 block decode decode_codes": line}``."""
+    """The kernels of one name, by the rows of the table: ``{"int2 block decode decode_codes": line}``."""
     compiler = Compiler(capability)
     if name == FRAMES:
         frames(4 * _WORDS, compiler)
         return {f"{name} {one.name}": counted(one, capability, _WORDS) for one in compiler.launches}
-    codec_id, scales = name.split()
+    if name in HISTORIES:
+        history(ROWS * CHANNELS, torch.bfloat16, HISTORIES[name], compiler)
+        return {f"{name} {one.name}": counted(one, capability, ROWS * CHANNELS) for one in compiler.launches}
     view = plain(ROWS * CHANNELS, 1, CHANNELS)
-    both = step(codecs.get(codec_id, scales=scales), view, torch.bfloat16, compiler)
+    if name == TRANSFORM:
+        both = components(Transform(), view, torch.bfloat16, compiler)
+        assert both[1].pop().name == "sweep_matrices"
+    elif name in TOPK:
+        both = one_of_m(TOPK[name], view, torch.bfloat16, compiler)
+    else:
+        codec_id, scales = name.split()
+        made = history_step if scales == "token_history" else step
+        both = made(codecs.get(codec_id, scales=scales), view, torch.bfloat16, compiler)
     return {
         f"{name} {direction} {one.name}": counted(one, capability, view.numel)
         for direction, launches in zip(("encode", "decode"), both, strict=True)
@@ -105,7 +136,7 @@ def shown(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         for number, of in enumerate(found.values()):
             line = of[key]
             cells += [f"{line['instructions']:.1f}", f"{line['registers']}{'' if not line['spills'] else ' spills'}"]
-            if key.split()[0] != FRAMES:
+            if key.split()[0] != FRAMES and key.split()[1] != "history":
                 sums.setdefault(key.rsplit(" ", 1)[0], [0.0] * len(found))[number] += line["instructions"]
         rows.append(cells)
     rows += [

@@ -70,31 +70,33 @@ class Listing:
 
 
 def tool(name: str) -> str:
-    """Path of a program of Triton's package: ``nvdisasm``, ``cuobjdump``."""
+    """Path of a program of Triton's package: ``nvdisasm``."""
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
+_REGISTERS = re.compile(r"EIATTR_REGCOUNT\n.*?\.word\s+index@.*?\.word\s+0x([0-9a-f]+)", re.DOTALL)
+
+
 def listing(cubin: bytes, capability: int) -> Listing:
-    """Disassemble a kernel."""
+    """Disassemble a kernel. The whole file is read, not its code alone, for that names the registers too."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
-        usage = [tool("cuobjdump"), "-res-usage", file.name]
-        used = subprocess.run(usage, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"\bREG:(\d+)", used)
+        command = [tool("nvdisasm"), "--no-dataflow", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = _REGISTERS.findall(text)
     if not found:
-        raise RuntimeError(f"cuobjdump names no registers: {used!r}")
-    return parsed(text, capability, int(found[-1]))
+        raise RuntimeError(f"nvdisasm names no registers: {text[:2000]!r}")
+    return parsed(text, capability, max(int(count, 16) for count in found))
 
 
 _LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?PT?\d*)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*(.*?)\s*;")
 
 
 def parsed(text: str, capability: int, registers: int) -> Listing:
-    """A listing from the text of ``nvdisasm -c``."""
+    """A listing from the text of ``nvdisasm``."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -192,6 +194,18 @@ def _least(one: Instruction, a: int, b: int, most: int) -> int:
     return min(a, b) if most else max(a, b)
 
 
+def _permuted(one: Instruction, a: int, chosen: int, b: int) -> int:
+    """``PRMT``: four of eight bytes, or their signs."""
+    if "." in one.opcode:
+        raise NotImplementedError
+    result = 0
+    for place in range(4):
+        number = chosen >> 4 * place & 15
+        byte = (b << 32 | a) >> 8 * (number & 7) & 0xFF
+        result |= (byte if number < 8 else 0xFF * (byte >> 7)) << 8 * place
+    return result
+
+
 _COMPUTED: dict[str, Callable[..., int]] = {
     "MOV": lambda one, a, *_: a,
     "IMAD": _multiplied,
@@ -203,6 +217,7 @@ _COMPUTED: dict[str, Callable[..., int]] = {
     "LEA": _shifted_sum,
     "SEL": lambda one, a, b, first: a if first else b,
     "SGXT": _extended,
+    "PRMT": _permuted,
     "IMNMX": _least,
     "VIMNMX": _least,
     "IABS": lambda one, a: abs(_signed(a)),
@@ -222,6 +237,9 @@ _COMPARED: dict[str, Callable[[int, int], bool]] = {
     "NE": lambda a, b: a != b,
 }
 _PREDICATES = ("ISETP", "PLOP3")
+_HAPPENED = ("ELECT", "SYNCS", "UTCATOMSWS")
+"""The first thread is elected, what it waits for in shared memory is there, and so is the tensor memory it asks for."""
+
 _FROM_DATA = re.compile(r"LD[GSL]?$|LDSM|ATOM|RED|SHFL|VOTE|MATCH|[FHD](ADD|MUL|FMA|SETP|SEL|MNMX|SET|CHK)|F2F|MUFU")
 _REGISTER, _PREDICATE = re.compile(r"U?R(\d+|Z)$"), re.compile(r"!?U?P(\d+|T)$")
 
@@ -231,7 +249,7 @@ class _Warp:
 
     def __init__(self, code: Listing, constants: Mapping[int, int], program: int, warp: int) -> None:
         self.code, self.constants = code, constants
-        self.special = {"SR_TID.X": 32 * warp, "SR_CTAID.X": program, "SR_LANEID": 0, "SRZ": 0}
+        self.special = {"SR_TID.X": 32 * warp, "SR_CTAID.X": program, "SR_LANEID": 0, "SRZ": 0, "SR_CgaCtaId": 0}
         self.held: dict[str, Value] = {}
         self.seen = Executed()
 
@@ -247,18 +265,29 @@ class _Warp:
             if one.base == "EXIT" and self._goes(one, guard, forward=True):
                 return self.seen
             label = one.operands[-1].strip("`()") if one.base in ("BRA", "CALL") else ""
+            if one.base == "CALL" and guard == 1 and label.endswith("sqrt_rn_f32_slowpath"):
+                at += 1  # roots of data go the quick way, so this is the root of a zero that fills up the tile
+                continue
             if one.base == "CALL" and guard != 0 and not label.startswith(".L"):  # those are jumps out of loops
                 raise RuntimeError(f"the path of a full tile calls {label}")
             if label in self.code.labels:
                 target = self.code.labels[label]
                 conditions = [guard, *(self.value(part) for part in one.operands[:-1])]
                 guard = 0 if 0 in conditions else next((v for v in conditions if v != 1), 1)
+                if guard == _DATA and self._traps(target):
+                    guard = 0
                 at = target if self._goes(one, guard, forward=target > at) else at + 1
                 continue
             if one.base != "EXIT" and guard != 0:
                 self._count(one)
                 self._execute(one, guard)
             at += 1
+
+    def _traps(self, at: int) -> bool:
+        """Whether a call that stops the program stands there: tensor memory was not what it should be."""
+        return any(
+            "guardrail_trap" in operand for one in self.code.instructions[at : at + 4] for operand in one.operands
+        )
 
     def _goes(self, one: Instruction, guard: Value, *, forward: bool) -> bool:
         if guard == _DATA and forward:
@@ -323,6 +352,7 @@ class _Warp:
             return
         targets, sources = _split(one)
         result = self._result(one, sources) if guard == 1 else _worst([guard])
+        upper = self._upper(one, sources) if one.base == "IMAD" and ".WIDE" in one.opcode else _UNKNOWN
         for number, target in enumerate(targets):
             made: Value = result if number == 0 else _DATA if result == _DATA else _UNKNOWN
             if one.base in ("LDC", "LDCU", "ULDC") and number and guard == 1:
@@ -330,6 +360,10 @@ class _Warp:
                 made = _UNKNOWN if at is None else self.constants.get(int(at[1], 16) + 4 * number, _UNKNOWN)
             elif one.base in ("CS2R", *_PREDICATES):
                 made = result if one.base == "CS2R" or number == 0 else _worst([result])
+            elif one.base in _HAPPENED:
+                made = 1
+            elif number == 1 and guard == 1 and one.base == "IMAD":
+                made = upper
             elif one.base == "LOP3" and isinstance(result, int):  # whether there is a bit, or else the last source
                 made = 1 if result else self.value(sources[-1])
             if target not in ("RZ", "URZ", "PT", "UPT"):
@@ -343,6 +377,8 @@ class _Warp:
             return self.value(sources[0])
         if base == "P2R":
             return self._predicates(sources[-1])
+        if base in _HAPPENED:
+            return 1
         values = [self.value(source) for source in sources]
         if base == "IMAD" and ".HI" in one.opcode:
             values[2] = self._wide(sources[2])
@@ -366,6 +402,14 @@ class _Warp:
             return _COMPUTED[base](one, *known) & _MASK
         except NotImplementedError:
             return _UNKNOWN
+
+    def _upper(self, one: Instruction, sources: tuple[str, ...]) -> Value:
+        """The high 32 bits of a product of 32-bit numbers, plus one of 64 bits."""
+        a, b, added = self.value(sources[0]), self.value(sources[1]), self._wide(sources[2])
+        if isinstance(a, str) or isinstance(b, str) or isinstance(added, str):
+            return _worst([a, b, added])
+        product = a * b if ".U32" in one.opcode else _signed(a) * _signed(b)
+        return (product + added) >> 32 & _MASK
 
     def _partly(self, one: Instruction, values: list[Value]) -> Value:
         """The result where not all sources are known: of a comparison that its last condition settles, all the same."""

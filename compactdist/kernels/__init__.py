@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from compactdist.kernels.queues import queue_of, stream_of
 from compactdist.kernels.reference import components
 from compactdist.kernels.reference.checksum import weighted_sum
 from compactdist.kernels.reference.rotations import sweep
 from compactdist.kernels.reference.samples import is_far_larger
 from compactdist.kernels.sources import digest
-from compactdist.kernels.spec import HeadPlaces, MatrixView, QuantizerSpec
+from compactdist.kernels.spec import ComponentSpec, HeadPlaces, MatrixView, QuantizerSpec
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from compactdist.kernels.gpu.component_steps import ComponentSteps
 
 __all__ = [
     "MIN_ELEMENTS",
@@ -33,18 +36,26 @@ __all__ = [
     "DeviceSteps",
     "Frames",
     "HistorySteps",
+    "Picks",
+    "Rounding",
     "Steps",
     "checksum_for",
     "choice",
     "component_steps_for",
     "cpu_runs",
+    "device_component_steps_for",
+    "device_topk_steps_for",
     "digest",
     "far_larger_for",
     "frames_for",
     "history_steps_for",
+    "picks_for",
+    "queue_of",
     "rotate",
+    "rotate_on_device",
+    "rounding_for",
     "steps_for",
-    "topk_steps_for",
+    "stream_of",
     "use",
 ]
 
@@ -58,13 +69,10 @@ class Steps(Protocol):
     """The steps of one stream, prepared once: everything that does not change between two steps is held here.
 
     Attributes:
-        checksum: of the payload that the last :meth:`encode` wrote, or the last :meth:`decode` with ``sums`` read, if
-            it was summed up on the way, else ``None``.
-        sums: whether :meth:`decode` can sum up payloads.
+        checksum: of the payload that the last :meth:`encode` wrote, if it was summed up on the way, else ``None``.
     """
 
     checksum: int | None
-    sums: bool
 
     def encode(self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor) -> bool:
         """Write the payload of ``x`` less the sum of ``terms``, and to ``out`` what :meth:`decode` will give.
@@ -74,10 +82,17 @@ class Steps(Protocol):
         """
         ...
 
-    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor, *, sums: bool = False) -> bool:
+    def decode(
+        self,
+        payload: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor,
+        *,
+        copy: Tensor | None = None,
+    ) -> bool:
         """Write the sum of ``terms`` plus the decoded payload to ``out``, which may be the first of the terms.
 
-        With ``sums``, sum up the payload on the way. It may be any bytes then, and ``out`` is to be none of the terms.
+        With ``copy``, contiguous and as large as ``out``, write the same values there too; steps may decline that.
 
         Returns:
             Whether it was done; if not, ``out`` is as it was.
@@ -105,7 +120,15 @@ class HistorySteps(Protocol):
         """As ``Steps.encode``."""
         ...
 
-    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor, scales: tuple[Tensor, Tensor]) -> bool:
+    def decode(
+        self,
+        payload: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor,
+        scales: tuple[Tensor, Tensor],
+        *,
+        copy: Tensor | None = None,
+    ) -> bool:
         """As ``Steps.decode``."""
         ...
 
@@ -127,46 +150,116 @@ class DeviceSteps(Steps, Protocol):
         terms: tuple[Tensor, ...],
         out: Tensor,
         *,
-        sums: bool = False,
+        copy: Tensor | None = None,
         accepted: Tensor | None = None,
     ) -> bool:
-        """As ``Steps``; with ``accepted``, uint8, ``out`` stays as it was where the first of it is 0."""
+        """As ``Steps``; with ``accepted``, uint8 ``[2]``, ``out`` stays as it was where the first of it is 0, and
+        ``copy`` gets NaN where the second is.
+        """
         ...
 
 
 class Frames(Protocol):
-    """Seals or checks the frames of one end of a stream on a device."""
+    """Seals or checks the frames of one end of a stream on a device.
 
-    def flag(self) -> Tensor:
-        """For the encoder of the next frame that is sealed on this thread and CUDA stream: int32 ``[1]``, zero."""
-        ...
+    Attributes:
+        holds_values: bool ``[1]``, the same tensor every time: whether the frame checked last was the expected one and
+            held values.
+    """
 
-    def seal(
+    holds_values: Tensor
+
+    def send(
         self,
+        steps: DeviceSteps,
+        x: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor | None,
         frame: Tensor,
-        flag: Tensor,
+        payload: Tensor,
         digests: Tensor,
-        call: tuple[int, int, int],
-        source: int,
-        known: int,
-    ) -> None:
-        """Write the header of a frame whose payload is there.
+        call: tuple[int, int, int, int, int],
+        queue: int,
+    ) -> bool:
+        """Encode ``x``, as ``DeviceSteps`` do, and write the header of its frame.
 
         Args:
-            frame: 1-D uint8, contiguous; the payload stands behind the header.
-            flag: as the encoder left it.
+            steps: of the stream, for this device.
+            x: flat.
+            terms: what is expected, each flat and contiguous.
+            out: flat, contiguous, none of the terms; gets what the receiver will hold.
+            frame: 1-D uint8, contiguous.
+            payload: the part of it behind the header.
             digests: int64 ``[2]``: the digest the frame is made against, and a place for the next one.
-            call: step, epoch and sequence.
-            source: which of the digests the frame is made against; 2: ``known``.
-            known: a digest that the host knows.
+            call: step, epoch and sequence; which of the digests the frame is made against, 2 for one that the host
+                knows; that one.
+            queue: :func:`queue_of` the device.
+
+        Returns:
+            Whether it was done; not if ``x`` is of another dtype or device than the steps.
         """
         ...
 
-    def check(self, frame: Tensor, digests: Tensor, call: tuple[int, int, int], source: int, known: int) -> Tensor:
-        """Compare a frame with the one that is expected. Arguments as for :meth:`seal`.
+    def receive(
+        self,
+        steps: DeviceSteps,
+        frame: Tensor,
+        nbytes: int,
+        terms: tuple[Tensor, ...],
+        out: Tensor,
+        copy: Tensor | None,
+        digests: Tensor,
+        call: tuple[int, int, int, int, int],
+        queue: int,
+    ) -> bool:
+        """Compare a frame with the one that is expected, and decode it to ``out`` unless it is another one.
+
+        Args:
+            steps: of the stream, for this device.
+            frame: 1-D uint8.
+            nbytes: of the frame; those behind are padding.
+            terms: what is expected, each flat and contiguous.
+            out: flat, contiguous; may be the first of the terms.
+            copy: contiguous; gets the values, too, or NaN where the frame is another one or holds none.
+            digests: as for :meth:`send`.
+            call: as for :meth:`send`.
+            queue: :func:`queue_of` the device.
 
         Returns:
-            uint8 ``[2]``, the same tensor every time: 1 if the frame is to be applied, 1 if it holds values.
+            Whether it was done; not if the frame is not contiguous, or its payload not aligned to 16 bytes.
+        """
+        ...
+
+
+class Rounding(Protocol):
+    """Rounds flat tensors of one size and dtype to eight bits, and back, as ``state/quantized_history.py`` says."""
+
+    def quantize(self, values: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """Write the codes ``[numel]`` and the bfloat16 scales ``[ceil(numel / 128)]`` of finite values."""
+
+    def dequantize(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        """Write the values ``[numel]``, kept finite and rounded once to the dtype of ``out``."""
+
+
+class Picks(Protocol):
+    """Finds the element that is kept of each run of m of a stream's tensors, and puts it back: ``reference/topk.py``.
+
+    ``places``: uint8, the section of places with its padding. ``kept``: uint8, the section of values with its padding,
+    or float32, one for each run, and one more if the runs are odd in number.
+    """
+
+    def pick(self, x: Tensor, terms: tuple[Tensor, ...], places: Tensor, kept: Tensor) -> bool:
+        """Write places and kept elements of ``x`` less the sum of ``terms``, and zeros behind them.
+
+        Returns:
+            Whether the residual was finite; if not, ``places`` and ``kept`` hold anything.
+        """
+        ...
+
+    def spread(self, places: Tensor, kept: Tensor, terms: tuple[Tensor, ...], out: Tensor) -> None:
+        """Write the sum of ``terms`` plus the kept elements in their places to ``out``, kept finite and rounded once.
+
+        ``out`` may be the first of the terms.
         """
         ...
 
@@ -245,7 +338,13 @@ def steps_for(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device:
 def history_steps_for(
     spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device: torch.device
 ) -> HistorySteps | None:
-    """As :func:`steps_for`, for ``scales="token_history"``; there are none for GPUs."""
+    """As :func:`steps_for`, for ``scales="token_history"``."""
+    if choice.forced == "gpu" or (device.type == "cuda" and choice.forced is None):
+        if not _gpu_runs(device):
+            return None
+        from compactdist.kernels.gpu import history_steps as on_device
+
+        return on_device.steps_of(spec, view, dtype, device)
     if device.type != "cpu" or not cpu_runs(view.numel):
         return None
     from compactdist.kernels.cpu import history_steps
@@ -261,14 +360,50 @@ def frames_for(device: torch.device) -> Callable[[bytes, HeadPlaces, int, Tensor
         them of what differs, the payload's bytes, the group's board (int32 ``[BOARD_WORDS]``) and the stream's number
         on it.
     """
-    if choice.forced != "gpu" and (device.type != "cuda" or choice.forced is not None):
+    if not _gpu_runs(device):
         return None
-    steps = _gpu_steps()
-    if steps is None or device.type != ("cpu" if steps.INTERPRETED else "cuda"):
-        return None
-    from compactdist.kernels.gpu.frames import FrameKernels
+    from compactdist.kernels.gpu.ends import FrameEnds
 
-    return FrameKernels
+    return FrameEnds
+
+
+def device_component_steps_for(
+    spec: ComponentSpec, tables: Tensor, view: MatrixView, dtype: torch.dtype, device: torch.device
+) -> ComponentSteps | None:
+    """The steps of a stream of components on a device that the host does not wait for; ``None`` where there are none.
+
+    Args:
+        spec: of the codec and view.
+        tables: borders and levels, as ``reference.components.Chosen.steps``, on the device.
+        view: of the stream's flat tensors.
+        dtype: of these tensors.
+        device: of these tensors.
+    """
+    if not _gpu_runs(device):
+        return None
+    from compactdist.kernels.gpu import component_steps
+
+    return component_steps.steps_of(spec, tables, view, dtype, device)
+
+
+def rounding_for(
+    numel: int, dtype: torch.dtype, codes: torch.dtype, largest: float, device: torch.device
+) -> Rounding | None:
+    """The kernels of a history of eight bits for each element; ``None`` where torch's operations are to be used.
+
+    Args:
+        numel: elements of the tensors.
+        dtype: of the tensors.
+        codes: dtype of the codes, int8, or uint8 for the bits of an E4M3 float8.
+        largest: level of the largest magnitude of a block.
+        device: of the tensors.
+    """
+    if not _gpu_runs(device):
+        return None
+    from compactdist.kernels.gpu import rounding
+
+    made: Rounding | None = rounding.rounding_of(numel, dtype, codes, largest, device)
+    return made
 
 
 def rotate(matrices: Tensor, basis: Tensor, sizes: Sequence[int], smallest: float) -> tuple[Tensor, Tensor]:
@@ -277,7 +412,20 @@ def rotate(matrices: Tensor, basis: Tensor, sizes: Sequence[int], smallest: floa
         from compactdist.kernels.cpu import products
 
         return products.sweep(matrices, basis, sizes, smallest)
+    if _gpu_runs(matrices.device) and min(sizes) == max(sizes) >= 4:
+        same = torch.full((len(sizes),), sizes[0], dtype=torch.int32, device=matrices.device)
+        return rotate_on_device(matrices, basis, same, smallest)
     return sweep(matrices, basis, sizes, smallest)
+
+
+def rotate_on_device(matrices: Tensor, basis: Tensor, sizes: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
+    """As :func:`rotate`, with sizes of at least 4, int32 ``(M,)``, that the host does not read.
+
+    Elements of matrices between rows that take part and others are zero.
+    """
+    from compactdist.kernels.gpu import rotations
+
+    return rotations.sweep(matrices, basis, sizes, smallest)
 
 
 def component_steps_for(numel: int, device: torch.device) -> ModuleType:
@@ -289,18 +437,37 @@ def component_steps_for(numel: int, device: torch.device) -> ModuleType:
     return components
 
 
-def topk_steps_for(view: MatrixView, m: int, dtype: torch.dtype, device: torch.device) -> ModuleType | None:
-    """The module with ``pick`` and ``spread`` for a stream's flat tensors; ``None`` where the reference is to be used.
+def picks_for(view: MatrixView, m: int, dtype: torch.dtype, device: torch.device) -> Picks | None:
+    """What keeps one of m elements of a stream's flat tensors; ``None`` where the reference is to be used.
 
-    That is on other devices, for other dtypes, and where runs of m do not follow one another in memory. ``pick`` gives
-    the bytes of ``reference/topk.py``.
+    That is on other devices, for other dtypes, and where runs of m do not follow one another in memory.
     """
-    in_order = view.axes is None and (view.groups == 1 or view.numel // max(view.groups, 1) % m == 0)
+    in_order = view.axes is None and (view.groups == 1 or view.rows * view.channels % m == 0)
     if device.type != "cpu" or not in_order or not view.numel or not cpu_runs(view.numel):
         return None
     from compactdist.kernels.cpu import steps, topk_steps
 
-    return topk_steps if dtype in steps.DTYPES else None
+    runs = view.groups * -(-view.rows * view.channels // m)
+    return topk_steps.Picks(m, runs) if dtype in steps.DTYPES else None
+
+
+def device_topk_steps_for(
+    view: MatrixView, m: int, values: QuantizerSpec | None, dtype: torch.dtype, device: torch.device
+) -> DeviceSteps | None:
+    """The steps of a stream of ``topk`` on a device that the host does not wait for; ``None`` where there are none.
+
+    Args:
+        view: of its flat tensors.
+        m: elements of a run.
+        values: of what codes the kept elements, seen as ``(G, 1, K)``; ``None``: they are bfloat16.
+        dtype: of its tensors.
+        device: of its tensors.
+    """
+    if not _gpu_runs(device):
+        return None
+    from compactdist.kernels.gpu import topk_steps
+
+    return topk_steps.steps_of(view, m, values, dtype, device)
 
 
 class Checksum(Protocol):
@@ -350,6 +517,14 @@ def _gpu_steps() -> ModuleType | None:
         _log.info("codecs run on torch operations on the GPU, much slower: Triton cannot be imported (%s)", error)
         return None
     return steps
+
+
+def _gpu_runs(device: torch.device) -> bool:
+    """Whether Triton's kernels are to be used for tensors of a device."""
+    if choice.forced != "gpu" and (device.type != "cuda" or choice.forced is not None):
+        return False
+    steps = _gpu_steps()
+    return steps is not None and device.type == steps.DEVICE_TYPE
 
 
 def cpu_runs(numel: int) -> bool:

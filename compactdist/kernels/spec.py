@@ -26,6 +26,8 @@ __all__ = [
     "NOT_FINITE",
     "REFUSED",
     "SCALE_FORMS",
+    "Allotment",
+    "ComponentSpec",
     "Float8",
     "HeadPlaces",
     "MatrixView",
@@ -145,6 +147,11 @@ class QuantizerSpec:
         """Scales are such that the largest value takes the largest code, and no sum is needed."""
         return self.kind in ("linear", "e4m3", "e5m2")
 
+    @property
+    def roots(self) -> int:
+        """For ``"nearest"``: square roots taken to widen the scale; none where zero is a level."""
+        return self.widening if self.magnitudes and self.magnitudes[0] > 0 else 0
+
     def sections_of(self, shape: Sequence[int]) -> Sections:
         """The sections of the payload of a tensor of this shape."""
         if self.scales == "block":
@@ -152,6 +159,39 @@ class QuantizerSpec:
         if self.scales == "token_history":
             return Sections.of_history(shape, self.bits, base3=self.kind == "trits")
         return Sections.of(shape, self.bits, base3=self.kind == "trits")
+
+
+class Allotment(NamedTuple):
+    """Which components get bits, of all of all groups.
+
+    Attributes:
+        depths: bits of each, 0 to 8, int32 ``(G, K)``.
+        planes: the first plane of each that has some, int32 ``(G, K)``.
+    """
+
+    depths: Tensor
+    planes: Tensor
+
+
+class ComponentSpec(NamedTuple):
+    """What a kernel is told of a codec that turns blocks of channels onto components.
+
+    Attributes:
+        blocks, width: of a group, and channels of each, as many as it has components.
+        nbytes: of a group's payload.
+        planes_at: where in it planes of bits begin, one of ``ceil(rows / 8)`` bytes after another.
+        step: from one row that energies and correlations are taken from to the next.
+        largest_weight: of a component's element, in whole numbers.
+        largest_sum: of the magnitudes of weights of a channel, before they are rounded.
+    """
+
+    blocks: int
+    width: int
+    nbytes: int
+    planes_at: int
+    step: int
+    largest_weight: int
+    largest_sum: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.compiled import Compiler
+from benchmarks.gpu.compiled import Compiler, components
 from compactdist import codecs
+from compactdist.codecs.transform.transform import Transform
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.matrix_view import Layout, blocks, plain
 
@@ -72,3 +73,12 @@ def test_tensors_of_one_channel_compile(monkeypatch):
     ):
         _run_both_ends(form, view, torch.float32)
     assert {"encode_blocks", "encode_codes", "decode_codes", "fold_many_tiles"} <= set(compiler.ptx)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("compiler", [_WithOnes(), Compiler()], ids=["all", "one channel and one row"])
+def test_kernels_of_components_compile_with_integers_equal_to_one(compiler):
+    components(Transform(), plain(1, 1, 1), torch.bfloat16, compiler)
+    expected = {"weigh_basis", "decode_components", "correlate", "choose_components", "sweep_matrices"}
+    assert set(compiler.ptx) == expected

@@ -70,30 +70,6 @@ def test_encoders_sum_up_what_they_write(codec_id: str, scales: str) -> None:
                 assert session.checksum == (None if rows > 1 and channels % 16 else weighted_sum(payload))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("terms", [0, 1, 2])
-@pytest.mark.parametrize("numel", [1 << 12, 3 * (1 << 18)])
-@pytest.mark.parametrize("scales", ["token_channel", "block"])
-@pytest.mark.parametrize("codec_id", ["int4", "int8", "fp8"])
-def test_decoders_sum_up_what_they_read(codec_id: str, scales: str, numel: int, terms: int, threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with kernels.use("cpu"):
-            session = codecs.get(codec_id, scales=scales).open(plain(numel, 1, 128), torch.bfloat16, CPU)
-            assert session.sums
-            x, *given = torch.randn(1 + terms, numel).bfloat16()
-            payload, out, expected = torch.empty(session.payload_nbytes, dtype=torch.uint8), x.clone(), x.clone()
-            session.encode(x, tuple(given), None, payload)
-            session.decode(payload, tuple(given), expected)
-            assert session.decode_and_sum(payload, tuple(given), out) == weighted_sum(payload)
-            assert out.view(torch.int16).equal(expected.view(torch.int16))
-            payload[-5] ^= 64
-            assert session.decode_and_sum(payload, tuple(given), out) in (None, weighted_sum(payload))
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("writes", [False, True])
 def test_signs_are_summed_up_by_the_pass_that_writes_the_reconstruction(writes: bool) -> None:
     with kernels.use("cpu"):

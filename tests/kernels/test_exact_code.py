@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.compiled import Compiler, frames, step
+from benchmarks.gpu.compiled import CAPABILITIES, Compiler, components, frames, one_of_m, step
 from benchmarks.gpu.machine_code import listing
 from compactdist import codecs
+from compactdist.codecs.topk import TopK, TopKInt4
+from compactdist.codecs.transform.transform import Transform
 from compactdist.state.matrix_view import plain
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
@@ -46,11 +48,63 @@ def test_decoders_and_new_bases_leave_no_rounding_open(form: dict[str, Any]) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_on_every_gpu_and_of_every_dtype(capability: int) -> None:
-    for form in FORMS:
-        for dtype in DTYPES:
-            _check(form, dtype, 2, capability)
+    """Every form on every GPU, every dtype on every GPU and with every form; all three of them on one or two."""
+    for number, form in enumerate(FORMS, CAPABILITIES.index(capability)):
+        _check(form, DTYPES[number % 3], 2, capability)
+
+
+def _check_components(capability: int, channels: int, dtype: torch.dtype) -> None:
+    compiler = Compiler(capability)
+    components(Transform(), plain(70 * channels, 1, channels), dtype, compiler, terms=2)
+    integers = {"decode_components": 2, "correlate": 1}
+    for one in compiler.launches:
+        found = OPEN.search(one.ptx)
+        assert not found, f"{one.name}: {found and found[0]}"
+        if one.name in integers:
+            code = [line.opcode for line in listing(one.cubin, capability).instructions]
+            assert not [opcode for opcode in code if re.match("[FD]FMA|HMMA", opcode)], one.name
+            products = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*(?:s8|i8)\b", one.ptx)
+            assert len(products) >= integers.pop(one.name), f"{one.name} multiplies no 8-bit integers"
+    assert not integers
+
+
+def test_components_multiply_integers_and_leave_no_rounding_open() -> None:
+    _check_components(90, 32, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_components_on_every_gpu(capability: int) -> None:
+    for channels, dtype in ((128, torch.bfloat16), (200, torch.float16), (6, torch.float32)):
+        _check_components(capability, channels, dtype)
+
+
+def _check_one_of_m(capability: int, dtype: torch.dtype, **options: Any) -> None:
+    for codec in (TopK(**options), TopKInt4(**options)):
+        compiler = Compiler(capability)
+        _, decoding = one_of_m(codec, VIEW, dtype, compiler, terms=2)
+        assert {one.name for one in compiler.launches} >= {"pick_of_runs", "spread_over_runs"}
+        for one in compiler.launches:
+            found = OPEN.search(one.ptx)
+            assert not found, f"{one.name} of {codec}: {found and found[0]}"
+        for one in [*decoding, *(one for one in compiler.launches if one.name == "pick_of_runs")]:
+            code = [line.opcode for line in listing(one.cubin, capability).instructions]
+            assert not [opcode for opcode in code if re.match("[FD]FMA", opcode)], f"{one.name} of {codec}"
+
+
+def test_one_of_m_leaves_no_rounding_open() -> None:
+    _check_one_of_m(90, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_one_of_m_on_every_gpu(capability: int) -> None:
+    for m, dtype in ((2, torch.float32), (5, torch.bfloat16), (8, torch.float16), (16, torch.bfloat16)):
+        _check_one_of_m(capability, dtype, m=m)
 
 
 def test_frames_are_integers() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.compiled import Compiler
+from benchmarks.gpu.compiled import Compiler, history_step
 from compactdist import codecs
 from compactdist.kernels import steps_for, use
 from compactdist.kernels.spec import BOARD_WORDS
@@ -23,24 +23,30 @@ gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 ROOT = Path(__file__).parent.parent.parent
 
 
-def _interpreted(*options: str) -> None:
+def _interpreted(*options: str, where: str = "tests/kernels/gpu") -> None:
     """Run the tests of the kernels under the interpreter; all of those chosen must pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/gpu", *options]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", where, *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1400)
     summary = done.stdout.strip().splitlines()[-1]
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.fullmatch(r"\d+ passed(, \d+ deselected)? in .*", summary), summary
 
 
 def test_some_tests_pass_under_the_interpreter():
-    _interpreted("-k", "zeros_is_no_change or buffers_anywhere")
+    _interpreted("-k", "zeros_is_no_change or buffers_anywhere or bases_are_those or sweeps_have")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_all_tests_pass_under_the_interpreter():
+    _interpreted("--ignore", "tests/kernels/gpu/test_components.py")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_all_tests_pass_under_the_interpreter():
-    _interpreted()
+def test_all_tests_of_components_pass_under_the_interpreter():
+    _interpreted(where="tests/kernels/gpu/test_components.py")
 
 
 @pytest.mark.slow
@@ -120,7 +126,7 @@ except RuntimeError as error:
 def test_frames_compile_for_an_h100_once_for_all_streams(monkeypatch):
     from triton.runtime.jit import JITFunction
 
-    from compactdist.kernels.gpu.frames import FrameKernels
+    from compactdist.kernels.gpu.frames import FrameKernels, sums_of
 
     compiler = Compiler()
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
@@ -129,8 +135,9 @@ def test_frames_compile_for_an_h100_once_for_all_streams(monkeypatch):
         board, digests = torch.zeros(BOARD_WORDS, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
         frames = FrameKernels(bytes(HEADER_NBYTES), HEAD_PLACES, nbytes, board, stream)
         frame = torch.zeros(HEADER_NBYTES + nbytes, dtype=torch.uint8)
-        frames.seal(frame, frames.flag(), digests, call, 2, 2**64 - 1)
-        frames.check(frame, digests, call, 1, 0)
+        sums, flag = sums_of(board.device, None)
+        frames.launch(frames.sealing, (frame, sums, digests, flag), (*call, 2, 2**64 - 1), None)
+        frames.launch(frames.checking, (frame, sums, digests, frames.accepted), (*call, 1, 0), None)
         seen.add((compiler.ptx["seal_frame"], compiler.ptx["check_frame"]))
     assert len(seen) == 1
 
@@ -179,3 +186,17 @@ def test_they_compile_for_an_h100(form, view, dtype, monkeypatch):
     if view.channels % 16 == 0 and view.numel % 8 == 0 and "block" not in form:
         for name in expected - {"settle"}:
             assert re.search(r"ld\.global\.v4\.b32", compiler.ptx[name]), f"{name} loads less than 16 bytes at a time"
+
+
+@pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("codec_id", ["int2", "int8"])
+def test_kernels_of_histories_compile_for_an_h100(codec_id):
+    compiler, view = Compiler(), plain(4200 * 256, 1, 256)
+    history_step(codecs.get(codec_id, scales="token_history"), view, torch.bfloat16, compiler)
+    encoding = {"take_scales", "settle_rows", "sum_squares", "fold_many_tiles", "settle_roots", "encode_codes"}
+    assert set(compiler.ptx) == {*encoding, "next_scales", "decode_codes"}
+    for name, ptx in compiler.ptx.items():
+        assert not re.search(r"\bfma\.", ptx), f"{name} contracts"
+        assert not re.search(r"\b(div\.(full|approx)|sqrt\.approx|rcp\.approx|[a-z]+\.ftz)", ptx), name
+    for name in ("settle_rows", "sum_squares", "encode_codes"):
+        assert re.search(r"ld\.global\.v4\.b32", compiler.ptx[name]), f"{name} loads less than 16 bytes at a time"

@@ -97,6 +97,21 @@ def test_a_loop_counts_by_its_trips_and_a_slow_path_not_at_all() -> None:
     assert _walked(LOOP, trips=12).instructions == 6 + 8 * 3 + 2
 
 
+def test_bytes_are_permuted() -> None:
+    """One trip for each number from that of the program, 2, in the lowest byte, or less 256 from the sign of 0xF0."""
+    first, last = "IMAD.SHL.U32 R1, R0, 0x2, RZ", "MOV R5, 0xf0f0"
+    assert _walked(LOOP.replace(first, "PRMT R1, R0, 0x4440, RZ")).instructions == 6 + 7 * 3 + 2
+    moved = LOOP.replace(first, f"{last} ;\n        /*0028*/                   PRMT R1, R5, 0x9991, R5")
+    assert _walked(moved, trips=-12).instructions == 7 + 4 * 3 + 2
+
+
+@pytest.mark.parametrize(("opcode", "first"), [("IMAD.WIDE.U32", 1), ("IMAD.WIDE", -1)])
+def test_a_product_has_64_bits(opcode: str, first: int) -> None:
+    """Twice 2**31, or -2**31, is one 2**32, or less one, whose upper half is in the second register."""
+    wide = LOOP.replace("IMAD.SHL.U32 R1, R0, 0x2, RZ", f"{opcode} R0, R0, 0x80000000, RZ")
+    assert _walked(wide).instructions == 6 + (9 - first) * 3 + 2
+
+
 @pytest.mark.parametrize(
     ("before", "after", "reason"),
     [

@@ -78,11 +78,11 @@ class _Machine:
 def machine(monkeypatch, request):
     from triton.runtime.jit import JITFunction
 
-    from compactdist.kernels.gpu import plan
+    from compactdist.kernels.gpu import launched, plan
 
     made = _Machine(compiles=getattr(request, "param", False))
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: made.dispatch(kernel, *args, **others))
-    monkeypatch.setattr(gpu, "stream_getter", lambda device: lambda index: made.stream)
+    monkeypatch.setattr(launched, "stream_getter", lambda device: lambda index: made.stream)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
     monkeypatch.setattr(plan._here, "streams", {}, raising=False)

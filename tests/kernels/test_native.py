@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,57 @@ def test_half_a_file_is_not_loaded(tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["unit.o"]
     path.write_bytes(path.read_bytes()[:-1])
     assert native._read(path) is None
+
+
+def test_a_unit_that_two_processes_want_is_compiled_by_one(tmp_path):
+    script = """
+import sys
+from compactdist.kernels.cpu import native
+print(native.address_of("codes.pack_trits") != 0, "numba" in sys.modules)
+"""
+    with ThreadPoolExecutor() as both:
+        ends = [both.submit(_run, script, PACKAGE.parent, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+        assert sorted(end.result() for end in ends) == [["True", "False"], ["True", "True"]]
+
+
+@pytest.mark.parametrize("holder", ["killed", "stopped"])
+def test_nobody_waits_for_a_process_that_does_not_compile(holder, monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_PATIENCE_S", 0.2)
+    script = f"""
+import sys, time
+from pathlib import Path
+from compactdist.kernels.cpu import native
+with native._turn(Path({str(tmp_path / "unit.o")!r})):
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"mine\n"
+            with open(tmp_path / "lock", "ab") as file:
+                assert not native._locked(file, native._byte_of(tmp_path / "unit.o"))
+                assert native._locked(file, native._byte_of(tmp_path / "other.o"))
+            if holder == "killed":
+                process.kill()
+                process.wait(10)
+            begun = time.monotonic()
+            with native._turn(tmp_path / "unit.o"):
+                waited = time.monotonic() - begun
+            assert waited < 10
+            assert (waited >= 0.2) == (holder == "stopped")
+        finally:
+            process.kill()
+
+
+def test_code_that_a_process_without_numba_could_not_run_is_refused():
+    def raises(block):
+        if block[0]:
+            raise ValueError
+        return block[1]
+
+    with pytest.raises(RuntimeError, match=r"raises calls .*numba_gil_ensure"):
+        native.build(raises)
 
 
 def test_code_is_kept_for_one_processor(monkeypatch, tmp_path):

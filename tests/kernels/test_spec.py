@@ -27,6 +27,13 @@ class Uneven(ScalarQuantizer):
     magnitudes = (0.1, 0.5, 1.4, 2.5)
 
 
+class WithZero(Uneven):
+    """Zero is a level, so that nothing widens or holds the scale."""
+
+    codec_id = "with_zero"
+    magnitudes = (0.0, 0.5, 1.4, 2.5)
+
+
 class Coarse(ScalarQuantizer):
     """Integers from -15 to 15."""
 
@@ -62,7 +69,7 @@ def test_numba_is_imported_in_one_place():
 
 
 @pytest.mark.parametrize("scales", ["token_channel", "block"])
-@pytest.mark.parametrize("make", [Uneven, Coarse])
+@pytest.mark.parametrize("make", [Uneven, WithZero, Coarse])
 def test_a_codec_from_outside_gets_the_kernels(make, scales):
     codec, view = make(scales=scales), MatrixView(70 * 136, 1, 70, 136)
     g = torch.Generator().manual_seed(0)

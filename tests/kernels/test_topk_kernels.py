@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from compactdist import codecs, kernels
+from compactdist.codecs.scalar.with_zero import Int4WithZero
 from compactdist.errors import NonFiniteError
 from compactdist.kernels import use
 from compactdist.kernels.spec import MatrixView
+from compactdist.state.matrix_view import blocks
 from tests.codecs import kit
 
 pytest.importorskip("numba")
@@ -79,9 +81,9 @@ def test_refuses_what_is_not_finite(spec, bad):
 
 def test_where_the_reference_does_the_work():
     with use("cpu"):
-        assert kernels.topk_steps_for(MatrixView(80, 2, 1, 40), 8, torch.float32, CPU) is not None
-        assert kernels.topk_steps_for(MatrixView(82, 2, 1, 41), 8, torch.float32, CPU) is None
-        assert kernels.topk_steps_for(MatrixView(80, 2, 1, 40), 8, torch.float64, CPU) is None
+        assert kernels.picks_for(MatrixView(80, 2, 1, 40), 8, torch.float32, CPU) is not None
+        assert kernels.picks_for(MatrixView(82, 2, 1, 41), 8, torch.float32, CPU) is None
+        assert kernels.picks_for(MatrixView(80, 2, 1, 40), 8, torch.float64, CPU) is None
     _check_same({"id": "topk"}, MatrixView(82, 2, 1, 41), torch.randn(82), (torch.randn(82),))
 
 
@@ -101,3 +103,39 @@ def test_a_place_out_of_range_writes_nothing():
         payload[0] = 9
         session.decode(payload, (), out)
     assert not out.any()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_behind_the_last_element_of_a_flat_tensor(spec):
+    """Its runs are those of whole rows of 128; what lay in memory before must not be sent."""
+    for numel in (1000, 1003):
+        _check_same(spec, blocks(numel), torch.randn(numel), ())
+
+
+@pytest.mark.parametrize("block", [128, 33])
+def test_values_of_four_bits_run_in_the_loops(block):
+    quantizer = Int4WithZero(block)
+    for numel, groups in ((1, 1), (900, 1), (2 * 4 * 132, 2)):
+        x = torch.cat([kit.sample(name, (numel,)) for name in sorted(kit.DISTRIBUTIONS)])[: numel * 8]
+        view = MatrixView(x.numel(), groups, 1, x.numel() // groups)
+        with use("cpu"):
+            assert kernels.steps_for(quantizer.spec, view, torch.float32, CPU) is not None
+        made = []
+        for chosen in ("cpu", "reference"):
+            with use(chosen):
+                payload = quantizer.encode(x.view(view.shape))
+                made.append((payload, quantizer.decode(payload, view.shape, torch.float32)))
+        for ours, theirs in zip(*made, strict=True):
+            assert torch.equal(kit.as_bytes(ours), kit.as_bytes(theirs))
+
+
+def test_tensors_of_another_form_are_left_to_the_reference():
+    session = codecs.get("topk").open(MatrixView(80, 1, 1, 80), torch.bfloat16, CPU)
+    x, base = torch.randn(80), torch.randn(80, 2)[:, 0]
+    made = []
+    for chosen in ("cpu", "reference"):
+        payload, out = torch.empty(session.payload_nbytes, dtype=torch.uint8), torch.empty(80)
+        with use(chosen):
+            session.encode(x, (base,), out, payload)
+        made.append((payload, out))
+    assert all(map(torch.equal, *made))

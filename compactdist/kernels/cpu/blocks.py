@@ -39,7 +39,7 @@ from compactdist.kernels.cpu.simd.elements import Pointer
 from compactdist.kernels.cpu.simd.ints import bits_of_magnitude, larger, no_bits
 from compactdist.kernels.cpu.simd.jit import inlined
 from compactdist.kernels.cpu.simd.memory import load, settle_streams, shifted, sixteen_at, stack_floats, store
-from compactdist.kernels.cpu.simd.packing import mask_at, store_codes, store_mask
+from compactdist.kernels.cpu.simd.packing import signed_by, store_codes, store_signs
 from compactdist.kernels.cpu.simd.sixteen import (
     COUNT,
     both,
@@ -51,7 +51,7 @@ from compactdist.kernels.cpu.simd.sixteen import (
     store_sixteen,
 )
 from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT, add_to, bytes_at, next_part, own_room, words_at
-from compactdist.kernels.cpu.simd.vectors import as_floats, lane_mask, level_of, magnitude, negative, where, zeros
+from compactdist.kernels.cpu.simd.vectors import as_floats, lane_mask, level_of, magnitude, where, zeros
 from compactdist.kernels.cpu.simd.words import all_of, no_sums
 from compactdist.kernels.reference import LANES
 
@@ -90,7 +90,7 @@ def find_signs(given: Any, at: int, kept: int, count: int, have: int, lanes: Any
     source, bytes_ = given
     ask_for(source, at + _LITTLE)
     value = residual_at(source, at, have)
-    store_mask(value >= _f32(0), bytes_, at, count)
+    store_signs(value, bytes_, at, count)
     return lanes + magnitude(value)
 
 
@@ -98,8 +98,7 @@ def find_signs(given: Any, at: int, kept: int, count: int, have: int, lanes: Any
 def restore_signs(given: Any, at: int, kept: int, count: int, have: int, scale: Any) -> Any:
     """What the receiver makes of sign codes."""
     source, target, bytes_ = given
-    change = where(mask_at(bytes_, at, count), scale, negative(scale))
-    put(expected_at(source, at, have), change, target, at, have)
+    put(expected_at(source, at, have), signed_by(scale, bytes_, at, count), target, at, have)
     return scale
 
 

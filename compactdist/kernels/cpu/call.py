@@ -14,9 +14,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 (
-    X, BASE, VELOCITY, TERMS, OUT, PAYLOAD, CODES, OUT_STREAMS, THREADS, TEAM, SCRATCH, DYNAMIC,
-) = range(12)  # fmt: skip
-"""``CODES``: where loops write and read codes: in the payload, or in the scratch memory where they are packed apart."""
+    X, BASE, VELOCITY, TERMS, OUT, PAYLOAD, CODES, OUT_STREAMS, THREADS, TEAM, SCRATCH, COPY, COPY_STREAMS, DYNAMIC,
+) = range(14)  # fmt: skip
+"""``CODES``: where loops write and read codes: in the payload, or in the scratch memory where they are packed apart.
+``COPY``: where decoders write ``out`` a second time; 0 for nowhere.
+"""
 
 (
     ROW_AT, CHUNK_AT, CHUNK_FROM, CHUNK_LEN, CHUNKS, GROUPS, ROWS, CHANNELS, NUMEL, ROW_COUNT, ELEMENTS, TILES, KIND,

@@ -27,9 +27,9 @@ from compactdist.kernels.cpu.simd.ints import (
 )
 from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, types
 from compactdist.kernels.cpu.simd.memory import load_first, prefetch, rounded_for, sixteen_at, store_first, stream
-from compactdist.kernels.cpu.simd.packing import codes_at, mask_at
+from compactdist.kernels.cpu.simd.packing import codes_at, signed_by
 from compactdist.kernels.cpu.simd.slots import floats_at
-from compactdist.kernels.cpu.simd.vectors import HOST, chosen, level_of, magnitude, negative, where, zeros
+from compactdist.kernels.cpu.simd.vectors import HOST, chosen, level_of, magnitude, zeros
 from compactdist.kernels.reference import LANES
 
 _u32, _f32 = np.uint32, np.float32
@@ -124,7 +124,21 @@ def put(expected: Any, change: Any, target: Any, at: int, have: int) -> None:
     A *target* is ``(out, streams)``: whether ``out`` begins a cache line and is written past the caches.
     """
     out, streams = target
+    _write(rounded_for(out, expected + change), out, streams, at, have)
+
+
+@inlined
+def put_twice(expected: Any, change: Any, target: Any, at: int, have: int) -> None:
+    """As ``put``, and the same values to a copy. A target is ``(out, streams, copies, copy, copy_streams)``."""
+    out, streams, copies, copy, copy_streams = target
     value = rounded_for(out, expected + change)
+    _write(value, out, streams, at, have)
+    if copies:
+        _write(value, copy, copy_streams, at, have)
+
+
+@inlined
+def _write(value: Any, out: Pointer, streams: Any, at: int, have: int) -> None:
     if have >= LANES and streams and at % LANES == 0:
         stream(value, out, at)
     else:
@@ -188,7 +202,7 @@ def reaching(kind: int, u: Any, below: Any, scale: Any) -> Any:
 def change_of(kind: int, scale: Any, packed: Pointer, bits: int, table: Any, element: int, count: int) -> Any:
     """What the receiver adds: for a bit, for a byte in two's complement or a float8, or for a code of a table."""
     if kind == SIGN:
-        return where(mask_at(packed, element, count), scale, negative(scale))
+        return signed_by(scale, packed, element, count)
     if kind == LINEAR:
         return scale * signed_floats(codes_at(packed, 8, element, count))
     if kind > LINEAR:

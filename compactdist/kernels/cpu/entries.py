@@ -37,7 +37,6 @@ _FOLD = call.FOLD
 _SECOND_PASS = call.SECOND_PASS
 _APART_PASS = call.APART_PASS
 _SUM = call.SUM
-_ROW_WORDS = call.ROW_WORDS
 
 
 @inlined
@@ -96,13 +95,10 @@ def encode_blocks() -> Any:
 
 @inlined
 def _apply(args: Any) -> None:
-    """Apply the codes, and sum up the payload if that is wanted."""
-    args[_SUM] = 0
+    """Apply the codes."""
     if args[_APART] != 0:
         run(args, _APART_PASS)
     run(args, _SECOND_PASS)
-    if args[_ROW_WORDS] != 0:
-        add_rest(args)
 
 
 def decode_rows() -> Any:

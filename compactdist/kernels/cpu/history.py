@@ -36,7 +36,7 @@ from compactdist.kernels.cpu.scales import bf16_bits, fold_run, gaussian, is_saf
 from compactdist.kernels.cpu.simd.ints import bits_of_magnitude, larger, largest, no_bits
 from compactdist.kernels.cpu.simd.jit import inlined
 from compactdist.kernels.cpu.simd.memory import load_first, settle_streams, shifted, sixteen_at, store, store_first
-from compactdist.kernels.cpu.simd.packing import store_mask
+from compactdist.kernels.cpu.simd.packing import store_signs
 from compactdist.kernels.cpu.simd.sixteen import choose, root, store_bf16
 from compactdist.kernels.cpu.simd.slots import (
     ELEMENTS_AT,
@@ -87,7 +87,7 @@ def _look_at(look: Any, found: Any, place: Any, at: int, left: int, count: int, 
     ask_for(source, at + AHEAD)
     value = residual_at(source, at, have)
     if signs:
-        store_mask(value >= _f32(0), packed, code + left, count)
+        store_signs(value, packed, code + left, count)
     if adds:
         store_first(load_first(sums, s + left, count) + value * value, sums, s + left, count)
     if filled:
@@ -238,7 +238,8 @@ def code_signs(dtype: str, one: bool) -> Any:
     elements_at = ELEMENTS_AT[dtype]
 
     def body(args: Any) -> int:
-        source, target = source_of(args, elements_at, one), (elements_at(args, _OUT), args[_OUT_STREAMS] != 0)
+        source, out = source_of(args, elements_at, one), elements_at(args, _OUT)
+        target = out, args[_OUT_STREAMS] != 0, False, out, False
         given = source, target, bytes_at(args, _CODES), room_at(args, _C_ROOM), SIGN, 1, sixteen_at(table_of(args), 0)
         _for_tiles(_products, _zeros, _settle_signs, apply_step, _known(args, True), given, args, source)
         return 0

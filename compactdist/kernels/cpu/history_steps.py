@@ -81,7 +81,15 @@ class CpuHistorySteps:
         self.checksum = steps.checksum
         return done
 
-    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor, scales: tuple[Tensor, Tensor]) -> bool:
+    def decode(
+        self,
+        payload: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor,
+        scales: tuple[Tensor, Tensor],
+        *,
+        copy: Tensor | None = None,
+    ) -> bool:
         addresses = self._addresses
         addresses[0], addresses[1] = scales[0].data_ptr(), scales[1].data_ptr()
-        return self._steps.decode(payload, terms, out)
+        return self._steps.decode(payload, terms, out, copy=copy)

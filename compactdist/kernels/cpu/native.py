@@ -16,13 +16,20 @@ import platform
 import re
 import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from llvmlite import binding
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from compactdist.kernels.sources import digest, digest_now
 
@@ -35,6 +42,9 @@ _STACK_ALIGNMENT = 64
 """Registers that LLVM keeps on the stack begin cache lines. It would not see to that by itself, and where one happens
 to cross a page, which differs from process to process, a loop takes three times as long.
 """
+_EVERYWHERE = {"memset", "memcpy", "memmove"}
+"""Functions that code may call: LLVM finds these in any process. One missing name leaves *no* call with an address."""
+_PATIENCE_S, _LOOK_S = 60.0, 0.02
 _lock = threading.RLock()
 
 
@@ -111,12 +121,54 @@ def _loaded(unit: str, key: tuple[Any, ...]) -> _Loaded:
         path = None if place is None else place / f"{name}.o"
         data = None if path is None else _read(path)
         if data is None:
-            module, maker = unit.split(".")
-            made = getattr(import_module(f"compactdist.kernels.cpu.{module}"), maker)(*key)
-            data = _compiled(made)
-            if path is not None and digest_now() == digest():  # else sources were edited in the meantime
-                _write(path, data)
+            with _turn(path):
+                data = (None if path is None else _read(path)) or _made(unit, key, path)
         return _in_memory(data)
+
+
+def _made(unit: str, key: tuple[Any, ...], path: Path | None) -> bytes:
+    module, maker = unit.split(".")
+    data = _compiled(getattr(import_module(f"compactdist.kernels.cpu.{module}"), maker)(*key))
+    if path is not None and digest_now() == digest():  # else sources were edited in the meantime
+        _write(path, data)
+    return data
+
+
+@contextlib.contextmanager
+def _turn(path: Path | None) -> Iterator[None]:
+    """Wait for another process that compiles the same unit: ranks of one machine want the same units at once.
+
+    One byte of a file is locked, which the system undoes however the process ends. Where nothing can be locked, or
+    after ``_PATIENCE_S`` seconds, nobody is waited for: a unit compiled twice is the same twice.
+    """
+    if path is None or fcntl is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(open(path.parent / "lock", "ab"))
+            until = time.monotonic() + _PATIENCE_S
+            while not _locked(file, _byte_of(path)) and time.monotonic() < until:
+                time.sleep(_LOOK_S)
+        yield
+
+
+def _byte_of(path: Path) -> int:
+    """Which byte of the file stands for a unit."""
+    return int.from_bytes(hashlib.sha256(path.name.encode()).digest()[:4], "little") >> 2
+
+
+def _locked(file: IO[bytes], byte: int) -> bool:
+    """Whether the byte is this process's now.
+
+    Raises:
+        OSError: this file system has no locks.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def build(function: Any) -> int:
@@ -134,8 +186,6 @@ def _compiled(function: Any) -> bytes:
     from compactdist.kernels.cpu.simd import jit, vectors
 
     text, name = jit.ir_of(function)
-    if vectors.AVX2:  # with twice as many registers next to nothing is kept on the stack
-        text = _DEFINITION.sub(rf"\1 alignstack({_STACK_ALIGNMENT}) {{", text)
     module = binding.parse_assembly(text)
     for one in [*module.functions, *module.global_variables]:
         if not one.is_declaration:
@@ -143,8 +193,32 @@ def _compiled(function: Any) -> bytes:
     entry = module.get_function(name)
     entry.linkage = "external"
     entry.name = _SYMBOL
+    _optimise(module)
+    missing = sorted({one.name for one in module.functions if one.is_declaration} - _EVERYWHERE)
+    missing = [name for name in missing if not name.startswith("llvm.")]
+    if missing:
+        raise RuntimeError(
+            f"compiled code of {function.__qualname__} calls {', '.join(missing)}, which a process that loads it"
+            " without Numba does not have: something called in there raises an error or stays a call"
+        )
+    if vectors.AVX2:  # with twice as many registers next to nothing is kept on the stack
+        module = binding.parse_assembly(_DEFINITION.sub(rf"\1 alignstack({_STACK_ALIGNMENT}) {{", str(module)))
     code: bytes = _machine().target.emit_object(module)
     return code
+
+
+def _optimise(module: Any) -> None:
+    """Run LLVM's passes for speed, as Numba sets them; then drop what handles errors that no function raises."""
+    tuning = binding.create_pipeline_tuning_options(speed_level=3)
+    tuning.loop_vectorization = True
+    tuning.slp_vectorization = False
+    passes = binding.create_pass_builder(_machine().target, tuning)
+    manager = passes.getModulePassManager()
+    manager.add_ipsccp_pass()
+    manager.add_simplify_cfg_pass()
+    manager.add_global_dead_code_eliminate_pass()
+    manager.add_strip_dead_prototype_pass()
+    manager.run(module, passes)
 
 
 def _in_memory(code: bytes) -> _Loaded:

@@ -33,6 +33,7 @@ from compactdist.kernels.cpu.elements import (
     floats_from,
     nearest_codes,
     put,
+    put_twice,
     reaching,
     residual_at,
     search_of,
@@ -44,7 +45,7 @@ from compactdist.kernels.cpu.simd.elements import Pointer, round_3_bits
 from compactdist.kernels.cpu.simd.ints import bits_of_magnitude, larger, largest, no_bits
 from compactdist.kernels.cpu.simd.jit import inlined
 from compactdist.kernels.cpu.simd.memory import load, load_first, settle_streams, sixteen_at, store, store_first
-from compactdist.kernels.cpu.simd.packing import store_codes, store_mask
+from compactdist.kernels.cpu.simd.packing import store_codes, store_signs
 from compactdist.kernels.cpu.simd.slots import (
     ELEMENTS_AT,
     add_to,
@@ -90,6 +91,7 @@ _INVERSE_C_ROOM = call.INVERSE_C_ROOM
 _OUT = call.OUT
 _CODES = call.CODES
 _OUT_STREAMS = call.OUT_STREAMS
+_COPY, _COPY_STREAMS = call.COPY, call.COPY_STREAMS
 _ROW_WORDS = call.ROW_WORDS
 _SUM = call.SUM
 
@@ -204,7 +206,7 @@ def _inverse(given: Any, row: int, read: Any, values: Pointer, channels: int) ->
 
 @inlined
 def _add_signs(given: Any, value: Any, weight: Any, total: Any, none: Any, element: int, count: int) -> Any:
-    store_mask(value >= _f32(0), given[3], element, count)
+    store_signs(value, given[3], element, count)
     return total + magnitude(value) * weight, none
 
 
@@ -326,7 +328,8 @@ def apply_step(given: Any, weights: Any, at: int, channel: int, code: int, count
     source, target, packed, cs, kind, bits, levels = given
     ask_for_expected(source, at + _AHEAD_OF_LITTLE)
     scale = load_first(cs, channel, count) * weights[0]
-    put(expected_at(source, at, have), change_of(kind, scale, packed, bits, levels, code, count), target, at, have)
+    change = change_of(kind, scale, packed, bits, levels, code, count)
+    put_twice(expected_at(source, at, have), change, target, at, have)
 
 
 def code_nearest(dtype: str, one: bool, bits: int, borders: int, trits: bool) -> Any:
@@ -383,8 +386,9 @@ def apply_codes(dtype: str, one: bool, kind: int, bits: int) -> Any:
     elements_at = ELEMENTS_AT[dtype]
 
     def body(args: Any) -> int:
-        levels, target = sixteen_at(table_of(args), 0), (elements_at(args, _OUT), args[_OUT_STREAMS] != 0)
-        source, t = source_of(args, elements_at, one), room_at(args, _T_ROOM)
+        copy = args[_COPY] != 0, elements_at(args, _COPY), args[_COPY_STREAMS] != 0
+        target = (elements_at(args, _OUT), args[_OUT_STREAMS] != 0, *copy)
+        source, t, levels = source_of(args, elements_at, one), room_at(args, _T_ROOM), sixteen_at(table_of(args), 0)
         given = source, target, bytes_at(args, _CODES), room_at(args, _C_ROOM), kind, bits, levels
         _for_rows(apply_step, given, args, offsets_in(args), (t, t))
         return 0

@@ -83,8 +83,10 @@ def is_safe(stat: Any) -> Any:
 
 @inlined
 def gaussian(energy: Any, mean: Any, weight: Any, bound: Any, widening: int) -> Any:
-    """As ``scales.gaussian_scale``; ``bound`` is what holds c, in mean magnitudes."""
+    """As ``scales.gaussian_scale``; ``bound`` is what holds c, in mean magnitudes; without widening zero is a level."""
     sigma = over(energy, mean * _SIGMA_OF_MEAN_MAGNITUDE)
+    if widening == 0:
+        return storable(sigma, False)
     overstated = root(over(sigma * sigma * weight, energy))
     overstated = root(overstated) if widening == 2 else overstated
     fitting, limit = sigma * overstated, over(mean, weight) * bound

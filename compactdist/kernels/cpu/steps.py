@@ -166,13 +166,12 @@ class Plan(NamedTuple):
         row_bits = self.sections.channels * self.bits
         return 0 if self.apart or row_bits % 32 else row_bits // 32
 
-    def decoder(self, one: bool, sums: bool) -> Block:
-        """A block for decoding, with just ``one`` term or any number; whether it ``sums`` up the payload."""
+    def decoder(self, one: bool) -> Block:
+        """A block for decoding, with just ``one`` term or any number."""
         works = {call.SECOND_PASS: Work(self.offsets.row_at.size, self.sections.elements, self._apply(one))}
         if self.apart:
             works[call.APART_PASS] = self._apart("unpack")
-        slots = self.slots | {call.ROW_WORDS: self.row_words if sums else 0}
-        return Block(address_of(self.decoding), slots, works)
+        return Block(address_of(self.decoding), self.slots, works)
 
     @property
     def decoding(self) -> str:
@@ -235,7 +234,7 @@ def plan_of(spec: QuantizerSpec, view: MatrixView, dtype: str) -> Plan | None:
         call.APART: int(apart),
         call.WEIGHTED: int(sections.row_scale_count > 0),
         call.SHARED: int(sections.channel_scales_per_group == 1),
-        call.WIDENING: spec.widening,
+        call.WIDENING: spec.roots,
         call.TABLE: table.ctypes.data,
         call.CODES_NBYTES: sections.codes_nbytes,
         call.ROW_SCALES_AT: sections.row_scales_at,
@@ -275,8 +274,6 @@ def _table_of(spec: QuantizerSpec) -> NDArray[np.float32] | None:
     """The table, see ``Plan``; ``None`` for levels that the loops cannot look up."""
     magnitudes = (0.0, 1.0) if spec.kind == "trits" else spec.magnitudes if spec.kind == "nearest" else ()
     table, count, levels = np.zeros(call.TABLE_SIZE, np.float32), len(magnitudes), np.array(magnitudes, np.float32)
-    if spec.kind == "nearest" and magnitudes[0] <= 0:
-        return None
     grain, borders = _in_grains([np.float32((low + high) / 2) for low, high in pairwise(magnitudes)])
     if spec.kind == "trits":
         table[:3] = levels[0], levels[1], -levels[1]
@@ -288,7 +285,7 @@ def _table_of(spec: QuantizerSpec) -> NDArray[np.float32] | None:
     table[16:32] = np.inf
     table[16 + whole] = borders
     table[32:48] = (whole[:, None] < np.arange(16)).sum(0, dtype=np.int32).view(np.float32)
-    table[call.BOUND] = LARGEST_OF_MEAN / magnitudes[0] if spec.kind == "nearest" else spec.reach
+    table[call.BOUND] = LARGEST_OF_MEAN / magnitudes[0] if spec.roots else spec.reach
     table[call.GRAIN] = grain
     table[call.BORDERS : call.BORDERS + len(borders)] = borders
     return table
@@ -316,7 +313,6 @@ class CpuSteps:
         "_total_nbytes",
         "checksum",
         "plan",
-        "sums",
     )
 
     def __init__(self, plan: Plan, numel: int, dtype: torch.dtype) -> None:
@@ -327,14 +323,11 @@ class CpuSteps:
         self._total_nbytes = plan.sections.total_nbytes
         self._out_streams = numel * dtype.itemsize >= STREAMED_NBYTES
         self._sums = plan.row_words > 0
-        # measured: fewer bits are read twice, and what no cache holds is, in less time than decoding takes longer that
-        # does not write over the history
-        self.sums = self._sums and plan.sections.bits >= 4 and not self._out_streams
         self._signs = plan.kind == SIGN
         self.checksum: int | None = None
-        # compiled, or read from disk, when first needed; by whether there is just one term, and whether it is summed up
+        # compiled, or read from disk, when first needed; by whether there is just one term
         self._encoders: list[Block | None] = [None, None]
-        self._decoders: list[Block | None] = [None, None, None, None]
+        self._decoders: list[Block | None] = [None, None]
 
     def encode(self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor) -> bool:
         numel, dtype, count = self._numel, self._dtype, len(terms)
@@ -371,6 +364,8 @@ class CpuSteps:
             threads,
             team.address,
             scratch.address,
+            0,
+            0,
         )
         done = bool(block.run(block.address))
         # signs are summed up by the pass that writes ``out``, where scales belong to rows and channels
@@ -378,8 +373,20 @@ class CpuSteps:
         self.checksum = int(block.slots[call.SUM]) & _MASK64 if done and sums else None
         return done
 
-    def decode(self, payload: Tensor, terms: tuple[Tensor, ...], out: Tensor, *, sums: bool = False) -> bool:
+    def decode(
+        self,
+        payload: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor,
+        *,
+        copy: Tensor | None = None,
+    ) -> bool:
         numel, dtype, count = self._numel, self._dtype, len(terms)
+        copy_at = 0
+        if copy is not None:
+            if copy.dtype is not dtype or not copy.is_cpu or copy.numel() != numel or not copy.is_contiguous():
+                return False
+            copy_at = copy.data_ptr()
         for one in (out, *terms):
             if one.dtype is not dtype or not one.is_cpu or one.numel() != numel:
                 return False
@@ -387,10 +394,9 @@ class CpuSteps:
                 return False
         if payload.dtype is not torch.uint8 or payload.numel() != self._total_nbytes or not payload.is_contiguous():
             return False
-        sums = sums and self.sums
-        block = self._decoders[(count == 1) + 2 * sums]
+        block = self._decoders[count == 1]
         if block is None:
-            block = self._decoders[(count == 1) + 2 * sums] = self.plan.decoder(count == 1, sums)
+            block = self._decoders[count == 1] = self.plan.decoder(count == 1)
         threads, plan, payload_at = torch.get_num_threads(), self.plan, payload.data_ptr()
         needed = plan.scratch_size + threads * plan.own_size
         if scratch.size < needed:
@@ -410,10 +416,10 @@ class CpuSteps:
             threads,
             team.address,
             scratch.address,
+            copy_at,
+            self._out_streams and copy_at % CACHE_LINE == 0,
         )
-        done = bool(block.run(block.address))
-        self.checksum = int(block.slots[call.SUM]) & _MASK64 if done and sums else None
-        return done
+        return bool(block.run(block.address))
 
 
 class _Sums(threading.local):
@@ -443,7 +449,9 @@ def weighted_sum(data: Tensor, copy: Tensor | None = None) -> int:
     sums, how = _sums(), (copy is not None) + streams
     block = sums.blocks[how] or sums.make(how)
     slots, words, threads = block.slots, nbytes >> 2, torch.get_num_threads()
-    _DYNAMIC.pack_into(block.buffer, 0, 0, 0, 0, 0, copy_at, data.data_ptr(), 0, streams, threads, team.address, 0)
+    _DYNAMIC.pack_into(
+        block.buffer, 0, 0, 0, 0, 0, copy_at, data.data_ptr(), 0, streams, threads, team.address, 0, 0, 0
+    )
     slots[call.WORDS], slots[_RUNS], slots[_WORK_WORDS] = words, -(-words // RUN), words
     return int(block.run(block.address)) & _MASK64
 
@@ -467,5 +475,5 @@ class Samples:
             unit = address_of("samples.far_larger", DTYPES[self._dtype])
             block = self._block = Block(unit, {call.NUMEL: self._numel}, {})
         second = terms[1].data_ptr() if count > 1 else 0
-        _DYNAMIC.pack_into(block.buffer, 0, x.data_ptr(), terms[0].data_ptr(), second, count, 0, 0, 0, 0, 1, 0, 0)
+        _DYNAMIC.pack_into(block.buffer, 0, x.data_ptr(), terms[0].data_ptr(), second, count, 0, 0, 0, 0, 1, 0, 0, 0, 0)
         return bool(block.run(block.address))

@@ -12,46 +12,44 @@ from compactdist.kernels.cpu.products import expected_slots, run_alone
 from compactdist.kernels.cpu.steps import CACHE_LINE, DTYPES, STREAMED_NBYTES
 from compactdist.kernels.reference import LANES
 
-__all__ = ["pick", "spread"]
+__all__ = ["Picks"]
 
 
-def pick(x: Tensor, terms: tuple[Tensor, ...], m: int, places: Tensor, kept: Tensor) -> bool:
-    """Write places and kept elements of ``x`` less the sum of ``terms``, seen as one run after the other.
+class Picks:
+    """See ``kernels.Picks``.
 
     Args:
-        x: flat, contiguous, of a dtype of ``DTYPES``.
-        terms: of the prediction, in the form of ``x``.
-        m: elements of a run; behind the last element zeros fill up the last run.
-        places: uint8, a byte for two runs.
-        kept: float32, or uint8 for bfloat16, low byte first; one element for each run, and one more if the runs are
-            odd in number, which becomes zero.
-
-    Returns:
-        Whether the residual was finite.
+        m: elements of a run.
+        runs: how many there are; behind the last element zeros fill them up.
     """
-    block = run_alone(_work("topk.pick", x, m, kept), _slots(x.numel(), terms, m, places, kept, {call.X: x.data_ptr()}))
-    return not block.slots[call.BAD]
 
+    __slots__ = ("_m", "_runs")
 
-def spread(places: Tensor, kept: Tensor, m: int, terms: tuple[Tensor, ...], out: Tensor) -> None:
-    """Write the sum of ``terms`` plus the kept elements in their places to ``out``, kept finite and rounded once.
+    def __init__(self, m: int, runs: int) -> None:
+        self._m, self._runs = m, runs
 
-    ``out`` may be the first of the terms.
-    """
-    streams = out.nbytes >= STREAMED_NBYTES and out.data_ptr() % CACHE_LINE == 0
-    # x is not read: out stands in for it, so that what is asked for ahead is memory
-    given = {call.X: out.data_ptr(), call.OUT: out.data_ptr(), call.OUT_STREAMS: int(streams)}
-    run_alone(_work("topk.spread", out, m, kept), _slots(out.numel(), terms, m, places, kept, given))
+    def pick(self, x: Tensor, terms: tuple[Tensor, ...], places: Tensor, kept: Tensor) -> bool:
+        """See ``kernels.Picks``; ``x`` and terms are contiguous, of a dtype of ``DTYPES``."""
+        places[-(-self._runs // 2) :] = 0
+        kept[(2 * self._runs if kept.dtype == torch.uint8 else self._runs) :] = 0
+        slots = self._slots(x.numel(), terms, places, kept, {call.X: x.data_ptr()})
+        block = run_alone(self._work("topk.pick", x, kept), slots)
+        return not block.slots[call.BAD]
 
+    def spread(self, places: Tensor, kept: Tensor, terms: tuple[Tensor, ...], out: Tensor) -> None:
+        """See ``kernels.Picks``."""
+        streams = out.nbytes >= STREAMED_NBYTES and out.data_ptr() % CACHE_LINE == 0
+        # x is not read: out stands in for it, so that what is asked for ahead is memory
+        given = {call.X: out.data_ptr(), call.OUT: out.data_ptr(), call.OUT_STREAMS: int(streams)}
+        run_alone(self._work("topk.spread", out, kept), self._slots(out.numel(), terms, places, kept, given))
 
-def _work(unit: str, like: Tensor, m: int, kept: Tensor) -> Work:
-    body = address_of(unit, DTYPES[like.dtype], m, kept.dtype == torch.uint8)
-    return Work(-(-like.numel() // (m * LANES)), like.numel(), body)
+    def _work(self, unit: str, like: Tensor, kept: Tensor) -> Work:
+        body = address_of(unit, DTYPES[like.dtype], self._m, kept.dtype == torch.uint8)
+        return Work(-(-self._runs // LANES), like.numel(), body)
 
-
-def _slots(
-    numel: int, terms: tuple[Tensor, ...], m: int, places: Tensor, kept: Tensor, given: dict[int, int]
-) -> dict[int, int]:
-    shared = {call.NUMEL: numel, call.ROW_COUNT: -(-numel // m)}
-    shared |= {call.CODES: places.data_ptr(), call.LEVELS: kept.data_ptr()}
-    return shared | expected_slots(terms) | given
+    def _slots(
+        self, numel: int, terms: tuple[Tensor, ...], places: Tensor, kept: Tensor, given: dict[int, int]
+    ) -> dict[int, int]:
+        shared = {call.NUMEL: numel, call.ROW_COUNT: self._runs}
+        shared |= {call.CODES: places.data_ptr(), call.LEVELS: kept.data_ptr()}
+        return shared | expected_slots(terms) | given

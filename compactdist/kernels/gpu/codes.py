@@ -12,7 +12,7 @@ Arguments that several kernels share:
 * ``blocks``, ``pad``, ``matrix_channels``, ``numel``, ``row_at``, ``column_at``, ``WHOLE``, ``PADDED``, ``PLACE``: as
   ``in_memory`` takes them;
 * ``PER``: elements of a unit, 8 or 5;
-* ``PER_GROUP``: one channel scale for a group; ``ROW_SCALES``: rows have scales;
+* ``PER_GROUP``: one channel scale for a group; ``ROW_SCALES``: rows have scales, of a byte or, if ``WIDE``, of two;
 * ``base``, ``velocity``, ``TERMS``: as ``elements.expected`` takes them; ``out`` may be the memory of ``base``.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -47,6 +47,9 @@ TERNARY = tl.constexpr(2)
 LINEAR = tl.constexpr(3)
 FLOAT8 = tl.constexpr(4)
 
+WIDE = tl.constexpr(2)
+"""In place of ``ROW_SCALES``: they are bfloat16."""
+
 _SIGMA_OF_MEAN_MAGNITUDE = tl.constexpr(SIGMA_OF_MEAN_MAGNITUDE)
 _LARGEST_STEP = tl.constexpr(127)
 
@@ -61,7 +64,7 @@ def channel_scale(first, energy, weight, constant, KIND: tl.constexpr, WIDENING:
         weight: The sum of ``t ** 2``.
         constant: Value of the largest code (``LINEAR``, ``FLOAT8``); level in units of sigma (``TERNARY``); the limit
             on the mean magnitude over the smallest level (``NEAREST``).
-        WIDENING: Of the codec.
+        WIDENING: Of the codec; 0 where zero is a level.
     """
     if KIND == SIGN:
         return storable_scale(divide_or_zero(first, weight), False)
@@ -71,6 +74,8 @@ def channel_scale(first, energy, weight, constant, KIND: tl.constexpr, WIDENING:
         sigma = divide_or_zero(energy, first * _SIGMA_OF_MEAN_MAGNITUDE)
         if KIND == TERNARY:
             return storable_scale(storable_scale(sigma, False) * constant, False)
+        elif WIDENING == 0:
+            return storable_scale(sigma, False)
         else:
             overstated = divide_or_zero(sigma * sigma * weight, energy)
             limit = divide_or_zero(first, weight) * constant
@@ -340,7 +345,10 @@ def elements_of(unit, elements, PER: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def row_scale(row_codes, row, known, ROW_SCALES: tl.constexpr):
-    if ROW_SCALES:
+    if ROW_SCALES == WIDE:
+        wide = row_codes.to(tl.pointer_type(tl.int16))
+        return decode_bf16(tl.load(wide + row, mask=known, other=0).to(tl.int32))
+    elif ROW_SCALES:
         return decode_ue5m3(tl.load(row_codes + row, mask=known, other=0).to(tl.int32))
     else:
         return tl.full(row.shape, 1.0, tl.float32)
@@ -431,6 +439,8 @@ def decode_codes(
     out,
     payload,
     accepted,
+    copy,
+    held,
     table,
     row_at,
     column_at,
@@ -454,9 +464,16 @@ def decode_codes(
     PER_GROUP: tl.constexpr,
     TERMS: tl.constexpr,
     CHECKED: tl.constexpr,
+    COPIES: tl.constexpr,
+    HELD: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """The reconstruction of the elements of ``UNITS`` units; if ``CHECKED``, only where ``accepted`` is not 0."""
+    """The reconstruction of the elements of ``UNITS`` units.
+
+    If ``CHECKED``, ``out`` is written only where the first of ``accepted`` is not 0. If ``COPIES``, ``copy`` gets the
+    values, too, or NaN where they are checked and the second of ``accepted`` is 0. Channel scales are those of the
+    payload, or, if ``HELD``, those at ``held``, float32.
+    """
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None]
     element, step, known = elements_of(unit, elements, PER, WHOLE)
     row = element // channels
@@ -465,10 +482,19 @@ def decode_codes(
     at, there = in_memory(element, step, known, group, where, WHOLE, PADDED, PLACE)
     code = load_codes(payload, unit, section, KIND, BITS)
     scale_at = scale_number(element, step, row, group, channels, WHOLE, PER_GROUP)
-    scales = (payload + channel_scales_at).to(tl.pointer_type(tl.int16))
-    c = decode_bf16(tl.load(scales + scale_at, mask=known, other=0).to(tl.int32))
+    if HELD:
+        c = tl.load(held + scale_at, mask=known, other=0)
+    else:
+        scales = (payload + channel_scales_at).to(tl.pointer_type(tl.int16))
+        c = decode_bf16(tl.load(scales + scale_at, mask=known, other=0).to(tl.int32))
     scale = row_scale(payload + section, row, known, ROW_SCALES) * c
     level = level_of(code, table, KIND, BITS, MANTISSA)
+    inside = there
     if CHECKED:
         there = there & ~is_zero(accepted)
-    write(out, at, applied(expected(base, velocity, at, there, TERMS), scale, level), there)
+    value = applied(expected(base, velocity, at, there, TERMS), scale, level)
+    write(out, at, value, there)
+    if COPIES:
+        if CHECKED:
+            value = tl.where(is_zero(accepted + 1), float("nan"), value)
+        write(copy, at, value, inside)

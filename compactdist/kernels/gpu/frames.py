@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactdist.kernels.gpu.launch import Launch, Slot, alignment_of, on, stream_getter
+from compactdist.kernels.gpu.launch import Launch, Slot, alignment_of, stream_getter
 from compactdist.kernels.gpu.plan import INTERPRETED
 from compactdist.kernels.spec import (
     CHECKSUM_WEIGHT,
@@ -30,7 +30,7 @@ from compactdist.kernels.spec import (
     HeadPlaces,
 )
 
-__all__ = ["FrameKernels"]
+__all__ = ["CHANGING", "FrameKernels", "changing_of", "sums_of"]
 
 _WEIGHT = tl.constexpr(CHECKSUM_WEIGHT)
 _FACTOR = tl.constexpr(DIGEST_FACTOR - (1 << 64))
@@ -114,6 +114,7 @@ def report(board, code, stream, got, expected):
 
 _CHANGING = ["step", "epoch", "sequence", "source", "known_low", "known_high"]
 """What a call gives beside tensors. Triton must not make constants of it: each value would be compiled anew."""
+CHANGING = len(_CHANGING)
 _GENERAL = [*_CHANGING, "count", "stream"]
 _GIVEN = 4
 """Tensors that a call gives, before those numbers."""
@@ -185,7 +186,7 @@ def _zeros(device: torch.device) -> _Sums:
         return _Sums(torch.zeros(2, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32, device=device))
 
 
-def _sums_of(device: torch.device, stream: int | None) -> _Sums:
+def sums_of(device: torch.device, stream: int | None) -> _Sums:
     """Kept for each thread and stream, whose frames follow one another; a captured frame gets its own."""
     if stream is None or torch.cuda.is_current_stream_capturing():
         return _zeros(device)
@@ -206,53 +207,57 @@ class FrameKernels:
         payload_nbytes: of every frame, a multiple of 4.
         board: int32 of ``BOARD_WORDS``, of the group.
         stream: the stream's number on the board.
+
+    Attributes:
+        holds_values: bool ``[1]`` on the device: whether the frame checked last was the expected one and held values.
     """
 
-    __slots__ = ("_accepted", "_check", "_device", "_seal", "_stream_of")
+    __slots__ = ("accepted", "checking", "device", "holds_values", "sealing", "stream_of")
 
     def __init__(self, head: bytes, places: HeadPlaces, payload_nbytes: int, board: Tensor, stream: int) -> None:
-        device = self._device = board.device
-        self._stream_of = stream_getter(device)
+        device = self.device = board.device
+        self.stream_of = stream_getter(device)
         with torch.inference_mode(False):
             template = torch.frombuffer(bytearray(head), dtype=torch.int32).to(device)
-            self._accepted = torch.zeros(2, dtype=torch.uint8, device=device)
+            self.accepted = torch.zeros(2, dtype=torch.uint8, device=device)
+            self.holds_values = self.accepted[1:].view(torch.bool)
         count, given = payload_nbytes // 4, _GIVEN + len(_CHANGING)
         arguments = (*map(Slot, range(given)), template, board, count, stream)
         constants = {"WORDS": _WORDS, **places._asdict(), "num_warps": 4, "enable_fp_fusion": False}
         grid = -(-count // _WORDS)
-        self._seal = Launch(seal_frame, grid, arguments, given, constants)
-        self._check = Launch(check_frame, grid, arguments, given, constants)
+        self.sealing = Launch(seal_frame, grid, arguments, given, constants)
+        self.checking = Launch(check_frame, grid, arguments, given, constants)
 
-    def flag(self) -> Tensor:
-        """For the encoder of the next frame to be sealed on this thread and stream; it is zero."""
-        return self._zeroed()[0].flag
-
-    def seal(
-        self, frame: Tensor, flag: Tensor, digests: Tensor, call: tuple[int, int, int], source: int, known: int
+    def launch(
+        self,
+        launch: Launch,
+        tensors: tuple[Tensor, ...],
+        call: tuple[int, int, int, int, int],
+        stream: int | None,
     ) -> None:
-        """Write the header of a frame."""
-        self._launch(self._seal, frame, flag, digests, call, source, known)
+        """Seal or check a frame, by itself, on the current device.
 
-    def check(self, frame: Tensor, digests: Tensor, call: tuple[int, int, int], source: int, known: int) -> Tensor:
-        """Compare the header of a frame."""
-        self._launch(self._check, frame, self._accepted, digests, call, source, known)
-        return self._accepted
+        Args:
+            launch: ``sealing`` or ``checking``.
+            tensors: the frame, its ``sums``, digests, and the encoder's flag or ``accepted``.
+            call: as for :func:`changing_of`.
+            stream: the current one; ``None`` on the CPU.
+        """
+        changing, pointers = changing_of(call), tuple([tensor.data_ptr() for tensor in tensors])
+        launch(tensors + changing, pointers + changing, alignment_of(pointers), stream)
 
-    def _zeroed(self) -> tuple[_Sums, int | None]:
-        stream = None if self._stream_of is None else self._stream_of(self._device.index)
-        return _sums_of(self._device, stream), stream
 
-    def _launch(
-        self, launch: Launch, frame: Tensor, last: Tensor, digests: Tensor, call: tuple[int, int, int], *source: int
-    ) -> None:
-        zeroed, stream = self._zeroed()
-        step, epoch, sequence = call
-        which, known = source
-        changing = step, _signed(epoch), _signed(sequence), which, _signed(known), _signed(known >> 32)
-        tensors = frame, zeroed.sums, digests, last
-        pointers = tuple([tensor.data_ptr() for tensor in tensors])
-        with on(self._device):
-            launch(tensors + changing, pointers + changing, alignment_of(pointers), stream)
+def changing_of(call: tuple[int, int, int, int, int]) -> tuple[int, ...]:
+    """What a call gives beside tensors, as Triton takes it for int32 whatever it is.
+
+    ``call``: step, epoch, sequence, which of the digests the frame is made against, the digest that the host knows.
+    """
+    step, epoch, sequence, source, known = call
+    if source != 2:  # no kernel looks at what the host knows
+        known = 0
+    if (epoch | sequence | known) >> 31:
+        return step, _signed(epoch), _signed(sequence), source, _signed(known), _signed(known >> 32)
+    return step, epoch, sequence, source, known, 0
 
 
 def _signed(value: int) -> int:

@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["Aligned", "Launch", "Slot", "alignment_of", "on", "stream_getter"]
+__all__ = ["Aligned", "Launch", "Series", "Slot", "alignment_of", "is_elsewhere", "on", "run", "stream_getter"]
 
 Aligned = bool | tuple[bool, ...]
 """``True``: all pointers are multiples of 16. Otherwise which of them are."""
@@ -59,9 +59,12 @@ def stream_getter(device: torch.device) -> Callable[[int], int] | None:
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return _NOTHING
+    return torch.cuda.device(device) if is_elsewhere(device) else _NOTHING
+
+
+def is_elsewhere(device: torch.device) -> bool:
+    """Whether another CUDA device is the current one."""
+    return device.type == "cuda" and device.index != torch.cuda.current_device()
 
 
 class Launch:
@@ -73,9 +76,15 @@ class Launch:
         arguments: Of its first parameters, in order: slots, tensors that stay, numbers.
         given: How much a call gives.
         constants: By name: all of its other parameters, and the options of compilation.
+
+    Attributes:
+        grid, given: As above.
+        fixed: The values that stay, addresses for tensors.
+        places: Of all parameters, in the values that a call gives followed by the fixed ones.
+        compiled: What Triton made of the kernel, by how pointers are aligned.
     """
 
-    __slots__ = ("_arguments", "_compiled", "_constants", "_fixed", "_grid", "_kernel", "_pick")
+    __slots__ = ("_arguments", "_constants", "_kernel", "_pick", "compiled", "fixed", "given", "grid", "places")
 
     def __init__(
         self,
@@ -86,7 +95,7 @@ class Launch:
         constants: Mapping[str, Any],
     ) -> None:
         self._kernel = kernel
-        self._grid = grid
+        self.grid = grid
         self._arguments = tuple(arguments)
         self._constants = dict(constants)
         # The launcher takes the constants, too, and passes over them.
@@ -99,9 +108,10 @@ class Launch:
             else:
                 places.append(given + len(fixed))
                 fixed.append(value.data_ptr() if isinstance(value, Tensor) else value)
-        self._fixed = tuple(fixed)
+        self.fixed = tuple(fixed)
+        self.given, self.places = given, tuple(places)
         self._pick: Callable[[tuple[Any, ...]], tuple[Any, ...]] = itemgetter(*places)
-        self._compiled: dict[Aligned, Any] = {}
+        self.compiled: dict[Aligned, Any] = {}
 
     def __call__(
         self, tensors: tuple[Tensor | int, ...], pointers: tuple[int, ...], aligned: Aligned, stream: int | None
@@ -115,28 +125,89 @@ class Launch:
             aligned: ``alignment_of`` the addresses.
             stream: The current one; ``None``: leave it all to Triton's dispatch.
         """
-        compiled = None if stream is None else self._compiled.get(aligned)
+        compiled = None if stream is None else self.compiled.get(aligned)
         if compiled is None:
             self._dispatch(tensors, aligned, stream)
             return
-        values = self._pick(pointers + self._fixed)
+        values = self._pick(pointers + self.fixed)
         runtime = triton.knobs.runtime
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         about = None
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-            about = compiled.launch_metadata((self._grid,), stream, *values)
+            about = compiled.launch_metadata((self.grid,), stream, *values)
         else:  # an empty chain of hooks would be called all the same
             enter = leave = None
-        compiled.run(
-            self._grid, 1, 1, stream, compiled.function, compiled.packed_metadata, about, enter, leave, *values
-        )
+        compiled.run(self.grid, 1, 1, stream, compiled.function, compiled.packed_metadata, about, enter, leave, *values)
+
+    def renumbered(self, numbers: Sequence[int], given: int) -> Launch:
+        """The same launch of a call that gives so much, where its own slots are those of other ``numbers``."""
+        arguments = [Slot(numbers[one.number]) if isinstance(one, Slot) else one for one in self._arguments]
+        return Launch(self._kernel, self.grid, arguments, given, self._constants)
 
     def _dispatch(self, tensors: tuple[Tensor | int, ...], aligned: Aligned, stream: int | None) -> None:
         values = [tensors[value.number] if isinstance(value, Slot) else value for value in self._arguments]
         values = [_bits(value) if isinstance(value, Tensor) else value for value in values]
-        compiled = self._kernel[(self._grid,)](*values, **self._constants)
+        compiled = self._kernel[(self.grid,)](*values, **self._constants)
         if _KEPT and stream is not None and compiled is not None:  # None: a hook of Triton's took the launch away
-            self._compiled[aligned] = compiled
+            self.compiled[aligned] = compiled
+
+
+class Series:
+    """Launches that follow one another with the same arguments given, which cost the host less together.
+
+    Args:
+        launches: in order; each has the same ``given``.
+    """
+
+    __slots__ = ("_fixed", "_launches", "_picks", "_ready")
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self._launches = tuple(launches)
+        self._fixed: tuple[Any, ...] = ()
+        self._picks: list[Callable[[tuple[Any, ...]], tuple[Any, ...]]] = []
+        for launch in launches:
+            shift, given = len(self._fixed), launch.given
+            self._picks.append(itemgetter(*[at if at < given else at + shift for at in launch.places]))
+            self._fixed += launch.fixed
+        self._ready: dict[Aligned, list[tuple[Any, ...]]] = {}
+
+    def repeat(self, pointers: tuple[int, ...], aligned: Aligned, stream: int | None) -> bool:
+        """Launch all on the current device if that was done before; arguments as for a :class:`Launch`.
+
+        Returns:
+            Whether it was done; if not, :meth:`begin` has to do it.
+        """
+        ready = None if stream is None else self._ready.get(aligned)
+        runtime = triton.knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if ready is None or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            return False
+        values = pointers + self._fixed
+        for run, grid, function, packed, pick in ready:
+            run(grid, 1, 1, stream, function, packed, None, None, None, *pick(values))
+        return True
+
+    def begin(
+        self, tensors: tuple[Tensor | int, ...], pointers: tuple[int, ...], aligned: Aligned, stream: int | None
+    ) -> None:
+        """Launch all on the current device, by Triton's dispatch where that has to be."""
+        for launch in self._launches:
+            launch(tensors, pointers, aligned, stream)
+        if all(aligned in launch.compiled for launch in self._launches):
+            compiled = [launch.compiled[aligned] for launch in self._launches]
+            self._ready[aligned] = [
+                (one.run, launch.grid, one.function, one.packed_metadata, pick)
+                for one, launch, pick in zip(compiled, self._launches, self._picks, strict=True)
+            ]
+
+
+def run(launch: Launch, tensors: tuple[Tensor, ...], device: torch.device) -> None:
+    """Launch once on the current stream of a device; all slots are tensors."""
+    pointers = tuple([tensor.data_ptr() for tensor in tensors])
+    with on(device):
+        getter = stream_getter(device)
+        stream = None if getter is None else getter(torch.cuda.current_device())
+        launch(tensors, pointers, alignment_of(pointers), stream)
 
 
 def _bits(x: Tensor) -> Tensor:

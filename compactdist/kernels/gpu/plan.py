@@ -35,6 +35,9 @@ KINDS: dict[str, int] = {
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """The kernels run on CPU tensors, and only there."""
 
+DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
+"""Of the tensors that the kernels take."""
+
 UNITS_OF_TILE = 128 if INTERPRETED else 32
 """Eighths of the channels that one program sums up over a tile. No block size changes a result."""
 
@@ -105,26 +108,26 @@ class Plan:
 def plan_of(spec: QuantizerSpec, view: MatrixView, device: torch.device) -> Plan | None:
     """The plan, or ``None`` where there are no kernels for so many elements, or for none."""
     sections = spec.sections_of(view.shape)
-    if view.numel == 0 or sections.elements > MOST_ELEMENTS or (spec.kind == "nearest" and spec.magnitudes[0] <= 0):
+    if view.numel == 0 or sections.elements > MOST_ELEMENTS:
         return None
     groups, rows, channels = view.shape
     blocks = sections.groups // groups
     pad = sections.elements // groups - rows * channels
-    offsets = _offsets(view, device)
+    offsets = offsets_on(view, device)
     per = 5 if sections.base3 else 8
     whole_rows = channels % 8 == 0 and view.numel % 8 == 0
     whole = per == 8 and (sections.channels % 8, pad % 8, view.numel % 8) == (0, 0, 0)
     if offsets.kind != elements.CONSECUTIVE.value:
         whole = whole and whole_rows
         if not whole and offsets.kind == elements.EIGHTS.value:
-            offsets = _offsets(view, device, look_up_all=True)
+            offsets = offsets_on(view, device, look_up_all=True)
     section = sections.row_scales_at
     return Plan(
         sections=sections,
         by_block=sections.rows == 1,
         kind=KINDS[spec.kind],
         mantissa=FLOAT8[spec.kind].mantissa_bits if spec.kind in FLOAT8 else 0,
-        widening=spec.widening,
+        widening=spec.roots,
         table=torch.tensor(_table(spec), dtype=torch.float32, device=device),
         constant=_constant(spec),
         per=per,
@@ -150,12 +153,13 @@ def _table(spec: QuantizerSpec) -> list[float]:
 
 
 def _constant(spec: QuantizerSpec) -> float:
-    if spec.kind == "nearest":
+    if spec.roots:
         return LARGEST_OF_MEAN / spec.magnitudes[0]
     return LEVEL_OF_TRITS if spec.kind == "trits" else spec.reach
 
 
-def _offsets(view: MatrixView, device: torch.device, *, look_up_all: bool = False) -> Offsets:
+def offsets_on(view: MatrixView, device: torch.device, *, look_up_all: bool = False) -> Offsets:
+    """Where the elements of a view lie; with ``look_up_all`` never ``EIGHTS``."""
     if view.axes is None:
         nothing = torch.zeros(1, dtype=torch.int32, device=device)
         return Offsets(elements.CONSECUTIVE.value, nothing, nothing)
@@ -219,6 +223,36 @@ def scratch_of(plan: Plan, device: torch.device, stream: int | None) -> Memory:
             streams[key] = buffer, known
         memory = known[plan] = _parts(plan, buffer, device)
     return memory
+
+
+def floats_of(
+    sizes: tuple[int, ...], device: torch.device, stream: int | None
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """float32 of these sizes, each a multiple of 4, and their addresses; kept as :func:`scratch_of` keeps memory.
+
+    They are not the memory of a scratch.
+    """
+    if stream is None or torch.cuda.is_current_stream_capturing():
+        return _split(_memory(sum(sizes), device), sizes)
+    try:
+        streams = _here.floats
+    except AttributeError:
+        streams = _here.floats = {}
+    key = device.index, stream
+    buffer, known = streams.get(key, (None, {}))
+    found: tuple[tuple[Tensor, ...], tuple[int, ...]] | None = known.get(sizes)
+    if found is None:
+        needed, size = sum(sizes), 0 if buffer is None else buffer.numel()
+        if size < needed or len(known) >= _MOST_PLANS:
+            buffer, known = _memory(max(needed, size), device), {}
+            streams[key] = buffer, known
+        found = known[sizes] = _split(buffer, sizes)
+    return found
+
+
+def _split(buffer: Tensor, sizes: tuple[int, ...]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    parts = buffer[: sum(sizes)].split(list(sizes))
+    return tuple(parts), tuple([part.data_ptr() for part in parts])
 
 
 def _memory(size: int, device: torch.device) -> Tensor:

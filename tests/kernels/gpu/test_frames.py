@@ -18,9 +18,13 @@ from compactdist.state.matrix_view import plain
 from compactdist.state.stream import Spares, StreamConfig
 from compactdist.wire import HEADER_NBYTES
 from tests.kernels.gpu import kit
+from tests.kernels.gpu.conftest import INTERPRETED
+from tests.kernels.gpu.test_host_reads import NoReads
 
 NUMEL, CHANNELS, STEPS = 20 * 64, 64, 5
 VIEW = plain(NUMEL, 1, CHANNELS)
+SMALL = plain(9 * 8, 1, 8)
+"""Enough for a codec whose kernels the interpreter takes seconds for."""
 PADDING = 32
 
 
@@ -30,35 +34,37 @@ class Stream:
     def __init__(self, codec: Any = "int4", device: torch.device = kit.DEVICE, **options: Any) -> None:
         config = StreamConfig(**{"find_layout": False, **options})
         self.codec = codecs.get(codec)
+        self.view = SMALL if self.codec.codec_id == "transform" else VIEW
         self.device = device
         self.boards = Board(), Board()
         self.encoder = StreamEncoder(config, 1234, "the sender", Spares(), board=self.boards[0])
         self.decoder = StreamDecoder(config, 1234, "the receiver", board=self.boards[1])
         self.generator = torch.Generator().manual_seed(0)
-        self.base = torch.randn(NUMEL, generator=self.generator)
+        self.base = torch.randn(self.view.numel, generator=self.generator)
 
     def x(self) -> Tensor:
-        change = 0.1 * torch.randn(NUMEL, generator=self.generator)
+        change = 0.1 * torch.randn(self.view.numel, generator=self.generator)
         return (self.base + change).bfloat16().to(self.device)
 
     def send(self, step: int, x: Tensor | None = None, *, kept: bool = True) -> Tensor:
         x = self.x() if x is None else x
-        nbytes = self.encoder.frame_nbytes(self.codec, NUMEL, x.dtype, keyframe=step == 0) + PADDING
+        nbytes = self.encoder.frame_nbytes(self.codec, x.numel(), x.dtype, keyframe=step == 0) + PADDING
         staged, failure = self.encoder.stage_or_flag(
             x, self.codec, keyframe=step == 0, step=step, epoch=0, frame_nbytes=nbytes
         )
         assert failure is None
         assert staged.there == (step > 0 and self.there)
         if kept:
-            self.encoder.commit(staged, VIEW)
+            self.encoder.commit(staged, self.view)
         else:
             self.encoder.withdraw(staged)
         return staged.frame
 
-    def receive(self, step: int, frame: Tensor, *, foreseen: bool = True) -> Tensor:
+    def receive(self, step: int, frame: Tensor, *, foreseen: bool = True, into: Tensor | None = None) -> Tensor:
         return self.decoder.decode(
-            frame, self.codec, NUMEL, torch.bfloat16, step=step, epoch=0, hint=VIEW, foreseen=foreseen
-        )
+            frame, self.codec, self.view.numel, torch.bfloat16,
+            step=step, epoch=0, hint=self.view, foreseen=foreseen, into=into,
+        )  # fmt: skip
 
     @property
     def there(self) -> bool:
@@ -95,6 +101,47 @@ def _run(stream: Stream) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("codec", ["binary", "int2", "int8:scales=block", "int4", "fp8"])
 @pytest.mark.parametrize("options", [{}, {"order": 2}, {"state": "int8"}], ids=["last", "velocity", "int8 history"])
 def test_frames_are_those_that_the_host_makes(codec, options):
+    _same_as_on_the_host(codec, options)
+
+
+@pytest.mark.parametrize("codec", ["topk", "topk_int4:m=5", "transform:block=8"])
+def test_frames_of_other_codecs_are_those_that_the_host_makes(codec):
+    _same_as_on_the_host(codec, {"order": 2})
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU benchmarks.gpu.host counts what waits")
+@pytest.mark.parametrize("codec", ["int4", "topk", "topk_int4", "transform:block=8"])
+def test_both_ends_of_a_steady_frame_read_nothing(codec):
+    stream = Stream(codec)
+    x = [stream.x() for _ in range(5)]
+    with pytest.MonkeyPatch.context() as patch, NoReads(patch) as reads:
+        for step in range(5):
+            reads.armed = step > 2  # the step before makes tables
+            value = stream.receive(step, stream.send(step, x[step]))
+            reads.armed = False
+    assert (value - x[4]).abs().max() < 1
+    stream.both_are_silent()
+    assert stream.ends_are_equal()
+
+
+@pytest.mark.parametrize("codec", ["topk_int4", "transform:block=8"])
+def test_a_damaged_frame_of_another_codec_is_not_applied_and_its_output_is_nan(codec):
+    stream = Stream(codec)
+    out = torch.zeros(stream.view.numel, dtype=torch.bfloat16, device=kit.DEVICE)
+    for step in range(3):
+        stream.receive(step, stream.send(step), into=out)
+    assert stream.ends_are_equal()
+    assert torch.equal(out, stream.decoder.predictor.base)
+    before, frame = kit.raw(out), stream.send(3)
+    frame[HEADER_NBYTES + 40] ^= 1
+    stream.receive(3, frame, into=out)
+    assert out.isnan().all()
+    assert torch.equal(kit.raw(stream.decoder.predictor.base), before)
+    with pytest.raises(FrameError, match=r"the receiver: wrong checksum"):
+        stream.boards[1].poll(wait=True)
+
+
+def _same_as_on_the_host(codec, options):
     got = _run(Stream(codec, **options))
     with use("reference"):
         expected = _run(Stream(codec, torch.device("cpu"), **options))
@@ -159,14 +206,17 @@ def test_a_left_out_frame_and_a_wrong_step_are_named():
         stream.boards[1].poll(wait=True)
 
 
-@pytest.mark.parametrize("codec", ["int4", "int4:scales=block"])
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    ("codec", "order"),
+    [(codec, order) for codec in ("int4", "int4:scales=block") for order in (1, 2)]
+    + [("topk", 1), ("transform:block=8", 1)],
+)
 def test_what_is_not_finite_is_flagged_and_both_ends_go_on(codec, order):
     stream = Stream(codec, order=order)
     for step in range(3):
         stream.receive(step, stream.send(step))
     x = stream.x()
-    x[77] = torch.nan
+    x[17] = torch.nan
     stream.receive(3, stream.send(3, x))
     assert not bool(stream.decoder.holds_values)
     assert stream.ends_are_equal()
@@ -218,3 +268,22 @@ def test_a_board_keeps_the_first_report():
     with pytest.raises(FrameError, match="receiver 0: wrong checksum"):
         board.poll(wait=True)
     board.poll(wait=True)
+
+
+@pytest.mark.parametrize("codec", ["int8", "int3:scales=block", "ternary"])
+@pytest.mark.parametrize("accepted", [(1, 1), (1, 0), (0, 0), None], ids=["values", "none", "refused", "unchecked"])
+def test_a_copy_of_what_is_decoded_holds_nan_where_there_are_no_values(codec, accepted):
+    view = kit.VIEWS[-2]
+    x, base = (kit.draw("gaussian", view.numel, 9, seed).bfloat16().to(kit.DEVICE) for seed in range(2))
+    session = codecs.get(codec).open(view, torch.bfloat16, kit.DEVICE)
+    steps = session.device_steps
+    payload = torch.empty(session.payload_nbytes, dtype=torch.uint8, device=kit.DEVICE)
+    expected, out, copy = torch.empty_like(x), base.clone(), torch.zeros_like(x)
+    assert steps.encode(x, (base,), expected, payload)
+    flags = None if accepted is None else torch.tensor(accepted, dtype=torch.uint8, device=kit.DEVICE)
+    assert steps.decode(payload, (base,), out, copy=copy, accepted=flags)
+    assert torch.equal(out, base if accepted == (0, 0) else expected)
+    if accepted in (None, (1, 1)):
+        assert torch.equal(kit.raw(copy), kit.raw(expected))
+    else:
+        assert copy.isnan().all()

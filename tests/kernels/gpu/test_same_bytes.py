@@ -8,12 +8,11 @@ import torch
 from compactdist import codecs
 from compactdist.kernels import steps_for, use
 from compactdist.kernels.gpu.steps import TritonSteps, steps_of
-from compactdist.kernels.spec import QuantizerSpec
 from compactdist.state.matrix_view import plain
 from tests.codecs import kit as codec_kit
 from tests.kernels import test_zeros as zeros
 from tests.kernels.gpu import kit
-from tests.kernels.test_spec import Coarse, Uneven
+from tests.kernels.test_spec import Coarse, Uneven, WithZero
 
 every_form = pytest.mark.parametrize("form", kit.FORMS, ids=kit.name_of)
 
@@ -113,7 +112,6 @@ def test_what_is_supported():
     assert steps_of(spec, view, torch.float64, kit.DEVICE) is None
     assert steps_of(spec, view, torch.float32, torch.device("meta")) is None
     assert steps_of(codecs.get("int8").spec, plain(1 << 31, 1, 1 << 10), torch.float32, kit.DEVICE) is None
-    assert steps_of(QuantizerSpec("nearest", 2, (0.0, 1.0)), view, torch.float32, kit.DEVICE) is None
     x = torch.zeros(view.numel, device=kit.DEVICE)
     payload = torch.empty(spec.sections_of(view.shape).total_nbytes, dtype=torch.uint8, device=kit.DEVICE)
     steps = steps_of(spec, view, torch.float32, kit.DEVICE)
@@ -150,5 +148,5 @@ def test_which_zero_comes_out(form):
 def test_a_codec_from_outside(scales):
     view = plain(66 * 72, 1, 72)
     base, change = kit.draw("gaussian", view.numel, 72).float(), kit.draw("L", view.numel, 72, 1).float()
-    for make in (Uneven, Coarse):
+    for make in (Uneven, WithZero, Coarse):
         kit.check_same(make(scales=scales), base + change, (base,), view)

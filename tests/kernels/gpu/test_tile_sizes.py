@@ -13,21 +13,21 @@ from tests.codecs import kit as codec_kit
 from tests.kernels.gpu import kit
 
 ON_A_GPU = {
-    "_ROWS": 4,
-    "_TILES": 1,
-    "_UNROLL": 8,
+    "ROWS": 4,
+    "TILES": 1,
+    "UNROLL": 8,
     "_UNITS": 512,
-    "_WIDTH": 32,
+    "WIDTH": 32,
     "_BLOCKS": 16,
     "_HELD": 8,
     "UNITS_OF_TILE": 32,
 }
 SMALL = {
-    "_ROWS": 2,
-    "_TILES": 4,
-    "_UNROLL": 2,
+    "ROWS": 2,
+    "TILES": 4,
+    "UNROLL": 2,
     "_UNITS": 128,
-    "_WIDTH": 64,
+    "WIDTH": 64,
     "_BLOCKS": 4,
     "_HELD": 16,
     "UNITS_OF_TILE": 16,
@@ -62,9 +62,7 @@ def test_two_tables_of_sizes_give_the_same_bytes(form, monkeypatch):
     x, base = (base + 0.1 * change).bfloat16().to(kit.DEVICE), base.bfloat16().to(kit.DEVICE)
     launched = []
     real = steps.Launch.__call__
-    monkeypatch.setattr(
-        steps.Launch, "__call__", lambda self, *given: launched.append(self._grid) or real(self, *given)
-    )
+    monkeypatch.setattr(steps.Launch, "__call__", lambda self, *given: launched.append(self.grid) or real(self, *given))
     results, grids = [], []
     for sizes in (ON_A_GPU, SMALL):
         results.append(_encoded(form, sizes, x, base, view, monkeypatch))

@@ -144,6 +144,24 @@ def _widened_under_masks(builder: Any, loaded: Any) -> Any:
     return builder.bitcast(joined(builder, parts), FLOATS.of)
 
 
+def _read_widened(builder: Any, pointer: Any) -> Any:
+    """Sixty-four bfloat16 as floats, eight at a time: a load that fills both halves of a register, and one permutation.
+
+    Widening to integers and shifting are two instructions for the same units.
+    """
+    bytes_, eight = ir.VectorType(_byte, 32), ir.VectorType(_i16, 8)
+    # bytes 0x80 and above give zeros; unknown, or LLVM takes the two instructions
+    apart = [byte for lane in range(8) for byte in (0x80, 0x80, 2 * lane, 2 * lane + 1)]
+    apart = unknown(builder, ir.Constant(bytes_, apart))
+    parts = []
+    for start in range(0, LANES, 8):
+        at = builder.gep(pointer, [ir.Constant(_i64, start)])
+        twice = builder.bitcast(part(builder, read(builder, at, eight), [*range(8)] * 2), bytes_)
+        wide = call(builder, "llvm.x86.avx2.pshuf.b", bytes_, twice, apart)
+        parts.append(builder.bitcast(wide, ir.VectorType(ir.FloatType(), 8)))
+    return joined(builder, parts)
+
+
 def _rounded_by_sixteens(builder: Any, value: Any) -> Any:
     """Floats rounded to bfloat16, sixteen at a time, put in order only once they are narrow."""
     bytes_, words, longs = (ir.VectorType(ir.IntType(width), 256 // width) for width in (8, 16, 64))
@@ -199,7 +217,10 @@ def _within(builder: Any, bits: Any, largest: int) -> Any:
 def _load(typing_context: Any, pointer: Any, at: Any, *count: Any) -> Any:
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         kind = ir.VectorType(context.get_value_type(pointer.dtype), LANES)
-        loaded = read(builder, builder.gep(arguments[0], [arguments[1]]), kind, *arguments[2:])
+        where = builder.gep(arguments[0], [arguments[1]])
+        if AVX2 and pointer.dtype == types.uint16 and not count:
+            return _read_widened(builder, where)
+        loaded = read(builder, where, kind, *arguments[2:])
         return _widened(context, builder, pointer.dtype, loaded)
 
     return signature(INTS if pointer.dtype == types.uint32 else FLOATS, pointer, types.uintp, *count), build

@@ -11,7 +11,21 @@ from llvmlite import ir
 
 from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, types
 from compactdist.kernels.cpu.simd.memory import read, write
-from compactdist.kernels.cpu.simd.vectors import AVX2, HOST, INTS, MASK, call, every_nth, joined, part
+from compactdist.kernels.cpu.simd.vectors import (
+    AVX2,
+    EIGHT,
+    EIGHT_INTS,
+    FLOATS,
+    HOST,
+    INTS,
+    MASK,
+    call,
+    every_nth,
+    full,
+    joined,
+    part,
+    spread,
+)
 from compactdist.kernels.reference import LANES
 
 _byte, _i64 = ir.IntType(8), ir.IntType(64)
@@ -21,7 +35,14 @@ _X86 = {512: ("avx512", ".512", "pmaddubs.w", "pmaddw.d"), 256: ("avx2", "", "pm
 
 
 def _packed(builder: Any, bits: int, codes: Any) -> Any:
-    """Ints below ``2 ** bits``, or for -8 numbers in two's complement, or a mask, as bytes."""
+    """Ints below ``2 ** bits``, or for -8 numbers in two's complement, as bytes; for 1 a mask, or which floats are not
+    below 0.
+    """
+    if bits == 1 and codes.type == FLOATS.of and AVX2:
+        halves = [_signs_of_half(builder, part(builder, codes, range(at, at + 32))) for at in (0, 32)]
+        return builder.bitcast(joined(builder, halves), ir.VectorType(_byte, LANES // 8))
+    if bits == 1 and codes.type == FLOATS.of:
+        codes = builder.fcmp_ordered(">=", codes, full(0.0))
     if bits == 1:
         return builder.bitcast(codes, ir.VectorType(_byte, LANES // 8))
     if HOST.get("avx512bw", False):
@@ -66,6 +87,28 @@ def _narrowed(builder: Any, bits: int, codes: Any, register: int) -> Any:
     if bits in (2, 4):
         group = x86(adds_bytes, 16, group, weights(8, 1 << bits))
     return x86(adds_words, 32, group, weights(16, 16)) if bits == 2 else group
+
+
+def _signs_of_half(builder: Any, x: Any) -> Any:
+    """Which of thirty-two floats are not below 0, as an int in a vector: four registers narrowed in pairs.
+
+    Their order is restored once, at the end; LLVM by itself restores it whenever a mask is narrowed.
+    """
+    eight, not_below = EIGHT_INTS.of, ir.Constant(ir.IntType(8), 29)
+    parts = [part(builder, x, range(at, at + 8)) for at in range(0, 32, 8)]
+    parts = [
+        call(builder, "llvm.x86.avx.cmp.ps.256", EIGHT.of, one, ir.Constant(EIGHT.of, [0.0] * 8), not_below)
+        for one in parts
+    ]
+    parts = [builder.bitcast(one, eight) for one in parts]
+    half = ir.VectorType(ir.IntType(16), 16)
+    words = [call(builder, "llvm.x86.avx2.packssdw", half, parts[at], parts[at + 1]) for at in (0, 2)]
+    group = call(builder, "llvm.x86.avx2.packsswb", ir.VectorType(_byte, 32), *words)
+    order = ir.Constant(eight, [register + half for register in range(4) for half in (0, 4)])
+    group = call(builder, "llvm.x86.avx2.permd", eight, builder.bitcast(group, eight), order)
+    signs = call(builder, "llvm.x86.avx2.pmovmskb", ir.IntType(32), builder.bitcast(group, ir.VectorType(_byte, 32)))
+    one = ir.VectorType(ir.IntType(32), 1)
+    return builder.insert_element(ir.Constant(one, ir.Undefined), signs, ir.Constant(ir.IntType(32), 0))
 
 
 def _packed_in_registers(builder: Any, bits: int, codes: Any) -> Any:
@@ -156,6 +199,41 @@ def _unpack(typing_context: Any, bits: Any, pointer: Any, at: Any, count: Any) -
 def store_mask(mask: Any, out: Any, element: int, count: int) -> None:
     """A bit for each of the first ``count`` lanes, to position ``element`` and on; both must fill their bytes."""
     _pack(mask, 1, out, element >> 3, count)
+
+
+@inlined
+def store_signs(x: Any, out: Any, element: int, count: int) -> None:
+    """As ``store_mask``, a bit where a float is not below 0."""
+    _pack(x, 1, out, element >> 3, count)
+
+
+@intrinsic
+def _signed(typing_context: Any, mask: Any, x: Any) -> Any:
+    """Floats, with the other sign where a mask is not set."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        mask, x = arguments
+        if not AVX2:
+            return builder.select(mask, x, builder.fneg(x))
+        # a shift by lanes brings each bit to where signs are: one instruction in place of a comparison and a choice
+        eight, bits, parts = ir.VectorType(ir.IntType(32), 8), builder.bitcast(mask, ir.IntType(64)), []
+        for at in range(0, LANES, 8):
+            if at % 32 == 0:
+                word = builder.trunc(builder.lshr(bits, ir.Constant(_i64, at)), ir.IntType(32))
+                words = builder.xor(spread(builder, word, EIGHT_INTS), ir.Constant(eight, [-1] * 8))
+            signs = builder.shl(words, ir.Constant(eight, [31 - at % 32 - lane for lane in range(8)]))
+            signs = builder.and_(signs, ir.Constant(eight, [1 << 31] * 8))
+            some = builder.bitcast(part(builder, x, range(at, at + 8)), eight)
+            parts.append(builder.bitcast(builder.xor(some, signs), EIGHT.of))
+        return joined(builder, parts)
+
+    return FLOATS(MASK, FLOATS), build
+
+
+@inlined
+def signed_by(x: Any, packed: Any, element: int, count: int) -> Any:
+    """Floats, with the other sign where the bit that ``store_mask`` stored is not set."""
+    return _signed(mask_at(packed, element, count), x)
 
 
 @inlined

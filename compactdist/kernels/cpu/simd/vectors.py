@@ -60,6 +60,7 @@ MASK = Vector("mask", ir.IntType(1), LANES)
 SIXTEEN = Vector("sixteen", _float, 16)
 SIXTEEN_BITS = Vector("sixteen bits", ir.IntType(1), 16)
 EIGHT = Vector("eight", _float, 8)
+EIGHT_INTS = Vector("eight ints", _i32, 8)
 
 
 def full(value: Any, kind: Any = FLOATS) -> Any:
@@ -200,12 +201,6 @@ def magnitude(typing_context: Any, x: Any) -> Any:
         return call(builder, f"llvm.fabs.v{LANES}f32", FLOATS.of, *arguments)
 
     return FLOATS(FLOATS), build
-
-
-@intrinsic
-def negative(typing_context: Any, x: Any) -> Any:
-    """Floats with the other sign."""
-    return FLOATS(FLOATS), lambda context, builder, sig, arguments: builder.fneg(*arguments)
 
 
 @intrinsic

@@ -1,0 +1,223 @@
+"""Steps that are nothing but launches: they list them, and are run alone or within the series of a frame's end.
+
+All launches of one encoding get the same arguments, and so do those of one decoding. First what every stream gives:
+
+* encoding: x, base, velocity, out, payload, flag (a missing term, or ``out``, repeats ``x``);
+* decoding: base, velocity, out, payload, accepted, copy (a missing term, or ``copy``, repeats ``out``);
+
+then memory of the steps' own, and then the sections of the payload whose addresses they ask for.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compactdist.kernels.gpu.launch import Launch, alignment_of, on, stream_getter
+
+__all__ = ["DECODING", "ENCODING", "NOTHING", "Cut", "LaunchedSteps", "Own", "cut_out"]
+
+ENCODING, DECODING = 6, 6
+"""How much every encoding and decoding gives, before what is the steps' own."""
+
+
+class Own(NamedTuple):
+    """Memory of the steps' own, and its addresses."""
+
+    tensors: tuple[Tensor, ...]
+    pointers: tuple[int, ...]
+
+
+NOTHING = Own((), ())
+
+
+class Cut(NamedTuple):
+    """A section of the payload: from which byte on, a multiple of 16, and the dtype that kernels take it for."""
+
+    start: int
+    dtype: torch.dtype
+
+
+def cut_out(payload: Tensor, cuts: Iterable[Cut]) -> tuple[Tensor, ...]:
+    """The sections of a payload."""
+    return tuple([payload[cut.start :].view(cut.dtype) for cut in cuts])
+
+
+class LaunchedSteps:
+    """The steps of one stream, see ``kernels.DeviceSteps``.
+
+    Args:
+        dtype: of the tensors.
+        device: of the tensors.
+        payload_nbytes: of every payload.
+        cuts: sections that launches ask for.
+
+    Attributes:
+        dtype, cuts: as above.
+    """
+
+    __slots__ = ("_decodings", "_device", "_encodings", "_payload_nbytes", "_stream_of", "checksum", "cuts", "dtype")
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, payload_nbytes: int, cuts: tuple[Cut, ...] = ()
+    ) -> None:
+        self.checksum: int | None = None
+        self.dtype, self.cuts = dtype, cuts
+        self._payload_nbytes = payload_nbytes
+        self._stream_of = stream_getter(device)
+        index: int | None = device.index
+        if self._stream_of is not None and index is None:
+            device = torch.device(device.type, torch.cuda.current_device())
+        self._device = device
+        self._encodings: dict[tuple[int, bool, bool], list[Launch]] = {}
+        self._decodings: dict[tuple[int, bool, bool], list[Launch]] = {}
+
+    @abstractmethod
+    def encoding(self, terms: int, writes: bool, lockstep: bool) -> list[Launch]:
+        """All launches of an encoding, in order.
+
+        Args:
+            terms: how many there are.
+            writes: ``out`` gets what the receiver will hold.
+            lockstep: of a residual that is not finite, payload and ``out`` say what both ends can go on with.
+        """
+
+    @abstractmethod
+    def decoding(self, terms: int, checked: bool, copies: bool) -> list[Launch]:
+        """All launches of a decoding, in order.
+
+        Args:
+            terms: how many there are.
+            checked: ``accepted`` is given.
+            copies: ``copy`` is given.
+        """
+
+    @abstractmethod
+    def to_encode(self, stream: int | None) -> Own:
+        """Memory for an encoding on the current CUDA stream, whose number is ``stream``, in the state it begins with.
+
+        ``None``: on the CPU.
+        """
+
+    def to_decode(self, stream: int | None) -> Own:
+        """As :meth:`to_encode`, for a decoding."""
+        return NOTHING
+
+    def flag_in(self, own: Own) -> Tensor:
+        """Zero, int32 ``[1]``, for an encoding that is given no flag."""
+        return torch.zeros(1, dtype=torch.int32, device=self._device)
+
+    def encode(
+        self,
+        x: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor | None,
+        payload: Tensor,
+        *,
+        flag: Tensor | None = None,
+    ) -> bool:
+        """Encode ``x`` less the sum of ``terms`` and, if ``out`` is given, write there what the receiver will hold.
+
+        Args:
+            x: flat.
+            terms: what is expected, each flat.
+            out: flat, contiguous, none of the terms.
+            payload: uint8, gets the payload; directly if it is aligned to 16 bytes.
+            flag: int32 of one element, set to 1 if the residual is not finite, else left as it is. With it nothing
+                waits for the device. What is then sent decodes to no change where the residual is not finite: in a
+                payload of zeros, or in the row, block or run concerned. ``out`` gets what the receiver makes of it, so
+                that both ends stay equal.
+
+        Returns:
+            Whether it was done; not if tensors are of another dtype or device, or if the residual is not finite and
+            there is no flag; ``out`` and ``payload`` hold anything then.
+        """
+        if not self._takes((x, *terms) if out is None else (x, *terms, out)):
+            return False
+        if payload.dtype != torch.uint8 or not (flag is None or flag.dtype == torch.int32):
+            return False
+        device, written = self._device, payload
+        if payload.data_ptr() % 16 or not payload.is_contiguous():
+            written = torch.empty(self._payload_nbytes, dtype=torch.uint8, device=device)
+        source = _source(x, terms)
+        key = len(terms), out is not None, flag is not None
+        launches = self._encodings.get(key)
+        if launches is None:
+            launches = self._encodings[key] = self.encoding(*key)
+        with on(device):
+            stream = None if self._stream_of is None else self._stream_of(device.index)
+            own = self.to_encode(stream)
+            reported = self.flag_in(own) if flag is None else flag
+            given = (*source, source[0] if out is None else out, written, reported)
+            self._launch(launches, given, own, written, stream)
+        if flag is None and int(reported):
+            return False
+        if written is not payload:
+            payload.copy_(written)
+        return True
+
+    def decode(
+        self,
+        payload: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor,
+        *,
+        copy: Tensor | None = None,
+        accepted: Tensor | None = None,
+    ) -> bool:
+        """Write the sum of ``terms`` plus the decoded payload to ``out``, kept finite and rounded to its dtype.
+
+        Never waits for the device; ``out`` may be the first of the terms. With ``accepted``, uint8 ``[2]``, ``out``
+        stays as it was where the first of it is 0, and ``copy`` gets NaN where the second is.
+
+        Returns:
+            Whether it was done; not if tensors are of another dtype or device, or the payload of another length.
+        """
+        if (
+            not self._takes((out, *terms) if copy is None else (out, copy, *terms))
+            or payload.dtype != torch.uint8
+            or payload.shape != (self._payload_nbytes,)
+        ):
+            return False
+        if payload.data_ptr() % 16 or not payload.is_contiguous():  # the middle of someone's buffer
+            payload = payload.clone(memory_format=torch.contiguous_format)
+        _, base, velocity = _source(out, terms)
+        key = len(terms), accepted is not None, copy is not None
+        launches = self._decodings.get(key)
+        if launches is None:
+            launches = self._decodings[key] = self.decoding(*key)
+        checked, second = payload if accepted is None else accepted, out if copy is None else copy
+        given = base, velocity, out, payload, checked, second
+        with on(self._device):
+            stream = None if self._stream_of is None else self._stream_of(self._device.index)
+            self._launch(launches, given, self.to_decode(stream), payload, stream)
+        return True
+
+    def _launch(
+        self, launches: list[Launch], given: tuple[Tensor, ...], own: Own, payload: Tensor, stream: int | None
+    ) -> None:
+        cuts = cut_out(payload, self.cuts)
+        pointers = (
+            *[tensor.data_ptr() for tensor in given], *own.pointers, *[tensor.data_ptr() for tensor in cuts]
+        )  # fmt: skip
+        aligned, tensors = alignment_of(pointers), given + own.tensors + cuts
+        for launch in launches:
+            launch(tensors, pointers, aligned, stream)
+
+    def _takes(self, tensors: Iterable[Tensor]) -> bool:
+        kind = self._device.type
+        for tensor in tensors:  # noqa: SIM110 - a generator costs a call for each tensor
+            if tensor.dtype != self.dtype or tensor.device.type != kind:
+                return False
+        return True
+
+
+def _source(x: Tensor, terms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """``(x, base, velocity)``, contiguous. A missing term repeats ``x``."""
+    first, *rest = [part if part.is_contiguous() else part.detach().contiguous() for part in (x, *terms)]
+    second, third, *_ = (*rest, first, first)
+    return first, second, third

@@ -1,0 +1,146 @@
+"""A steady call on a device that is not there: the same launches every step, and no value that a host waits for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import compactdist
+from compactdist import Layout
+from tests.launch import run_ranks
+
+gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
+pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter has no launcher")
+
+ROWS, CHANNELS, STEPS = 1088, 3072, 4
+KERNELS = {
+    "int4": ["row_statistics", "tile_sums", "settle", "encode_codes", "seal_frame", "check_frame", "decode_codes"],
+    "int4:scales=block": ["encode_held_blocks", "seal_frame", "check_frame", "decode_codes"],
+    "topk": ["pick_of_runs", "seal_frame", "check_frame", "spread_over_runs"],
+    "topk_int4": [
+        "pick_of_runs",
+        "encode_held_blocks",
+        "spread_over_runs",
+        "seal_frame",
+        "check_frame",
+        "decode_codes",
+        "spread_over_runs",
+    ],
+}
+MOST_PYTHON_CALLS = {"int4": 56, "int4:scales=block": 56}
+"""Of the package's own functions, in one steady call: a count, which no load of the machine changes."""
+SEALED_AT = 4
+"""Where seal_frame and check_frame have step, epoch and sequence, then which digest, among their arguments."""
+
+
+def _address(x: Tensor) -> int:
+    """In place of an address, which these tensors have not: another one for each storage, a multiple of 16."""
+    return 16 * x.untyped_storage()._cdata + x.storage_offset() * x.element_size()
+
+
+def _steps(codec: str, monkeypatch: pytest.MonkeyPatch, steps: int = STEPS) -> list[list[Any]]:
+    """What each steady step launches: one call, with other tensors of the caller in each."""
+    from benchmarks.gpu.stub import DEVICE, stub
+
+    numel, seen = ROWS * CHANNELS, []
+    monkeypatch.setattr(torch.Tensor, "data_ptr", _address)
+    with stub() as device:
+        layout = Layout("(r c) -> 1 r c", r=ROWS, c=CHANNELS)
+        group = device.wrap(dist.group.WORLD, codec, layouts=lambda info: layout, min_numel=1)
+        kept = []  # so that no two steps' tensors have one address
+        for step in range(2 + steps):
+            x, out = (torch.empty(n * numel, dtype=torch.bfloat16, device=DEVICE) for n in (1, 2))
+            kept.append((x, out))
+            device.recorded.clear()
+            device.dispatched.clear()
+            group.step()
+            group.all_gather_into_tensor(out, x)
+            if step >= 2:
+                assert not device.dispatched
+                assert device.gathers == step + 1
+                seen.append([*device.launched, _address(x), _address(out)])
+        assert group.stats().compressed_calls == 2 + steps
+        group.close()
+    return seen
+
+
+def _on_a_fake_group(body: Any) -> None:
+    def started(rank: int, size: int) -> None:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        with pytest.MonkeyPatch.context() as patch:
+            body(patch)
+
+    run_ranks(started, 1, init=False, timeout=60)
+
+
+@pytest.mark.parametrize("codec", KERNELS)
+def test_a_steady_step_repeats_its_launches(codec):
+    def body(patch):
+        steps = _steps(codec, patch)
+        changing: dict[tuple[int, int], list[Any]] = {}
+        for *launched, x, out in steps:
+            assert [one.name for one in launched] == KERNELS[codec]
+            assert [one.programs for one in launched] == [one.programs for one in steps[0][:-2]]
+            for number, one in enumerate(launched):
+                theirs = {x: "x", out: "out", out + 2 * ROWS * CHANNELS: "the peer's part of out"}
+                for at, value in enumerate(one.values):
+                    changing.setdefault((number, at), []).append(theirs.get(value, value))
+        found = {key: values for key, values in changing.items() if len(set(values)) > 1}
+        names = KERNELS[codec]
+        seal, check = names.index("seal_frame"), names.index("check_frame")
+        # step, sequence, and which of the digests: nothing else changes but the caller's tensors
+        expected = {(launch, SEALED_AT + at) for launch in (seal, check) for at in (0, 2, 3)}
+        assert set(found) == expected
+        for launch in (seal, check):
+            first = found[launch, SEALED_AT][0]
+            assert found[launch, SEALED_AT] == list(range(first, first + STEPS))
+            assert sorted(set(found[launch, SEALED_AT + 3])) == [0, 1]
+        assert any("the peer's part of out" in values for (launch, _), values in changing.items() if launch > check)
+
+    _on_a_fake_group(body)
+
+
+@pytest.mark.parametrize(("codec", "most"), MOST_PYTHON_CALLS.items())
+def test_a_steady_call_crosses_few_methods(codec, most):
+    def body(patch):
+        from benchmarks.gpu.stub import DEVICE, stub
+
+        home, calls, counting = os.path.dirname(compactdist.__file__) + os.sep, [], False
+
+        def profile(frame: Any, event: str, _: Any) -> None:
+            if counting and event == "call" and frame.f_code.co_filename.startswith(home):
+                calls.append(frame.f_code.co_qualname)
+
+        x, out = (torch.empty(n * ROWS * CHANNELS, dtype=torch.bfloat16, device=DEVICE) for n in (1, 2))
+        layout = Layout("(r c) -> 1 r c", r=ROWS, c=CHANNELS)
+        with stub() as device, device.wrap(dist.group.WORLD, codec, layouts=lambda info: layout, min_numel=1) as group:
+            sys.setprofile(profile)
+            for step in range(4):
+                group.step()
+                counting = step == 3
+                group.all_gather_into_tensor(out, x)
+                counting = False
+            sys.setprofile(None)
+            assert group.stats().compressed_calls == 4
+        assert 0 < len(calls) <= most, calls
+
+    _on_a_fake_group(body)
+
+
+def test_what_the_host_would_wait_for_raises():
+    def body(patch):
+        from benchmarks.gpu.stub import DEVICE, stub
+
+        with stub():
+            for read in (lambda x: x.item(), bool, lambda x: x.cpu(), lambda x: x.tolist()):
+                with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+                    read(torch.empty(1, device=DEVICE))
+
+    _on_a_fake_group(body)
