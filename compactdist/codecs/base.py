@@ -18,7 +18,7 @@ import inspect
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -183,10 +183,9 @@ class Session:
         codec, view, dtype, device: as given to ``Codec.open``.
         payload_nbytes: bytes of every payload of this stream, at the rate in use.
         checksum: of the payload that the last ``encode`` wrote, if it was summed up on the way, else ``None``.
-        sums: whether ``decode_and_sum`` sums up payloads.
     """
 
-    __slots__ = ("checksum", "codec", "device", "dtype", "payload_nbytes", "sums", "view")
+    __slots__ = ("checksum", "codec", "device", "dtype", "payload_nbytes", "view")
 
     remembers: ClassVar[bool] = False
     """Whether ``commit``, ``rollback`` and ``prepare`` do anything; if not, callers may leave these calls out."""
@@ -198,7 +197,6 @@ class Session:
         self.device = device
         self.payload_nbytes = codec.payload_nbytes(view.shape, torch.float32)
         self.checksum: int | None = None
-        self.sums = False
 
     @torch.no_grad()
     def encode(
@@ -239,18 +237,20 @@ class Session:
         """
         add_up(terms, self.view.to_flat(self.codec.decode(payload, self.view.shape, torch.float32)), out)
 
-    def decode_and_sum(self, payload: Tensor, terms: Terms, out: Tensor) -> int | None:
-        """As ``decode``, of bytes that may be damaged, and their checksum: ``out`` is good if that is the payload's.
+    def decode_twice(self, payload: Tensor, terms: Terms, out: Tensor, copy: Tensor) -> None:
+        """As ``decode``, and write the same values to ``copy``; in one pass where a codec's kernels can.
 
         Args:
-            payload: ``payload_nbytes`` of any contents.
+            payload: what ``encode`` wrote at the other end.
             terms: terms of the prediction, as for ``encode``.
-            out: flat, contiguous, of ``dtype``, none of the terms.
+            out: flat, contiguous, of ``dtype``; may be the first of the terms.
+            copy: contiguous, as many elements as ``out``, of ``dtype``; shares no memory with the other tensors.
 
-        Returns:
-            The checksum; ``None``: the bytes were not summed up, and ``out`` holds anything.
+        Raises:
+            PayloadError: The payload is not uint8 of the expected length.
         """
-        return None
+        self.decode(payload, terms, out)
+        copy.copy_(out.view(copy.shape))
 
     def set_rate(self, rate: int) -> None:
         """Code the frames from the next on at another rate of the codec; ``payload_nbytes`` follows.
@@ -284,6 +284,14 @@ class Session:
     def shared_memory(self) -> tuple[Tensor, ...]:
         """What decoding depends on beside payload and terms; equal on both ends of a stream. Not to be written to."""
         return ()
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Keep what ``to`` makes of each tensor that ``held_bytes`` counts: the same bytes, on another device.
+
+        Called between two frames, several times in a row, and each time ``to`` gets the tensors in the same order: to
+        take the memory of a site that is not in use to the host, and to bring it back (``state_offload``). A session
+        that does not override it keeps its memory where it is.
+        """
 
     def prepare(self) -> None:
         """Do work that the next frame needs. Called after a commit, when the site's next call is a step away."""

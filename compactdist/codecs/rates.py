@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -150,7 +150,6 @@ class RatesSession(Session):
         super().__init__(codec, view, dtype, device)
         self._opened: dict[int, Session] = {}
         self._inner = codec.at(codec.start_rate).open(view, dtype, device)
-        self.sums = self._inner.sums
 
     def set_rate(self, rate: int) -> None:
         rung = self.codec.at(rate)
@@ -160,7 +159,7 @@ class RatesSession(Session):
         else:
             self._inner = self._opened.get(rate) or rung.open(self.view, self.dtype, self.device)
             self._opened[rate] = self._inner
-        self.payload_nbytes, self.sums = self._inner.payload_nbytes, self._inner.sums
+        self.payload_nbytes = self._inner.payload_nbytes
 
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
@@ -171,8 +170,8 @@ class RatesSession(Session):
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         self._inner.decode(payload, terms, out)
 
-    def decode_and_sum(self, payload: Tensor, terms: Terms, out: Tensor) -> int | None:
-        return self._inner.decode_and_sum(payload, terms, out)
+    def decode_twice(self, payload: Tensor, terms: Terms, out: Tensor, copy: Tensor) -> None:
+        self._inner.decode_twice(payload, terms, out, copy)
 
     def commit(self) -> None:
         self._inner.commit()
@@ -189,6 +188,9 @@ class RatesSession(Session):
     @property
     def shared_memory(self) -> tuple[Tensor, ...]:
         return self._inner.shared_memory
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        self._inner.move(to)
 
     def prepare(self) -> None:
         self._inner.prepare()

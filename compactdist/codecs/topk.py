@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,10 @@ from compactdist import kernels as fused
 from compactdist.codecs.base import About, Codec, Session, Terms, check_payload
 from compactdist.codecs.options import check_integer
 from compactdist.codecs.registry import register
-from compactdist.codecs.scalar.quantized import check_dtype, finite_amax
+from compactdist.codecs.scalar.quantized import ScalarQuantizer, check_dtype, finite_amax
 from compactdist.codecs.scalar.with_zero import Int4WithZero
 from compactdist.codecs.shapes import BLOCK_ELEMENTS, matrix_shape, padded_nbytes
+from compactdist.codecs.topk_steps import TopKSteps
 from compactdist.kernels import reference as kernels
 from compactdist.kernels.reference import topk
 from compactdist.kernels.spec import MatrixView
@@ -37,13 +37,13 @@ class _OneOfM(Codec):
 
     def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         check_dtype(self.codec_id, dtype)
-        groups, runs = self._runs(shape)
-        return self._index_nbytes(groups * runs) + self._values_nbytes(groups, runs)
+        groups, runs = self.runs_of(shape)
+        return self.places_nbytes(groups * runs) + self._values_nbytes(groups, runs)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         check_dtype(self.codec_id, x.dtype)
-        groups, runs = self._runs(x.shape)
+        groups, runs = self.runs_of(x.shape)
         if groups * runs == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
         columns = topk.in_runs(x.detach().to(torch.float32).reshape(-1).view(groups, -1), self.m)
@@ -52,16 +52,16 @@ class _OneOfM(Codec):
         payload = torch.zeros(self.payload_nbytes(x.shape, x.dtype), dtype=torch.uint8, device=x.device)
         payload[: index.numel()] = index
         values = self._encode_values(kept)
-        payload[self._index_nbytes(groups * runs) :][: values.numel()] = values
+        payload[self.places_nbytes(groups * runs) :][: values.numel()] = values
         return payload
 
     @torch.no_grad()
     def decode(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         payload = check_payload(payload, self.payload_nbytes(shape, dtype), self.codec_id)
-        groups, runs = self._runs(shape)
+        groups, runs = self.runs_of(shape)
         if groups * runs == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=payload.device)
-        values_at = self._index_nbytes(groups * runs)
+        values_at = self.places_nbytes(groups * runs)
         kept = self._decode_values(payload[values_at:], groups, runs).view(groups, runs)
         y = topk.spread(payload[: -(-groups * runs // 2)], kept, self.m)
         y = y[:, : math.prod(shape) // groups].reshape(tuple(shape))
@@ -71,17 +71,20 @@ class _OneOfM(Codec):
     def open(self, view: MatrixView, dtype: torch.dtype, device: torch.device) -> Session:
         return _TopKSession(self, view, dtype, device)
 
-    def _runs(self, shape: Sequence[int]) -> tuple[int, int]:
+    def runs_of(self, shape: Sequence[int]) -> tuple[int, int]:
         """Groups, and runs of m in each."""
         groups = matrix_shape(shape)[0]
         return groups, -(-(math.prod(shape) // max(groups, 1)) // self.m)
 
     @staticmethod
-    def _index_nbytes(runs: int) -> int:
+    def places_nbytes(runs: int) -> int:
+        """Bytes of the places of so many runs, before the values."""
         return padded_nbytes(-(-runs // 2))
 
-    _kept_as_sent: ClassVar[bool] = False
-    """The second section holds the kept elements as kernels write and read them, not in codes."""
+    @property
+    def quantizer(self) -> ScalarQuantizer | None:
+        """Codes the kept elements, seen as ``(G, 1, K)``; ``None``: they are sent as bfloat16."""
+        return None
 
     @abstractmethod
     def _values_nbytes(self, groups: int, runs: int) -> int: ...
@@ -94,51 +97,63 @@ class _OneOfM(Codec):
 
 
 class _TopKSession(Session):
-    """A session whose places are found by compiled loops, where there are any; the bytes are those of the codec."""
+    """A session whose steps are compiled kernels, where there are any; the bytes are those of the codec."""
 
-    __slots__ = ()
+    __slots__ = ("_chosen_under", "_device_steps", "_steps")
 
     codec: _OneOfM
+
+    def __init__(self, codec: _OneOfM, view: MatrixView, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(codec, view, dtype, device)
+        self._steps: fused.Steps | None
+        self._device_steps: fused.DeviceSteps | None
+        self._choose()
+
+    def _choose(self) -> None:
+        self._chosen_under, self._steps, self._device_steps = fused.choice.forced, None, None
+        codec, quantizer = self.codec, self.codec.quantizer
+        spec = None if quantizer is None else quantizer.spec
+        if quantizer is None or spec is not None:
+            self._device_steps = fused.device_topk_steps_for(self.view, codec.m, spec, self.dtype, self.device)
+        if self._device_steps is not None:
+            self._steps = self._device_steps
+            return
+        picks = fused.picks_for(self.view, codec.m, self.dtype, self.device)
+        if picks is None:
+            return
+        groups, runs = codec.runs_of(self.view.shape)
+        count, values = groups * runs, None
+        if quantizer is not None:
+            values = quantizer.open(MatrixView(count, groups, 1, runs), torch.float32, self.device)
+        self._steps = TopKSteps(picks, values, codec.places_nbytes(count), count)
+
+    @property
+    def device_steps(self) -> fused.DeviceSteps | None:
+        if self._chosen_under is not fused.choice.forced:
+            self._choose()
+        return self._device_steps
 
     @torch.no_grad()
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
     ) -> None:
-        steps = self._steps() if row_weights is None and x.is_contiguous() else None
-        if steps is not None:
-            groups, runs = self.codec._runs(self.view.shape)
-            values_at, count = self.codec._index_nbytes(groups * runs), groups * runs
-            payload[-(-count // 2) : values_at] = 0
-            kept = payload[values_at:]
-            if self.codec._kept_as_sent:
-                payload[values_at + 2 * count :] = 0
-            else:
-                kept = torch.empty(count + count % 2)
-            if steps.pick(x.detach(), terms, self.codec.m, payload, kept):
-                if not self.codec._kept_as_sent:
-                    values = self.codec._encode_values(kept[:count].view(groups, runs))
-                    payload[values_at:] = values
-                if out is not None:
-                    self.decode(payload, terms, out)
-                return
-        # raises the NonFiniteError where a kernel met a value that is not finite
-        super().encode(x, terms, out, payload, row_weights=row_weights)
+        if self._chosen_under is not fused.choice.forced:
+            self._choose()
+        steps = self._steps if row_weights is None and self._takes(x, *terms) else None
+        if steps is None or not steps.encode(x.detach(), terms, out, payload):
+            # raises the NonFiniteError where a kernel met a value that is not finite
+            super().encode(x, terms, out, payload, row_weights=row_weights)
 
     @torch.no_grad()
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
+        if self._chosen_under is not fused.choice.forced:
+            self._choose()
         payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
-        steps = self._steps()
-        if steps is None:
+        if self._steps is None or not self._takes(out, *terms) or not self._steps.decode(payload, terms, out):
             super().decode(payload, terms, out)
-            return
-        groups, runs = self.codec._runs(self.view.shape)
-        kept = payload[self.codec._index_nbytes(groups * runs) :]
-        if not self.codec._kept_as_sent:
-            kept = self.codec._decode_values(kept, groups, runs).view(-1)
-        steps.spread(payload, kept, self.codec.m, terms, out)
 
-    def _steps(self) -> ModuleType | None:
-        return fused.topk_steps_for(self.view, self.codec.m, self.dtype, self.device)
+    def _takes(self, *tensors: Tensor) -> bool:
+        return all(one.dtype == self.dtype and one.is_contiguous() for one in tensors)
 
 
 @register
@@ -167,8 +182,6 @@ class TopK(_OneOfM):
         use="residuals with few changes among many zeros",
         source="1:m block sparsity: CompactFusion, arXiv 2507.17511",
     )
-
-    _kept_as_sent = True
 
     def _values_nbytes(self, groups: int, runs: int) -> int:
         return padded_nbytes(2 * groups * runs)
@@ -216,6 +229,10 @@ class TopKInt4(_OneOfM):
         if self.block != BLOCK_ELEMENTS:
             config["block"] = self.block
         return config
+
+    @property
+    def quantizer(self) -> ScalarQuantizer:
+        return self._values
 
     def _values_nbytes(self, groups: int, runs: int) -> int:
         return self._values.payload_nbytes((groups, 1, runs), torch.float32)

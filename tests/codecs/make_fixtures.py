@@ -1,5 +1,6 @@
 """Write the stored payloads of a new codec: ``python -m tests.codecs.make_fixtures NAME``.
 
+Of ``STREAMS`` several frames are stored, for each is decoded with what the one before left.
 A stored payload is a promise to every peer of an earlier release. This script creates files and never
 replaces one; to change a wire format, give the new format a new codec id.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compactdist import codecs
+from compactdist.state.matrix_view import plain
 from tests.codecs import kit
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "codecs"
@@ -48,6 +50,13 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 VARIANTS = {name: spec for name, spec in SPECS.items() if len(spec) > 1}
 
+# Codecs whose payloads mean nothing without those before them: stored as streams of ``FRAMES`` frames.
+STREAMS: dict[str, dict[str, Any]] = {
+    f"{codec_id}-history": {"id": codec_id, "scales": "token_history"}
+    for codec_id in ("binary", "ternary", "int2", "int4", "int8", "fp8")
+}
+STREAM_VIEW, STREAM_DTYPE, FRAMES = plain(64 * 128, 1, 128), torch.bfloat16, 3
+
 # Row and channel scales; row scales only; neither; a flat tensor with a tail.
 CASES = (
     ((70, 72), torch.float32, "channel_scaled"),
@@ -65,12 +74,26 @@ class Case(NamedTuple):
     decoded: Tensor
 
 
+class Stream(NamedTuple):
+    """``inputs``: a tensor for each frame; ``payloads``: likewise; ``decoded``: what the last frame leaves; ``scales``:
+    what both ends remember then.
+    """
+
+    inputs: list[Tensor]
+    payloads: list[Tensor]
+    decoded: Tensor
+    scales: Tensor
+
+
 def write(name: str, folder: Path = FOLDER) -> None:
     """Create ``<name>.npz``.
 
     Raises:
         FileExistsError: It is there already.
     """
+    if name in STREAMS:
+        write_stream(name, folder)
+        return
     codec = codecs.get(SPECS[name])
     arrays = {}
     for index, (shape, dtype, distribution) in enumerate(CASES):
@@ -103,6 +126,34 @@ def load(name: str, folder: Path = FOLDER) -> list[Case]:
                 )
             )
     return cases
+
+
+def write_stream(name: str, folder: Path = FOLDER) -> None:
+    """``write`` for a stream: inputs are sixteenths, kept as int8, of channels that change from frame to frame."""
+    session = codecs.get(STREAMS[name]).open(STREAM_VIEW, STREAM_DTYPE, torch.device("cpu"))
+    arrays: dict[str, Any] = {}
+    terms: tuple[Tensor, ...] = ()
+    for frame in range(FRAMES):
+        x = kit.sample("channel_scaled", STREAM_VIEW.shape, seed=frame).view(-1)
+        sixteenths = (16 * x).round().clamp(-127, 127).to(torch.int8)
+        out = torch.empty(STREAM_VIEW.numel, dtype=STREAM_DTYPE)
+        payload = torch.empty(session.payload_nbytes, dtype=torch.uint8)
+        session.encode(sixteenths.to(STREAM_DTYPE) / 16, terms, out, payload)
+        session.commit()
+        terms = (out,)
+        arrays |= {f"{frame}_sixteenths": sixteenths.numpy(), f"{frame}_payload": payload.numpy()}
+    arrays |= {"decoded": kit.as_bytes(out).numpy(), "scales": session.shared_memory[0].numpy()}
+    with (folder / f"{name}.npz").open("xb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_stream(name: str, folder: Path = FOLDER) -> Stream:
+    """Read the stored stream of one name."""
+    with np.load(folder / f"{name}.npz") as arrays:
+        inputs = [torch.from_numpy(arrays[f"{k}_sixteenths"]).to(STREAM_DTYPE) / 16 for k in range(FRAMES)]
+        payloads = [torch.from_numpy(arrays[f"{k}_payload"]) for k in range(FRAMES)]
+        decoded = torch.from_numpy(arrays["decoded"]).view(STREAM_DTYPE)
+        return Stream(inputs, payloads, decoded, torch.from_numpy(arrays["scales"]))
 
 
 if __name__ == "__main__":

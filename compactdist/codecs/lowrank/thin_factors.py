@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -245,6 +245,9 @@ class LowRankSession(Session):
 
     def rollback(self) -> None:
         self._staged = None
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        self._memory = {name: to(entry) if isinstance(entry, Tensor) else entry for name, entry in self._memory.items()}
 
     @property
     def held_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -88,16 +89,27 @@ class HistorySession(Session):
             self._decode_by_reference(payload, terms, out)
 
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
+        self._decode(payload, terms, out, None)
+
+    def decode_twice(self, payload: Tensor, terms: Terms, out: Tensor, copy: Tensor) -> None:
+        if not self._decode(payload, terms, out, copy):
+            copy.copy_(out.view(copy.shape))
+
+    def _decode(self, payload: Tensor, terms: Terms, out: Tensor, copy: Tensor | None) -> bool:
+        """Decode; returns whether the kernels did, and so wrote ``copy``."""
         if self._chosen_under is not kernels.choice.forced:
             self._choose()
-        steps = self._steps
+        steps, done = self._steps, False
         if not self._remembers_scales:
             payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
             self._first.decode(payload[: self._first_nbytes], terms, out)
             self.learn(payload, terms)
-        elif steps is None or not steps.decode(payload, terms, out, (self._scales, self._staged)):
+        elif steps is not None and steps.decode(payload, terms, out, (self._scales, self._staged), copy=copy):
+            done = True
+        else:
             self._decode_by_reference(payload, terms, out)
         self._is_staged = True
+        return done
 
     @torch.no_grad()
     def _decode_by_reference(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
@@ -132,6 +144,9 @@ class HistorySession(Session):
     @property
     def shared_memory(self) -> tuple[Tensor, ...]:
         return (self._scales,) if self._remembers_scales else ()
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        self._scales, self._staged = to(self._scales), to(self._staged)
 
     @property
     def held_bytes(self) -> int:

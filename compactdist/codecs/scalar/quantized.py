@@ -238,7 +238,6 @@ class ScalarSession(Session):
         spec = self.codec.spec
         self._chosen_under = kernels.choice.forced
         self._steps = None if spec is None else kernels.steps_for(spec, self.view, self.dtype, self.device)
-        self.sums = self._steps is not None and self._steps.sums
         there = kernels.frames_for(self.device) is not None
         self._device_steps = cast(kernels.DeviceSteps, self._steps) if self._steps is not None and there else None
 
@@ -281,11 +280,12 @@ class ScalarSession(Session):
         if self._steps is None or not self._steps.decode(payload, terms, out):
             self._decode_by_reference(payload, terms, out)
 
-    def decode_and_sum(self, payload: Tensor, terms: Terms, out: Tensor) -> int | None:
+    def decode_twice(self, payload: Tensor, terms: Terms, out: Tensor, copy: Tensor) -> None:
         if self._chosen_under is not kernels.choice.forced:
             self._choose()
         steps = self._steps
-        return steps.checksum if steps is not None and steps.decode(payload, terms, out, sums=True) else None
+        if steps is None or not steps.decode(payload, terms, out, copy=copy):
+            super().decode_twice(payload, terms, out, copy)
 
     @torch.no_grad()
     def _decode_by_reference(self, payload: Tensor, terms: Terms, out: Tensor) -> None:

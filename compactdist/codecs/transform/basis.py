@@ -17,10 +17,19 @@ from torch import Tensor
 
 from compactdist.codecs.transform.coding import Spread
 from compactdist.codecs.transform.products import gram
-from compactdist.kernels import rotate
+from compactdist.kernels import rotate, rotate_on_device
 from compactdist.kernels.reference.rotations import root
 
-__all__ = ["Basis", "first_basis", "followed", "memory_nbytes", "plain_basis", "rows_of"]
+__all__ = [
+    "Basis",
+    "Learnt",
+    "first_basis",
+    "followed",
+    "followed_at_once",
+    "memory_nbytes",
+    "plain_basis",
+    "rows_of",
+]
 
 _FIRST_SWEEPS, _FIRST_ANGLE = 4, 1e-6
 _ANGLE = 1e-4
@@ -71,7 +80,8 @@ def first_basis(prediction: Tensor) -> Basis:
     """The basis that fits ``prediction``, float32 ``(G, M, R, n)``, finite."""
     groups, blocks, _, n = prediction.shape
     largest = prediction.abs().amax((-2, -1), keepdim=True)
-    whole = torch.round(prediction / torch.where(largest > _SMALLEST, largest / 127, torch.ones_like(largest)))
+    step = largest / torch.full_like(largest, 127)  # CUDA takes the inverse of a number, and rounds twice
+    whole = torch.round(prediction / torch.where(largest > _SMALLEST, step, torch.ones_like(largest)))
     covariance = gram(whole.mT)
     most = covariance.diagonal(0, -2, -1).amax(-1).clamp(min=1)[..., None, None]
     matrices = (covariance / most).flatten(0, 1)
@@ -115,6 +125,51 @@ def followed(rows: Tensor, energies: Tensor, spread: Spread, evidence: Tensor) -
     rows = rows.reshape(-1, n).clone()
     rows[places] = turned.reshape(-1, n)[at].round_().clamp_(-_ONE, _ONE).to(torch.int16)
     return rows.view(blocks, n, n), energies.view(blocks, n)
+
+
+class Learnt(NamedTuple):
+    """What a frame of all groups says of the components of each block, in shapes that depend on no value.
+
+    Attributes:
+        amplitudes: float32 ``(G, M, n)``.
+        order: those that got bits, then the others, both ascending, int64 ``(G, M, n)``.
+        counts: how many got bits, int64 ``(G, M)``.
+        sums: of products of the evidence of components in that order, whole numbers, float32 ``(G, M, n, n)``.
+    """
+
+    amplitudes: Tensor
+    order: Tensor
+    counts: Tensor
+    sums: Tensor
+
+
+def followed_at_once(basis: Basis, learnt: Learnt) -> Basis:
+    """The bits of :func:`followed`, of all groups, where the host is not to read how many components got bits."""
+    n = basis.energies.shape[-1]
+    order, counts = learnt.order.flatten(0, 1), learnt.counts.flatten()
+    rows, before = basis.rows.flatten(0, 1), basis.energies.flatten(0, 1)
+    amplitudes, sums = learnt.amplitudes.flatten(0, 1), learnt.sums.flatten(0, 1)
+    inside = torch.arange(n, device=rows.device) < counts[:, None]
+    energies = ((1 - _SHARE) * before + _SHARE * (amplitudes * amplitudes)).gather(1, order)
+    norms = root(sums.diagonal(0, 1, 2))
+    scaled = torch.where(inside, amplitudes.gather(1, order), 0.0)
+    scaled = scaled / torch.where(norms > 0, norms, torch.ones_like(norms))
+    matrices = _SHARE * ((sums * scaled[:, :, None]) * scaled[:, None, :])
+    matrices.diagonal(0, 1, 2).copy_(torch.where(inside, energies, 0.0))
+    across = order[:, :, None].expand(-1, -1, n)
+    held = rows.gather(1, across)
+    turned = torch.where(inside[:, :, None], held.float(), 0.0)
+    missing = max(0, _SMALLEST_SWEEP - n)
+    matrices = torch.nn.functional.pad(matrices, (0, missing, 0, missing))
+    turned = torch.nn.functional.pad(turned, (0, 0, 0, missing))
+    sizes = (counts + counts % 2).clamp(min=_SMALLEST_SWEEP).int()
+    matrices, turned = rotate_on_device(matrices, turned, sizes, _ANGLE)
+    energies = torch.where(inside, matrices.diagonal(0, 1, 2)[:, :n], energies)
+    held = torch.where(inside[:, :, None], turned[:, :n].round_().clamp_(-_ONE, _ONE).to(torch.int16), held)
+    return Basis(
+        torch.empty_like(rows).scatter_(1, across, held).view_as(basis.rows),
+        torch.empty_like(before).scatter_(1, order, energies).view_as(basis.energies),
+    )
 
 
 def _spread_out(values: Tensor, at: Tensor, like: Tensor) -> Tensor:

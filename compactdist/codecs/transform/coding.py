@@ -8,6 +8,7 @@ operation at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -21,7 +22,21 @@ from compactdist.codecs.transform.products import LARGEST_SUM, LARGEST_WEIGHT
 from compactdist.kernels import reference
 from compactdist.kernels.reference.components import STRIDE, Chosen
 
-__all__ = ["Frame", "Layout", "Spread", "Weights", "decode", "encode", "sampled"]
+__all__ = [
+    "Frame",
+    "Layout",
+    "Spread",
+    "Weights",
+    "amplitudes_of",
+    "decode",
+    "encode",
+    "fitted",
+    "row_scales_of",
+    "sampled",
+    "steps_table",
+    "unit_levels_of",
+    "write_scales",
+]
 
 _LARGEST_CODE = 255
 _ROW_STEPS, _ROW_CODES = 4, 16
@@ -127,7 +142,7 @@ def _outermost_table(device: torch.device) -> Tensor:
 
 
 @cache
-def _steps_table(device: torch.device) -> Tensor:
+def steps_table(device: torch.device) -> Tensor:
     """As ``Chosen.steps``."""
     steps = torch.zeros(DEEPEST + 1, 2, STRIDE)
     steps[0] = 1
@@ -136,6 +151,21 @@ def _steps_table(device: torch.device) -> Tensor:
         whole = torch.tensor(levels(depth), dtype=torch.float32)
         steps[depth, 1, : 2**depth] = torch.diff(whole, prepend=torch.zeros(1))
     return steps.to(device)
+
+
+def amplitudes_of(codes: Tensor) -> Tensor:
+    """Of energy codes, relative to the largest, float32."""
+    return _amplitude_table(codes.device)[codes.long()]
+
+
+def unit_levels_of(depths: Tensor) -> Tensor:
+    """What a level of 1 is in amplitudes, float32; 0 for a depth of 0."""
+    return _outermost_table(depths.device)[depths]
+
+
+def row_scales_of(codes: Tensor) -> Tensor:
+    """float32, of the same shape."""
+    return _row_table(codes.device)[codes]
 
 
 class Spread(NamedTuple):
@@ -164,13 +194,13 @@ class Spread(NamedTuple):
         planes[order] = depths[order].cumsum(0) - depths[order]
         block = places // layout.width
         counts: list[int] = torch.bincount(block, minlength=layout.blocks).tolist()
-        chosen = Chosen(places, depths, planes, _steps_table(codes.device))
-        return cls(chosen, counts, block, _amplitude_table(codes.device)[codes.long()])
+        chosen = Chosen(places, depths, planes, steps_table(codes.device))
+        return cls(chosen, counts, block, amplitudes_of(codes))
 
     @property
     def unit_levels(self) -> Tensor:
         """What a level of 1 is of each chosen component, float32 ``(S,)``, in units of the largest amplitude."""
-        return self.amplitudes[self.chosen.places] * _outermost_table(self.block.device)[self.chosen.depths]
+        return self.amplitudes[self.chosen.places] * unit_levels_of(self.chosen.depths)
 
 
 class Weights(NamedTuple):
@@ -190,7 +220,8 @@ class Weights(NamedTuple):
         """``basis`` is float32 ``(M, n, n)``, of any scale."""
         blocks, width, _ = basis.shape
         scaled = basis.reshape(-1, width)[spread.chosen.places] * spread.unit_levels[:, None]
-        unit = basis.new_zeros(blocks).scatter_reduce_(0, spread.block, scaled.abs().amax(1), "amax") / LARGEST_WEIGHT
+        unit = basis.new_zeros(blocks).scatter_reduce_(0, spread.block, scaled.abs().amax(1), "amax")
+        unit = unit / torch.full_like(unit, LARGEST_WEIGHT)  # CUDA takes the inverse of a number, and rounds twice
         whole = _rounded(scaled, unit, spread.block)
         # sums of whole numbers, exact in float64
         sums = torch.zeros(blocks, width, dtype=torch.float64, device=basis.device)
@@ -224,7 +255,7 @@ class Frame(NamedTuple):
     @property
     def rows(self) -> Tensor:
         """Scales, float32 ``(R,)``."""
-        return _row_table(self.row_codes.device)[self.row_codes]
+        return row_scales_of(self.row_codes)
 
     def units(self, weights: Weights) -> Tensor:
         """What a product of levels and weights of 1 is in each channel, of a row of scale 1, float32 ``(K,)``."""
@@ -264,11 +295,21 @@ def encode(turned: Tensor, of_row: Tensor, exponent: int, layout: Layout, space:
     """
     device = turned.device
     payload = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
-    scales, energies, of_rows, planes = payload.split(list(layout.sections))
-    row_codes, codes, largest = _fitted(turned, of_row, layout)
+    planes = payload.split(list(layout.sections))[3]
+
+    def weigh(codes: Tensor, largest: Tensor) -> Tensor:
+        spread = Spread.of(codes, layout)
+        power = (spread.amplitudes[spread.chosen.places] * largest).square()
+        weights = torch.where(power > 0, 1 / power, torch.zeros_like(power))
+        weighed: Tensor = kernels.component_steps_for(turned.numel(), device).weigh(
+            turned, spread.chosen.places, weights
+        )
+        return weighed
+
+    row_codes, codes, largest = fitted(turned, of_row, layout, weigh)
     spread = Spread.of(codes, layout)
     out = space[: spread.block.numel()]
-    steps, rows = kernels.component_steps_for(out.numel(), device), _row_table(device)[row_codes]
+    steps, rows = kernels.component_steps_for(out.numel(), device), row_scales_of(row_codes)
     of_level = spread.unit_levels * largest
     deviation = spread.amplitudes[spread.chosen.places] * largest
     inverses = torch.where(deviation > 0, 1 / deviation, torch.zeros_like(deviation))
@@ -278,31 +319,57 @@ def encode(turned: Tensor, of_row: Tensor, exponent: int, layout: Layout, space:
     exact = of_level.double()
     sums[0].index_add_(0, spread.block, agreement * exact)
     sums[1].index_add_(0, spread.block, energy * exact * exact)
+    gains, top = write_scales(payload, layout, (sums[0], sums[1]), largest.double() * 2.0**exponent, codes, row_codes)
+    return payload, Frame(spread, out, row_codes, gains, top)
+
+
+def write_scales(
+    payload: Tensor, layout: Layout, sums: tuple[Tensor, Tensor], top: Tensor, codes: Tensor, row_codes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write all sections but the planes.
+
+    Args:
+        payload: of a group, zeros there.
+        layout: of it.
+        sums: for each block, of its levels times their scales: times the components, and squared, float64 ``(M,)``.
+        top: the largest amplitude, float64 ``()``.
+        codes: of energies, uint8 ``(K,)``.
+        row_codes: int64 ``(R,)``.
+
+    Returns:
+        The gains and the largest amplitude as the receiver reads them.
+    """
+    scales, energies, of_rows, _ = payload.split(list(layout.sections))
     gains = reference.round_bf16(reference.divide_or_zero(sums[0].clamp(min=0), sums[1]).float())
-    top = (largest.double() * 2.0**exponent).clamp(max=torch.finfo(torch.float32).max).float()
+    top = top.clamp(max=torch.finfo(torch.float32).max).float()
     top = torch.where(top < _SMALLEST_AMPLITUDE, torch.zeros_like(top), top)
     scales[:4] = top.view(1).view(torch.uint8)
     scales[4 : 4 + 2 * layout.blocks] = reference.encode_bf16(gains)
     energies[: layout.components] = codes
     nibbles = torch.nn.functional.pad(row_codes.to(torch.uint8), (0, layout.rows % 2)).view(-1, 2)
     of_rows[: nibbles.shape[0]] = nibbles[:, 0] | nibbles[:, 1] << 4
-    return payload, Frame(spread, out, row_codes, gains, top)
+    return gains, top
 
 
-def _fitted(turned: Tensor, of_row: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+def fitted(
+    turned: Tensor, of_row: Tensor, layout: Layout, weigh: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Row codes int64 ``(R,)``, energy codes uint8 ``(K,)`` and the largest amplitude ``()`` that fit components.
 
     Rows are fitted twice: to all components, then to those that get bits, each as strong as its amplitude says.
+
+    Args:
+        turned: the components, float32 ``(K, R)``.
+        of_row: sums of their squares, float32 ``(R,)``.
+        layout: of the payload.
+        weigh: of energy codes and the largest amplitude: the squares of each row, of the components that get bits
+            then, each divided by the square of its amplitude, and summed up.
     """
     which = sampled(layout.rows)
     squares = turned[:, which].square()
     row_codes = _row_codes_for(of_row)
     codes, largest = _energy_codes(squares, row_codes[which])
-    spread = Spread.of(codes, layout)
-    power = (spread.amplitudes[spread.chosen.places] * largest).square()
-    weights = torch.where(power > 0, 1 / power, torch.zeros_like(power))
-    steps = kernels.component_steps_for(turned.numel(), turned.device)
-    row_codes = _row_codes_for(steps.weigh(turned, spread.chosen.places, weights))
+    row_codes = _row_codes_for(weigh(codes, largest))
     return row_codes, *_energy_codes(squares, row_codes[which])
 
 
@@ -313,7 +380,7 @@ def _row_codes_for(of_row: Tensor) -> Tensor:
 
 
 def _energy_codes(squares: Tensor, row_codes: Tensor) -> tuple[Tensor, Tensor]:
-    rows = _row_table(squares.device)[row_codes]
+    rows = row_scales_of(row_codes)
     weights = torch.where(rows > 0, 1 / (rows * rows), 0.0)
     power = squares @ weights / len(weights)
     largest = power.amax()

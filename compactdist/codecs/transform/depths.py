@@ -57,29 +57,39 @@ def borders(depth: int) -> tuple[float, ...]:
     return tuple((a + b) / 2 for a, b in pairwise(all_levels))
 
 
+@cache
 def _worth() -> list[int]:
     """What the next bit of a component with 0, 1, ... bits is worth, in steps of an energy code; falling."""
     loss = {**LOSS, 7: LOSS[6] / 4, 8: LOSS[6] / 16}
     return [round(PER_OCTAVE * math.log2(loss[b] - loss[b + 1]) / 2) for b in range(DEEPEST)]
 
 
+@cache
+def _worth_on(device: torch.device) -> Tensor:
+    """The same, above the least, int64 ``(8,)``."""
+    worth = _worth()
+    with torch.inference_mode(False):
+        return torch.tensor([one - min(worth) for one in worth], device=device)
+
+
 def allocate(codes: Tensor, planes: int) -> Tensor:
-    """Bits of each component.
+    """Bits of each component. The host reads nothing.
 
     Args:
-        codes: energy codes, uint8 ``(K,)``.
-        planes: bits to give away, at most ``8 K``. Of equal claims the component that comes first has the right.
+        codes: energy codes, uint8 ``(..., K)``.
+        planes: bits to give away in each row of them, at most ``8 K``. Of equal claims the component that comes first
+            has the right.
 
     Returns:
-        int64 ``(K,)``, 0 to 8, their sum ``planes``.
+        int64 ``(..., K)``, 0 to 8, each row's sum ``planes``.
     """
-    worth = torch.tensor(_worth(), device=codes.device)
-    claims = (codes.long()[:, None] + (worth - worth.min())[None]).reshape(-1)
-    counts = torch.bincount(claims, minlength=256 + int(worth.max() - worth.min()))
-    at_least = counts.flip(0).cumsum(0).flip(0)
+    worth, most = _worth_on(codes.device), 256 + max(_worth()) - min(_worth())
+    claims = (codes.long()[..., None] + worth).flatten(-2)
+    counts = claims.new_zeros(*claims.shape[:-1], most).scatter_add_(-1, claims, torch.ones_like(claims))
+    at_least = counts.flip(-1).cumsum(-1).flip(-1)
     # the lowest level of claims that is served whole lies just above the one that is served in part
-    border = (at_least > planes).sum() - 1
+    border = (at_least > planes).sum(-1, keepdim=True) - 1
     above, at = claims > border, claims == border
-    left = planes - above.sum()
-    served = above | (at & (at.long().cumsum(0) <= left))
-    return served.view(-1, DEEPEST).sum(1)
+    left = planes - above.sum(-1, keepdim=True)
+    served = above | (at & (at.long().cumsum(-1) <= left))
+    return served.view(*codes.shape, DEEPEST).sum(-1)

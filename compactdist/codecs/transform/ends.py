@@ -12,14 +12,14 @@ from torch import Tensor
 
 from compactdist import kernels
 from compactdist.codecs.base import Terms, add_up, residual_of
+from compactdist.codecs.room import room
 from compactdist.codecs.scalar.quantized import finite_amax
 from compactdist.codecs.transform.coding import Layout
-from compactdist.codecs.transform.room import room
 from compactdist.kernels.spec import MatrixView
 
-__all__ = ["put_out", "residuals"]
+__all__ = ["MODERATE", "put_out", "residuals"]
 
-_MODERATE = 30
+MODERATE = 30
 """Magnitudes within powers of two of this size can be squared and added up as they are."""
 
 
@@ -41,7 +41,7 @@ def residuals(x: Tensor, terms: Terms, view: MatrixView, layout: Layout) -> tupl
         out = room("matrix", shape, x.device)
         squares = steps.take_in(x, terms, view, out)
         norms: list[float] = squares.sum(1, dtype=torch.float64).sqrt_().tolist()
-        if all(2.0**-_MODERATE <= norm <= 2.0**_MODERATE for norm in norms):
+        if all(2.0**-MODERATE <= norm <= 2.0**MODERATE for norm in norms):
             return out, squares, [0] * view.groups
     out = view.to_matrix(residual_of(x, terms))
     amax = finite_amax(out.abs(), view.numel).view(-1)
@@ -50,7 +50,7 @@ def residuals(x: Tensor, terms: Terms, view: MatrixView, layout: Layout) -> tupl
         out = out.clone()
     for group, largest in enumerate(amax):
         exponent = int(torch.frexp(largest)[1])
-        moderate = abs(exponent) <= _MODERATE
+        moderate = abs(exponent) <= MODERATE
         exponents.append(0 if moderate else exponent)
         if not moderate:  # in two steps, for the power itself may be beyond float32
             out[group] *= 2.0 ** (-exponent // 2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,25 @@ from torch import Tensor
 from compactdist.codecs.base import About, Codec, Session, Terms, check_payload, sum_of
 from compactdist.codecs.options import check_integer
 from compactdist.codecs.registry import register
+from compactdist.codecs.room import room
 from compactdist.codecs.scalar.quantized import check_dtype
 from compactdist.codecs.shapes import matrix_shape, whole_view
-from compactdist.codecs.transform.basis import Basis, first_basis, followed, memory_nbytes, plain_basis, rows_of
+from compactdist.codecs.transform import on_device
+from compactdist.codecs.transform.basis import (
+    Basis,
+    first_basis,
+    followed,
+    followed_at_once,
+    memory_nbytes,
+    plain_basis,
+    rows_of,
+)
 from compactdist.codecs.transform.coding import Frame, Layout, Spread, Weights, decode, encode
 from compactdist.codecs.transform.ends import put_out, residuals
+from compactdist.codecs.transform.on_device import Received, steps_for
 from compactdist.codecs.transform.products import by_blocks, inverse
-from compactdist.codecs.transform.room import room
 from compactdist.errors import CodecConfigError
+from compactdist.kernels import DeviceSteps
 from compactdist.kernels.spec import MatrixView
 
 
@@ -126,7 +138,11 @@ class TransformSession(Session):
         super().__init__(codec, view, dtype, device)
         self._layout = codec.layout_of(view.shape)
         self._basis: Basis | None = None
-        self._staged: tuple[Basis, list[tuple[Spread, Tensor]]] | None = None
+        self._staged: Callable[[], Basis] | None = None
+
+    @property
+    def device_steps(self) -> DeviceSteps | None:
+        return None if steps_for(self._layout, self.view, self.dtype, self.device) is None else _DeviceSteps(self)
 
     def recode(self, codec: Transform) -> None:
         """Go on with other bits and the same basis; the block is the same. No frame may be staged."""
@@ -139,6 +155,8 @@ class TransformSession(Session):
     ) -> None:
         if row_weights is not None:
             raise CodecConfigError(f"codec {self.codec.codec_id!r} has no use for row_weights")
+        if self.encode_there(x, terms, out, payload, None):
+            return
         matrices, squares, exponents = residuals(x, terms, self.view, self._layout)
         basis = self._basis_for(terms)
         coded = []
@@ -154,12 +172,33 @@ class TransformSession(Session):
             self._write(basis, frames, terms, out, matrices)
 
     @torch.no_grad()
+    def encode_there(self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, flag: Tensor | None) -> bool:
+        """Encode where the host does not wait, but for what it costs to refuse without a ``flag``; whether it can."""
+        steps = steps_for(self._layout, self.view, self.dtype, self.device)
+        if steps is None:
+            return False
+        basis = self._basis_for(terms)
+        on_device.encode(steps, basis, x, terms, self.view, self._layout, payload, flag)
+        self._receive(on_device.read(steps, payload, self._layout, self.view.groups), basis, terms, out)
+        return True
+
+    @torch.no_grad()
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
         basis = self._basis_for(terms)
+        steps = steps_for(self._layout, self.view, self.dtype, self.device)
+        if steps is not None:
+            self._receive(on_device.read(steps, payload, self._layout, self.view.groups), basis, terms, out)
+            return
         frames = self._read(payload)
         self._stage(basis, frames)
         self._write(basis, frames, terms, out, None)
+
+    def _receive(self, received: Received, basis: Basis, terms: Terms, out: Tensor | None) -> None:
+        """Stage what was received and, if ``out`` is given, write it, where the host does not wait."""
+        self._staged = partial(followed_at_once, basis, received.learnt())
+        if out is not None:
+            received.write(basis, terms, out)
 
     def _basis_for(self, terms: Terms) -> Basis:
         """The basis of the next frame. The first one follows from the prediction, which both ends hold."""
@@ -179,7 +218,7 @@ class TransformSession(Session):
         return room("levels", (self.view.groups, self._layout.components, self._layout.rows), self.device)
 
     def _stage(self, basis: Basis, frames: list[Frame]) -> None:
-        self._staged = basis, [(frame.spread, frame.evidence()) for frame in frames]
+        self._staged = partial(_after, basis, [(frame.spread, frame.evidence()) for frame in frames])
 
     def _write(self, basis: Basis, frames: list[Frame], terms: Terms, out: Tensor, products: Tensor | None) -> None:
         """Write the sum of ``terms`` plus what frames say; ``products`` may be overwritten."""
@@ -196,18 +235,20 @@ class TransformSession(Session):
     @torch.no_grad()
     def commit(self) -> None:
         if self._staged is not None:
-            basis, learnt = self._staged
-            groups = zip(basis.rows, basis.energies, learnt, strict=True)
-            after = [followed(rows, energies, *frame) for rows, energies, frame in groups]
-            rows, energies = zip(*after, strict=True)
-            self._basis, self._staged = Basis(torch.stack(rows), torch.stack(energies)), None
+            self._basis, self._staged = self._staged(), None
 
     def rollback(self) -> None:
         self._staged = None
 
     @torch.no_grad()
     def learn(self, payload: Tensor, terms: Terms) -> None:
-        self._stage(self._basis_for(terms), self._read(payload))
+        basis = self._basis_for(terms)
+        steps = steps_for(self._layout, self.view, self.dtype, self.device)
+        if steps is None:
+            self._stage(basis, self._read(payload))
+        else:
+            payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
+            self._receive(on_device.read(steps, payload, self._layout, self.view.groups), basis, terms, None)
 
     def forget(self) -> None:
         self._basis = self._staged = None
@@ -216,6 +257,62 @@ class TransformSession(Session):
     def shared_memory(self) -> tuple[Tensor, ...]:
         return self._basis or ()
 
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        if self._basis is not None:
+            self._basis = Basis(*map(to, self._basis))
+
     @property
     def held_bytes(self) -> int:
         return 0 if self._basis is None else sum(one.nbytes for one in self._basis)
+
+
+class _DeviceSteps:
+    """The steps of a session on a device, see ``kernels.DeviceSteps``.
+
+    Not all of them are kernels of this package, so they decode to memory of their own where a frame may be refused.
+    """
+
+    __slots__ = ("_session", "checksum")
+
+    def __init__(self, session: TransformSession) -> None:
+        self._session = session
+        self.checksum: int | None = None
+
+    def encode(
+        self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, flag: Tensor | None = None
+    ) -> bool:
+        return self._session.encode_there(x, terms, out, payload, flag)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        payload: Tensor,
+        terms: Terms,
+        out: Tensor,
+        *,
+        copy: Tensor | None = None,
+        accepted: Tensor | None = None,
+    ) -> bool:
+        if accepted is None:
+            self._session.decode(payload, terms, out)
+            values = out
+        else:
+            taken, holds = accepted.bool().unbind()
+            decoded = torch.empty_like(out)
+            # of a frame that is refused the basis learns nothing, either
+            self._session.decode(torch.where(taken, payload, 0), terms, decoded)
+            with torch.inference_mode():  # ``out`` may be an inference tensor
+                out.copy_(torch.where(taken, decoded, out))
+            values = torch.where(holds, decoded, torch.nan)
+        if copy is not None:
+            with torch.inference_mode():
+                copy.copy_(values.view(copy.shape))
+        return True
+
+
+def _after(basis: Basis, learnt: list[tuple[Spread, Tensor]]) -> Basis:
+    """The basis after a frame, of each group."""
+    groups = zip(basis.rows, basis.energies, learnt, strict=True)
+    after = [followed(rows, energies, *frame) for rows, energies, frame in groups]
+    rows, energies = zip(*after, strict=True)
+    return Basis(torch.stack(rows), torch.stack(energies))

@@ -25,5 +25,6 @@ def room(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.empty(shape, device=device)
     held, size = _room.held.get(name), math.prod(shape)
     if held is None or held.numel() < size:
-        held = _room.held[name] = torch.empty(size)
+        with torch.inference_mode(False):  # or it could not be written to outside of the mode it was made in
+            held = _room.held[name] = torch.empty(size)
     return held[:size].view(shape)
