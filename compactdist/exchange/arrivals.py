@@ -165,7 +165,7 @@ class Arrivals:
         """Forget everything, or what arrived at sites under a prefix."""
 
         def gone(stream: _Stream) -> bool:
-            return prefix is None or stream[0].startswith(prefix + "/")
+            return prefix is None or stream[0] == prefix or stream[0].startswith(prefix + "/")
 
         with self._lock:
             for arrival in list(self._by_stream.values()):
@@ -203,7 +203,7 @@ class Arrivals:
             holds the site's lock. Waiting for that thread could block for ever: it may wait for a message that depends
             on the one this thread is about to send.
         """
-        if arrival is None or store.find(arrival.site.key) is not arrival.site:
+        if arrival is None or not store.knows(arrival.site):
             return None
         if not arrival.site.lock.acquire(blocking=False):
             return None

@@ -11,24 +11,25 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from compactdist import _torch
+from compactdist import _torch, kernels
 from compactdist.errors import BadOutputError, FrameError, NonFiniteError
 from compactdist.exchange.arrivals import Arrival, Arrivals
 from compactdist.exchange.forward import Message
 from compactdist.exchange.later import Later
 from compactdist.exchange.link import Link
 from compactdist.exchange.plan import Call, CallPlan, Chooser, Incoming, Outgoing
+from compactdist.exchange.predicted import Late, answer, may_answer
 from compactdist.exchange.work import Job, Outbox, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import GroupStats, PassReason
-from compactdist.state import Room, Site, Staged, StateStore, StreamConfig
+from compactdist.state import Ledger, Offload, Room, Site, Staged, StateStore, StreamConfig
 from compactdist.wire import KEY, NONFINITE, frame_in, from_raw
 
 if TYPE_CHECKING:
@@ -47,12 +48,11 @@ def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full((), math.nan, dtype=dtype, device=device)
 
 
-def _hold_for_this_stream(buffers: Sequence[Tensor], queue: torch.cuda.Stream) -> None:
-    """Let no later work of ``queue`` reuse the memory of its buffers before this CUDA stream has read them."""
-    now = torch.cuda.current_stream(queue.device)
-    if now != queue:
-        for buffer in buffers:
-            buffer.record_stream(now)
+def _read_elsewhere(buffers: Sequence[Tensor]) -> None:
+    """Another CUDA stream than the buffers' own reads them: no later work of theirs may reuse their memory before."""
+    now = torch.cuda.current_stream(buffers[0].device)
+    for buffer in buffers:
+        buffer.record_stream(now)
 
 
 @dataclass(slots=True)
@@ -68,18 +68,20 @@ class Flight:
         own_input, own_output: this rank's own chunk, where the collective has one.
         tag: of a point-to-point message.
         staged: frames, in the order of ``plan.outgoing``; ``None`` for a tensor that travels as it is.
+        entered: the site's state stays where it is until the launch (``state_offload``).
         messages: one decision to encode or to pass on for each frame, where the pattern ``forwards``.
         arrival: the arrival that may be passed on, held until the launch.
         failure: the error to raise once the frames are on their way.
         refusing: peers with which no history will be kept.
         passed: why the message travels in a frame that touches no history; ``None`` for every other message.
         keyframes: whether all frames are keyframes.
+        predicted: the call is answered with its prediction.
         work: work of the inner call.
         arrived: buffers to be decoded, 1-D uint8, in the order of ``plan.incoming``; a frame may be shorter.
         keep: tensors that must live until the inner work is done.
         wire_nbytes: bytes put on the link.
         own_value: the value to be written to ``own_output``.
-        queue: CUDA stream that the buffers belong to; ``None`` on a CPU.
+        queue: CUDA stream that the buffers belong to, as ``kernels.queue_of`` gives it; ``None`` on a CPU.
         room: memory of ``arrived`` that another call may use once this one is done; ``None``: it is this call's own.
     """
 
@@ -92,18 +94,20 @@ class Flight:
     own_output: Tensor | None = None
     tag: int = 0
     staged: list[Staged | None] = field(default_factory=list)
+    entered: bool = False
     messages: list[Message] = field(default_factory=list)
     arrival: Arrival | None = None
     failure: NonFiniteError | None = None
     refusing: frozenset[int] | set[int] = _NOBODY
     passed: PassReason | None = None
     keyframes: bool = True
+    predicted: bool = False
     work: Any = None
     arrived: Sequence[Tensor] = ()
     keep: tuple[Tensor, ...] = ()
     wire_nbytes: int = 0
     own_value: Tensor | None = None
-    queue: torch.cuda.Stream | None = None
+    queue: int | None = None
     room: Room | None = None
 
 
@@ -122,9 +126,12 @@ class Engine:
         store: streams by call site.
         stats: counters.
         forward: pass on the frame of a received tensor that is sent again untouched.
+        varies: notes a call with a new plan; whether its site's tensors change so often that it passes through.
+        ledger: finds room for the sites whose bytes all ranks know; ``None``: no rank has a budget.
         lock: held while a call is encoded and handed to the inner group.
         outbox: sends whose works were dropped.
         arrivals: frames that were received and may be passed on.
+        late: exchanges whose calls were answered with a prediction.
         tap: called as ``tap(call, peer, tensor, view)`` right before a tensor is encoded or passed on. ``peer`` is the
             receiver's group rank (the sender's own where all ranks receive the tensor), ``view`` the matrix view of the
             layout hint. The tap must neither raise nor change anything.
@@ -141,13 +148,17 @@ class Engine:
     store: StateStore
     stats: GroupStats
     forward: bool
+    varies: Callable[[Call, CallPlan], bool]
+    ledger: Ledger | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     outbox: Outbox = field(default_factory=Outbox)
     tap: Tap | None = None
     arrivals: Arrivals = field(init=False)
+    late: Late = field(init=False)
 
     def __post_init__(self) -> None:
         self.arrivals = Arrivals(self.forward)
+        self.late = Late(self.label)
 
     # --- planning -----------------------------------------------------------------------------------------------------
 
@@ -161,10 +172,14 @@ class Engine:
 
         Raises:
             ConfigError, LayoutError: the policy or a layout hint answers with something impossible.
+            FrameError, NonFiniteError, LateExchangeError: the site's last call was answered with its prediction, and
+                then what arrived was wrong.
         """
         site = self.store.known.get(call.site) or self.store.site(call.site)
         if site.pending and pattern.waits_for_earlier_calls:
             drain(site)  # kinds and sizes of the next frames depend on what the last frames announced
+        if self.late.used:
+            self.late.look_at(call.site)
         known: CallPlan | None = site.plan
         plan = known
         if (
@@ -180,8 +195,61 @@ class Engine:
             plan.refresh()
         if self.chooser.layouts is not None and (plan.fresh or plan is not known):
             pattern.ask_hints(self, call, plan)  # streams begin with what the hints say now, not when it was planned
-        site.plan = plan
+        if plan.agreed_at is None and plan.reason is None and pattern.collective and self.varies(call, plan):
+            self.forget(call.site)  # nothing of it is used before the next reset
+            plan = pattern.plan(self, call, signature)
+            plan.reason = PassReason.VARIES
+        failed = None
+        if self.ledger is not None and plan.reason in (None, PassReason.BUDGET):
+            plan, failed = self._find_room(self.ledger, pattern, call, plan)
+        plan.site.plan = plan
+        if failed is not None:
+            raise failed
         return plan
+
+    def _find_room(
+        self, ledger: Ledger, pattern: Pattern, call: Call, plan: CallPlan
+    ) -> tuple[CallPlan, BaseException | None]:
+        """The plan once other sites have made room for the site's history, where that was needed.
+
+        This is decided when a call is issued: that order is the same on all ranks, and the order of launches need not
+        be.
+
+        Returns:
+            The plan, and the error of an evicted site whose last call was answered with its prediction, if what arrived
+            then was wrong.
+        """
+        if plan.fresh or plan.agreed_at is None:  # only then a hint may have changed
+            plan.common_nbytes = pattern.common_nbytes(self, call, plan)
+        if not plan.common_nbytes:
+            return plan, None
+        verdict = ledger.use(call, plan.common_nbytes)
+        failed = None
+        for key in verdict.evicted:
+            failed = failed or (self.late.settle(key) if self.late.used else None)
+            self._drop(key)
+            self.stats.evicted(key)
+        if verdict.anew:  # what was refused, or held, is forgotten on all ranks
+            self._drop(call.site)
+            plan = replace(pattern.plan(self, call, plan.signature), common_nbytes=plan.common_nbytes)
+            plan.refresh()
+            if self.chooser.layouts is not None:
+                pattern.ask_hints(self, call, plan)
+        plan.roomless = not verdict.held
+        if plan.agreed_at is None:
+            plan.evictions = ledger.evictions(call.site)
+        if verdict.evicted:
+            plan.evicts, plan.agreed_at = verdict.evicted, None
+        return plan, failed
+
+    def take_back(self, call: Call) -> None:
+        """A call has failed before it sent anything."""
+        if self.ledger is not None:
+            self.ledger.take_back(call)
+
+    def _drop(self, prefix: str | None) -> None:
+        self.store.reset(prefix)
+        self.arrivals.clear(prefix)
 
     # --- shipping -----------------------------------------------------------------------------------------------------
 
@@ -192,22 +260,45 @@ class Engine:
             Whatever encoding raises, except for a tensor that is not finite: ``finish`` raises that, once the frames
             are on their way.
         """
+        with _torch.without_autograd():
+            return self._prepare(flight)
+
+    def _prepare(self, flight: Flight) -> Flight:
         plan = flight.plan
         pattern = plan.pattern
         warm = flight.call.warm
-        with _torch.without_autograd():
-            try:
-                if pattern.forwards:
-                    flight.arrival = pattern.arrival(self, flight)
-                if warm or plan.fresh:
-                    flight.refusing = pattern.refuse(self, flight)
-                stage = partial(pattern.stage, self) if pattern.forwards else self.stage
-                for part, x in zip(plan.outgoing, flight.inputs, strict=True):
-                    stage(flight, part, x, warm or part.fresh)
-            except BaseException:
-                self.withdraw(flight)
-                raise
+        if self.store.offload is not None:
+            self._enter(self.store.offload, flight)
+        first = flight.inputs[0] if flight.inputs else flight.outputs[0]
+        if not first.is_cpu:
+            flight.queue = kernels.queue_of(first.device)
+        try:
+            if pattern.forwards:
+                flight.arrival = pattern.arrival(self, flight)
+            if warm or plan.fresh:
+                flight.refusing = pattern.refuse_all(plan) if plan.roomless else pattern.refuse(self, flight)
+            stage = partial(pattern.stage, self) if pattern.forwards else self.stage
+            for part, x in zip(plan.outgoing, flight.inputs, strict=True):
+                stage(flight, part, x, warm or part.fresh)
+        except BaseException:
+            self.withdraw(flight)
+            raise
+        if plan.predicts:
+            flight.predicted = may_answer(self, flight)
         return flight
+
+    def fly(self, flight: Flight) -> Job:
+        """Prepare a call and launch it. The lock is held.
+
+        Raises:
+            As ``prepare`` and ``launch``.
+        """
+        with _torch.without_autograd():
+            return self._launch(self._prepare(flight), None)
+
+    def answer(self, flight: Flight, job: Job) -> Job:
+        """What the caller of a call with this job waits for: the job, or nothing more if predictions were written."""
+        return answer(self, flight, job) if flight.predicted else job
 
     def stage(self, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool, *, own_bytes: bool = False) -> Staged:
         """Encode one tensor and append its frame to ``flight.staged``.
@@ -231,6 +322,7 @@ class Engine:
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             want_value=flight.plan.want_value,
             own_bytes=own_bytes,
+            queue=flight.queue,
         )
         if failure is not None:
             flight.failure = flight.failure or failure
@@ -250,6 +342,31 @@ class Engine:
             if staged is not None and part.stream is not None:
                 part.stream.withdraw(staged)
         self._release(flight)
+        offload = self.store.offload
+        if offload is not None:
+            self._leave(offload, flight)
+            offload.settle(flight.plan.site)
+
+    def _enter(self, offload: Offload, flight: Flight) -> None:
+        """Bring the state of a flight's site back, until the flight was launched or withdrawn."""
+        plan, tensors = flight.plan, (*flight.inputs, *flight.outputs)
+        nbytes = plan.pattern.held_nbytes(self, plan) if plan.fresh else 0
+        offload.enter(plan.site, flight.call.step, nbytes, tensors[0].device)
+        flight.entered = True
+
+    @staticmethod
+    def _leave(offload: Offload, flight: Flight) -> None:
+        if flight.entered:
+            flight.entered = False
+            offload.leave(flight.plan.site)
+
+    def _settle(self, offload: Offload, site: Site) -> None:
+        """Let a site whose frames were decoded make room, unless a call is being made: the next one makes room, too."""
+        if self.lock.acquire(blocking=False):
+            try:
+                offload.settle(site)
+            finally:
+                self.lock.release()
 
     def _release(self, flight: Flight) -> None:
         if flight.arrival is not None:
@@ -270,43 +387,49 @@ class Engine:
         Raises:
             Whatever the inner group raises; then the frames are withdrawn.
         """
+        with _torch.without_autograd():
+            return self._launch(flight, job)
+
+    def _launch(self, flight: Flight, job: Job | None) -> Job:
         plan = flight.plan
         pattern = plan.pattern
-        with _torch.without_autograd():
-            try:
-                pattern.transfer(self, flight)
-            except BaseException:
-                self.withdraw(flight)
-                raise
-            if flight.arrived and flight.arrived[0].is_cuda:
-                flight.queue = torch.cuda.current_stream(flight.arrived[0].device)
-            if self.sample_every and flight.failure is None and flight.passed is None:
-                self._sample(flight)
-            if pattern.forwards:
-                pattern.commit(self, flight)
-                self._release(flight)
-            else:
-                for part, staged in zip(plan.outgoing, flight.staged, strict=True):
-                    part.stream.commit(staged, part.hint)  # type: ignore[union-attr,arg-type]
-            if pattern.receives_only:
-                pass
-            elif flight.passed is None and plan.codec is not None:
-                self.stats.sent(
-                    flight.call.site,
-                    flight.call.op,
-                    plan.codec.codec_id,
-                    raw=plan.raw_nbytes,
-                    wire=flight.wire_nbytes,
-                    keyframe=flight.keyframes,
-                    numel=plan.raw_numel,
-                    forwarded=bool(flight.messages) and any(message.forwarded for message in flight.messages),
-                )
-            else:
-                reason = flight.passed or plan.detail
-                self.stats.passed(flight.call.op, reason, plan.raw_nbytes, flight.call.site, wire=flight.wire_nbytes)
-            if flight.own_output is not None:
-                pattern.keep_own(self, flight)
-            flight.inputs, flight.own_input = (), None  # the caller may free its tensors from here on
+        try:
+            pattern.transfer(self, flight)
+        except BaseException:
+            self.withdraw(flight)
+            raise
+        if self.sample_every and flight.failure is None and flight.passed is None:
+            self._sample(flight)
+        if pattern.forwards:
+            pattern.commit(self, flight)
+            self._release(flight)
+        else:
+            for part, staged in zip(plan.outgoing, flight.staged, strict=True):
+                part.stream.commit(staged, part.hint, flight.queue)  # type: ignore[union-attr,arg-type]
+        if pattern.receives_only:
+            pass
+        elif flight.passed is None and plan.codec is not None:
+            self.stats.sent(
+                flight.call.site,
+                flight.call.op,
+                plan.codec.codec_id,
+                raw=plan.raw_nbytes,
+                wire=flight.wire_nbytes,
+                keyframe=flight.keyframes,
+                numel=plan.raw_numel,
+                predicted=flight.predicted,
+                forwarded=pattern.forwards and any(message.forwarded for message in flight.messages),
+            )
+        else:
+            reason = flight.passed or plan.detail
+            self.stats.passed(flight.call.op, reason, plan.raw_nbytes, flight.call.site, wire=flight.wire_nbytes)
+        if flight.own_output is not None:
+            pattern.keep_own(self, flight)
+        flight.inputs, flight.own_input = (), None  # the caller may free its tensors from here on
+        if self.store.offload is not None:
+            self._leave(self.store.offload, flight)
+            if pattern.sends_only:
+                self.store.offload.settle(plan.site)
         if job is not None:
             return job
         job = Job(flight.work, partial(self.finish, flight), None if pattern.sends_only else plan.site, flight.keep)
@@ -342,43 +465,71 @@ class Engine:
             FrameError, NonFiniteError: the flight's ``failure``, else the first error of a decoder; every other part
                 has been decoded.
         """
-        plan = flight.plan
+        plan, offload = flight.plan, self.store.offload
+        if offload is not None and plan.incoming:
+            offload.visit(plan.site, flight.arrived[0].device)
         error: Exception | None = flight.failure
-        refused = set(flight.refusing)
-        if flight.queue is not None:
-            _hold_for_this_stream(flight.arrived, flight.queue)
+        refused: set[int] = set(flight.refusing) if flight.refusing else set()
+        queue = None if flight.queue is None else kernels.queue_of((flight.arrived or flight.keep)[0].device)
+        ours = queue == flight.queue
+        if not ours:
+            _read_elsewhere(flight.arrived or flight.keep)
         with _torch.without_autograd():
             target = flight.own_output
             if may_write and flight.own_value is not None and target is not None:
                 own = flight.own_value
-                target.copy_(own if own.shape == target.shape else own.view(target.shape))
-            for part, data, target in zip(plan.incoming, flight.arrived, flight.outputs, strict=True):
+                target.copy_(own if target.dim() == 1 else own.view(target.shape))
+            for i, (part, data) in enumerate(zip(plan.incoming, flight.arrived, strict=True)):
+                target = flight.outputs[i] if may_write else None
                 try:
-                    value = self._take(flight, part, data, refused)
-                    if may_write and part.numel:
-                        value = value if value.shape == target.shape else value.view(target.shape)
-                        there = None if part.stream is None else part.stream.holds_values
-                        if there is None:
-                            target.copy_(value)
-                        else:
-                            torch.where(there, value, _nan(value.dtype, value.device), out=target)
-                        if part.codec is not None and plan.pattern.forwards:
+                    value = self._take(flight, part, data, refused, target, queue)
+                    if target is not None and part.numel:
+                        if part.stream is None or not part.stream.wrote:
+                            self._write(part, value, target)
+                        if part.codec is not None and plan.pattern.forwards and self.store.knows(plan.site):
                             plan.pattern.remember(self, flight, part, target, data)
                 except Exception as e:
                     error = error or e
-        rooms = self.store.spares.rooms
-        if flight.room is not None:
-            rooms[flight.room.place] = flight.room
-        for staged in flight.staged:
-            if staged is not None and staged.room is not None:
-                rooms[staged.room.place] = staged.room
+        if ours:
+            rooms = self.store.spares.rooms
+            if flight.room is not None:
+                rooms[flight.room.place] = flight.room
+            for staged in flight.staged:
+                if staged is not None and staged.room is not None:
+                    rooms[staged.room.place] = staged.room
+                    if staged.there and staged.value is not None and flight.own_value is staged.value:
+                        self.store.spares.give(staged.value, queue)  # the history has a copy
         for peer in refused:
             self.store.refuse(plan.site, peer)
+        if offload is not None:
+            self._settle(offload, plan.site)
         if error is not None:
             raise error
 
-    def _take(self, flight: Flight, part: Incoming, data: Tensor, refused: set[int]) -> Tensor:
-        """The value of one arrived part, flat; it may share memory with the frame or the history."""
+    @staticmethod
+    def _write(part: Incoming, value: Tensor, target: Tensor) -> None:
+        """Copy a part's value to its output; NaN where a device alone knows that the frame held no values."""
+        value = value if target.dim() == 1 else value.view(target.shape)
+        there = None if part.stream is None else part.stream.holds_values
+        if there is None:
+            target.copy_(value)
+        else:
+            torch.where(there, value, _nan(value.dtype, value.device), out=target)
+
+    def _take(
+        self,
+        flight: Flight,
+        part: Incoming,
+        data: Tensor,
+        refused: set[int],
+        target: Tensor | None,
+        queue: int | None,
+    ) -> Tensor:
+        """The value of one arrived part, flat; it may share memory with the frame or the history.
+
+        ``target``: where it is wanted, if anywhere; the part's stream says whether it ``wrote`` it there. ``queue``:
+        the current CUDA stream.
+        """
         plan, decoder = flight.plan, part.stream
         if part.codec is None or decoder is None:
             header = frame_in(data) if data.is_cpu else None
@@ -402,6 +553,8 @@ class Engine:
             hint=part.hint,
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             foreseen=pattern.waits_for_earlier_calls,
+            into=target if target is not None and target.device == data.device and target.is_contiguous() else None,
+            queue=queue,
         )
         if decoder.refused:
             refused.add(Site.ALL if pattern.whole_site else part.peer)
@@ -429,11 +582,17 @@ class Engine:
 
     def forget(self, prefix: str | None = None) -> None:
         """Drop all history, or that of the sites under a prefix."""
-        self.store.reset(prefix)
-        self.arrivals.clear(prefix)
+        self._drop(prefix)
+        if self.ledger is not None:
+            self.ledger.forget(prefix)
+        if prefix is None:
+            self.late.clear()
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes held per site key: histories, the codecs' memory, and payloads kept to be passed on."""
+        """Bytes held per site key: histories, the codecs' memory, and payloads kept to be passed on.
+
+        What was offloaded is not among them.
+        """
         held = self.store.state_bytes()
         for key, nbytes in self.arrivals.kept_bytes().items():
             held[key] = held.get(key, 0) + nbytes

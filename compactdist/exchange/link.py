@@ -121,6 +121,7 @@ class Link:
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         self.together: CallGroup | None = None
+        self._done = Done()
         self._exact_sizes = bool(getattr(inner, "exact_sizes", False))
         if inner is None:
             return
@@ -138,7 +139,7 @@ class Link:
         """What to wait for after an inner call that returned ``work``."""
         if self.together is not None:
             return self.together
-        return Done() if work is None else work
+        return self._done if work is None else work
 
     def begin_together(self, device: torch.device) -> CallGroup:
         """Begin a group of calls.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,9 @@ from compactdist.exchange.arrivals import Arrival
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.forward import Message
 from compactdist.exchange.plan import Call, CallPlan, Incoming, Outgoing
+from compactdist.exchange.predicted import at_once
 from compactdist.observe.stats import PassReason
+from compactdist.policy import Rules
 from compactdist.state import Room, Site, state_nbytes
 from compactdist.wire import raw_payload
 
@@ -44,6 +47,7 @@ class Pattern(ABC):
         forwards: frames that arrive may be passed on, and tensors that leave may go in a frame that arrived.
         collective: all ranks of the group make the call, and must agree on its plan.
         whole_site: history is kept with all peers of a site or with none.
+        no_room: why a call without history passes through, for lack of budget.
         sends_only: nothing arrives, and waiting for the work is waiting for the peer.
         receives_only: nothing leaves, so nothing is put on the link.
     """
@@ -53,6 +57,7 @@ class Pattern(ABC):
     forwards: ClassVar[bool] = False
     collective: ClassVar[bool] = True
     whole_site: ClassVar[bool] = False
+    no_room: ClassVar[PassReason] = PassReason.BUDGET
     sends_only: ClassVar[bool] = False
     receives_only: ClassVar[bool] = False
 
@@ -86,15 +91,27 @@ class Pattern(ABC):
 
     def reason_if_refused(self, plan: CallPlan) -> PassReason | None:
         """Why a call passes through where some history was refused for lack of budget."""
-        return PassReason.BUDGET
+        return self.no_room
 
     def arrival(self, engine: Engine, flight: Flight) -> Arrival | None:
         """The arrival that a pattern with ``forwards`` may pass on, held; ``None`` for none."""
         return None
 
+    def common_nbytes(self, engine: Engine, call: Call, plan: CallPlan) -> int:
+        """The most bytes of history that any rank holds for a call; 0: for none, or where ranks do not know."""
+        return 0
+
+    def held_nbytes(self, engine: Engine, plan: CallPlan) -> int:
+        """Bytes that this rank will hold for a site once its histories have begun."""
+        return sum(_memory(engine, plan, part, sender=isinstance(part, Outgoing)) for part in plan.parts)
+
     def refuse(self, engine: Engine, flight: Flight) -> set[int]:
         """Reserve budget for histories that begin; returns the peers (or ``Site.ALL``) it does not suffice for."""
         return set()
+
+    def refuse_all(self, plan: CallPlan) -> set[int]:
+        """The peers (or ``Site.ALL``) that a call without room has histories with."""
+        return {_EVERY_PEER} if self.whole_site else {part.peer for part in plan.parts if part.codec is not None}
 
     def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
         """Make the frame of an outgoing part. The engine asks patterns with ``forwards`` only, and encodes others."""
@@ -168,6 +185,9 @@ class AllGather(OneMessage):
         if codec is not None:
             me, numel, site = engine.rank, signature[0], plan.site
             plan.joint = True
+            plan.predicts = self.op == "all_gather" and engine.chooser.predicts(
+                plan.answers[0], call.site, codec, engine.config.remembers
+            )
             plan.want_value |= not engine.exact_local
             plan.outgoing = [Outgoing(me, numel, codec, site.encoder(me))]
             plan.incoming = [
@@ -175,12 +195,13 @@ class AllGather(OneMessage):
             ]
         return plan
 
+    def common_nbytes(self, engine: Engine, call: Call, plan: CallPlan) -> int:
+        return sum(_memory(engine, plan, part, sender=isinstance(part, Outgoing)) for part in plan.parts)
+
     def refuse(self, engine: Engine, flight: Flight) -> set[int]:
         plan = flight.plan
-        numel, dtype = plan.outgoing[0].numel, plan.dtype
-        need = state_nbytes(engine.config, numel, dtype, sender=True)
-        need += len(plan.incoming) * state_nbytes(engine.config, numel, dtype, sender=False)
-        fits = engine.store.reserve(plan.site, _EVERY_PEER, (numel, dtype), need)
+        need = self.common_nbytes(engine, flight.call, plan)
+        fits = engine.store.reserve(plan.site, _EVERY_PEER, (plan.outgoing[0].numel, plan.dtype), need)
         return set() if fits else {_EVERY_PEER}
 
     def transfer(self, engine: Engine, flight: Flight) -> None:
@@ -188,16 +209,18 @@ class AllGather(OneMessage):
         assert staged is not None
         frame, size = staged.frame, engine.size
         nbytes = frame.numel()
-        place = nbytes, size
-        room = engine.store.spares.rooms.pop(place, None) if frame.is_cpu else None
+        queue = flight.queue
+        place: tuple[Any, ...] = (nbytes, size) if queue is None else (nbytes, size, frame.device, queue)
+        room = engine.store.spares.rooms.pop(place, None)
         if room is None:
             gathered = torch.empty(size * nbytes, dtype=torch.uint8, device=frame.device)
             room = Room(
                 place, gathered, tuple([gathered.narrow(0, p.peer * nbytes, nbytes) for p in flight.plan.incoming])
             )
-        flight.work = engine.link.all_gather(room.whole, frame, flight.opts)
+        opts = at_once(flight.opts) if flight.predicted else flight.opts
+        flight.work = engine.link.all_gather(room.whole, frame, opts)
         flight.arrived, flight.keep, flight.wire_nbytes = room.views, (frame, room.whole), (size - 1) * nbytes
-        flight.room = room if frame.is_cpu else None
+        flight.room = room
 
     def keep_own(self, engine: Engine, flight: Flight) -> None:
         staged = flight.staged[0]
@@ -261,7 +284,9 @@ class AllToAll(Pattern):
                 plan.incoming.append(part)
         plan.raw_numel = sum(part.numel for part in plan.outgoing)
         plan.raw_nbytes = plan.raw_numel * dtype.itemsize
-        plan.detail = sorted(reasons) or PassReason.BUDGET
+        # a function may answer each pair of ranks as it likes, and a rank asks it about its own pairs only
+        known_to_all = plan.alike and (chooser.policy is None or isinstance(chooser.policy, Rules))
+        plan.detail = sorted(reasons) or (PassReason.BUDGET if known_to_all else PassReason.BUDGET_OF_PAIR)
         even = len({*leaving, *arriving}) == 1
         if even and reasons and not site.refused and all(part.codec is None for part in plan.parts):
             plan.reason = min(reasons)
@@ -284,11 +309,24 @@ class AllToAll(Pattern):
         largest = max(flight.inputs, key=Tensor.numel)
         return engine.arrivals.hold(engine.arrivals.latest(largest), engine.store)
 
+    def common_nbytes(self, engine: Engine, call: Call, plan: CallPlan) -> int:
+        if plan.detail is not PassReason.BUDGET:
+            return 0
+        chooser = engine.chooser
+        numel, dtype, links = plan.outgoing[0].numel, plan.dtype, len(plan.outgoing)
+        learnt = 0
+        if chooser.layouts is not None:  # of all pairs, for a rank has to know what others hold
+            infos = [chooser.info(call, dtype, numel, *pair) for pair in permutations(range(engine.size), 2)]
+            codec = chooser.choose(infos[0], plan.answers[0])
+            hints = {chooser.hint(info) for info in infos} - {None}
+            if isinstance(codec, Codec):
+                learnt = max((codec.memory_nbytes(hint) for hint in hints if hint is not None), default=0)
+        return links * sum(learnt + state_nbytes(engine.config, numel, dtype, sender=sends) for sends in (True, False))
+
     def refuse(self, engine: Engine, flight: Flight) -> set[int]:
         plan, refusing = flight.plan, set()
         for out, into in zip(plan.outgoing, plan.incoming, strict=True):
-            need = 0 if out.codec is None else state_nbytes(engine.config, out.numel, plan.dtype, sender=True)
-            need += 0 if into.codec is None else state_nbytes(engine.config, into.numel, plan.dtype, sender=False)
+            need = _memory(engine, plan, out, sender=True) + _memory(engine, plan, into, sender=False)
             # only a keyframe can say that no history will be kept
             can_refuse = out.stream is not None and out.stream.is_fresh(out.numel, plan.dtype)
             what = (out.numel, into.numel, plan.dtype)
@@ -324,6 +362,17 @@ class AllToAll(Pattern):
         leaving, arriving, *_ = flight.plan.signature
         if _rotates(engine.rank, leaving) and _rotates(engine.rank, arriving):
             engine.arrivals.put(flight.plan.site, part.peer, target, frame, by_size=True)
+
+
+def _memory(engine: Engine, plan: CallPlan, part: Outgoing | Incoming, *, sender: bool) -> int:
+    """Bytes that one end of a part's stream will hold.
+
+    Its history, and what the codec learns where a hint says the view.
+    """
+    if part.codec is None:
+        return 0
+    learnt = 0 if part.hint is None else part.codec.memory_nbytes(part.hint)
+    return learnt + state_nbytes(engine.config, part.numel, plan.dtype, sender=sender)
 
 
 def _exact_bytes(x: Tensor) -> Tensor:
@@ -365,12 +414,17 @@ class Broadcast(OneMessage):
                 plan.incoming = [Incoming(root, numel, codec, site.decoder(root))]
         return plan
 
+    def common_nbytes(self, engine: Engine, call: Call, plan: CallPlan) -> int:
+        (part,) = plan.parts  # the root's or another rank's: each knows what the other holds
+        return max(_memory(engine, plan, part, sender=sends) for sends in (True, False))
+
     def refuse(self, engine: Engine, flight: Flight) -> set[int]:
         plan = flight.plan
-        numel, is_root = plan.signature[0], engine.rank == plan.signature[3]
-        need = state_nbytes(engine.config, numel, plan.dtype, sender=is_root)
+        (part,) = plan.parts
+        is_root = bool(plan.outgoing)
+        need = _memory(engine, plan, part, sender=is_root)
         # only the root can say that no history will be kept; the others follow it
-        fits = engine.store.reserve(plan.site, _EVERY_PEER, (numel, plan.dtype), need, force=not is_root)
+        fits = engine.store.reserve(plan.site, _EVERY_PEER, (part.numel, plan.dtype), need, force=not is_root)
         return set() if fits else {_EVERY_PEER}
 
     def transfer(self, engine: Engine, flight: Flight) -> None:
@@ -418,7 +472,7 @@ def stage_message(
         need = state_nbytes(engine.config, part.numel, flight.plan.dtype, sender=True)
         if not engine.store.reserve(flight.plan.site, part.peer, (part.numel, flight.plan.dtype), need):
             if accepts_unannounced_keyframe:
-                flight.passed = PassReason.BUDGET
+                flight.passed = flight.plan.pattern.no_room
                 return
             flight.refusing = flight.refusing | {part.peer}
             message.forwards = message.begins = False

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from types import FrameType
+from functools import cache
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from compactdist.codecs import Codec
 from compactdist.errors import ConfigError, LayoutError
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import PassReason
-from compactdist.policy import PASS, CallInfo, Policy, Rules
+from compactdist.policy import PASS, Answer, CallInfo, Mode, Policy, Rules
 from compactdist.state import COMPRESSIBLE_DTYPES, Layout, Site, StreamDecoder, StreamEncoder
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "LayoutHints",
     "Outgoing",
     "Part",
+    "Rows",
     "refusal",
     "under_autograd",
 ]
@@ -45,9 +47,9 @@ AutogradRule = Literal["tensor", "backward", "sender"]
 LayoutHints = Callable[[CallInfo], "Layout | None"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen, which costs as much as all else that takes an ordinal
 class Call:
-    """One call: what belongs to it from the moment it is issued.
+    """One call: what belongs to it from the moment it is issued. Nothing changes it.
 
     Attributes:
         site: the site key, e.g. ``"cond/blocks.3.attn/all_gather#0"``.
@@ -98,11 +100,14 @@ def moves_weights() -> bool:
     It does if the nearest caller that is in a table of ``_torch`` moves them, or if the autograd engine itself makes
     the call: so DDP's reducer does, from C++, below ``backward`` or in a thread without Python code.
     """
-    frame: FrameType | None = sys._getframe(1)
-    direct = True
+    frame: FrameType | None = sys._getframe(3)  # the asking method of the group and what asks it are our own
+    direct, met = True, _met()
+    known = met.kinds.get
     while frame is not None:
-        caller = _caller(frame.f_globals.get("__name__"), frame.f_code.co_name)
-        if caller is not _CORE:
+        caller = known(id(frame.f_code)) or met.add(frame)
+        if caller is _OTHER:
+            direct = False
+        elif caller is not _CORE:
             if caller is _MODEL:
                 return False
             if caller is _WEIGHTS or (direct and caller is _ENGINE):
@@ -112,13 +117,40 @@ def moves_weights() -> bool:
     return direct and _torch.in_backward()
 
 
+_MOST_CALLERS = 4096
 _CORE, _MODEL, _WEIGHTS, _ENGINE, _OTHER = "compactdist", "model", "weights", "autograd engine", "other"
 
 
-@lru_cache(maxsize=4096)
-def _caller(module: str | None, function: str) -> str:
-    """What a function on the stack is, by the name of its module and its own; every call asks for a dozen."""
-    module = module or ""
+class _Met:
+    """What the functions were found to be that were on the stack of a call; every call asks for a dozen.
+
+    Attributes:
+        kinds: by the identity of a function's code, which belongs to one module; to hash it would cost far more.
+    """
+
+    __slots__ = ("_codes", "kinds")
+
+    def __init__(self) -> None:
+        self.kinds: dict[int, str] = {}
+        self._codes: list[CodeType] = []  # as long as they live, no other code has their identity
+
+    def add(self, frame: FrameType) -> str:
+        """What a function is that was not met before."""
+        if len(self._codes) >= _MOST_CALLERS:
+            self.kinds.clear()
+            self._codes.clear()
+        self._codes.append(frame.f_code)
+        found = self.kinds[id(frame.f_code)] = _caller(frame.f_globals.get("__name__") or "", frame.f_code.co_name)
+        return found
+
+
+@cache
+def _met() -> _Met:
+    return _Met()
+
+
+def _caller(module: str, function: str) -> str:
+    """What a function is, by the name of its module and its own."""
     if module.startswith("compactdist."):
         return _CORE
     if not module.startswith("torch."):
@@ -180,6 +212,54 @@ class Incoming(Part[StreamDecoder]):
     __slots__ = ()
 
 
+class Rows:
+    """Parts of the output that a site was called with last.
+
+    They are kept from the second call with the same tensor on, and only as long as the caller keeps that tensor: its
+    memory is never held for the sake of its parts.
+    """
+
+    __slots__ = ("__weakref__", "_address", "_dtype", "_numel", "_output", "_parts")
+
+    def __init__(self) -> None:
+        self._output: weakref.ref[Tensor] | None = None
+        self._parts: tuple[Tensor, ...] = ()
+        self._address = self._numel = 0
+        self._dtype: torch.dtype | None = None
+
+    def kept(self, output: Any) -> list[Tensor] | None:
+        """The parts of this output in rank order, each flat, if they are known and nobody has changed its form."""
+        alive: Any = None if self._output is None else self._output()
+        if alive is None or alive is not output or not self._parts:
+            return None
+        if output.data_ptr() != self._address or output.numel() != self._numel:
+            return None
+        return list(self._parts) if output.dtype is self._dtype and output.is_contiguous() else None
+
+    def of(self, output: Tensor, size: int) -> list[Tensor]:
+        """Equal parts of a contiguous output that is not empty, each flat, in rank order.
+
+        Args:
+            output: its elements are a multiple of ``size``.
+            size: of the group.
+        """
+        known = self._output
+        if known is None or known() is not output:
+            self._output, self._parts = weakref.ref(output), ()
+            return list((output if output.dim() == 1 else output.view(-1)).chunk(size))
+        with _torch.without_autograd():
+            # parts of the detached tensor: those of the output itself would keep it alive
+            self._parts = output.detach().view(-1).chunk(size)
+        self._output = weakref.ref(output, self._let_go)
+        self._address, self._numel, self._dtype = output.data_ptr(), output.numel(), output.dtype
+        return list(self._parts)
+
+    def _let_go(self, output: Any) -> None:
+        """The caller has dropped an output."""
+        if output is self._output:
+            self._output, self._parts = None, ()
+
+
 @dataclass(slots=True)
 class CallPlan:
     """What does not change between two calls of a site.
@@ -199,10 +279,16 @@ class CallPlan:
         raw_nbytes: bytes on the link if the call were not compressed.
         raw_numel: elements in all messages that leave.
         detail: a pattern's own result: why chunks pass through (all-to-all), bytes of the buffer (receive).
+        predicts: outputs are written at once, with what was predicted, wherever the frames are residuals.
         want_value: encoders return what the receiver will reconstruct, even where they keep no history.
         fresh: some part's next frame must be a keyframe.
         changes: the site's count of changes when ``fresh`` and the sizes were worked out.
+        common_nbytes: the most bytes of history that any rank holds for the site; 0: none, or ranks do not know.
+        roomless: all ranks know that there is no room for the site's history.
+        evicts: keys of the sites that were evicted for this plan's history, equal on all ranks.
+        evictions: how often the site had been evicted when the plan was made, equal on all ranks.
         agreed_at: epoch and ``Call.warm`` of the last call that all ranks agreed on; ``None``: of none.
+        rows: parts of the output that the site was called with last, where it is one tensor for all ranks.
     """
 
     pattern: Pattern
@@ -220,10 +306,16 @@ class CallPlan:
     raw_nbytes: int = 0
     raw_numel: int = 0
     detail: Any = None
+    predicts: bool = False
     want_value: bool = False
     fresh: bool = True
     changes: int = -1
+    common_nbytes: int = 0
+    roomless: bool = False
+    evicts: tuple[str, ...] = ()
+    evictions: int = 0
     agreed_at: tuple[int, bool] | None = None
+    rows: Rows = field(default_factory=Rows)
 
     @property
     def parts(self) -> list[Outgoing | Incoming]:
@@ -256,6 +348,7 @@ class Chooser:
         label: names group and rank in error messages.
         codec: used where the policy names none.
         policy, layouts: functions of :class:`CallInfo`; ``None`` for none.
+        mode: of calls for which the policy names none.
         min_numel: smaller messages pass through.
         on_small: told the operation and the elements of each message that does so.
     """
@@ -264,6 +357,7 @@ class Chooser:
     codec: Codec
     policy: Policy | None
     layouts: LayoutHints | None
+    mode: Mode
     min_numel: int
     on_small: Callable[[str, int], None]
 
@@ -291,9 +385,16 @@ class Chooser:
         """The codec for one directed message, or the reason it passes through.
 
         Raises:
-            ConfigError: the policy returned something that is no codec.
+            ConfigError: the policy returned something that is no codec, or a mode that the operation cannot have.
             UnknownCodecError, CodecConfigError: the policy returned the id or configuration of no codec.
         """
+        if isinstance(answer, Answer):
+            if answer.mode == "predict-now" and info.op != "all_gather":
+                raise ConfigError(
+                    f"{self.label}, site '{info.key}': the policy returned mode='predict-now' for {info.op}; only an "
+                    "all_gather can be answered with its prediction: look at CallInfo.op. Nothing was sent"
+                )
+            answer = answer.codec
         if answer is None:
             return self.codec
         if isinstance(answer, Codec):
@@ -305,8 +406,24 @@ class Chooser:
         if isinstance(answer, str | dict):
             return codecs.get(answer)
         raise ConfigError(
-            f"{self.label}, site '{info.key}': the policy returned {answer!r}; it must return a codec, 'pass' or None"
+            f"{self.label}, site '{info.key}': the policy returned {answer!r}; it must return a codec, 'pass', None or "
+            "an Answer"
         )
+
+    def predicts(self, answer: Any, site: str, codec: Codec, remembers: bool) -> bool:
+        """Whether an all-gather with this answer of the policy is answered with its prediction.
+
+        Raises:
+            ConfigError: the policy asks for it where nothing is remembered.
+        """
+        asked = answer.mode if isinstance(answer, Answer) else None
+        if asked == "predict-now" and (codec.lossless or not remembers):
+            raise ConfigError(
+                f"{self.label}, site '{site}': the policy returned mode='predict-now', and codec {codec!r} in this "
+                "group keeps no history to predict from: name a codec that is not lossless, and take order=1, 2 or "
+                "'auto'"
+            )
+        return (asked or self.mode) == "predict-now"
 
     def hint(self, info: CallInfo) -> MatrixView | None:
         """The matrix view a layout hint gives for one directed message.

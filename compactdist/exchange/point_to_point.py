@@ -39,6 +39,7 @@ class Send(OneMessage):
 
     op = "send"
     collective = False
+    no_room = PassReason.BUDGET_OF_PAIR
     waits_for_earlier_calls = False
     forwards = True
     sends_only = True
@@ -109,6 +110,7 @@ class Receive(OneMessage):
 
     op = "send"  # both ends ask the policy about the one message
     collective = False
+    no_room = PassReason.BUDGET_OF_PAIR
     waits_for_earlier_calls = False
     forwards = True
     receives_only = True
@@ -209,7 +211,8 @@ def receive_any(engine: Engine, call_from: Callable[[int], Call], x: Tensor, tag
         if not plan.incoming:  # this rank would let the message pass through, but the sender compressed it
             codec, site = engine.chooser.codec, plan.site
             plan = replace(plan, incoming=[Incoming(source, numel, codec, site.decoder(source))])
-        engine.finish(Flight(plan, call, (), (x,), None, arrived=(frame,)), may_write)
+        with plan.site.lock:
+            engine.finish(Flight(plan, call, (), (x,), None, arrived=(frame,)), may_write)
 
     return Job(work, finish, None, (frame,))
 

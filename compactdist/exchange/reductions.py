@@ -22,6 +22,7 @@ from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.patterns import AllGather, AllToAll
 from compactdist.exchange.plan import Call, CallPlan, Incoming
 from compactdist.observe.stats import PassReason
+from compactdist.policy import Answer
 
 __all__ = ["ALL_REDUCE", "ALL_REDUCE_SUMS", "REDUCE_SCATTER", "add_in_rank_order"]
 
@@ -35,7 +36,11 @@ def add_in_rank_order(parts: Sequence[Tensor], *, mean: bool) -> Tensor:
 
 
 def _where_asked(answers: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(PassReason.UNASKED if answer is None else answer for answer in answers)
+    return tuple(PassReason.UNASKED if _names_no_codec(answer) else answer for answer in answers)
+
+
+def _names_no_codec(answer: Any) -> bool:
+    return answer is None or (isinstance(answer, Answer) and answer.codec is None)
 
 
 class ReduceScatter(AllToAll):

@@ -22,7 +22,7 @@ import torch
 
 from compactdist import _torch
 from compactdist.exchange.later import Later
-from compactdist.exchange.link import CallGroup, as_work
+from compactdist.exchange.link import CallGroup, Done, as_work
 from compactdist.state.store import Site
 
 __all__ = ["FinishedWork", "Job", "Outbox", "PendingWork", "drain"]
@@ -42,6 +42,7 @@ class Job:
 
     Attributes:
         attended: the call is synchronous, so its caller still holds the outputs although nobody holds a work.
+        late: the call was answered with its prediction, so nobody waits and ``error`` is raised by a later call.
     """
 
     __slots__ = (
@@ -56,6 +57,7 @@ class Job:
         "attended",
         "done",
         "error",
+        "late",
     )
 
     def __init__(
@@ -67,8 +69,9 @@ class Job:
         self._keep: Sequence[torch.Tensor] = keep
         self._owner: Callable[[], object | None] | None = None
         self._lock = threading.RLock() if site is None else site.lock
-        self._waited = False
+        self._waited = inner.__class__ is Done
         self.attended = False
+        self.late = False
         self.done = False
         self.error: BaseException | None = None
         if site is not None:
@@ -123,7 +126,7 @@ class Job:
                 self._finish(self.attended or not self.dropped)
         except BaseException as error:
             self.error = error
-            if self.dropped:
+            if self.dropped and not self.late:
                 _log.warning("an exchange whose work was dropped failed: %s", error)
         finally:
             self.done = True
@@ -132,6 +135,12 @@ class Job:
             if self._site is not None and self._site.pending and self._site.pending[0] is self:
                 self._site.pending.popleft()
             self._site = None  # a work that the caller keeps must not keep histories
+
+    def finish_late(self) -> None:
+        """Wait, and decode; an error stays in ``error``."""
+        with self._lock:
+            while self._site is not None and self._site.pending and not self.done:
+                self._site.pending[0].run()
 
     def is_ready(self) -> bool:
         """Whether waiting would not block."""

@@ -3,7 +3,9 @@
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Order, Predictor
+from compactdist.state.ledger import Ledger
 from compactdist.state.matrix_view import Layout, MatrixView, blocks, plain
+from compactdist.state.offload import STATE_OFFLOADS, Offload, StateOffload
 from compactdist.state.quantized_history import StateForm
 from compactdist.state.rate import STEERED, Met, RateControl, Target, check_steered
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
@@ -27,14 +29,18 @@ __all__ = [
     "Order",
     "Predictor",
     "Layout",
+    "Ledger",
+    "Offload",
     "ResidualDecoder",
     "ResidualEncoder",
     "RateControl",
     "Room",
+    "STATE_OFFLOADS",
     "STEERED",
     "Site",
     "Staged",
     "StateForm",
+    "StateOffload",
     "StateStore",
     "StreamConfig",
     "StreamDecoder",

@@ -107,6 +107,10 @@ class AdaptiveVelocity(Predictor):
         self._base.clear()
         self._previous.clear()
 
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        self._base.move(to)
+        self._previous.move(to)
+
     @property
     def held(self) -> tuple[Tensor, ...]:
         return self._base.held + self._previous.held

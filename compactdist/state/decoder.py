@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from compactdist import kernels
-from compactdist.codecs.base import Codec, Session
+from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.errors import FrameError, NonFiniteError, PayloadError
 from compactdist.kernels import Frames
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.board import Board
 from compactdist.state.matrix_view import blocks
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
-from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, Spares, StreamConfig, StreamState
+from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, StreamConfig, StreamState
 from compactdist.wire import (
     CHECKSUM_PLACE,
     CHECKSUM_WEIGHTED_SUM,
@@ -57,27 +57,27 @@ class StreamDecoder(StreamState):
         checksum: of the last frame's payload; ``None``: only the device knows it.
         holds_values: bool ``[1]`` on the device: whether the last frame was the expected one and held values; ``None``:
             the host made sure of it.
+        wrote: the last ``decode`` has written the value to its ``into``.
     """
 
-    __slots__ = ("_looked", "_spares", "_torn", "checksum", "header", "holds_values", "refused")
+    __slots__ = ("_looked", "_torn", "checksum", "header", "holds_values", "refused", "wrote")
 
     def __init__(
         self,
         config: StreamConfig,
         fingerprint: int,
         where: str,
-        spares: Spares | None = None,
         changes: Changes | None = None,
         board: Board | None = None,
     ) -> None:
         super().__init__(config, fingerprint, where, changes, board)
-        self._spares = spares
         self.refused = False
         self.checksum: int | None = 0
         self.header: Header | None = None
         self.holds_values: Tensor | None = None
         self._looked = not config.find_layout
         self._torn = False
+        self.wrote = False
 
     def decode(
         self,
@@ -92,6 +92,8 @@ class StreamDecoder(StreamState):
         refuse_state: bool = False,
         header: Header | None = None,
         foreseen: bool = False,
+        into: Tensor | None = None,
+        queue: int | None = None,
     ) -> Tensor:
         """Check a frame against what this stream expects, decode it and move the state on.
 
@@ -107,6 +109,10 @@ class StreamDecoder(StreamState):
             header: of the frame, if the caller has read it.
             foreseen: the sender sends no frame of a kind or size that this end does not expect. On a GPU such frames
                 are checked there: :attr:`holds_values` says with what result, and the group's board.
+            into: contiguous tensor of ``numel`` x ``dtype``, on the frame's device, where the caller wants the value,
+                if it has one. It is written once the frame is known to be right, where that is quicker than to copy the
+                value: :attr:`wrote` says whether. Where only the device knows that it is not right, it gets NaN.
+            queue: ``kernels.queue_of`` the frame's device, where the caller has asked.
 
         Returns:
             Flat ``[numel]`` tensor of ``dtype``; it may share memory with ``frame`` or the history: copy it out.
@@ -115,30 +121,76 @@ class StreamDecoder(StreamState):
             FrameError: the frame is not the expected one; nothing was applied.
             NonFiniteError: the sender's tensor held NaN or Inf; the stream restarts with a keyframe.
         """
-        self.holds_values = None
-        if header is None:
-            value = self._take_expected(frame, codec, numel, dtype, step, epoch, foreseen)
+        self.holds_values, self.wrote = None, False
+        form, live = self._form, self.live == (numel, dtype) and not self.keyframe_announced
+        if header is None and live and form is not None and form.codec is codec and form.frame_nbytes <= frame.numel():
+            value = None
+            if form.frames is not None and foreseen and (self._looked or form.head.header.layout):
+                value = self._take_there(frame, form, form.frames, step, epoch, into, queue)
+            if value is None:
+                value = self._take_expected(frame, form, step, epoch, into)
             if value is not None:
                 return value
         header = header or unpack(frame, self.where)
         payload = self._check(frame, header, codec, numel, dtype, step, epoch, hint)
-        flags = header.flags
-        if flags & STATELESS:
-            value = from_raw(payload, numel, dtype)
-            self.sequence += 1
-        elif flags & KEY:
-            value = self._take_key(payload, header, codec, hint, refuse_state)
-        elif header.payload_nbytes or not flags & NONFINITE:
-            session = self.form(codec, frame.device).session
-            value = self._take_residual(payload, header.checksum, session, bool(flags & RESTART), header.coefficient)
-            self._looked = True
+        return self._taken(payload, header, codec, hint, refuse_state, into)
+
+    def _taken(
+        self,
+        payload: Tensor,
+        header: Header,
+        codec: Codec,
+        hint: MatrixView | None,
+        refuse_state: bool,
+        into: Tensor | None,
+    ) -> Tensor:
+        """The value of a frame that was checked; raises where it holds none."""
+        value = self._take(payload, header, codec, hint, refuse_state, into)
         self.header, self.checksum = header, header.checksum
         if value is None:
             raise self._restarted()
         self.follow(header)
-        if flags & NONFINITE and not flags & KEY:
+        if header.flags & NONFINITE and not header.flags & KEY:
             raise NonFiniteError(self.where + _FLAGGED)
         return value
+
+    def _take(
+        self,
+        payload: Tensor,
+        header: Header,
+        codec: Codec,
+        hint: MatrixView | None,
+        refuse_state: bool,
+        into: Tensor | None,
+    ) -> Tensor | None:
+        """The value of a frame that was checked; ``None`` if its sender could not code it."""
+        flags = header.flags
+        if flags & STATELESS:
+            self.sequence += 1
+            return from_raw(payload, header.numel, header.dtype)
+        if flags & KEY:
+            return self._take_key(payload, header, codec, hint, refuse_state, into)
+        if flags & NONFINITE and not header.payload_nbytes:
+            return None
+        session = self.form(codec, payload.device).session
+        restarts, target = bool(flags & RESTART), None if flags & NONFINITE else into
+        value = self._take_residual(payload, header.checksum, session, restarts, header.coefficient, target)
+        self._looked = True
+        return value
+
+    def predicted(self) -> Tensor:
+        """What the history says the next residual's tensor will be, flat ``[numel]``; may share memory with it.
+
+        Float32 where two terms are added up, within the range of the stream's dtype. A sender that chooses a
+        coefficient for each frame has not said the next one: the last one's stands for it. The stream must be live.
+        """
+        assert self.live is not None
+        predictor, said = self.predictor, 0.0 if self.header is None else self.header.coefficient
+        terms = predictor.terms(said if predictor.adapts and predictor.accepts(said) else 0.0)
+        if len(terms) < 2:
+            return terms[0]
+        limit = torch.finfo(self.live[1]).max
+        return terms[0].float().add(terms[1]).clamp_(-limit, limit)
 
     def _restarted(self) -> NonFiniteError:
         """Forget the history, as the sender of a tensor that is not finite did."""
@@ -149,23 +201,14 @@ class StreamDecoder(StreamState):
             "written and this stream restarts with a keyframe. Find the source of the NaN, or let the site pass through"
         )
 
-    def _take_expected(
-        self, frame: Tensor, codec: Codec, numel: int, dtype: torch.dtype, step: int, epoch: int, foreseen: bool
-    ) -> Tensor | None:
+    def _take_expected(self, frame: Tensor, form: Form, step: int, epoch: int, into: Tensor | None) -> Tensor | None:
         """The value of an expected residual that announces nothing: this end can make every byte of its header.
 
         ``None``: the frame is another one, or needs a closer look.
         """
-        form, value = self._form, None
-        if form is None or form.codec is not codec or self.live != (numel, dtype) or self.keyframe_announced:
-            return None
         payload = frame[HEADER_NBYTES : form.frame_nbytes]
-        if form.frame_nbytes > frame.numel() or frame.stride(0) != 1 or payload.storage_offset() % 16:
+        if frame.stride(0) != 1 or payload.storage_offset() % 16:
             return None
-        if form.frames is not None and foreseen and (self._looked or form.head.header.layout):
-            value = self._take_there(frame, payload, form, form.frames, step, epoch)
-            if value is not None:
-                return value
         if self._there is not None:
             self.known_digest()
         head = bytes_at(frame.data_ptr()).raw if frame.is_cpu else frame[:HEADER_NBYTES].cpu().numpy().tobytes()
@@ -175,12 +218,9 @@ class StreamDecoder(StreamState):
         if said is None or head != said.filled(step, epoch, self.sequence, checksum, self.digest):
             return None
         coefficient = said.header.coefficient
-        if session.sums and self._spares is not None and not self._torn:
-            value = self._take_beside(payload, checksum, session, self._spares, coefficient)
-        if value is None:
-            if form.checksum(payload) != checksum:
-                return None
-            value = self._take_residual(payload, checksum, session, False, coefficient)
+        if form.checksum(payload) != checksum:
+            return None
+        value = self._take_residual(payload, checksum, session, False, coefficient, into)
         self.header, self.checksum = said.header, checksum
         return value
 
@@ -191,52 +231,42 @@ class StreamDecoder(StreamState):
         coefficient = coefficient_in(head)
         return form.head_for(coefficient) if self.predictor.accepts(coefficient) else None
 
-    def _take_beside(
-        self, payload: Tensor, checksum: int, session: Session, spares: Spares, coefficient: float
-    ) -> Tensor | None:
-        """The value of a residual that is summed up while it is decoded, beside the history, and so in one pass.
-
-        ``None``: the payload is another one, or cannot be summed up on the way; nothing has changed.
-        """
-        predictor = self.predictor
-        terms = predictor.terms(coefficient)
-        if not terms:
-            return None
-        value = spares.take(terms[0])
-        if session.decode_and_sum(payload, terms, value) != checksum:
-            spares.give(value)
-            return None
-        unused = predictor.advance(value, terms)
-        if unused is not None:
-            spares.give(unused)
-        self.moved_on(checksum)
-        if session.remembers:
-            session.commit()
-            session.prepare()
-        return value
-
     def _take_there(
-        self, frame: Tensor, payload: Tensor, form: Form, frames: Frames, step: int, epoch: int
+        self,
+        frame: Tensor,
+        form: Form,
+        frames: Frames,
+        step: int,
+        epoch: int,
+        into: Tensor | None,
+        queue: int | None,
     ) -> Tensor | None:
         """The value of a residual that the device checks and decodes; ``None``: the host has to."""
         steps, there = form.session.device_steps, self._there
-        if steps is None or there is None or self._torn or frame.dtype != torch.uint8:
+        if steps is None or there is None or self._torn:
             return None
         assert self.live is not None
-        there.follow(self.predictor.held)
-        terms, (numel, dtype) = self.predictor.terms(), self.live
-        accepted = frames.check(frame, there.pair, (step, epoch, self.sequence), there.source, self.digest)
-        in_place = bool(terms) and self.predictor.decodes_in_place
-        if in_place:
+        predictor = self.predictor
+        if queue is None:
+            queue = kernels.queue_of(frame.device)
+        if queue != there.queue:
+            there.follow(predictor, queue)
+        terms, (numel, dtype) = predictor.terms(), self.live
+        if terms and predictor.decodes_in_place:
             value = terms[0]
         else:  # a frame that is refused leaves the prediction in its place
             value = terms[0].clone() if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
-        decoded = steps.decode(payload, terms, value, accepted=accepted)
-        assert decoded, "the steps of a form take its own tensors"
+        call = step, epoch, self.sequence, there.source, self.digest
+        if not frames.receive(steps, frame, form.frame_nbytes, terms, value, into, there.pair, call, queue):
+            return None
         self.header, self.checksum = form.head.header, None
-        self.holds_values = accepted[1:].view(torch.bool)
-        self.predictor.advance(value, terms)
-        self.moved_on_there()
+        self.holds_values, self.wrote = frames.holds_values, into is not None
+        predictor.advance(value, terms)
+        if form.session.remembers:
+            form.session.commit()
+            form.session.prepare()
+        self.sequence += 1
+        there.source = 1 if there.source == 0 else 0
         return value
 
     def drop(self) -> None:
@@ -246,7 +276,13 @@ class StreamDecoder(StreamState):
         self._looked = not self.config.find_layout
 
     def _take_residual(
-        self, payload: Tensor, checksum: int, session: Session, restarts: bool, coefficient: float
+        self,
+        payload: Tensor,
+        checksum: int,
+        session: Session,
+        restarts: bool,
+        coefficient: float,
+        into: Tensor | None,
     ) -> Tensor:
         if self._torn:
             raise FrameError(
@@ -262,10 +298,10 @@ class StreamDecoder(StreamState):
             value = torch.empty(numel, dtype=dtype, device=payload.device)
         self._torn = True
         try:
-            session.decode(payload, terms, value)
-        except PayloadError as error:
-            self._torn = False
-            raise FrameError(f"{self.where}: {error}. Nothing was applied; {RESET}") from None
+            self._decode(session, payload, terms, value, into)
+        except FrameError:
+            self._torn = False  # nothing was written
+            raise
         if restarts:
             predictor.clear()
         predictor.advance(value, terms)
@@ -276,8 +312,25 @@ class StreamDecoder(StreamState):
             session.prepare()
         return value
 
+    def _decode(self, session: Session, payload: Tensor, terms: Terms, value: Tensor, into: Tensor | None) -> None:
+        """Decode a payload whose bytes are right to ``value`` and, where that is asked for, to ``into``."""
+        try:
+            if into is None:
+                session.decode(payload, terms, value)
+            else:
+                session.decode_twice(payload, terms, value, into)
+        except PayloadError as error:
+            raise FrameError(f"{self.where}: {error}. Nothing was applied; {RESET}") from None
+        self.wrote = into is not None
+
     def _take_key(
-        self, payload: Tensor, header: Header, codec: Codec, hint: MatrixView | None, refuse_state: bool
+        self,
+        payload: Tensor,
+        header: Header,
+        codec: Codec,
+        hint: MatrixView | None,
+        refuse_state: bool,
+        into: Tensor | None,
     ) -> Tensor | None:
         """The value of a keyframe, now the history; ``None`` if its sender could not code it."""
         numel, dtype = header.numel, header.dtype
@@ -288,10 +341,7 @@ class StreamDecoder(StreamState):
             return None
         else:
             value = torch.empty(numel, dtype=dtype, device=payload.device)
-            try:
-                coded.open(blocks(numel), dtype, payload.device).decode(payload, (), value)
-            except PayloadError as error:
-                raise FrameError(f"{self.where}: {error}. Nothing was applied; {RESET}") from None
+            self._decode(coded.open(blocks(numel), dtype, payload.device), payload, (), value, into)
         self.refused = bool(header.flags & NO_STATE)
         if header.flags & (NONFINITE | NO_STATE) or refuse_state:
             self.sequence += 1

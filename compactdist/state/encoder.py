@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -48,9 +49,9 @@ def _bounded(residual: Tensor) -> Tensor:
     return residual.clamp(-limit, limit)
 
 
-def _room_for_frame(place: tuple[int, int, int], device: torch.device) -> Room:
+def _room_for_frame(place: tuple[Any, ...], device: torch.device) -> Room:
     """A frame whose bytes are yet to be written; ``place``: how many there are, where the payload begins and ends."""
-    nbytes, start, end = place
+    nbytes, start, end = place[:3]
     frame = torch.empty(nbytes, dtype=torch.uint8, device=device)
     if nbytes > end:
         frame[end:].zero_()
@@ -106,6 +107,15 @@ class StreamEncoder(StreamState):
             return self.relay.source.codec_memory
         return super().codec_memory
 
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """As for any stream; a predictor shared with an incoming stream stays with that one."""
+        if self._own_predictor is not None:
+            self._own_predictor.move(to)
+        if self.relay is not None and self.relay.shared:
+            self._move_codec_memory(to)
+        else:
+            super().move(to)
+
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
         if self.relay is not None:
@@ -156,7 +166,8 @@ class StreamEncoder(StreamState):
         flat = x.detach().reshape(-1)
         if keyframe or codec.lossless:
             return self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, shape, own_bytes)
-        return self._stage_residual(flat, codec, step, epoch, frame_nbytes, want_value, shape, row_weights)
+        form = self._form_for(flat, codec)
+        return self._stage_residual(flat, codec, form, step, epoch, frame_nbytes, want_value, shape, row_weights)
 
     def _stage_payload(
         self, x: Tensor, codec: Codec, payload: Tensor, frame_nbytes: int | None = None, **fields: Any
@@ -209,26 +220,29 @@ class StreamEncoder(StreamState):
         staged.value, staged.exact = value, exact
         return staged
 
+    def _form_for(self, flat: Tensor, codec: Codec) -> Form:
+        """What a residual of the tensor shares with those before it.
+
+        Raises:
+            LayoutError: no keyframe of this size and dtype came before it.
+        """
+        if self.live != (flat.numel(), flat.dtype):
+            raise LayoutError(f"{self.where}: a residual needs a keyframe of the same size and dtype before it")
+        form = self._form
+        return self.form(codec, flat.device) if form is None or form.codec is not codec else form
+
     def _stage_residual(
         self,
         flat: Tensor,
         codec: Codec,
+        form: Form,
         step: int,
         epoch: int,
         frame_nbytes: int | None,
         want_value: bool,
-        shape: tuple[int, ...] | None,
-        row_weights: Tensor | None,
+        shape: tuple[int, ...] | None = None,
+        row_weights: Tensor | None = None,
     ) -> Staged:
-        if self.live != (flat.numel(), flat.dtype):
-            raise LayoutError(f"{self.where}: a residual needs a keyframe of the same size and dtype before it")
-        form = self._form
-        if form is None or form.codec is not codec:
-            form = self.form(codec, flat.device)
-        if form.frames is not None and self._searched_there(form) and shape is None and row_weights is None:
-            staged = self._stage_there(flat, form, form.frames, step, epoch, frame_nbytes, want_value)
-            if staged is not None:
-                return staged
         if self._there is not None:
             self.known_digest()
         session, own = form.session, self._own_predictor
@@ -294,10 +308,6 @@ class StreamEncoder(StreamState):
             raise
         return True
 
-    def _searched_there(self, form: Form) -> bool:
-        """Whether the next frame announces nothing, so that its receiver need not look into it."""
-        return (self._searched or bool(form.head.header.layout)) and self._own_predictor is None
-
     def _stage_there(
         self,
         flat: Tensor,
@@ -307,31 +317,37 @@ class StreamEncoder(StreamState):
         epoch: int,
         frame_nbytes: int | None,
         want_value: bool,
+        queue: int,
     ) -> Staged | None:
-        """The residual's frame, made by the device without the host's waiting; ``None``: it has to be made here."""
+        """The residual's frame, made by the device without the host's waiting; ``None``: it has to be made here.
+
+        It announces nothing, so that its receiver need not look into it.
+        """
         steps, there = form.session.device_steps, self._there
-        if steps is None or there is None:
+        if steps is None or there is None or self._own_predictor is not None:
+            return None
+        if not (self._searched or form.head.header.layout):
             return None
         if self.announce_keyframe:
             raise ConfigError(
                 f"{self.where}: a keyframe cannot be announced in a frame that is made on {flat.device}, for its "
                 "receiver does not look into it: call reset() on all ranks instead"
             )
-        frame, payload = empty_frame(HEADER_NBYTES, form.session.payload_nbytes, frame_nbytes, flat.device)
-        there.follow(self.predictor.held)
+        spares, device = self._spares or Spares(), flat.device
+        place = frame_nbytes or form.frame_nbytes, HEADER_NBYTES, form.frame_nbytes, device, queue
+        room = spares.rooms.pop(place, None) or _room_for_frame(place, device)
+        if queue != there.queue:
+            there.follow(self.predictor, queue)
         terms, value = self.predictor.terms(), None
         if want_value or self._remembers:
-            value = (self._spares or Spares()).take(flat)
-        flag = frames.flag()
-        try:
-            made = steps.encode(flat, terms, value, payload, flag=flag)
-        except BaseException:
-            flag.zero_()  # the next frame must not be taken for one of values that are not finite
-            raise
-        if not made:
+            value = spares.take(flat, queue)
+        call = step, epoch, self.sequence, there.source, self.digest
+        if not frames.send(steps, flat, terms, value, room.whole, room.views[0], there.pair, call, queue):
             return None
-        frames.seal(frame, flag, there.pair, (step, epoch, self.sequence), there.source, self.digest)
-        return Staged(frame, form.head.header, 0, value, terms, session=form.session, there=True)
+        return Staged(
+            room.whole, form.head.header, 0, value, terms,
+            session=form.session, there=True, room=room, lends=not want_value,
+        )  # fmt: skip
 
     def _announces_rate(
         self, staged: Staged, steers: StreamRate, codec: Codec, flat: Tensor, step: int, epoch: int
@@ -404,8 +420,11 @@ class StreamEncoder(StreamState):
         refuse_state: bool = False,
         want_value: bool = False,
         own_bytes: bool = False,
+        queue: int | None = None,
     ) -> tuple[Staged, NonFiniteError | None]:
         """As ``stage``, but a tensor that is not finite gives a flagged frame: peers wait for one of the agreed size.
+
+        ``queue``: ``kernels.queue_of`` the tensor's device, where the caller has asked.
 
         Returns:
             The frame, and the error to raise once the frame is on its way, or ``None``.
@@ -413,11 +432,16 @@ class StreamEncoder(StreamState):
         flat, keyframe = x if x.dim() == 1 else x.reshape(-1), keyframe or codec.lossless
         try:
             if keyframe:
-                staged = self._stage_key(
-                    flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, None, own_bytes
-                )
-            else:
-                staged = self._stage_residual(flat, codec, step, epoch, frame_nbytes, want_value, None, None)
+                key = self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, None, own_bytes)
+                return key, None
+            form, staged = self._form, None
+            if form is None or form.codec is not codec or self.live != (flat.numel(), flat.dtype):
+                form = self._form_for(flat, codec)
+            if form.frames is not None:
+                queue = kernels.queue_of(flat.device) if queue is None else queue
+                staged = self._stage_there(flat, form, form.frames, step, epoch, frame_nbytes, want_value, queue)
+            if staged is None:
+                staged = self._stage_residual(flat, codec, form, step, epoch, frame_nbytes, want_value)
             return staged, None
         except NonFiniteError as error:
             # a traceback would keep the caller's tensors and works alive
@@ -438,12 +462,13 @@ class StreamEncoder(StreamState):
         if staged.session is not None:
             staged.session.rollback()
 
-    def commit(self, staged: Staged, hint: MatrixView | None = None) -> None:
+    def commit(self, staged: Staged, hint: MatrixView | None = None, queue: int | None = None) -> None:
         """Make the state change that the receiver makes when it decodes the frame.
 
         Args:
             staged: the frame, which is on its way.
             hint: matrix view that a layout hint gives the stream when it starts.
+            queue: ``kernels.queue_of`` the frame's device, where the caller has asked.
         """
         header = staged.header
         flags = header.flags
@@ -461,8 +486,10 @@ class StreamEncoder(StreamState):
             self.digest = 0
             if self.relay is not None:
                 self.relay.owes_key = False
-        if staged.there:
-            self.moved_on_there()
+        there = self._there
+        if staged.there and there is not None:
+            self.sequence += 1
+            there.source = 1 if there.source == 0 else 0  # the next frame reads what this one wrote
         else:
             self.moved_on(staged.checksum)
         if staged.searched:
@@ -471,8 +498,8 @@ class StreamEncoder(StreamState):
             if flags & RESTART:
                 self.predictor.clear()
             unused = self.predictor.advance(staged.value, staged.terms)
-            if unused is not None and self._spares is not None:
-                self._spares.give(unused)
+            if unused is not None and self._spares is not None and (unused is not staged.value or staged.lends):
+                self._spares.give(unused, queue)
         if self._own_predictor is not None and staged.exact is not None:
             self._own_predictor.advance(staged.exact, ())
         if staged.session is not None and staged.session.remembers:
@@ -480,7 +507,8 @@ class StreamEncoder(StreamState):
             staged.session.prepare()
         if staged.next_view is not None:
             self._use(staged.next_view)
-        self.follow_rate(header)
+        if header.next_rate:
+            self._change_rate(header.next_rate)
         if header.next_kind:
             self.announce_keyframe = False
             self.keyframe_announced = True

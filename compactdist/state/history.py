@@ -54,6 +54,10 @@ class Cell(Protocol):
         """Forget."""
         ...
 
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Keep what ``to`` makes of each tensor instead of the tensor: the same bytes elsewhere."""
+        ...
+
     @property
     def held(self) -> tuple[Tensor, ...]:
         """The tensors that are kept."""
@@ -77,7 +81,7 @@ class ExactCell:
         return self.value
 
     def put(self, value: Tensor, last: Tensor | None) -> Tensor | None:
-        """Remember ``value``; returns the tensor kept before, if ``value`` itself is kept now."""
+        """Remember ``value``; returns the tensor kept before, or ``value`` if that was copied."""
         last = self.value
         if last is value:
             return None
@@ -85,11 +89,16 @@ class ExactCell:
             self.value = value
             return last
         last.copy_(value)
-        return None
+        return value
 
     def clear(self) -> None:
         """Forget."""
         self.value = None
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Keep a copy of the tensor that lies elsewhere."""
+        if self.value is not None:
+            self.value = to(self.value)
 
     @property
     def held(self) -> tuple[Tensor, ...]:
@@ -171,6 +180,10 @@ class Predictor(ABC):
     def clear(self) -> None:
         """Forget everything."""
 
+    @abstractmethod
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Keep what ``to`` makes of each tensor in ``held``, in that order: the same bytes elsewhere."""
+
     @property
     @abstractmethod
     def held(self) -> tuple[Tensor, ...]:
@@ -200,6 +213,9 @@ class Memoryless(Predictor):
     def clear(self) -> None:
         pass
 
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        pass
+
     @property
     def held(self) -> tuple[Tensor, ...]:
         return ()
@@ -225,6 +241,9 @@ class LastValue(Predictor):
     def clear(self) -> None:
         self._base.clear()
 
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        self._base.move(to)
+
     @property
     def held(self) -> tuple[Tensor, ...]:
         return self._base.held
@@ -249,7 +268,8 @@ class ExactLastValue(LastValue):
         if last is value:
             return None
         if last is not None and not value.is_cpu:
-            return self._cell.put(value, last)
+            last.copy_(value)  # as ``ExactCell.put`` does, in one Python call less
+            return value
         self._cell.value = value
         return last
 
@@ -289,6 +309,10 @@ class DampedVelocity(Predictor):
     def clear(self) -> None:
         self._base.clear()
         self._velocity.clear()
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        self._base.move(to)
+        self._velocity.move(to)
 
     @property
     def held(self) -> tuple[Tensor, ...]:

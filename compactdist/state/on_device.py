@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor
 
+from compactdist import kernels
+from compactdist.state.history import Predictor
 from compactdist.wire import MASK64
 
 __all__ = ["DeviceDigest"]
@@ -19,37 +18,35 @@ class DeviceDigest:
 
     Attributes:
         pair: int64 ``[2]``.
-        source: which of them the next frame is made against; ``FROM_HOST``: the host knows the digest.
+        source: which of them the next frame is made against; ``FROM_HOST``: the host knows the digest. Once a frame is
+            part of the history, the next one reads what that one wrote: the other, the second after ``FROM_HOST``.
+        queue: CUDA stream that worked on the history last, as ``kernels.queue_of`` gives it; ``None``: none yet.
     """
 
-    __slots__ = ("_queue", "pair", "source")
+    __slots__ = ("pair", "queue", "source")
 
     def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(False):
             self.pair = torch.zeros(2, dtype=torch.int64, device=device)
         self.source = FROM_HOST
-        self._queue: torch.cuda.Stream | None = None
+        self.queue: int | None = None
 
     @property
     def on_device(self) -> bool:
         """Whether only the device knows the digest."""
         return self.source != FROM_HOST
 
-    def flip(self) -> None:
-        """The frame is part of the history: the next one reads what it wrote (the first, after the host's digest)."""
-        self.source = 1 if self.source == 0 else 0
-
     def read(self) -> int:
         """The digest, once the device has it."""
         return int(self.pair[self.source]) & MASK64
 
-    def follow(self, held: Iterable[Tensor]) -> None:
-        """Let the current CUDA stream wait for the one that worked on the history before, if it is another one."""
-        if not self.pair.is_cuda:
+    def follow(self, predictor: Predictor, now: int) -> None:
+        """Let the current CUDA stream wait for the one that worked on the history before, which is another one."""
+        before, self.queue = self.queue, now
+        device = self.pair.device
+        if before is None or device.type != "cuda":
             return
-        now = torch.cuda.current_stream(self.pair.device)
-        if self._queue is not None and self._queue != now:
-            now.wait_stream(self._queue)
-            for tensor in held:
-                tensor.record_stream(now)
-        self._queue = now
+        stream = torch.cuda.current_stream(device)
+        stream.wait_stream(kernels.stream_of(before, device))
+        for tensor in predictor.held:
+            tensor.record_stream(stream)

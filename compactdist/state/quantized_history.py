@@ -12,7 +12,7 @@ to the bit, whatever devices they run on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,12 +21,25 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compactdist.codecs.scalar.fp8 import encode_units, unit_levels
+from compactdist.kernels import Rounding, rounding_for
 from compactdist.kernels import reference as kernels
 from compactdist.state.history import ExactCell, ExactLastValue, LastValue, Order, Predictor, predictor_class
 
-__all__ = ["BLOCK", "STATE_FORMS", "QuantizedCell", "StateForm", "make_predictor", "quantize", "state_copy_nbytes"]
+__all__ = [
+    "BLOCK",
+    "CODES",
+    "LARGEST_CODE",
+    "STATE_FORMS",
+    "EightBits",
+    "QuantizedCell",
+    "StateForm",
+    "make_predictor",
+    "quantize",
+    "state_copy_nbytes",
+]
 
 StateForm = Literal["exact", "int8", "fp8"]
+EightBits = Literal["int8", "fp8"]
 STATE_FORMS: tuple[StateForm, ...] = ("exact", "int8", "fp8")
 
 BLOCK = 128
@@ -34,7 +47,11 @@ BLOCK = 128
 
 _CPU_PART = BLOCK << 9
 _SMALLEST_SCALE = 2.0**-87  # products stay normal floats, so machines that flush subnormals agree with the others
-_LARGEST_CODE = {"int8": 127.0, "fp8": 448.0 * 2**9}  # of fp8 (E4M3) in units of its smallest subnormal, 2**-9
+CODES: dict[EightBits, torch.dtype] = {"int8": torch.int8, "fp8": torch.uint8}
+LARGEST_CODE: dict[EightBits, float] = {
+    "int8": 127.0,
+    "fp8": 448.0 * 2**9,
+}  # of fp8 (E4M3) in units of its smallest subnormal, 2**-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +76,11 @@ class Quantized:
         limit = torch.finfo(self.dtype).max
         if out is None:
             out = torch.empty(self.codes.numel(), dtype=self.dtype, device=self.codes.device)
+        form: EightBits = "int8" if self.codes.dtype == torch.int8 else "fp8"
+        rounding = _rounding(form, self.codes.numel(), self.dtype, self.codes.device)
+        if rounding is not None and out.is_contiguous():
+            rounding.dequantize(self.codes, self.scales, out)
+            return out
         with torch.inference_mode():  # an ``out`` made in this mode can be written to in this mode only
             for elements, blocks in _parts(self.codes):
                 codes = self.codes[elements]
@@ -86,8 +108,13 @@ def _parts(flat: Tensor) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(start // BLOCK, -(-end // BLOCK))
 
 
+def _rounding(form: EightBits, numel: int, dtype: torch.dtype, device: torch.device) -> Rounding | None:
+    """What does it in one launch, without a tensor of float32; ``None``: torch's operations do it."""
+    return rounding_for(numel, dtype, CODES[form], LARGEST_CODE[form], device)
+
+
 @torch.no_grad()
-def quantize(values: Tensor, form: Literal["int8", "fp8"], dtype: torch.dtype) -> Quantized:
+def quantize(values: Tensor, form: EightBits, dtype: torch.dtype) -> Quantized:
     """Round a flat, finite tensor to eight bits for each element.
 
     The scale of a block is its largest magnitude over the largest level, rounded up to bfloat16; zero where that is
@@ -98,17 +125,23 @@ def quantize(values: Tensor, form: Literal["int8", "fp8"], dtype: torch.dtype) -
         form: ``"int8"``: 127 equal steps to each side; ``"fp8"``: E4M3, a constant relative error over six decades.
         dtype: of the tensor that :meth:`Quantized.dequantize` returns.
     """
-    codes = torch.empty(values.numel(), dtype=torch.int8 if form == "int8" else torch.uint8, device=values.device)
+    codes = torch.empty(values.numel(), dtype=CODES[form], device=values.device)
     scales = torch.empty(-(-values.numel() // BLOCK), dtype=torch.bfloat16, device=values.device)
+    rounding = _rounding(form, values.numel(), values.dtype, values.device)
+    if rounding is not None:
+        rounding.quantize(values, codes, scales)
+        return Quantized(codes, scales, dtype)
     for elements, blocks in _parts(values):
         codes[elements], scales[blocks] = _quantize(values[elements], form)
     return Quantized(codes, scales, dtype)
 
 
-def _quantize(values: Tensor, form: Literal["int8", "fp8"]) -> tuple[Tensor, Tensor]:
+def _quantize(values: Tensor, form: EightBits) -> tuple[Tensor, Tensor]:
     """Codes ``[numel]`` and scales ``[ceil(numel / 128)]``, which are bfloat16 values in float32."""
     blocks = _in_blocks(values.float())
-    scales = kernels.round_bf16(blocks.abs().amax(1, keepdim=True) / _LARGEST_CODE[form], up=True)
+    # A tensor: a GPU multiplies by the inverse of a divisor that is a number, and so rounds twice.
+    largest = torch.full((), LARGEST_CODE[form], device=values.device)
+    scales = kernels.round_bf16(blocks.abs().amax(1, keepdim=True) / largest, up=True)
     scales = torch.where(scales < _SMALLEST_SCALE, torch.zeros_like(scales), scales)
     inverse = kernels.divide_or_zero(torch.ones_like(scales), scales)
     levels = (blocks * inverse).view(-1)[: values.numel()]
@@ -131,8 +164,8 @@ class QuantizedCell:
 
     __slots__ = ("_form", "_kept")
 
-    def __init__(self, form: Literal["int8", "fp8"]) -> None:
-        self._form: Literal["int8", "fp8"] = form
+    def __init__(self, form: EightBits) -> None:
+        self._form: EightBits = form
         self._kept: Quantized | None = None
 
     def read(self) -> Tensor | None:
@@ -147,6 +180,11 @@ class QuantizedCell:
     def clear(self) -> None:
         """Forget."""
         self._kept = None
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Keep copies of codes and scales that lie elsewhere."""
+        if self._kept is not None:
+            self._kept = Quantized(to(self._kept.codes), to(self._kept.scales), self._kept.dtype)
 
     @property
     def held(self) -> tuple[Tensor, ...]:

@@ -31,6 +31,8 @@ _MARGIN = 1.12
 """A lower rate must promise an error this much below what is allowed, and one that misses by less is kept: 0.5 dB."""
 _ROOM = 2.5
 """By how much, at most, one step may be better or worse than the target, to make up for others."""
+_SETTLES_AFTER = 16
+"""Residuals until errors above the target may make up for all that was gained before."""
 _HOPELESS = 6.0
 """Errors count as at most so many times the target when others make up for them."""
 _FORGET = 0.98
@@ -240,11 +242,17 @@ class StreamRate:
         return max(0.1 * measured.residual, measured.residual - before) / measured.energy
 
     def _growth(self, number: int) -> float:
-        """How much larger the next residual will be, if the request goes as the last one did."""
+        """How much larger the next residual will be: as in the last request, or with room for what is not known yet."""
         told = self._told
-        if not 0 < number < len(told) or told[number - 1] <= 0:
+        if not self._is_told(number):
+            return 1.0 + 1.0 / max(1, number)
+        if number == 0 or told[number - 1] <= 0:
             return 1.0
         return min(4.0, max(0.25, told[number] / told[number - 1]))
+
+    def _is_told(self, number: int) -> bool:
+        """Whether the last request had a residual of this number."""
+        return number < len(self._told)
 
     def _learnt(self, measured: Measured | None) -> list[float]:
         """What each rate leaves of a residual, in decibels, after this one too."""
@@ -291,7 +299,9 @@ class StreamRate:
         if last is None or last.energy <= 0:
             return asked
         left = (asked * (energy + last.energy) - error) / last.energy
-        return max(asked / _ROOM, min(asked * _ROOM, left))
+        number = len(self.changes) + (measured is not None)
+        room = _ROOM if self._is_told(number) else 1 + (_ROOM - 1) * min(1.0, number / _SETTLES_AFTER)
+        return max(asked / _ROOM, min(asked * room, left))
 
     def sent(self, measured: Measured | None, wire_bytes: int, next_rate: int = 0) -> None:
         """Count a frame that is on its way.

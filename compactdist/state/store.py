@@ -9,6 +9,8 @@ from typing import Any
 from compactdist.state.board import Board
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
+from compactdist.state.offload import Offload
+from compactdist.state.offloaded import Offloaded, Queues
 from compactdist.state.rate import RateControl
 from compactdist.state.stream import Changes, Spares, StreamConfig
 from compactdist.wire import stream_fingerprint
@@ -21,6 +23,7 @@ class Site:
 
     Attributes:
         key: the site key.
+        label: names group, rank and site in error messages.
         fingerprint: names the site's streams in frames.
         encoders, decoders: streams to and from peers (group ranks).
         changes: counts the changes of the streams that outdate a plan.
@@ -28,6 +31,8 @@ class Site:
         refused: peers with which no history is kept for lack of budget; :data:`ALL` for the whole site.
         reserved: bytes of budget taken per peer (or :data:`ALL`).
         pending: exchanges issued and not yet decoded.
+        offloaded: what of its state lies in host memory (``state_offload``), or ``None``.
+        queues: the CUDA streams that work on its state, known where it may be offloaded.
         lock: held while an exchange of this site is waited for and decoded.
     """
 
@@ -50,7 +55,7 @@ class Site:
         self._rank = rank
         self.fingerprint = fingerprint
         self._config = config
-        self._label = label
+        self.label = label
         self._spares = spares
         self.changes = Changes()
         self.plan: Any = None
@@ -59,6 +64,8 @@ class Site:
         self.refused: set[int] = set()
         self.reserved: dict[int, tuple[object, int]] = {}
         self.pending: deque[Any] = deque()
+        self.offloaded: Offloaded | None = None
+        self.queues = Queues()
         self.lock = threading.RLock()
 
     def encoder(self, peer: int) -> StreamEncoder:
@@ -66,7 +73,7 @@ class Site:
         found = self.encoders.get(peer)
         if found is None:
             to = "all ranks" if peer == self._rank else f"rank {peer}"
-            where = f"{self._label}, sending to {to}"
+            where = f"{self.label}, sending to {to}"
             found = self.encoders[peer] = StreamEncoder(
                 self._config, self.fingerprint, where, self._spares, self.changes, self._board
             )
@@ -78,17 +85,31 @@ class Site:
         """The stream from ``peer``."""
         found = self.decoders.get(peer)
         if found is None:
-            where = f"{self._label}, frame from rank {peer}"
+            where = f"{self.label}, frame from rank {peer}"
             found = self.decoders[peer] = StreamDecoder(
-                self._config, self.fingerprint, where, self._spares, self.changes, self._board
+                self._config, self.fingerprint, where, self.changes, self._board
             )
         return found
 
     @property
+    def streams(self) -> tuple[StreamEncoder | StreamDecoder, ...]:
+        """All streams, those to peers first."""
+        return (*self.encoders.values(), *self.decoders.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of tensors held for this site, wherever they lie."""
+        return sum(stream.state_bytes for stream in self.streams)
+
+    @property
     def state_bytes(self) -> int:
-        """Bytes of tensors held for this site."""
-        streams = (*self.encoders.values(), *self.decoders.values())
-        return sum(stream.state_bytes for stream in streams)
+        """Bytes of tensors held for this site where its calls use them, so without those that were offloaded."""
+        return self.held_bytes - self.offloaded_bytes
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of this site's tensors that lie in host memory until its next call."""
+        return 0 if self.offloaded is None else self.offloaded.nbytes
 
     def drop(self, peer: int) -> None:
         """Forget the history shared with ``peer`` (or all)."""
@@ -108,9 +129,10 @@ class StateStore:
         group: name of the group, equal on all ranks; frames of another group are refused.
         rank: this rank; ``None`` outside a group.
         control: chooses rates for a target; ``None``: nobody does.
+        offload: takes what goes beyond the budget to host memory, so that no history is refused; ``None``: nobody does.
 
     Attributes:
-        control: as given.
+        control, offload: as given.
         known: all sites by key, for reading only.
         board: what streams report from a device.
         spares: buffers for the next reconstructions, one of each size for all sites. They hold no history and do not
@@ -125,10 +147,12 @@ class StateStore:
         group: str = "",
         rank: int | None = None,
         control: RateControl | None = None,
+        offload: Offload | None = None,
     ) -> None:
         self.config = config
         self._rank = rank
         self.control = control
+        self.offload = offload
         self._label = label
         self._group = group
         self._described = repr(config)
@@ -155,6 +179,10 @@ class StateStore:
         """The site of this key, if there is one."""
         return self.known.get(key)
 
+    def knows(self, site: Site) -> bool:
+        """Whether a site was not forgotten since it was made."""
+        return self.known.get(site.key) is site
+
     def sites(self) -> list[Site]:
         """All sites, in order of first use."""
         with self._lock:
@@ -171,13 +199,17 @@ class StateStore:
             force: take the amount even beyond the cap, where only the other end could have refused.
 
         Returns:
-            Whether the amount was taken; ``False``: it would go beyond the cap.
+            Whether the amount was taken; ``False``: it would go beyond the cap. A site that was forgotten takes
+            nothing: what is still under way for it is gone once that is finished.
         """
         with self._lock:
+            if not self.knows(site):
+                return True
             old, held = site.reserved.get(peer, (None, 0))
             if old == what:
                 return True
-            beyond = self.budget_bytes is not None and self._reserved - held + nbytes > self.budget_bytes
+            capped = self.budget_bytes is not None and self.offload is None
+            beyond = capped and self._reserved - held + nbytes > (self.budget_bytes or 0)
             if beyond and not force:
                 return False
             self._reserved += nbytes - held
@@ -204,6 +236,8 @@ class StateStore:
                 self._reserved -= sum(nbytes for _, nbytes in site.reserved.values())
                 site.reserved.clear()
                 site.plan = None  # which refers to the site: histories would stay until the garbage collector comes
+                if self.offload is not None:
+                    self.offload.forget(site)
             self.spares.clear()
             if self.control is not None and prefix is None:
                 self.control.restart()
@@ -218,5 +252,9 @@ class StateStore:
         return {key: "-".join(map(str, sorted({min(rates), max(rates)}))) for key, rates in found.items()}
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes held per key."""
+        """Bytes held per key, without those that were offloaded."""
         return {site.key: site.state_bytes for site in self.sites()}
+
+    def offloaded_bytes(self) -> dict[str, int]:
+        """Bytes in host memory per key, of the sites that have some there."""
+        return {site.key: site.offloaded_bytes for site in self.sites() if site.offloaded is not None}

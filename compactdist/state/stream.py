@@ -6,6 +6,7 @@ so that either end can tell the size of the next frame before it arrives.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -160,20 +161,16 @@ def keyframe_codec(keyframe: str | dict[str, Any] | Codec) -> Codec | None:
     return None if codec.lossless else codec
 
 
-def _queue(x: Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream
-
-
 class Room(NamedTuple):
     """Memory for frames.
 
     Attributes:
-        place: under which ``Spares.rooms`` has it.
+        place: under which ``Spares.rooms`` has it; on a GPU with device and CUDA stream, whose work may still use it.
         whole: 1-D uint8.
         views: of the whole.
     """
 
-    place: tuple[int, ...]
+    place: tuple[Any, ...]
     whole: Tensor
     views: tuple[Tensor, ...]
 
@@ -182,31 +179,38 @@ class Spares:
     """Buffers that reconstructions are written to: at most one of each size, shared by the streams of a group.
 
     A sender writes the next reconstruction beside the last one, since a staged frame must not change the history; when
-    the frame is committed, the last one becomes the spare buffer. A receiver on a CPU does the same while it sums up a
-    payload. On a GPU a buffer stays with its CUDA stream, whose work may still read it.
+    the frame is committed, the last one becomes the spare buffer. On a GPU a buffer stays with its CUDA stream, whose
+    work may still read it.
 
     Attributes:
-        rooms: memory for frames on a CPU, with the views of it that a call needs, by what the views are. Whoever takes
-            one removes it, and puts it back once the call is done.
+        rooms: memory for frames, with the views of it that a call needs, by what the views are. Whoever takes one
+            removes it, and puts it back once the call is done.
     """
 
     def __init__(self) -> None:
         self._held: dict[tuple[int, torch.dtype, torch.device, int], Tensor] = {}
-        self.rooms: dict[tuple[int, ...], Room] = {}
+        self.rooms: dict[tuple[Any, ...], Room] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers that lie ready; those for frames are not among them."""
         return sum(held.nbytes for held in tuple(self._held.values()))
 
-    def take(self, like: Tensor) -> Tensor:
-        """A flat buffer of as many elements as ``like``, same dtype and device, its contents undefined."""
-        held = self._held.pop((like.numel(), like.dtype, like.device, like.is_cuda and _queue(like)), None)
+    def take(self, like: Tensor, queue: int | None = None) -> Tensor:
+        """A flat buffer of as many elements as ``like``, same dtype and device, its contents undefined.
+
+        ``queue``: ``kernels.queue_of`` the device, where the caller has asked.
+        """
+        if queue is None:
+            queue = 0 if like.is_cpu else kernels.queue_of(like.device)
+        held = self._held.pop((like.numel(), like.dtype, like.device, queue), None)
         return torch.empty(like.numel(), dtype=like.dtype, device=like.device) if held is None else held
 
-    def give(self, buffer: Tensor) -> None:
-        """Take back a buffer that nobody reads any more."""
-        self._held[buffer.numel(), buffer.dtype, buffer.device, buffer.is_cuda and _queue(buffer)] = buffer
+    def give(self, buffer: Tensor, queue: int | None = None) -> None:
+        """Take back a buffer that nobody reads any more; ``queue`` as in :meth:`take`."""
+        if queue is None:
+            queue = 0 if buffer.is_cpu else kernels.queue_of(buffer.device)
+        self._held[buffer.numel(), buffer.dtype, buffer.device, queue] = buffer
 
     def clear(self) -> None:
         """Let go of all buffers."""
@@ -265,6 +269,7 @@ class Staged:
         there: made on a device, which alone knows checksum, digest and whether the residual was finite.
         measured: of a residual whose rates are chosen by what was measured, or ``None``.
         room: memory of the frame that another may use once this one has been sent; ``None``: it is this frame's own.
+        lends: nobody needs ``value`` once it was copied into the history.
     """
 
     frame: Tensor
@@ -279,6 +284,7 @@ class Staged:
     there: bool = False
     measured: Measured | None = None
     room: Room | None = None
+    lends: bool = False
 
 
 class Changes:
@@ -369,6 +375,15 @@ class StreamState:
         """What the codec remembers that decoding depends on; the stream's other end holds the same."""
         return () if self._form is None else self._form.session.shared_memory
 
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Keep what ``to`` makes of each tensor held by this end: the same bytes on another device."""
+        self.predictor.move(to)
+        self._move_codec_memory(to)
+
+    def _move_codec_memory(self, to: Callable[[Tensor], Tensor]) -> None:
+        if self._form is not None:
+            self._form.session.move(to)
+
     def is_fresh(self, numel: int, dtype: torch.dtype) -> bool:
         """Whether the stream holds no history for such a tensor, so that its next frame must be a keyframe."""
         return self.live != (numel, dtype) or self.keyframe_announced
@@ -444,7 +459,7 @@ class StreamState:
     def _frames_on(self, device: torch.device, session: Session, head: HeadTemplate) -> kernels.Frames | None:
         """What seals or checks the frames of the form on the device, if a group looks at its board."""
         made, board = kernels.frames_for(device), self._board
-        if made is None or board is None or session.device_steps is None or session.payload_nbytes % 4:
+        if made is None or board is None or session.payload_nbytes % 4 or session.device_steps is None:
             return None
         if self.config.predictor.adapts:
             return None  # the sender's host chooses each frame's coefficient, and the receiver's reads it
@@ -478,12 +493,6 @@ class StreamState:
         """Count a frame whose payload has become part of the history."""
         self.sequence += 1
         self.digest = ((self.digest ^ checksum) * DIGEST_FACTOR + 1) & MASK64
-
-    def moved_on_there(self) -> None:
-        """Count a frame that the device has made part of the history."""
-        assert self._there is not None
-        self.sequence += 1
-        self._there.flip()
 
     def known_digest(self) -> int:
         """The digest on the host; waits for the device if only that knows it."""

@@ -333,7 +333,7 @@ def test_a_shared_history_needs_no_budget(forward):
         return g.stats().state_bytes, g.stats().passed_reasons
 
     # two streams come in and two go out, of which one shares: that leaves room for the sender of a third
-    assert run_ranks(body, 3) == [(5 * 4 * N, {}) if forward else (4 * 4 * N, {"state-budget": 1})] * 3
+    assert run_ranks(body, 3) == [(5 * 4 * N, {}) if forward else (4 * 4 * N, {"state-budget-pair": 1})] * 3
 
 
 def test_nan_in_a_ring_ends_with_an_error_and_heals():

@@ -93,6 +93,18 @@ def test_an_exchange_in_flight_across_a_reset_gives_nothing_back_twice():
     assert s.reserve(s.site("b"), Site.ALL, "x", 100)
 
 
+def test_an_exchange_in_flight_across_a_reset_takes_nothing_either():
+    """A receive posted before a reset reserves when its frame is decoded, which nothing would give back."""
+    s = store(100)
+    a = s.site("a")
+    s.reset()
+    assert s.reserve(a, 1, "x", 100, force=True)
+    again = s.site("a")
+    assert s.reserve(a, 2, "x", 100)
+    assert s.reserve(again, 1, "x", 100)
+    assert not s.reserve(again, 2, "x", 1)
+
+
 def test_reset_of_a_prefix():
     s = store(100)
     keys = ["cond/a#0", "cond/deep/a#0", "condition/a#0", "uncond/a#0", "cond"]
