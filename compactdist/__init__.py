@@ -17,10 +17,11 @@ from compactdist.group.process_group import CompressedProcessGroup
 from compactdist.group.wrap import unwrap, unwrap_mesh, wrap, wrap_mesh
 from compactdist.observe.record import Recording, record
 from compactdist.observe.stats import Stats
-from compactdist.policy import CallInfo, Rule, Rules
+from compactdist.policy import Answer, CallInfo, Rule, Rules
 from compactdist.state import Layout
 
 __all__ = [
+    "Answer",
     "CallInfo",
     "CompactDistError",
     "CompressedProcessGroup",

@@ -12,12 +12,14 @@ import torch
 from compactdist import codecs, kernels
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
-from compactdist.policy import CallInfo, Policy, Rule, Rules, as_policy, describe_policy
+from compactdist.policy import Answer, CallInfo, Mode, Policy, Rule, Rules, as_policy, check_mode, describe_policy
 from compactdist.state import (
     DEFAULT_KEYFRAME,
+    STATE_OFFLOADS,
     Layout,
     Order,
     StateForm,
+    StateOffload,
     StreamConfig,
     Target,
     check_steered,
@@ -47,6 +49,9 @@ class Options:
             predicts from its own values and errors add up.
         local: ``"reconstructed"``: an all-gather gives every rank the same bytes; ``"exact"``: a rank's own
             chunk stays exact.
+        mode: ``"wait"``: an all-gather's outputs hold what arrived; ``"predict-now"``: they hold, at once, what the
+            histories predict, and what arrives corrects the next prediction (:mod:`compactdist.exchange.predicted`).
+            Other operations wait in either mode.
         min_numel: messages with fewer elements pass through.
         layouts: hints for the matrix view of flat buffers: a mapping from globs over site keys to :class:`Layout`, or a
             function of :class:`CallInfo`.
@@ -62,9 +67,17 @@ class Options:
             takes where no codec is named. Each rank chooses for what it sends, so ranks may differ.
         forward: a received tensor that is sent again untouched goes on in the frame it arrived in, instead of being
             encoded once more (:mod:`compactdist.exchange.forward`). The sender alone decides, so ranks may differ.
-        state_budget_bytes: cap on history tensors of this rank; new sites beyond it pass through on all ranks
-            concerned. A receiver of ``send`` or ``broadcast`` has no way to refuse and follows the sender, even beyond
-            its cap. The cap does not count what the encoders of low-rank codecs keep for themselves. ``None``: no cap.
+        state_budget_bytes: cap on history tensors of a rank, the same on all ranks. A collective's new site evicts the
+            sites that were used least recently, in earlier steps, on all ranks; what still does not fit passes through
+            on all ranks concerned. Messages whose bytes only two ranks know evict nothing (point-to-point, uneven
+            all-to-all). See :class:`~compactdist.state.ledger.Ledger`. A receiver of ``send`` or ``broadcast`` has no
+            way to refuse and follows the sender, even beyond its cap. The cap counts what a codec learns
+            (``transform``) where a layout hint gives the view, and not what the encoders of low-rank codecs keep for
+            themselves. ``None``: no cap.
+        state_offload: ``None``: histories beyond ``state_budget_bytes`` are dropped, or not kept; ``"cpu"``: they are
+            taken to host memory (pinned where they come from a GPU) and brought back for the site's next call, which
+            goes on as if nothing had happened. The budget then counts what is on the device, its use changes no frame,
+            and ranks may differ in both options. See :class:`~compactdist.state.offload.Offload`.
         sample_errors_every: measure the reconstruction error on every n-th call of a site; 0 never.
         agree: ``"plans"``: before a collective that is new or has changed, all ranks make sure through the store that
             they are about to do the same; ``"off"``: they do not, and a difference may end a process.
@@ -81,6 +94,7 @@ class Options:
     damping: float | None = None
     error_feedback: bool | None = None
     local: Literal["reconstructed", "exact"] = "reconstructed"
+    mode: Mode = "wait"
     min_numel: int = DEFAULT_MIN_NUMEL
     layouts: Layouts = None
     find_layout: bool = True
@@ -89,6 +103,7 @@ class Options:
     target: str | Target | None = None
     forward: bool = True
     state_budget_bytes: int | None = None
+    state_offload: StateOffload | None = None
     sample_errors_every: int = 0
     agree: Literal["plans", "off"] = "plans"
     agree_timeout: float | None = None
@@ -105,6 +120,7 @@ class Options:
         object.__setattr__(self, "_policy", as_policy(self.policy))
         if self.local not in ("reconstructed", "exact"):
             raise ConfigError(f"local is 'reconstructed' or 'exact', got {self.local!r}")
+        check_mode(self.mode)
         if self.agree not in ("plans", "off"):
             raise ConfigError(f"agree is 'plans' or 'off', got {self.agree!r}")
         if self.agree_timeout is not None and not self.agree_timeout > 0:
@@ -113,6 +129,7 @@ class Options:
         _whole("sample_errors_every", self.sample_errors_every)
         if self.state_budget_bytes is not None:
             _whole("state_budget_bytes", self.state_budget_bytes)
+        self._check_offload()
         if isinstance(self.layouts, Mapping) and not all(isinstance(v, Layout) for v in self.layouts.values()):
             raise ConfigError("layouts maps key globs to compactdist.Layout objects")
         if self.layouts is not None and not isinstance(self.layouts, Mapping) and not callable(self.layouts):
@@ -133,6 +150,22 @@ class Options:
         keyframe = None if lossless else checked.keyframe
         stream = replace(checked, order=order, damping=damping, error_feedback=feedback, keyframe=keyframe)
         object.__setattr__(self, "_stream", stream)
+        self._check_that_something_predicts()
+
+    def _check_offload(self) -> None:
+        if self.state_offload is not None and self.state_offload not in STATE_OFFLOADS:
+            raise ConfigError(f"state_offload is None or 'cpu', got {self.state_offload!r}")
+        if self.state_offload is not None and self.state_budget_bytes is None:
+            raise ConfigError(
+                f"state_offload={self.state_offload!r} takes state beyond state_budget_bytes to host memory, and "
+                "state_budget_bytes=None sets no limit: give one (0: only what a call is using stays on the device), "
+                "or leave out state_offload"
+            )
+
+    @property
+    def drops_beyond(self) -> int | None:
+        """Bytes of state beyond which histories are dropped or not kept, as all ranks must know; ``None``: never."""
+        return None if self.state_offload is not None else self.state_budget_bytes
 
     def _only_lossless(self) -> bool:
         """Whether no call can meet a codec that needs a history; then none is kept."""
@@ -142,8 +175,19 @@ class Options:
             return True
         if not isinstance(self._policy, Rules):
             return False
-        chosen = [rule.result for rule in self._policy.rules]
+        results = [rule.result for rule in self._policy.rules]
+        chosen = [result.codec if isinstance(result, Answer) else result for result in results]
         return all(not isinstance(codec, Codec) or codec.lossless for codec in chosen)
+
+    def _check_that_something_predicts(self) -> None:
+        rules = self._policy.rules if isinstance(self._policy, Rules) else ()
+        asked = self.mode == "predict-now" or any(rule.mode == "predict-now" for rule in rules)
+        if asked and not self._stream.remembers:
+            why = f"order={self.order!r}" if not self._only_lossless() else f"codec {self._codec!r}"
+            raise ConfigError(
+                f"mode='predict-now' needs a history to predict from, and {why} keeps none: take order=1, 2 or 'auto' "
+                "and a codec that is not lossless, or mode='wait'"
+            )
 
     @property
     def default_codec(self) -> Codec:
@@ -203,7 +247,9 @@ class Options:
             "layouts": shown,
             "streams": repr(self._stream),
             "local": self.local,
+            "mode": self.mode,
             "min_numel": str(self.min_numel),
+            "state_budget_bytes": str(self.drops_beyond),
             "agree": self.agree,
             "kernels": kernels.digest(),
         }

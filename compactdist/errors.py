@@ -15,9 +15,11 @@ __all__ = [
     "ConfigError",
     "ConfigMismatchError",
     "FrameError",
+    "LateExchangeError",
     "LayoutError",
     "NonFiniteError",
     "NotInitializedError",
+    "OffloadError",
     "PayloadError",
     "PlanMismatchError",
     "PlanTimeoutError",
@@ -60,6 +62,10 @@ class FrameError(CompactDistError, RuntimeError):
     """A received frame is not the one this call site expects; nothing of it was applied."""
 
 
+class LateExchangeError(CompactDistError, RuntimeError):
+    """An exchange whose call had been answered with its prediction (``mode="predict-now"``) failed afterwards."""
+
+
 class PlanMismatchError(CompactDistError, RuntimeError):
     """Ranks came to a collective call with different plans; nothing was sent."""
 
@@ -86,6 +92,10 @@ class UnforeseenSizeError(CompactDistError, RuntimeError):
 
 class ClosedGroupError(CompactDistError, RuntimeError):
     """The wrapped group was closed (or destroyed) before this call."""
+
+
+class OffloadError(CompactDistError, RuntimeError):
+    """State cannot be taken to host memory, or brought back (``state_offload``): there is no memory for it."""
 
 
 class NotInitializedError(CompactDistError, RuntimeError):

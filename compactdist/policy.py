@@ -11,7 +11,7 @@ import fnmatch
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -19,10 +19,26 @@ from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.errors import ConfigError
 
-__all__ = ["PASS", "CallInfo", "Policy", "Rule", "Rules", "describe_policy", "rules_from_json"]
+__all__ = [
+    "PASS",
+    "Answer",
+    "CallInfo",
+    "Mode",
+    "Policy",
+    "Rule",
+    "Rules",
+    "check_mode",
+    "describe_policy",
+    "rules_from_json",
+]
 
 PASS = "pass"
 """A rule or a policy function returns this to let a call pass through."""
+
+Mode = Literal["wait", "predict-now"]
+"""When an all-gather's outputs are written: once its frames have arrived, or at once, with what was predicted."""
+
+_PREDICTS = "predict-now"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +67,50 @@ class CallInfo:
 
 
 CodecLike = str | dict[str, Any] | Codec
-Policy = Callable[[CallInfo], "CodecLike | None"]
-"""Returns a codec, ``"pass"`` to let the call pass through, or ``None`` for the group's own codec."""
+
+
+def check_mode(mode: str | None, codec: Codec | str | None = None) -> None:
+    """Refuse a mode that does not exist, or that the codec beside it cannot have; ``None``: the group's own mode.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if mode is not None and mode not in get_args(Mode):
+        raise ConfigError(f"mode is 'wait' or 'predict-now', got {mode!r}")
+    if mode == _PREDICTS and codec == PASS:
+        raise ConfigError(
+            "mode='predict-now' needs a history to predict from, and a call that passes through keeps none"
+        )
+    if mode == _PREDICTS and isinstance(codec, Codec) and codec.lossless:
+        raise ConfigError(
+            f"mode='predict-now' needs a history to predict from, and codec {codec!r} keeps none: name another codec, "
+            "or leave the mode out"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a policy function returns for a call where it chooses the mode as well.
+
+    Attributes:
+        codec: a codec, ``"pass"``, or ``None`` for the group's own.
+        mode: ``"wait"`` or, for an all-gather, ``"predict-now"``; ``None`` for the group's own.
+
+    Raises:
+        ConfigError: an impossible mode. UnknownCodecError, CodecConfigError: there is no such codec.
+    """
+
+    codec: CodecLike | None = None
+    mode: Mode | None = None
+
+    def __post_init__(self) -> None:
+        if self.codec is not None and self.codec != PASS:
+            object.__setattr__(self, "codec", codecs.get(self.codec))
+        check_mode(self.mode, self.codec)  # type: ignore[arg-type]
+
+
+Policy = Callable[[CallInfo], "CodecLike | Answer | None"]
+"""Returns a codec, ``"pass"`` to let the call pass through, ``None`` for the group's own, or an :class:`Answer`."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +118,7 @@ class Rule:
     """One line of a policy: conditions that must all hold, and what to do then.
 
     Attributes:
-        codec: a codec, or ``"pass"``.
+        codec: a codec, or ``"pass"``; ``None``: the group's own.
         key: glob over the key (``*`` crosses slashes), e.g. ``"*attn*"``.
         op: ``"all_gather"``, ``"all_to_all"``, ``"send"`` or ``"broadcast"``, else ``wrap`` refuses; ``None`` for any.
         dtype: ``None`` for any.
@@ -68,12 +126,13 @@ class Rule:
         first_step, last_step: inclusive bounds on the step since reset.
         between: pairs of group ranks, ``((0, 4), (1, 5))``: messages between the two ranks of a pair, either way;
             ``None`` for any. Messages that all ranks receive belong to no pair.
+        mode: ``"wait"`` or ``"predict-now"``, which needs ``op="all_gather"``; ``None``: the group's own.
 
     Raises:
-        ConfigError: an impossible condition. UnknownCodecError: an unknown codec.
+        ConfigError: an impossible condition or mode. UnknownCodecError: an unknown codec.
     """
 
-    codec: CodecLike
+    codec: CodecLike | None
     key: str = "*"
     op: str | None = None
     dtype: torch.dtype | None = None
@@ -82,6 +141,7 @@ class Rule:
     first_step: int = 0
     last_step: int | None = None
     between: Sequence[tuple[int, int]] | None = None
+    mode: Mode | None = None
     _resolved: Codec | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -97,8 +157,14 @@ class Rule:
                     f"{self.between!r}"
                 )
             object.__setattr__(self, "between", pairs)
-        if self.codec != PASS:
+        if self.codec is not None and self.codec != PASS:
             object.__setattr__(self, "_resolved", codecs.get(self.codec))
+        check_mode(self.mode, self._resolved or self.codec)  # type: ignore[arg-type]
+        if self.mode == _PREDICTS and self.op != "all_gather":
+            raise ConfigError(
+                f"a rule with mode='predict-now' says op='all_gather', for no other operation can be answered with its "
+                f"prediction; got op={self.op!r}"
+            )
 
     def matches(self, call: CallInfo) -> bool:
         """Whether all conditions hold."""
@@ -118,9 +184,10 @@ class Rule:
         return any((source, target) in ((a, b), (b, a)) for a, b in self.between)
 
     @property
-    def result(self) -> CodecLike:
-        """The codec this rule chooses, or ``"pass"``."""
-        return PASS if self._resolved is None else self._resolved
+    def result(self) -> CodecLike | Answer | None:
+        """What a policy function would return in this rule's place."""
+        chosen = PASS if self.codec == PASS else self._resolved
+        return chosen if self.mode is None else Answer(chosen, self.mode)
 
 
 def _is_pair(pair: object) -> bool:
@@ -138,8 +205,8 @@ class Rules:
     def __init__(self, *rules: Rule) -> None:
         self.rules = rules
 
-    def __call__(self, call: CallInfo) -> CodecLike | None:
-        """The first matching rule's codec, or ``None``."""
+    def __call__(self, call: CallInfo) -> CodecLike | Answer | None:
+        """The first matching rule's answer, or ``None``."""
         for rule in self.rules:
             if rule.matches(call):
                 return rule.result

@@ -38,11 +38,12 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "safe": Preset("int4", "raw"),
         # eight bits of a keyframe cost no error that can be measured
         "balanced": Preset("int2", "int8"),
-        "small": Preset("binary", "int8"),
-        # the first step is as wrong as later ones are; a velocity, one more copy of each tensor, makes those less wrong
-        "tiny": Preset("binary", "int4", order=2),
-        # with 4 to 8 steps the keyframe is most of a request
-        "few-step": Preset("int4", "int4"),
+        # four bits of a keyframe pay for the time that the adaptive order takes (docs/decisions/0031-presets.md)
+        "small": Preset("binary", "int4", order="auto"),
+        # bytes count for more than time: a transform at less than half a bit
+        "tiny": Preset("transform:bits=0.4", "int4", order="auto"),
+        # with 4 to 8 steps an int8 keyframe leaves residuals few bits, of which a transform makes most
+        "few-step": Preset("transform:bits=2.5", "int8", order="auto"),
     }
 )
 """Presets by name, the largest error last but for ``"few-step"``."""
@@ -83,7 +84,7 @@ def with_steered_codec(options: Mapping[str, Any], named: Mapping[str, Any]) -> 
 
 
 def settled(environment: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of both, presets expanded; what is given, or its preset says, goes before the environment.
+    """The options of a group, presets expanded: an argument of ``wrap`` or of its preset overrides the environment.
 
     Raises:
         ConfigError: no such preset.

@@ -22,6 +22,7 @@ from compactdist.presets import PRESETS, expand
 from compactdist.state import MatrixView, RateControl, StreamConfig, StreamDecoder, StreamEncoder, Target, check_steered
 
 __all__ = [
+    "Played",
     "Recorded",
     "Setting",
     "play",
@@ -64,6 +65,27 @@ class Recorded:
         """The matrix view of each step."""
         _, rows, channels = self.x.shape
         return MatrixView(rows * channels, self.groups, rows // self.groups, channels)
+
+
+@dataclass(frozen=True)
+class Played:
+    """A frame that was made and decoded.
+
+    Attributes:
+        site, step: where it belongs.
+        x, x_hat: ``[N * C]``, what was sent and its reconstruction, which the site's next frame overwrites.
+        wire_bytes: its size.
+        keyframe: it carries the tensor itself.
+        rate: number of its rate; 0 where the codec has just one.
+    """
+
+    site: str
+    step: int
+    x: Tensor
+    x_hat: Tensor
+    wire_bytes: int
+    keyframe: bool
+    rate: int
 
 
 def spaced(recorded_steps: int, steps: int) -> list[int]:
@@ -180,8 +202,16 @@ def play_settings(
 
 
 @torch.no_grad()
-def play_sites(score: Score, setting: Setting, entries: Sequence[Recorded]) -> None:
+def play_sites(
+    score: Score, setting: Setting, entries: Sequence[Recorded], watch: Callable[[Played], None] | None = None
+) -> None:
     """Play sites side by side, step by step, as one request, and count their frames in ``score``.
+
+    Args:
+        score: what is counted so far.
+        setting: codec and configuration of the streams.
+        entries: the sites.
+        watch: called with every frame once both ends hold the same bits.
 
     Raises:
         CompactDistError: encoder and decoder disagree.
@@ -195,7 +225,9 @@ def play_sites(score: Score, setting: Setting, entries: Sequence[Recorded]) -> N
     for step in range(max(len(entry.x) for entry in entries)):
         for (encoder, decoder), entry in zip(ends, entries, strict=True):
             if step < len(entry.x):
-                _play_frame(score, setting, encoder, decoder, entry, step)
+                played = _play_frame(score, setting, encoder, decoder, entry, step)
+                if watch is not None:
+                    watch(played)
     if setting.target is not None:
         score.met = control.met()
     score.state_bytes += sum(encoder.state_bytes for encoder, _ in ends)
@@ -203,7 +235,7 @@ def play_sites(score: Score, setting: Setting, entries: Sequence[Recorded]) -> N
 
 def _play_frame(
     score: Score, setting: Setting, encoder: StreamEncoder, decoder: StreamDecoder, entry: Recorded, step: int
-) -> None:
+) -> Played:
     codec, hint, flat = setting.codec, entry.hint, entry.x[step].reshape(-1)
     warm_up = step < max(1, setting.config.warmup_steps)
     keyframe = warm_up or encoder.is_fresh(flat.numel(), flat.dtype)
@@ -212,6 +244,7 @@ def _play_frame(
     x_hat = decoder.decode(staged.frame, codec, flat.numel(), flat.dtype, step=step, hint=hint)
     _check_equal(encoder, decoder, staged.value, x_hat, f"{entry.site}, step {step}, codec {codec!r}")
     score.count(entry.site, step, flat, x_hat, staged.frame.numel(), keyframe=warm_up)
+    return Played(entry.site, step, flat, x_hat, staged.frame.numel(), keyframe, staged.header.rate)
 
 
 def _check_equal(

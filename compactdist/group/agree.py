@@ -26,10 +26,10 @@ def _get(store: Any, key: str) -> dict[str, Any] | None:
     return value
 
 
-def _fingerprint(store: Any, key: str, turn: int) -> dict[str, Any] | None:
-    """The fingerprint a peer posted for this turn; ``None`` while the slot is empty or holds an earlier turn's post."""
+def _post(store: Any, key: str, turn: int) -> dict[str, Any] | None:
+    """What a peer posted for this turn; ``None`` while the slot is empty or holds an earlier turn's post."""
     value = _get(store, key)
-    return value["fingerprint"] if value is not None and value["turn"] == turn else None
+    return value if value is not None and value["turn"] == turn else None
 
 
 def agree(
@@ -69,38 +69,48 @@ def agree(
         common_store.set(f"compactdist/posted/{me}/{group}", json.dumps({"turn": turn}))
         missing = set(range(len(global_ranks))) - {rank}
         deadline = time.monotonic() + timeout
-        while missing:
+        while True:
             for peer in sorted(missing):
-                theirs = _fingerprint(store, f"{here}/{peer}", turn)
-                if theirs is not None:
+                post = _post(store, f"{here}/{peer}", turn)
+                if post is not None:
                     missing.discard(peer)
-                    _compare(group, rank, peer, fingerprint, theirs)
+                    _compare(group, rank, peer, fingerprint, post["fingerprint"])
             if not missing:
-                break
+                return turn
             word = _get(common_store, _misordered(group, turn))
             if word is not None:
                 raise ConfigMismatchError(word["message"])
             for peer in sorted(missing):
                 _check_order(store, common_store, here, turn, group, me, peer, global_ranks)
             if time.monotonic() > deadline:
-                raise WrapTimeoutError(
-                    f"group '{group}', rank {rank}: rank{'s' if len(missing) > 1 else ''} "
-                    f"{', '.join(map(str, sorted(missing)))} did not call wrap() within {timeout:g} s. wrap() is "
-                    "collective: call it on every rank of the group, in the same order for all groups"
-                )
+                raise _too_late(group, rank, missing, timeout)
             time.sleep(_POLL_SECONDS)
     finally:
         common_store.set(announcement, json.dumps(None))
-    return turn
+
+
+def _too_late(group: str, rank: int, missing: set[int], timeout: float) -> WrapTimeoutError:
+    return WrapTimeoutError(
+        f"group '{group}', rank {rank}: rank{'s' if len(missing) > 1 else ''} "
+        f"{', '.join(map(str, sorted(missing)))} did not call wrap() within {timeout:g} s. wrap() is "
+        "collective: call it on every rank of the group, in the same order for all groups"
+    )
 
 
 def _compare(group: str, rank: int, peer: int, mine: dict[str, str], theirs: dict[str, Any]) -> None:
     differing = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
     if differing:
         details = "; ".join(f"{key}: {mine.get(key)} here, {theirs.get(key)} on rank {peer}" for key in differing)
+        remedy = ""
+        if "state_budget_bytes" in differing:
+            remedy = " (as state_budget_bytes, what the rank with the least memory can spare)"
+            if "None" in (mine.get("state_budget_bytes"), theirs.get("state_budget_bytes")):
+                remedy += (
+                    ", and either all of them or none state_offload: a rank with it drops nothing, so None is said"
+                )
         raise ConfigMismatchError(
             f"group '{group}': ranks {rank} and {peer} asked wrap() for different things ({details}). Give all ranks "
-            "the same options and versions; nothing was sent and the group is as it was"
+            f"the same options and versions{remedy}; nothing was sent and the group is as it was"
         )
 
 
@@ -120,7 +130,7 @@ def _check_order(
     posted = _get(common_store, f"compactdist/posted/{me}/{busy['group']}")
     if posted and posted["turn"] >= busy["turn"]:
         return  # the peer is only still reading what we posted there
-    if _fingerprint(store, f"{here}/{peer}", turn) is not None:
+    if _post(store, f"{here}/{peer}", turn) is not None:
         return  # the peer posted here after it was last looked for
     message = (
         f"rank {me} wraps group '{group}' while rank {global_ranks[peer]} wraps group '{busy['group']}' "

@@ -332,4 +332,6 @@ def _cause(ours: Mapping[str, Any], theirs: Mapping[str, Any], rank: int) -> str
         return "tensors of different sizes or dtypes"
     if ours.get("codec") != theirs.get("codec"):
         return "a policy, layout or requires_grad that differs between ranks"
+    if ours.get("evictions") != theirs.get("evictions"):
+        return "calls in another order under state_budget_bytes"
     return "calls that differ between ranks"

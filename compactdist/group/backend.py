@@ -55,15 +55,7 @@ def _create(opts: Any, backend_options: Any) -> CompressedProcessGroup:
     seconds = settings.pop("timeout", opts.timeout.total_seconds())
     options = backend_options or Options(**settings)
     ranks = list(opts.global_ranks_in_group) or list(range(opts.group_size))
-    agree(
-        opts.store,
-        opts.store,
-        str(opts.group_id),
-        opts.group_rank,
-        ranks,
-        options.fingerprint(),
-        seconds,
-    )
+    agree(opts.store, opts.store, str(opts.group_id), opts.group_rank, ranks, options.fingerprint(), seconds)
     inner = _inner_group(opts)
     return CompressedProcessGroup(inner, options, str(opts.group_id), opts.store, owns_inner=True)
 

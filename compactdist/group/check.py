@@ -35,6 +35,8 @@ def check(engine: Engine, store: Any, device: torch.device, turn: int) -> None:
     sites = engine.store.sites()
     for site in sites:
         drain(site)
+    if engine.store.offload is not None:
+        engine.store.offload.wait()  # what lies in host memory is read there
     me, size = engine.rank, engine.size
     digests = [*pair_digests(sites, me, size, sends=True), *pair_digests(sites, me, size, sends=False)]
     mine = torch.tensor([_signed(digest) for digest in digests], device=device)

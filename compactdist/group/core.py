@@ -116,14 +116,12 @@ class GroupCore:
         call = keys.take(site, pattern.op)
         try:
             plan = engine.plan(pattern, call, signature)
-            if plan.agreed_at is None and plan.reason is None and pattern.collective and self._plans.varies(call, plan):
-                plan.reason = PassReason.VARIES
             if plan.reason is not None and pattern.collective:
                 self._departures.join()
                 if plan.by_pair or publishes(plan.reason):
                     self._agree(call, plan)
         except BaseException:
-            keys.give_back(call)
+            self._take_back(call)
             raise
         if plan.reason is not None:
             shown = None if plan.reason == PassReason.SMALL or pattern.receives_only else call.site
@@ -180,7 +178,9 @@ class GroupCore:
                 engine.prepare(flight)
             later = Later()
             job = engine.waiting(flight, later)
-            departures.add(partial(self._depart, flight, job, later))
+            leaving = partial(self._depart, flight, job, later)
+            job = engine.answer(flight, job)
+            departures.add(leaving)
             # the other ranks are mostly about to come: then the order of calls stays that of the program, even for
             # calls that somebody makes on the inner group itself
             later.has_left(_GRACE_SECONDS)
@@ -236,7 +236,10 @@ class GroupCore:
                     engine.prepare(flight)
                     prepared += 1
                 for call in calls:
-                    parts.append(engine.launch(call) if isinstance(call, Flight) else engine.link.work_of(call()))
+                    if isinstance(call, Flight):
+                        parts.append(engine.answer(call, engine.launch(call)))
+                    else:
+                        parts.append(engine.link.work_of(call()))
             except BaseException:
                 left = [call for call in calls[len(parts) :] if isinstance(call, Flight)]
                 for flight in flights[:prepared]:
@@ -318,11 +321,16 @@ class GroupCore:
         data = torch.empty(HEADER_NBYTES + raw_nbytes(x.numel(), x.dtype), dtype=torch.uint8)
         return self._watched(self.inner.recv([data], peer, tag), x, data)
 
+    def _take_back(self, call: Call) -> None:
+        """Undo the use of an ordinal by a call that sent nothing."""
+        self._keys.give_back(call)
+        self._engine.take_back(call)
+
     def _give_back(self, flights: Iterable[Flight | None]) -> None:
         """Undo the use of ordinals by calls that sent nothing, the last one first."""
         for flight in reversed(list(flights)):
             if flight is not None:
-                self._keys.give_back(flight.call)
+                self._take_back(flight.call)
 
     def _fly(self, flight: Flight, result: list[Tensor]) -> Any:
         """Prepare and launch one flight, and finish it if the call is synchronous; returns the call's work.
@@ -339,9 +347,11 @@ class GroupCore:
                 job = self._agree_first(flight) if plan.pattern.collective else None
             if job is None:
                 with engine.lock:
-                    job = engine.launch(engine.prepare(flight))
+                    job = engine.fly(flight)
+                    if flight.predicted:
+                        job = engine.answer(flight, job)
         except BaseException:
-            self._keys.give_back(call)
+            self._take_back(call)
             raise
         return self._settled(job, flight.opts, result)
 

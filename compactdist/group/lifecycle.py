@@ -38,7 +38,7 @@ from compactdist.observe.estimate import Estimate, estimate
 from compactdist.observe.explain import explain
 from compactdist.observe.stats import GroupStats, Stats
 from compactdist.policy import Rules
-from compactdist.state import RateControl, StateStore
+from compactdist.state import Ledger, Offload, RateControl, StateStore
 
 __all__ = ["GroupLifecycle", "check_rules"]
 
@@ -65,6 +65,15 @@ def check_rules(options: Options) -> None:
             raise ConfigError(f"a rule with between matches no {rule.op}, whose messages all ranks receive: {rule!r}")
 
 
+def _raise(error: BaseException | None) -> None:
+    """Raise an error that waited for the caller to be done, if there is one; logged where another is on its way."""
+    if error is None:
+        return
+    if sys.exc_info()[1] is None:
+        raise error
+    _log.error("%s", str(error))
+
+
 class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
     """Construction, identity and life cycle of :class:`~compactdist.group.process_group.CompressedProcessGroup`.
 
@@ -73,7 +82,15 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         options: the configuration.
     """
 
-    def __init__(self, inner: Any, options: Options, name: str, store: Any, *, owns_inner: bool = False) -> None:
+    def __init__(
+        self,
+        inner: Any,
+        options: Options,
+        name: str,
+        store: Any,
+        *,
+        owns_inner: bool = False,
+    ) -> None:
         check_rules(options)
         # (rank, size): torch refuses the (store, rank, size) overload for Python subclasses
         dist.ProcessGroup.__init__(self, inner.rank(), inner.size())  # type: ignore[call-arg,arg-type]
@@ -111,26 +128,31 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
                 options.default_codec,
                 options.policy_function,
                 options.layout_function,
+                options.mode,
                 options.min_numel,
                 stats.small,
             ),
             exact_local=options.local == "exact",
             sample_every=options.sample_errors_every,
-            store=StateStore(
-                options.stream,
-                label,
-                options.state_budget_bytes,
-                name,
-                inner.rank(),
-                None if options.asked is None else RateControl(options.asked),
-            ),
+            store=self._new_store(options, label, stats),
             stats=stats,
             forward=options.forward,
+            varies=self._plans.varies,
+            ledger=None if options.drops_beyond is None else Ledger(options.drops_beyond),
         )
+
+    def _new_store(self, options: Options, label: str, stats: GroupStats) -> StateStore:
+        control = None if options.asked is None else RateControl(options.asked)
+        budget, offload = options.state_budget_bytes, None
+        if options.state_offload is not None and budget is not None:
+            offload = Offload(budget, stats.offloaded)
+        return StateStore(options.stream, label, budget, self._name, self._inner.rank(), control, offload)
 
     def _poll(self) -> None:
         if self._engine.store.board.used:
             self._engine.store.board.poll()
+        if self._engine.late.used:
+            self._engine.late.poll()
 
     def _agrees(self, inner: Any, options: Options, label: str) -> Agreement | None:
         """What ranks agree on plans with; ``None``: there is nobody to agree with, or they should not."""
@@ -180,7 +202,9 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         Raises:
             ConfigError: a negative index, or a step inside the ``with`` block of another.
             FrameError, NonFiniteError: a GPU has met a frame that is not the expected one, or values that are not
-                finite, in one of the last steps.
+                finite, in one of the last steps; or such a frame has come to a call that had been answered with its
+                prediction.
+            LateExchangeError: the exchange of such a call failed.
         """
         self._ready()
         return self._keys.tick(index)
@@ -225,12 +249,14 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         return request
 
     def _forget_request(self, request: Request) -> None:
+        error = self._engine.late.settle(request.prefix)
         self._requests.pop(request.name, None)
         self._departures.join()  # a call of the request that leaves later would be agreed on after its end
         self._plans.end_request(request.prefix)
         if not self._closed:
             self._engine.forget(request.prefix)
             self._engine.stats.fold(request.prefix)
+        _raise(error)
 
     def attach(
         self,
@@ -269,17 +295,19 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
     def reset(self, prefix: str | None = None) -> None:
         """Forget the history (a new request): all ranks must call it at the same place among their calls.
 
-        Exchanges under way are finished against their old history. Point-to-point receives posted before the reset must
-        be for messages sent before it.
+        Exchanges under way are finished against their old history; those of calls that were answered with a prediction
+        are waited for. Point-to-point receives posted before the reset must be for messages sent before it.
 
         Args:
             prefix: only sites under this prefix, as given to ``key`` or ``branch``; the step clock goes on, and
                 ``explain()`` shows the sites' counts in one line from now on.
 
         Raises:
-            FrameError, NonFiniteError: what a GPU has met since the last step, once everything is forgotten.
+            FrameError, NonFiniteError, LateExchangeError: what a GPU, or a late frame, has met since the last step,
+                once everything is forgotten.
         """
         self._ready()
+        error = self._engine.late.settle(prefix)
         self._engine.forget(prefix)
         if prefix is None:
             self._keys.restart()
@@ -290,7 +318,10 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         else:
             self._keys.new_epoch()
         self._engine.stats.fold(prefix)
-        self._engine.store.board.poll(wait=True)
+        try:
+            self._engine.store.board.poll(wait=True)
+        finally:
+            _raise(error)
 
     def agree(self, flag: bool, how: str = "all") -> bool:
         """One decision for all ranks, for code that may skip calls: ``if dist.agree(similar): reuse the last output``.
@@ -317,11 +348,13 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         """Totals and per-site counters of this rank.
 
         Raises:
-            FrameError, NonFiniteError: what a GPU has met since the last step; it is waited for.
+            FrameError, NonFiniteError, LateExchangeError: what a GPU, or a late frame, has met since the last step;
+                both are waited for.
         """
+        _raise(self._engine.late.settle())
         self._engine.store.board.poll(wait=True)
         store = self._engine.store
-        made = self._engine.stats.snapshot(self._engine.state_bytes(), store.rates())
+        made = self._engine.stats.snapshot(self._engine.state_bytes(), store.rates(), store.offloaded_bytes())
         return made if store.control is None else replace(made, target=store.control.met().to_dict())
 
     def check(self) -> None:
@@ -332,18 +365,20 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
 
         Raises:
             StateMismatchError: on every rank, naming sites and ranks.
-            FrameError, NonFiniteError: what a GPU has met since the last step, on the rank that met it; after all ranks
-                have compared.
+            FrameError, NonFiniteError, LateExchangeError: what a GPU, or a late frame, has met since the last step, on
+                the rank that met it; after all ranks have compared.
         """
         self._ready()
         if self._alone:
             return
         self._departures.join()
+        error = self._engine.late.settle()
         try:
             check(self._engine, self._store, _torch.device_for_small_messages(self._inner), self._differences)
-        except StateMismatchError:
+        except StateMismatchError as mismatch:
             self._differences += 1
-            raise
+            raise mismatch from error
+        _raise(error)
         self._engine.store.board.poll(wait=True)
 
     def reset_stats(self) -> None:
@@ -381,16 +416,16 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
     def close(self) -> None:
         """Forget the history and unregister the group; the inner group lives on. Closing twice is fine.
 
-        Exchanges that have arrived are decoded first, and sends get 5 s to be received. A work that is still
-        pending then finishes when it is waited for.
+        Exchanges that have arrived are decoded first; those of calls that were answered with a prediction get 5 s to
+        arrive, and sends 5 s to be received. A work that is still pending then finishes when it is waited for.
 
         Later calls raise ClosedGroupError, torch.distributed's functions and functional or compiled collectives
         included, as long as somebody holds the closed group. A group that torch made by backend name stays registered
         until ``destroy_process_group``.
 
         Raises:
-            FrameError, NonFiniteError: what a GPU has met since the last step, once the group is closed. Logged instead
-                where another error is on its way.
+            FrameError, NonFiniteError, LateExchangeError: what a GPU, or a late frame, has met since the last step,
+                once the group is closed. Logged instead where another error is on its way.
         """
         if self._closed:
             return
@@ -416,18 +451,16 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             _torch.unregister(self)
             self._become_tombstone()
             _torch.bury(self)
-        if reported is not None:
-            if sys.exc_info()[1] is None:
-                raise reported
-            _log.error("%s", str(reported))
+        _raise(reported)
 
-    def _reported(self) -> CompactDistError | None:
-        """What a device has reported since the last step."""
+    def _reported(self) -> BaseException | None:
+        """What a device, or a late frame, has met since the last step."""
+        late = self._engine.late.settle(seconds=_FLUSH_SECONDS)
         try:
             self._engine.store.board.poll(wait=True)
         except CompactDistError as error:
             return error
-        return None
+        return late
 
     def _flush(self) -> None:
         try:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from compactdist.exchange.plan import Call, CallPlan, Incoming, Part
 from compactdist.group.agreement import Subject
-from compactdist.group.request import without_request
 from compactdist.observe.stats import PassReason
+from compactdist.state.site_key import without_request
 from compactdist.wire import MASK64, hash64
 
 __all__ = ["AgreedPlans", "publishes"]
@@ -30,7 +30,8 @@ class _Token(NamedTuple):
 
     Attributes:
         tensor, coding: equal on all ranks.
-        own: the policy's answers for the chunks of this rank, where a change of them is seen by all ranks.
+        own: the policy's answers for the chunks of this rank, where a change of them is seen by all ranks; and what was
+            evicted for the site's history, and how often the site itself.
     """
 
     tensor: str
@@ -90,6 +91,8 @@ class AgreedPlans:
                 return None
             facts = {"epoch": call.epoch, "step": call.step, "site": call.site, "op": call.op}
             facts |= {"tensor": token.tensor, "codec": token.coding}
+            if plan is not None and (plan.evicts or plan.evictions):
+                facts["evictions"] = _evictions(plan)
             if new_stage:
                 facts["known sites"] = f"{len(self._known)} ({self._digest:016x})"
         return Subject(call.epoch, facts, [] if plan is None else _pairs(plan))
@@ -124,11 +127,20 @@ def _token(plan: CallPlan | None, reason: str) -> _Token:
     if plan is not None and plan.by_pair:
         # a rank sees its own chunks only: others would not come to agree on a change of their sizes
         answers = {repr(answer) for answer in plan.answers} if plan.alike else set()
-        return _Token(f"chunks of {plan.dtype}", "by pair", ", ".join(sorted(answers)))
+        own = ", ".join(sorted(answers)) + _evictions(plan)
+        return _Token(f"chunks of {plan.dtype}", "by pair", own)
     if plan is None or plan.reason is not None:
         return _Token(_PASSES, reason or str(plan.reason if plan is not None else ""))
     part = plan.parts[0]
-    return _Token(f"{part.numel} x {plan.dtype}", _coding(part))
+    mode = ", answered with its prediction" if plan.predicts else ""
+    return _Token(f"{part.numel} x {plan.dtype}", _coding(part) + mode, _evictions(plan))
+
+
+def _evictions(plan: CallPlan) -> str:
+    """What was evicted for a plan's history, and how often its site was; empty for neither."""
+    return f"{plan.evictions} of it, and of {', '.join(plan.evicts) or 'no other'}" * bool(
+        plan.evicts or plan.evictions
+    )
 
 
 def _coding(part: Part[Any]) -> str:

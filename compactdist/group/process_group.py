@@ -20,7 +20,7 @@ from compactdist import _torch
 from compactdist.errors import BadOutputError, ConfigError
 from compactdist.exchange.engine import Flight
 from compactdist.exchange.patterns import ALL_GATHER, ALL_TO_ALL, BROADCAST
-from compactdist.exchange.plan import Call, refusal, under_autograd
+from compactdist.exchange.plan import Call, CallPlan, refusal, under_autograd
 from compactdist.exchange.point_to_point import RECEIVE, RECEIVE_EXACTLY, SEND, receive_any, stream_name
 from compactdist.group.core import nbytes_of
 from compactdist.group.lifecycle import GroupLifecycle
@@ -48,18 +48,19 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             return None
         call, plan = planned
         try:
-            if isinstance(outputs, Tensor):
-                rows = self._rows(outputs, x)
-            else:
+            rows = plan.rows.kept(outputs)
+            if rows is None and isinstance(outputs, Tensor):
+                rows = self._rows(plan, outputs, x)
+            elif rows is None:
                 rows = list(outputs)
                 engine.check_outputs("all_gather", rows, numel, x)
         except BaseException:
-            self._keys.give_back(call)
+            self._take_back(call)
             raise
         own = rows.pop(engine.rank)
         return Flight(plan, call, (x,), rows, opts, x, own)
 
-    def _rows(self, output: Tensor, x: Tensor) -> list[Tensor]:
+    def _rows(self, plan: CallPlan, output: Tensor, x: Tensor) -> list[Tensor]:
         size = self._engine.size
         if output.numel() != size * x.numel() or output.dtype != x.dtype:
             raise BadOutputError(
@@ -67,8 +68,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
                 f"{size} x {x.numel()} x {x.dtype} will arrive; nothing was sent"
             )
         if output.is_contiguous():
-            flat = output if output.dim() == 1 else output.view(-1)
-            return list(flat.chunk(size)) if x.numel() else [flat] * size
+            return plan.rows.of(output, size) if x.numel() else [output.view(-1)] * size
         if output.shape[0] % size:
             raise BadOutputError(
                 f"{self._engine.label}, all_gather: an output of shape {tuple(output.shape)} that is not contiguous "

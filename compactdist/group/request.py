@@ -8,19 +8,9 @@ from typing import Any
 
 from compactdist.errors import ConfigError
 from compactdist.group.keys import Clock, KeyBook
+from compactdist.state.site_key import REQUEST_PREFIX
 
-__all__ = ["Request", "without_request"]
-
-
-_PREFIX = "request:"
-
-
-def without_request(site: str) -> tuple[str, str]:
-    """A site key as the prefix of its request, empty without one, and the rest."""
-    if not site.startswith(_PREFIX):
-        return "", site
-    prefix, _, rest = site.partition("/")
-    return prefix, rest
+__all__ = ["Request"]
 
 
 class Request:
@@ -33,7 +23,7 @@ class Request:
 
     def __init__(self, name: str, keys: KeyBook, forget: Callable[[Request], None]) -> None:
         self.name = name
-        self.prefix = f"{_PREFIX}{name}"
+        self.prefix = f"{REQUEST_PREFIX}{name}"
         self._keys = keys
         self._forget = forget
         self._clock: Clock | None = Clock()

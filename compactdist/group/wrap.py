@@ -50,9 +50,10 @@ def wrap(
         preset: a name of :mod:`compactdist.presets`; options that are given beside it go before its own.
         options: all options at once, instead of ``codec``, ``preset``, ``settings`` and the environment.
         timeout: how long to wait for the other ranks, seconds or timedelta; 60 s by default.
-        **settings: the other fields of :class:`Options`: ``policy``, ``warmup_steps``, ``order``, ``damping``,
-            ``error_feedback``, ``local``, ``min_numel``, ``layouts``, ``find_layout``, ``state``, ``keyframe``,
-            ``target``, ``forward``, ``state_budget_bytes``, ``sample_errors_every``, ``agree``, ``agree_timeout``.
+        **settings: other fields of :class:`Options`: ``policy``, ``warmup_steps``, ``order``, ``damping``, ``mode``,
+            ``local``, ``error_feedback``, ``min_numel``, ``layouts``, ``find_layout``, ``state``, ``keyframe``,
+            ``target``, ``forward``, ``state_budget_bytes``, ``state_offload``, ``sample_errors_every``, ``agree``,
+            ``agree_timeout``.
 
     Returns:
         A :class:`CompressedProcessGroup`: a registered ProcessGroup that also carries torch.distributed's API. The
@@ -80,8 +81,7 @@ def wrap(
         raise ConfigError("wrap() takes a group that torch.distributed knows (and that was not destroyed)")
     _torch.warn_untested()
     store = _torch.group_store(group)
-    turn = _turn(group, store, chosen, seconds)
-    wrapped = CompressedProcessGroup(group, chosen, _name(group, turn), store)
+    wrapped = CompressedProcessGroup(group, chosen, _name(group, _turn(group, store, chosen, seconds)), store)
     _torch.register(wrapped, group, wrapped._name)
     if any(_torch.supports_coalescing(group, device) for device in group._device_types if _usable(device)):
         _torch.patch_batch_isend_irecv(lambda g: isinstance(g, CompressedProcessGroup))

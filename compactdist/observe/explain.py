@@ -47,12 +47,17 @@ def _columns(sites: Sequence[SiteStats]) -> list[_Column]:
         ("", "bits", lambda site: _number(site.last_wire_bits_per_element)),
         ("state", state, state_cell),
     ]
+    if any(site.offloads for site in sites):
+        away, away_cell = _unit(sites, lambda site: site.offloaded_bytes)
+        columns.append(("host", away, away_cell))
     if any(site.rate for site in sites):
         columns.append(("", "rate", lambda site: site.rate or "-"))
     if any(site.sampled for site in sites):
         columns.append(("NMSE", "dB", lambda site: _number(site.nmse_db, 1)))
     if any(site.forwarded for site in sites):
         columns.append(("", "fwd", lambda site: str(site.forwarded)))
+    if any(site.predicted for site in sites):
+        columns.append(("", "pred", lambda site: str(site.predicted)))
     if any(site.received for site in sites):
         columns.append(("", "recv", lambda site: str(site.received)))
     return columns
@@ -77,6 +82,10 @@ def _table(sites: Sequence[SiteStats], width: int) -> _Lines:
         if site.passed:
             passed = ", ".join(f"{count} x {reason}" for reason, count in site.passed.items())
             lines += _wrapped(f"  passed: {passed}", width)
+        if site.evictions:
+            lines += _wrapped(f"  evicted: {site.evictions} x to make room for other sites", width)
+        if site.offloads:
+            lines += _wrapped(f"  offloaded: {site.offloads} x to make room for other sites", width)
     return lines
 
 
@@ -96,7 +105,10 @@ def _totals(stats: Stats, budget: int | None) -> str:
     return (
         f"total: {stats.compressed_calls} compressed and {stats.passed_through} passed-through calls, "
         f"{stats.raw_bytes} raw bytes as {stats.wire_bytes} wire bytes (ratio {stats.ratio:.2f}), "
-        f"{received}{stats.state_bytes} bytes of state" + (f" of at most {budget}" if budget is not None else "")
+        f"{received}{stats.state_bytes} bytes of state"
+        + (f" of at most {budget}" if budget is not None else "")
+        + (f", {stats.evictions} evictions" if stats.evictions else "")
+        + (f", {stats.offloaded_bytes} bytes in host memory, {stats.offloads} offloads" if stats.offloads else "")
     )
 
 
@@ -134,14 +146,22 @@ def _large_residuals(sites: Sequence[SiteStats]) -> _Lines:
     return [head, *lines] if lines else []
 
 
+def _waited(group: GroupLifecycle, sites: Sequence[SiteStats]) -> _Lines:
+    """What did not predict in a group that should: only all-gathers can."""
+    others = sorted({site.op for site in sites if site.calls and site.op != "all_gather"})
+    if group._engine.chooser.mode != "predict-now" or not others:
+        return []
+    return [f"mode='predict-now' is for all_gather; these waited for what arrived: {', '.join(others)}"]
+
+
 def explain(group: GroupLifecycle) -> str:
     """Per call site: calls, codec, bytes, ratio, error; then why calls passed through; then totals.
 
     Lines are no longer than the terminal is wide, or 80 characters where there is none. ``fwd`` counts calls that
-    passed on a received tensor, ``recv`` compressed messages that arrived in receives (their bytes are in the line of
-    totals); a column that would be empty is left out. Bits are wire bits per element of the last residual call, header
-    and scales included; the ratio is over all calls, keyframes included; NMSE is over the sampled calls
-    (``sample_errors_every``).
+    passed on a received tensor, ``pred`` those answered with their prediction, ``recv`` compressed messages that
+    arrived in receives (their bytes are in the line of totals); a column that would be empty is left out. Bits are wire
+    bits per element of the last residual call, header and scales included; the ratio is over all calls, keyframes
+    included; NMSE is over the sampled calls (``sample_errors_every``).
     """
     stats = group.stats()
     engine, keys = group._engine, group._keys
@@ -152,7 +172,7 @@ def explain(group: GroupLifecycle) -> str:
     lines = _wrapped(texts[0], width)
     if sites:
         lines += _table(sites, width)
-    texts = _large_residuals(sites)
+    texts = [*_large_residuals(sites), *_waited(group, sites)]
     if stats.passed_reasons:
         texts += ["passed through:", *_passed(group)]
     if stats.target is not None:

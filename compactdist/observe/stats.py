@@ -38,6 +38,10 @@ class PassReason(str, Enum):
     AUTOGRAD = "autograd", "the tensor requires grad, or the call came from a backward pass"
     WORLD_SIZE = "world-size-1", "the group has one rank"
     BUDGET = "state-budget", "state_budget_bytes of this rank or a peer is used up"
+    BUDGET_OF_PAIR = (
+        "state-budget-pair",
+        "state_budget_bytes of this rank or a peer is used up, and no site makes room: only two ranks know these bytes",
+    )
     UNEVEN = "uneven", "chunks of unequal sizes"
     VARIES = "shape-varies", "the site's tensors have changed more than eight times since the last reset"
     DEVICE = "device", "not possible on this device"
@@ -90,13 +94,18 @@ class SiteStats:
         key, op, codec: the site key, the operation, and the codec applied last.
         calls, keyframes, forwarded: compressed calls other than receives, and how many of them carried keyframes only
             or passed a frame on. A broadcast counts on every rank, with 0 bytes on its receivers.
+        predicted: calls that were answered with their prediction (``mode="predict-now"``).
         received: compressed messages that arrived in receives of this site.
         raw_bytes, wire_bytes: put on the link by this rank, passed-through calls of the site included.
         received_raw_bytes, received_wire_bytes: of the ``received`` messages.
         last_wire_bits_per_element: of the last residual frame sent; NaN before there was one.
-        state_bytes: bytes held now: histories, the codecs' memory, and payloads kept to be passed on.
+        state_bytes: bytes held now: histories, the codecs' memory, and payloads kept to be passed on; without those in
+            ``offloaded_bytes``.
+        offloaded_bytes: bytes of histories and the codecs' memory that lie in host memory now (``state_offload``).
         rate: number of the rate in use, or the lowest and the highest (``"3-5"``), where a target has it chosen.
         passed: number of passed-through calls by reason.
+        evictions: how often the site lost its history to make room for another (``state_budget_bytes``).
+        offloads: how often its state was taken to host memory to make room for another.
         error_energy, energy, sampled: sums of squares over the sampled calls, and the number of these calls.
         residual_energy, predicted_energy: sums of squares of the residuals, and of the tensors they belong to, over the
             sampled calls that carried residuals against a prediction.
@@ -108,6 +117,7 @@ class SiteStats:
     calls: int = 0
     keyframes: int = 0
     forwarded: int = 0
+    predicted: int = 0
     received: int = 0
     raw_bytes: int = 0
     wire_bytes: int = 0
@@ -115,8 +125,11 @@ class SiteStats:
     received_wire_bytes: int = 0
     last_wire_bits_per_element: float = math.nan
     state_bytes: int = 0
+    offloaded_bytes: int = 0
     rate: str = ""
     passed: Counter[str] = field(default_factory=Counter)
+    evictions: int = 0
+    offloads: int = 0
     error_energy: float = 0.0
     energy: float = 0.0
     sampled: int = 0
@@ -160,6 +173,7 @@ _SUMS = (
     "calls",
     "keyframes",
     "forwarded",
+    "predicted",
     "received",
     "raw_bytes",
     "wire_bytes",
@@ -170,6 +184,8 @@ _SUMS = (
     "sampled",
     "residual_energy",
     "predicted_energy",
+    "evictions",
+    "offloads",
 )
 
 
@@ -189,12 +205,17 @@ class Stats:
             keyframe was expected, in a keyframe of their own; no encoder added an error.
         passed_through: calls that went to the inner group unchanged.
         passed_reasons: number of passed-through calls by reason.
-        state_bytes: bytes held now: histories, the codecs' memory, and payloads kept to be passed on.
+        state_bytes: bytes held now: histories, the codecs' memory, and payloads kept to be passed on; without those in
+            ``offloaded_bytes``.
         sites: per call site, in order of first use; then one record per operation for the sites that were folded.
         received_calls: receives that got a compressed message; not among ``compressed_calls``.
         received_raw_bytes, received_wire_bytes: bytes of those messages; not among ``raw_bytes`` and ``wire_bytes``.
         target: what ``target=`` asked for and what was met since the last reset (``asked``, ``met``, then ``nmse_db``,
             ``bits`` and ``bytes_per_step`` of residual frames, and ``request_bits`` of all frames); ``None`` without.
+        predicted: compressed calls that were answered with their prediction (``mode="predict-now"``).
+        evictions: how often a site lost its history to make room for another.
+        offloaded_bytes: bytes of histories and the codecs' memory that lie in host memory now (``state_offload``).
+        offloads: how often a site's state was taken to host memory to make room for another.
     """
 
     raw_bytes: int
@@ -209,6 +230,10 @@ class Stats:
     received_raw_bytes: int = 0
     received_wire_bytes: int = 0
     target: dict[str, Any] | None = None
+    predicted: int = 0
+    evictions: int = 0
+    offloaded_bytes: int = 0
+    offloads: int = 0
 
     @property
     def ratio(self) -> float:
@@ -254,19 +279,33 @@ class GroupStats:
         return found
 
     def sent(
-        self, key: str, op: str, codec: str, *, raw: int, wire: int, keyframe: bool, numel: int, forwarded: bool = False
+        self,
+        key: str,
+        op: str,
+        codec: str,
+        *,
+        raw: int,
+        wire: int,
+        keyframe: bool,
+        numel: int,
+        forwarded: bool = False,
+        predicted: bool = False,
     ) -> None:
         """Count one compressed call: ``raw`` and ``wire`` bytes on the link, ``numel`` elements in all messages."""
         site = self._sites.get(key) or self.site(key, op)
         with self._lock:
             site.codec = codec
             site.calls += 1
-            site.keyframes += keyframe
-            site.forwarded += forwarded
             site.raw_bytes += raw
             site.wire_bytes += wire
-            if numel and not keyframe:
+            if keyframe:
+                site.keyframes += 1
+            elif numel:
                 site.last_wire_bits_per_element = 8 * wire / numel
+            if forwarded:
+                site.forwarded += 1
+            if predicted:
+                site.predicted += 1
 
     def received(self, key: str, op: str, codec: str, *, raw: int, wire: int) -> None:
         """Count a compressed message that arrived in a receive.
@@ -330,6 +369,20 @@ class GroupStats:
                 site.raw_bytes += int(nbytes)
                 site.wire_bytes += int(nbytes if wire is None else wire)
 
+    def evicted(self, key: str) -> None:
+        """Count that a site lost its history to make room for another."""
+        site = self._sites.get(key)
+        if site is not None:
+            with self._lock:
+                site.evictions += 1
+
+    def offloaded(self, key: str) -> None:
+        """Count that a site's state was taken to host memory to make room for another."""
+        site = self._sites.get(key)
+        if site is not None:
+            with self._lock:
+                site.offloads += 1
+
     def fold(self, prefix: str | None) -> None:
         """Merge records that ``reset(prefix)`` made idle, so that a server's many keys do not pile up.
 
@@ -361,11 +414,18 @@ class GroupStats:
             self._warned.add(what)
             return True
 
-    def snapshot(self, state_bytes_of: dict[str, int], rates: Mapping[str, str] | None = None) -> Stats:
-        """Totals now; ``state_bytes_of`` maps keys to bytes held, ``rates`` to the rates in use."""
+    def snapshot(
+        self,
+        state_bytes_of: dict[str, int],
+        rates: Mapping[str, str] | None = None,
+        offloaded_bytes_of: Mapping[str, int] | None = None,
+    ) -> Stats:
+        """Totals now; the arguments map keys to bytes held, to rates in use, and to bytes held in host memory."""
+        away = offloaded_bytes_of or {}
         with self._lock:
             for site in self._sites.values():
                 site.state_bytes = state_bytes_of.get(site.key, 0)
+                site.offloaded_bytes = away.get(site.key, 0)
                 site.rate = (rates or {}).get(site.key, "")
             passed_bytes = int(sum(nbytes for _, nbytes in self._passed.values()))
             reasons: Counter[str] = Counter()
@@ -385,6 +445,10 @@ class GroupStats:
                 received_calls=sum(s.received for s in sites.values()),
                 received_raw_bytes=sum(s.received_raw_bytes for s in sites.values()),
                 received_wire_bytes=sum(s.received_wire_bytes for s in sites.values()),
+                predicted=sum(s.predicted for s in sites.values()),
+                evictions=sum(s.evictions for s in sites.values()),
+                offloaded_bytes=sum(away.values()),
+                offloads=sum(s.offloads for s in sites.values()),
             )
 
     def passed_table(self) -> dict[tuple[str, str], tuple[int, float]]:

@@ -28,6 +28,7 @@ def bench(tmp_path: Path, *arguments: str) -> dict[tuple[str, str], Any]:
     return {(row["dtype"], row["codec"]): row for row in written["rows"]}
 
 
+@pytest.mark.slow
 def test_all_codecs_and_peers_by_default(tmp_path: Path) -> None:
     rows = bench(tmp_path)
     lossy = [name for name in codecs.list() if not codecs.get(name).lossless]

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from compactdist import codecs
+from compactdist.cli.evaluate import Played, Recorded, Setting, play_sites
+from compactdist.cli.score import Score
 from compactdist.presets import PRESETS
-from compactdist.state import StreamDecoder
+from compactdist.state import StreamConfig, StreamDecoder, Target
 from compactdist.wire import HEADER_NBYTES
 from tests.cli.kit import activations, run, run_json, trace
 
@@ -278,6 +280,7 @@ def test_a_silent_site_has_no_relative_error(tmp_path: Path) -> None:
     assert row["worst_step_rel_error"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMMITTED.exists(), reason="not part of an installed package")
 def test_the_committed_trace_of_the_digits_model() -> None:
     assert COMMITTED.stat().st_size <= 3_000_000
@@ -287,3 +290,19 @@ def test_the_committed_trace_of_the_digits_model() -> None:
     assert errors == sorted(errors)
     assert rows["binary"]["bits_per_element"] < 1.4
     assert rows["int4"]["nmse_db"] < -35
+
+
+def test_whoever_watches_sees_every_frame_once() -> None:
+    sites = [Recorded(name, activations(), 1) for name in ("a", "b")]
+    setting = Setting(codecs.get("rates:rungs=scalar"), StreamConfig(find_layout=False), Target.parse("nmse_db=-20"))
+    score, again, seen = Score(), Score(), list[Played]()
+
+    def watch(frame: Played) -> None:
+        seen.append(frame)
+        again.count(frame.site, frame.step, frame.x, frame.x_hat, frame.wire_bytes, keyframe=frame.step == 0)
+
+    play_sites(score, setting, sites, watch)
+    assert [(frame.step, frame.site) for frame in seen] == [(t, s) for t in range(len(sites[0].x)) for s in "ab"]
+    assert (again.request, again.residuals) == (score.request, score.residuals)
+    assert [frame.keyframe for frame in seen] == [frame.step == 0 for frame in seen]
+    assert {frame.rate for frame in seen if frame.step} <= {1, 2, 3, 4, 5}

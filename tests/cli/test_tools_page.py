@@ -16,7 +16,7 @@ TRACE = ROOT / "benchmarks" / "traces" / "digits_ring.safetensors"
 PHOTOS = ROOT / "benchmarks" / "traces" / "photos_dit.safetensors"
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_figures(order: int) -> None:
     committed = json.loads((ROOT / "benchmarks" / "results" / f"evaluate_digits_order{order}.json").read_text())
     printed = run_json("evaluate", TRACE, "--order", order, "--json", "-")
@@ -30,7 +30,7 @@ def test_figures(order: int) -> None:
         assert "| " + " | ".join([*cells, f"{row['state_bytes'] / 1e6:.3f}"]) + " |" in page
 
 
-@pytest.mark.parametrize("steps", [None, 4])
+@pytest.mark.parametrize("steps", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_presets_and_baselines(steps: int | None) -> None:
     results, page = ROOT / "benchmarks" / "results", (ROOT / "docs" / "tools.md").read_text()
     fewer = () if steps is None else ("--steps", steps)

@@ -151,6 +151,7 @@ def test_options_from_the_environment():
         "COMPACTDIST_MIN_NUMEL": "7",
         "COMPACTDIST_STATE": "int8",
         "COMPACTDIST_STATE_BUDGET_BYTES": "1000",
+        "COMPACTDIST_STATE_OFFLOAD": "cpu",
         "COMPACTDIST_SAMPLE_ERRORS_EVERY": "5",
         "OTHER": "x",
     }
@@ -163,6 +164,7 @@ def test_options_from_the_environment():
         "min_numel": 7,
         "state": "int8",
         "state_budget_bytes": 1000,
+        "state_offload": "cpu",
         "sample_errors_every": 5,
     }
     assert settings_from_environment({}) == {}

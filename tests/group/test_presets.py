@@ -77,10 +77,10 @@ def test_wrap_and_its_environment() -> None:
             assert wrapped.options == compactdist.Options(**asdict(PRESETS["few-step"]))
         os.environ.update(COMPACTDIST_PRESET="tiny", COMPACTDIST_KEYFRAME="raw")
         with compactdist.wrap() as wrapped:
-            assert wrapped.options == compactdist.Options("binary", keyframe="raw", order=2)
+            assert wrapped.options == compactdist.Options("transform:bits=0.4", keyframe="raw", order="auto")
         assert not lines
         with compactdist.wrap(preset="small", order=2) as wrapped:
-            assert wrapped.options == compactdist.Options("binary", keyframe="int8", order=2)
+            assert wrapped.options == compactdist.Options("binary", keyframe="int4", order=2)
         overruled = sorted(line.split("=")[0] for line in lines if "has no effect" in line)
         assert overruled == ["COMPACTDIST_KEYFRAME", "COMPACTDIST_PRESET"], lines
 

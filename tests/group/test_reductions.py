@@ -89,7 +89,8 @@ def test_raw_keyframes_make_exact_sums():
     run_ranks(body, world_size=3)
 
 
-@pytest.mark.parametrize("codec", [pytest.param("int2", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["int2", "int8"])
 def test_errors_stay_bounded_over_a_thousand_steps(codec):
     def body(rank, world):
         torch.manual_seed(rank)

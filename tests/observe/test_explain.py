@@ -85,7 +85,7 @@ def busy_counters() -> GroupStats:
         stats.error(key, "all_gather", 1e-9, 1.0, 0.9)
         for _ in range(9999):
             stats.received(key, "all_gather", "lowrank_int4", raw=1 << 31, wire=1 << 29)
-        stats.site(key, "all_gather").forwarded = 99_999
+        stats.site(key, "all_gather").forwarded = stats.site(key, "all_gather").predicted = 99_999
         for reason in PassReason:
             stats.passed("all_gather", reason, 1e9, key)
     return stats
@@ -99,7 +99,7 @@ def test_it_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> No
     first = next(line for line in lines if LONG in line)
     assert ("lowrank_int4" in first) == (width == 250)
     heads = next(line for line in lines if "codec" in line).split()
-    assert {"calls", "key", "TB", "ratio", "bits", "dB", "fwd", "recv"} <= {*heads}
+    assert {"calls", "key", "TB", "ratio", "bits", "dB", "fwd", "pred", "recv"} <= {*heads}
 
 
 def test_a_key_beyond_the_terminal_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:

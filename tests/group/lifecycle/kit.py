@@ -18,6 +18,17 @@ def wrap(**options: Any) -> Any:
     return compactdist.wrap(**{"codec": "int4", "agree_timeout": 20.0, **options})
 
 
+def wrap_short(short: bool, nbytes: int, **options: Any) -> Any:
+    """Wrap; a rank that is ``short`` has no more than so many bytes for histories, which the other ranks cannot know.
+
+    So it is with a rank whose budget is used up by point-to-point messages or uneven exchanges.
+    """
+    dist = wrap(**options)
+    if short:
+        dist._engine.store.budget_bytes = nbytes
+    return dist
+
+
 def tensor(rank: int, t: int = 0, n: int = N, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Slowly changing, different on every rank."""
     base = torch.randn(n, generator=torch.Generator().manual_seed(rank))
