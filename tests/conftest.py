@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,29 @@ _common = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, H
 settings.register_profile("ci", _common, derandomize=True, max_examples=50)
 settings.register_profile("explore", _common, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, those with the longest limits before all, so that no worker is left alone with one at the end.
+
+    Each worker begins with a stretch of the list of its own, so two halves begin with slow tests. The slow tests of a
+    module stay together: what they share is then made once, not by both workers at a time.
+    """
+    quick = [item for item in items if item.get_closest_marker("slow") is None]
+    modules: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            modules.setdefault(item.path, []).append(item)
+    slow = sorted(modules.values(), key=lambda tests: max(map(_limit, tests)), reverse=True)
+    one, other = ([item for tests in half for item in tests] for half in (slow[0::2], slow[1::2]))
+    half = (len(items) + 1) // 2
+    items[:] = one + quick[: max(half - len(one), 0)] + other + quick[max(half - len(one), 0) :]
+
+
+def _limit(item: pytest.Item) -> float:
+    """Seconds that a test may take; 0 for the default."""
+    marker = item.get_closest_marker("timeout")
+    return float(marker.args[0]) if marker is not None and marker.args else 0.0
 
 
 @pytest.fixture(autouse=True)

@@ -51,6 +51,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+START = 30.0  # seconds to form a group, however short its own timeout: ranks of a busy machine begin late
 LINGER = 1.0  # seconds a failed rank stays connected, so that the others can meet their own error first
 GRACE = 5.0  # seconds the others then have to finish before they are killed
 READY = b"ready"  # what a rank sends before it begins
@@ -91,15 +92,15 @@ def run_ranks(
     """Run `fn(rank, world_size, *args)` on `world_size` ranks and return their results in rank order.
 
     Args:
-        fn: The body of a rank; any callable with "fork", a module-level function with "spawn".
+        fn: The body of a rank; any callable with "fork", else a module-level function.
         world_size: How many ranks.
         backend: For `init_process_group`.
         args: Further arguments of `fn`.
         timeout: Seconds after which ranks still running are shown and killed.
         init: Whether the default group exists when `fn` begins.
-        pg_timeout: Timeout of that group in seconds; `timeout` when None.
+        pg_timeout: Timeout of that group in seconds once it stands; `timeout` when None.
         expect_error: Return an `Outcome` per rank and raise nothing.
-        start_method: "fork" or "spawn".
+        start_method: "fork", "spawn", or "forkserver", which forks from a process that was started before.
 
     Raises:
         AssertionError: A rank failed, died or hung; the message holds every failing rank's traceback.
@@ -152,9 +153,10 @@ def _run(
                 ours, theirs = context.Pipe()
                 dump = Path(tmp, f"rank{rank}.txt")
                 env = _environment(rank, world_size, port)
+                parent = None if start_method == "forkserver" else os.getpid()
                 process = context.Process(
                     target=_child,
-                    args=(fn, rank, world_size, group, args, theirs, env, str(dump), os.getpid()),
+                    args=(fn, rank, world_size, group, args, theirs, env, str(dump), parent),
                     name=f"rank{rank}",
                 )
                 ranks.append(_Rank(process, ours, dump))
@@ -307,7 +309,7 @@ def _child(
     conn: Connection,
     env: dict[str, str],
     dump: str,
-    parent: int,
+    parent: int | None,
 ) -> None:
     _die_with(parent)
     stacks = open(dump, "w")  # noqa: SIM115 - faulthandler writes to it until the process ends
@@ -319,7 +321,7 @@ def _child(
     torch.manual_seed(rank)
     try:
         if group is not None:
-            torch.distributed.init_process_group(group[0], timeout=timedelta(seconds=group[1]))
+            _form(*group)
         conn.send_bytes(READY)
         conn.recv_bytes()
         report = pickle.dumps((fn(rank, world_size, *args), None, ""))
@@ -335,9 +337,24 @@ def _child(
     os._exit(status)  # no exit handlers: they belong to the parent, and torch's may block on a dead peer
 
 
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this rank when the parent dies, even by SIGKILL. Linux only; elsewhere nothing."""
+def _form(backend: str, seconds: float) -> None:
+    """Join the default group, whose operations wait for so many seconds; all ranks are there before it is formed."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, size, rank == 0, timedelta(seconds=max(seconds, START)))
+    store.set_timeout(timedelta(seconds=seconds))
+    # gloo keeps the timeout it was formed with for point-to-point messages, whatever the group's is set to later
+    torch.distributed.init_process_group(
+        backend, timeout=timedelta(seconds=seconds), store=store, rank=rank, world_size=size
+    )
+
+
+def _die_with(parent: int | None) -> None:
+    """Have the kernel kill this rank when the parent dies, even by SIGKILL. Linux only; elsewhere nothing.
+
+    ``None``: the parent is a fork server, which ends with the process that uses it.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-    if os.getppid() != parent:
+    if parent is not None and os.getppid() != parent:
         os._exit(1)

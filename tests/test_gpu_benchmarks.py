@@ -46,6 +46,20 @@ def test_host_measures_every_kind_of_method_on_a_cpu(tmp_path: Path) -> None:
     assert lines["int8"]["compressed_calls"] > 0 < lines["int8"]["state_bytes"]
 
 
+def test_host_records_launches_where_there_is_no_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    size = ("--rows", "64", "--sites", "2", "--rounds", "3", "--only", "int4", "int4 block")
+    done = run("benchmarks.gpu.host", "--stub", *size, "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    by_row, by_block = json.loads(out.read_text())["lines"]
+    assert (by_row["launches"], by_block["launches"]) == (7, 4)
+    assert 0 < by_row["host_us"] <= by_row["host_us_median"]
+    assert by_block["python_calls"] <= by_row["python_calls"] <= 86
+    refused = run("benchmarks.gpu.host", "--stub", "--only", "plain")
+    assert refused.returncode == 1
+    assert "no kernels to be recorded for plain" in refused.stderr
+
+
 def test_reference_times_and_plays_every_line_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     size = ("--device", "cpu", "--shapes", "64x96", "--steps", "3", "--rounds", "2", "--backend", "aot_eager")

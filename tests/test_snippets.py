@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_examples import run_file
+from tests.scripts import run_script
 
 ROOT = Path(__file__).parents[1]
 
 if any(importlib.util.find_spec(name) is None for name in ("diffusers", "xfuser", "triton", "yunchang")):
     pytest.skip("xfuser is not installed", allow_module_level=True)
 
-# xfuser's and gloo's threads may outlive an orderly exit
-END = "\nimport os, sys\ntorch.distributed.barrier()\nsys.stdout.flush()\nos._exit(0)\n"
+END = "\ntorch.distributed.barrier()\n"
 
 
 @pytest.mark.xdit
@@ -28,6 +27,6 @@ def test_page(page: str, snippets: int, tables: int, tmp_path: Path) -> None:
     assert len(found) == snippets
     script = tmp_path / f"{page}_page.py"  # not diffusers.py, which would be imported for diffusers
     script.write_text("\n".join(found) + END)
-    shown = run_file(script, timeout=220)
+    shown = run_script(script, timeout=220, xfuser=True)
     # every rank prints its tables, and nothing that they count went uncompressed
     assert len(re.findall(r"total: [1-9]\d* compressed and 0 passed-through calls", shown)) == 2 * tables

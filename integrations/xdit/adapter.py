@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import compactdist_common
-from compactdist_common import AUTO, Patches, chosen_codec, unwrapped
+from compactdist_common import AUTO, Patches, chosen_codec, chosen_option, unwrapped
 from compactdist_xdit import methods, probe
 from compactdist_xdit import routes as all_routes
 from compactdist_xdit.session import Session
@@ -71,23 +71,20 @@ def enable(
         parallel_method: `"patch"` or `"distrifusion"` in place of ring attention; see `compactdist_xdit.methods`.
         method_warmup_steps, method_sync_from_step: DistriFusion's synchronous first and last steps.
         exact_own: a rank attends to its own keys and values as they are, not as the other ranks decode them.
-        wrap_options: further arguments of `compactdist.wrap` (`preset`, `policy`, `order`, ...).
+        wrap_options: further arguments of `compactdist.wrap` (`preset`, `policy`, `order`, ...). `mode="predict-now"`
+            goes with `parallel_method="patch"`; what travels on routes `cfg` and `sp` waits nevertheless.
 
     Raises:
-        ValueError: there is nothing to compress, a route or method is unknown, the pipeline is enabled already, or
-            xfuser is configured in a way that excludes compression (8-bit communication, CPU offload).
+        ValueError: there is nothing to compress, a route or method is unknown, the pipeline is enabled already,
+            `mode="predict-now"` without `parallel_method="patch"`, or xfuser is configured in a way that excludes
+            compression (8-bit communication, CPU offload).
     """
     inner, wanted, codec = unwrapped(pipe), all_routes.chosen(routes), chosen_codec(codec, wrap_options)
     method = None
     if parallel_method is not None:
         choices = {"warmup_steps": method_warmup_steps, "sync_from_step": method_sync_from_step, "exact_own": exact_own}
         method = methods.create(parallel_method, **choices)
-    if codec is None:
-        if method is None:
-            raise ValueError("codec=None compresses nothing; name a codec, or a parallel_method to run without one")
-        if wrap_options:
-            names = ", ".join(wrap_options)
-            raise ValueError(f"{names}: no effect with codec=None, which wraps no group; name a codec, or leave it out")
+    _refuse(codec, method, wrap_options)
     if vars(inner).get(_MARK) is not None:
         raise ValueError("compression is already enabled for this pipeline; call disable() on its handle first")
     probe.check_version()
@@ -105,3 +102,23 @@ def enable(
         handle.disable()
         raise
     return handle
+
+
+def _refuse(codec: Any, method: methods.GatheringMethod | None, wrap_options: dict[str, Any]) -> None:
+    """Refuse options that would have no effect, or another one than they say.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if codec is None:
+        if method is None:
+            raise ValueError("codec=None compresses nothing; name a codec, or a parallel_method to run without one")
+        if wrap_options:
+            names = ", ".join(wrap_options)
+            raise ValueError(f"{names}: no effect with codec=None, which wraps no group; name a codec, or leave it out")
+    elif chosen_option("mode", wrap_options, "wait") == "predict-now" and not isinstance(method, methods.PatchParallel):
+        raise ValueError(
+            "mode='predict-now' answers all-gathers with their prediction: xDiT's own ring and Ulysses attention make "
+            "none, and DistriFusion's are a step late already; use parallel_method='patch', "
+            f"got {None if method is None else method.name!r}"
+        )

@@ -127,6 +127,8 @@ class Session:
             options["keyframe"] = "raw"  # small, and guidance or the scheduler makes the first step's error larger
         if not compactdist.codecs.get(self._codec).lossless:
             options["policy"] = self._policy(slot.route)
+        if slot.route in ("cfg", "sp") and chosen_option("mode", self._options, "wait") != "wait":
+            return compactdist.wrap(plain, self._codec, **options | self._options | {"mode": "wait"})
         return compactdist.wrap(plain, self._codec, **options | self._options)
 
     def _layout_of(self, info: Any) -> compactdist.Layout | None:

@@ -55,7 +55,7 @@ def of_group(group: Any) -> dict[str, Any]:
 
 
 def is_one_to_all(key: str) -> bool:
-    return "all_gather#" in key or "broadcast/" in key
+    return "all_gather#" in key or "broadcast/" in key or "all_reduce/sums#" in key
 
 
 def check(ranks: list[dict[str, Any]]) -> int:

@@ -76,12 +76,6 @@ def programs(draw: Any) -> dict[str, Any]:
     return {"options": draw(options()), "actions": draw(actions), "seed": draw(st.integers(0, 2**31))}
 
 
-def rank_options(chosen: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Budgets differ between ranks; everything else is agreed."""
-    budget = chosen["state_budget_bytes"]
-    return {**chosen, "state_budget_bytes": None if budget is None else budget * (rank + 1)}
-
-
 def data(seed: int, index: int, rank: int, n: int, dtype: torch.dtype, scale: float) -> torch.Tensor:
     """Slowly varying: a part that depends on the rank and size only, and a small part of its own."""
     base = torch.randn(n, generator=torch.Generator().manual_seed(n * 7 + rank))

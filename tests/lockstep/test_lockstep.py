@@ -11,7 +11,7 @@ import compactdist
 from compactdist.testing import act_like_nccl
 from tests.launch import run_ranks
 from tests.lockstep import compare
-from tests.lockstep.programs import Runner, programs, rank_options
+from tests.lockstep.programs import Runner, programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
@@ -20,7 +20,7 @@ def body(rank, world_size, batch, nccl):
     out = []
     inner = act_like_nccl(torch.distributed.group.WORLD, delay=0) if nccl else None
     for program in batch:
-        with compactdist.wrap(inner, **rank_options(program["options"], rank)) as dist:
+        with compactdist.wrap(inner, **program["options"]) as dist:
             dist.step()
             runner = Runner(dist, program["seed"])
             results = runner.run(program["actions"])

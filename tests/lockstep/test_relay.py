@@ -10,7 +10,7 @@ import torch
 import compactdist
 from tests.launch import run_ranks
 from tests.lockstep import compare
-from tests.lockstep.programs import DTYPES, Runner, rank_options
+from tests.lockstep.programs import DTYPES, Runner
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
@@ -59,7 +59,7 @@ def program(draw):
 def body(rank, world_size, batch):
     out = []
     for chosen in batch:
-        with compactdist.wrap(**rank_options(chosen["options"], rank)) as dist:
+        with compactdist.wrap(**chosen["options"]) as dist:
             dist.step()
             runner = Runner(dist, chosen["seed"])
             held = []

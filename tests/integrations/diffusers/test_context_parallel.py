@@ -94,6 +94,21 @@ def test_a_request_over_a_group_with_nccls_manners_is_that_over_gloo(route: str)
     run_ranks(body, timeout=100)
 
 
+def test_predictions_in_place_of_the_rings_gathers() -> None:
+    def body(rank: int, size: int) -> None:
+        pipe, call_kwargs = parallel("flux", "ring", size)
+        plain = pipe(**call_kwargs)[0]
+        with compactdist_diffusers.enable(pipe, codec="int4", order="auto"):
+            waited = pipe(**call_kwargs)[0]
+        with compactdist_diffusers.enable(pipe, codec="int4", order="auto", mode="predict-now") as handle:
+            predicted = pipe(**call_kwargs)[0]
+            assert torch.equal(pipe(**call_kwargs)[0], predicted)  # whatever arrived when
+            assert handle.stats()["ring"].predicted == 2 * (CALLS["flux"] - CALLS["flux"] // STEPS)
+        assert relative_error(waited, plain) < relative_error(predicted, plain) < 0.1
+
+    run_ranks(body, timeout=100)
+
+
 def test_attention_masks_are_not_compressed() -> None:
     def body(rank: int, size: int) -> None:
         pipe, call_kwargs = parallel("qwenimage", "ulysses", size, steps=2)

@@ -1,4 +1,4 @@
-"""xfuser's own feature caches under compression. Started by test_caches.py with torchrun: caches_worker.py OUT.json."""
+"""xfuser's own feature caches under compression. Started by test_caches.py: caches_worker.py OUT.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled transformers, one cell after another. Started by test_compile.py with torchrun:
+"""Compiled transformers, one cell after another. Started by test_compile.py:
 
     compile_worker.py OUT.json "flux/ring/wrapper/before/eager, wan/ring/in place/after/eager"
 

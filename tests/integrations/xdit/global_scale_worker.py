@@ -1,6 +1,6 @@
 """Ulysses with int4 twice: with the adapter's layout, and with one scale for the whole stacked q/k/v buffer.
 
-Started with torchrun by test_acceptance.py; writes both errors to the file given.
+Started by test_global_scale.py; writes both errors to the file given.
 """
 
 from __future__ import annotations

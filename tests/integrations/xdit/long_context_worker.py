@@ -1,6 +1,6 @@
 """On each of four ranks: yunchang's and xfuser's attention over compressed groups; writes what it measured as JSON.
 
-torchrun --nproc-per-node 4 long_context_worker.py OUT.json
+Started by test_long_context.py: long_context_worker.py OUT.json
 """
 
 from __future__ import annotations

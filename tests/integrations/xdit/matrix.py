@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.integrations.xdit.ranks import ROOT, run_worker
+from tests.integrations.xdit.ranks import run_worker
+from tests.scripts import ROOT
 
 JSON = ROOT / "benchmarks" / "results" / "integrations.json"
 PAGE = ROOT / "docs" / "integrations.md"

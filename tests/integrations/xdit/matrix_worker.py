@@ -1,6 +1,6 @@
 """One column of the compatibility table: pipelines under one parallel configuration. Started by test_matrix.py.
 
-    torchrun --nproc-per-node N matrix_worker.py OUT.json COLUMN MODEL...
+    matrix_worker.py OUT.json COLUMN MODEL...
 
 The rank with output writes, for every model: latent errors of codec raw and int4 against the uncompressed run, calls
 that were compressed, ratio, state, and whether a second request repeats the first bit for bit.
@@ -97,8 +97,7 @@ def main() -> None:
     }
     if dist.get_rank() == 0 or "failed" in str(best)[:200]:
         out.write_text(json.dumps(best, indent=1))
-    sys.stdout.flush()
-    os._exit(0)  # xfuser's and gloo's threads may outlive an orderly exit
+    sys.exit(records[model].get("trace"))  # other ranks may wait for one that failed
 
 
 main()

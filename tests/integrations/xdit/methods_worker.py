@@ -1,6 +1,6 @@
-"""The parallel methods in xfuser's own pipeline and in its USP function. Started with torchrun by test_methods_xdit.py.
+"""The parallel methods in xfuser's own pipeline and in its USP function. Started by test_methods_xdit.py.
 
-    torchrun --nproc-per-node N methods_worker.py OUT.json ULYSSES_DEGREE
+    methods_worker.py OUT.json ULYSSES_DEGREE
 
 Rank with output writes errors between latents (maximum absolute, or relative norm), counts and messages.
 """
@@ -62,6 +62,7 @@ def requests(seeds: list[int], **options: Any) -> list[Tensor]:
             route: {
                 "compressed": stats.compressed_calls,
                 "passed": stats.passed_through,
+                "predicted": stats.predicted,
                 "raw": stats.raw_bytes,
                 "wire": stats.wire_bytes,
                 "keys": list(stats.sites),
@@ -100,6 +101,8 @@ errors["patch - ring"] = largest(patch, ring)
 errors["patch, raw - patch"] = largest(raw, patch)
 (ring4,) = requests([0], codec="int4")
 (patch4,) = requests([0], codec="int4", parallel_method="patch")
+predicted, predicted_again = requests([0, 0], codec="int4", parallel_method="patch", mode="predict-now")
+errors["predicted: second request"] = largest(predicted_again, predicted)
 errors["ring, int4"], errors["patch, int4"] = relative(ring4, ring), relative(patch4, ring)
 
 for codec in (None, "int4"):
@@ -107,6 +110,7 @@ for codec in (None, "int4"):
     warm, again, other, back = requests([0, 0, 1, 0], codec=codec, parallel_method="distrifusion")
     (alone,) = requests([1], codec=codec, parallel_method="distrifusion")
     errors[f"distrifusion, {codec}"] = relative(warm, ring)
+    errors[f"predicted, int4 - distrifusion, {codec}"] = largest(predicted, warm)
     errors[f"distrifusion, {codec}: second request"] = largest(again, warm)
     errors[f"distrifusion, {codec}: after another request"] = largest(back, warm)
     errors[f"distrifusion, {codec}: after others - alone"] = largest(other, alone)

@@ -1,4 +1,4 @@
-"""Workers under torchrun: how tests start them, and how they hand in what they found.
+"""Workers: scripts of this folder that run on several ranks, and how they hand in what they found.
 
 xfuser can be set up once in a process, so what needs other groups, or fresh ones, runs in processes of its own.
 """
@@ -6,30 +6,25 @@ xfuser can be set up once in a process, so what needs other groups, or fresh one
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from tests.scripts import run_script
+
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parents[2]
 
 
 def run_worker(script: str, out: Path, *words: str, ranks: int = 2, timeout: float = 220) -> None:
     """Run a script of this folder on `ranks` CPU ranks; it has to write `out`, its first argument."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(FOLDER / script), str(out), *words]
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True, check=False)
-    assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    said = run_script(FOLDER / script, str(out), *words, ranks=ranks, timeout=timeout, xfuser=True)
+    assert out.exists(), said[-4000:]
 
 
 def hand_in(found: Any, out: Path) -> NoReturn:
-    """Write what every rank has found, as a JSON list by rank, and end this process."""
+    """Write what every rank has found, as a JSON list by rank, and end this rank."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
     if dist.get_rank() == 0:
@@ -38,7 +33,6 @@ def hand_in(found: Any, out: Path) -> NoReturn:
 
 
 def leave() -> NoReturn:
-    """End this process once all ranks are here."""
-    sys.stdout.flush()
+    """End this rank once all are here; the launcher then ends its process, whatever xfuser's and gloo's threads do."""
     dist.barrier()
-    os._exit(0)  # xfuser's and gloo's threads may outlive an orderly exit
+    sys.exit()

@@ -1,4 +1,4 @@
-"""Requests in a row, one inside another, or alone in a fresh process. Started by test_requests.py with torchrun:
+"""Requests in a row, one inside another, or alone in a fresh process. Started by test_requests.py:
 
     requests_worker.py OUT.safetensors "ring 0+1, pipefusion 0+1"
 

@@ -1,4 +1,4 @@
-"""Requests that meet in one process. Started by test_sessions.py with torchrun: sessions_worker.py OUT.json ROUTE."""
+"""Requests that meet in one process. Started by test_sessions.py: sessions_worker.py OUT.json ROUTE."""
 
 from __future__ import annotations
 

@@ -54,10 +54,6 @@ def check(cells: Sequence[str], out: Path) -> None:
         assert 1e-7 < record["error"] < 3 * record["eager error"] < 2e-2, (name, record)
 
 
-def test_compiled_on_the_wrapper_after_enable(tmp_path: Path) -> None:
-    check(["flux/ring/wrapper/after/eager"], tmp_path / "out.json")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", CELLS)
 def test_every_way_to_compile(launch: str, tmp_path: Path) -> None:

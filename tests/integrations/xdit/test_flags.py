@@ -110,6 +110,7 @@ get_runtime_state().destroy_distributed_env()
 
 
 @pytest.mark.xdit
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_an_unmodified_script_runs_compressed(tmp_path: Path) -> None:
     pytest.importorskip("yunchang")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +10,10 @@ import torch
 
 from compactdist_xdit import long_context
 from compactdist_xdit.long_context import LongContextSites
+from tests.integrations.xdit.ranks import run_worker
 
 pytestmark = [pytest.mark.xdit, pytest.mark.slow, pytest.mark.timeout(240)]
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-WORKER = Path(__file__).with_name("long_context_worker.py")
 STEPS, B, S, H, D = 8, 2, 64, 4, 16
 ROUTES = ["1 x 4", "4 x 1", "2 x 2", "xfuser 2", "xfuser 4"]
 
@@ -26,11 +21,7 @@ ROUTES = ["1 x 4", "4 x 1", "2 x 2", "xfuser 2", "xfuser 4"]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     out = tmp_path_factory.mktemp("long_context") / "out.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(out)], env=ENVIRONMENT, timeout=220, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_worker("long_context_worker.py", out, ranks=4)
     return json.loads(out.read_text())
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compactdist_xdit import methods, routes
+from compactdist_xdit import adapter, methods, routes
 from compactdist_xdit.session import Session
 
 SHAPE = (2, 3, 4, 8)
@@ -172,6 +172,21 @@ def test_the_session_tells_the_method_of_steps_forwards_and_requests(monkeypatch
     assert told[2:] == ["group.step", "begin_step", "Identity", "Identity", "group.step", "begin_step", "Identity"]
 
 
+@pytest.mark.parametrize("name", [None, "distrifusion"])
+def test_a_prediction_in_place_of_what_is_no_all_gather_or_late_already(
+    name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = None if name is None else methods.create(name)
+    said = f"use parallel_method='patch', got {name!r}"
+    with pytest.raises(ValueError, match=said):
+        adapter._refuse("int4", method, {"mode": "predict-now"})
+    adapter._refuse("int4", methods.create("patch"), {"mode": "predict-now"})
+    adapter._refuse("int4", method, {})
+    monkeypatch.setenv("COMPACTDIST_MODE", "predict-now")
+    with pytest.raises(ValueError, match=said):
+        adapter._refuse("int4", method, {})
+
+
 def test_figures_of_the_quality_page() -> None:
     from benchmarks.quality.methods_quality import PAIRS, VARIANTS, paired, table
 
@@ -182,3 +197,14 @@ def test_figures_of_the_quality_page() -> None:
     assert table(rows) in page
     assert paired(rows) in page
     assert len(paired(rows).splitlines()) == len(PAIRS) + 2
+
+
+def test_figures_of_predictions_on_the_quality_page() -> None:
+    from benchmarks.quality.predict_now import VARIANTS, show
+
+    root = Path(__file__).parents[3]
+    rows = json.loads((root / "benchmarks" / "results" / "predict_now.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == list(VARIANTS)
+    tables = show(rows).split("\n\n")
+    page = (root / "docs" / "quality.md").read_text()
+    assert all(table in page for table in tables)

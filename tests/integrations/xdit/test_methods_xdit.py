@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.integrations.xdit.ranks import run_worker
 
 if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")):
     pytest.skip("xfuser is not installed", allow_module_level=True)
@@ -22,18 +21,7 @@ CALLS = STEPS * LAYERS
 
 
 def launch(out: Path, ranks: int, ulysses: int) -> dict[str, Any]:
-    worker = Path(__file__).with_name("methods_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*command, str(worker), str(out), str(ulysses)],
-        env=environment,
-        timeout=280,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_worker("methods_worker.py", out, str(ulysses), ranks=ranks, timeout=280)
     return json.loads(out.read_text())
 
 
@@ -67,6 +55,16 @@ def test_compressed_patch_sends_what_the_compressed_ring_sends(record: dict[str,
     assert all(key.startswith("kv/") for key in patch["keys"])
     assert len(patch["keys"]) == LAYERS
     assert 0.5 < record["errors"]["patch, int4"] / record["errors"]["ring, int4"] < 2
+
+
+def test_the_last_value_as_a_prediction_is_distrifusion(record: dict[str, Any]) -> None:
+    """At order 1: what one method gathered in the step before is what the other one predicts from it."""
+    errors, calls = record["errors"], record["calls"]
+    assert errors["predicted, int4 - distrifusion, int4"] <= 1e-6
+    assert errors["predicted, int4 - distrifusion, None"] > 1e-4
+    assert errors["predicted: second request"] == 0
+    assert calls["int4/patch/predict-now, 2 requests"]["ring"]["predicted"] == 2 * (CALLS - LAYERS)
+    assert calls["int4/patch"]["ring"]["predicted"] == 0
 
 
 @pytest.mark.parametrize("codec", [None, "int4"])

@@ -1,0 +1,59 @@
+"""Pages show what `benchmarks.quality` stored; figures of single codecs and methods have tests beside theirs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.quality import adaptive_order, chart, targets
+from compactdist.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text()
+
+
+def stored(name: str) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    return read
+
+
+def test_targets() -> None:
+    assert targets.table(stored("targets.json")) in page("policy_and_layout.md")
+
+
+def test_adaptive_order() -> None:
+    assert adaptive_order.table(stored("adaptive_order.json")["rows"]) in page("quality.md")
+
+
+def test_chart() -> None:
+    rows = stored("chart.json")["rows"]
+    for text in chart.tables(rows):
+        assert text in page("quality.md")
+    for route, families in chart.OF_ROUTE.items():
+        measured = [row["variant"] for row in rows if row["route"] == route]
+        assert measured == [name for variants in families.values() for name in variants], route
+
+
+def test_every_codec_and_preset_of_the_package_is_in_the_chart() -> None:
+    names = {name for variants in chart.FAMILIES.values() for name in variants}
+    assert {"binary", "int2", "topk", "lowrank_int4", "transform", "rates", "raw"} <= names
+    assert {f"preset {name}" for name in PRESETS} <= names
+
+
+def test_the_picture_is_that_of_the_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.quality import drawing
+
+    committed = ROOT / "docs" / "images" / "chart.svg"
+    assert committed.stat().st_size < 100_000
+    drawing.draw(stored("chart.json")["rows"], tmp_path / "chart.svg")
+    texts = [re.findall(r">([^<>\n]+)</text>", path.read_text()) for path in (committed, tmp_path / "chart.svg")]
+    assert texts[0] == texts[1]
+    assert {"DistriFusion", "PipeFusion", "uncompressed", "presets", "small", "lowrank_int4"} <= {*texts[0]}
