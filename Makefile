@@ -13,12 +13,6 @@ WORKERS ?= 2
 # `make test-torch TORCH=2.11.0`: what may differ between versions of torch and Triton, without the frameworks.
 TORCH_TESTS ?= tests/group tests/exchange tests/lockstep tests/conformance tests/state \
 	tests/kernels/test_arguments_of_one.py
-# `make test-torch-short`: of these, what has differed between versions, or calls torch in ways that others do not.
-# Left out is what takes long and asks torch for nothing else: chains of forwards, long sums, ranks that disagree.
-TORCH_TESTS_SHORT ?= tests/group tests/exchange tests/conformance tests/lockstep/test_raw_bits.py \
-	tests/kernels/test_arguments_of_one.py --ignore=tests/exchange/test_forward.py \
-	--ignore=tests/group/lifecycle/test_disagreement.py \
-	--deselect=tests/group/test_reductions.py::test_errors_stay_bounded_over_a_thousand_steps
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -34,7 +28,7 @@ SOURCES := compactdist tests $(wildcard integrations benchmarks examples tools)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv venv-torch lint format test test-all test-torch test-torch-short conformance demo bench clean
+.PHONY: help venv venv-torch lint format test test-all test-torch conformance demo bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -73,9 +67,6 @@ venv-torch: ## an environment with another torch (TORCH=2.11.0), beside VENV
 
 test-torch: venv-torch ## there, the quick tests of groups and whether kernels compile
 	@$(OTHER_VENV)/bin/python $(PYTEST) -m "not slow" $(TORCH_TESTS) $(PYTEST_ARGS)
-
-test-torch-short: TORCH_TESTS := $(TORCH_TESTS_SHORT)
-test-torch-short: test-torch ## those of them that torch's own changes have broken, or could
 
 conformance: $(STAMP) ## run torch's own collectives against the wrapper and rewrite docs/conformance.md
 	@$(PY) -m tests.conformance $(CONFORMANCE_ARGS)

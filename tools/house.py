@@ -99,8 +99,9 @@ class File:
         lines: of the file.
         imports: all of them.
         functions: qualified name to (line, number of lines).
-        changed_globals: module globals that code of this file changes, ``global`` statements included.
-        caches: functions whose results the module keeps (``functools.cache``, ``lru_cache``).
+        changed_globals: module globals that code of this file changes, ``global`` statements included; of the package
+            and its adapters only.
+        caches: functions whose results the module keeps (``functools.cache``, ``lru_cache``), likewise.
     """
 
     path: str
@@ -133,8 +134,9 @@ class House:
             for target in self._targets(name, node):
                 file.imports.append(Import(node.lineno, target, late, typing))
         file.functions = dict(_functions(tree))
-        file.changed_globals = sorted(_changed_globals(tree))
-        file.caches = sorted(_caches(tree))
+        if _is_shipped(name):  # nobody asks it of others, and it takes longer than the rest
+            file.changed_globals = sorted(_changed_globals(tree))
+            file.caches = sorted(_caches(tree))
         return file
 
     def _targets(self, name: str, node: ast.Import | ast.ImportFrom) -> Iterator[str]:
@@ -232,7 +234,7 @@ class House:
         return [f"{file.path}:{name}" for file in self._shipped() for name in file.caches]
 
     def _shipped(self) -> list[File]:
-        return [file for file in self.files.values() if file.path.startswith(("compactdist/", "integrations/"))]
+        return [file for file in self.files.values() if _is_shipped(file.path)]
 
     def recipes(self) -> dict[str, list[str]]:
         """Heading ``Add a ...`` of CONTRIBUTING.md to the files and folders that its recipe names in backticks."""
@@ -264,6 +266,10 @@ def room_of(path: str) -> str:
         return "compactdist"
     leaf = ".".join(parts[1:])
     return leaf if leaf in LEAVES else parts[1]
+
+
+def _is_shipped(path: str) -> bool:
+    return path.startswith(("compactdist/", "integrations/"))
 
 
 def _may_import(importing: str, imported: str) -> bool:
@@ -331,12 +337,13 @@ def _changed_globals(tree: ast.Module) -> set[str]:
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
+        nodes = list(ast.walk(function))
         own = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
-        rebound = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        declared = {name for n in ast.walk(function) if isinstance(n, ast.Global) for name in n.names}
+        rebound = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        declared = {name for n in nodes if isinstance(n, ast.Global) for name in n.names}
         visible = (bound - own - rebound) | (bound & declared)
         changed |= declared & rebound
-        for node in ast.walk(function):
+        for node in nodes:
             if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
                 owner = node.value
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CHANGES:

@@ -17,28 +17,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.codecs import moving
+from benchmarks.codecs.changing import tensors
 from benchmarks.common import check_load, finish, parser, timed
 from compactdist import codecs
 from compactdist.codecs.transform.basis import followed, rows_of
-from compactdist.codecs.transform.coding import Frame, Weights, _fitted, decode, encode
+from compactdist.codecs.transform.coding import Frame, Weights, decode, encode
 from compactdist.codecs.transform.ends import put_out, residuals
 from compactdist.codecs.transform.products import by_blocks, inverse
 from compactdist.codecs.transform.transform import TransformSession
 from compactdist.state import plain
 
 CPU = torch.device("cpu")
-
-
-def tensors(rows: int, channels: int, count: int) -> list[Tensor]:
-    """Flat bfloat16 tensors that change from one to the next, with a spectrum that falls as activations' do."""
-    g = torch.Generator().manual_seed(0)
-    mixed = torch.randn(channels, channels, generator=g) / channels**0.5
-    mixed *= torch.arange(1, channels + 1).pow(-0.6)[:, None]
-    x, out = torch.randn(rows, channels, generator=g) @ mixed, []
-    for _ in range(count):
-        out.append(x.bfloat16().view(-1))
-        x = x + 0.2 * torch.randn(rows, channels, generator=g) @ mixed
-    return out
 
 
 def opened(bits: float, rows: int, channels: int) -> TransformSession:
@@ -67,7 +56,6 @@ def parts_of(session: TransformSession, x: Tensor, base: Tensor, out: Tensor, pa
     return {
         "residual": lambda: residuals(x, (base,), view, layout),
         "forward products": forward,
-        "scales": lambda: _fitted(turned, squares[0], layout),
         "scales, levels and planes": lambda: encode(turned, squares[0], 0, layout, space),
         "read planes": lambda: decode(payload, layout, space),
         "weights": lambda: Weights.of(rows, frame.spread),

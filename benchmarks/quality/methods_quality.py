@@ -1,6 +1,6 @@
 """Image error of the parallel methods and codecs on the digits FLUX, over several noise seeds.
 
-    python -m benchmarks.quality.methods_quality --seeds 16 --json benchmarks/results/methods_quality.json
+    python -m benchmarks.quality.methods_quality --seeds 4 --json benchmarks/results/methods_quality.json
     python -m benchmarks.quality.methods_quality --show benchmarks/results/methods_quality.json
 
 Starts torchrun with two ranks by itself. For every seed the uncompressed ring is the reference; prints median and range
@@ -12,6 +12,7 @@ compared seed by seed. `--show` prints stored results again.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.quality import over_seeds
@@ -67,11 +68,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return over_seeds.table(sorted(rows, key=lambda row: row["median"]))
 
 
-def paired(rows: list[dict[str, Any]]) -> str:
+def paired(rows: list[dict[str, Any]], pairs: Sequence[tuple[str, str]] = tuple(PAIRS)) -> str:
     """Errors of one variant over those of another at the same noise: median (range) over the seeds."""
     errors = {row["variant"]: row["errors"] for row in rows}
     lines = []
-    for one, other in PAIRS:
+    for one, other in pairs:
         if not {one, other} <= errors.keys():  # not asked for
             continue
         ratios = [a / b for a, b in zip(errors[one], errors[other], strict=True)]
@@ -86,4 +87,4 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    over_seeds.main(__doc__ or "", "methods_quality", "ring", VARIANTS, 16, show)
+    over_seeds.main(__doc__ or "", "methods_quality", "ring", VARIANTS, 4, show)

@@ -1,4 +1,7 @@
-"""What was asked of ``target=`` and what was met: ``python -m benchmarks.quality.targets --json FILE``.
+"""What was asked of ``target=`` and what was met.
+
+    python -m benchmarks.quality.targets --json benchmarks/results/targets.json
+    python -m benchmarks.quality.targets --show benchmarks/results/targets.json
 
 Plays the committed traces, step by step and frame by frame, and a request whose prompt changes half-way: half of the
 steps of every site, then as many of another site of the trace. Of that request the error is also given without the one
@@ -8,7 +11,7 @@ step of the change, the size of whose frames was announced before.
 from __future__ import annotations
 
 import argparse
-import math
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ import torch
 
 from benchmarks.common import add_json, write_json
 from compactdist import codecs
-from compactdist.cli.evaluate import Recorded, Setting, recorded
+from compactdist.cli.evaluate import Played, Recorded, Setting, play_sites, recorded
+from compactdist.cli.score import Score
 from compactdist.observe.trace import Trace
-from compactdist.state import RateControl, StreamConfig, StreamDecoder, StreamEncoder, Target
+from compactdist.state import StreamConfig, Target
 
 TRACES = Path(__file__).parents[1] / "traces"
 TARGETS = ("nmse_db=-26", "nmse_db=-32", "bits=0.6", "bits=1.5")
@@ -33,36 +37,52 @@ def changed(entries: list[Recorded]) -> list[Recorded]:
     return made
 
 
-@torch.no_grad()
 def play(entries: list[Recorded], setting: Setting, cut: int) -> dict[str, Any]:
     """One request; ``cut``: the step of the change, 0 for none."""
-    assert setting.target is not None
-    control, config, codec = RateControl(setting.target), setting.config, setting.codec
-    ends = [(StreamEncoder(config, 0, entry.site), StreamDecoder(config, 0, entry.site)) for entry in entries]
-    for (encoder, _), entry in zip(ends, entries, strict=True):
-        encoder.steers = control.stream((entry.site, 0))
-    error = energy = 0.0
-    keyframes, rates = 0, set()
-    for step in range(len(entries[0].x)):
-        for (encoder, decoder), entry in zip(ends, entries, strict=True):
-            flat = entry.x[step].reshape(-1)
-            keyframe = encoder.is_fresh(flat.numel(), flat.dtype)
-            staged = encoder.stage(flat, codec, keyframe=keyframe, step=step)
-            encoder.commit(staged, entry.hint)
-            value = decoder.decode(staged.frame, codec, flat.numel(), flat.dtype, step=step, hint=entry.hint)
-            keyframes += keyframe
-            rates.add(staged.header.rate)
-            if step and step != cut:
-                error += float((value.double() - flat.double()).square().sum())
-                energy += float(flat.double().square().sum())
-    made = control.met().to_dict() | {"keyframes": keyframes, "rates": sorted(rates - {0})}
-    return made | ({"nmse_db_without_the_change": 10 * math.log10(error / energy)} if cut else {})
+    score, without_the_change = Score(), Score()
+    keyframes: list[bool] = []
+    rates: set[int] = set()
+
+    def watch(frame: Played) -> None:
+        keyframes.append(frame.keyframe)
+        rates.add(frame.rate)
+        if frame.step != cut:
+            without_the_change.count(
+                frame.site, frame.step, frame.x, frame.x_hat, frame.wire_bytes, keyframe=frame.step == 0
+            )
+
+    play_sites(score, setting, entries, watch)
+    assert score.met is not None
+    made = score.met.to_dict() | {"keyframes": sum(keyframes), "rates": sorted(rates - {0})}
+    return made | ({"nmse_db_without_the_change": without_the_change.residuals.nmse_db} if cut else {})
+
+
+def table(results: dict[str, Any]) -> str:
+    """A Markdown table, a column for each request."""
+    names = " | ".join(results).replace("digits_ring", "digits").replace("photos_dit", "photographs")
+    lines = [f"| asked | {names} |", "|---|" + "---:|" * len(results)]
+    for target in TARGETS:
+        cells = [_cell(rows[target]) for rows in results.values()]
+        lines.append("| " + " | ".join([f"`{target}`", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    """What was met; in brackets the error without the step of the change."""
+    if row["asked"].startswith("bits"):
+        return f"{row['bits']:.2f}, {row['nmse_db']:.1f} dB"
+    without = row.get("nmse_db_without_the_change")
+    return f"{row['nmse_db']:.2f}{'' if without is None else f' ({without:.2f})'}, {row['bits']:.2f} bits"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_json(parser)
+    parser.add_argument("--show", type=Path, help="print these results instead of measuring")
     arguments = parser.parse_args()
+    if arguments.show is not None:
+        print(table(json.loads(arguments.show.read_text())))
+        return
     codec, config = codecs.get("rates"), StreamConfig(find_layout=False)
     results: dict[str, Any] = {}
     for trace in ("digits_ring", "photos_dit"):
