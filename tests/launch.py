@@ -200,6 +200,8 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "GLOO_SOCKET_IFNAME": "lo",
+        # torch asks for the name of every address that it connects to; a name server that is away would take 5 s each
+        "RES_OPTIONS": "attempts:0",
         "OMP_NUM_THREADS": "1",
     }
 
@@ -341,8 +343,8 @@ def _form(backend: str, seconds: float) -> None:
     """Join the default group, whose operations wait for so many seconds; all ranks are there before it is formed."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # the store keeps its own time: clones of it connect with it too, however short the group's is
     store = torch.distributed.TCPStore(address, port, size, rank == 0, timedelta(seconds=max(seconds, START)))
-    store.set_timeout(timedelta(seconds=seconds))
     # gloo keeps the timeout it was formed with for point-to-point messages, whatever the group's is set to later
     torch.distributed.init_process_group(
         backend, timeout=timedelta(seconds=seconds), store=store, rank=rank, world_size=size

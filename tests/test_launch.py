@@ -54,12 +54,13 @@ def test_spawned_ranks_give_the_same_results():
     assert [r for r, _ in run_ranks(module_level, args=(1,), start_method="spawn")] == [1, 2]
 
 
-def test_init_false_leaves_the_group_to_the_body_again_and_again():
+def test_init_false_leaves_the_group_to_the_body_again_and_again(tmp_path):
     def body(rank, world_size):
         assert not dist.is_initialized()
         seen = []
-        for _ in range(2):
-            dist.init_process_group("gloo")
+        for turn in range(2):
+            # a store each: behind one port, a rank that is early would meet the store that another has yet to close
+            dist.init_process_group("gloo", f"file://{tmp_path}/{turn}", rank=rank, world_size=world_size)
             x = torch.ones(1)
             dist.all_reduce(x)
             seen.append(x.item())
