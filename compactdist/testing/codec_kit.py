@@ -35,7 +35,8 @@ def check_codec(codec: Codec, *, examples: int = 50, device: str | torch.device 
     That is: the payload size follows from shape and dtype; decoding gives the same bits wherever the payload lies and
     however many threads there are; the error never has more energy than the input; NaN and Inf are refused; the
     configuration survives JSON and decides equality and fingerprint; views encode as their contiguous copies; and, for
-    codecs that open sessions, both ends of a stream stay equal and what was rolled back leaves no trace.
+    codecs that open sessions, both ends of a stream stay equal, what was rolled back leaves no trace, and their memory
+    can be moved.
 
     Args:
         codec: must be registered (``compactdist.codecs.register``, or an installed entry point), as both ends find it

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compactdist.codecs.base import Session
 from compactdist.errors import NonFiniteError, PayloadError
 from compactdist.kernels.spec import MatrixView
 from compactdist.testing.codec_checks import as_bytes, expect, expect_raises
@@ -48,7 +50,8 @@ def check_session(
     """Run a stream through sessions of a codec, with no, one and two terms, and compare its ends at every step.
 
     The sender is disturbed on the way: it encodes frames that are rolled back, frames that the next one replaces
-    without a rollback, and tensors with NaN. A twin that never saw them must send equal payloads.
+    without a rollback, and tensors with NaN. A twin that never saw them must send equal payloads. Between steps the
+    memory of two ends is moved, and its old place spoilt; they must not notice.
 
     Args:
         codec: a codec with ``open``.
@@ -155,7 +158,25 @@ class _Stream:
             end.prepare()
         for end in ends:
             self.expect(end.held_bytes >= 0, f"step {step}: held_bytes is {end.held_bytes}")
+        for end in ends[1::2]:
+            self.move(step, end)
         return got
+
+    def move(self, step: int, end: Session) -> None:
+        """Put an end's memory elsewhere and spoil the old place, as offloading does; later steps must not notice."""
+        seen: list[list[Tensor]] = [[], []]
+        for tensors in seen:
+            end.move(_noting(tensors))
+        first, second = seen
+        same = len(first) == len(second) and all(one is other for one, other in zip(first, second, strict=True))
+        self.expect(same, f"step {step}: move gave other tensors, or another order, the second time")
+        nbytes = sum(tensor.nbytes for tensor in first)
+        held = end.held_bytes
+        self.expect(nbytes <= held, f"step {step}: move takes {nbytes} bytes elsewhere, held_bytes says {held}")
+        end.move(torch.clone)
+        self.expect(end.held_bytes == held, f"step {step}: after a move, held_bytes is {end.held_bytes} and was {held}")
+        for tensor in first:
+            as_bytes(tensor).fill_(0xA5)
 
     def refuse_wrong_payloads(self, size: int) -> None:
         out, payload = self.buffers()
@@ -166,3 +187,11 @@ class _Stream:
                 "a session's decode of a payload that is a byte short",
                 lambda: self.receiver.decode(payload[:-1], self.terms, out),
             )
+
+
+def _noting(tensors: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def note(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    return note

@@ -219,13 +219,16 @@ class Session:
     def prepare(self) -> None:
         pass
 
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        pass
+
     @property
     def held_bytes(self) -> int:
         return 0
 
 
-def with_sessions(**methods: Any) -> Codec:
-    session = type("Session", (Session,), methods)
+def with_sessions(base: type[Session] = Session, **methods: Any) -> Codec:
+    session = type("Session", (base,), methods)
     half = type("Half", (Half,), {"open": lambda codec, *args: session(codec, *args)})
     codecs.register(half)
     return half()
@@ -272,6 +275,43 @@ def prepares_too_much(self: Session) -> None:
     self.last += 100
 
 
+class Remembers(Session):
+    """Keeps its count in a tensor, as a session with memory does."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.count = self.alias = torch.zeros(1)
+        self.spare = torch.zeros(1)
+
+    def encode(self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor) -> None:
+        self.last = float(self.alias)
+        super().encode(x, terms, out, payload)
+
+    def commit(self) -> None:
+        super().commit()
+        self.alias.fill_(self.last)
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        self.count = self.alias = to(self.count)
+
+    @property
+    def held_bytes(self) -> int:
+        return self.count.nbytes
+
+
+def moves_one_reference(self: Remembers, to: Callable[[Tensor], Tensor]) -> None:
+    self.count = to(self.count)
+
+
+def moves_what_is_not_counted(self: Remembers, to: Callable[[Tensor], Tensor]) -> None:
+    self.count = self.alias = to(self.count)
+    self.spare = to(self.spare)
+
+
+def moves_copies(self: Remembers, to: Callable[[Tensor], Tensor]) -> None:
+    self.count = self.alias = to(self.count.clone())
+
+
 BAD_SESSIONS: dict[str, tuple[dict[str, Any], str]] = {
     "remembers at once": ({"encode": remembers_at_once}, "a frame that was not sent, or out=None, changed the next"),
     "rollback": ({"rollback": forgets_to_roll_back}, "a frame that was not sent, or out=None, changed the next"),
@@ -282,6 +322,11 @@ BAD_SESSIONS: dict[str, tuple[dict[str, Any], str]] = {
     "prepare": ({"prepare": prepares_too_much}, "changed the next payload"),
     "held": ({"held_bytes": -1}, "held_bytes is -1"),
 }
+BAD_MOVES: dict[str, tuple[dict[str, Any], str]] = {
+    "one reference": ({"move": moves_one_reference}, "changed the next payload"),
+    "not counted": ({"move": moves_what_is_not_counted}, "move takes 8 bytes elsewhere, held_bytes says 4"),
+    "copies": ({"move": moves_copies}, "move gave other tensors, or another order, the second time"),
+}
 
 
 @pytest.mark.parametrize("fault", BAD_SESSIONS)
@@ -290,6 +335,17 @@ def test_every_fault_of_a_session_is_found(fault: str) -> None:
     with pytest.raises(AssertionError, match=match) as caught:
         check_sessions(with_sessions(**methods))
     assert "session of MatrixView(" in str(caught.value) or "must raise" in str(caught.value)
+
+
+def test_sessions_that_move_their_memory_pass() -> None:
+    check_sessions(with_sessions(Remembers))
+
+
+@pytest.mark.parametrize("fault", BAD_MOVES)
+def test_every_fault_of_a_move_is_found(fault: str) -> None:
+    methods, match = BAD_MOVES[fault]
+    with pytest.raises(AssertionError, match=match):
+        check_sessions(with_sessions(Remembers, **methods))
 
 
 def test_views_are_matrices_of_their_elements() -> None:
