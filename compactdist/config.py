@@ -27,9 +27,12 @@ from compactdist.state import (
 )
 from compactdist.wire import VERSION
 
-__all__ = ["DEFAULT_MIN_NUMEL", "Options"]
+__all__ = ["DEFAULT_MIN_NUMEL", "Options", "Parts"]
 
 DEFAULT_MIN_NUMEL = 1024
+
+Parts = int | Literal["auto"]
+_MOST_PARTS = (1 << 16) - 1  # what a frame's header can say
 
 Layouts = Mapping[str, Layout] | Callable[[CallInfo], "Layout | None"] | None
 
@@ -65,6 +68,10 @@ class Options:
             each element) or ``"bytes_per_step=2e6"`` (of the residual frames that this rank encodes); see
             :class:`~compactdist.state.rate.Target`. It needs a codec with several rates, as ``rates``, which ``wrap``
             takes where no codec is named. Each rank chooses for what it sends, so ranks may differ.
+        parts: in how many parts a large tensor of an all-gather travels, each a stream and an inner call of its own, so
+            that one part is decoded while the next is on its way (:mod:`compactdist.exchange.parts`); 1: whole;
+            ``"auto"``: by size. Each part has ``min_numel`` elements or more. All ranks must give such tensors the
+            same shape, as that says where they are cut.
         forward: a received tensor that is sent again untouched goes on in the frame it arrived in, instead of being
             encoded once more (:mod:`compactdist.exchange.forward`). The sender alone decides, so ranks may differ.
         state_budget_bytes: cap on history tensors of a rank, the same on all ranks. A collective's new site evicts the
@@ -101,6 +108,7 @@ class Options:
     state: StateForm = "exact"
     keyframe: str | dict[str, Any] | Codec = DEFAULT_KEYFRAME
     target: str | Target | None = None
+    parts: Parts = 1
     forward: bool = True
     state_budget_bytes: int | None = None
     state_offload: StateOffload | None = None
@@ -127,6 +135,7 @@ class Options:
             raise ConfigError(f"agree_timeout is a number of seconds above 0, got {self.agree_timeout!r}")
         _whole("min_numel", self.min_numel)
         _whole("sample_errors_every", self.sample_errors_every)
+        _check_parts(self.parts)
         if self.state_budget_bytes is not None:
             _whole("state_budget_bytes", self.state_budget_bytes)
         self._check_offload()
@@ -249,10 +258,17 @@ class Options:
             "local": self.local,
             "mode": self.mode,
             "min_numel": str(self.min_numel),
+            "parts": str(self.parts),
             "state_budget_bytes": str(self.drops_beyond),
             "agree": self.agree,
             "kernels": kernels.digest(),
         }
+
+
+def _check_parts(parts: object) -> None:
+    whole = isinstance(parts, int) and not isinstance(parts, bool) and 1 <= parts <= _MOST_PARTS
+    if not whole and parts != "auto":
+        raise ConfigError(f"parts must be 'auto' or an integer from 1 to {_MOST_PARTS}, got {parts!r}")
 
 
 def _whole(name: str, value: object) -> None:

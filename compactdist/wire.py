@@ -248,8 +248,9 @@ class Header:
     def describe(self) -> str:
         """One line for error messages and ``explain``."""
         names = [name for bit, name in _FLAG_NAMES.items() if self.flags & bit] or ["residual"]
+        of_parts = f", part {self.part + 1} of {self.parts}" if (self.part, self.parts) != (0, 1) else ""
         return (
-            f"{'+'.join(names)} frame {self.sequence} of epoch {self.epoch}, step {self.step}, stream "
+            f"{'+'.join(names)} frame {self.sequence} of epoch {self.epoch}, step {self.step}{of_parts}, stream "
             f"{self.stream:016x}, codec {self.codec:08x}, {self.numel} elements of "
             f"{str(self.dtype).removeprefix('torch.')} as ({self.groups}, {self.rows}, {self.channels}), payload "
             f"{self.payload_nbytes} bytes"

@@ -24,6 +24,7 @@ from compactdist.exchange.arrivals import Arrival, Arrivals
 from compactdist.exchange.forward import Message
 from compactdist.exchange.later import Later
 from compactdist.exchange.link import Link
+from compactdist.exchange.parts import InTurn
 from compactdist.exchange.plan import Call, CallPlan, Chooser, Incoming, Outgoing
 from compactdist.exchange.predicted import Late, answer, may_answer
 from compactdist.exchange.work import Job, Outbox, drain
@@ -77,12 +78,15 @@ class Flight:
         keyframes: whether all frames are keyframes.
         predicted: the call is answered with its prediction.
         work: work of the inner call.
+        in_turn: the works of a tensor's parts, each to be waited for before it is decoded; ``None``: there is one work.
         arrived: buffers to be decoded, 1-D uint8, in the order of ``plan.incoming``; a frame may be shorter.
         keep: tensors that must live until the inner work is done.
         wire_nbytes: bytes put on the link.
         own_value: the value to be written to ``own_output``.
+        own_parts: the same of a tensor that travels in parts: each a slice of ``own_output``, and its value.
+        copies: outputs that are not contiguous, each with the contiguous one that is written in its place first.
         queue: CUDA stream that the buffers belong to, as ``kernels.queue_of`` gives it; ``None`` on a CPU.
-        room: memory of ``arrived`` that another call may use once this one is done; ``None``: it is this call's own.
+        rooms: memory of ``arrived`` that another call may use once this one is done; none: it is this call's own.
     """
 
     plan: CallPlan
@@ -103,12 +107,15 @@ class Flight:
     keyframes: bool = True
     predicted: bool = False
     work: Any = None
+    in_turn: InTurn | None = None
     arrived: Sequence[Tensor] = ()
     keep: tuple[Tensor, ...] = ()
     wire_nbytes: int = 0
     own_value: Tensor | None = None
+    own_parts: Sequence[tuple[Tensor, Tensor]] = ()
+    copies: Sequence[tuple[Tensor, Tensor]] = ()
     queue: int | None = None
-    room: Room | None = None
+    rooms: Sequence[Room] = ()
 
 
 @dataclass
@@ -307,8 +314,10 @@ class Engine:
         as they are.
         """
         agreed = part.key_nbytes if keyframe else part.residual_nbytes
-        if self.tap is not None:
-            self.tap(flight.call, part.peer, x, part.hint)
+        if self.tap is not None and not part.number:
+            plan = flight.plan
+            whole, hint = (flight.own_input, plan.hint) if plan.cuts else (x, part.hint)
+            self.tap(flight.call, part.peer, x if whole is None else whole, hint)
         stream, codec = part.stream, part.codec
         assert stream is not None
         assert codec is not None
@@ -419,6 +428,7 @@ class Engine:
                 numel=plan.raw_numel,
                 predicted=flight.predicted,
                 forwarded=pattern.forwards and any(message.forwarded for message in flight.messages),
+                parts=len(plan.cuts) or 1,
             )
         else:
             reason = flight.passed or plan.detail
@@ -479,7 +489,14 @@ class Engine:
             if may_write and flight.own_value is not None and target is not None:
                 own = flight.own_value
                 target.copy_(own if target.dim() == 1 else own.view(target.shape))
+            for place, value in flight.own_parts if may_write else ():
+                place.copy_(value)
+            number = 0
             for i, (part, data) in enumerate(zip(plan.incoming, flight.arrived, strict=True)):
+                if part.number != number:
+                    number = part.number
+                    if flight.in_turn is not None:
+                        flight.in_turn.arrived(number)  # what fails here leaves the later parts as they are
                 target = flight.outputs[i] if may_write else None
                 try:
                     value = self._take(flight, part, data, refused, target, queue)
@@ -490,15 +507,18 @@ class Engine:
                             plan.pattern.remember(self, flight, part, target, data)
                 except Exception as e:
                     error = error or e
+            for target, contiguous in flight.copies if may_write else ():
+                target.copy_(contiguous.view(target.shape))
         if ours:
             rooms = self.store.spares.rooms
-            if flight.room is not None:
-                rooms[flight.room.place] = flight.room
+            for room in flight.rooms:
+                rooms[room.place] = room
             for staged in flight.staged:
                 if staged is not None and staged.room is not None:
                     rooms[staged.room.place] = staged.room
-                    if staged.there and staged.value is not None and flight.own_value is staged.value:
-                        self.store.spares.give(staged.value, queue)  # the history has a copy
+                    own_is_value = flight.own_parts or flight.own_value is staged.value
+                    if staged.there and staged.value is not None and own_is_value:
+                        self.store.spares.give(staged.value, queue, staged.header.part)  # the history has a copy
         for peer in refused:
             self.store.refuse(plan.site, peer)
         if offload is not None:

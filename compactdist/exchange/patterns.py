@@ -14,12 +14,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from compactdist import _torch
 from compactdist.codecs import Codec
 from compactdist.exchange.arrivals import Arrival
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.forward import Message
+from compactdist.exchange.parts import Cut, InTurn, cut, number_of_parts, slices
 from compactdist.exchange.plan import Call, CallPlan, Incoming, Outgoing
 from compactdist.exchange.predicted import at_once
+from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import PassReason
 from compactdist.policy import Rules
 from compactdist.state import Room, Site, state_nbytes
@@ -32,6 +35,7 @@ __all__ = [
     "OneMessage",
     "Pattern",
     "commit_messages",
+    "in_parts",
     "stage_message",
 ]
 
@@ -50,6 +54,9 @@ class Pattern(ABC):
         no_room: why a call without history passes through, for lack of budget.
         sends_only: nothing arrives, and waiting for the work is waiting for the peer.
         receives_only: nothing leaves, so nothing is put on the link.
+        divides: large tensors travel in parts (``Options.parts``). Elsewhere each tensor is one part: chunks of an
+            all-to-all and point-to-point messages may be passed on in the frame they came in, a reduction adds up whole
+            chunks, and a broadcast's receivers do not know the shape of the root's tensor.
     """
 
     op: ClassVar[str]
@@ -60,6 +67,7 @@ class Pattern(ABC):
     no_room: ClassVar[PassReason] = PassReason.BUDGET
     sends_only: ClassVar[bool] = False
     receives_only: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
@@ -168,10 +176,14 @@ class OneMessage(Pattern):
 
 
 class AllGather(OneMessage):
-    """One encoder, every other rank decodes; all frames of a call have one size. A rank's own chunk is written too."""
+    """One encoder, every other rank decodes; all frames of a call have one size. A rank's own chunk is written too.
+
+    The tensor's shape is a fourth item of the signature where tensors may travel in parts.
+    """
 
     op = "all_gather"
     whole_site = True
+    divides = True
 
     @staticmethod
     def histories(size: int) -> tuple[int, int, int]:
@@ -183,17 +195,48 @@ class AllGather(OneMessage):
         plan.raw_numel = links * signature[0]
         plan.raw_nbytes = plan.raw_numel * plan.dtype.itemsize
         if codec is not None:
-            me, numel, site = engine.rank, signature[0], plan.site
             plan.joint = True
             plan.predicts = self.op == "all_gather" and engine.chooser.predicts(
                 plan.answers[0], call.site, codec, engine.config.remembers
             )
             plan.want_value |= not engine.exact_local
-            plan.outgoing = [Outgoing(me, numel, codec, site.encoder(me))]
-            plan.incoming = [
-                Incoming(rank, numel, codec, site.decoder(rank)) for rank in range(engine.size) if rank != me
-            ]
+            hint = self._hint(engine, call, plan) if self._wanted(engine, plan) > 1 else None
+            self._divide(engine, plan, codec, hint)
         return plan
+
+    def _wanted(self, engine: Engine, plan: CallPlan) -> int:
+        """In how many parts the tensor should travel."""
+        if not self.divides or len(plan.signature) < 4:
+            return 1
+        numel, chooser = plan.signature[0], engine.chooser
+        return number_of_parts(chooser.parts, numel, plan.dtype, chooser.min_numel)
+
+    def _hint(self, engine: Engine, call: Call, plan: CallPlan) -> MatrixView | None:
+        chooser = engine.chooser
+        return chooser.hint(chooser.info(call, plan.dtype, plan.signature[0], *self.ends(engine, plan.signature)))
+
+    def _divide(self, engine: Engine, plan: CallPlan, codec: Codec, hint: MatrixView | None) -> None:
+        """Fill in the plan's parts: one for each rank, or for each rank and each part of its tensor."""
+        me, site, wanted = engine.rank, plan.site, self._wanted(engine, plan)
+        cuts = cut(plan.signature[3], wanted, hint) if wanted > 1 else [Cut(plan.signature[0], hint)]
+        plan.cuts, plan.hint = tuple([each.numel for each in cuts]) if len(cuts) > 1 else (), hint
+        plan.outgoing, plan.incoming = [], []
+        for number, (numel, view) in enumerate(cuts):
+            own = site.encoder(me, number, len(cuts))
+            plan.outgoing.append(Outgoing(me, numel, codec, own, view, number=number))
+            for rank in range(engine.size):
+                if rank != me:
+                    stream = site.decoder(rank, number, len(cuts))
+                    plan.incoming.append(Incoming(rank, numel, codec, stream, view, number=number))
+
+    def ask_hints(self, engine: Engine, call: Call, plan: CallPlan) -> None:
+        if self._wanted(engine, plan) < 2 or plan.codec is None:
+            super().ask_hints(engine, call, plan)
+            return
+        hint = self._hint(engine, call, plan)
+        if hint != plan.hint:
+            self._divide(engine, plan, plan.codec, hint)
+            plan.refresh()
 
     def common_nbytes(self, engine: Engine, call: Call, plan: CallPlan) -> int:
         return sum(_memory(engine, plan, part, sender=isinstance(part, Outgoing)) for part in plan.parts)
@@ -201,10 +244,13 @@ class AllGather(OneMessage):
     def refuse(self, engine: Engine, flight: Flight) -> set[int]:
         plan = flight.plan
         need = self.common_nbytes(engine, flight.call, plan)
-        fits = engine.store.reserve(plan.site, _EVERY_PEER, (plan.outgoing[0].numel, plan.dtype), need)
+        fits = engine.store.reserve(plan.site, _EVERY_PEER, (plan.signature[0], plan.dtype), need)
         return set() if fits else {_EVERY_PEER}
 
     def transfer(self, engine: Engine, flight: Flight) -> None:
+        if flight.plan.cuts:
+            self._transfer_parts(engine, flight)
+            return
         staged = flight.staged[0]
         assert staged is not None
         frame, size = staged.frame, engine.size
@@ -220,11 +266,39 @@ class AllGather(OneMessage):
         opts = at_once(flight.opts) if flight.predicted else flight.opts
         flight.work = engine.link.all_gather(room.whole, frame, opts)
         flight.arrived, flight.keep, flight.wire_nbytes = room.views, (frame, room.whole), (size - 1) * nbytes
-        flight.room = room
+        flight.rooms = (room,)
+
+    def _transfer_parts(self, engine: Engine, flight: Flight) -> None:
+        """Post one inner call for each part, none of which waits."""
+        plan, size, link = flight.plan, engine.size, engine.link
+        opts, peers = at_once(flight.opts), [part.peer for part in plan.incoming[: size - 1]]
+        works, rooms, frames = [], [], []
+        for number, staged in enumerate(flight.staged):
+            assert staged is not None
+            frame = staged.frame
+            nbytes = frame.numel()
+            place = "part", number, nbytes, size, frame.device, flight.queue
+            room = engine.store.spares.rooms.pop(place, None)
+            if room is None:
+                gathered = torch.empty(size * nbytes, dtype=torch.uint8, device=frame.device)
+                room = Room(place, gathered, tuple([gathered.narrow(0, peer * nbytes, nbytes) for peer in peers]))
+            works.append(link.all_gather(room.whole, frame, opts))
+            rooms.append(room)
+            frames.append(frame)
+            flight.wire_nbytes += (size - 1) * nbytes
+        flight.work = works[0]  # inside a group of calls all have that group's work
+        if link.together is None:
+            flight.work = flight.in_turn = InTurn(works)
+        flight.arrived = [view for room in rooms for view in room.views]
+        flight.keep, flight.rooms = (*frames, *[room.whole for room in rooms]), rooms
 
     def keep_own(self, engine: Engine, flight: Flight) -> None:
         staged = flight.staged[0]
         if flight.failure is not None:
+            return
+        if flight.plan.cuts and not engine.exact_local and flight.own_output is not None:
+            values = [staged.value for staged in flight.staged if staged is not None and staged.value is not None]
+            flight.own_parts = list(zip(slices(flight.own_output, flight.plan.cuts), values, strict=True))
             return
         if engine.exact_local or staged is None or staged.value is None:
             super().keep_own(engine, flight)
@@ -485,6 +559,31 @@ def stage_message(
         flight.keyframes = flight.keyframes and staged.header.is_key
     else:
         message.announce(engine.stage(flight, part, x, message.keyframe, own_bytes=message.own_bytes))
+
+
+def in_parts(flight: Flight) -> Flight:
+    """The flight of an all-gather whose plan cuts its tensors: inputs and outputs are those of the parts.
+
+    An output that is not contiguous is written at the end, from one that is.
+    """
+    cuts = flight.plan.cuts
+    with _torch.without_autograd():
+        (x,), copies = flight.inputs, []
+
+        def contiguous(output: Tensor) -> Tensor:
+            if output.is_contiguous():
+                return output
+            made = output.detach().contiguous()  # with its values: a part that is refused is not written
+            copies.append((output, made))
+            return made
+
+        outputs = [slices(contiguous(output), cuts) for output in flight.outputs]
+        if flight.own_output is not None:
+            flight.own_output = contiguous(flight.own_output)
+        flight.inputs = slices(x.detach().contiguous(), cuts)
+        flight.outputs = [of_rank[number] for number in range(len(cuts)) for of_rank in outputs]
+        flight.copies = copies
+    return flight
 
 
 def commit_messages(flight: Flight) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compactdist import _torch, codecs
 from compactdist.codecs import Codec
+from compactdist.config import Parts
 from compactdist.errors import ConfigError, LayoutError
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import PassReason
@@ -184,6 +185,7 @@ class Part(Generic[StreamT]):
         fresh: the next frame must be a keyframe: its stream (any stream of a joint plan) is empty, or the codec is
             lossless.
         key_nbytes, residual_nbytes: bytes of the next frame, if it is a keyframe and if it is a residual.
+        number: where tensors travel in parts of their own (``CallPlan.cuts``), which one it is, from 0.
     """
 
     peer: int
@@ -194,6 +196,7 @@ class Part(Generic[StreamT]):
     fresh: bool = True
     key_nbytes: int = 0
     residual_nbytes: int = 0
+    number: int = 0
 
     def expected_nbytes(self, warm: bool) -> int:
         """Bytes of the next frame, in a warm-up step or in another."""
@@ -274,7 +277,11 @@ class CallPlan:
         outgoing, incoming: the parts, in the order of the tensors handed to the engine.
         by_pair: a part's size and codec are known to its two ends only.
         alike: although ``by_pair``, all ranks see the policy answer alike, so that a change of answers is seen by all.
-        joint: all parts have one kind and size of frame, as in a collective whose sizes must be equal.
+        joint: all frames are of one kind, and those of one inner call of one size, as in a collective whose sizes must
+            be equal.
+        cuts: elements of the parts that each tensor is cut into (:mod:`compactdist.exchange.parts`); empty: it travels
+            whole.
+        hint: matrix view of the layout hint of a tensor that is cut.
         codec: the codec that statistics show.
         raw_nbytes: bytes on the link if the call were not compressed.
         raw_numel: elements in all messages that leave.
@@ -302,6 +309,8 @@ class CallPlan:
     by_pair: bool = False
     alike: bool = False
     joint: bool = False
+    cuts: tuple[int, ...] = ()
+    hint: MatrixView | None = None
     codec: Codec | None = None
     raw_nbytes: int = 0
     raw_numel: int = 0
@@ -335,9 +344,11 @@ class CallPlan:
             part.residual_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=False)
         self.fresh = any(part.fresh for part in parts)
         if self.joint and parts:
-            largest = max(part.residual_nbytes for part in parts)
+            largest: dict[int, int] = {}
             for part in parts:
-                part.fresh, part.residual_nbytes = self.fresh, largest
+                largest[part.number] = max(part.residual_nbytes, largest.get(part.number, 0))
+            for part in parts:
+                part.fresh, part.residual_nbytes = self.fresh, largest[part.number]
 
 
 @dataclass(frozen=True)
@@ -351,6 +362,7 @@ class Chooser:
         mode: of calls for which the policy names none.
         min_numel: smaller messages pass through.
         on_small: told the operation and the elements of each message that does so.
+        parts: how many parts large tensors travel in, where the operation cuts them.
     """
 
     label: str
@@ -360,6 +372,7 @@ class Chooser:
     mode: Mode
     min_numel: int
     on_small: Callable[[str, int], None]
+    parts: Parts = 1
 
     @property
     def by_pair(self) -> bool:

@@ -65,16 +65,20 @@ def answer(engine: Engine, flight: Flight, job: Job) -> Job:
     own = flight.own_output
     with _torch.without_autograd():
         if own is not None:
-            if flight.own_value is None:
+            if flight.own_value is None and not flight.own_parts:
                 flight.plan.pattern.keep_own(engine, flight)
-            assert flight.own_value is not None
-            own.copy_(flight.own_value.view(own.shape))
+            if flight.own_value is not None:
+                own.copy_(flight.own_value.view(own.shape))
+            for place, value in flight.own_parts:
+                place.copy_(value)
         for part, target in zip(flight.plan.incoming, flight.outputs, strict=True):
             assert part.stream is not None
             if part.numel:
                 target.copy_(part.stream.predicted().view(target.shape))
+        for target, contiguous in flight.copies:
+            target.copy_(contiguous.view(target.shape))
     device = flight.outputs[0].device
-    flight.outputs, flight.own_output, flight.own_value = (), None, None
+    flight.outputs, flight.own_output, flight.own_value, flight.own_parts, flight.copies = (), None, None, (), ()
     engine.late.add(flight.call, job)
     return Job(Written(device) if device.type == "cuda" else None, None, None)
 

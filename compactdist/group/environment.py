@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compactdist.codecs import get as codec_of
+from compactdist.config import Parts
 from compactdist.errors import CompactDistError, ConfigError
 from compactdist.policy import Rule, rules_from_json
 from compactdist.presets import expand
@@ -36,6 +37,10 @@ def _feedback(text: str) -> bool | None:
 
 
 def _order(text: str) -> Order:
+    return "auto" if text.strip().lower() == "auto" else int(text)
+
+
+def _parts(text: str) -> Parts:
     return "auto" if text.strip().lower() == "auto" else int(text)
 
 
@@ -74,6 +79,7 @@ _FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "STATE": (str, "a word"),
     "KEYFRAME": (str, "a codec"),
     "TARGET": (str, "a target"),
+    "PARTS": (_parts, "an integer or auto"),
     "FORWARD": (_switch, "one of 1, 0, true, false"),
     "STATE_BUDGET_BYTES": (int, "an integer"),
     "STATE_OFFLOAD": (str, "a word"),

@@ -131,6 +131,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
                 options.mode,
                 options.min_numel,
                 stats.small,
+                options.parts,
             ),
             exact_local=options.local == "exact",
             sample_every=options.sample_errors_every,

@@ -131,9 +131,11 @@ def _token(plan: CallPlan | None, reason: str) -> _Token:
         return _Token(f"chunks of {plan.dtype}", "by pair", own)
     if plan is None or plan.reason is not None:
         return _Token(_PASSES, reason or str(plan.reason if plan is not None else ""))
+    numel = plan.signature[0]
     part = plan.parts[0]
+    parts = f" in parts of {', '.join(map(str, plan.cuts))}" if plan.cuts else ""
     mode = ", answered with its prediction" if plan.predicts else ""
-    return _Token(f"{part.numel} x {plan.dtype}", _coding(part) + mode, _evictions(plan))
+    return _Token(f"{numel} x {plan.dtype}{parts}", _coding(part) + mode, _evictions(plan))
 
 
 def _evictions(plan: CallPlan) -> str:

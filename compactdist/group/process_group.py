@@ -19,7 +19,7 @@ from torch import Tensor
 from compactdist import _torch
 from compactdist.errors import BadOutputError, ConfigError
 from compactdist.exchange.engine import Flight
-from compactdist.exchange.patterns import ALL_GATHER, ALL_TO_ALL, BROADCAST
+from compactdist.exchange.patterns import ALL_GATHER, ALL_TO_ALL, BROADCAST, in_parts
 from compactdist.exchange.plan import Call, CallPlan, refusal, under_autograd
 from compactdist.exchange.point_to_point import RECEIVE, RECEIVE_EXACTLY, SEND, receive_any, stream_name
 from compactdist.group.core import nbytes_of
@@ -43,7 +43,10 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         """``outputs``: one tensor per rank, or one for all. ``None``: the call passes through."""
         numel, engine = x.numel(), self._engine
         nbytes = (engine.size - 1) * x.nbytes
-        planned = self._plan(ALL_GATHER, "all_gather", x, (numel, x.dtype, x.device), nbytes)
+        signature: tuple[Any, ...] = numel, x.dtype, x.device
+        if engine.chooser.parts != 1:
+            signature = *signature, x.shape  # says where it is cut
+        planned = self._plan(ALL_GATHER, "all_gather", x, signature, nbytes)
         if planned is None:
             return None
         call, plan = planned
@@ -58,7 +61,8 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             self._take_back(call)
             raise
         own = rows.pop(engine.rank)
-        return Flight(plan, call, (x,), rows, opts, x, own)
+        flight = Flight(plan, call, (x,), rows, opts, x, own)
+        return in_parts(flight) if plan.cuts else flight
 
     def _rows(self, plan: CallPlan, output: Tensor, x: Tensor) -> list[Tensor]:
         size = self._engine.size

@@ -52,8 +52,8 @@ def wrap(
         timeout: how long to wait for the other ranks, seconds or timedelta; 60 s by default.
         **settings: other fields of :class:`Options`: ``policy``, ``warmup_steps``, ``order``, ``damping``, ``mode``,
             ``local``, ``error_feedback``, ``min_numel``, ``layouts``, ``find_layout``, ``state``, ``keyframe``,
-            ``target``, ``forward``, ``state_budget_bytes``, ``state_offload``, ``sample_errors_every``, ``agree``,
-            ``agree_timeout``.
+            ``target``, ``parts``, ``forward``, ``state_budget_bytes``, ``state_offload``, ``sample_errors_every``,
+            ``agree``, ``agree_timeout``.
 
     Returns:
         A :class:`CompressedProcessGroup`: a registered ProcessGroup that also carries torch.distributed's API. The

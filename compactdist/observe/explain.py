@@ -50,6 +50,8 @@ def _columns(sites: Sequence[SiteStats]) -> list[_Column]:
     if any(site.offloads for site in sites):
         away, away_cell = _unit(sites, lambda site: site.offloaded_bytes)
         columns.append(("host", away, away_cell))
+    if any(site.parts > 1 for site in sites):
+        columns.append(("", "parts", lambda site: str(site.parts)))
     if any(site.rate for site in sites):
         columns.append(("", "rate", lambda site: site.rate or "-"))
     if any(site.sampled for site in sites):
@@ -159,9 +161,10 @@ def explain(group: GroupLifecycle) -> str:
 
     Lines are no longer than the terminal is wide, or 80 characters where there is none. ``fwd`` counts calls that
     passed on a received tensor, ``pred`` those answered with their prediction, ``recv`` compressed messages that
-    arrived in receives (their bytes are in the line of totals); a column that would be empty is left out. Bits are wire
-    bits per element of the last residual call, header and scales included; the ratio is over all calls, keyframes
-    included; NMSE is over the sampled calls (``sample_errors_every``).
+    arrived in receives (their bytes are in the line of totals); ``parts`` says in how many parts the tensors of the
+    last call travelled; a column that would be empty is left out. Bits are wire bits per element of the last residual
+    call, header and scales included; the ratio is over all calls, keyframes included; NMSE is over the sampled calls
+    (``sample_errors_every``).
     """
     stats = group.stats()
     engine, keys = group._engine, group._keys

@@ -102,6 +102,7 @@ class SiteStats:
         state_bytes: bytes held now: histories, the codecs' memory, and payloads kept to be passed on; without those in
             ``offloaded_bytes``.
         offloaded_bytes: bytes of histories and the codecs' memory that lie in host memory now (``state_offload``).
+        parts: parts that the last compressed call's tensors travelled in.
         rate: number of the rate in use, or the lowest and the highest (``"3-5"``), where a target has it chosen.
         passed: number of passed-through calls by reason.
         evictions: how often the site lost its history to make room for another (``state_budget_bytes``).
@@ -126,6 +127,7 @@ class SiteStats:
     last_wire_bits_per_element: float = math.nan
     state_bytes: int = 0
     offloaded_bytes: int = 0
+    parts: int = 1
     rate: str = ""
     passed: Counter[str] = field(default_factory=Counter)
     evictions: int = 0
@@ -290,12 +292,14 @@ class GroupStats:
         numel: int,
         forwarded: bool = False,
         predicted: bool = False,
+        parts: int = 1,
     ) -> None:
         """Count one compressed call: ``raw`` and ``wire`` bytes on the link, ``numel`` elements in all messages."""
         site = self._sites.get(key) or self.site(key, op)
         with self._lock:
             site.codec = codec
             site.calls += 1
+            site.parts = parts
             site.raw_bytes += raw
             site.wire_bytes += wire
             if keyframe:

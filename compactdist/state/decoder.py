@@ -378,6 +378,7 @@ class StreamDecoder(StreamState):
         compare = partial(self._compare, header)
         compare("epoch", header.epoch, epoch)
         compare("stream", f"{header.stream:016x}", f"{self.fingerprint:016x}", SAME_ORDER)
+        compare("part", f"{header.part + 1} of {header.parts}", f"{self.part + 1} of {self.parts}", SAME_CONFIG)
         compare("step", header.step, step, SAME_STEPS)
         size = f"{header.numel} x {header.dtype}", f"{numel} x {dtype}"
         compare("size", *size, "send and receive tensors of the same size and dtype; then " + RESET)
@@ -393,7 +394,6 @@ class StreamDecoder(StreamState):
             expected = header.coefficient
         compare("predictor", predictor, (ours.predictor, expected, ours.coefficient_2), SAME_CONFIG)
         compare("sequence", header.sequence, self.sequence)
-        compare("part", (header.part, header.parts), (0, 1), SAME_CONFIG)
         codes = not header.flags & (KEY | STATELESS) and bool(header.payload_nbytes)
         compare("rate", header.rate, self.rate_of(codec) if codes else 0, SAME_CONFIG)
         compare("kind of checksum", header.checksum_kind, CHECKSUM_WEIGHTED_SUM, SAME_CONFIG)

@@ -19,7 +19,7 @@ class Held(NamedTuple):
     """What one end of a stream holds.
 
     Attributes:
-        site: the site key.
+        site: the site key, and which part of its tensors the stream carries, if it carries a part.
         frames: frames since the last reset.
         digest: of the frames, of the bytes of the history and of what the codec remembers; equal on both ends.
     """
@@ -31,11 +31,13 @@ class Held(NamedTuple):
 
 def _held(key: str, stream: StreamState) -> Held:
     view = None if stream.view is None else (stream.view.shape, stream.view.hint)
-    facts = [stream.fingerprint, stream.sequence, stream.known_digest(), stream.live, view, stream.keyframe_announced]
+    named = key if stream.parts == 1 else f"{key} (part {stream.part + 1} of {stream.parts})"
+    facts = [stream.fingerprint, stream.part, stream.parts, stream.sequence, stream.known_digest(), stream.live, view]
+    facts.append(stream.keyframe_announced)
     for tensor in (*stream.predictor.held, *stream.codec_memory):
         data = tensor.reshape(-1).view(torch.uint8)
         facts.append(kernels.checksum_for(data.numel(), data.device)(data))
-    return Held(key, stream.sequence, hash64(repr(facts)))
+    return Held(named, stream.sequence, hash64(repr(facts)))
 
 
 def held_between(sites: Iterable[Site], rank: int, peer: int, *, sends: bool) -> Iterator[Held]:
@@ -45,9 +47,9 @@ def held_between(sites: Iterable[Site], rank: int, peer: int, *, sends: bool) ->
     """
     for site in sites:
         if sends:
-            streams: list[StreamState] = [site.encoders[to] for to in (peer, rank) if to in site.encoders]
+            streams: list[StreamState] = [*site.encoders_to(peer), *site.encoders_to(rank)]
         else:
-            streams = [site.decoders[peer]] if peer in site.decoders else []
+            streams = [*site.decoders_from(peer)]
         yield from (_held(site.key, stream) for stream in streams if stream.sequence)
 
 

@@ -253,7 +253,7 @@ class StreamEncoder(StreamState):
         header = head.header
         start = HEADER_NBYTES if shape is None else HEADER_NBYTES + SHAPE_NBYTES
         end = start + session.payload_nbytes
-        spares, place = self._spares or Spares(), (frame_nbytes or end, start, end)
+        spares, place = self._spares or Spares(), (frame_nbytes or end, start, end, self.part)
         room = (spares.rooms.pop(place, None) if flat.is_cpu else None) or _room_for_frame(place, flat.device)
         frame, (payload,) = room.whole, room.views
         terms = self.predictor.terms(coefficient)
@@ -262,7 +262,7 @@ class StreamEncoder(StreamState):
         value = None
         steers = self.steers if codec.rates else None
         if want_value or self._remembers or steers is not None:
-            value = spares.take(flat)
+            value = spares.take(flat, None, self.part)
         # an open-loop sender's prediction is not the receiver's: encode against its own, decode with the receiver's
         expected, out = (terms, value) if own is None or not terms else (own.terms(coefficient), None)
         if not self._encoded(session, flat, expected, out, payload, row_weights):
@@ -334,13 +334,13 @@ class StreamEncoder(StreamState):
                 "receiver does not look into it: call reset() on all ranks instead"
             )
         spares, device = self._spares or Spares(), flat.device
-        place = frame_nbytes or form.frame_nbytes, HEADER_NBYTES, form.frame_nbytes, device, queue
+        place = frame_nbytes or form.frame_nbytes, HEADER_NBYTES, form.frame_nbytes, self.part, device, queue
         room = spares.rooms.pop(place, None) or _room_for_frame(place, device)
         if queue != there.queue:
             there.follow(self.predictor, queue)
         terms, value = self.predictor.terms(), None
         if want_value or self._remembers:
-            value = spares.take(flat, queue)
+            value = spares.take(flat, queue, self.part)
         call = step, epoch, self.sequence, there.source, self.digest
         if not frames.send(steps, flat, terms, value, room.whole, room.views[0], there.pair, call, queue):
             return None
@@ -499,7 +499,7 @@ class StreamEncoder(StreamState):
                 self.predictor.clear()
             unused = self.predictor.advance(staged.value, staged.terms)
             if unused is not None and self._spares is not None and (unused is not staged.value or staged.lends):
-                self._spares.give(unused, queue)
+                self._spares.give(unused, queue, self.part)
         if self._own_predictor is not None and staged.exact is not None:
             self._own_predictor.advance(staged.exact, ())
         if staged.session is not None and staged.session.remembers:

@@ -41,8 +41,8 @@ _LEARN, _LEARN_OTHERS = 0.6, 0.2
 _BISECTIONS = 50
 
 
-Key = tuple[str, int]
-"""An encoder: its site, and the rank it sends to."""
+Key = tuple[str, int] | tuple[str, int, int]
+"""An encoder: its site, the rank it sends to, and the number of the part that it carries, if it is a further one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from compactdist.state.board import Board
 from compactdist.state.decoder import StreamDecoder
@@ -17,6 +18,8 @@ from compactdist.wire import stream_fingerprint
 
 __all__ = ["Site", "StateStore"]
 
+StreamT = TypeVar("StreamT", StreamEncoder, StreamDecoder)
+
 
 class Site:
     """One call site: its encoders and decoders by peer, and its exchanges that are not yet decoded, oldest first.
@@ -25,7 +28,9 @@ class Site:
         key: the site key.
         label: names group, rank and site in error messages.
         fingerprint: names the site's streams in frames.
-        encoders, decoders: streams to and from peers (group ranks).
+        encoders, decoders: streams to and from peers (group ranks): those of whole tensors, or of the first parts of
+            tensors that travel in parts.
+        further_encoders, further_decoders: streams of the further parts, by peer and number of the part from 1.
         changes: counts the changes of the streams that outdate a plan.
         plan: the :class:`~compactdist.exchange.plan.CallPlan` of the site's last call; only the exchanges use it.
         refused: peers with which no history is kept for lack of budget; :data:`ALL` for the whole site.
@@ -61,6 +66,8 @@ class Site:
         self.plan: Any = None
         self.encoders: dict[int, StreamEncoder] = {}
         self.decoders: dict[int, StreamDecoder] = {}
+        self.further_encoders: dict[tuple[int, int], StreamEncoder] = {}
+        self.further_decoders: dict[tuple[int, int], StreamDecoder] = {}
         self.refused: set[int] = set()
         self.reserved: dict[int, tuple[object, int]] = {}
         self.pending: deque[Any] = deque()
@@ -68,33 +75,64 @@ class Site:
         self.queues = Queues()
         self.lock = threading.RLock()
 
-    def encoder(self, peer: int) -> StreamEncoder:
-        """The stream to ``peer`` (this rank itself for a stream that every rank receives)."""
-        found = self.encoders.get(peer)
-        if found is None:
-            to = "all ranks" if peer == self._rank else f"rank {peer}"
-            where = f"{self.label}, sending to {to}"
-            found = self.encoders[peer] = StreamEncoder(
-                self._config, self.fingerprint, where, self._spares, self.changes, self._board
-            )
-            if self._control is not None:
-                found.steers = self._control.stream((self.key, peer))
-        return found
+    def encoder(self, peer: int, part: int = 0, parts: int = 1) -> StreamEncoder:
+        """The stream to ``peer`` (this rank itself for a stream that every rank receives) of one part of its tensors.
 
-    def decoder(self, peer: int) -> StreamDecoder:
-        """The stream from ``peer``."""
-        found = self.decoders.get(peer)
+        Where the tensors travelled in another number of parts before, all that was kept of them is forgotten.
+        """
+        found = self.further_encoders.get((peer, part)) if part else self.encoders.get(peer)
+        to = f"{self.label}, sending to {'all ranks' if peer == self._rank else f'rank {peer}'}"
         if found is None:
-            where = f"{self.label}, frame from rank {peer}"
-            found = self.decoders[peer] = StreamDecoder(
-                self._config, self.fingerprint, where, self.changes, self._board
-            )
-        return found
+            found = StreamEncoder(self._config, self.fingerprint, to, self._spares, self.changes, self._board)
+            if part:
+                self.further_encoders[peer, part] = found
+            else:
+                self.encoders[peer] = found
+            if self._control is not None:
+                found.steers = self._control.stream((self.key, peer, part) if part else (self.key, peer))
+        return self._divided(found, peer, part, parts, to, self.further_encoders)
+
+    def decoder(self, peer: int, part: int = 0, parts: int = 1) -> StreamDecoder:
+        """The stream from ``peer`` of one part of its tensors; see :meth:`encoder`."""
+        found = self.further_decoders.get((peer, part)) if part else self.decoders.get(peer)
+        where = f"{self.label}, frame from rank {peer}"
+        if found is None:
+            found = StreamDecoder(self._config, self.fingerprint, where, self.changes, self._board)
+            if part:
+                self.further_decoders[peer, part] = found
+            else:
+                self.decoders[peer] = found
+        return self._divided(found, peer, part, parts, where, self.further_decoders)
+
+    @staticmethod
+    def _divided(
+        stream: StreamT, peer: int, part: int, parts: int, where: str, further: dict[tuple[int, int], StreamT]
+    ) -> StreamT:
+        """The stream, once it and those of parts that there are no more agree with the number of parts."""
+        if stream.parts != parts:
+            stream.divide(part, parts, where if parts == 1 else f"{where}, part {part + 1} of {parts}")
+            for (to, number), other in further.items():
+                if to == peer and number >= parts:
+                    other.drop()
+        return stream
+
+    def encoders_to(self, peer: int) -> Iterator[StreamEncoder]:
+        """The streams to ``peer``, one for each part."""
+        if peer in self.encoders:
+            yield self.encoders[peer]
+        yield from (stream for (to, _), stream in self.further_encoders.items() if to == peer)
+
+    def decoders_from(self, peer: int) -> Iterator[StreamDecoder]:
+        """The streams from ``peer``, one for each part."""
+        if peer in self.decoders:
+            yield self.decoders[peer]
+        yield from (stream for (source, _), stream in self.further_decoders.items() if source == peer)
 
     @property
     def streams(self) -> tuple[StreamEncoder | StreamDecoder, ...]:
         """All streams, those to peers first."""
-        return (*self.encoders.values(), *self.decoders.values())
+        encoders = (*self.encoders.values(), *self.further_encoders.values())
+        return (*encoders, *self.decoders.values(), *self.further_decoders.values())
 
     @property
     def held_bytes(self) -> int:
@@ -113,10 +151,9 @@ class Site:
 
     def drop(self, peer: int) -> None:
         """Forget the history shared with ``peer`` (or all)."""
-        for streams in (self.encoders, self.decoders):
-            for rank, stream in streams.items():
-                if peer in (rank, Site.ALL):
-                    stream.drop()
+        dropped = self.streams if peer == Site.ALL else (*self.encoders_to(peer), *self.decoders_from(peer))
+        for stream in dropped:
+            stream.drop()
 
 
 class StateStore:
@@ -247,8 +284,8 @@ class StateStore:
     def rates(self) -> dict[str, str]:
         """The rate in use per key, or the lowest and the highest of its streams, where a target has them chosen."""
         found: dict[str, set[int]] = {}
-        for (key, _), rate in () if self.control is None else self.control.rates().items():
-            found.setdefault(key, set()).add(rate)
+        for key, rate in () if self.control is None else self.control.rates().items():
+            found.setdefault(key[0], set()).add(rate)
         return {key: "-".join(map(str, sorted({min(rates), max(rates)}))) for key, rates in found.items()}
 
     def state_bytes(self) -> dict[str, int]:

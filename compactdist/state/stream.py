@@ -179,8 +179,9 @@ class Spares:
     """Buffers that reconstructions are written to: at most one of each size, shared by the streams of a group.
 
     A sender writes the next reconstruction beside the last one, since a staged frame must not change the history; when
-    the frame is committed, the last one becomes the spare buffer. On a GPU a buffer stays with its CUDA stream, whose
-    work may still read it.
+    the frame is committed, the last one becomes the spare buffer. The parts of a tensor are all staged before the first
+    is committed, so each has a buffer of its own. On a GPU a buffer stays with its CUDA stream, whose work may still
+    read it.
 
     Attributes:
         rooms: memory for frames, with the views of it that a call needs, by what the views are. Whoever takes one
@@ -188,7 +189,7 @@ class Spares:
     """
 
     def __init__(self) -> None:
-        self._held: dict[tuple[int, torch.dtype, torch.device, int], Tensor] = {}
+        self._held: dict[tuple[int, torch.dtype, torch.device, int, int], Tensor] = {}
         self.rooms: dict[tuple[Any, ...], Room] = {}
 
     @property
@@ -196,21 +197,21 @@ class Spares:
         """Bytes of the buffers that lie ready; those for frames are not among them."""
         return sum(held.nbytes for held in tuple(self._held.values()))
 
-    def take(self, like: Tensor, queue: int | None = None) -> Tensor:
+    def take(self, like: Tensor, queue: int | None = None, part: int = 0) -> Tensor:
         """A flat buffer of as many elements as ``like``, same dtype and device, its contents undefined.
 
-        ``queue``: ``kernels.queue_of`` the device, where the caller has asked.
+        ``queue``: ``kernels.queue_of`` the device, where the caller has asked. ``part``: number of the stream's part.
         """
         if queue is None:
             queue = 0 if like.is_cpu else kernels.queue_of(like.device)
-        held = self._held.pop((like.numel(), like.dtype, like.device, queue), None)
+        held = self._held.pop((like.numel(), like.dtype, like.device, queue, part), None)
         return torch.empty(like.numel(), dtype=like.dtype, device=like.device) if held is None else held
 
-    def give(self, buffer: Tensor, queue: int | None = None) -> None:
-        """Take back a buffer that nobody reads any more; ``queue`` as in :meth:`take`."""
+    def give(self, buffer: Tensor, queue: int | None = None, part: int = 0) -> None:
+        """Take back a buffer that nobody reads any more; ``queue`` and ``part`` as in :meth:`take`."""
         if queue is None:
             queue = 0 if buffer.is_cpu else kernels.queue_of(buffer.device)
-        self._held[buffer.numel(), buffer.dtype, buffer.device, queue] = buffer
+        self._held[buffer.numel(), buffer.dtype, buffer.device, queue, part] = buffer
 
     def clear(self) -> None:
         """Let go of all buffers."""
@@ -315,6 +316,7 @@ class StreamState:
         keyframe_announced: the last frame said that the next one is a keyframe.
         view: matrix view of the residuals; ``None`` until the stream is live.
         rate: number of the rate announced last; 0: none since the last keyframe, so the codec's start rate holds.
+        part, parts: the stream carries this part, from 0, of tensors that travel in so many.
         where: call site and ranks, for error messages.
     """
 
@@ -329,6 +331,8 @@ class StreamState:
         "fingerprint",
         "keyframe_announced",
         "live",
+        "part",
+        "parts",
         "predictor",
         "rate",
         "sequence",
@@ -347,6 +351,7 @@ class StreamState:
         self.config = config
         self.fingerprint = fingerprint
         self.where = where
+        self.part, self.parts = 0, 1
         self.predictor = config.new_predictor()
         self.live: tuple[int, torch.dtype] | None = None
         self.sequence = 0
@@ -383,6 +388,11 @@ class StreamState:
     def _move_codec_memory(self, to: Callable[[Tensor], Tensor]) -> None:
         if self._form is not None:
             self._form.session.move(to)
+
+    def divide(self, part: int, parts: int, where: str) -> None:
+        """Carry this part of tensors from now on. The history, of tensors that were divided otherwise, is forgotten."""
+        self.drop()
+        self.part, self.parts, self.where = part, parts, where
 
     def is_fresh(self, numel: int, dtype: torch.dtype) -> bool:
         """Whether the stream holds no history for such a tensor, so that its next frame must be a keyframe."""
@@ -482,6 +492,8 @@ class StreamState:
         } | fields
         return Header(
             stream=self.fingerprint,
+            part=self.part,
+            parts=self.parts,
             codec=codec.fingerprint(),
             numel=numel,
             dtype=dtype,
