@@ -48,6 +48,7 @@ __all__ = [
     "differences",
     "empty_frame",
     "explain",
+    "flags_in",
     "frame_in",
     "hash64",
     "pack",
@@ -153,7 +154,8 @@ SHAPE = 2
 NONFINITE = 4
 """The sender's tensor held NaN or Inf. Without KEY, or with a coded keyframe, there is nothing to decode; with a raw
 keyframe the data is exact. Either way both ends forget the stream's history. A GPU does not know it before the frame is
-made: such a residual has its payload, which both ends apply, and its values are not handed out."""
+made: a residual or a coded keyframe then has its payload, which both ends apply, and its values are not handed out; a
+raw keyframe has no flag, and both ends remember zero in place of what is not finite."""
 STATELESS = 8
 """The payload is the tensor itself and must not touch the history (a pass-through the receiver could not foresee)."""
 NO_STATE = 16
@@ -488,6 +490,11 @@ def differences(got: bytes, expected: bytes) -> list[tuple[str, object, object]]
 def step_in(head: bytes) -> int:
     """The step that a header says."""
     return int(_CALL.unpack_from(head, _CALL_AT)[0])
+
+
+def flags_in(head: bytes) -> int:
+    """The flags that a header says."""
+    return head[_OFFSETS["flags"]]
 
 
 def table() -> str:

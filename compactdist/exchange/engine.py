@@ -331,6 +331,7 @@ class Engine:
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             want_value=flight.plan.want_value,
             own_bytes=own_bytes,
+            foreseen=self.ledger is None and flight.plan.pattern.collective,
             queue=flight.queue,
         )
         if failure is not None:
@@ -463,6 +464,8 @@ class Engine:
             if (part.stream.sequence + 1) % self.sample_every == 0:
                 flat = x.detach().reshape(-1).double()
                 error = float((staged.value.double() - flat).square().sum())
+                if staged.there and not math.isfinite(error):
+                    continue  # only the device knew that the tensor was not finite
                 residual = math.nan if staged.header.flags & KEY else part.stream.residual_energy(x)
                 self.stats.error(call.site, call.op, error, float(flat.square().sum()), residual)
 
@@ -573,6 +576,9 @@ class Engine:
             hint=part.hint,
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             foreseen=pattern.waits_for_earlier_calls,
+            # with a budget a sender may keep no history, as only its keyframe says
+            keyframe=(flight.call.warm or part.fresh) and self.ledger is None,
+            collective=pattern.collective,
             into=target if target is not None and target.device == data.device and target.is_contiguous() else None,
             queue=queue,
         )

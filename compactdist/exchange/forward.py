@@ -122,9 +122,11 @@ class Message:
             self.own_bytes = self._is_untouched()
 
     def _is_untouched(self) -> bool:
-        if self._arrivals.trusted:
-            return True
         assert self._arrival is not None
+        if self._arrivals.trusted:
+            decoder = self._arrival.received.decoder
+            # what a device refused, or found not to be finite, is coded anew
+            return decoder.holds_values is None or bool(decoder.holds_values)
         return self._x.device.type == "cpu" and is_untouched(self._arrival.received, self._x)
 
     def _may_forward(self, relay: Relay, keyframe_expected: bool, accepts_unannounced_keyframe: bool) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from compactdist.errors import CompactDistError, FrameError, NonFiniteError
 from compactdist.kernels.spec import BOARD_WORDS, NOT_FINITE
 from compactdist.state.remedies import remedy_of
-from compactdist.wire import HEADER_NBYTES, differences, step_in
+from compactdist.wire import HEADER_NBYTES, KEY, differences, flags_in, step_in
 
 __all__ = ["Board"]
 
@@ -112,6 +112,12 @@ class Board:
         where = self._streams.get(stream, "a stream of an earlier request")
         heads = seen[2:].numpy().tobytes()
         got, expected = heads[:HEADER_NBYTES], heads[HEADER_NBYTES:]
+        if code == NOT_FINITE and flags_in(got) & KEY:
+            return NonFiniteError(
+                f"{where}: in step {step_in(got)} the tensor held NaN or Inf, which a coded keyframe cannot carry. "
+                "Receivers got NaN, all ranks remember zero where it could not be coded, and later calls were coded "
+                "against that. Find the source of the NaN, or let the site pass through"
+            )
         if code == NOT_FINITE:
             return NonFiniteError(
                 f"{where}: in step {step_in(got)} what the tensor changed by held NaN or Inf. Receivers got NaN, the "

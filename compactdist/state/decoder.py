@@ -13,7 +13,9 @@ from compactdist.errors import FrameError, NonFiniteError, PayloadError
 from compactdist.kernels import Frames
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.board import Board
+from compactdist.state.key_ends import finite
 from compactdist.state.matrix_view import blocks
+from compactdist.state.on_device import FROM_HOST
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, StreamConfig, StreamState
 from compactdist.wire import (
@@ -40,6 +42,11 @@ __all__ = ["StreamDecoder"]
 _FLAGGED = (
     ": what the sender's tensor changed by held NaN or Inf; no output was written, and both ends keep their history. "
     "Find the source of the NaN, or let the site pass through"
+)
+
+_FLAGGED_KEY = (
+    ": the sender's tensor held NaN or Inf, which a coded keyframe cannot carry; no output was written, and both ends "
+    "remember zero where it could not be coded. Find the source of the NaN, or let the site pass through"
 )
 
 _KINDS = KEY | STATELESS | RESTART
@@ -92,6 +99,8 @@ class StreamDecoder(StreamState):
         refuse_state: bool = False,
         header: Header | None = None,
         foreseen: bool = False,
+        keyframe: bool = False,
+        collective: bool = False,
         into: Tensor | None = None,
         queue: int | None = None,
     ) -> Tensor:
@@ -109,6 +118,9 @@ class StreamDecoder(StreamState):
             header: of the frame, if the caller has read it.
             foreseen: the sender sends no frame of a kind or size that this end does not expect. On a GPU such frames
                 are checked there: :attr:`holds_values` says with what result, and the group's board.
+            keyframe: what is foreseen is a keyframe, whose sender keeps its history, too.
+            collective: no frame that touches no history comes in place of a keyframe of the tensor's own bytes, which
+                is as large.
             into: contiguous tensor of ``numel`` x ``dtype``, on the frame's device, where the caller wants the value,
                 if it has one. It is written once the frame is known to be right, where that is quicker than to copy the
                 value: :attr:`wrote` says whether. Where only the device knows that it is not right, it gets NaN.
@@ -122,13 +134,19 @@ class StreamDecoder(StreamState):
             NonFiniteError: the sender's tensor held NaN or Inf; the stream restarts with a keyframe.
         """
         self.holds_values, self.wrote = None, False
-        form, live = self._form, self.live == (numel, dtype) and not self.keyframe_announced
+        form, live = self._form, self.live == (numel, dtype) and not (self.keyframe_announced or keyframe)
+        if form is None and live and foreseen and self._there is not None:
+            form = self._first_form(codec, frame.device)
         if header is None and live and form is not None and form.codec is codec and form.frame_nbytes <= frame.numel():
             value = None
             if form.frames is not None and foreseen and (self._looked or form.head.header.layout):
                 value = self._take_there(frame, form, form.frames, step, epoch, into, queue)
             if value is None:
                 value = self._take_expected(frame, form, step, epoch, into)
+            if value is not None:
+                return value
+        elif header is None and keyframe and foreseen and not refuse_state:
+            value = self._take_key_there(frame, codec, numel, dtype, step, epoch, hint, collective, into, queue)
             if value is not None:
                 return value
         header = header or unpack(frame, self.where)
@@ -150,8 +168,8 @@ class StreamDecoder(StreamState):
         if value is None:
             raise self._restarted()
         self.follow(header)
-        if header.flags & NONFINITE and not header.flags & KEY:
-            raise NonFiniteError(self.where + _FLAGGED)
+        if header.flags & NONFINITE and not header.is_raw_key:
+            raise NonFiniteError(self.where + (_FLAGGED_KEY if header.is_key else _FLAGGED))
         return value
 
     def _take(
@@ -224,6 +242,11 @@ class StreamDecoder(StreamState):
         self.header, self.checksum = said.header, checksum
         return value
 
+    def _first_form(self, codec: Codec, device: torch.device) -> Form | None:
+        """What the residuals after a keyframe share, where the first of them has nothing to announce."""
+        hinted = self.view is not None and self.view.hint
+        return self.form(codec, device) if (self._looked or hinted) and not codec.lossless else None
+
     def _said(self, head: bytes, form: Form) -> HeadTemplate | None:
         """What an expected frame's header says, with the coefficient that this one says; ``None``: one it may not."""
         if not self.predictor.adapts:
@@ -268,6 +291,51 @@ class StreamDecoder(StreamState):
         self.sequence += 1
         there.source = 1 if there.source == 0 else 0
         return value
+
+    def _take_key_there(
+        self,
+        frame: Tensor,
+        codec: Codec,
+        numel: int,
+        dtype: torch.dtype,
+        step: int,
+        epoch: int,
+        hint: MatrixView | None,
+        collective: bool,
+        into: Tensor | None,
+        queue: int | None,
+    ) -> Tensor | None:
+        """The value of a keyframe that the device checks and decodes; ``None``: the host has to."""
+        keys, there = self._keys_on(codec, numel, dtype, frame.device), self._there
+        steps = None if keys is None else keys.steps
+        if keys is None or steps is None or there is None or (keys.own_bytes and not collective):
+            return None
+        if frame.numel() < keys.nbytes:
+            return None
+        queue = kernels.queue_of(frame.device) if queue is None else queue
+        predictor = self.predictor
+        if queue != there.queue:
+            there.follow(predictor, queue)
+        terms = predictor.terms() if self.live == (numel, dtype) else ()
+        if terms and predictor.decodes_in_place:
+            kept = terms[0]
+        else:  # a frame that is refused leaves what was remembered in its place
+            kept = terms[0].clone() if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
+        copy = into
+        if keys.own_bytes and into is None:  # what is remembered is not what is handed out
+            copy = torch.empty_like(kept)
+        call = step, epoch, self.sequence, FROM_HOST, 0
+        if not keys.frames.receive(steps, frame, keys.nbytes, (), kept, copy, there.pair, call, queue):
+            return None
+        self.header, self.checksum, self.refused = keys.head.header, None, False
+        self.holds_values, self.wrote = keys.frames.holds_values, into is not None
+        self.start(numel, dtype, hint)
+        if self.config.remembers:
+            predictor.advance(kept, ())
+        self._torn, self.digest = False, 0
+        self.sequence += 1
+        there.source = 0
+        return kept if copy is None else copy
 
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
@@ -336,20 +404,25 @@ class StreamDecoder(StreamState):
         numel, dtype = header.numel, header.dtype
         coded = None if header.is_raw_key else self.config.keyframe_for(codec, numel, dtype)
         if coded is None:
-            value = from_raw(payload, numel, dtype)
-        elif header.flags & NONFINITE:
+            value = kept = from_raw(payload, numel, dtype)
+            if kernels.frames_for(payload.device) is not None and not header.flags & NONFINITE:
+                kept = finite(value)  # a sender on a device may have remembered that
+        elif header.flags & NONFINITE and not header.payload_nbytes:
             return None
         else:
             value = torch.empty(numel, dtype=dtype, device=payload.device)
-            self._decode(coded.open(blocks(numel), dtype, payload.device), payload, (), value, into)
+            target = None if header.flags & NONFINITE else into
+            self._decode(coded.open(blocks(numel), dtype, payload.device), payload, (), value, target)
+            kept = value
         self.refused = bool(header.flags & NO_STATE)
-        if header.flags & (NONFINITE | NO_STATE) or refuse_state:
+        forgets = NO_STATE | (NONFINITE if coded is None else 0)
+        if header.flags & forgets or refuse_state:
             self.sequence += 1
             self.drop()
             return value
         self.start(numel, dtype, hint)
         if self.config.remembers:
-            self.predictor.advance(value, ())
+            self.predictor.advance(kept, ())
         self._torn = False
         self.digest = 0
         self.moved_on(header.checksum)

@@ -17,7 +17,9 @@ from compactdist.kernels import Frames
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.board import Board
 from compactdist.state.find_view import find_view
+from compactdist.state.key_ends import finite
 from compactdist.state.matrix_view import blocks
+from compactdist.state.on_device import FROM_HOST
 from compactdist.state.rate import Choice, Measured, StreamRate
 from compactdist.state.relay import Relay, stop_sharing
 from compactdist.state.stream import Changes, Form, Room, Spares, Staged, StreamConfig, StreamState
@@ -220,6 +222,34 @@ class StreamEncoder(StreamState):
         staged.value, staged.exact = value, exact
         return staged
 
+    def _stage_key_there(
+        self,
+        flat: Tensor,
+        codec: Codec,
+        step: int,
+        epoch: int,
+        frame_nbytes: int | None,
+        want_value: bool,
+        foreseen: bool,
+        queue: int | None,
+    ) -> Staged | None:
+        """The keyframe, made by the device without the host's waiting; ``None``: it has to be made here."""
+        device = flat.device
+        keys, there = self._keys_on(codec, flat.numel(), flat.dtype, device), self._there
+        steps = None if keys is None else keys.steps
+        if keys is None or steps is None or there is None or (keys.own_bytes and not foreseen):
+            return None
+        queue = kernels.queue_of(device) if queue is None else queue
+        if queue != there.queue:
+            there.follow(self.predictor, queue)
+        frame, payload = empty_frame(HEADER_NBYTES, keys.nbytes - HEADER_NBYTES, frame_nbytes, device)
+        keeps = want_value or self._remembers
+        value = torch.empty(flat.numel(), dtype=flat.dtype, device=device) if keeps else None
+        call = step, epoch, self.sequence, FROM_HOST, 0
+        if not keys.frames.send(steps, flat, (), value, frame, payload, there.next_pair, call, queue):
+            return None
+        return Staged(frame, keys.head.header, 0, value, there=True, lends=not want_value)
+
     def _form_for(self, flat: Tensor, codec: Codec) -> Form:
         """What a residual of the tensor shares with those before it.
 
@@ -420,21 +450,28 @@ class StreamEncoder(StreamState):
         refuse_state: bool = False,
         want_value: bool = False,
         own_bytes: bool = False,
+        foreseen: bool = False,
         queue: int | None = None,
     ) -> tuple[Staged, NonFiniteError | None]:
         """As ``stage``, but a tensor that is not finite gives a flagged frame: peers wait for one of the agreed size.
 
-        ``queue``: ``kernels.queue_of`` the tensor's device, where the caller has asked.
+        ``foreseen``: as for ``StreamDecoder.decode``, of a keyframe that carries the tensor's own bytes. ``queue``:
+        ``kernels.queue_of`` the tensor's device, where the caller has asked.
 
         Returns:
             The frame, and the error to raise once the frame is on its way, or ``None``.
         """
         flat, keyframe = x if x.dim() == 1 else x.reshape(-1), keyframe or codec.lossless
         try:
+            staged = None
             if keyframe:
-                key = self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, None, own_bytes)
-                return key, None
-            form, staged = self._form, None
+                if not (refuse_state or own_bytes):
+                    staged = self._stage_key_there(flat, codec, step, epoch, frame_nbytes, want_value, foreseen, queue)
+                if staged is None:
+                    told = frame_nbytes, refuse_state, want_value, None, own_bytes
+                    staged = self._stage_key(flat, codec, step, epoch, *told)
+                return staged, None
+            form = self._form
             if form is None or form.codec is not codec or self.live != (flat.numel(), flat.dtype):
                 form = self._form_for(flat, codec)
             if form.frames is not None:
@@ -484,6 +521,8 @@ class StreamEncoder(StreamState):
         if flags & KEY:
             self.start(header.numel, header.dtype, hint)
             self.digest = 0
+            if staged.there and self._there is not None:
+                self._there.begin()
             if self.relay is not None:
                 self.relay.owes_key = False
         there = self._there
@@ -497,7 +536,8 @@ class StreamEncoder(StreamState):
         if staged.value is not None:
             if flags & RESTART:
                 self.predictor.clear()
-            unused = self.predictor.advance(staged.value, staged.terms)
+            kept = finite(staged.value) if staged.there and header.is_raw_key and self._remembers else staged.value
+            unused = self.predictor.advance(kept, staged.terms)
             if unused is not None and self._spares is not None and (unused is not staged.value or staged.lends):
                 self._spares.give(unused, queue, self.part)
         if self._own_predictor is not None and staged.exact is not None:

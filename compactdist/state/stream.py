@@ -6,6 +6,7 @@ so that either end can tell the size of the next frame before it arrives.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from compactdist.errors import ConfigError
 from compactdist.kernels.spec import DIGEST_FACTOR, MatrixView
 from compactdist.state.board import Board
 from compactdist.state.history import Order, Predictor, predictor_class
+from compactdist.state.key_ends import KeyEnds, key_ends_of
 from compactdist.state.matrix_view import blocks, plain
 from compactdist.state.on_device import FROM_HOST, DeviceDigest
 from compactdist.state.quantized_history import STATE_FORMS, StateForm, make_predictor, state_copy_nbytes
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _DAMPING = 0.5
+_FLOAT32 = struct.Struct("<f")
 
 DEFAULT_KEYFRAME = "int8"
 """Id of the codec of keyframes, wherever none is named."""
@@ -140,7 +143,7 @@ class StreamConfig:
     @property
     def coefficient(self) -> float:
         """The predictor's coefficient as frames carry it, a float32; 0 where it has none."""
-        return float(torch.tensor(self.damping or 0.0, dtype=torch.float32))
+        return float(_FLOAT32.unpack(_FLOAT32.pack(self.damping or 0.0))[0])
 
     def new_predictor(self) -> Predictor:
         """An empty predictor."""
@@ -324,6 +327,7 @@ class StreamState:
         "_board",
         "_changes",
         "_form",
+        "_keys",
         "_number",
         "_there",
         "config",
@@ -362,6 +366,7 @@ class StreamState:
         self._form: Form | None = None
         self._changes = changes or Changes()
         self._board = board
+        self._keys: KeyEnds | None = None
         self._number: int | None = None
         self._there: DeviceDigest | None = None
 
@@ -473,11 +478,34 @@ class StreamState:
             return None
         if self.config.predictor.adapts:
             return None  # the sender's host chooses each frame's coefficient, and the receiver's reads it
-        if self._number is None:
-            self._number = board.enter(self.where)
         if self._there is None:
             self._there = DeviceDigest(device)
-        return made(head.raw, HEAD_PLACES, session.payload_nbytes, board.on(device), self._number)
+        return made(head.raw, HEAD_PLACES, session.payload_nbytes, board.on(device), self._number_on(board))
+
+    def _number_on(self, board: Board) -> int:
+        if self._number is None:
+            self._number = board.enter(self.where)
+        return self._number
+
+    def _keys_on(self, codec: Codec, numel: int, dtype: torch.dtype, device: torch.device) -> KeyEnds | None:
+        """What seals or checks the keyframes of such tensors on a device; ``None``: the host does it.
+
+        Both ends must come to the same answer, for a device goes on from a tensor that is not finite where a host
+        forgets the history.
+        """
+        board, keys = self._board, self._keys
+        if board is None or (device.type == "cpu" and kernels.choice.forced != "gpu"):
+            return None
+        if keys is None or not keys.suit(codec, numel, dtype, device):
+            if not numel or dtype not in COMPRESSIBLE_DTYPES or codec.rates or self.config.open_loop:
+                return None
+            keys = key_ends_of(self, codec, numel, dtype, device, board.on(device), self._number_on(board))
+            if keys is None:
+                return None
+            self._keys = keys
+        if self._there is None:
+            self._there = DeviceDigest(device)
+        return keys
 
     def header_of(self, codec: Codec, numel: int, dtype: torch.dtype, **fields: Any) -> Header:
         """A header with what all frames of the stream say, and the ``fields`` given."""

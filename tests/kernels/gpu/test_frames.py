@@ -46,24 +46,34 @@ class Stream:
         change = 0.1 * torch.randn(self.view.numel, generator=self.generator)
         return (self.base + change).bfloat16().to(self.device)
 
-    def send(self, step: int, x: Tensor | None = None, *, kept: bool = True) -> Tensor:
-        x = self.x() if x is None else x
-        nbytes = self.encoder.frame_nbytes(self.codec, x.numel(), x.dtype, keyframe=step == 0) + PADDING
+    def send(
+        self, step: int, x: Tensor | None = None, *, kept: bool = True, key: bool | None = None, **options: Any
+    ) -> Tensor:
+        x, key = self.x() if x is None else x, step == 0 if key is None else key
+        nbytes = self.encoder.frame_nbytes(self.codec, x.numel(), x.dtype, keyframe=key) + PADDING
         staged, failure = self.encoder.stage_or_flag(
-            x, self.codec, keyframe=step == 0, step=step, epoch=0, frame_nbytes=nbytes
+            x, self.codec, keyframe=key, step=step, epoch=0, frame_nbytes=nbytes, foreseen=True, **options
         )
         assert failure is None
-        assert staged.there == (step > 0 and self.there)
+        assert staged.there == (self.there and not options)
         if kept:
             self.encoder.commit(staged, self.view)
         else:
             self.encoder.withdraw(staged)
         return staged.frame
 
-    def receive(self, step: int, frame: Tensor, *, foreseen: bool = True, into: Tensor | None = None) -> Tensor:
+    def receive(
+        self,
+        step: int,
+        frame: Tensor,
+        *,
+        foreseen: bool = True,
+        into: Tensor | None = None,
+        key: bool | None = None,
+    ) -> Tensor:
         return self.decoder.decode(
-            frame, self.codec, self.view.numel, torch.bfloat16,
-            step=step, epoch=0, hint=self.view, foreseen=foreseen, into=into,
+            frame, self.codec, self.view.numel, torch.bfloat16, step=step, epoch=0, hint=self.view,
+            foreseen=foreseen, keyframe=step == 0 if key is None else key, collective=True, into=into,
         )  # fmt: skip
 
     @property

@@ -27,6 +27,9 @@ READ_BY_TORCH = "all_gather_object"
 """torch itself reads how long the pickles are, and their bytes."""
 STEADY = 3
 """The step from which on nothing is compiled, searched or learnt."""
+LOOKED_AT = {"raw": ("send, recv", "batch_isend_irecv")}
+"""Calls whose receivers look into a keyframe, by what codes it: a message that touches no history may come in place of
+one that carries the tensor's own bytes."""
 
 
 class NoReads(TorchDispatchMode):
@@ -75,7 +78,7 @@ class NoReads(TorchDispatchMode):
 @pytest.mark.timeout(360)
 @pytest.mark.parametrize("codec", ["int8", "int2:scales=block"])
 @pytest.mark.parametrize("part", [0, 1], ids=["half of them", "the others"])
-def test_no_collective_reads_in_a_steady_step(codec, part):
+def test_no_collective_reads_in_a_keyframe_or_a_steady_step(codec, part):
     _reads_nothing(codec, dict(list(CALLS.items())[part::2]))
 
 
@@ -85,31 +88,58 @@ def test_other_codecs_read_nothing_either(codec):
     _reads_nothing(codec, {name: CALLS[name]})
 
 
-def _reads_nothing(codec, calls):
+@pytest.mark.timeout(360)
+@pytest.mark.parametrize("codec", ["int8", "raw"])
+def test_no_keyframe_of_the_tensors_own_bytes_is_read(codec):
+    names = [name for name in CALLS if name not in LOOKED_AT["raw"]]
+    _reads_nothing(codec, {name: CALLS[name] for name in names}, steps=(0,), keyframe="raw")
+
+
+@pytest.mark.parametrize(
+    ("codec", "name", "options"),
+    [
+        ("int8", LOOKED_AT["raw"][0], {"keyframe": "raw"}),
+        ("int8", "all_gather_into_tensor", {"state_budget_bytes": 1 << 30}),
+        ("int8", "all_gather_into_tensor", {"error_feedback": False}),
+        ("rates", "all_gather_into_tensor", {}),
+    ],
+    ids=["a message of own bytes", "a budget", "open loop", "rates"],
+)
+def test_where_the_host_looks_into_a_keyframe_it_is_noticed(codec, name, options):
+    with pytest.raises(Exception, match="the host reads"):
+        _reads_nothing(codec, {name: CALLS[name]}, steps=(0,), **options)
+
+
+def _reads_nothing(codec, calls, steps=(0, STEADY), **options):
+    """No call reads in these steps of a second request; the first one has compiled and made tables."""
+
     def body(rank, world_size):
         warnings.simplefilter("ignore")
-        steady = {}
+        launched: dict[str, list[int]] = {}
         with use("gpu"), pytest.MonkeyPatch.context() as patch, NoReads(patch) as reads:
-            group = compactdist.wrap(act_like_nccl(dist.group.WORLD), codec, min_numel=64)
+            group = compactdist.wrap(act_like_nccl(dist.group.WORLD), codec, min_numel=64, **options)
             for name, (made, frames) in calls.items():
                 reads.torch_may = name == READ_BY_TORCH
-                run = Run(group, rank, torch.device("cpu"))
-                group.reset()
-                for run.step in range(STEADY + 1):
-                    group.step()
-                    reads.launches, counted = 0, group.stats().compressed_calls
-                    reads.armed = run.step == STEADY
-                    made(run)
-                    reads.armed = False
-                sent = group.stats().compressed_calls - counted
-                assert sent == frames, name
-                steady[name] = reads.launches
+                run, launched[name] = Run(group, rank, torch.device("cpu")), []
+                for watched in (False, True):
+                    group.reset()
+                    for run.step in range(1 + (steps[-1] if watched else 0)):
+                        group.step()
+                        reads.launches, counted = 0, group.stats().compressed_calls
+                        reads.armed = watched and run.step in steps
+                        made(run)
+                        if reads.armed:
+                            launched[name].append(reads.launches)
+                        reads.armed = False
+                        assert group.stats().compressed_calls - counted == frames, name
             group.close()
-        return steady
+        return launched
 
-    for steady in run_ranks(body, world_size=2, timeout=300):
-        assert list(steady) == list(calls)
-        assert all((launches > 1) == (CALLS[name][1] > 0) for name, launches in steady.items()), steady
+    for launched in run_ranks(body, world_size=2, timeout=300):
+        assert list(launched) == list(calls)
+        for name, counts in launched.items():
+            assert len(counts) == len(steps), name
+            assert all((count > 1) == (CALLS[name][1] > 0) for count in counts), (name, counts)
 
 
 def test_reading_is_noticed():
