@@ -9,6 +9,7 @@ import torch
 from compactdist.config import Options
 from compactdist.errors import ConfigError
 from compactdist.exchange.ops import patterns_by_op
+from compactdist.exchange.parts import cut, number_of_parts
 from compactdist.state import plain, state_nbytes
 from compactdist.state.stream import StreamState
 
@@ -72,14 +73,16 @@ def estimate(
     if min(world_size, numel, sites) < 1 or (steps is not None and steps < 1):
         raise ConfigError("world_size, numel, sites and steps must be at least 1")
     links, encoders, decoders = patterns[op].histories(world_size)
-    held = encoders * state_nbytes(options.stream, numel, dtype, sender=True)
-    held += decoders * state_nbytes(options.stream, numel, dtype, sender=False)
+    parts = number_of_parts(options.parts, numel, dtype, options.min_numel) if patterns[op].divides else 1
+    numels = [each.numel for each in cut((numel,), parts, None)]
+    held = sum(encoders * state_nbytes(options.stream, one, dtype, sender=True) for one in numels)
+    held += sum(decoders * state_nbytes(options.stream, one, dtype, sender=False) for one in numels)
     stream = StreamState(options.stream, 0, "estimate")
     codec = options.default_codec
     if channels is not None:
         held += (encoders + decoders) * codec.memory_nbytes(plain(numel, 1, channels))
-    residual = links * sites * stream.frame_nbytes(codec, numel, dtype, keyframe=False)
-    key = links * sites * stream.frame_nbytes(codec, numel, dtype, keyframe=True)
+    residual = links * sites * sum(stream.frame_nbytes(codec, one, dtype, keyframe=False) for one in numels)
+    key = links * sites * sum(stream.frame_nbytes(codec, one, dtype, keyframe=True) for one in numels)
     raw = links * sites * numel * dtype.itemsize
     ratio = None
     if steps is not None:

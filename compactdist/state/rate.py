@@ -339,6 +339,10 @@ class StreamRate:
             return measured.error
         return min(measured.error, _HOPELESS * asked * measured.energy)
 
+    def rest(self) -> None:
+        """The stream sends nothing until it begins anew: no bytes are set aside for it."""
+        self.sizes = ()
+
     @property
     def is_known(self) -> bool:
         """Whether the stream has begun."""
@@ -388,7 +392,8 @@ class RateControl:
         if self.target.kind == "bits":
             budget *= sum(stream.elements for stream in streams) / 8
         steps = self._steps + 1  # the one that begins is spoken for
-        left = budget * (steps + 1) - sum(stream.sums.wire_bytes for stream in streams) - sum(in_step)
+        sent = sum(stream.sums.wire_bytes for stream in self._streams.values())  # those that rest have sent, too
+        left = budget * (steps + 1) - sent - sum(in_step)
         left = max(budget / _ROOM, min(budget * _ROOM, left))
         errors = [stream.relative_errors() for stream in streams]
         low, high = -40.0, 40.0  # powers of two

@@ -114,6 +114,8 @@ class Site:
             for (to, number), other in further.items():
                 if to == peer and number >= parts:
                     other.drop()
+                    if isinstance(other, StreamEncoder) and other.steers is not None:
+                        other.steers.rest()
         return stream
 
     def encoders_to(self, peer: int) -> Iterator[StreamEncoder]:

@@ -22,6 +22,7 @@ from compactdist.errors import (
     StateMismatchError,
 )
 from compactdist.exchange.parts import PART_NBYTES, cut, number_of_parts
+from compactdist.observe.estimate import estimate
 from compactdist.state import ResidualDecoder, ResidualEncoder
 from compactdist.testing import Fault, act_like_nccl, inject, remove
 from compactdist.wire import HEADER_NBYTES, seal, unpack
@@ -486,7 +487,28 @@ def test_ranks_that_cut_differently_are_refused():
     run_ranks(body, world_size=2)
 
 
-def test_budget_and_estimate_count_all_parts():
+def test_a_target_in_bytes_counts_all_parts_and_none_that_rest():
+    def body(rank, size):
+        numel = 8 * ROWS * CHANNELS
+        asked = numel / 2  # four bits for each element
+        with wrapped(codec="rates", target=f"bytes_per_step={asked}", parts=3) as g:
+            run(g, rank, size, steps=24, make=lambda r, t: tensor(r, t, (8 * ROWS, CHANNELS)))
+            assert len(g._engine.store.control.rates()) == 3
+            assert g.stats().target["met"] == pytest.approx(asked, rel=0.1)
+            run(g, rank, size, steps=2, make=lambda r, t: tensor(r, t, (1, CHANNELS)))
+            assert len(g._engine.store.control.rates()) == 1
+
+    run_ranks(body, world_size=2)
+
+
+def test_an_estimate_counts_the_headers_of_all_parts():
+    whole, cut_up = (estimate(compactdist.Options("int8", parts=n), 2, 1 << 16) for n in (1, 4))
+    assert cut_up.state_bytes == whole.state_bytes
+    assert cut_up.raw_bytes == whole.raw_bytes
+    assert 3 * HEADER_NBYTES <= cut_up.wire_bytes - whole.wire_bytes < 3 * HEADER_NBYTES + 1024
+
+
+def test_budget_counts_all_parts():
     def body(rank, size):
         whole = size * ROWS * CHANNELS * 4
         for budget, passes in ((whole, 0), (whole - 1, STEPS - 1)):
