@@ -30,7 +30,7 @@ from compactdist.exchange.predicted import Late, answer, may_answer
 from compactdist.exchange.work import Job, Outbox, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import GroupStats, PassReason
-from compactdist.state import Ledger, Offload, Room, Site, Staged, StateStore, StreamConfig
+from compactdist.state import KeysThere, Ledger, Offload, Room, Site, Staged, StateStore, StreamConfig
 from compactdist.wire import KEY, NONFINITE, frame_in, from_raw
 
 if TYPE_CHECKING:
@@ -331,7 +331,7 @@ class Engine:
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             want_value=flight.plan.want_value,
             own_bytes=own_bytes,
-            foreseen=self.ledger is None and flight.plan.pattern.collective,
+            foreseen=self._keys_there(flight.plan.pattern) == "all",
             queue=flight.queue,
         )
         if failure is not None:
@@ -576,9 +576,8 @@ class Engine:
             hint=part.hint,
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             foreseen=pattern.waits_for_earlier_calls,
-            # with a budget a sender may keep no history, as only its keyframe says
-            keyframe=(flight.call.warm or part.fresh) and self.ledger is None,
-            collective=pattern.collective,
+            keyframe=pattern.waits_for_earlier_calls and (flight.call.warm or part.fresh),
+            keys_there=self._keys_there(pattern),
             into=target if target is not None and target.device == data.device and target.is_contiguous() else None,
             queue=queue,
         )
@@ -587,6 +586,12 @@ class Engine:
         if pattern.receives_only:
             pattern.taken(self, flight, part)
         return value
+
+    def _keys_there(self, pattern: Pattern) -> KeysThere:
+        """The keyframes that a device may check: with a budget, a sender may have no room for a history."""
+        if self.ledger is not None:
+            return "none"
+        return "all" if pattern.collective else "coded"
 
     # --- the rest of a group's life -----------------------------------------------------------------------------------
 

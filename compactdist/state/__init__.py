@@ -1,6 +1,6 @@
 """The residual loop: what both ends of a stream remember, and how they stay equal. Imports nothing distributed."""
 
-from compactdist.state.decoder import StreamDecoder
+from compactdist.state.decoder import KeysThere, StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Order, Predictor
 from compactdist.state.ledger import Ledger
@@ -24,6 +24,7 @@ from compactdist.state.stream import (
 __all__ = [
     "COMPRESSIBLE_DTYPES",
     "DEFAULT_KEYFRAME",
+    "KeysThere",
     "MatrixView",
     "Met",
     "Order",

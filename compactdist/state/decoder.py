@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +38,11 @@ from compactdist.wire import (
     unpack,
 )
 
-__all__ = ["StreamDecoder"]
+__all__ = ["KeysThere", "StreamDecoder"]
+
+KeysThere = Literal["none", "coded", "all"]
+"""Keyframes that a device may check. Only its header says that a keyframe's sender keeps no history, so none where that
+can be; and a frame that touches no history may come in place of one of the tensor's own bytes, which is as large."""
 
 _FLAGGED = (
     ": what the sender's tensor changed by held NaN or Inf; no output was written, and both ends keep their history. "
@@ -100,7 +105,7 @@ class StreamDecoder(StreamState):
         header: Header | None = None,
         foreseen: bool = False,
         keyframe: bool = False,
-        collective: bool = False,
+        keys_there: KeysThere = "none",
         into: Tensor | None = None,
         queue: int | None = None,
     ) -> Tensor:
@@ -118,9 +123,8 @@ class StreamDecoder(StreamState):
             header: of the frame, if the caller has read it.
             foreseen: the sender sends no frame of a kind or size that this end does not expect. On a GPU such frames
                 are checked there: :attr:`holds_values` says with what result, and the group's board.
-            keyframe: what is foreseen is a keyframe, whose sender keeps its history, too.
-            collective: no frame that touches no history comes in place of a keyframe of the tensor's own bytes, which
-                is as large.
+            keyframe: what is foreseen is a keyframe.
+            keys_there: the keyframes whose senders keep their history, too, so that a device may check them.
             into: contiguous tensor of ``numel`` x ``dtype``, on the frame's device, where the caller wants the value,
                 if it has one. It is written once the frame is known to be right, where that is quicker than to copy the
                 value: :attr:`wrote` says whether. Where only the device knows that it is not right, it gets NaN.
@@ -134,24 +138,44 @@ class StreamDecoder(StreamState):
             NonFiniteError: the sender's tensor held NaN or Inf; the stream restarts with a keyframe.
         """
         self.holds_values, self.wrote = None, False
-        form, live = self._form, self.live == (numel, dtype) and not (self.keyframe_announced or keyframe)
-        if form is None and live and foreseen and self._there is not None:
-            form = self._first_form(codec, frame.device)
-        if header is None and live and form is not None and form.codec is codec and form.frame_nbytes <= frame.numel():
-            value = None
-            if form.frames is not None and foreseen and (self._looked or form.head.header.layout):
-                value = self._take_there(frame, form, form.frames, step, epoch, into, queue)
-            if value is None:
-                value = self._take_expected(frame, form, step, epoch, into)
-            if value is not None:
-                return value
-        elif header is None and keyframe and foreseen and not refuse_state:
-            value = self._take_key_there(frame, codec, numel, dtype, step, epoch, hint, collective, into, queue)
+        if header is None:
+            at = step, epoch
+            if not keyframe:
+                value = self._take_known(frame, codec, numel, dtype, *at, foreseen, into, queue)
+            elif keys_there == "none" or refuse_state:
+                value = None
+            else:
+                value = self._take_key_there(frame, codec, numel, dtype, *at, hint, keys_there, into, queue)
             if value is not None:
                 return value
         header = header or unpack(frame, self.where)
         payload = self._check(frame, header, codec, numel, dtype, step, epoch, hint)
         return self._taken(payload, header, codec, hint, refuse_state, into)
+
+    def _take_known(
+        self,
+        frame: Tensor,
+        codec: Codec,
+        numel: int,
+        dtype: torch.dtype,
+        step: int,
+        epoch: int,
+        foreseen: bool,
+        into: Tensor | None,
+        queue: int | None,
+    ) -> Tensor | None:
+        """The value of a residual that is like those before it; ``None``: it needs a closer look."""
+        form = self._form
+        if self.live != (numel, dtype) or self.keyframe_announced:
+            return None
+        if form is None and foreseen and self._there is not None:
+            form = self._first_form(codec, frame.device)
+        if form is None or form.codec is not codec or form.frame_nbytes > frame.numel():
+            return None
+        value = None
+        if form.frames is not None and foreseen and (self._looked or form.head.header.layout):
+            value = self._take_there(frame, form, form.frames, step, epoch, into, queue)
+        return self._take_expected(frame, form, step, epoch, into) if value is None else value
 
     def _taken(
         self,
@@ -301,14 +325,14 @@ class StreamDecoder(StreamState):
         step: int,
         epoch: int,
         hint: MatrixView | None,
-        collective: bool,
+        keys_there: KeysThere,
         into: Tensor | None,
         queue: int | None,
     ) -> Tensor | None:
         """The value of a keyframe that the device checks and decodes; ``None``: the host has to."""
         keys, there = self._keys_on(codec, numel, dtype, frame.device), self._there
         steps = None if keys is None else keys.steps
-        if keys is None or steps is None or there is None or (keys.own_bytes and not collective):
+        if keys is None or steps is None or there is None or (keys.own_bytes and keys_there != "all"):
             return None
         if frame.numel() < keys.nbytes:
             return None

@@ -73,7 +73,7 @@ class Stream:
     ) -> Tensor:
         return self.decoder.decode(
             frame, self.codec, self.view.numel, torch.bfloat16, step=step, epoch=0, hint=self.view,
-            foreseen=foreseen, keyframe=step == 0 if key is None else key, collective=True, into=into,
+            foreseen=foreseen, keyframe=foreseen and (step == 0 if key is None else key), keys_there="all", into=into,
         )  # fmt: skip
 
     @property
