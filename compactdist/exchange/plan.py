@@ -331,13 +331,15 @@ class CallPlan:
             assert codec is not None
             assert stream is not None
             part.fresh = codec.lossless or stream.is_fresh(part.numel, self.dtype)
-            part.key_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=True)
+            part.key_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=True, hint=part.hint)
             part.residual_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=False)
         self.fresh = any(part.fresh for part in parts)
         if self.joint and parts:
-            largest = max(part.residual_nbytes for part in parts)
+            key, residual = (
+                max(sizes) for sizes in zip(*((p.key_nbytes, p.residual_nbytes) for p in parts), strict=True)
+            )
             for part in parts:
-                part.fresh, part.residual_nbytes = self.fresh, largest
+                part.fresh, part.key_nbytes, part.residual_nbytes = self.fresh, key, residual
 
 
 @dataclass(frozen=True)

@@ -341,7 +341,8 @@ class StreamDecoder(StreamState):
             return None
         else:
             value = torch.empty(numel, dtype=dtype, device=payload.device)
-            self._decode(coded.open(blocks(numel), dtype, payload.device), payload, (), value, into)
+            view = self.keyframe_view(coded, numel, dtype, hint)
+            self._decode(coded.open(view, dtype, payload.device), payload, (), value, into)
         self.refused = bool(header.flags & NO_STATE)
         if header.flags & (NONFINITE | NO_STATE) or refuse_state:
             self.sequence += 1
@@ -435,7 +436,9 @@ class StreamDecoder(StreamState):
         if flags & NONFINITE and not header.payload_nbytes:
             return None, 0
         if kind == KEY:
-            return blocks(numel), self.keyframe_nbytes(codec, numel, dtype)
+            coded = self.config.keyframe_for(codec, numel, dtype)
+            view = blocks(numel) if coded is None else self.keyframe_view(coded, numel, dtype, hint)
+            return view, self.keyframe_nbytes(codec, numel, dtype, hint)
         if codec.lossless or self.is_fresh(numel, dtype):
             self._compare(header, "kind", "a residual", "a keyframe, for this end holds no history or was told of one")
         view = self.view or hint or blocks(numel)

@@ -140,6 +140,7 @@ class StreamEncoder(StreamState):
         shape: tuple[int, ...] | None = None,
         row_weights: Tensor | None = None,
         own_bytes: bool = False,
+        hint: MatrixView | None = None,
     ) -> Staged:
         """Make the next frame without changing any state.
 
@@ -155,6 +156,7 @@ class StreamEncoder(StreamState):
             shape: put this shape into the frame.
             row_weights: how much errors in each row matter, float ``(R,)`` or ``(G, R)``; for a codec that takes them.
             own_bytes: let a keyframe carry the tensor's own bytes, although the stream codes its keyframes.
+            hint: matrix view that a layout hint gives the stream when it starts.
 
         Returns:
             The frame; :meth:`commit` or :meth:`withdraw` it.
@@ -165,7 +167,9 @@ class StreamEncoder(StreamState):
         """
         flat = x.detach().reshape(-1)
         if keyframe or codec.lossless:
-            return self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, shape, own_bytes)
+            return self._stage_key(
+                flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, shape, own_bytes, hint
+            )
         form = self._form_for(flat, codec)
         return self._stage_residual(flat, codec, form, step, epoch, frame_nbytes, want_value, shape, row_weights)
 
@@ -190,6 +194,7 @@ class StreamEncoder(StreamState):
         want_value: bool,
         shape: tuple[int, ...] | None,
         own_bytes: bool,
+        hint: MatrixView | None,
     ) -> Staged:
         flags = KEY | (NO_STATE if refuse_state else 0)
         keeps = self.config.remembers and not refuse_state
@@ -204,7 +209,7 @@ class StreamEncoder(StreamState):
             value = _own(flat) if keeps or want_value else None
             fields["keyframe_codec"] = 0
         else:
-            view = blocks(flat.numel())
+            view = self.keyframe_view(coded, flat.numel(), flat.dtype, hint)
             session = coded.open(view, flat.dtype, flat.device)
             payload = torch.empty(session.payload_nbytes, dtype=torch.uint8, device=flat.device)
             value = torch.empty(flat.numel(), dtype=flat.dtype, device=flat.device) if keeps or want_value else None
@@ -212,12 +217,12 @@ class StreamEncoder(StreamState):
                 session.encode(flat, (), value, payload)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{self.where}: {error}") from None
-            fields |= {"groups": view.groups, "rows": view.rows, "channels": view.channels}
+            fields |= {"groups": view.groups, "rows": view.rows, "channels": view.channels, "layout": view.hint}
         exact = _own(flat) if keeps and self._own_predictor is not None else None
         if self.steers is not None and codec.rates and not flags & (NONFINITE | NO_STATE):
             fields["next_rate"] = self._steered(self.steers, codec, flat, step, epoch, codec.start_rate).rate
         staged = self._stage_payload(flat, codec, payload, frame_nbytes, flags=flags, **fields)
-        staged.value, staged.exact = value, exact
+        staged.value, staged.exact, staged.hint = value, exact, hint
         return staged
 
     def _form_for(self, flat: Tensor, codec: Codec) -> Form:
@@ -420,6 +425,7 @@ class StreamEncoder(StreamState):
         refuse_state: bool = False,
         want_value: bool = False,
         own_bytes: bool = False,
+        hint: MatrixView | None = None,
         queue: int | None = None,
     ) -> tuple[Staged, NonFiniteError | None]:
         """As ``stage``, but a tensor that is not finite gives a flagged frame: peers wait for one of the agreed size.
@@ -432,8 +438,8 @@ class StreamEncoder(StreamState):
         flat, keyframe = x if x.dim() == 1 else x.reshape(-1), keyframe or codec.lossless
         try:
             if keyframe:
-                key = self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, None, own_bytes)
-                return key, None
+                call = step, epoch, frame_nbytes, refuse_state, want_value
+                return self._stage_key(flat, codec, *call, None, own_bytes, hint), None
             form, staged = self._form, None
             if form is None or form.codec is not codec or self.live != (flat.numel(), flat.dtype):
                 form = self._form_for(flat, codec)
@@ -462,12 +468,11 @@ class StreamEncoder(StreamState):
         if staged.session is not None:
             staged.session.rollback()
 
-    def commit(self, staged: Staged, hint: MatrixView | None = None, queue: int | None = None) -> None:
+    def commit(self, staged: Staged, queue: int | None = None) -> None:
         """Make the state change that the receiver makes when it decodes the frame.
 
         Args:
             staged: the frame, which is on its way.
-            hint: matrix view that a layout hint gives the stream when it starts.
             queue: ``kernels.queue_of`` the frame's device, where the caller has asked.
         """
         header = staged.header
@@ -482,7 +487,7 @@ class StreamEncoder(StreamState):
             self.drop()
             return
         if flags & KEY:
-            self.start(header.numel, header.dtype, hint)
+            self.start(header.numel, header.dtype, staged.hint)
             self.digest = 0
             if self.relay is not None:
                 self.relay.owes_key = False

@@ -48,14 +48,14 @@ class Stream:
 
     def send(self, step: int, x: Tensor | None = None, *, kept: bool = True) -> Tensor:
         x = self.x() if x is None else x
-        nbytes = self.encoder.frame_nbytes(self.codec, x.numel(), x.dtype, keyframe=step == 0) + PADDING
+        sized = self.encoder.frame_nbytes(self.codec, x.numel(), x.dtype, keyframe=step == 0, hint=self.view)
         staged, failure = self.encoder.stage_or_flag(
-            x, self.codec, keyframe=step == 0, step=step, epoch=0, frame_nbytes=nbytes
+            x, self.codec, keyframe=step == 0, step=step, epoch=0, frame_nbytes=sized + PADDING, hint=self.view
         )
         assert failure is None
         assert staged.there == (step > 0 and self.there)
         if kept:
-            self.encoder.commit(staged, self.view)
+            self.encoder.commit(staged)
         else:
             self.encoder.withdraw(staged)
         return staged.frame
