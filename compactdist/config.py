@@ -61,9 +61,10 @@ class Options:
         find_layout: let encoders find the matrix view of buffers without a hint.
         state: ``"exact"``: both ends keep reconstructions in the tensors' dtype; ``"int8"`` or ``"fp8"``: in one byte
             for each element and a scale for every 128.
-        keyframe: id, configuration dictionary or Codec of the frames that carry tensors themselves, in blocks of
-            consecutive elements; ``"raw"``: the tensors' own bytes, so that the first step is exact. Those of codec
-            ``raw``, and of tensors too small to gain by it, are their own bytes in any case.
+        keyframe: id, configuration dictionary or Codec of the frames that carry tensors themselves, in the matrix
+            view of the layout hint or, without one, in blocks of consecutive elements; ``"raw"``: the tensors' own
+            bytes, so that the first step is exact. Those of codec ``raw``, and of tensors too small to gain by it, are
+            their own bytes in any case.
         target: what the rates of the codec are chosen for: ``"nmse_db=-32"``, ``"bits=1.5"`` (of residual frames, for
             each element) or ``"bytes_per_step=2e6"`` (of the residual frames that this rank encodes); see
             :class:`~compactdist.state.rate.Target`. It needs a codec with several rates, as ``rates``, which ``wrap``

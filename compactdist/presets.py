@@ -42,8 +42,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "small": Preset("binary", "int4", order="auto"),
         # bytes count for more than time: a transform at less than half a bit
         "tiny": Preset("transform:bits=0.4", "int4", order="auto"),
-        # with 4 to 8 steps an int8 keyframe leaves residuals few bits, of which a transform makes most
-        "few-step": Preset("transform:bits=2.5", "int8", order="auto"),
+        # with 4 to 8 steps no step may be worse than one sent in four bits by itself, and the mean has to be better
+        "few-step": Preset("transform:bits=3.75", "int4", order="auto"),
     }
 )
 """Presets by name, the largest error last but for ``"few-step"``."""

@@ -52,8 +52,8 @@ class Ends:
     def send(self, x: torch.Tensor, step: int) -> None:
         """Encode and decode a flat tensor."""
         view, start = plain(x.numel(), 1, CHANNELS), time.thread_time()
-        staged = self.sender.stage(x, self.codec, keyframe=step == 0, step=step)
-        self.sender.commit(staged, view)
+        staged = self.sender.stage(x, self.codec, keyframe=step == 0, step=step, hint=view)
+        self.sender.commit(staged)
         self.receiver.decode(staged.frame, self.codec, x.numel(), x.dtype, step=step, hint=view)
         self.ms.append(1e3 * (time.thread_time() - start))
         self.bits.append(8 * staged.frame.numel() / x.numel())

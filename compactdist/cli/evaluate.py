@@ -19,7 +19,16 @@ from compactdist.config import Options
 from compactdist.errors import CompactDistError
 from compactdist.observe.trace import Trace, TraceError
 from compactdist.presets import PRESETS, expand
-from compactdist.state import MatrixView, RateControl, StreamConfig, StreamDecoder, StreamEncoder, Target, check_steered
+from compactdist.state import (
+    Layout,
+    MatrixView,
+    RateControl,
+    StreamConfig,
+    StreamDecoder,
+    StreamEncoder,
+    Target,
+    check_steered,
+)
 
 __all__ = [
     "Played",
@@ -62,9 +71,9 @@ class Recorded:
 
     @property
     def hint(self) -> MatrixView:
-        """The matrix view of each step."""
+        """The matrix view of each step, as a layout hint gives it."""
         _, rows, channels = self.x.shape
-        return MatrixView(rows * channels, self.groups, rows // self.groups, channels)
+        return Layout("(g s c) -> g s c", g=self.groups, c=channels).resolve(rows * channels)
 
 
 @dataclass(frozen=True)
@@ -239,8 +248,8 @@ def _play_frame(
     codec, hint, flat = setting.codec, entry.hint, entry.x[step].reshape(-1)
     warm_up = step < max(1, setting.config.warmup_steps)
     keyframe = warm_up or encoder.is_fresh(flat.numel(), flat.dtype)
-    staged = encoder.stage(flat, codec, keyframe=keyframe, step=step, want_value=True)
-    encoder.commit(staged, hint)
+    staged = encoder.stage(flat, codec, keyframe=keyframe, step=step, want_value=True, hint=hint)
+    encoder.commit(staged)
     x_hat = decoder.decode(staged.frame, codec, flat.numel(), flat.dtype, step=step, hint=hint)
     _check_equal(encoder, decoder, staged.value, x_hat, f"{entry.site}, step {step}, codec {codec!r}")
     score.count(entry.site, step, flat, x_hat, staged.frame.numel(), keyframe=warm_up)

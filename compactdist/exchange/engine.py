@@ -200,8 +200,8 @@ class Engine:
             if site.refused and plan.reason is None:
                 plan.reason = pattern.reason_if_refused(plan)
             plan.refresh()
-        if self.chooser.layouts is not None and (plan.fresh or plan is not known):
-            pattern.ask_hints(self, call, plan)  # streams begin with what the hints say now, not when it was planned
+        if plan.fresh or plan is not known:
+            self._ask_hints(pattern, call, plan)  # streams begin with what the hints say now, not when it was planned
         if plan.agreed_at is None and plan.reason is None and pattern.collective and self.varies(call, plan):
             self.forget(call.site)  # nothing of it is used before the next reset
             plan = pattern.plan(self, call, signature)
@@ -213,6 +213,16 @@ class Engine:
         if failed is not None:
             raise failed
         return plan
+
+    def _ask_hints(self, pattern: Pattern, call: Call, plan: CallPlan) -> None:
+        """Let a plan's streams begin with what the layout hints say; its keyframes are cut, and sized, by them.
+
+        Raises:
+            LayoutError: a hint does not fit its message.
+        """
+        if self.chooser.layouts is not None:
+            pattern.ask_hints(self, call, plan)
+            plan.refresh()
 
     def _find_room(
         self, ledger: Ledger, pattern: Pattern, call: Call, plan: CallPlan
@@ -240,8 +250,7 @@ class Engine:
             self._drop(call.site)
             plan = replace(pattern.plan(self, call, plan.signature), common_nbytes=plan.common_nbytes)
             plan.refresh()
-            if self.chooser.layouts is not None:
-                pattern.ask_hints(self, call, plan)
+            self._ask_hints(pattern, call, plan)
         plan.roomless = not verdict.held
         if plan.agreed_at is None:
             plan.evictions = ledger.evictions(call.site)
@@ -332,6 +341,7 @@ class Engine:
             want_value=flight.plan.want_value,
             own_bytes=own_bytes,
             foreseen=self._keys_there(flight.plan.pattern) == "all",
+            hint=part.hint,
             queue=flight.queue,
         )
         if failure is not None:
@@ -415,7 +425,7 @@ class Engine:
             self._release(flight)
         else:
             for part, staged in zip(plan.outgoing, flight.staged, strict=True):
-                part.stream.commit(staged, part.hint, flight.queue)  # type: ignore[union-attr,arg-type]
+                part.stream.commit(staged, flight.queue)  # type: ignore[union-attr,arg-type]
         if pattern.receives_only:
             pass
         elif flight.passed is None and plan.codec is not None:

@@ -48,6 +48,7 @@ class Message:
         accepts_unannounced_keyframe: whether the receiver takes a keyframe it does not expect, and one of the tensor's
             own bytes where it expects a coded one.
         may_begin: whether a keyframe that arrived may start this stream.
+        hint: matrix view of the stream's layout hint.
 
     Attributes:
         forwards: whether the frame that arrived is passed on.
@@ -63,6 +64,7 @@ class Message:
         "_arrivals",
         "_codec",
         "_encoder",
+        "_hint",
         "_share",
         "_x",
         "begins",
@@ -83,8 +85,9 @@ class Message:
         arrival: Arrival | None = None,
         accepts_unannounced_keyframe: bool = False,
         may_begin: bool = True,
+        hint: MatrixView | None = None,
     ) -> None:
-        self._arrivals, self._encoder, self._x, self._codec = arrivals, encoder, x, codec
+        self._arrivals, self._encoder, self._x, self._codec, self._hint = arrivals, encoder, x, codec, hint
         config = encoder.config
         # a lossless codec without history makes every frame from the tensor alone: passing on would save nothing
         self._arrival = None if codec.lossless and not config.remembers else arrival
@@ -112,10 +115,13 @@ class Message:
         """Decide whether a coded keyframe is the one that arrived, or carries the tensor's own bytes instead."""
         received, encoder = arrival.received, self._encoder
         header, theirs = received.header, received.decoder
-        coded = encoder.config.keyframe_for(self._codec, self._x.numel(), self._x.dtype)
+        numel, dtype = self._x.numel(), self._x.dtype
+        coded = encoder.config.keyframe_for(self._codec, numel, dtype)
         if coded is None:
             return
+        view = encoder.keyframe_view(coded, numel, dtype, self._hint)
         same = may_begin and header.is_key and header.keyframe_codec == coded.fingerprint()
+        same = same and (header.groups, header.rows, header.channels, header.layout) == (*view.shape, view.hint)
         if same and received.payload is not None and self._is_untouched():
             self.forwards = self.begins = True
         elif self._share and (encoder.live, encoder.view) == (theirs.live, theirs.view):
@@ -161,17 +167,17 @@ class Message:
     def pass_on(self, step: int, epoch: int) -> Staged:
         """The frame that arrived, for this stream."""
         assert self._arrival is not None
-        return pass_on(self._encoder, self._arrival.received, self._x, self._codec, step, epoch)
+        return pass_on(self._encoder, self._arrival.received, self._x, self._codec, step, epoch, self._hint)
 
     def announce(self, staged: Staged) -> None:
         """Announce the incoming stream's matrix view in the staged keyframe, if that was decided."""
         if self._announce is not None and not staged.header.flags & NONFINITE:
             announce(staged, self._announce)
 
-    def commit(self, staged: Staged, hint: MatrixView | None) -> None:
+    def commit(self, staged: Staged) -> None:
         """Commit the frame; if the receivers of both streams now hold the same state, relay the incoming stream."""
         encoder, arrival = self._encoder, self._arrival
-        encoder.commit(staged, hint)
+        encoder.commit(staged)
         if arrival is None:
             return
         self.forwarded = self.forwards

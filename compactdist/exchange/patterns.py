@@ -541,6 +541,7 @@ def stage_message(
         arrival=flight.arrival,
         accepts_unannounced_keyframe=accepts_unannounced_keyframe,
         may_begin=not (flight.refusing and engine.refuses(flight, part.peer)),
+        hint=part.hint,
     )
     if reserve and message.keyframe and (message.begins or not message.forwards):
         need = state_nbytes(engine.config, part.numel, flight.plan.dtype, sender=True)
@@ -592,11 +593,9 @@ def commit_messages(flight: Flight) -> None:
         for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True):
             part.stream.commit(staged)  # type: ignore[union-attr,arg-type]
         return
-    framed = [
-        (part, staged) for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True) if staged is not None
-    ]
-    for message, (part, staged) in zip(flight.messages, framed, strict=True):
-        message.commit(staged, part.hint)
+    framed = [staged for staged in flight.staged if staged is not None]
+    for message, staged in zip(flight.messages, framed, strict=True):
+        message.commit(staged)
 
 
 ALL_GATHER, ALL_TO_ALL, BROADCAST = AllGather(), AllToAll(), Broadcast()

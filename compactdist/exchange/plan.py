@@ -340,15 +340,17 @@ class CallPlan:
             assert codec is not None
             assert stream is not None
             part.fresh = codec.lossless or stream.is_fresh(part.numel, self.dtype)
-            part.key_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=True)
+            part.key_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=True, hint=part.hint)
             part.residual_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=False)
         self.fresh = any(part.fresh for part in parts)
         if self.joint and parts:
-            largest: dict[int, int] = {}
+            largest: dict[int, tuple[int, int]] = {}
             for part in parts:
-                largest[part.number] = max(part.residual_nbytes, largest.get(part.number, 0))
+                key, residual = largest.get(part.number, (0, 0))
+                largest[part.number] = max(part.key_nbytes, key), max(part.residual_nbytes, residual)
             for part in parts:
-                part.fresh, part.residual_nbytes = self.fresh, largest[part.number]
+                part.fresh = self.fresh
+                part.key_nbytes, part.residual_nbytes = largest[part.number]
 
 
 @dataclass(frozen=True)

@@ -330,7 +330,7 @@ class StreamDecoder(StreamState):
         queue: int | None,
     ) -> Tensor | None:
         """The value of a keyframe that the device checks and decodes; ``None``: the host has to."""
-        keys, there = self._keys_on(codec, numel, dtype, frame.device), self._there
+        keys, there = self._keys_on(codec, numel, dtype, frame.device, hint), self._there
         steps = None if keys is None else keys.steps
         if keys is None or steps is None or there is None or (keys.own_bytes and keys_there != "all"):
             return None
@@ -436,7 +436,8 @@ class StreamDecoder(StreamState):
         else:
             value = torch.empty(numel, dtype=dtype, device=payload.device)
             target = None if header.flags & NONFINITE else into
-            self._decode(coded.open(blocks(numel), dtype, payload.device), payload, (), value, target)
+            view = self.keyframe_view(coded, numel, dtype, hint)
+            self._decode(coded.open(view, dtype, payload.device), payload, (), value, target)
             kept = value
         self.refused = bool(header.flags & NO_STATE)
         forgets = NO_STATE | (NONFINITE if coded is None else 0)
@@ -532,7 +533,9 @@ class StreamDecoder(StreamState):
         if flags & NONFINITE and not header.payload_nbytes:
             return None, 0
         if kind == KEY:
-            return blocks(numel), self.keyframe_nbytes(codec, numel, dtype)
+            coded = self.config.keyframe_for(codec, numel, dtype)
+            view = blocks(numel) if coded is None else self.keyframe_view(coded, numel, dtype, hint)
+            return view, self.keyframe_nbytes(codec, numel, dtype, hint)
         if codec.lossless or self.is_fresh(numel, dtype):
             self._compare(header, "kind", "a residual", "a keyframe, for this end holds no history or was told of one")
         view = self.view or hint or blocks(numel)

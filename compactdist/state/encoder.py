@@ -142,6 +142,7 @@ class StreamEncoder(StreamState):
         shape: tuple[int, ...] | None = None,
         row_weights: Tensor | None = None,
         own_bytes: bool = False,
+        hint: MatrixView | None = None,
     ) -> Staged:
         """Make the next frame without changing any state.
 
@@ -157,6 +158,7 @@ class StreamEncoder(StreamState):
             shape: put this shape into the frame.
             row_weights: how much errors in each row matter, float ``(R,)`` or ``(G, R)``; for a codec that takes them.
             own_bytes: let a keyframe carry the tensor's own bytes, although the stream codes its keyframes.
+            hint: matrix view that a layout hint gives the stream when it starts.
 
         Returns:
             The frame; :meth:`commit` or :meth:`withdraw` it.
@@ -167,7 +169,9 @@ class StreamEncoder(StreamState):
         """
         flat = x.detach().reshape(-1)
         if keyframe or codec.lossless:
-            return self._stage_key(flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, shape, own_bytes)
+            return self._stage_key(
+                flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, shape, own_bytes, hint
+            )
         form = self._form_for(flat, codec)
         return self._stage_residual(flat, codec, form, step, epoch, frame_nbytes, want_value, shape, row_weights)
 
@@ -192,6 +196,7 @@ class StreamEncoder(StreamState):
         want_value: bool,
         shape: tuple[int, ...] | None,
         own_bytes: bool,
+        hint: MatrixView | None,
     ) -> Staged:
         flags = KEY | (NO_STATE if refuse_state else 0)
         keeps = self.config.remembers and not refuse_state
@@ -206,7 +211,7 @@ class StreamEncoder(StreamState):
             value = _own(flat) if keeps or want_value else None
             fields["keyframe_codec"] = 0
         else:
-            view = blocks(flat.numel())
+            view = self.keyframe_view(coded, flat.numel(), flat.dtype, hint)
             session = coded.open(view, flat.dtype, flat.device)
             payload = torch.empty(session.payload_nbytes, dtype=torch.uint8, device=flat.device)
             value = torch.empty(flat.numel(), dtype=flat.dtype, device=flat.device) if keeps or want_value else None
@@ -214,12 +219,12 @@ class StreamEncoder(StreamState):
                 session.encode(flat, (), value, payload)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{self.where}: {error}") from None
-            fields |= {"groups": view.groups, "rows": view.rows, "channels": view.channels}
+            fields |= {"groups": view.groups, "rows": view.rows, "channels": view.channels, "layout": view.hint}
         exact = _own(flat) if keeps and self._own_predictor is not None else None
         if self.steers is not None and codec.rates and not flags & (NONFINITE | NO_STATE):
             fields["next_rate"] = self._steered(self.steers, codec, flat, step, epoch, codec.start_rate).rate
         staged = self._stage_payload(flat, codec, payload, frame_nbytes, flags=flags, **fields)
-        staged.value, staged.exact = value, exact
+        staged.value, staged.exact, staged.hint = value, exact, hint
         return staged
 
     def _stage_key_there(
@@ -231,11 +236,12 @@ class StreamEncoder(StreamState):
         frame_nbytes: int | None,
         want_value: bool,
         foreseen: bool,
+        hint: MatrixView | None,
         queue: int | None,
     ) -> Staged | None:
         """The keyframe, made by the device without the host's waiting; ``None``: it has to be made here."""
         device = flat.device
-        keys, there = self._keys_on(codec, flat.numel(), flat.dtype, device), self._there
+        keys, there = self._keys_on(codec, flat.numel(), flat.dtype, device, hint), self._there
         steps = None if keys is None else keys.steps
         if keys is None or steps is None or there is None or (keys.own_bytes and not foreseen):
             return None
@@ -248,7 +254,7 @@ class StreamEncoder(StreamState):
         call = step, epoch, self.sequence, FROM_HOST, 0
         if not keys.frames.send(steps, flat, (), value, frame, payload, there.next_pair, call, queue):
             return None
-        return Staged(frame, keys.head.header, 0, value, there=True, lends=not want_value)
+        return Staged(frame, keys.head.header, 0, value, there=True, lends=not want_value, hint=hint)
 
     def _form_for(self, flat: Tensor, codec: Codec) -> Form:
         """What a residual of the tensor shares with those before it.
@@ -451,6 +457,7 @@ class StreamEncoder(StreamState):
         want_value: bool = False,
         own_bytes: bool = False,
         foreseen: bool = False,
+        hint: MatrixView | None = None,
         queue: int | None = None,
     ) -> tuple[Staged, NonFiniteError | None]:
         """As ``stage``, but a tensor that is not finite gives a flagged frame: peers wait for one of the agreed size.
@@ -465,11 +472,11 @@ class StreamEncoder(StreamState):
         try:
             staged = None
             if keyframe:
+                call = step, epoch, frame_nbytes
                 if not (refuse_state or own_bytes):
-                    staged = self._stage_key_there(flat, codec, step, epoch, frame_nbytes, want_value, foreseen, queue)
+                    staged = self._stage_key_there(flat, codec, *call, want_value, foreseen, hint, queue)
                 if staged is None:
-                    told = frame_nbytes, refuse_state, want_value, None, own_bytes
-                    staged = self._stage_key(flat, codec, step, epoch, *told)
+                    staged = self._stage_key(flat, codec, *call, refuse_state, want_value, None, own_bytes, hint)
                 return staged, None
             form = self._form
             if form is None or form.codec is not codec or self.live != (flat.numel(), flat.dtype):
@@ -499,12 +506,11 @@ class StreamEncoder(StreamState):
         if staged.session is not None:
             staged.session.rollback()
 
-    def commit(self, staged: Staged, hint: MatrixView | None = None, queue: int | None = None) -> None:
+    def commit(self, staged: Staged, queue: int | None = None) -> None:
         """Make the state change that the receiver makes when it decodes the frame.
 
         Args:
             staged: the frame, which is on its way.
-            hint: matrix view that a layout hint gives the stream when it starts.
             queue: ``kernels.queue_of`` the frame's device, where the caller has asked.
         """
         header = staged.header
@@ -519,7 +525,7 @@ class StreamEncoder(StreamState):
             self.drop()
             return
         if flags & KEY:
-            self.start(header.numel, header.dtype, hint)
+            self.start(header.numel, header.dtype, staged.hint)
             self.digest = 0
             if staged.there and self._there is not None:
                 self._there.begin()

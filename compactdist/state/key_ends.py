@@ -15,8 +15,7 @@ from torch import Tensor
 
 from compactdist import kernels
 from compactdist.codecs.base import Codec, Session, Terms
-from compactdist.kernels.spec import HeadPlaces
-from compactdist.state.matrix_view import blocks
+from compactdist.kernels.spec import HeadPlaces, MatrixView
 from compactdist.wire import HEAD_PLACES, KEY, HeadTemplate, raw_nbytes
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class KeyEnds:
 
     def __init__(
         self,
-        what: tuple[Codec, int, torch.dtype, torch.device],
+        what: tuple[Codec, int, torch.dtype, torch.device, MatrixView | None],
         head: HeadTemplate,
         frames: kernels.Frames,
         session: Session | RawSession,
@@ -58,10 +57,10 @@ class KeyEnds:
         self.nbytes = head.header.nbytes + head.header.payload_nbytes
         self.own_bytes = isinstance(session, RawSession)
 
-    def suit(self, codec: Codec, numel: int, dtype: torch.dtype, device: torch.device) -> bool:
+    def suit(self, codec: Codec, numel: int, dtype: torch.dtype, device: torch.device, hint: MatrixView | None) -> bool:
         """Whether keyframes of such tensors are these, on a stream with this codec of residuals."""
         ours, *others = self._what
-        return (ours is codec or ours == codec) and others == [numel, dtype, device]
+        return (ours is codec or ours == codec) and others == [numel, dtype, device, hint]
 
     @property
     def steps(self) -> kernels.DeviceSteps | None:
@@ -133,7 +132,14 @@ class RawSteps:
 
 
 def key_ends_of(
-    stream: StreamState, codec: Codec, numel: int, dtype: torch.dtype, device: torch.device, board: Tensor, number: int
+    stream: StreamState,
+    codec: Codec,
+    numel: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    hint: MatrixView | None,
+    board: Tensor,
+    number: int,
 ) -> KeyEnds | None:
     """What a stream's keyframes of such tensors share; ``None``: the host makes and checks them.
 
@@ -143,26 +149,28 @@ def key_ends_of(
         numel: elements of the tensors, above 0.
         dtype: of the tensors.
         device: of the tensors.
+        hint: as for ``StreamState.keyframe_view``.
         board: the group's, on the device.
         number: the stream's on it.
     """
     made = kernels.frames_for(device)
     if made is None:
         return None
-    coded, view = stream.config.keyframe_for(codec, numel, dtype), blocks(numel)
+    coded = stream.config.keyframe_for(codec, numel, dtype)
     session: Session | RawSession
     places: HeadPlaces
     if coded is None:
         session, places = RawSession(numel, dtype, device), _UNFLAGGED
         fields = {"keyframe_codec": 0}
     else:
+        view = stream.keyframe_view(coded, numel, dtype, hint)
         opened = coded.open(view, dtype, device)
         if opened.remembers:
             return None  # every keyframe begins anew
         session, places = opened, HEAD_PLACES
-        fields = {"groups": view.groups, "rows": view.rows, "channels": view.channels}
+        fields = {"groups": view.groups, "rows": view.rows, "channels": view.channels, "layout": view.hint}
     nbytes = session.payload_nbytes
     if session.device_steps is None or nbytes % 4:
         return None
     head = HeadTemplate(stream.header_of(codec, numel, dtype, flags=KEY, payload_nbytes=nbytes, **fields))
-    return KeyEnds((codec, numel, dtype, device), head, made(head.raw, places, nbytes, board, number), session)
+    return KeyEnds((codec, numel, dtype, device, hint), head, made(head.raw, places, nbytes, board, number), session)

@@ -145,7 +145,15 @@ def same_state(encoder: StreamEncoder, decoder: StreamDecoder, *, compare: bool 
     return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
 
 
-def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec, step: int, epoch: int) -> Staged:
+def pass_on(
+    encoder: StreamEncoder,
+    received: Received,
+    x: Tensor,
+    codec: Codec,
+    step: int,
+    epoch: int,
+    hint: MatrixView | None = None,
+) -> Staged:
     """Make the outgoing stream's frame of the payload that arrived on another stream.
 
     Args:
@@ -155,6 +163,7 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
         codec: codec of the outgoing stream.
         step: of the call, since the last reset.
         epoch: resets of the group so far.
+        hint: matrix view that a layout hint gives the outgoing stream when it starts.
     """
     checksum = received.checksum
     if checksum is None:
@@ -181,7 +190,8 @@ def pass_on(encoder: StreamEncoder, received: Received, x: Tensor, codec: Codec,
         session = encoder.form(codec, x.device).session
         session.rollback()  # of what a frame before would have changed
         session.learn(payload, () if header.flags & RESTART else encoder.predictor.terms(header.coefficient))
-    return Staged(pack(header, payload), header, checksum, value, (), exact, announced(header), session=session)
+    frame, view = pack(header, payload), announced(header)
+    return Staged(frame, header, checksum, value, (), exact, hint, view, session=session)
 
 
 def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Relay:

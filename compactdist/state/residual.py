@@ -125,8 +125,9 @@ class ResidualEncoder:
                 epoch=self._epoch,
                 shape=tuple(x.shape),
                 row_weights=row_weights,
+                hint=hint,
             )
-            self._stream.commit(staged, hint)
+            self._stream.commit(staged)
         self._frames += 1
         return staged.frame
 

@@ -69,8 +69,9 @@ class StreamConfig:
         state: what both ends keep of the last reconstruction (and velocity): ``"exact"``, in the tensor's dtype;
             ``"int8"`` or ``"fp8"`` (E4M3), one byte for each element and a bfloat16 scale for every 128. What the
             rounding loses is part of the next residual. Without effect at order 0, which keeps nothing.
-        keyframe: codes keyframes, in blocks of consecutive elements; ``None``: they carry the tensor's own bytes.
-            Those of tensors too small to gain by it, and of a lossless codec's streams, do so in any case.
+        keyframe: codes keyframes, in the matrix view of the layout hint or, without one, in blocks of consecutive
+            elements; ``None``: they carry the tensor's own bytes. Those of tensors too small to gain by it, and of a
+            lossless codec's streams, do so in any case.
 
     Raises:
         ConfigError: a value is out of range, error feedback is asked for without prediction, or damping without
@@ -112,13 +113,13 @@ class StreamConfig:
     def keyframe_for(self, codec: Codec, numel: int, dtype: torch.dtype) -> Codec | None:
         """Codes the keyframes of such tensors on a stream with this codec; ``None``: they carry the tensors' own bytes.
 
-        A keyframe is coded only where that makes it smaller, which scales can prevent in tensors of a few hundred
-        elements. Both ends tell it from the size alone.
+        A keyframe is coded only where blocks of consecutive elements make it smaller, which scales can prevent in
+        tensors of a few hundred elements. Both ends tell it from the size alone, whatever a layout hint says.
         """
         coded = self.keyframe
         if codec.lossless or coded is None:
             return None
-        return coded if _coded_nbytes(coded, numel) < raw_nbytes(numel, dtype) else None
+        return coded if _saves(coded, blocks(numel), dtype) else None
 
     @property
     def predictor(self) -> type[Predictor]:
@@ -150,8 +151,9 @@ class StreamConfig:
         return make_predictor(self.order, self.damping or 0.0, self.state)
 
 
-def _coded_nbytes(coded: Codec, numel: int) -> int:
-    return coded.payload_nbytes(blocks(numel).shape, torch.float32)
+def _saves(coded: Codec, view: MatrixView, dtype: torch.dtype) -> bool:
+    """Whether a payload of such a tensor is smaller than the tensor's own bytes."""
+    return coded.payload_nbytes(view.shape, torch.float32) < raw_nbytes(view.numel, dtype)
 
 
 def keyframe_codec(keyframe: str | dict[str, Any] | Codec) -> Codec | None:
@@ -267,6 +269,7 @@ class Staged:
         value: what the receiver will reconstruct, flat ``[numel]``, the sender's dtype; ``None`` if not needed.
         terms: terms of the receiver's prediction; empty for a keyframe.
         exact: the sender's own values, flat; kept by an open-loop sender only.
+        hint: matrix view of the layout hint that the stream begins with, if this is its first frame.
         next_view: the matrix view announced for the next frame, or ``None``.
         searched: this frame's residual was searched for a matrix view.
         session: the codec's session that made the payload.
@@ -282,6 +285,7 @@ class Staged:
     value: Tensor | None = None
     terms: Terms = ()
     exact: Tensor | None = None
+    hint: MatrixView | None = None
     next_view: MatrixView | None = None
     searched: bool = False
     session: Session | None = None
@@ -404,9 +408,24 @@ class StreamState:
         return self.live != (numel, dtype) or self.keyframe_announced
 
     def frame_nbytes(
-        self, codec: Codec, numel: int, dtype: torch.dtype, *, keyframe: bool, with_shape: bool = False
+        self,
+        codec: Codec,
+        numel: int,
+        dtype: torch.dtype,
+        *,
+        keyframe: bool,
+        with_shape: bool = False,
+        hint: MatrixView | None = None,
     ) -> int:
         """Bytes of the next frame, header included.
+
+        Args:
+            codec: codes residuals.
+            numel: elements of the tensor.
+            dtype: of the elements.
+            keyframe: the frame is a keyframe.
+            with_shape: it carries a shape.
+            hint: matrix view of the layout hint, for a stream that starts with this frame.
 
         Raises:
             ConfigError: The codec learns from a history that the ends of this stream do not share.
@@ -414,7 +433,7 @@ class StreamState:
         self._check_sharing(codec)
         head = HEADER_NBYTES + (SHAPE_NBYTES if with_shape else 0)
         if keyframe or codec.lossless:
-            return head + self.keyframe_nbytes(codec, numel, dtype)
+            return head + self.keyframe_nbytes(codec, numel, dtype, hint)
         view = self.view if not self.is_fresh(numel, dtype) else None
         return head + self.residual_nbytes(codec, view or blocks(numel))
 
@@ -433,10 +452,27 @@ class StreamState:
                 "error_feedback=False; leave error feedback on, or use another codec"
             )
 
-    def keyframe_nbytes(self, codec: Codec, numel: int, dtype: torch.dtype) -> int:
-        """Bytes of a keyframe's payload."""
+    def keyframe_nbytes(self, codec: Codec, numel: int, dtype: torch.dtype, hint: MatrixView | None = None) -> int:
+        """Bytes of a keyframe's payload; ``hint`` as for :meth:`keyframe_view`."""
         coded = self.config.keyframe_for(codec, numel, dtype)
-        return raw_nbytes(numel, dtype) if coded is None else _coded_nbytes(coded, numel)
+        if coded is None:
+            return raw_nbytes(numel, dtype)
+        return coded.payload_nbytes(self.keyframe_view(coded, numel, dtype, hint).shape, torch.float32)
+
+    def keyframe_view(self, coded: Codec, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> MatrixView:
+        """The matrix view that a keyframe is coded in: that of the layout hint; without one, blocks.
+
+        A view whose scales would make the payload as large as the tensor's own bytes is left aside. A view that was
+        found counts for residuals only: it was found in one.
+
+        Args:
+            coded: codes the keyframe.
+            numel: elements of the tensor.
+            dtype: of the elements.
+            hint: what a stream begins with that is not live for such tensors; one that is live keeps its own.
+        """
+        view = self.view if self.live == (numel, dtype) else hint
+        return view if view is not None and view.hint and _saves(coded, view, dtype) else blocks(numel)
 
     def form(self, codec: Codec, device: torch.device) -> Form:
         """What the next residual frame shares with those before it. The stream must be live."""
@@ -487,7 +523,9 @@ class StreamState:
             self._number = board.enter(self.where)
         return self._number
 
-    def _keys_on(self, codec: Codec, numel: int, dtype: torch.dtype, device: torch.device) -> KeyEnds | None:
+    def _keys_on(
+        self, codec: Codec, numel: int, dtype: torch.dtype, device: torch.device, hint: MatrixView | None
+    ) -> KeyEnds | None:
         """What seals or checks the keyframes of such tensors on a device; ``None``: the host does it.
 
         Both ends must come to the same answer, for a device goes on from a tensor that is not finite where a host
@@ -496,10 +534,11 @@ class StreamState:
         board, keys = self._board, self._keys
         if board is None or (device.type == "cpu" and kernels.choice.forced != "gpu"):
             return None
-        if keys is None or not keys.suit(codec, numel, dtype, device):
+        hint = self.view if self.live == (numel, dtype) else hint
+        if keys is None or not keys.suit(codec, numel, dtype, device, hint):
             if not numel or dtype not in COMPRESSIBLE_DTYPES or codec.rates or self.config.open_loop:
                 return None
-            keys = key_ends_of(self, codec, numel, dtype, device, board.on(device), self._number_on(board))
+            keys = key_ends_of(self, codec, numel, dtype, device, hint, board.on(device), self._number_on(board))
             if keys is None:
                 return None
             self._keys = keys

@@ -284,8 +284,8 @@ def ends(codec_id: str = "int2"):
 
 
 def send(codec, encoder, decoder, x, *, keyframe=False):
-    staged = encoder.stage(x, codec, keyframe=keyframe)
-    encoder.commit(staged, VIEW)
+    staged = encoder.stage(x, codec, keyframe=keyframe, hint=VIEW)
+    encoder.commit(staged)
     return decoder.decode(staged.frame, codec, x.numel(), x.dtype, hint=VIEW).clone()
 
 
@@ -297,7 +297,7 @@ def test_a_frame_that_is_not_sent_changes_nothing():
             if n:
                 encoder.withdraw(encoder.stage(other, codec, keyframe=False))
         send(codec, encoder, decoder, noise(n), keyframe=n == 0)
-        twin.commit(twin.stage(noise(n), codec, keyframe=n == 0), VIEW)
+        twin.commit(twin.stage(noise(n), codec, keyframe=n == 0, hint=VIEW))
         assert encoder.digest == twin.digest == decoder.digest
     assert torch.equal(encoder.codec_memory[0], decoder.codec_memory[0])
 

@@ -191,8 +191,9 @@ def test_a_learnt_basis_beats_the_channels_as_they_are():
         encoder = StreamEncoder(config, 0, "test")
         error = 0.0
         for step, x in enumerate(values):
-            staged = encoder.stage(x.view(-1), codecs.get("transform:bits=1"), keyframe=step == 0, want_value=True)
-            encoder.commit(staged, MatrixView(x.numel(), 1, *x.shape))
+            codec, hint = codecs.get("transform:bits=1"), MatrixView(x.numel(), 1, *x.shape)
+            staged = encoder.stage(x.view(-1), codec, keyframe=step == 0, want_value=True, hint=hint)
+            encoder.commit(staged)
             if not learns and encoder._form is not None:
                 encoder._form.session._basis = plain_basis((1, 1), x.shape[1], x.device)
             error += float((staged.value.view_as(x).float() - x.float()).norm())
@@ -219,8 +220,8 @@ def test_estimate_counts_what_sessions_hold():
     values, config = moving(3), StreamConfig(find_layout=False)
     codec, encoder = codecs.get("transform"), StreamEncoder(config, 0, "test")
     for step, x in enumerate(values):
-        staged = encoder.stage(x.view(-1), codec, keyframe=step == 0, want_value=True)
-        encoder.commit(staged, MatrixView(x.numel(), 1, *x.shape))
+        hint = MatrixView(x.numel(), 1, *x.shape)
+        encoder.commit(encoder.stage(x.view(-1), codec, keyframe=step == 0, want_value=True, hint=hint))
     options = Options(codec="transform")
     held = [estimate(options, 2, x.numel(), op="send", channels=channels).state_bytes for channels in (None, 48)]
     assert encoder._form is not None
@@ -260,8 +261,8 @@ def test_what_was_learnt_ends_with_a_keyframe():
     hint = MatrixView(values[0].numel(), 1, *values[0].shape)
     for step, x in enumerate(values):
         keyframe = step in (0, 3)
-        staged = encoder.stage(x.view(-1), codec, keyframe=keyframe, want_value=True)
-        encoder.commit(staged, hint)
+        staged = encoder.stage(x.view(-1), codec, keyframe=keyframe, want_value=True, hint=hint)
+        encoder.commit(staged)
         if step == 3:
             late = StreamDecoder(config, 0, "test")
             late.sequence = first.sequence

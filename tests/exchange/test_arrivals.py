@@ -176,6 +176,6 @@ def test_where_bytes_are_not_compared_only_the_keyframe_that_arrived_begins_pass
         assert message.begins == message.forwards == may_begin
         staged = message.pass_on(0, 0) if may_begin else encoder.stage(x, CODEC, keyframe=True)
         message._x = SimpleNamespace(device=torch.device("cuda"))
-        message.commit(staged, None)
+        message.commit(staged)
         assert (encoder.relay is not None and encoder.relay.source is arrival.received.decoder) == may_begin
     assert relay.same_state(encoder, arrival.received.decoder)

@@ -52,7 +52,7 @@ def started(codec, order: int = 1) -> tuple[StreamEncoder, list[torch.Tensor]]:
     encoder = StreamEncoder(StreamConfig(order, find_layout=False), 0, "here")
     values = walk(6)
     for step, x in enumerate(values[:3]):
-        encoder.commit(encoder.stage(x, codec, keyframe=step == 0), HINT)
+        encoder.commit(encoder.stage(x, codec, keyframe=step == 0, hint=HINT))
     return encoder, values[3:]
 
 

@@ -112,8 +112,14 @@ def test_another_epoch(options):
 def test_a_hint_on_one_end_only():
     x = torch.randn(400)
     encoder, decoder = ResidualEncoder("int4", layout=Layout("(s d) -> 1 s d", d=20)), ResidualDecoder("int4")
+    with pytest.raises(FrameError, match=r"wrong layout: the frame says \(1, 20, 20, .*, expected \(1, 4, 128, 0\)"):
+        decoder.decode(encoder.encode(x))
+    encoder, decoder = (
+        ResidualEncoder("int4", keyframe="raw", layout=encoder.layout),
+        ResidualDecoder("int4", keyframe="raw"),
+    )
     decoder.decode(encoder.encode(x))
-    with pytest.raises(FrameError, match="layout"):
+    with pytest.raises(FrameError, match="wrong layout"):
         decoder.decode(encoder.encode(x))
 
 

@@ -106,7 +106,7 @@ def test_states_differ_by_a_bit_a_size_or_a_view():
     def pair(x, y, hint=None):
         chain = Chain()
         chain.arrive(x)
-        chain.outer.commit(chain.outer.stage(y, CODEC, keyframe=True), hint)
+        chain.outer.commit(chain.outer.stage(y, CODEC, keyframe=True, hint=hint))
         return r.same_state(chain.outer, chain.inner)
 
     x, zero = x_at(0), x_at(0)

@@ -63,9 +63,9 @@ def carry(encoder, decoder, x, codec, hint=None):
     """One frame of the size and kind both ends expect."""
     fresh = encoder.is_fresh(x.numel(), x.dtype)
     assert fresh == decoder.is_fresh(x.numel(), x.dtype)
-    sizes = {end.frame_nbytes(codec, x.numel(), x.dtype, keyframe=fresh) for end in (encoder, decoder)}
-    staged = encoder.stage(x, codec, keyframe=fresh)
-    encoder.commit(staged, hint)
+    sizes = {end.frame_nbytes(codec, x.numel(), x.dtype, keyframe=fresh, hint=hint) for end in (encoder, decoder)}
+    staged = encoder.stage(x, codec, keyframe=fresh, hint=hint)
+    encoder.commit(staged)
     assert sizes == {staged.frame.numel()}
     return staged, decoder.decode(staged.frame, codec, x.numel(), x.dtype, hint=hint)
 

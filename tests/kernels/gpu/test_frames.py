@@ -50,14 +50,13 @@ class Stream:
         self, step: int, x: Tensor | None = None, *, kept: bool = True, key: bool | None = None, **options: Any
     ) -> Tensor:
         x, key = self.x() if x is None else x, step == 0 if key is None else key
-        nbytes = self.encoder.frame_nbytes(self.codec, x.numel(), x.dtype, keyframe=key) + PADDING
-        staged, failure = self.encoder.stage_or_flag(
-            x, self.codec, keyframe=key, step=step, epoch=0, frame_nbytes=nbytes, foreseen=True, **options
-        )
+        sized = self.encoder.frame_nbytes(self.codec, x.numel(), x.dtype, keyframe=key, hint=self.view)
+        told = {"step": step, "epoch": 0, "frame_nbytes": sized + PADDING, "hint": self.view, "foreseen": True}
+        staged, failure = self.encoder.stage_or_flag(x, self.codec, keyframe=key, **told, **options)
         assert failure is None
         assert staged.there == (self.there and not options)
         if kept:
-            self.encoder.commit(staged, self.view)
+            self.encoder.commit(staged)
         else:
             self.encoder.withdraw(staged)
         return staged.frame
