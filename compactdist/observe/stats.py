@@ -102,7 +102,7 @@ class SiteStats:
         state_bytes: bytes held now: histories, the codecs' memory, and payloads kept to be passed on; without those in
             ``offloaded_bytes``.
         offloaded_bytes: bytes of histories and the codecs' memory that lie in host memory now (``state_offload``).
-        parts: parts that the last compressed call's tensors travelled in.
+        parts: parts that the last compressed call's tensors travelled in; the most of them, where sites were folded.
         rate: number of the rate in use, or the lowest and the highest (``"3-5"``), where a target has it chosen.
         passed: number of passed-through calls by reason.
         evictions: how often the site lost its history to make room for another (``state_budget_bytes``).
@@ -161,6 +161,7 @@ class SiteStats:
     def add(self, other: SiteStats) -> None:
         """Add the counts of ``other`` to these."""
         self.codec = other.codec or self.codec
+        self.parts = max(self.parts, other.parts)
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.passed += other.passed

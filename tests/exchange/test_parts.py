@@ -22,6 +22,7 @@ from compactdist.errors import (
     StateMismatchError,
 )
 from compactdist.exchange.parts import PART_NBYTES, cut, number_of_parts
+from compactdist.group.environment import settings_from_environment
 from compactdist.observe.estimate import estimate
 from compactdist.state import ResidualDecoder, ResidualEncoder
 from compactdist.testing import Fault, act_like_nccl, inject, remove
@@ -155,6 +156,13 @@ def test_the_number_of_parts_follows_from_the_size():
 def test_impossible_numbers_are_refused(parts):
     with pytest.raises(ConfigError, match="parts must be 'auto' or an integer"):
         compactdist.Options(parts=parts)
+
+
+def test_the_environment_names_it_too():
+    for text, parts in (("3", 3), ("auto", "auto")):
+        assert settings_from_environment({"COMPACTDIST_PARTS": text}) == {"parts": parts}
+    with pytest.raises(ConfigError, match="COMPACTDIST_PARTS='some' is not an integer or auto"):
+        settings_from_environment({"COMPACTDIST_PARTS": "some"})
 
 
 # --- the same values --------------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ def of_group(group: Any) -> dict[str, Any]:
         sites[site.key] = {
             "encoders": {peer: of_stream(s) for peer, s in site.encoders.items()},
             "decoders": {peer: of_stream(s) for peer, s in site.decoders.items()},
+            "further encoders": {where: of_stream(s) for where, s in site.further_encoders.items()},
+            "further decoders": {where: of_stream(s) for where, s in site.further_decoders.items()},
             "refused": set(site.refused),
             "op": site.key.rpartition("/")[2],
         }
@@ -80,4 +82,10 @@ def check(ranks: list[dict[str, Any]]) -> int:
                     decoder = (*decoder[:2], STALE, *decoder[3:])
                 assert encoder == decoder, f"{key}: {a} to {b}"
                 compared += 1
+                further = [
+                    {part: stream for (peer, part), stream in site.get(f"further {ends}", {}).items() if peer == a}
+                    for site, ends in ((sending, "encoders"), (receiving, "decoders"))
+                ]
+                for part in {*further[0], *further[1]}:
+                    assert further[0].get(part, EMPTY) == further[1].get(part, EMPTY), f"{key}: {a} to {b}, {part}"
     return compared

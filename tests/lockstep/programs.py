@@ -64,6 +64,7 @@ def options(draw: Any, codecs: tuple[str, ...] = ("binary", "int2", "int4", "int
         "error_feedback": draw(st.sampled_from([None, None, False])),
         "warmup_steps": draw(st.integers(0, 2)),
         "min_numel": draw(st.sampled_from([1, 1, 100])),
+        "parts": draw(st.sampled_from([1, 1, 2, 3])),
         "state_budget_bytes": draw(st.sampled_from([None, None, 0, 20_000, 60_000])),
         "find_layout": draw(st.booleans()),
         "state": draw(st.sampled_from(["exact", "int8", "fp8"])),

@@ -177,6 +177,7 @@ def test_every_counter_of_a_site_is_folded() -> None:
             "last_wire_bits_per_element",
             "state_bytes",
             "offloaded_bytes",
+            "parts",
         ):
             assert getattr(total, name) == 2 * value, name
     assert total.passed == {"op": 6}
