@@ -340,7 +340,7 @@ class Engine:
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             want_value=flight.plan.want_value,
             own_bytes=own_bytes,
-            foreseen=self._keys_there(flight.plan.pattern) == "all",
+            foreseen=keyframe and self._keys_there(flight.plan.pattern) == "all",
             hint=part.hint,
             queue=flight.queue,
         )
@@ -576,6 +576,7 @@ class Engine:
         pattern = plan.pattern
         if pattern.forwards:
             self.arrivals.forget(plan.site, part.peer)
+        keyframe = pattern.waits_for_earlier_calls and (flight.call.warm or part.fresh)
         value = decoder.decode(
             data,
             part.codec,
@@ -586,8 +587,8 @@ class Engine:
             hint=part.hint,
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             foreseen=pattern.waits_for_earlier_calls,
-            keyframe=pattern.waits_for_earlier_calls and (flight.call.warm or part.fresh),
-            keys_there=self._keys_there(pattern),
+            keyframe=keyframe,
+            keys_there=self._keys_there(pattern) if keyframe else "none",
             into=target if target is not None and target.device == data.device and target.is_contiguous() else None,
             queue=queue,
         )

@@ -121,13 +121,11 @@ class StreamDecoder(StreamState):
             hint: matrix view that a layout hint gives the stream when it starts.
             refuse_state: this end keeps no history for the site.
             header: of the frame, if the caller has read it.
-            foreseen: the sender sends no frame of a kind or size that this end does not expect. On a GPU such frames
-                are checked there: :attr:`holds_values` says with what result, and the group's board.
+            foreseen: no frame of another kind or size comes: a GPU checks it, and :attr:`holds_values` says the result.
             keyframe: what is foreseen is a keyframe.
-            keys_there: the keyframes whose senders keep their history, too, so that a device may check them.
-            into: contiguous tensor of ``numel`` x ``dtype``, on the frame's device, where the caller wants the value,
-                if it has one. It is written once the frame is known to be right, where that is quicker than to copy the
-                value: :attr:`wrote` says whether. Where only the device knows that it is not right, it gets NaN.
+            keys_there: the keyframes that a device may check.
+            into: contiguous, ``numel`` x ``dtype``, on the frame's device: gets the value of a frame that is right, if
+                :attr:`wrote` says so; NaN where only the device knows that the frame is not right.
             queue: ``kernels.queue_of`` the frame's device, where the caller has asked.
 
         Returns:
@@ -135,24 +133,26 @@ class StreamDecoder(StreamState):
 
         Raises:
             FrameError: the frame is not the expected one; nothing was applied.
-            NonFiniteError: the sender's tensor held NaN or Inf; the stream restarts with a keyframe.
+            NonFiniteError: the sender's tensor held NaN or Inf.
         """
-        self.holds_values, self.wrote = None, False
+        self.holds_values, self.wrote, value = None, False, None
         if header is None:
-            at = step, epoch
-            if not keyframe:
-                value = self._take_known(frame, codec, numel, dtype, *at, foreseen, into, queue)
-            elif keys_there == "none" or refuse_state:
-                value = None
-            else:
-                value = self._take_key_there(frame, codec, numel, dtype, *at, hint, keys_there, into, queue)
+            form = self._form
+            if keyframe or self.live != (numel, dtype) or self.keyframe_announced or form is None:
+                at = step, epoch, hint, keyframe, foreseen, "none" if refuse_state else keys_there
+                value = self._take_first(frame, codec, numel, dtype, *at, into, queue)
+            elif form.codec is codec and form.frame_nbytes <= frame.numel():
+                if form.frames is not None and foreseen and (self._looked or form.head.header.layout):
+                    value = self._take_there(frame, form, form.frames, step, epoch, into, queue)
+                if value is None:
+                    value = self._take_expected(frame, form, step, epoch, into)
             if value is not None:
                 return value
         header = header or unpack(frame, self.where)
         payload = self._check(frame, header, codec, numel, dtype, step, epoch, hint)
         return self._taken(payload, header, codec, hint, refuse_state, into)
 
-    def _take_known(
+    def _take_first(
         self,
         frame: Tensor,
         codec: Codec,
@@ -160,22 +160,28 @@ class StreamDecoder(StreamState):
         dtype: torch.dtype,
         step: int,
         epoch: int,
+        hint: MatrixView | None,
+        keyframe: bool,
         foreseen: bool,
+        keys_there: KeysThere,
         into: Tensor | None,
         queue: int | None,
     ) -> Tensor | None:
-        """The value of a residual that is like those before it; ``None``: it needs a closer look."""
-        form = self._form
-        if self.live != (numel, dtype) or self.keyframe_announced:
+        """The value of a keyframe, or of the first residual after it, that the device decodes; ``None``: the host has
+        to.
+        """
+        if keyframe:
+            if keys_there == "none":
+                return None
+            return self._take_key_there(frame, codec, numel, dtype, step, epoch, hint, keys_there, into, queue)
+        if not foreseen or self._there is None or codec.lossless or self.is_fresh(numel, dtype):
             return None
-        if form is None and foreseen and self._there is not None:
-            form = self._first_form(codec, frame.device)
-        if form is None or form.codec is not codec or form.frame_nbytes > frame.numel():
+        if not self._looked and (self.view is None or not self.view.hint):
+            return None  # it may announce a matrix view
+        form = self.form(codec, frame.device)
+        if form.frames is None or form.frame_nbytes > frame.numel():
             return None
-        value = None
-        if form.frames is not None and foreseen and (self._looked or form.head.header.layout):
-            value = self._take_there(frame, form, form.frames, step, epoch, into, queue)
-        return self._take_expected(frame, form, step, epoch, into) if value is None else value
+        return self._take_there(frame, form, form.frames, step, epoch, into, queue)
 
     def _taken(
         self,
@@ -265,11 +271,6 @@ class StreamDecoder(StreamState):
         value = self._take_residual(payload, checksum, session, False, coefficient, into)
         self.header, self.checksum = said.header, checksum
         return value
-
-    def _first_form(self, codec: Codec, device: torch.device) -> Form | None:
-        """What the residuals after a keyframe share, where the first of them has nothing to announce."""
-        hinted = self.view is not None and self.view.hint
-        return self.form(codec, device) if (self._looked or hinted) and not codec.lossless else None
 
     def _said(self, head: bytes, form: Form) -> HeadTemplate | None:
         """What an expected frame's header says, with the coefficient that this one says; ``None``: one it may not."""

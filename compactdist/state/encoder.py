@@ -542,7 +542,9 @@ class StreamEncoder(StreamState):
         if staged.value is not None:
             if flags & RESTART:
                 self.predictor.clear()
-            kept = finite(staged.value) if staged.there and header.is_raw_key and self._remembers else staged.value
+            kept = staged.value
+            if staged.there and flags & KEY and header.is_raw_key:
+                kept = finite(kept)
             unused = self.predictor.advance(kept, staged.terms)
             if unused is not None and self._spares is not None and (unused is not staged.value or staged.lends):
                 self._spares.give(unused, queue, self.part)
