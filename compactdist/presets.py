@@ -42,7 +42,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "small": Preset("binary", "int4", order="auto"),
         # bytes count for more than time: a transform at less than half a bit
         "tiny": Preset("transform:bits=0.4", "int4", order="auto"),
-        # with 4 to 8 steps no step may be worse than one sent in four bits by itself, and the mean has to be better
+        # of about 4 steps none may be worse than a step sent in four bits by itself: the keyframe is such a step, and
+        # residuals with nearly as many bits stay far below it (docs/decisions/0033-keyframes-follow-hints.md)
         "few-step": Preset("transform:bits=3.75", "int4", order="auto"),
     }
 )
