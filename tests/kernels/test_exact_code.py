@@ -46,6 +46,14 @@ def test_decoders_and_new_bases_leave_no_rounding_open(form: dict[str, Any]) -> 
     _check(form, DTYPES[index % 3], 1 + index % 2)
 
 
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(one, marks=pytest.mark.slow) for one in CAPABILITIES if one != 90)]
+)
+def test_coded_keyframes_leave_no_rounding_open(capability: int) -> None:
+    """The default codec of keyframes, without a term and with the flag of what is not finite."""
+    _check({"id": "int8", "scales": "token_channel"}, torch.bfloat16, 0, capability)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", CAPABILITIES)
