@@ -21,6 +21,8 @@ from compactdist.wire import HEAD_PLACES, HEADER_NBYTES
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 ROOT = Path(__file__).parent.parent.parent
+BY_THEMSELVES = [f"tests/kernels/gpu/test_{name}.py" for name in ("components", "host_reads", "keyframes")]
+"""Files that the interpreter takes minutes for."""
 
 
 def _interpreted(*options: str, where: str = "tests/kernels/gpu") -> None:
@@ -40,13 +42,14 @@ def test_some_tests_pass_under_the_interpreter():
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_all_tests_pass_under_the_interpreter():
-    _interpreted("--ignore", "tests/kernels/gpu/test_components.py")
+    _interpreted(*(f"--ignore={path}" for path in BY_THEMSELVES))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_all_tests_of_components_pass_under_the_interpreter():
-    _interpreted(where="tests/kernels/gpu/test_components.py")
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("path", BY_THEMSELVES)
+def test_all_tests_of_a_file_pass_under_the_interpreter(path):
+    _interpreted(where=path)
 
 
 @pytest.mark.slow
