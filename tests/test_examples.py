@@ -93,8 +93,18 @@ def test_diffusers(flags: list[str], calls: int) -> None:
 @pytest.mark.parametrize("model", [XDIT[0], *(pytest.param(model, marks=pytest.mark.slow) for model in XDIT[1:])])
 def test_xdit(model: str) -> None:
     flags = ("--tiny", "--ring_degree", "2", "--compact_codec", "int4")
-    one = model == XDIT[0]  # as users start it; the others begin with the same lines, in xdit_common.py
-    shown = run_by_torchrun(f"{model}_example", *flags) if one else run(f"{model}_example", *flags, xfuser=True)
+    _check_xdit(model, run(f"{model}_example", *flags, xfuser=True))
+
+
+@pytest.mark.xdit
+@pytest.mark.slow
+def test_xdit_as_users_start_it() -> None:
+    """One of them: the others begin with the same lines, in xdit_common.py."""
+    flags = ("--tiny", "--ring_degree", "2", "--compact_codec", "int4")
+    _check_xdit(XDIT[0], run_by_torchrun(f"{XDIT[0]}_example", *flags))
+
+
+def _check_xdit(model: str, shown: str) -> None:
     calls = 3 * 2 * 8 if model == "wan" else 4 * 8
     assert f"total: {calls} compressed and 0 passed-through calls" in shown
     assert "latents (1, " in shown

@@ -132,7 +132,7 @@ ANY_CASE = {
 
 @given(**ANY_CASE)
 @pytest.mark.timeout(300)
-@settings(phases=[Phase.explicit, Phase.generate], deadline=None, max_examples=40)
+@settings(phases=[Phase.explicit, Phase.generate], deadline=None, max_examples=24)
 def test_same_bytes_as_the_reference(spec, dtype, view, kind, terms, seed):
     _check_any(spec, dtype, view, kind, terms, seed)
 

@@ -76,9 +76,9 @@ class NoReads(TorchDispatchMode):
 
 
 @pytest.mark.timeout(360)
-@pytest.mark.parametrize("codec", ["int8", "int2:scales=block"])
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize(("codec", "part"), [*(("int8", part) for part in range(4)), ("int2:scales=block", 3)])
 def test_no_collective_reads_in_a_keyframe_or_a_steady_step(codec, part):
+    """Every collective with one codec; what another launches does not depend on the collective, so some are enough."""
     _reads_nothing(codec, dict(list(CALLS.items())[part::4]))
 
 
