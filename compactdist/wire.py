@@ -155,7 +155,7 @@ NONFINITE = 4
 """The sender's tensor held NaN or Inf. Without KEY, or with a coded keyframe, there is nothing to decode; with a raw
 keyframe the data is exact. Either way both ends forget the stream's history. A GPU does not know it before the frame is
 made: a residual or a coded keyframe then has its payload, which both ends apply, and its values are not handed out; a
-raw keyframe has no flag, and both ends remember zero in place of what is not finite."""
+raw keyframe has no flag, and both ends remember zero in place of NaN and Inf."""
 STATELESS = 8
 """The payload is the tensor itself and must not touch the history (a pass-through the receiver could not foresee)."""
 NO_STATE = 16

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["KeyEnds", "finite", "key_ends_of"]
 
 _UNFLAGGED = HEAD_PLACES._replace(NONFINITE=0)
-"""A frame of the tensor's own bytes with the flag of what is not finite comes from a host, whose end has forgotten the
+"""A frame of the tensor's own bytes with the flag ``NONFINITE`` comes from a host, whose end has forgotten the
 history: a device, which could not do so in time, must refuse it."""
 
 

@@ -120,15 +120,11 @@ class Site:
 
     def encoders_to(self, peer: int) -> Iterator[StreamEncoder]:
         """The streams to ``peer``, one for each part."""
-        if peer in self.encoders:
-            yield self.encoders[peer]
-        yield from (stream for (to, _), stream in self.further_encoders.items() if to == peer)
+        return _of_peer(peer, self.encoders, self.further_encoders)
 
     def decoders_from(self, peer: int) -> Iterator[StreamDecoder]:
         """The streams from ``peer``, one for each part."""
-        if peer in self.decoders:
-            yield self.decoders[peer]
-        yield from (stream for (source, _), stream in self.further_decoders.items() if source == peer)
+        return _of_peer(peer, self.decoders, self.further_decoders)
 
     @property
     def streams(self) -> tuple[StreamEncoder | StreamDecoder, ...]:
@@ -297,3 +293,9 @@ class StateStore:
     def offloaded_bytes(self) -> dict[str, int]:
         """Bytes in host memory per key, of the sites that have some there."""
         return {site.key: site.offloaded_bytes for site in self.sites() if site.offloaded is not None}
+
+
+def _of_peer(peer: int, first: dict[int, StreamT], further: dict[tuple[int, int], StreamT]) -> Iterator[StreamT]:
+    if peer in first:
+        yield first[peer]
+    yield from (stream for (other, _), stream in further.items() if other == peer)
