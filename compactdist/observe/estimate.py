@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,7 +24,7 @@ class Estimate:
         state_bytes: history tensors of all sites together, and the codec's memory if ``channels`` were given.
         raw_bytes: uncompressed traffic.
         keyframe_bytes: traffic of a step of keyframes.
-        wire_bytes: traffic of a step of residuals, headers and scales included (in the matrix view without a hint).
+        wire_bytes: traffic of a step of residuals, headers and scales included.
         request_ratio: raw over wire for ``steps`` steps with their warm-up; ``None`` if no number of steps was given.
     """
 
@@ -61,7 +61,8 @@ def estimate(
         dtype: of the tensors.
         sites: call sites per step (layers x calls per layer x branches).
         steps: steps of a request, for ``request_ratio``.
-        channels: of a row of the tensors; without it, the memory of a codec that learns (``transform``) is left out.
+        channels: of a row of the tensors, which a layout hint says; without it, sizes are those without a hint, and the
+            memory of a codec that learns (``transform``) is left out.
 
     Raises:
         ConfigError: an unknown op or a number below 1.
@@ -79,10 +80,15 @@ def estimate(
     held += sum(decoders * state_nbytes(options.stream, one, dtype, sender=False) for one in numels)
     stream = StreamState(options.stream, 0, "estimate")
     codec = options.default_codec
-    if channels is not None:
-        held += (encoders + decoders) * codec.memory_nbytes(plain(numel, 1, channels))
-    residual = links * sites * sum(stream.frame_nbytes(codec, one, dtype, keyframe=False) for one in numels)
-    key = links * sites * sum(stream.frame_nbytes(codec, one, dtype, keyframe=True) for one in numels)
+    hints = [None if channels is None else replace(plain(one, 1, channels), hint=True) for one in numels]
+    held += (encoders + decoders) * sum(codec.memory_nbytes(hint) for hint in hints if hint is not None)
+    key, residual = (
+        links * sites * sum(
+            stream.frame_nbytes(codec, one, dtype, keyframe=keyframe, hint=hint)
+            for one, hint in zip(numels, hints, strict=True)
+        )
+        for keyframe in (True, False)
+    )  # fmt: skip
     raw = links * sites * numel * dtype.itemsize
     ratio = None
     if steps is not None:

@@ -222,7 +222,7 @@ class StreamEncoder(StreamState):
             fields |= {"groups": view.groups, "rows": view.rows, "channels": view.channels, "layout": view.hint}
         exact = _own(flat) if keeps and self._own_predictor is not None else None
         if self.steers is not None and codec.rates and not flags & (NONFINITE | NO_STATE):
-            fields["next_rate"] = self._steered(self.steers, codec, flat, step, epoch, codec.start_rate).rate
+            fields["next_rate"] = self._steered(self.steers, codec, flat, step, epoch, codec.start_rate, hint=hint).rate
         staged = self._stage_payload(flat, codec, payload, frame_nbytes, flags=flags, **fields)
         staged.value, staged.exact, staged.hint = value, exact, hint
         return staged
@@ -406,13 +406,16 @@ class StreamEncoder(StreamState):
         epoch: int,
         rate: int,
         measured: Measured | None = None,
+        *,
+        hint: MatrixView | None = None,
     ) -> Choice:
         """What the frame of a tensor announces: ``rate`` is in use, and the tensor was measured or is a keyframe."""
-        numel, view = flat.numel(), self.view or blocks(flat.numel())
+        numel = flat.numel()
+        view = (self.view if self.live == (numel, flat.dtype) else hint) or blocks(numel)
         rungs = [codec.at(1 + index) for index in range(codec.rates)]
         sizes = [HEADER_NBYTES + rung.payload_nbytes(view.shape, torch.float32) for rung in rungs]
         steers.begin(step if step >= 0 else self.sequence, epoch, numel, sizes, rate)
-        return steers.choose(measured, HEADER_NBYTES + self.keyframe_nbytes(codec, numel, flat.dtype))
+        return steers.choose(measured, HEADER_NBYTES + self.keyframe_nbytes(codec, numel, flat.dtype, hint))
 
     def residual_energy(self, x: Tensor) -> float:
         """Sum of squares of what ``x`` differs by from its prediction; NaN without a prediction."""

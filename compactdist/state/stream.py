@@ -434,7 +434,7 @@ class StreamState:
         head = HEADER_NBYTES + (SHAPE_NBYTES if with_shape else 0)
         if keyframe or codec.lossless:
             return head + self.keyframe_nbytes(codec, numel, dtype, hint)
-        view = self.view if not self.is_fresh(numel, dtype) else None
+        view = self.view if self.live == (numel, dtype) else hint
         return head + self.residual_nbytes(codec, view or blocks(numel))
 
     def residual_nbytes(self, codec: Codec, view: MatrixView) -> int:

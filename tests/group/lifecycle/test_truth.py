@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed
 
+from compactdist import Layout
 from compactdist.wire import HEADER_NBYTES
 from tests.group.kit import replace_inner
 from tests.group.lifecycle import kit
@@ -200,6 +201,25 @@ def test_the_roots_tensor_stays_as_it_was():
                 x = kit.tensor(0, t)
                 dist.broadcast(x, src=0)
                 assert torch.equal(x, kit.tensor(0, t)) == (rank == 0)
+
+    run_ranks(body)
+
+
+@pytest.mark.parametrize("codec", ["int2", "transform:bits=1"])
+def test_estimate_with_channels_is_what_a_run_with_a_layout_hint_reports(codec):
+    def body(rank, world_size):
+        rows, channels, dtype, steps = 40, 192, torch.bfloat16, 3
+        layouts = {"*": Layout("(g r c) -> g r c", g=1, c=channels)}
+        with kit.wrap(codec=codec, layouts=layouts, find_layout=False) as dist:
+            guess = dist.estimate(rows * channels, dtype=dtype, steps=steps, channels=channels)
+            sent = []
+            for t in range(steps):
+                dist.step()
+                before = dist.stats().wire_bytes
+                kit.gather(dist, kit.tensor(rank, t, rows * channels, dtype))
+                sent.append(dist.stats().wire_bytes - before)
+            assert sent == [guess.keyframe_bytes, *[guess.wire_bytes] * (steps - 1)]
+            assert dist.stats().state_bytes == guess.state_bytes
 
     run_ranks(body)
 
