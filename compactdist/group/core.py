@@ -139,9 +139,9 @@ class GroupCore:
         return CaptureError(
             f"{self._engine.label}, site '{call.site}', step {call.step}: a compressed call cannot be captured in a "
             "CUDA graph: its step and its frame's sequence number are arguments of its launches, so every replay would "
-            "repeat them, and a replay that is missing on one rank would not be noticed. Nothing was sent. Capture what "
-            "lies between the calls in graphs of its own, let the site pass through (policy), or use torch.compile with "
-            "mode='default' in place of 'reduce-overhead'"
+            "repeat them, and a replay that is missing on one rank would not be noticed. Nothing was sent. Capture "
+            "what lies between the calls in graphs of its own, let the site pass through (policy), or use "
+            "torch.compile with mode='default' in place of 'reduce-overhead'"
         )
 
     def _agree_on_autograd(self, pattern: Pattern, site: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import compactdist
-from compactdist import Layout, _torch
+from compactdist import Layout, Rule, _torch
 from compactdist.errors import CaptureError
 from tests.launch import run_ranks
 
@@ -170,6 +170,38 @@ def test_no_compressed_call_is_captured(steps_before):
                 seal = KERNELS["int4"].index("seal_frame")
                 assert device.launched[seal].values[SEALED_AT] == steps_before
                 assert device.launched[seal].values[SEALED_AT + 2] == 1 + steps_before  # no sequence number was used up
+
+    _on_a_fake_group(body)
+
+
+CALLS = {
+    "all_to_all_single": lambda group, x, out: dist.all_to_all_single(out, x, group=group),
+    "all_reduce": lambda group, x, out: dist.all_reduce(x, group=group),
+    "reduce_scatter_single": lambda group, x, out: _torch.public_function("reduce_scatter_single")(
+        out[: x.numel() // 2], x, group=group
+    ),
+    "broadcast": lambda group, x, out: dist.broadcast(x, 0, group=group),
+    "send": lambda group, x, out: dist.send(x, 1, group=group),
+    "recv": lambda group, x, out: dist.recv(x, 1, group=group),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_call_of_another_kind_is_captured(name):
+    def body(patch):
+        from benchmarks.gpu.stub import DEVICE, stub
+
+        x, out = (torch.empty(4096, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+        # reductions are compressed only where a policy names a codec
+        policy = [Rule(op=op, codec="int4") for op in ("all_reduce", "reduce_scatter")]
+        with stub() as device, device.wrap(dist.group.WORLD, "int4", min_numel=1, policy=policy) as group:
+            group.step()
+            patch.setattr(_torch, "is_capturing", lambda: True)
+            with pytest.raises(CaptureError, match="rank 0"):
+                CALLS[name](group, x, out)
+            patch.setattr(_torch, "is_capturing", bool)
+            assert not device.dispatched
+            assert group.stats().compressed_calls == 0
 
     _on_a_fake_group(body)
 
