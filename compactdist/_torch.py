@@ -49,6 +49,9 @@ AllgatherOptions: Any = c10d.AllgatherOptions  # type: ignore[attr-defined]
 world: Any = c10d._world
 """What torch.distributed knows of its groups; ``pg_coalesce_state`` has those inside a coalescing manager (2.13)."""
 
+is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
+"""Whether a CUDA graph is being captured on the current stream (2.13); ``bool()`` is ``False``. Not to be asked for
+tensors on a CPU: it may begin to use CUDA."""
 has_torch_function: Callable[[Any], bool] = torch._C._has_torch_function_unary
 """Whether a tensor's class, or a mode such as export's, replaces torch's functions of it (2.13)."""
 

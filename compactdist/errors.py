@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "BadOutputError",
     "CallGroupError",
+    "CaptureError",
     "ClosedGroupError",
     "CodecConfigError",
     "CompactDistError",
@@ -92,6 +93,10 @@ class UnforeseenSizeError(CompactDistError, RuntimeError):
 
 class ClosedGroupError(CompactDistError, RuntimeError):
     """The wrapped group was closed (or destroyed) before this call."""
+
+
+class CaptureError(CompactDistError, RuntimeError):
+    """A compressed call was made while a CUDA graph was being captured; replays would repeat its step and sequence."""
 
 
 class OffloadError(CompactDistError, RuntimeError):

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 
 import compactdist
-from compactdist import kernels
+from compactdist import _torch, kernels
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.patterns import AllGather
 from compactdist.state import StreamDecoder, StreamEncoder
@@ -119,6 +119,7 @@ def stub() -> Iterator[Stub]:
         patch.object(kernels, "queue_of", lambda device: STREAM),
         patch.object(torch.cuda, "current_device", lambda: 0),
         patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        patch.object(_torch, "is_capturing", bool),
         patch.object(kernels.choice, "forced", "gpu"),
         patch.object(AllGather, "refuse", refuse),
         patch.object(_OnDevice, "look", lambda self, wait: None),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compactdist import _torch
-from compactdist.errors import ClosedGroupError, FrameError
+from compactdist.errors import CaptureError, ClosedGroupError, FrameError
 from compactdist.exchange.contiguous import contiguous, copy_back
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.later import Departures, Later
@@ -102,6 +102,9 @@ class GroupCore:
             signature: sizes, dtype and device of the call's tensors, in the pattern's form.
             nbytes: bytes on the link, should the call pass through.
             autograd: see :func:`~compactdist.exchange.plan.refusal`.
+
+        Raises:
+            CaptureError: the call would be compressed, and a CUDA graph is being captured.
         """
         if self._closed:
             self._ready()
@@ -120,6 +123,8 @@ class GroupCore:
                 self._departures.join()
                 if plan.by_pair or publishes(plan.reason):
                     self._agree(call, plan)
+            elif plan.reason is None and not tensor.is_cpu and _torch.is_capturing():
+                raise self._captured(call)  # before any agreement, in which other ranks would wait for this one
         except BaseException:
             self._take_back(call)
             raise
@@ -128,6 +133,16 @@ class GroupCore:
             engine.stats.passed(counted_as, plan.reason, nbytes, shown)
             return None
         return call, plan
+
+    def _captured(self, call: Call) -> CaptureError:
+        """Why a call cannot be made while a CUDA graph is captured."""
+        return CaptureError(
+            f"{self._engine.label}, site '{call.site}', step {call.step}: a compressed call cannot be captured in a "
+            "CUDA graph: its step and its frame's sequence number are arguments of its launches, so every replay would "
+            "repeat them, and a replay that is missing on one rank would not be noticed. Nothing was sent. Capture "
+            "what lies between the calls in graphs of its own, let the site pass through (policy), or use "
+            "torch.compile with mode='default' in place of 'reduce-overhead'"
+        )
 
     def _agree_on_autograd(self, pattern: Pattern, site: str) -> None:
         """Other ranks may be about to compress this call: they cannot see that its tensor requires grad here."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import compactdist
-from compactdist import Layout
+from compactdist import Layout, Rule, _torch
+from compactdist.errors import CaptureError
 from tests.launch import run_ranks
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
@@ -130,6 +131,106 @@ def test_a_steady_call_crosses_few_methods(codec, most):
             sys.setprofile(None)
             assert group.stats().compressed_calls == 4
         assert 0 < len(calls) <= most, calls
+
+    _on_a_fake_group(body)
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("steps_before", [0, 3], ids=["first call", "steady call"])
+def test_no_compressed_call_is_captured(steps_before):
+    """A capture is refused before anything is launched, sent, agreed on or counted; the next call is a steady one."""
+
+    def body(patch):
+        from benchmarks.gpu.stub import DEVICE, stub
+
+        x, out = (torch.empty(n * ROWS * CHANNELS, dtype=torch.bfloat16, device=DEVICE) for n in (1, 2))
+        layout = Layout("(r c) -> 1 r c", r=ROWS, c=CHANNELS)
+        with stub() as device, device.wrap(dist.group.WORLD, "int4", layouts=lambda info: layout, min_numel=1) as group:
+            for _ in range(steps_before):
+                group.step()
+                group.all_gather_into_tensor(out, x)
+            group.step()
+            device.recorded.clear()
+            device.dispatched.clear()
+            patch.setattr(_torch, "is_capturing", lambda: True)
+            with pytest.raises(CaptureError) as refused:
+                group.all_gather_into_tensor(out, x)
+            for said in ("rank 0", "all_gather#0", f"step {steps_before}", "sequence", "mode='default'", "policy"):
+                assert said in str(refused.value)
+            assert not device.launched
+            assert not device.dispatched
+            assert device.gathers == steps_before
+            patch.setattr(_torch, "is_capturing", bool)
+            group.all_gather_into_tensor(out, x)  # the same step, and the ordinal that was given back
+            stats = group.stats()
+            assert stats.compressed_calls == 1 + steps_before
+            assert list(stats.sites) == ["all_gather#0"]
+            if steps_before:
+                assert [one.name for one in device.launched] == KERNELS["int4"]
+                seal = KERNELS["int4"].index("seal_frame")
+                assert device.launched[seal].values[SEALED_AT] == steps_before
+                assert device.launched[seal].values[SEALED_AT + 2] == 1 + steps_before  # no sequence number was used up
+
+    _on_a_fake_group(body)
+
+
+CALLS = {
+    "all_to_all_single": lambda group, x, out: dist.all_to_all_single(out, x, group=group),
+    "all_reduce": lambda group, x, out: dist.all_reduce(x, group=group),
+    "reduce_scatter_single": lambda group, x, out: _torch.public_function("reduce_scatter_single")(
+        out[: x.numel() // 2], x, group=group
+    ),
+    "broadcast": lambda group, x, out: dist.broadcast(x, 0, group=group),
+    "send": lambda group, x, out: dist.send(x, 1, group=group),
+    "recv": lambda group, x, out: dist.recv(x, 1, group=group),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_call_of_another_kind_is_captured(name):
+    def body(patch):
+        from benchmarks.gpu.stub import DEVICE, stub
+
+        x, out = (torch.empty(4096, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+        # reductions are compressed only where a policy names a codec
+        policy = [Rule(op=op, codec="int4") for op in ("all_reduce", "reduce_scatter")]
+        with stub() as device, device.wrap(dist.group.WORLD, "int4", min_numel=1, policy=policy) as group:
+            group.step()
+            patch.setattr(_torch, "is_capturing", lambda: True)
+            with pytest.raises(CaptureError, match="rank 0"):
+                CALLS[name](group, x, out)
+            patch.setattr(_torch, "is_capturing", bool)
+            assert not device.dispatched
+            assert group.stats().compressed_calls == 0
+
+    _on_a_fake_group(body)
+
+
+def test_a_call_that_passes_through_may_be_captured():
+    def body(patch):
+        from benchmarks.gpu.stub import DEVICE, stub
+
+        x, out = (torch.empty(n * 64, dtype=torch.bfloat16, device=DEVICE) for n in (1, 2))
+        with stub() as device, device.wrap(dist.group.WORLD, "int4", min_numel=65) as group:
+            patch.setattr(_torch, "is_capturing", lambda: True)
+            group.step()
+            group.all_gather_into_tensor(out, x)
+            assert group.stats().passed_through == 1
+
+    _on_a_fake_group(body)
+
+
+def test_a_call_on_a_cpu_does_not_ask_for_captures():
+    def body(patch):
+        def asked():
+            raise AssertionError("asked on a CPU")
+
+        patch.setattr(_torch, "is_capturing", asked)
+        x, out = torch.ones(4096), torch.empty(8192)
+        with compactdist.wrap(dist.group.WORLD, "int4", min_numel=1) as group:
+            group.step()
+            group.all_gather_into_tensor(out, x)
+            assert group.stats().compressed_calls == 1
 
     _on_a_fake_group(body)
 
