@@ -1,4 +1,4 @@
-"""K and V of a layer: sent one after the other, both at once, or with both frames in one message.
+"""K and V (in an all-to-all: Q, K and V) one after the other, all at once, or with all frames in one message.
 
 Two gloo ranks on a link of a given rate and latency (:mod:`benchmarks.link.tunnel`: Linux, as root). Tensors of equal
 size, in steady calls of one site each:
@@ -12,7 +12,7 @@ size, in steady calls of one site each:
 One group for each way; they are timed in turn, in another order each round. Medians of the slower rank over the rounds,
 and each way against "at once" in the same round. ``empty``: milliseconds of a call of 16 bytes of the plain group.
 
-    python -m benchmarks.link.messages [--op all_gather all_to_all] [--link 100/0 1000/1] [--mb 1 16] [--json FILE]
+    python -m benchmarks.link.messages [--op all_gather] [--link 100/0 1000/1] [--mb 1 16] [--json FILE]
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from benchmarks.common import WORLD_SIZE, check_load, finish, parser, quartiles
 from benchmarks.link.tunnel import on_slow_link
 
 CHANNELS, WARMUP = 1024, 3
+TENSORS = {"all_gather": 2, "all_to_all": 3}  # K and V; Q, K and V
 WAYS = "in turn", "at once", "one"
 
 
@@ -110,7 +111,9 @@ def join_frames(group: Any, op: str, count: int) -> None:
     def all_to_all(self: Any, arrived: Any, frames: Any, arriving: Any, leaving: Any, opts: Any) -> Any:
         def exchange(into: torch.Tensor, of: torch.Tensor) -> Any:
             n = into.numel()
-            return plain(into, of, [0 if r == rank else n for r in (0, 1)], [0 if r == rank else n for r in (0, 1)], opts)
+            return plain(
+                into, of, [0 if r == rank else n for r in (0, 1)], [0 if r == rank else n for r in (0, 1)], opts
+            )
 
         return current().add(arrived, frames, exchange)
 
@@ -156,11 +159,10 @@ def _body(rank: int, op: str, codec: str, mb: float, count: int, rounds: int) ->
 def main() -> int:
     """Print the table."""
     cli = parser(__doc__)
-    cli.add_argument("--op", nargs="+", default=["all_gather"], choices=["all_gather", "all_to_all"])
+    cli.add_argument("--op", nargs="+", default=[*TENSORS], choices=[*TENSORS])
     cli.add_argument("--link", nargs="+", default=["100/0", "1000/1"], help="Mbit/s, /, milliseconds of latency")
     cli.add_argument("--mb", type=float, nargs="+", default=[1.0, 16.0], help="of one rank's tensor, bfloat16")
     cli.add_argument("--codecs", nargs="+", default=["int8", "int4"])
-    cli.add_argument("--tensors", type=int, default=2)
     cli.add_argument("--rounds", type=int, default=9)
     args = cli.parse_args()
     check_load(args.max_load)
@@ -168,15 +170,25 @@ def main() -> int:
     print(f"{'call':10} {'codec':6} {'MB':>4} {'Mbit/s / ms':>11} {'way':8} {'ms':>8}  of at once (quartiles)")
     for op, codec, mb, link in itertools.product(args.op, args.codecs, args.mb, args.link):
         mbit, latency = map(float, link.split("/"))
-        *ways, empty = on_slow_link(mbit, latency, _body, op, codec, mb, args.tensors, args.rounds)
+        *ways, empty = on_slow_link(mbit, latency, _body, op, codec, mb, TENSORS[op], args.rounds)
         at_once = ways[WAYS.index("at once")]
         for way, of_way in zip(WAYS, ways, strict=True):
             ratio = quartiles([a / b for a, b in zip(of_way, at_once, strict=True)])
-            about = {"op": op, "codec": codec, "mb": mb, "mbit": mbit, "latency_ms": latency, "way": way}
+            about = {
+                "op": op,
+                "tensors": TENSORS[op],
+                "codec": codec,
+                "mb": mb,
+                "mbit": mbit,
+                "latency_ms": latency,
+                "way": way,
+            }
             rows.append(about | {"ms": statistics.median(of_way), "empty_ms": statistics.median(empty), "ratio": ratio})
             spread = f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})"
-            print(f"{op:10} {codec:6} {mb:4g} {link:>11} {way:8} {statistics.median(of_way):8.2f}  {spread}", flush=True)
-    finish(args.json, {"tensors": args.tensors, "rounds": args.rounds, "results": rows})
+            print(
+                f"{op:10} {codec:6} {mb:4g} {link:>11} {way:8} {statistics.median(of_way):8.2f}  {spread}", flush=True
+            )
+    finish(args.json, {"rounds": args.rounds, "results": rows})
     return 0
 
 
