@@ -183,9 +183,11 @@ class Runner:
             outputs = [out(n) for _ in range(world)]
             works = [dist.all_gather(outputs, x, group=g, async_op=True)]
         elif what == "gather coalesced":
-            outputs = [out(world * n), out(world * n)]
+            # one to three tensors of different sizes: some of their sites may be new to a call while others are not
+            inputs = [x[: max(1, n - i)] + i for i in range(a["root"] + 1)]
+            outputs = [out(world * len(t)) for t in inputs]
             options = dist.distributed_c10d.AllgatherOptions()
-            works = [_torch.inner_call(g, _torch.ALL_GATHER_COALESCED, outputs, [x, x + 1], options)]
+            works = [_torch.inner_call(g, _torch.ALL_GATHER_COALESCED, outputs, inputs, options)]
         elif what == "gather functional":
             works, outputs = [], [funcol.wait_tensor(funcol.all_gather_tensor(x, 0, g))]
         elif what == "to all":
