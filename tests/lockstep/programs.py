@@ -165,8 +165,12 @@ class Runner:
         self.results[index] = [t.clone() for t in outputs]
 
     def may_drop(self, action: dict[str, Any]) -> bool:
-        """gloo itself loses or crashes on a dropped point-to-point work, so only where it is sure to be ours."""
-        return self.wrapped and (action["do"] not in ("ring", "batch") or action["n"] >= 130)
+        """gloo itself loses or crashes on a dropped point-to-point work, so only where it is sure to be ours: a small
+        message passes through, and so may any where there is a budget.
+        """
+        if action["do"] not in ("ring", "batch"):
+            return self.wrapped
+        return self.wrapped and action["n"] >= 130 and self.group.options.state_budget_bytes is None
 
     def issue(self, index: int, a: dict[str, Any]) -> tuple[list[Any], list[torch.Tensor]]:
         g, n, dtype, me, world = self.group, a["n"], a["dtype"], self.rank, self.world
@@ -183,9 +187,11 @@ class Runner:
             outputs = [out(n) for _ in range(world)]
             works = [dist.all_gather(outputs, x, group=g, async_op=True)]
         elif what == "gather coalesced":
-            outputs = [out(world * n), out(world * n)]
+            # one to three tensors of different sizes: some of their sites may be new to a call while others are not
+            inputs = [x[: max(1, n - i)] + i for i in range(a["root"] + 1)]
+            outputs = [out(world * len(t)) for t in inputs]
             options = dist.distributed_c10d.AllgatherOptions()
-            works = [_torch.inner_call(g, _torch.ALL_GATHER_COALESCED, outputs, [x, x + 1], options)]
+            works = [_torch.inner_call(g, _torch.ALL_GATHER_COALESCED, outputs, inputs, options)]
         elif what == "gather functional":
             works, outputs = [], [funcol.wait_tensor(funcol.all_gather_tensor(x, 0, g))]
         elif what == "to all":
@@ -228,12 +234,19 @@ class Runner:
         elif what in ("relay", "rotate"):
             works, outputs = [], self.around(a, x)
         else:
-            y = out(n)
+            # one to three messages to the same peer, as K and V in a ring
+            outputs = [out(n) for _ in range(a["root"] + 1)]
+            peers = {"group": g, "tag": a["tag"]}
             ops = [
-                dist.P2POp(dist.isend, x, group=g, group_peer=(me + 1) % world, tag=a["tag"]),
-                dist.P2POp(dist.irecv, y, group=g, group_peer=(me - 1) % world, tag=a["tag"]),
+                op
+                for i, y in enumerate(outputs)
+                for op in (
+                    dist.P2POp(dist.isend, x + i, group_peer=(me + 1) % world, **peers),
+                    dist.P2POp(dist.irecv, y, group_peer=(me - 1) % world, **peers),
+                )
             ]
-            works, outputs = list(dist.batch_isend_irecv(ops)), [y]
+            post = g.batch_isend_irecv if self.wrapped and a["tag"] == 0 else dist.batch_isend_irecv
+            works = list(post(ops))
         return works, outputs
 
     def around(self, a: dict[str, Any], x: torch.Tensor) -> list[torch.Tensor]:
