@@ -111,7 +111,7 @@ class _Sizes:
         factors = [(directions * length, directions * length if fours else 0) for length in (rows, channels)]
         sizes = (
             -(-elements // 2) if self.large else elements, groups * self.tiles, directions * channels,
-            directions * rows, directions * self.p * self.sketches, 2 * groups * self.n**2, 2 * groups * self.n**2,
+            directions * rows, 2 * directions * self.p * self.sketches, 2 * groups * self.n**2, 2 * groups * self.n**2,
             directions * self.p, *factors[0], directions, groups * self.r**2, *factors[1], directions,
             2 * groups * self.comparisons,
         )  # fmt: skip
@@ -222,11 +222,11 @@ class LowRankSteps(LaunchedSteps):
     def encoding(self, terms: int, writes: bool, lockstep: bool) -> list[Launch]:
         return [
             self._take(terms),
-            self._sketch(begins=True, again=False),
+            self._sketch(begins=True),
             self._turn(again=False),
-            self._sketch(begins=False, again=self._sizes.large),
+            self._sketch(again=self._sizes.large),
             self._turn(again=self._sizes.large),
-            self._sketch(begins=False, again=False),
+            self._sketch(last=True),
             *self._factors(),
             *self._product(terms, writes),
         ]
@@ -263,13 +263,13 @@ class LowRankSteps(LaunchedSteps):
             lowrank.take_residual, view.groups * self._sizes.tiles, (*arguments, *numbers), constants
         )
 
-    def _sketch(self, *, begins: bool, again: bool) -> Launch:
+    def _sketch(self, *, begins: bool = False, again: bool = False, last: bool = False) -> Launch:
         view, sizes, at = self._view, self._sizes, _SCRATCH
         arguments = (
             at.matrix, at.largest, at.start, _HELD, _CALLS, at.sketch, at.grams, view.rows, view.channels,
             sizes.count, sizes.kept, sizes.tiles, sizes.sketches,
         )  # fmt: skip
-        constants = {"BEGINS": begins, "AGAIN": again, "ROWS": _SKETCHED, "WIDTH": _INNER, **self._search}
+        constants = {"BEGINS": begins, "AGAIN": again, "LAST": last, "ROWS": _SKETCHED, "WIDTH": _INNER, **self._search}
         return self._encode(subspace.sketch_rows, view.groups * sizes.sketches, arguments, constants)
 
     def _turn(self, *, again: bool) -> Launch:
@@ -286,7 +286,7 @@ class LowRankSteps(LaunchedSteps):
         view, sizes, at, table = self._view, self._sizes, _SCRATCH, self._table
         p, tiles = {"P": sizes.p}, self._search["TILES"]
         sorting = {**p, "SWEEPS": _SWEEPS, "ROWS": min(sizes.p, 8192 // sizes.p), "num_warps": 8, **EXACT}
-        sorted_of = at.grams, at.matrices, at.basis, at.turns, sizes.n, sizes.sketches, view.groups
+        sorted_of = at.grams, at.matrices, at.basis, at.turns, sizes.count, sizes.n, sizes.sketches, view.groups
         fitting = {**p, "FORM": self._form, "REFITS": _REFITS, "num_warps": 8, **EXACT}
         left_of = (
             at.turns, at.sketch, at.left, at.left_codes, at.left_scales, table, view.rows, sizes.count, sizes.rank

@@ -11,7 +11,7 @@ Arguments that several kernels share:
 * ``rows``, ``channels``: of the matrices; ``count``: directions looked for; ``P``: at least as many, a power of two from
   16 on; memory of directions is ``(G, P, ...)``;
 * ``calls``: frames coded since the search began from nothing, int32 ``(G,)``;
-* ``grams``: float32 ``(G, programs, P, P)``, to be added up;
+* ``grams``: float32 ``(G, programs, 2, P, P)``, to be added up: products of rows of the sketch, and of its directions;
 * ``PRECISION``: of products with the matrix.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -72,8 +72,8 @@ def _begun(held, calls, group, direction, channel, ok, count, kept, channels):
 @triton.jit
 def sketch_rows(
     matrix, largest, start, held, calls, sketch, grams, rows, channels, count, kept, tiles, programs,
-    BEGINS: tl.constexpr, AGAIN: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr,
-    P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    BEGINS: tl.constexpr, AGAIN: tl.constexpr, LAST: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Inner products of rows with directions, and of these products; of every ``programs``-th tile of rows.
 
@@ -82,6 +82,7 @@ def sketch_rows(
         held: bits of bfloat16 ``(G, kept, C)``.
         sketch: receives the products, float32 ``(G, P, R)``.
         AGAIN: only where the search began from nothing.
+        LAST: inner products of the directions, too, over every ``programs``-th run of channels.
     """
     group, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     wanted = True
@@ -106,16 +107,24 @@ def sketch_rows(
                 made = tl.dot(some, part, made, input_precision=PRECISION)
             tl.store(sketch + (group * P + direction) * rows + row, made, mask=row < rows)
             gram = tl.dot(made, tl.trans(made), gram, input_precision="ieee")
-        at = (tl.program_id(0) * P + direction) * P + tl.arange(0, P)[None, :]
+        at = (tl.program_id(0) * 2 * P + direction) * P + tl.arange(0, P)[None, :]
         tl.store(grams + at, gram)
+        if LAST:
+            gram = tl.zeros((P, P), tl.float32)
+            for run in range(program, tl.cdiv(channels, WIDTH), programs):
+                channel = run * WIDTH + tl.arange(0, WIDTH)[None, :]
+                ok = (direction < count) & (channel < channels)
+                some = tl.load(start + (group * P + direction) * channels + channel, mask=ok, other=0.0)
+                gram = tl.dot(some, tl.trans(some), gram, input_precision="ieee")
+            tl.store(grams + P * P + at, gram)
 
 
 @triton.jit
-def _gram_of(grams, group, programs, P: tl.constexpr):
+def _gram_of(grams, group, programs, which: tl.constexpr, P: tl.constexpr):
     at = tl.arange(0, P)[:, None] * P + tl.arange(0, P)[None, :]
     total = tl.zeros((P, P), tl.float32)
     for program in range(0, programs):
-        total += tl.load(grams + (group * programs + program) * P * P + at)
+        total += tl.load(grams + (2 * (group * programs + program) + which) * P * P + at)
     return total
 
 
@@ -165,7 +174,7 @@ def turn_back(
         wanted = tl.load(calls + group) == 0
     if wanted:
         factor = factor_of(largest, group, tiles, TILES)
-        made, weight, inverse = _eliminated(_gram_of(grams, group, programs, P), count, P)
+        made, weight, inverse = _eliminated(_gram_of(grams, group, programs, 0, P), count, P)
         made = made * (weight * inverse)[:, None]
         direction, channel = tl.arange(0, P)[:, None], part * WIDTH + tl.arange(0, WIDTH)[None, :]
         found = tl.zeros((P, WIDTH), tl.float32)
@@ -181,9 +190,12 @@ def turn_back(
 
 @triton.jit
 def sort_directions(
-    grams, matrices, basis, turns, n, programs, copies, noise, SWEEPS: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr
-):
+    grams, matrices, basis, turns, count, n, programs, copies, noise,
+    SWEEPS: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Of one group: what makes orthonormal rows of the sketch, the strongest first; 0 for those made of rounding errors.
+
+    They are the left singular vectors of the matrix within what its directions span, so the first ``rank`` carry most.
 
     Args:
         matrices, basis: float32 ``(2, copies, n, n)``, room for Jacobi's rotations.
@@ -196,8 +208,12 @@ def sort_directions(
     first, of_first = matrices + group * n * n, basis + group * n * n
     second, of_second = first + copies * n * n, of_first + copies * n * n
     ok, at = (row < n) & (column < n), row * n + column
-    tl.store(first + at, _gram_of(grams, group, programs, P), mask=ok)
-    tl.store(of_first + at, tl.where(row == column, 1.0, 0.0), mask=ok)
+    made, weight, _ = _eliminated(_gram_of(grams, group, programs, 1, P), count, P)
+    made = made * tl.sqrt_rn(weight)[:, None]  # makes orthonormal ones of the directions
+    gram = tl.dot(made, _gram_of(grams, group, programs, 0, P), input_precision="ieee")
+    gram = tl.dot(gram, tl.trans(made), input_precision="ieee")
+    tl.store(first + at, gram, mask=ok)
+    tl.store(of_first + at, made, mask=ok)
     tl.debug_barrier()
     for _ in range(0, SWEEPS):
         for turn in range(0, n // 2):
