@@ -234,17 +234,17 @@ def write_product(
         u_scales_at, v_scales_at: where in them scales begin.
     """
     if tl.program_id(0) < packs:
-        at = tl.program_id(0) * BYTES + tl.arange(0, BYTES)[None, :]
+        byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)[None, :]
         found = _factor_bytes(
-            tl.where(at < v_at, at - u_at, -1), u, u_codes, u_scales, u_scales_at, groups, rank, stride, rows, FORM
+            tl.where(byte < v_at, byte - u_at, -1), u, u_codes, u_scales, u_scales_at, groups, rank, stride, rows, FORM
         )
-        found |= _factor_bytes(at - v_at, v, v_codes, v_scales, v_scales_at, groups, rank, stride, channels, FORM)
+        found |= _factor_bytes(byte - v_at, v, v_codes, v_scales, v_scales_at, groups, rank, stride, channels, FORM)
         if tl.program_id(0) * BYTES < u_at:
-            found = tl.where(at < u_at, 0, found)
-            for group in range(0, groups):
-                bits = _gain_bits(sums, largest, group, programs, tiles, PROGRAMS, TILES)
-                found = tl.where(at // 2 == group, (bits >> (8 * (at % 2))) & 0xFF, found)
-        tl.store(payload + at, found.to(tl.uint8), mask=at < total)
+            found = tl.where(byte < u_at, 0, found)
+            for one in range(0, groups):
+                bits = _gain_bits(sums, largest, one, programs, tiles, PROGRAMS, TILES)
+                found = tl.where(byte // 2 == one, (bits >> (8 * (byte % 2))) & 0xFF, found)
+        tl.store(payload + byte, found.to(tl.uint8), mask=byte < total)
     else:
         number = tl.program_id(0) - packs
         parts, count = tl.cdiv(channels, WIDTH), tl.cdiv(rows, ROWS)
