@@ -184,9 +184,7 @@ def _half_byte(value, at):
 
 
 @triton.jit
-def _factor_bytes(
-    at, values, codes, scales, scales_at, groups, rank, stride, length, FORM: tl.constexpr
-):
+def _factor_bytes(at, values, codes, scales, scales_at, groups, rank, stride, length, FORM: tl.constexpr):
     """Bytes ``at`` of the section of a factor, int32; 0 in its padding.
 
     Args:

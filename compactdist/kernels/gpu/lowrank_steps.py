@@ -30,7 +30,7 @@ _TAKEN_ROWS = 64 if INTERPRETED else 8
 _SKETCHED, _ALONG, _INNER = 64, 32, 64  # rows, or channels, of a program that multiplies; of one step of its sums
 _SKETCHES, _COMPARISONS = 64, 1024  # programs of a group, at most: each leaves sums that all later ones add up
 _BYTES = 1024
-_SWEEPS, _REFITS = 5, 5
+_SWEEPS, _REFITS = 4, 5
 _MOST_DIRECTIONS, _LONGEST = 128, 32768
 _LARGE = 1 << 18
 """Elements of a matrix from which on it is multiplied as bfloat16, and remembered directions take one round of search."""
@@ -259,9 +259,7 @@ class LowRankSteps(LaunchedSteps):
         arguments = _X, _BASE, _VELOCITY, at.matrix, at.largest, _FLAG, *self._places
         constants = {**self._tile, "TERMS": terms, "HALF": self._sizes.large, "ROWS": _TAKEN_ROWS, "WIDTH": 256}
         numbers = view.rows, view.channels, view.numel
-        return self._encode(
-            lowrank.take_residual, view.groups * self._sizes.tiles, (*arguments, *numbers), constants
-        )
+        return self._encode(lowrank.take_residual, view.groups * self._sizes.tiles, (*arguments, *numbers), constants)
 
     def _sketch(self, *, begins: bool = False, again: bool = False, last: bool = False) -> Launch:
         view, sizes, at = self._view, self._sizes, _SCRATCH
@@ -285,7 +283,8 @@ class LowRankSteps(LaunchedSteps):
         """From a sketch and the Gram matrices of its rows to both factors as they will be sent."""
         view, sizes, at, table = self._view, self._sizes, _SCRATCH, self._table
         p, tiles = {"P": sizes.p}, self._search["TILES"]
-        sorting = {**p, "SWEEPS": _SWEEPS, "ROWS": min(sizes.p, 8192 // sizes.p), "num_warps": 8, **EXACT}
+        warps = 16 if sizes.p >= 64 else 4
+        sorting = {**p, "SWEEPS": _SWEEPS, "ROWS": min(sizes.p, 8192 // sizes.p), "num_warps": warps, **EXACT}
         sorted_of = at.grams, at.matrices, at.basis, at.turns, sizes.count, sizes.n, sizes.sketches, view.groups
         fitting = {**p, "FORM": self._form, "REFITS": _REFITS, "num_warps": 8, **EXACT}
         left_of = (

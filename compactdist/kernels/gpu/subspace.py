@@ -180,7 +180,9 @@ def turn_back(
         found = tl.zeros((P, WIDTH), tl.float32)
         for first in range(0, rows, ROWS):
             row = first + tl.arange(0, ROWS)
-            some = tl.load(sketch + (group * P + direction) * rows + row[None, :], mask=(row < rows)[None, :], other=0.0)
+            some = tl.load(
+                sketch + (group * P + direction) * rows + row[None, :], mask=(row < rows)[None, :], other=0.0
+            )
             some = tl.dot(made, some, input_precision="ieee")
             there = (row < rows)[:, None] & (channel < channels)
             of = _elements(matrix, (group * rows + row[:, None]) * channels + channel, there, HALF) * factor
@@ -234,9 +236,7 @@ def sort_directions(
 
 
 @triton.jit
-def _store_fitted(
-    factor, ok, table, values, codes, scales, row, at, length, FORM: tl.constexpr, REFITS: tl.constexpr
-):
+def _store_fitted(factor, ok, table, values, codes, scales, row, at, length, FORM: tl.constexpr, REFITS: tl.constexpr):
     """Round a component of a factor ``(1, LENGTH)`` to what will be sent, as ``codecs/lowrank/factors.py`` says.
 
     Args:
@@ -361,4 +361,6 @@ def fit_right(
     tl.store(next_held + (group * kept + place) * channels + at, rounded_bf16(row), mask=ok & (place + 0 * at < kept))
     said = tl.load(calls + group + tl.zeros((1, 1), tl.int32))
     usable = factor_of(largest, group, tiles, TILES) > 0
-    tl.store(next_calls + group + tl.zeros((1, 1), tl.int32), tl.where(usable, said + 1, 0), mask=direction + 0 * said == 0)
+    tl.store(
+        next_calls + group + tl.zeros((1, 1), tl.int32), tl.where(usable, said + 1, 0), mask=direction + 0 * said == 0
+    )
