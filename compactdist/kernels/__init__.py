@@ -22,12 +22,13 @@ from compactdist.kernels.reference.checksum import weighted_sum
 from compactdist.kernels.reference.rotations import sweep
 from compactdist.kernels.reference.samples import is_far_larger
 from compactdist.kernels.sources import digest
-from compactdist.kernels.spec import ComponentSpec, HeadPlaces, MatrixView, QuantizerSpec
+from compactdist.kernels.spec import ComponentSpec, FactorSpec, HeadPlaces, MatrixView, QuantizerSpec
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from compactdist.kernels.gpu.component_steps import ComponentSteps
+    from compactdist.kernels.gpu.lowrank_steps import LowRankSteps
 
 __all__ = [
     "MIN_ELEMENTS",
@@ -44,6 +45,7 @@ __all__ = [
     "component_steps_for",
     "cpu_runs",
     "device_component_steps_for",
+    "device_lowrank_steps_for",
     "device_topk_steps_for",
     "digest",
     "far_larger_for",
@@ -468,6 +470,24 @@ def device_topk_steps_for(
     from compactdist.kernels.gpu import topk_steps
 
     return topk_steps.steps_of(view, m, values, dtype, device)
+
+
+def device_lowrank_steps_for(
+    spec: FactorSpec, view: MatrixView, dtype: torch.dtype, device: torch.device
+) -> LowRankSteps | None:
+    """The steps of a stream of thin factors on a device that the host does not wait for; ``None`` if there are none.
+
+    Args:
+        spec: of the codec.
+        view: of its flat tensors.
+        dtype: of its tensors.
+        device: of its tensors.
+    """
+    if not _gpu_runs(device):
+        return None
+    from compactdist.kernels.gpu import lowrank_steps
+
+    return lowrank_steps.steps_of(spec, view, dtype, device)
 
 
 class Checksum(Protocol):

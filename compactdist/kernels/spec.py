@@ -28,6 +28,7 @@ __all__ = [
     "SCALE_FORMS",
     "Allotment",
     "ComponentSpec",
+    "FactorSpec",
     "Float8",
     "HeadPlaces",
     "MatrixView",
@@ -192,6 +193,18 @@ class ComponentSpec(NamedTuple):
     step: int
     largest_weight: int
     largest_sum: int
+
+
+class FactorSpec(NamedTuple):
+    """What a kernel is told of a codec that sends two thin factors of each matrix.
+
+    Attributes:
+        rank: components, at most.
+        magnitudes: eight, of the levels of four bits, with a scale for each component; none: factors are bfloat16.
+    """
+
+    rank: int
+    magnitudes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from compactdist.codecs.lowrank.thin_factors import LowRankCodec
 from compactdist.codecs.registry import register
 from compactdist.codecs.shapes import padded_nbytes
 from compactdist.kernels import reference as kernels
+from compactdist.kernels.spec import FactorSpec
 
 
 @register
@@ -48,6 +49,10 @@ class LowRank(LowRankCodec):
 
     def __init__(self, rank: int = 8) -> None:
         super().__init__(rank)
+
+    @property
+    def factor_spec(self) -> FactorSpec:
+        return FactorSpec(self.rank)
 
     def _factor_nbytes(self, components: int, length: int) -> int:
         return padded_nbytes(2 * components * length)

@@ -18,6 +18,7 @@ from compactdist.codecs.registry import register
 from compactdist.codecs.scalar.with_zero import MAGNITUDES, Int4WithZero
 from compactdist.codecs.shapes import matrix_shape
 from compactdist.kernels import reference as kernels
+from compactdist.kernels.spec import FactorSpec
 
 
 @register
@@ -71,6 +72,10 @@ class LowRankInt4(LowRankCodec):
         """Return the options that differ from their defaults."""
         config = super().get_config()
         return config if self.allocation == "equal" else {**config, "allocation": self.allocation}
+
+    @property
+    def factor_spec(self) -> FactorSpec | None:
+        return FactorSpec(self.rank, MAGNITUDES) if self.allocation == "equal" else None
 
     def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         nbytes, seen = super().payload_nbytes(shape, dtype), matrix_shape(shape)

@@ -6,11 +6,12 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from compactdist import kernels as fused
 from compactdist.codecs.base import Codec, Session, Terms, check_payload, residual_of
 from compactdist.codecs.lowrank.factors import Fitted
 from compactdist.codecs.lowrank.products import Products, check_weights, of_matrices, of_residual
@@ -20,7 +21,10 @@ from compactdist.codecs.scalar.quantized import check_dtype
 from compactdist.codecs.shapes import matrix_shape, padded_nbytes
 from compactdist.kernels import cpu_runs
 from compactdist.kernels import reference as kernels
-from compactdist.kernels.spec import MatrixView
+from compactdist.kernels.spec import FactorSpec, MatrixView
+
+if TYPE_CHECKING:
+    from compactdist.kernels.gpu.lowrank_steps import LowRankSteps
 
 _SMALLEST_GAIN = 2.0**-87
 _SMALLEST_SUM = 2.0**-30
@@ -192,6 +196,11 @@ class LowRankCodec(Codec):
         v = self._decode_factor(payload[v_at:], groups * rank, channels).view(groups, rank, channels)
         return u, v, gain
 
+    @property
+    def factor_spec(self) -> FactorSpec | None:
+        """What the kernels of a device are told; ``None``: there are none for these options."""
+        return None
+
     @abstractmethod
     def _factor_nbytes(self, components: int, length: int) -> int: ...
 
@@ -210,10 +219,11 @@ class LowRankCodec(Codec):
 class LowRankSession(Session):
     """A stream whose encoder begins its search where the last frame's ended.
 
-    The memory lies on the sending side only: it may change which payload is chosen, never how one is decoded.
+    The memory lies on the sending side only: it may change which payload is chosen, never how one is decoded. Kernels
+    of a device have a memory of their own.
     """
 
-    __slots__ = ("_memory", "_staged")
+    __slots__ = ("_chosen_under", "_device_steps", "_memory", "_staged")
 
     remembers = True
 
@@ -223,11 +233,28 @@ class LowRankSession(Session):
         super().__init__(codec, view, dtype, device)
         self._memory: dict[str, Any] = {}
         self._staged: dict[str, Any] | None = None
+        self._device_steps: LowRankSteps | None
+        self._choose()
+
+    def _choose(self) -> None:
+        self._chosen_under, spec = fused.choice.forced, self.codec.factor_spec
+        self._device_steps = (
+            None if spec is None else fused.device_lowrank_steps_for(spec, self.view, self.dtype, self.device)
+        )
+
+    @property
+    def device_steps(self) -> LowRankSteps | None:
+        if self._chosen_under is not fused.choice.forced:
+            self._choose()
+        return self._device_steps
 
     @torch.no_grad()
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
     ) -> None:
+        steps = self.device_steps
+        if steps is not None and row_weights is None and steps.encode(x.detach(), terms, out, payload):
+            return
         memory = dict(self._memory)  # entries are replaced, never written to
         payload.copy_(self.codec.encode_difference(x, terms, self.view, memory, row_weights))
         if out is not None:
@@ -236,22 +263,36 @@ class LowRankSession(Session):
 
     @torch.no_grad()
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
+        steps = self.device_steps
+        if steps is not None:
+            payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
+            if out.is_contiguous() and steps.decode(payload, terms, out):
+                return
         if not self.codec.add_decoded(payload, terms, self.view, out):
             super().decode(payload, terms, out)
 
     def commit(self) -> None:
         if self._staged is not None:
             self._memory, self._staged = self._staged, None
+        if self._device_steps is not None:
+            self._device_steps.commit()
 
     def rollback(self) -> None:
         self._staged = None
+        if self._device_steps is not None:
+            self._device_steps.rollback()
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         self._memory = {name: to(entry) if isinstance(entry, Tensor) else entry for name, entry in self._memory.items()}
+        if self._device_steps is not None:
+            self._device_steps.memory = tuple(map(to, self._device_steps.memory))
 
     @property
     def held_bytes(self) -> int:
-        return sum(entry.nbytes for entry in self._memory.values() if isinstance(entry, Tensor))
+        held = [entry for entry in self._memory.values() if isinstance(entry, Tensor)]
+        if self._device_steps is not None:
+            held += self._device_steps.memory
+        return sum(entry.nbytes for entry in held)
 
 
 def multiply(u: Tensor, v: Tensor, gain: Tensor) -> Tensor:
