@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compactdist.codecs import Codec
+from compactdist.codecs.lowrank.thin_factors import LowRankCodec
 from compactdist.codecs.topk import TopK, TopKInt4
 from compactdist.codecs.transform.coding import steps_table
 from compactdist.codecs.transform.on_device import spec_of
@@ -223,6 +224,19 @@ def one_of_m(
         of_values = MatrixView(groups * runs, groups, 1, runs)
         values = TritonSteps(_plan_of(codec.quantizer, of_values), torch.float32, cpu)
     steps = TopKSteps(Runs(view, codec.m, cpu), values, dtype, cpu)
+    return _both(steps, view.numel, dtype, codec.payload_nbytes(view.shape, dtype), compiler, terms, *_checks())
+
+
+def thin_factors(
+    codec: LowRankCodec, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int = 1
+) -> tuple[list[Compiled], list[Compiled]]:
+    """As ``step``, for the low-rank codecs."""
+    from compactdist.kernels.gpu.lowrank_steps import LowRankSteps, Sizes
+
+    spec, cpu = codec.factor_spec, torch.device("cpu")
+    if spec is None:
+        raise ValueError(f"no kernels for {codec}")
+    steps = LowRankSteps(spec, Sizes(view, spec), view, dtype, cpu)
     return _both(steps, view.numel, dtype, codec.payload_nbytes(view.shape, dtype), compiler, terms, *_checks())
 
 

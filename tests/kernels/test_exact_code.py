@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.compiled import CAPABILITIES, Compiler, components, frames, one_of_m, step
+from benchmarks.gpu.compiled import CAPABILITIES, Compiler, components, frames, one_of_m, step, thin_factors
 from benchmarks.gpu.machine_code import listing
 from compactdist import codecs
+from compactdist.codecs.lowrank.lowrank import LowRank
+from compactdist.codecs.lowrank.lowrank_int4 import LowRankInt4
 from compactdist.codecs.topk import TopK, TopKInt4
 from compactdist.codecs.transform.transform import Transform
 from compactdist.state.matrix_view import plain
@@ -113,6 +115,32 @@ def test_one_of_m_leaves_no_rounding_open() -> None:
 def test_one_of_m_on_every_gpu(capability: int) -> None:
     for m, dtype in ((2, torch.float32), (5, torch.bfloat16), (8, torch.float16), (16, torch.bfloat16)):
         _check_one_of_m(capability, dtype, m=m)
+
+
+def _check_thin_factors(capability: int, dtype: torch.dtype, view: Any, rank: int) -> None:
+    """The decoder, and the kernel that writes the new base; what searches is the sender's own."""
+    for codec in (LowRank(rank), LowRankInt4(rank)):
+        compiler = Compiler(capability)
+        encoding, decoding = thin_factors(codec, view, dtype, compiler, terms=2)
+        assert len(encoding) == 12
+        assert [one.name for one in decoding] == ["decode_product"]
+        for one in (encoding[-1], *decoding):
+            found = OPEN.search(one.ptx)
+            assert not found, f"{one.name} of {codec}: {found and found[0]}"
+        code = [line.opcode for line in listing(decoding[0].cubin, capability).instructions]
+        assert not [opcode for opcode in code if re.match("[FD]FMA|HMMA", opcode)], codec
+
+
+def test_thin_factors_leave_no_rounding_open() -> None:
+    _check_thin_factors(90, torch.bfloat16, plain(70 * 136, 1, 136), 5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_thin_factors_on_every_gpu(capability: int) -> None:
+    _check_thin_factors(capability, torch.float16, plain(1088 * 3072, 1, 3072), 32)
+    _check_thin_factors(capability, torch.float32, plain(2 * 33 * 7, 2, 7), 1)
 
 
 def test_frames_are_integers() -> None:

@@ -21,7 +21,7 @@ from compactdist.wire import HEAD_PLACES, HEADER_NBYTES
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 ROOT = Path(__file__).parent.parent.parent
-BY_THEMSELVES = [f"tests/kernels/gpu/test_{name}.py" for name in ("components", "host_reads", "keyframes")]
+BY_THEMSELVES = [f"tests/kernels/gpu/test_{name}.py" for name in ("components", "host_reads", "keyframes", "lowrank")]
 """Files that the interpreter takes minutes for."""
 
 

@@ -164,7 +164,7 @@ def compare_product(
 
 @triton.jit
 def _gain_bits(sums, largest, group, programs, tiles, PROGRAMS: tl.constexpr, TILES: tl.constexpr):
-    """Bits of the bfloat16 gain of least error of a group, ``(1, 1)``, for the residual as it is; 0 if there is none."""
+    """Bits of a group's bfloat16 gain of least error, ``(1, 1)``, for the residual as it is; 0 if there is none."""
     factor = factor_of(largest, group, tiles, TILES)
     at = tl.arange(0, PROGRAMS)[None, :]
     first = sums + group * 2 * programs + at

@@ -1,14 +1,16 @@
 """Fused steps of the low-rank codecs: twelve launches encode, one decodes, and the host reads nothing.
 
-From x and terms: ``take_residual``; three times ``sketch_rows``, between which ``turn_back`` improves the directions (the
-second round ends at once where the stream remembers some); ``sort_directions``, ``fit_left``, ``measure_along`` and
-``fit_right`` make the factors; ``compare_product`` sums up what the gain follows from, and ``write_product`` writes the
-payload and the new base. The factors are not those that a CPU would find, but no worse; what they decode to is.
+From x and terms: ``take_residual``; three times ``sketch_rows``, between which ``turn_back`` improves the directions
+(the second round ends at once where the stream remembers some of a large matrix); ``sort_directions``, ``fit_left``,
+``measure_along`` and ``fit_right`` make the factors; ``compare_product`` sums up what the gain follows from, and
+``write_product`` writes the payload and the new base. A CPU would choose other factors, and decodes these to the same
+bytes.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from compactdist.kernels.gpu.steps import EXACT, can_run
 from compactdist.kernels.sections import padded_nbytes
 from compactdist.kernels.spec import FactorSpec, MatrixView
 
-__all__ = ["LowRankSteps", "steps_of"]
+__all__ = ["LowRankSteps", "Sizes", "steps_of"]
 
 _ROWS, _WIDTH = 64, 128  # of a tile of the product
 _TAKEN_ROWS = 64 if INTERPRETED else 8
@@ -33,7 +35,7 @@ _BYTES = 1024
 _SWEEPS, _REFITS = 4, 5
 _MOST_DIRECTIONS, _LONGEST = 128, 32768
 _LARGE = 1 << 18
-"""Elements of a matrix from which on it is multiplied as bfloat16, and remembered directions take one round of search."""
+"""Elements of a matrix from which on it is multiplied as bfloat16, and remembered directions take one round."""
 
 
 class _Scratch(NamedTuple):
@@ -57,7 +59,7 @@ class _Scratch(NamedTuple):
     sums: Any
 
 
-class _Sizes:
+class Sizes:
     """Of one stream: what all launches are told.
 
     Args:
@@ -129,7 +131,7 @@ def steps_of(spec: FactorSpec, view: MatrixView, dtype: torch.dtype, device: tor
     """
     if not can_run(dtype, device) or not view.numel:
         return None
-    sizes = _Sizes(view, spec)
+    sizes = Sizes(view, spec)
     largest = max(view.groups * view.rows * view.channels, *sizes.scratch(view, fours=True))
     if sizes.p > _MOST_DIRECTIONS or max(view.rows, view.channels) > _LONGEST or largest > MOST_ELEMENTS:
         return None
@@ -139,7 +141,7 @@ def steps_of(spec: FactorSpec, view: MatrixView, dtype: torch.dtype, device: tor
 @lru_cache(maxsize=8)
 def _table_of(magnitudes: tuple[float, ...], device: torch.device) -> Tensor:
     """Levels by code, then borders between magnitudes; one number where there are none."""
-    borders = [(low + high) / 2 for low, high in zip(magnitudes, magnitudes[1:], strict=False)]
+    borders = [(low + high) / 2 for low, high in pairwise(magnitudes)]
     return torch.tensor([*magnitudes, *(-one for one in magnitudes), *borders] or [0.0], device=device)
 
 
@@ -167,7 +169,7 @@ class LowRankSteps(LaunchedSteps):
     __slots__ = ("_encoded", "_form", "_offsets", "_room", "_sizes", "_table", "_view", "memory")
 
     def __init__(
-        self, spec: FactorSpec, sizes: _Sizes, view: MatrixView, dtype: torch.dtype, device: torch.device
+        self, spec: FactorSpec, sizes: Sizes, view: MatrixView, dtype: torch.dtype, device: torch.device
     ) -> None:
         u_scales, v_scales = sizes.u_at + sizes.u_scales_at, sizes.v_at + sizes.v_scales_at
         fours = bool(spec.magnitudes)
@@ -334,4 +336,4 @@ class LowRankSteps(LaunchedSteps):
 
 
 def _block(length: int) -> int:
-    return max(16, triton.next_power_of_2(length))
+    return max(16, 1 << (length - 1).bit_length())

@@ -1,17 +1,17 @@
 """The search of the low-rank codecs in Triton: directions that carry most of a matrix, and factors fitted to them.
 
-Only senders run this, so products may be the tensor cores' and sums of any order that does not change from call to call.
+Only senders run this: products may be the tensor cores', and sums of any order that is the same in every call.
 Whether a stream remembers directions stands in memory of the device, so every call has the same launches: those of the
 second round end at once where the first was enough.
 
 Arguments that several kernels share:
 
-* ``matrix``, ``HALF``, ``largest``, ``tiles``, ``TILES``: as ``lowrank.take_residual`` writes and ``lowrank.factor_of``
-  takes them;
+* ``matrix``, ``HALF``, ``largest``, ``tiles``, ``TILES``: as ``lowrank.take_residual`` writes them and
+  ``lowrank.factor_of`` takes them;
 * ``rows``, ``channels``: of the matrices; ``count``: directions looked for; ``P``: at least as many, a power of two from
   16 on; memory of directions is ``(G, P, ...)``;
 * ``calls``: frames coded since the search began from nothing, int32 ``(G,)``;
-* ``grams``: float32 ``(G, programs, 2, P, P)``, to be added up: products of rows of the sketch, and of its directions;
+* ``grams``: float32 ``(G, programs, 2, P, P)``, to be added up: products of the sketch, and of directions;
 * ``PRECISION``: of products with the matrix.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -195,7 +195,7 @@ def sort_directions(
     grams, matrices, basis, turns, count, n, programs, copies, noise,
     SWEEPS: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of one group: what makes orthonormal rows of the sketch, the strongest first; 0 for those made of rounding errors.
+    """Of one group: what makes orthonormal rows of the sketch, the strongest first; 0 for those of rounding errors.
 
     They are the left singular vectors of the matrix within what its directions span, so the first ``rank`` carry most.
 

@@ -1,5 +1,5 @@
-"""Streams of ``lowrank`` and ``lowrank_int4`` on a device: one launch decodes to the bytes of every other decoder, twelve
-find factors no worse than a CPU's, and the host reads nothing.
+"""Streams of ``lowrank`` and ``lowrank_int4`` on a device: one launch decodes to the bytes of every other decoder,
+twelve find factors no worse than a CPU's, and the host reads nothing.
 """
 
 from __future__ import annotations
