@@ -14,8 +14,8 @@ and root do not. Registers are those of a thread, spills the instructions that k
 those of one thread to global memory, by their bits: ``4x128 1x16``. For frames an element is a 32-bit word of the
 payload, and the last program's header does not count. ``transform`` is at one bit, its elements have bits or none by
 what is sent, and all are counted as if they had all eight; its sender decodes, too. The sweep that turns its basis is
-not counted, for its rounds depend on data. Of the low-rank codecs the passes over the tensor are counted; not those of the
-search, which work on few directions and partly end by what a stream remembers.
+not counted, for its rounds depend on data. Of the low-rank codecs the passes over the tensor are counted; not those of
+the search, which work on few directions and partly end by what a stream remembers.
 
 Of ``token_history`` no flag is given.
 
