@@ -8,8 +8,8 @@ Arguments that several kernels share:
 
 * ``matrix``, ``HALF``, ``largest``, ``tiles``, ``TILES``: as ``lowrank.take_residual`` writes them and
   ``lowrank.factor_of`` takes them;
-* ``rows``, ``channels``: of the matrices; ``count``: directions looked for; ``P``: at least as many, a power of two from
-  16 on; memory of directions is ``(G, P, ...)``;
+* ``rows``, ``channels``: of the matrices; ``count``: directions looked for; ``P``: at least as many, a power of two
+  from 16 on; memory of directions is ``(G, P, ...)``;
 * ``calls``: frames coded since the search began from nothing, int32 ``(G,)``;
 * ``grams``: float32 ``(G, programs, 2, P, P)``, to be added up: products of the sketch, and of directions;
 * ``PRECISION``: of products with the matrix.
