@@ -14,8 +14,7 @@ and root do not. Registers are those of a thread, spills the instructions that k
 those of one thread to global memory, by their bits: ``4x128 1x16``. For frames an element is a 32-bit word of the
 payload, and the last program's header does not count. ``transform`` is at one bit, its elements have bits or none by
 what is sent, and all are counted as if they had all eight; its sender decodes, too. The sweep that turns its basis is
-not counted, for its rounds depend on data. Of the low-rank codecs the passes over the tensor are counted; not those of
-the search, which work on few directions and partly end by what a stream remembers.
+not counted, for its rounds depend on data.
 
 Of ``token_history`` no flag is given.
 
@@ -45,12 +44,9 @@ from benchmarks.gpu.compiled import (
     history_step,
     one_of_m,
     step,
-    thin_factors,
 )
 from benchmarks.gpu.machine_code import executed, listing
 from compactdist import codecs
-from compactdist.codecs.lowrank.lowrank import LowRank
-from compactdist.codecs.lowrank.lowrank_int4 import LowRankInt4
 from compactdist.codecs.topk import TopK, TopKInt4
 from compactdist.codecs.transform.transform import Transform
 from compactdist.state.matrix_view import plain
@@ -65,9 +61,7 @@ NAMES = [
 NAMES += [f"{codec} token_history" for codec in ("binary", "int2", "int4", "int8", "fp8")]
 TRANSFORM = "transform"
 TOPK = {"topk": TopK(), "topk_int4": TopKInt4()}
-LOW_RANK = {"lowrank": LowRank(), "lowrank_int4": LowRankInt4()}
-FOLLOWED = ("take_residual", "compare_product", "write_product", "decode_product")
-NAMES += [FRAMES, *HISTORIES, TRANSFORM, *TOPK, *LOW_RANK]
+NAMES += [FRAMES, *HISTORIES, TRANSFORM, *TOPK]
 _WORDS = 1 << 20
 
 
@@ -109,9 +103,6 @@ def lines(name: str, capability: int) -> dict[str, dict[str, Any]]:
     if name == TRANSFORM:
         both = components(Transform(), view, torch.bfloat16, compiler)
         assert both[1].pop().name == "sweep_matrices"
-    elif name in LOW_RANK:
-        made_of = thin_factors(LOW_RANK[name], view, torch.bfloat16, compiler)
-        both = tuple([one for one in launches if one.name in FOLLOWED] for launches in made_of)
     elif name in TOPK:
         both = one_of_m(TOPK[name], view, torch.bfloat16, compiler)
     else:
