@@ -154,6 +154,13 @@ def test_factors_are_as_good_as_a_cpus(spec: Any) -> None:
     assert sum(ratios) / len(ratios) < 1.01, ratios
 
 
+def test_large_matrices() -> None:
+    """From 2**18 elements on products are in bfloat16, and what is remembered spares a round: a cold and a warm frame."""
+    view = plain(512 * 520, 1, 520)
+    ratios = _sent(SPECS[1], view, _drift(view, torch.bfloat16, 2))
+    assert max(ratios) < 1.02, ratios
+
+
 @pytest.mark.parametrize("view", VIEWS[1:], ids=str)
 def test_a_sender_holds_what_its_receivers_decode(view: Any) -> None:
     index = VIEWS.index(view)
