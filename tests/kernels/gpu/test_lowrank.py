@@ -155,7 +155,7 @@ def test_factors_are_as_good_as_a_cpus(spec: Any) -> None:
 
 
 def test_large_matrices() -> None:
-    """From 2**18 elements on products are in bfloat16, and what is remembered spares a round: a cold and a warm frame."""
+    """From 2**18 elements on products are in bfloat16, and what is remembered spares a round: cold and warm."""
     view = plain(512 * 520, 1, 520)
     ratios = _sent(SPECS[1], view, _drift(view, torch.bfloat16, 2))
     assert max(ratios) < 1.02, ratios
