@@ -63,7 +63,7 @@ def _turned(lower, upper, cosine, sine, is_lower, alone):
 
 
 @triton.jit
-def _round(
+def turn_pairs(
     source, target, basis, other, size, n, width, smallest, SIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
     """All pairs of one matrix and its basis, ``ROWS`` rows at a time. Where ``size`` is 0 it copies them."""
@@ -114,10 +114,10 @@ def sweep_matrices(
     second, of_second = first + copies * n * n, of_first + copies * n * width
     size = tl.load(sizes + matrix)
     for turn in range(0, size // 2):
-        _round(first, second, of_first, of_second, size, n, width, smallest, SIDE, ROWS, WIDTH)
+        turn_pairs(first, second, of_first, of_second, size, n, width, smallest, SIDE, ROWS, WIDTH)
         tl.debug_barrier()
         back = tl.where(2 * turn + 2 < size, size, 0)
-        _round(second, first, of_second, of_first, back, n, width, smallest, SIDE, ROWS, WIDTH)
+        turn_pairs(second, first, of_second, of_first, back, n, width, smallest, SIDE, ROWS, WIDTH)
         tl.debug_barrier()
 
 

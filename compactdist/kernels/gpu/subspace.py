@@ -33,7 +33,7 @@ from compactdist.kernels.gpu.elements import (
     storable_scale,
 )
 from compactdist.kernels.gpu.lowrank import FOURS, factor_of
-from compactdist.kernels.gpu.rotations import _round
+from compactdist.kernels.gpu.rotations import turn_pairs
 from compactdist.kernels.reference.scales import SIGMA_OF_MEAN_MAGNITUDE
 
 _SIGMA_OF_MEAN_MAGNITUDE = tl.constexpr(SIGMA_OF_MEAN_MAGNITUDE)
@@ -219,10 +219,10 @@ def sort_directions(
     tl.debug_barrier()
     for _ in range(0, SWEEPS):
         for turn in range(0, n // 2):
-            _round(first, second, of_first, of_second, n, n, n, _SMALLEST_ANGLE, P, ROWS, P)
+            turn_pairs(first, second, of_first, of_second, n, n, n, _SMALLEST_ANGLE, P, ROWS, P)
             tl.debug_barrier()
             back = tl.where(2 * turn + 2 < n, n, 0)
-            _round(second, first, of_second, of_first, back, n, n, _SMALLEST_ANGLE, P, ROWS, P)
+            turn_pairs(second, first, of_second, of_first, back, n, n, _SMALLEST_ANGLE, P, ROWS, P)
             tl.debug_barrier()
     energy = tl.load(first + row * (n + 1), mask=row < n, other=-1.0)
     others = tl.load(first + column * (n + 1), mask=column < n, other=-1.0)
