@@ -68,7 +68,7 @@ class _Message:
 
     def add(self, arrived: torch.Tensor, frame: torch.Tensor, call: Callable[..., Any]) -> _Part:
         self._frames.append((arrived, frame))
-        if len(self._frames) == self._count:
+        if self.full:
             frames = torch.cat([frame for _, frame in self._frames])
             arriving = WORLD_SIZE * frames.numel() if self._op == "all_gather" else frames.numel()
             self._gathered = torch.empty(arriving, dtype=torch.uint8)

@@ -25,8 +25,10 @@ import triton.language as tl
 from compactdist.kernels.gpu.elements import (
     CONSECUTIVE,
     EIGHTS,
+    add_change,
     applied,
     bits_of,
+    change_of,
     decode_bf16,
     decode_ue5m3,
     divide_or_zero,
@@ -470,9 +472,8 @@ def decode_codes(
 ):
     """The reconstruction of the elements of ``UNITS`` units.
 
-    If ``CHECKED``, ``out`` is written only where the first of ``accepted`` is not 0. If ``COPIES``, ``copy`` gets the
-    values, too, or NaN where they are checked and the second of ``accepted`` is 0. Channel scales are those of the
-    payload, or, if ``HELD``, those at ``held``, float32.
+    ``CHECKED`` and ``COPIES`` as for ``elements.add_change``. Channel scales are those of the payload, or, if ``HELD``,
+    those at ``held``, float32.
     """
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None]
     element, step, known = elements_of(unit, elements, PER, WHOLE)
@@ -489,12 +490,5 @@ def decode_codes(
         c = decode_bf16(tl.load(scales + scale_at, mask=known, other=0).to(tl.int32))
     scale = row_scale(payload + section, row, known, ROW_SCALES) * c
     level = level_of(code, table, KIND, BITS, MANTISSA)
-    inside = there
-    if CHECKED:
-        there = there & ~is_zero(accepted)
-    value = applied(expected(base, velocity, at, there, TERMS), scale, level)
-    write(out, at, value, there)
-    if COPIES:
-        if CHECKED:
-            value = tl.where(is_zero(accepted + 1), float("nan"), value)
-        write(copy, at, value, inside)
+    change = change_of(scale, level)
+    add_change(base, velocity, out, accepted, copy, at, there, change, TERMS, CHECKED, COPIES)

@@ -75,6 +75,12 @@ def clamped(value, limit):
 
 
 @triton.jit
+def to_nearest_bf16(bits):
+    """The bits of the nearest float32 that bfloat16 holds, ties to even."""
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+
+
+@triton.jit
 def rounded_bf16(value):
     """The bits of the nearest finite bfloat16, ties to even, int16. NaN stays one, of whatever bits."""
     if _HARDWARE_ROUNDS:  # two at a time; what is too large, or rounds to infinity, becomes the largest
@@ -82,8 +88,7 @@ def rounded_bf16(value):
             "cvt.rn.satfinite.bf16x2.f32 $0, $2, $1;", "=r,f,f", [value], dtype=tl.int16, is_pure=True, pack=2
         )
     else:
-        bits = bits_of(clamped(value, _BF16_MAX))
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = to_nearest_bf16(bits_of(clamped(value, _BF16_MAX))) >> 16
         return tl.where(value != value, 0x7FC0, rounded).to(tl.int16)
 
 
@@ -110,15 +115,42 @@ def expected(base, velocity, at, ok, TERMS: tl.constexpr):
 
 
 @triton.jit
+def add_change(
+    base, velocity, out, accepted, copy, at, inside, change,
+    TERMS: tl.constexpr, CHECKED: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """Write what was expected plus the decoded change, where ``inside``.
+
+    If ``CHECKED``, ``out`` is written only where the first of ``accepted`` is not 0. If ``COPIES``, ``copy`` gets the
+    values too, and NaN if ``CHECKED`` and the second of ``accepted`` is 0.
+    """
+    there = inside
+    if CHECKED:
+        there = there & ~is_zero(accepted)
+    value = expected(base, velocity, at, there, TERMS) + change
+    write(out, at, value, there)
+    if COPIES:
+        if CHECKED:
+            value = tl.where(is_zero(accepted + 1), float("nan"), value)
+        write(copy, at, value, inside)
+
+
+@triton.jit
 def magnitudes(x, base, velocity, at, ok, TERMS: tl.constexpr):
     """Magnitudes of the residual, zero where there is no element."""
     return tl.abs(read(x, at, ok) - expected(base, velocity, at, ok, TERMS))
 
 
 @triton.jit
+def change_of(scale, level):
+    """The decoded change, made finite."""
+    return clamped(scale * level, _F32_MAX)
+
+
+@triton.jit
 def applied(before, scale, level):
-    """What was expected plus the decoded change, which is made finite first."""
-    return before + clamped(scale * level, _F32_MAX)
+    """What was expected plus the decoded change."""
+    return before + change_of(scale, level)
 
 
 @triton.jit
@@ -172,10 +204,10 @@ def decode_ue5m3(code):
 def storable_scale(c, UP: tl.constexpr):
     bits = bits_of(c)
     if UP:
-        bits = bits + 0xFFFF
+        bits = (bits + 0xFFFF) & -0x10000
     else:
-        bits = bits + 0x7FFF + ((bits >> 16) & 1)
-    rounded = from_bits(bits & -0x10000)
+        bits = to_nearest_bf16(bits)
+    rounded = from_bits(bits)
     return tl.where(rounded < _SMALLEST_SCALE, 0.0, rounded)
 
 

@@ -21,16 +21,19 @@ import triton.language as tl
 from compactdist.kernels.gpu.elements import (
     CONSECUTIVE,
     INFINITY_BITS,
+    add_change,
     bits_of,
     clamped,
+    decode_bf16,
     divide_or_zero,
+    encode_bf16,
     expected,
     from_bits,
-    is_zero,
     magnitude_bits,
     power_of_two_near_inverse,
     read,
     rounded_bf16,
+    to_nearest_bf16,
     write,
 )
 
@@ -41,7 +44,6 @@ FOURS = tl.constexpr(2)
 _F32_MAX = tl.constexpr(3.4028234663852886e38)
 _SMALLEST_SUM = tl.constexpr(2.0**-30)
 _SMALLEST_GAIN = tl.constexpr(2.0**-87)
-_BF16_MAX_BITS = tl.constexpr(0x7F7F)
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def decode_product(
     TERMS: tl.constexpr, CHECKED: tl.constexpr, COPIES: tl.constexpr, PLACE: tl.constexpr, FORM: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of what was expected plus the product times its gain. ``CHECKED`` and ``COPIES`` as for ``decode_codes``.
+    """A tile of what was expected plus the product times its gain. ``CHECKED`` and ``COPIES`` as for ``add_change``.
 
     Args:
         gains: of the groups, bits of bfloat16.
@@ -107,15 +109,7 @@ def decode_product(
     gain = read(gains, group + tl.zeros((1, 1), tl.int32), tl.full((1, 1), 1, tl.int1))
     change = clamped(change * gain, _F32_MAX)
     at, inside = places_of(group, row, column, row_at, column_at, rows, channels, numel, PLACE)
-    there = inside
-    if CHECKED:
-        there = there & ~is_zero(accepted)
-    value = expected(base, velocity, at, there, TERMS) + change
-    write(out, at, value, there)
-    if COPIES:
-        if CHECKED:
-            value = tl.where(is_zero(accepted + 1), float("nan"), value)
-        write(copy, at, value, inside)
+    add_change(base, velocity, out, accepted, copy, at, inside, change, TERMS, CHECKED, COPIES)
 
 
 @triton.jit
@@ -170,11 +164,11 @@ def _gain_bits(sums, largest, group, programs, tiles, PROGRAMS: tl.constexpr, TI
     first = sums + group * 2 * programs + at
     agreement = tl.sum(tl.load(first, mask=at < programs, other=0.0), axis=1)[:, None]
     energy = tl.sum(tl.load(first + programs, mask=at < programs, other=0.0), axis=1)[:, None]
-    bits = bits_of(divide_or_zero(tl.where(agreement > 0, agreement, 0.0), energy))
-    gain = from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000)
+    gain = divide_or_zero(tl.where(agreement > 0, agreement, 0.0), energy)
+    gain = from_bits(to_nearest_bf16(bits_of(gain)))
     gain = tl.where(factor > 0, tl.div_rn(gain, tl.where(factor > 0, factor, 1.0)), 0.0)
     gain = tl.where(gain < _SMALLEST_GAIN, 0.0, gain)
-    return tl.minimum(bits_of(gain) >> 16, _BF16_MAX_BITS)
+    return encode_bf16(gain)
 
 
 @triton.jit
@@ -249,7 +243,7 @@ def write_product(
         part, tile, group = number % parts, number // parts % count, number // parts // count
         row, column = tile * ROWS + tl.arange(0, ROWS)[:, None], part * WIDTH + tl.arange(0, WIDTH)[None, :]
         change = product_of(u, u, v, v, u, group, row, column, rank, stride, rows, channels, ROWS, WIDTH, FLOATS)
-        gain = from_bits(_gain_bits(sums, largest, group, programs, tiles, PROGRAMS, TILES) << 16)
+        gain = decode_bf16(_gain_bits(sums, largest, group, programs, tiles, PROGRAMS, TILES))
         change = clamped(change * gain, _F32_MAX)
         at, there = places_of(group, row, column, row_at, column_at, rows, channels, numel, PLACE)
         write(out, at, expected(base, velocity, at, there, TERMS) + change, there)

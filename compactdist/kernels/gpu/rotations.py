@@ -63,7 +63,7 @@ def _turned(lower, upper, cosine, sine, is_lower, alone):
 
 
 @triton.jit
-def turn_pairs(
+def _round(
     source, target, basis, other, size, n, width, smallest, SIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
     """All pairs of one matrix and its basis, ``ROWS`` rows at a time. Where ``size`` is 0 it copies them."""
@@ -98,6 +98,20 @@ def turn_pairs(
 
 
 @triton.jit
+def sweep_one(
+    first, second, of_first, of_second, size, n, width, smallest,
+    SIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A round less than rows take part, of ``first`` and its basis; ``second`` and ``of_second`` are room."""
+    for turn in range(0, size // 2):
+        _round(first, second, of_first, of_second, size, n, width, smallest, SIDE, ROWS, WIDTH)
+        tl.debug_barrier()
+        back = tl.where(2 * turn + 2 < size, size, 0)
+        _round(second, first, of_second, of_first, back, n, width, smallest, SIDE, ROWS, WIDTH)
+        tl.debug_barrier()
+
+
+@triton.jit
 def sweep_matrices(
     matrices, basis, sizes, n, width, smallest, copies, SIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -113,12 +127,7 @@ def sweep_matrices(
     first, of_first = matrices + matrix * n * n, basis + matrix * n * width
     second, of_second = first + copies * n * n, of_first + copies * n * width
     size = tl.load(sizes + matrix)
-    for turn in range(0, size // 2):
-        turn_pairs(first, second, of_first, of_second, size, n, width, smallest, SIDE, ROWS, WIDTH)
-        tl.debug_barrier()
-        back = tl.where(2 * turn + 2 < size, size, 0)
-        turn_pairs(second, first, of_second, of_first, back, n, width, smallest, SIDE, ROWS, WIDTH)
-        tl.debug_barrier()
+    sweep_one(first, second, of_first, of_second, size, n, width, smallest, SIDE, ROWS, WIDTH)
 
 
 @lru_cache(maxsize=256)

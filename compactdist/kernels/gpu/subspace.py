@@ -31,9 +31,10 @@ from compactdist.kernels.gpu.elements import (
     read,
     rounded_bf16,
     storable_scale,
+    to_nearest_bf16,
 )
 from compactdist.kernels.gpu.lowrank import FOURS, factor_of
-from compactdist.kernels.gpu.rotations import turn_pairs
+from compactdist.kernels.gpu.rotations import sweep_one
 from compactdist.kernels.reference.scales import SIGMA_OF_MEAN_MAGNITUDE
 
 _SIGMA_OF_MEAN_MAGNITUDE = tl.constexpr(SIGMA_OF_MEAN_MAGNITUDE)
@@ -66,7 +67,7 @@ def _begun(held, calls, group, direction, channel, ok, count, kept, channels):
     known = ok & (said > 0) & (direction < kept)
     before = read(held, (group * kept + direction) * channels + channel, known)
     random = _noise((group * count + direction) * channels + channel, said)
-    return tl.where(ok, tl.where((said > 0) & (direction < kept), before, random), 0.0)
+    return tl.where(known, before, tl.where(ok, random, 0.0))
 
 
 @triton.jit
@@ -218,12 +219,7 @@ def sort_directions(
     tl.store(of_first + at, made, mask=ok)
     tl.debug_barrier()
     for _ in range(0, SWEEPS):
-        for turn in range(0, n // 2):
-            turn_pairs(first, second, of_first, of_second, n, n, n, _SMALLEST_ANGLE, P, ROWS, P)
-            tl.debug_barrier()
-            back = tl.where(2 * turn + 2 < n, n, 0)
-            turn_pairs(second, first, of_second, of_first, back, n, n, _SMALLEST_ANGLE, P, ROWS, P)
-            tl.debug_barrier()
+        sweep_one(first, second, of_first, of_second, n, n, n, _SMALLEST_ANGLE, P, ROWS, P)
     energy = tl.load(first + row * (n + 1), mask=row < n, other=-1.0)
     others = tl.load(first + column * (n + 1), mask=column < n, other=-1.0)
     before = (others > energy) | ((others == energy) & (column < row))
@@ -260,8 +256,7 @@ def _store_fitted(factor, ok, table, values, codes, scales, row, at, length, FOR
         tl.store(codes + row * length + at, (index + tl.where(factor < 0, 8, 0)).to(tl.float32), mask=ok)
         size = level * scale
     else:
-        bits = bits_of(size)
-        size = from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000)
+        size = from_bits(to_nearest_bf16(bits_of(size)))
     tl.store(values + row * length + at, tl.where(factor < 0, -size, size), mask=ok)
 
 

@@ -30,11 +30,11 @@ from compactdist.kernels.gpu import elements
 from compactdist.kernels.gpu.codes import in_memory, store_packed
 from compactdist.kernels.gpu.elements import (
     INFINITY_BITS,
+    add_change,
     bits_of,
     clamped,
     expected,
     from_bits,
-    is_zero,
     magnitude_bits,
     read,
     write,
@@ -135,7 +135,7 @@ def spread_over_runs(
 ):  # fmt: skip
     """What was expected plus the kept elements in their places, of ``8 * UNITS`` runs; a place from m on keeps nothing.
 
-    ``CHECKED`` and ``COPIES`` as for ``codes.decode_codes``.
+    ``CHECKED`` and ``COPIES`` as for ``elements.add_change``.
     """
     run = tl.program_id(0) * (8 * UNITS) + tl.arange(0, 8 * UNITS)[:, None]
     where = (channels, 1, 0, channels, numel, row_at, column_at)
@@ -144,15 +144,7 @@ def spread_over_runs(
     place = (pair >> (4 * (run % 2))) & 15
     value = clamped(read(kept, run, run < runs), _F32_MAX)
     change = tl.where(tl.arange(0, WIDTH)[None, :] == place, value, 0.0)
-    inside = there
-    if CHECKED:
-        there = there & ~is_zero(accepted)
-    value = expected(base, velocity, at, there, TERMS) + change
-    write(out, at, value, there)
-    if COPIES:
-        if CHECKED:
-            value = tl.where(is_zero(accepted + 1), float("nan"), value)
-        write(copy, at, value, inside)
+    add_change(base, velocity, out, accepted, copy, at, there, change, TERMS, CHECKED, COPIES)
 
 
 class Runs:
