@@ -30,11 +30,12 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "ulysses 2": {"ulysses_degree": 2},
     "ring 2": {"ring_degree": 2},
     "pipefusion 2": {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 2, "warmup_steps": 1},
+    "pipefusion 2, raw keyframes": {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 2, "warmup_steps": 1},
     "cfg 2": {"use_cfg_parallel": True},
     "ulysses 2 x ring 2": {"ulysses_degree": 2, "ring_degree": 2},
     "ring 4": {"ring_degree": 4},
 }
-ROUTES = {"cfg 2": "cfg"}
+OPTIONS: dict[str, dict[str, Any]] = {"cfg 2": {"routes": "cfg"}, "pipefusion 2, raw keyframes": {"keyframe": "raw"}}
 
 
 def draw(pipe: Any, call_kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -53,7 +54,7 @@ def cell(model: str, column: str) -> dict[str, Any]:
     plain = draw(pipe, call_kwargs)
     record: dict[str, Any] = {}
     for codec in ("raw", "int4"):
-        with enable(pipe, codec=codec, routes=ROUTES.get(column), min_numel=256) as handle:
+        with enable(pipe, codec=codec, min_numel=256, **OPTIONS.get(column, {})) as handle:
             first, second = draw(pipe, call_kwargs), draw(pipe, call_kwargs)
             stats = list(handle.stats().values())
             counted = torch.tensor(
