@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,34 +13,37 @@ import pytest
 from benchmarks import common
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = """
-import sys
-from benchmarks import common
-
-sys.argv[0] = "benchmarks/link/made_up.py"
-args = common.parser("about").parse_args()
-print("a table")
-common.finish(args.json, {"rows": [1]})
-"""
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SCRIPT, *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Run a made-up benchmark with some words, and get its standard output and error."""
+
+    def made_up(*words: str) -> tuple[str, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["benchmarks/link/made_up.py", *words])
+            patch.setattr(sys, "stdout", sys.stdout)  # parsing a dash replaces it
+            args = common.parser("about").parse_args()
+            print("a table")
+            common.finish(args.json, {"rows": [1]})
+        out, err = capfd.readouterr()
+        return out, err
+
+    return made_up
 
 
-def test_a_dash_leaves_standard_output_to_the_numbers(tmp_path: Path) -> None:
-    done = run("--json", "-")
-    written = json.loads(done.stdout)
+def test_a_dash_leaves_standard_output_to_the_numbers(run: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    out, err = run("--json", "-")
+    written = json.loads(out)
     assert written["rows"] == [1]
     assert written["command"] == "python -m benchmarks.link.made_up --json -"
-    assert "a table" in done.stderr
+    assert "a table" in err
     assert not (ROOT / "-").exists()
 
-    done = run("--json", str(tmp_path / "new" / "file.json"))
+    out, _ = run("--json", str(tmp_path / "new" / "file.json"))
     assert json.loads((tmp_path / "new" / "file.json").read_text())["rows"] == [1]
-    assert done.stdout.startswith("a table\nwritten to ")
-    assert run().stdout == "a table\n"
+    assert out.startswith("a table\nwritten to ")
+    assert run() == ("a table\n", "")
 
 
 def test_every_benchmark_takes_it_from_one_place() -> None:

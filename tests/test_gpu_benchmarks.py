@@ -115,11 +115,13 @@ def test_e2e_runs_a_tiny_model_with_nccls_manners(tmp_path: Path) -> None:
     assert int8["state_bytes"] > 0
 
 
-def test_without_a_gpu_they_say_so() -> None:
-    for module in ("host", "e2e", "reference"):
-        done = run(f"benchmarks.gpu.{module}")
-        assert done.returncode == common.EXIT_WITHOUT_GPU
-        assert "no CUDA device" in done.stdout
+@pytest.mark.parametrize("module", [host, e2e, reference], ids=lambda module: module.__name__)
+def test_without_a_gpu_they_say_so(module: Any, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__file__])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == common.EXIT_WITHOUT_GPU
+    assert "no CUDA device" in capsys.readouterr().out
 
 
 def test_a_method_that_raises_does_not_stop_the_others(tmp_path: Path, capsys, monkeypatch) -> None:

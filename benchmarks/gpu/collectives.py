@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-NUMEL = 64 * 96
-
 
 @dataclass
 class Run:
@@ -28,6 +26,7 @@ class Run:
         rank: this rank, of two.
         device: of all tensors.
         step: of the denoising loop; tensors change little from one to the next.
+        numel: elements of a tensor; an exchange sends halves and quarters of one.
         mesh: over the group, from the first call that needs one.
     """
 
@@ -35,6 +34,7 @@ class Run:
     rank: int
     device: torch.device
     step: int = 0
+    numel: int = 64 * 96
     mesh: DeviceMesh | None = None
 
     @property
@@ -42,24 +42,24 @@ class Run:
         """The other rank."""
         return 1 - self.rank
 
-    def x(self, rank: int, numel: int = NUMEL, seed: int = 0) -> Tensor:
+    def x(self, rank: int, numel: int | None = None, seed: int = 0) -> Tensor:
         """The tensor that a rank sends in this step, [numel] bfloat16; every rank can make it."""
-        which = 1000 * seed + rank
+        numel, which = numel or self.numel, 1000 * seed + rank
         base = torch.randn(numel, generator=torch.Generator().manual_seed(which))
         change = torch.randn(numel, generator=torch.Generator().manual_seed(which + 10 * (self.step + 1)))
         return (base * (1 + 0.02 * self.step) + 0.05 * change).bfloat16().to(self.device)
 
-    def mine(self, numel: int = NUMEL, seed: int = 0) -> Tensor:
+    def mine(self, numel: int | None = None, seed: int = 0) -> Tensor:
         """What this rank sends."""
         return self.x(self.rank, numel, seed)
 
-    def all(self, numel: int = NUMEL, seed: int = 0) -> Tensor:
+    def all(self, numel: int | None = None, seed: int = 0) -> Tensor:
         """What all ranks send, in their order."""
         return torch.cat([self.x(rank, numel, seed) for rank in range(2)])
 
-    def nothing(self, numel: int = NUMEL) -> Tensor:
+    def nothing(self, numel: int | None = None) -> Tensor:
         """An output that holds NaN."""
-        return torch.full((numel,), torch.nan, dtype=torch.bfloat16, device=self.device)
+        return torch.full((numel or self.numel,), torch.nan, dtype=torch.bfloat16, device=self.device)
 
 
 Result = tuple[Tensor, Tensor]
@@ -94,7 +94,7 @@ def _both_ways(name: str, frames: int = 1) -> Callable[[Callable[[Run, bool], Re
 
 @_both_ways("all_gather_into_tensor")
 def _gather(run: Run, async_op: bool) -> Result:
-    out = run.nothing(2 * NUMEL)
+    out = run.nothing(2 * run.numel)
     _wait(dist.all_gather_into_tensor(out, run.mine(), group=run.group, async_op=async_op))
     return out, run.all()
 
@@ -116,7 +116,7 @@ def _exchange(run: Run, async_op: bool) -> Result:
 @_both_ways("all_to_all_single, uneven")
 def _exchange_unevenly(run: Run, async_op: bool) -> Result:
     """Rank r sends a quarter of its tensor to rank r and the rest to the other."""
-    quarter = NUMEL // 4
+    quarter = run.numel // 4
     splits = [quarter, 3 * quarter] if run.rank == 0 else [3 * quarter, quarter]
     out = run.nothing()
     _wait(dist.all_to_all_single(out, run.mine(), splits, splits, group=run.group, async_op=async_op))
@@ -126,7 +126,7 @@ def _exchange_unevenly(run: Run, async_op: bool) -> Result:
 
 @_both_ways("all_to_all (list)")
 def _exchange_list(run: Run, async_op: bool) -> Result:
-    outs = [run.nothing(NUMEL // 2), run.nothing(NUMEL // 2)]
+    outs = [run.nothing(run.numel // 2), run.nothing(run.numel // 2)]
     _wait(dist.all_to_all(outs, list(run.mine().chunk(2)), group=run.group, async_op=async_op))
     return torch.cat(outs), torch.cat([run.x(rank).chunk(2)[run.rank] for rank in range(2)])
 
@@ -161,7 +161,7 @@ def _batch(run: Run) -> Result:
 
 
 def _coalesced(run: Run, device: torch.device | None, async_ops: bool) -> Result:
-    outs = [run.nothing(2 * NUMEL), run.nothing(2 * NUMEL)]
+    outs = [run.nothing(2 * run.numel), run.nothing(2 * run.numel)]
     with c10d._coalescing_manager(run.group, device, async_ops=async_ops) as manager:
         for seed, out in enumerate(outs):
             dist.all_gather_into_tensor(out, run.mine(seed=seed), group=run.group)

@@ -32,17 +32,25 @@ def test_figures(order: int) -> None:
         assert "| " + " | ".join([*cells, f"{row['state_bytes'] / 1e6:.3f}"]) + " |" in page
 
 
-@pytest.mark.parametrize("steps", [pytest.param(None, marks=pytest.mark.slow), 4])
-def test_presets_and_baselines(steps: int | None) -> None:
-    results, page = ROOT / "benchmarks" / "results", (ROOT / "docs" / "tools.md").read_text()
+def stored_presets(trace: Path, steps: int | None) -> dict[str, dict[str, float]]:
+    fewer = "" if steps is None else f"_{steps}_steps"
+    name = f"evaluate_{trace.name.split('_')[0]}_presets{fewer}.json"
+    stored: dict[str, dict[str, float]] = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    return stored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [None, 4])
+@pytest.mark.parametrize("trace", [TRACE, PHOTOS], ids=lambda trace: trace.stem)
+def test_presets_and_baselines_are_what_the_command_prints(trace: Path, steps: int | None) -> None:
     fewer = () if steps is None else ("--steps", steps)
-    both = []
-    for trace in (TRACE, PHOTOS):
-        name = trace.name.split("_")[0]
-        stored = results / f"evaluate_{name}_presets{'' if steps is None else f'_{steps}_steps'}.json"
-        both.append(json.loads(stored.read_text()))
-        printed = run_json("evaluate", trace, "--preset", "all", "--baselines", *fewer, "--json", "-")
-        assert printed == {row: pytest.approx(values, rel=1e-3) for row, values in both[-1].items()}
+    printed = run_json("evaluate", trace, "--preset", "all", "--baselines", *fewer, "--json", "-")
+    assert printed == {row: pytest.approx(values, rel=1e-3) for row, values in stored_presets(trace, steps).items()}
+
+
+@pytest.mark.parametrize("steps", [None, 4])
+def test_presets_and_baselines(steps: int | None) -> None:
+    both, page = [stored_presets(trace, steps) for trace in (TRACE, PHOTOS)], (ROOT / "docs" / "tools.md").read_text()
     assert list(both[0]) == list(both[1]) == [*PRESETS, *(name for name, _ in BASELINES)]
     for row in both[0]:
         cells = [f"{values[row]['request_bits_per_element']:.3f}" for values in both]

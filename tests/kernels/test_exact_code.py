@@ -60,8 +60,9 @@ def test_coded_keyframes_leave_no_rounding_open(capability: int) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_on_every_gpu_and_of_every_dtype(capability: int) -> None:
-    """Every form on every GPU, every dtype on every GPU and with every form; all three of them on one or two."""
-    for number, form in enumerate(FORMS, CAPABILITIES.index(capability)):
+    """Every form on an older and on a newer one of the GPUs, each time of another dtype."""
+    place = CAPABILITIES.index(capability)
+    for number, form in enumerate(FORMS[place % 2 :: 2], place):
         _check(form, DTYPES[number % 3], 2, capability)
 
 

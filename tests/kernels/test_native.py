@@ -61,6 +61,7 @@ def test_a_change_in_an_imported_file_is_seen(tmp_path):
     assert after[2] != warm[2], "the digest is the same"
 
 
+@pytest.mark.slow
 def test_more_units_than_numba_would_hold(tmp_path):
     """Numba's cache forgets functions that others take as arguments after 128, and raises ReferenceError then."""
     script = """

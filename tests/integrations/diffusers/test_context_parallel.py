@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.xdit, pytest.mark.timeout(120), pytest.mark.filterwarn
 CALLS = {"flux": 4 * 1 * STEPS, "wan": 3 * 2 * STEPS, "qwenimage": 3 * 2 * STEPS}
 
 
-FAST = [("flux", "ring"), ("flux", "ulysses"), ("wan", "ring")]
+FAST = [("flux", "ulysses"), ("wan", "ring")]
 
 
 @pytest.mark.parametrize(

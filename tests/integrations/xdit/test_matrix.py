@@ -15,12 +15,13 @@ if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "
 
 pytestmark = [pytest.mark.xdit, pytest.mark.timeout(300)]
 
-FAST = ("ring 2",)
+
+def test_one_pipeline() -> None:
+    check("ring 2", "flux", matrix.run("ring 2", ("flux",))["flux"])
 
 
-@pytest.mark.parametrize(
-    "column", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in matrix.COLUMNS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("column", matrix.COLUMNS)
 def test_column(column: str) -> None:
     for model, record in matrix.run(column, matrix.COLUMNS[column][1]).items():
         assert "failed" not in record, record

@@ -44,5 +44,16 @@ def _patch_once() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
+def _leave_sums_unchecked() -> None:
+    """Compute no sum and product of integers a second time in 64 bits.
+
+    The interpreter does so to find overflows, and then asserts only where kernels are debugged: a third of the time.
+    """
+    from triton.runtime import interpreter
+
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
+
 if INTERPRETED:
     _patch_once()
+    _leave_sums_unchecked()

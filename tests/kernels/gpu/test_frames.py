@@ -21,7 +21,7 @@ from tests.kernels.gpu import kit
 from tests.kernels.gpu.conftest import INTERPRETED
 from tests.kernels.gpu.test_host_reads import NoReads
 
-NUMEL, CHANNELS, STEPS = 20 * 64, 64, 5
+NUMEL, CHANNELS, STEPS = 7 * 64, 64, 5
 VIEW = plain(NUMEL, 1, CHANNELS)
 SMALL = plain(9 * 8, 1, 8)
 """Enough for a codec whose kernels the interpreter takes seconds for."""

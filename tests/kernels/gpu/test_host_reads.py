@@ -120,7 +120,7 @@ def _reads_nothing(codec, calls, steps=(0, STEADY), **options):
             group = compactdist.wrap(act_like_nccl(dist.group.WORLD), codec, min_numel=64, **options)
             for name, (made, frames) in calls.items():
                 reads.torch_may = name == READ_BY_TORCH
-                run, launched[name] = Run(group, rank, torch.device("cpu")), []
+                run, launched[name] = Run(group, rank, torch.device("cpu"), numel=8 * 96), []
                 for watched in (False, True):
                     group.reset()
                     for run.step in range(1 + (steps[-1] if watched else 0)):
