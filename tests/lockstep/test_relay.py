@@ -83,13 +83,12 @@ def check(world_size, seed, programs, timeout=100):
     return sum(r[p][1] for r in ranks for p in range(programs))
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_states_stay_equal_however_forwarding_comes_and_goes(world_size):
-    assert check(world_size, seed=world_size, programs=12) > 100
+def test_states_stay_equal_however_forwarding_comes_and_goes():
+    assert check(2, seed=2, programs=12) > 100
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [3, 4])
 def test_at_length(world_size):
     check(world_size, 1000 + world_size, programs=24, timeout=600)

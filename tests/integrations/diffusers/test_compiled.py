@@ -55,8 +55,7 @@ def test_a_full_graph(route: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("route", ["ring", "ulysses"])
-@pytest.mark.parametrize("compile_", [compile_in_place, compile_blocks])
+@pytest.mark.parametrize(("compile_", "route"), [(compile_in_place, "ring"), (compile_blocks, "ulysses")])
 def test_other_ways_to_compile(compile_: Any, route: str) -> None:
     check(compile_, route, "aot_eager")
 
