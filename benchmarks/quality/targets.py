@@ -5,13 +5,16 @@
 
 Plays the committed traces, step by step and frame by frame, and a request whose prompt changes half-way: half of the
 steps of every site, then as many of another site of the trace. Of that request the error is also given without the one
-step of the change, the size of whose frames was announced before.
+step of the change, the size of whose frames was announced before; and what is met where the caller says that the prompt
+changes, by ``reset()``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +25,40 @@ from compactdist import codecs
 from compactdist.cli.evaluate import Played, Recorded, Setting, play_sites, recorded
 from compactdist.cli.score import Score
 from compactdist.observe.trace import Trace
-from compactdist.state import StreamConfig, Target
+from compactdist.state import RateControl, StreamConfig, Target
 
 TRACES = Path(__file__).parents[1] / "traces"
 TARGETS = ("nmse_db=-26", "nmse_db=-32", "bits=0.6", "bits=1.5")
 
 
+def halves(entries: list[Recorded]) -> tuple[list[Recorded], list[Recorded]]:
+    """Half of the steps of every site, and as many of another one."""
+    others = [*entries[1:], entries[0]]
+    first = [Recorded(one.site, one.x[: len(one.x) // 2], one.groups) for one in entries]
+    return first, [
+        Recorded(one.site, other.x[len(one.x) // 2 :], one.groups) for one, other in zip(entries, others, strict=True)
+    ]
+
+
 def changed(entries: list[Recorded]) -> list[Recorded]:
     """The sites of a request whose prompt changes half-way."""
-    made = []
-    for entry, other in zip(entries, [*entries[1:], entries[0]], strict=True):
-        half = len(entry.x) // 2
-        made.append(Recorded(entry.site, torch.cat([entry.x[:half], other.x[half:]]), entry.groups))
-    return made
+    both = zip(*halves(entries), strict=True)
+    return [Recorded(one.site, torch.cat([one.x, other.x]), one.groups) for one, other in both]
 
 
-def play(entries: list[Recorded], setting: Setting, cut: int) -> dict[str, Any]:
+def with_a_reset(entries: list[Recorded], setting: Setting) -> dict[str, Any]:
+    """What is met over both halves, with ``reset()`` between them."""
+    assert setting.target is not None
+    score, control = Score(), RateControl(setting.target)
+    for half in halves(entries):
+        control.restart()
+        play_sites(score, setting, half, control=control)
+    residuals, bits = score.residuals, score.request.bits_per_element
+    met = {"nmse_db": residuals.nmse_db, "bits": residuals.bits_per_element, "request_bits": bits}
+    return {"asked": str(setting.target), **met}
+
+
+def play(entries: list[Recorded], setting: Setting, cut: int = 0) -> dict[str, Any]:
     """One request; ``cut``: the step of the change, 0 for none."""
     score, without_the_change = Score(), Score()
     keyframes: list[bool] = []
@@ -87,13 +108,16 @@ def main() -> None:
     results: dict[str, Any] = {}
     for trace in ("digits_ring", "photos_dit"):
         entries = list(recorded(Trace(TRACES / f"{trace}.safetensors"), None, 1))
-        half = len(entries[0].x) // 2
-        for name, request, cut in ((trace, entries, 0), (f"{trace}, changed half-way", changed(entries), half)):
+        requests: dict[str, Callable[[Setting], dict[str, Any]]] = {
+            trace: partial(play, entries),
+            f"{trace}, changed half-way": partial(play, changed(entries), cut=len(entries[0].x) // 2),
+            f"{trace}, the same with `reset()`": partial(with_a_reset, entries),
+        }
+        for name, request in requests.items():
             rows = results[name] = {}
             for target in TARGETS:
-                row = rows[target] = play(request, Setting(codec, config, Target.parse(target)), cut)
-                shown = ", ".join(f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float))
-                print(f"{name}: {target}: {shown}, {row['keyframes']} keyframes, rates {row['rates']}", flush=True)
+                row = rows[target] = request(Setting(codec, config, Target.parse(target)))
+                print(f"{name}: {target}: " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             write_json(arguments.json, results)
 
 

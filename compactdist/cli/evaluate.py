@@ -212,7 +212,12 @@ def play_settings(
 
 @torch.no_grad()
 def play_sites(
-    score: Score, setting: Setting, entries: Sequence[Recorded], watch: Callable[[Played], None] | None = None
+    score: Score,
+    setting: Setting,
+    entries: Sequence[Recorded],
+    watch: Callable[[Played], None] | None = None,
+    *,
+    control: RateControl | None = None,
 ) -> None:
     """Play sites side by side, step by step, as one request, and count their frames in ``score``.
 
@@ -221,6 +226,7 @@ def play_sites(
         setting: codec and configuration of the streams.
         entries: the sites.
         watch: called with every frame once both ends hold the same bits.
+        control: of the rates, with what it learnt from an earlier request; ``None``: one that knows nothing.
 
     Raises:
         CompactDistError: encoder and decoder disagree.
@@ -228,7 +234,7 @@ def play_sites(
     config = setting.config
     ends = [(StreamEncoder(config, 0, entry.site), StreamDecoder(config, 0, entry.site)) for entry in entries]
     if setting.target is not None:
-        control = RateControl(setting.target)
+        control = control or RateControl(setting.target)
         for (encoder, _), entry in zip(ends, entries, strict=True):
             encoder.steers = control.stream((entry.site, 0))
     for step in range(max(len(entry.x) for entry in entries)):
@@ -237,7 +243,7 @@ def play_sites(
                 played = _play_frame(score, setting, encoder, decoder, entry, step)
                 if watch is not None:
                     watch(played)
-    if setting.target is not None:
+    if control is not None:
         score.met = control.met()
     score.state_bytes += sum(encoder.state_bytes for encoder, _ in ends)
 
