@@ -52,6 +52,18 @@ world: Any = c10d._world
 is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
 """Whether a CUDA graph is being captured on the current stream (2.13); ``bool()`` is ``False``. Not to be asked for
 tensors on a CPU: it may begin to use CUDA."""
+_INDUCTOR_GRAPHS = "torch._inductor.cudagraph_trees"
+"""The module that captures what ``torch.compile(mode="reduce-overhead")`` compiled (2.13)."""
+
+
+def captured_by_inductor() -> bool:
+    """Whether compiled code has begun the capture that is going on, by who runs now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != _INDUCTOR_GRAPHS:
+        frame = frame.f_back
+    return frame is not None
+
+
 has_torch_function: Callable[[Any], bool] = torch._C._has_torch_function_unary
 """Whether a tensor's class, or a mode such as export's, replaces torch's functions of it (2.13)."""
 

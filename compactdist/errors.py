@@ -96,7 +96,7 @@ class ClosedGroupError(CompactDistError, RuntimeError):
 
 
 class CaptureError(CompactDistError, RuntimeError):
-    """A compressed call was made while a CUDA graph was being captured; replays would repeat its step and sequence."""
+    """A compressed call cannot be captured in a CUDA graph now, or a graph was replayed that has ended."""
 
 
 class OffloadError(CompactDistError, RuntimeError):

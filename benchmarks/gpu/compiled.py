@@ -15,7 +15,7 @@ from compactdist.codecs.topk import TopK, TopKInt4
 from compactdist.codecs.transform.coding import steps_table
 from compactdist.codecs.transform.on_device import spec_of
 from compactdist.codecs.transform.transform import Transform
-from compactdist.kernels.spec import BOARD_WORDS, Allotment, MatrixView
+from compactdist.kernels.spec import BOARD_WORDS, CLOCK_WORDS, Allotment, MatrixView
 from compactdist.state.quantized_history import EightBits
 from compactdist.wire import HEAD_PLACES, HEADER_NBYTES
 
@@ -244,13 +244,13 @@ def frames(payload_nbytes: int, compiler: Any, *, stream: int = 3, call: tuple[i
     """Seal and check one frame."""
     from compactdist.kernels.gpu.frames import FrameKernels, sums_of
 
-    board, digests = torch.zeros(BOARD_WORDS, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    board, clock = torch.zeros(BOARD_WORDS, dtype=torch.int32), torch.zeros(CLOCK_WORDS, dtype=torch.int64)
     with compiling(compiler):
         kernels = FrameKernels(bytes(HEADER_NBYTES), HEAD_PLACES, payload_nbytes, board, stream)
         frame = torch.zeros(HEADER_NBYTES + payload_nbytes, dtype=torch.uint8)
         sums, flag = sums_of(board.device, None)
-        kernels.launch(kernels.sealing, (frame, sums, digests, flag), (*call, 2, 2**64 - 1), None)
-        kernels.launch(kernels.checking, (frame, sums, digests, kernels.accepted), (*call, 1, 0), None)
+        kernels.launch(kernels.sealing, (frame, sums, clock, flag), (*call, 2, 2**64 - 1), None)
+        kernels.launch(kernels.checking, (frame, sums, clock, kernels.accepted), (*call, 1, 0), None)
 
 
 def history(numel: int, dtype: torch.dtype, form: EightBits, compiler: Any) -> None:

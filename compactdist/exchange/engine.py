@@ -21,17 +21,19 @@ from torch import Tensor
 from compactdist import _torch, kernels
 from compactdist.errors import BadOutputError, FrameError, NonFiniteError
 from compactdist.exchange.arrivals import Arrival, Arrivals
+from compactdist.exchange.captured import catch_up
 from compactdist.exchange.forward import Message
 from compactdist.exchange.later import Later
 from compactdist.exchange.link import Link
 from compactdist.exchange.parts import InTurn
 from compactdist.exchange.plan import Call, CallPlan, Chooser, Incoming, Outgoing
 from compactdist.exchange.predicted import Late, answer, may_answer
+from compactdist.exchange.sampling import sample
 from compactdist.exchange.work import Job, Outbox, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import GroupStats, PassReason
 from compactdist.state import KeysThere, Ledger, Offload, Room, Site, Staged, StateStore, StreamConfig
-from compactdist.wire import KEY, NONFINITE, frame_in, from_raw
+from compactdist.wire import frame_in, from_raw
 
 if TYPE_CHECKING:
     from compactdist.exchange.patterns import Pattern
@@ -283,6 +285,8 @@ class Engine:
         plan = flight.plan
         pattern = plan.pattern
         warm = flight.call.warm
+        if plan.site.captured is not None:
+            catch_up(self, plan.site)
         if self.store.offload is not None:
             self._enter(self.store.offload, flight)
         first = flight.inputs[0] if flight.inputs else flight.outputs[0]
@@ -419,7 +423,7 @@ class Engine:
             self.withdraw(flight)
             raise
         if self.sample_every and flight.failure is None and flight.passed is None:
-            self._sample(flight)
+            sample(self, flight)
         if pattern.forwards:
             pattern.commit(self, flight)
             self._release(flight)
@@ -457,27 +461,6 @@ class Engine:
         if pattern.sends_only:
             self.outbox.add(plan.outgoing[0].peer, job)
         return job
-
-    def _sample(self, flight: Flight) -> None:
-        """Measure how far reconstructions are from the tensors, on every ``sample_every``-th frame of a stream.
-
-        Called before the frames are committed, while the predictions they were made against are still there. A frame
-        that is passed on is not sampled: no encoder added an error to it.
-        """
-        call, messages = flight.call, iter(flight.messages)
-        for part, x, staged in zip(flight.plan.outgoing, flight.inputs, flight.staged, strict=True):
-            if staged is None or part.stream is None:
-                continue
-            message = next(messages, None)
-            if staged.value is None or staged.header.flags & NONFINITE or (message is not None and message.forwards):
-                continue
-            if (part.stream.sequence + 1) % self.sample_every == 0:
-                flat = x.detach().reshape(-1).double()
-                error = float((staged.value.double() - flat).square().sum())
-                if staged.there and not math.isfinite(error):
-                    continue  # only the device knew that the tensor was not finite
-                residual = math.nan if staged.header.flags & KEY else part.stream.residual_energy(x)
-                self.stats.error(call.site, call.op, error, float(flat.square().sum()), residual)
 
     # --- finishing ----------------------------------------------------------------------------------------------------
 

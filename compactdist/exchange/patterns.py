@@ -57,6 +57,7 @@ class Pattern(ABC):
         divides: large tensors travel in parts (``Options.parts``). Elsewhere each tensor is one part: chunks of an
             all-to-all and point-to-point messages may be passed on in the frame they came in, a reduction adds up whole
             chunks, and a broadcast's receivers do not know the shape of the root's tensor.
+        captures: a CUDA graph can capture its steady calls (:mod:`compactdist.exchange.captured`).
     """
 
     op: ClassVar[str]
@@ -68,6 +69,7 @@ class Pattern(ABC):
     sends_only: ClassVar[bool] = False
     receives_only: ClassVar[bool] = False
     divides: ClassVar[bool] = False
+    captures: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
@@ -183,7 +185,7 @@ class AllGather(OneMessage):
 
     op = "all_gather"
     whole_site = True
-    divides = True
+    divides = captures = True
 
     @staticmethod
     def histories(size: int) -> tuple[int, int, int]:

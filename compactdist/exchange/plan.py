@@ -58,6 +58,7 @@ class Call:
         step: the group's (or the request's) step since the last reset, from 0; -1 before the first.
         epoch: resets of the group so far.
         warm: the call falls into a warm-up step, whose frames are all keyframes.
+        captured: a CUDA graph is being captured, so the call is launched once and made by every replay.
     """
 
     site: str
@@ -65,6 +66,7 @@ class Call:
     step: int
     epoch: int
     warm: bool
+    captured: bool = False
 
 
 def refusal(size: int, tensor: Tensor, active: bool, autograd: AutogradRule) -> PassReason | None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from compactdist import _torch
-from compactdist.errors import CaptureError, ClosedGroupError, FrameError
+from compactdist.errors import ClosedGroupError, FrameError
+from compactdist.exchange.captured import capture, check_capture, error_of
 from compactdist.exchange.contiguous import contiguous, copy_back
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.later import Departures, Later
@@ -45,6 +46,8 @@ class GroupCore:
     _agreement: Agreement | None
     _plans: AgreedPlans
     _departures: Departures
+    _captures_cpu: bool = False
+    """In tests, where Triton's interpreter plays a device on CPU tensors."""
 
     def _adopt_backends(self) -> None:
         raise AssertionError("provided by the life cycle")
@@ -104,7 +107,7 @@ class GroupCore:
             autograd: see :func:`~compactdist.exchange.plan.refusal`.
 
         Raises:
-            CaptureError: the call would be compressed, and a CUDA graph is being captured.
+            CaptureError: the call would be compressed, and the CUDA graph that is being captured cannot take it.
         """
         if self._closed:
             self._ready()
@@ -118,13 +121,15 @@ class GroupCore:
             return None
         call = keys.take(site, pattern.op)
         try:
+            if (not tensor.is_cpu or self._captures_cpu) and _torch.is_capturing():
+                self._begin_capture(call)
             plan = engine.plan(pattern, call, signature)
             if plan.reason is not None and pattern.collective:
                 self._departures.join()
                 if plan.by_pair or publishes(plan.reason):
                     self._agree(call, plan)
-            elif plan.reason is None and not tensor.is_cpu and _torch.is_capturing():
-                raise self._captured(call)  # before any agreement, in which other ranks would wait for this one
+            elif plan.reason is None and call.captured:
+                check_capture(engine, call, plan)  # before any agreement, in which others would wait for this rank
         except BaseException:
             self._take_back(call)
             raise
@@ -134,15 +139,16 @@ class GroupCore:
             return None
         return call, plan
 
-    def _captured(self, call: Call) -> CaptureError:
-        """Why a call cannot be made while a CUDA graph is captured."""
-        return CaptureError(
-            f"{self._engine.label}, site '{call.site}', step {call.step}: a compressed call cannot be captured in a "
-            "CUDA graph: its step and its frame's sequence number are arguments of its launches, so every replay would "
-            "repeat them, and a replay that is missing on one rank would not be noticed. Nothing was sent. Capture "
-            "what lies between the calls in graphs of its own, let the site pass through (policy), or use "
-            "torch.compile with mode='default' in place of 'reduce-overhead'"
-        )
+    def _begin_capture(self, call: Call) -> None:
+        """Note that a CUDA graph is being captured, which must not take what is left to do of an earlier call.
+
+        Raises:
+            CaptureError: a call of this site has not been finished.
+        """
+        call.captured = True
+        site = self._engine.store.find(call.site)
+        if site is not None and site.pending:
+            raise error_of(self._engine, call, "an earlier call has not been finished; wait for its work first")
 
     def _agree_on_autograd(self, pattern: Pattern, site: str) -> None:
         """Other ranks may be about to compress this call: they cannot see that its tensor requires grad here."""
@@ -239,6 +245,8 @@ class GroupCore:
         flights = [call for call in calls if isinstance(call, Flight)]
         try:
             for flight in flights:
+                if flight.call.captured:
+                    raise error_of(engine, flight.call, "it is one of several in one call; make each by itself")
                 if flight.plan.pattern.collective:
                     self._departures.join()
                     self._agree(flight.call, flight.plan)
@@ -358,7 +366,10 @@ class GroupCore:
         known = plan.agreed_at == (call.epoch, call.warm)
         try:
             job = None
-            if not known or self._departures.busy:
+            if call.captured:
+                with engine.lock:
+                    job = capture(engine, flight)
+            elif not known or self._departures.busy:
                 job = self._agree_first(flight) if plan.pattern.collective else None
             if job is None:
                 with engine.lock:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from compactdist import _torch
 from compactdist.config import Options
 from compactdist.errors import ClosedGroupError, CompactDistError, ConfigError, StateMismatchError
+from compactdist.exchange.captured import catch_up
 from compactdist.exchange.engine import Engine
 from compactdist.exchange.later import Departures
 from compactdist.exchange.link import Link
@@ -205,6 +206,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             FrameError, NonFiniteError: a GPU has met a frame that is not the expected one, or values that are not
                 finite, in one of the last steps; or such a frame has come to a call that had been answered with its
                 prediction.
+            CaptureError: a CUDA graph was replayed that had ended (``reset``, another shape, a keyframe).
             LateExchangeError: the exchange of such a call failed.
         """
         self._ready()
@@ -297,7 +299,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         """Forget the history (a new request): all ranks must call it at the same place among their calls.
 
         Exchanges under way are finished against their old history; those of calls that were answered with a prediction
-        are waited for. Point-to-point receives posted before the reset must be for messages sent before it.
+        are waited for. Point-to-point receives posted before the reset must be for messages sent before it. CUDA graphs
+        that have captured calls of these sites end.
 
         Args:
             prefix: only sites under this prefix, as given to ``key`` or ``branch``; the step clock goes on, and
@@ -309,6 +312,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         """
         self._ready()
         error = self._engine.late.settle(prefix)
+        catch_up(self._engine)
         self._engine.forget(prefix)
         if prefix is None:
             self._keys.restart()
@@ -353,6 +357,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
                 both are waited for.
         """
         _raise(self._engine.late.settle())
+        catch_up(self._engine)
         self._engine.store.board.poll(wait=True)
         store = self._engine.store
         made = self._engine.stats.snapshot(self._engine.state_bytes(), store.rates(), store.offloaded_bytes())
@@ -374,6 +379,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             return
         self._departures.join()
         error = self._engine.late.settle()
+        catch_up(self._engine)
         try:
             check(self._engine, self._store, _torch.device_for_small_messages(self._inner), self._differences)
         except StateMismatchError as mismatch:
@@ -384,6 +390,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
 
     def reset_stats(self) -> None:
         """Start counting again; the history is untouched."""
+        catch_up(self._engine)
         self._engine.stats.clear()
 
     def explain(self) -> str:
@@ -415,7 +422,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
     # --- ending -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Forget the history and unregister the group; the inner group lives on. Closing twice is fine.
+        """Forget the history and unregister the group; the inner group lives on. Closing twice is fine. CUDA graphs
+        that have captured calls must be deleted first.
 
         Exchanges that have arrived are decoded first; those of calls that were answered with a prediction get 5 s to
         arrive, and sends 5 s to be received. A work that is still pending then finishes when it is waited for.
@@ -457,6 +465,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
     def _reported(self) -> BaseException | None:
         """What a device, or a late frame, has met since the last step."""
         late = self._engine.late.settle(seconds=_FLUSH_SECONDS)
+        catch_up(self._engine)
         try:
             self._engine.store.board.poll(wait=True)
         except CompactDistError as error:
@@ -492,6 +501,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             self._agreement.close()
             self._agreement = None
         self._engine.forget()
+        self._engine.store.ended.clear()
         if not self._owns_inner:
             self._let_go()
         with self._pool_lock:

@@ -179,7 +179,7 @@ class Frames(Protocol):
         out: Tensor | None,
         frame: Tensor,
         payload: Tensor,
-        digests: Tensor,
+        clock: Tensor,
         call: tuple[int, int, int, int, int],
         queue: int,
     ) -> bool:
@@ -192,9 +192,10 @@ class Frames(Protocol):
             out: flat, contiguous, none of the terms; gets what the receiver will hold.
             frame: 1-D uint8, contiguous.
             payload: the part of it behind the header.
-            digests: int64 ``[2]``: the digest the frame is made against, and a place for the next one.
-            call: step, epoch and sequence; which of the digests the frame is made against, 2 for one that the host
-                knows; that one.
+            clock: of this end, see ``spec.CLOCK_WORDS``; moves on by one frame.
+            call: step, epoch and sequence; which of the clock's digests the frame is made against, ``FROM_HOST`` for
+                one that the host knows; that one. With ``FROM_CLOCK`` the clock says it all, and the other numbers are
+                not looked at: the launches may be repeated as they are.
             queue: :func:`queue_of` the device.
 
         Returns:
@@ -210,7 +211,7 @@ class Frames(Protocol):
         terms: tuple[Tensor, ...],
         out: Tensor,
         copy: Tensor | None,
-        digests: Tensor,
+        clock: Tensor,
         call: tuple[int, int, int, int, int],
         queue: int,
     ) -> bool:
@@ -223,13 +224,17 @@ class Frames(Protocol):
             terms: what is expected, each flat and contiguous.
             out: flat, contiguous; may be the first of the terms.
             copy: contiguous; gets the values, too, or NaN where the frame is another one or holds none.
-            digests: as for :meth:`send`.
+            clock: as for :meth:`send`.
             call: as for :meth:`send`.
             queue: :func:`queue_of` the device.
 
         Returns:
             Whether it was done; not if the frame is not contiguous, or its payload not aligned to 16 bytes.
         """
+        ...
+
+    def repeats(self, steps: DeviceSteps) -> bool:
+        """Whether all that an end does with these steps is launches, which a CUDA graph can repeat."""
         ...
 
 

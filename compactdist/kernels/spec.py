@@ -19,13 +19,20 @@ from compactdist.kernels.sections import Sections
 __all__ = [
     "BOARD_WORDS",
     "CHECKSUM_WEIGHT",
+    "CLOCK_WORDS",
     "DIGEST_FACTOR",
+    "ENDED",
+    "ENDED_CLOCK",
     "FLOAT8",
+    "FROM_CLOCK",
+    "FROM_HOST",
     "HEAD_WORDS",
     "KINDS",
     "NOT_FINITE",
     "REFUSED",
     "SCALE_FORMS",
+    "STEP_WORD",
+    "TURN_WORD",
     "Allotment",
     "ComponentSpec",
     "FactorSpec",
@@ -47,8 +54,21 @@ undone, so digests that differ once differ for good."""
 HEAD_WORDS = 32
 """32-bit words of a header."""
 
-NOT_FINITE, REFUSED = 1, 2
-"""Codes on a board: the sender's residual was not finite; a frame was not the expected one."""
+CLOCK_WORDS, STEP_WORD, TURN_WORD = 4, 2, 3
+"""The clock of one end of a stream is int64 on its device. Words 0 and 1 are digests: a frame is made against one of
+them, its source, and writes the other. The other two say of the stream's next frame, each in its lower and its upper 32
+bits: step and epoch (``STEP_WORD``); sequence number and source, 0 or 1 (``TURN_WORD``). Every kernel that seals or
+checks a frame writes them, whatever it was told the frame is by."""
+
+FROM_HOST, FROM_CLOCK = 2, 3
+"""What a launch is told in place of a source: it is told the digest, too; or the clock says all of the frame."""
+
+ENDED = 4
+"""A clock's source while no frame can be made by it: a CUDA graph that was captured before must not go on."""
+
+NOT_FINITE, REFUSED, ENDED_CLOCK = 1, 2, 3
+"""Codes on a board: the sender's residual was not finite; a frame was not the expected one; a CUDA graph was replayed
+whose clock has ended."""
 
 BOARD_WORDS = 2 + 2 * HEAD_WORDS
 """A board is int32: a code, 0 for none; a stream's number; the header that arrived; the one that was expected."""

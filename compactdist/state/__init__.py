@@ -1,5 +1,6 @@
 """The residual loop: what both ends of a stream remember, and how they stay equal. Imports nothing distributed."""
 
+from compactdist.state.captured import Captured, Sealed, capture_check, capture_seal, catch_up, not_captured, unsuited
 from compactdist.state.decoder import KeysThere, StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Order, Predictor
@@ -23,6 +24,7 @@ from compactdist.state.stream import (
 
 __all__ = [
     "COMPRESSIBLE_DTYPES",
+    "Captured",
     "DEFAULT_KEYFRAME",
     "KeysThere",
     "MatrixView",
@@ -37,6 +39,7 @@ __all__ = [
     "RateControl",
     "Room",
     "STATE_OFFLOADS",
+    "Sealed",
     "STEERED",
     "Site",
     "Staged",
@@ -49,8 +52,13 @@ __all__ = [
     "StreamState",
     "Target",
     "blocks",
+    "capture_check",
+    "capture_seal",
+    "catch_up",
     "check_steered",
     "keyframe_codec",
+    "not_captured",
     "plain",
     "state_nbytes",
+    "unsuited",
 ]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactdist.errors import CompactDistError, FrameError, NonFiniteError
-from compactdist.kernels.spec import BOARD_WORDS, NOT_FINITE
+from compactdist.errors import CaptureError, CompactDistError, FrameError, NonFiniteError
+from compactdist.kernels.spec import BOARD_WORDS, ENDED_CLOCK, NOT_FINITE
 from compactdist.state.remedies import remedy_of
 from compactdist.wire import HEADER_NBYTES, KEY, differences, flags_in, step_in
 
@@ -98,6 +98,7 @@ class Board:
         Raises:
             NonFiniteError: what a tensor changed by was NaN or infinite at its sender.
             FrameError: a frame was not the one its receiver expected.
+            CaptureError: a CUDA graph was replayed that had ended.
         """
         for one in tuple(self._devices.values()):
             if one.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -112,6 +113,13 @@ class Board:
         where = self._streams.get(stream, "a stream of an earlier request")
         heads = seen[2:].numpy().tobytes()
         got, expected = heads[:HEADER_NBYTES], heads[HEADER_NBYTES:]
+        if code == ENDED_CLOCK:
+            return CaptureError(
+                f"{where}: a CUDA graph was replayed that had ended with the history it goes on from: by reset(), a "
+                "keyframe, another shape or codec, or a frame that the host made. Outputs of that call hold NaN and no "
+                "history has moved; make the call uncaptured until its frames are residuals, capture it again, and "
+                "delete the old graph, on all ranks"
+            )
         if code == NOT_FINITE and flags_in(got) & KEY:
             return NonFiniteError(
                 f"{where}: in step {step_in(got)} the tensor held NaN or Inf, which a coded keyframe cannot carry. "

@@ -12,11 +12,10 @@ from compactdist import kernels
 from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.errors import FrameError, NonFiniteError, PayloadError
 from compactdist.kernels import Frames
-from compactdist.kernels.spec import MatrixView
+from compactdist.kernels.spec import FROM_HOST, MatrixView
 from compactdist.state.board import Board
 from compactdist.state.key_ends import finite
 from compactdist.state.matrix_view import blocks
-from compactdist.state.on_device import FROM_HOST
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, StreamConfig, StreamState
 from compactdist.wire import (
@@ -174,7 +173,7 @@ class StreamDecoder(StreamState):
             if keys_there == "none":
                 return None
             return self._take_key_there(frame, codec, numel, dtype, step, epoch, hint, keys_there, into, queue)
-        if not foreseen or self._there is None or codec.lossless or self.is_fresh(numel, dtype):
+        if not foreseen or self.clock is None or codec.lossless or self.is_fresh(numel, dtype):
             return None
         if not self._looked and (self.view is None or not self.view.hint):
             return None  # it may announce a matrix view
@@ -257,7 +256,7 @@ class StreamDecoder(StreamState):
         payload = frame[HEADER_NBYTES : form.frame_nbytes]
         if frame.stride(0) != 1 or payload.storage_offset() % 16:
             return None
-        if self._there is not None:
+        if self.clock is not None:
             self.known_digest()
         head = bytes_at(frame.data_ptr()).raw if frame.is_cpu else frame[:HEADER_NBYTES].cpu().numpy().tobytes()
         session = form.session
@@ -290,22 +289,22 @@ class StreamDecoder(StreamState):
         queue: int | None,
     ) -> Tensor | None:
         """The value of a residual that the device checks and decodes; ``None``: the host has to."""
-        steps, there = form.session.device_steps, self._there
-        if steps is None or there is None or self._torn:
+        steps, clock = form.session.device_steps, self.clock
+        if steps is None or clock is None or self._torn:
             return None
         assert self.live is not None
         predictor = self.predictor
         if queue is None:
             queue = kernels.queue_of(frame.device)
-        if queue != there.queue:
-            there.follow(predictor, queue)
+        if queue != clock.queue:
+            clock.follow(predictor, queue)
         terms, (numel, dtype) = predictor.terms(), self.live
         if terms and predictor.decodes_in_place:
             value = terms[0]
         else:  # a frame that is refused leaves the prediction in its place
             value = terms[0].clone() if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
-        call = step, epoch, self.sequence, there.source, self.digest
-        if not frames.receive(steps, frame, form.frame_nbytes, terms, value, into, there.pair, call, queue):
+        call = step, epoch, self.sequence, clock.source, self.digest
+        if not frames.receive(steps, frame, form.frame_nbytes, terms, value, into, clock.words, call, queue):
             return None
         self.header, self.checksum = form.head.header, None
         self.holds_values, self.wrote = frames.holds_values, into is not None
@@ -314,7 +313,7 @@ class StreamDecoder(StreamState):
             form.session.commit()
             form.session.prepare()
         self.sequence += 1
-        there.source = 1 if there.source == 0 else 0
+        clock.source, clock.right = 1 if clock.source == 0 else 0, True
         return value
 
     def _take_key_there(
@@ -331,16 +330,17 @@ class StreamDecoder(StreamState):
         queue: int | None,
     ) -> Tensor | None:
         """The value of a keyframe that the device checks and decodes; ``None``: the host has to."""
-        keys, there = self._keys_on(codec, numel, dtype, frame.device, hint), self._there
+        keys, clock = self._keys_on(codec, numel, dtype, frame.device, hint), self.clock
         steps = None if keys is None else keys.steps
-        if keys is None or steps is None or there is None or (keys.own_bytes and keys_there != "all"):
+        if keys is None or steps is None or clock is None or (keys.own_bytes and keys_there != "all"):
             return None
         if frame.numel() < keys.nbytes:
             return None
+        self._end_graphs()
         queue = kernels.queue_of(frame.device) if queue is None else queue
         predictor = self.predictor
-        if queue != there.queue:
-            there.follow(predictor, queue)
+        if queue != clock.queue:
+            clock.follow(predictor, queue)
         terms = predictor.terms() if self.live == (numel, dtype) else ()
         if terms and predictor.decodes_in_place:
             kept = terms[0]
@@ -350,7 +350,7 @@ class StreamDecoder(StreamState):
         if keys.own_bytes and into is None:  # what is remembered is not what is handed out
             copy = torch.empty_like(kept)
         call = step, epoch, self.sequence, FROM_HOST, 0
-        if not keys.frames.receive(steps, frame, keys.nbytes, (), kept, copy, there.pair, call, queue):
+        if not keys.frames.receive(steps, frame, keys.nbytes, (), kept, copy, clock.words, call, queue):
             return None
         self.header, self.checksum, self.refused = keys.head.header, None, False
         self.holds_values, self.wrote = keys.frames.holds_values, into is not None
@@ -359,7 +359,7 @@ class StreamDecoder(StreamState):
             predictor.advance(kept, ())
         self._torn, self.digest = False, 0
         self.sequence += 1
-        there.source = 0
+        clock.source, clock.right = 0, True
         return kept if copy is None else copy
 
     def drop(self) -> None:

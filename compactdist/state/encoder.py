@@ -14,12 +14,11 @@ from compactdist import kernels
 from compactdist.codecs.base import Codec, Session, Terms, residual_of
 from compactdist.errors import ConfigError, LayoutError, NonFiniteError
 from compactdist.kernels import Frames
-from compactdist.kernels.spec import MatrixView
+from compactdist.kernels.spec import FROM_HOST, MatrixView
 from compactdist.state.board import Board
 from compactdist.state.find_view import find_view
 from compactdist.state.key_ends import finite
 from compactdist.state.matrix_view import blocks
-from compactdist.state.on_device import FROM_HOST
 from compactdist.state.rate import Choice, Measured, StreamRate
 from compactdist.state.relay import Relay, stop_sharing
 from compactdist.state.stream import Changes, Form, Room, Spares, Staged, StreamConfig, StreamState
@@ -241,18 +240,18 @@ class StreamEncoder(StreamState):
     ) -> Staged | None:
         """The keyframe, made by the device without the host's waiting; ``None``: it has to be made here."""
         device = flat.device
-        keys, there = self._keys_on(codec, flat.numel(), flat.dtype, device, hint), self._there
+        keys, clock = self._keys_on(codec, flat.numel(), flat.dtype, device, hint), self.clock
         steps = None if keys is None else keys.steps
-        if keys is None or steps is None or there is None or (keys.own_bytes and not foreseen):
+        if keys is None or steps is None or clock is None or (keys.own_bytes and not foreseen):
             return None
         queue = kernels.queue_of(device) if queue is None else queue
-        if queue != there.queue:
-            there.follow(self.predictor, queue)
+        if queue != clock.queue:
+            clock.follow(self.predictor, queue)
         frame, payload = empty_frame(HEADER_NBYTES, keys.nbytes - HEADER_NBYTES, frame_nbytes, device)
         keeps = want_value or self._remembers
         value = torch.empty(flat.numel(), dtype=flat.dtype, device=device) if keeps else None
         call = step, epoch, self.sequence, FROM_HOST, 0
-        if not keys.frames.send(steps, flat, (), value, frame, payload, there.next_pair, call, queue):
+        if not keys.frames.send(steps, flat, (), value, frame, payload, clock.next_words, call, queue):
             return None
         return Staged(frame, keys.head.header, 0, value, there=True, lends=not want_value, hint=hint)
 
@@ -279,7 +278,7 @@ class StreamEncoder(StreamState):
         shape: tuple[int, ...] | None = None,
         row_weights: Tensor | None = None,
     ) -> Staged:
-        if self._there is not None:
+        if self.clock is not None:
             self.known_digest()
         session, own = form.session, self._own_predictor
         head, coefficient = form.head, 0.0
@@ -359,8 +358,8 @@ class StreamEncoder(StreamState):
 
         It announces nothing, so that its receiver need not look into it.
         """
-        steps, there = form.session.device_steps, self._there
-        if steps is None or there is None or self._own_predictor is not None:
+        steps, clock = form.session.device_steps, self.clock
+        if steps is None or clock is None or self._own_predictor is not None:
             return None
         if not (self._searched or form.head.header.layout):
             return None
@@ -372,13 +371,13 @@ class StreamEncoder(StreamState):
         spares, device = self._spares or Spares(), flat.device
         place = frame_nbytes or form.frame_nbytes, HEADER_NBYTES, form.frame_nbytes, self.part, device, queue
         room = spares.rooms.pop(place, None) or _room_for_frame(place, device)
-        if queue != there.queue:
-            there.follow(self.predictor, queue)
+        if queue != clock.queue:
+            clock.follow(self.predictor, queue)
         terms, value = self.predictor.terms(), None
         if want_value or self._remembers:
             value = spares.take(flat, queue, self.part)
-        call = step, epoch, self.sequence, there.source, self.digest
-        if not frames.send(steps, flat, terms, value, room.whole, room.views[0], there.pair, call, queue):
+        call = step, epoch, self.sequence, clock.source, self.digest
+        if not frames.send(steps, flat, terms, value, room.whole, room.views[0], clock.words, call, queue):
             return None
         return Staged(
             room.whole, form.head.header, 0, value, terms,
@@ -508,6 +507,8 @@ class StreamEncoder(StreamState):
         """Undo ``stage``: the frame will not be sent and leaves no trace in the stream."""
         if staged.session is not None:
             staged.session.rollback()
+            if staged.there and self.clock is not None:
+                self.clock.stop()  # the device has moved it on
 
     def commit(self, staged: Staged, queue: int | None = None) -> None:
         """Make the state change that the receiver makes when it decodes the frame.
@@ -530,14 +531,14 @@ class StreamEncoder(StreamState):
         if flags & KEY:
             self.start(header.numel, header.dtype, staged.hint)
             self.digest = 0
-            if staged.there and self._there is not None:
-                self._there.begin()
+            if staged.there and self.clock is not None:
+                self.clock.begin()
             if self.relay is not None:
                 self.relay.owes_key = False
-        there = self._there
-        if staged.there and there is not None:
+        clock = self.clock
+        if staged.there and clock is not None:
             self.sequence += 1
-            there.source = 1 if there.source == 0 else 0  # the next frame reads what this one wrote
+            clock.source, clock.right = 1 if clock.source == 0 else 0, True  # the next frame reads what this one wrote
         else:
             self.moved_on(staged.checksum)
         if staged.searched:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from compactdist.state.board import Board
+from compactdist.state.captured import Captured
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.offload import Offload
@@ -36,6 +37,7 @@ class Site:
         refused: peers with which no history is kept for lack of budget; :data:`ALL` for the whole site.
         reserved: bytes of budget taken per peer (or :data:`ALL`).
         pending: exchanges issued and not yet decoded.
+        captured: what a replay of its calls counts as, once a CUDA graph has captured one.
         offloaded: what of its state lies in host memory (``state_offload``), or ``None``.
         queues: the CUDA streams that work on its state, known where it may be offloaded.
         lock: held while an exchange of this site is waited for and decoded.
@@ -71,6 +73,7 @@ class Site:
         self.refused: set[int] = set()
         self.reserved: dict[int, tuple[object, int]] = {}
         self.pending: deque[Any] = deque()
+        self.captured: Captured | None = None
         self.offloaded: Offloaded | None = None
         self.queues = Queues()
         self.lock = threading.RLock()
@@ -147,6 +150,12 @@ class Site:
         """Bytes of this site's tensors that lie in host memory until its next call."""
         return 0 if self.offloaded is None else self.offloaded.nbytes
 
+    def stop_graphs(self) -> None:
+        """Replays of this site's captured calls are refused from now on."""
+        for stream in self.streams:
+            if stream.clock is not None:
+                stream.clock.stop()
+
     def drop(self, peer: int) -> None:
         """Forget the history shared with ``peer`` (or all)."""
         dropped = self.streams if peer == Site.ALL else (*self.encoders_to(peer), *self.decoders_from(peer))
@@ -170,6 +179,8 @@ class StateStore:
         control, offload: as given.
         known: all sites by key, for reading only.
         board: what streams report from a device.
+        ended: forgotten sites whose calls CUDA graphs have captured, by key. Replays write to their memory still, until
+            the site is captured again or the group is closed.
         spares: buffers for the next reconstructions, one of each size for all sites. They hold no history and do not
             count as state.
     """
@@ -194,6 +205,7 @@ class StateStore:
         self.budget_bytes = budget_bytes
         self.spares = Spares()
         self.board = Board()
+        self.ended: dict[str, list[Site]] = {}
         self._reserved = 0
         self.known: dict[str, Site] = {}
         self._lock = threading.Lock()
@@ -270,6 +282,9 @@ class StateStore:
                 site = self.known.pop(key)
                 self._reserved -= sum(nbytes for _, nbytes in site.reserved.values())
                 site.reserved.clear()
+                if site.captured is not None:
+                    site.stop_graphs()
+                    self.ended.setdefault(key, []).append(site)
                 site.plan = None  # which refers to the site: histories would stay until the garbage collector comes
                 if self.offload is not None:
                     self.offload.forget(site)

@@ -17,12 +17,12 @@ from torch import Tensor
 from compactdist import codecs, kernels
 from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.errors import ConfigError
-from compactdist.kernels.spec import DIGEST_FACTOR, MatrixView
+from compactdist.kernels.spec import DIGEST_FACTOR, FROM_HOST, MatrixView
 from compactdist.state.board import Board
 from compactdist.state.history import Order, Predictor, predictor_class
 from compactdist.state.key_ends import KeyEnds, key_ends_of
 from compactdist.state.matrix_view import blocks, plain
-from compactdist.state.on_device import FROM_HOST, DeviceDigest
+from compactdist.state.on_device import DeviceClock
 from compactdist.state.quantized_history import STATE_FORMS, StateForm, make_predictor, state_copy_nbytes
 from compactdist.state.rate import Measured
 from compactdist.wire import HEAD_PLACES, HEADER_NBYTES, MASK64, SHAPE_NBYTES, Header, HeadTemplate, raw_nbytes
@@ -322,6 +322,7 @@ class StreamState:
             same frames have the same digest. Ask :meth:`known_digest` where frames may have been made on a device.
         keyframe_announced: the last frame said that the next one is a keyframe.
         view: matrix view of the residuals; ``None`` until the stream is live.
+        clock: of frames that are made or checked on a device; ``None``: there were none yet.
         rate: number of the rate announced last; 0: none since the last keyframe, so the codec's start rate holds.
         part, parts: the stream carries this part, from 0, of tensors that travel in so many.
         where: call site and ranks, for error messages.
@@ -333,7 +334,7 @@ class StreamState:
         "_form",
         "_keys",
         "_number",
-        "_there",
+        "clock",
         "config",
         "digest",
         "fingerprint",
@@ -372,7 +373,7 @@ class StreamState:
         self._board = board
         self._keys: KeyEnds | None = None
         self._number: int | None = None
-        self._there: DeviceDigest | None = None
+        self.clock: DeviceClock | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -388,6 +389,11 @@ class StreamState:
     def codec_memory(self) -> tuple[Tensor, ...]:
         """What the codec remembers that decoding depends on; the stream's other end holds the same."""
         return () if self._form is None else self._form.session.shared_memory
+
+    @property
+    def known_form(self) -> Form | None:
+        """What the last residual shared with those before it; ``None``: there is none since the stream changed."""
+        return self._form
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         """Keep what ``to`` makes of each tensor held by this end: the same bytes on another device."""
@@ -481,6 +487,7 @@ class StreamState:
             form.codec = codec  # callers compare identities first, which is cheaper
             return form
         self._check_sharing(codec)
+        self._end_graphs()
         assert self.live is not None
         assert self.view is not None
         session = codec.open(self.view, self.live[1], device)
@@ -514,8 +521,8 @@ class StreamState:
             return None
         if self.config.predictor.adapts:
             return None  # the sender's host chooses each frame's coefficient, and the receiver's reads it
-        if self._there is None:
-            self._there = DeviceDigest(device)
+        if self.clock is None:
+            self.clock = DeviceClock(device)
         return made(head.raw, HEAD_PLACES, session.payload_nbytes, board.on(device), self._number_on(board))
 
     def _number_on(self, board: Board) -> int:
@@ -542,8 +549,8 @@ class StreamState:
             if keys is None:
                 return None
             self._keys = keys
-        if self._there is None:
-            self._there = DeviceDigest(device)
+        if self.clock is None:
+            self.clock = DeviceClock(device)
         return keys
 
     def header_of(self, codec: Codec, numel: int, dtype: torch.dtype, **fields: Any) -> Header:
@@ -572,23 +579,33 @@ class StreamState:
         """Count a frame whose payload has become part of the history."""
         self.sequence += 1
         self.digest = ((self.digest ^ checksum) * DIGEST_FACTOR + 1) & MASK64
+        if self.clock is not None:
+            self.clock.stop()
 
     def known_digest(self) -> int:
         """The digest on the host; waits for the device if only that knows it."""
-        there = self._there
-        if there is not None and there.on_device:
-            self.digest, there.source = there.read(), FROM_HOST
+        clock = self.clock
+        if clock is not None and clock.on_device:
+            self.digest, clock.source = clock.read(), FROM_HOST
         return self.digest
+
+    def _end_graphs(self) -> None:
+        """The stream is about to use other memory than CUDA graphs know: their replays are refused from now on."""
+        clock = self.clock
+        if clock is not None and clock.captured:
+            self.known_digest()
+            clock.leave((self._form, *self.predictor.held))
 
     def start(self, numel: int, dtype: torch.dtype, hint: MatrixView | None) -> None:
         """Make the stream live for tensors of this size, as its first keyframe does.
 
         What decoding depends on begins with a keyframe, as the digest does.
         """
+        if self.clock is not None:
+            self._end_graphs()
+            self.clock.source, self.clock.right = FROM_HOST, False
         if self._form is not None:
             self._form.session.forget()
-        if self._there is not None:
-            self._there.source = FROM_HOST
         self._change_rate(0)
         if self.live != (numel, dtype):
             self.drop()
@@ -625,17 +642,19 @@ class StreamState:
         self._changes.count += 1
 
     def _use(self, view: MatrixView | None) -> None:
+        self._end_graphs()
         self.view = view
         self._form = None
         self._changes.count += 1
 
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
+        self._end_graphs()
         self.predictor.clear()
         self.live = None
         self.digest = 0
-        if self._there is not None:
-            self._there.source = FROM_HOST
+        if self.clock is not None:
+            self.clock.source, self.clock.right = FROM_HOST, False
         self.keyframe_announced = False
         self.rate = 0
         self._use(None)

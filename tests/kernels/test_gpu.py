@@ -15,13 +15,14 @@ import torch
 from benchmarks.gpu.compiled import Compiler, history_step
 from compactdist import codecs
 from compactdist.kernels import steps_for, use
-from compactdist.kernels.spec import BOARD_WORDS
+from compactdist.kernels.spec import BOARD_WORDS, CLOCK_WORDS
 from compactdist.state.matrix_view import Layout, blocks, plain
 from compactdist.wire import HEAD_PLACES, HEADER_NBYTES
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 ROOT = Path(__file__).parent.parent.parent
-BY_THEMSELVES = [f"tests/kernels/gpu/test_{name}.py" for name in ("components", "host_reads", "keyframes", "lowrank")]
+_LONG = ("captured", "components", "host_reads", "keyframes", "lowrank")
+BY_THEMSELVES = [f"tests/kernels/gpu/test_{name}.py" for name in _LONG]
 """Files that the interpreter takes minutes for."""
 
 
@@ -135,12 +136,12 @@ def test_frames_compile_for_an_h100_once_for_all_streams(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **others: compiler.launch(kernel, *args, **others))
     seen = set()
     for stream, nbytes, call in ((1, 16, (1, 0, 0)), (16, 4096, (-1, 16, 2**31)), (7, 4 * 5000, (3, 1, 1))):
-        board, digests = torch.zeros(BOARD_WORDS, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+        board, clock = torch.zeros(BOARD_WORDS, dtype=torch.int32), torch.zeros(CLOCK_WORDS, dtype=torch.int64)
         frames = FrameKernels(bytes(HEADER_NBYTES), HEAD_PLACES, nbytes, board, stream)
         frame = torch.zeros(HEADER_NBYTES + nbytes, dtype=torch.uint8)
         sums, flag = sums_of(board.device, None)
-        frames.launch(frames.sealing, (frame, sums, digests, flag), (*call, 2, 2**64 - 1), None)
-        frames.launch(frames.checking, (frame, sums, digests, frames.accepted), (*call, 1, 0), None)
+        frames.launch(frames.sealing, (frame, sums, clock, flag), (*call, 2, 2**64 - 1), None)
+        frames.launch(frames.checking, (frame, sums, clock, frames.accepted), (*call, 1, 0), None)
         seen.add((compiler.ptx["seal_frame"], compiler.ptx["check_frame"]))
     assert len(seen) == 1
 

@@ -43,7 +43,7 @@ class FrameEnds(FrameKernels):
         out: Tensor | None,
         frame: Tensor,
         payload: Tensor,
-        digests: Tensor,
+        clock: Tensor,
         call: tuple[int, int, int, int, int],
         queue: int,
     ) -> bool:
@@ -53,10 +53,10 @@ class FrameEnds(FrameKernels):
             return False
         if is_elsewhere(device):
             with torch.cuda.device(device):
-                return self.send(steps, x, terms, out, frame, payload, digests, call, queue)
+                return self.send(steps, x, terms, out, frame, payload, clock, call, queue)
         stream = None if self.stream_of is None else queue
         if not isinstance(steps, LaunchedSteps):
-            return self._send_in_turn(steps, x, terms, out, frame, payload, digests, call, stream)
+            return self._send_in_turn(steps, x, terms, out, frame, payload, clock, call, stream)
         if x.dtype != steps.dtype:
             return False
         own, own_pointers = steps.to_encode(stream)
@@ -70,14 +70,14 @@ class FrameEnds(FrameKernels):
         aligned, changing = alignment_of(told), changing_of(call)  # our own buffers are aligned
         at = payload.data_ptr()
         cuts = [at + cut.start for cut in steps.cuts] if steps.cuts else ()
-        ours = at, flag.data_ptr(), *own_pointers, *cuts, frame.data_ptr(), sums.data_ptr(), digests.data_ptr()
+        ours = at, flag.data_ptr(), *own_pointers, *cuts, frame.data_ptr(), sums.data_ptr(), clock.data_ptr()
         pointers = told + ours + changing
         key = steps, len(terms), out is not None
         series = self._series.get(key) or self._sending(*key)
         try:
             if not series.repeat(pointers, aligned, stream):
                 given = x, base, velocity, target, payload, flag
-                sealed: tuple[Any, ...] = *own, *cut_out(payload, steps.cuts), frame, sums, digests, *changing
+                sealed: tuple[Any, ...] = *own, *cut_out(payload, steps.cuts), frame, sums, clock, *changing
                 series.begin(given + sealed, pointers, aligned, stream)
         except BaseException:
             flag.zero_()  # the next frame must not be taken for one of values that are not finite
@@ -92,7 +92,7 @@ class FrameEnds(FrameKernels):
         out: Tensor | None,
         frame: Tensor,
         payload: Tensor,
-        digests: Tensor,
+        clock: Tensor,
         call: tuple[int, int, int, int, int],
         stream: int | None,
     ) -> bool:
@@ -100,7 +100,7 @@ class FrameEnds(FrameKernels):
         try:
             if not steps.encode(x, terms, out, payload, flag=flag):
                 return False
-            self.launch(self.sealing, (frame, sums, digests, flag), call, stream)
+            self.launch(self.sealing, (frame, sums, clock, flag), call, stream)
         except BaseException:
             flag.zero_()
             raise
@@ -114,7 +114,7 @@ class FrameEnds(FrameKernels):
         terms: tuple[Tensor, ...],
         out: Tensor,
         copy: Tensor | None,
-        digests: Tensor,
+        clock: Tensor,
         call: tuple[int, int, int, int, int],
         queue: int,
     ) -> bool:
@@ -124,12 +124,12 @@ class FrameEnds(FrameKernels):
             return False
         if is_elsewhere(device):
             with torch.cuda.device(device):
-                return self.receive(steps, frame, nbytes, terms, out, copy, digests, call, queue)
+                return self.receive(steps, frame, nbytes, terms, out, copy, clock, call, queue)
         stream, accepted = None if self.stream_of is None else queue, self.accepted
         sums = sums_of(device, stream).sums
         if not isinstance(steps, LaunchedSteps):
             payload = frame[_HEADER_NBYTES:nbytes]
-            self.launch(self.checking, (frame, sums, digests, accepted), call, stream)
+            self.launch(self.checking, (frame, sums, clock, accepted), call, stream)
             decoded = steps.decode(payload, terms, out, copy=copy, accepted=accepted)
             assert decoded, "the steps take what their stream holds"
             return True
@@ -141,16 +141,20 @@ class FrameEnds(FrameKernels):
         at = address + _HEADER_NBYTES
         own, own_pointers = steps.to_decode(stream)
         cuts = [at + cut.start for cut in steps.cuts] if steps.cuts else ()
-        ours = accepted.data_ptr(), told[3], *own_pointers, *cuts, address, sums.data_ptr(), digests.data_ptr()
+        ours = accepted.data_ptr(), told[3], *own_pointers, *cuts, address, sums.data_ptr(), clock.data_ptr()
         pointers = (*told[:3], at, *ours, *changing)
         key = steps, len(terms), copy is not None
         series = self._series.get(key) or self._receiving(*key)
         if not series.repeat(pointers, aligned, stream):
             payload = frame[_HEADER_NBYTES:nbytes]
             given = base, velocity, out, payload, accepted, target
-            checked: tuple[Any, ...] = *own, *cut_out(payload, steps.cuts), frame, sums, digests, *changing
+            checked: tuple[Any, ...] = *own, *cut_out(payload, steps.cuts), frame, sums, clock, *changing
             series.begin(given + checked, pointers, aligned, stream)
         return True
+
+    def repeats(self, steps: DeviceSteps) -> bool:
+        """See ``kernels.Frames``."""
+        return isinstance(steps, LaunchedSteps)
 
     def _sending(self, steps: LaunchedSteps, terms: int, writes: bool) -> Series:
         encoding = steps.encoding(terms, writes, True)
@@ -170,7 +174,7 @@ class FrameEnds(FrameKernels):
 def _around(given: int, shared: int) -> tuple[list[int], int]:
     """Where the arguments of sealing or checking are, behind those ``given`` to the steps, and how many there are then.
 
-    Frame, sums and digests, what is ``shared`` with the steps, and what changes.
+    Frame, sums and clock, what is ``shared`` with the steps, and what changes.
     """
     numbers = [*range(given, given + 3), shared, *range(given + 3, given + 3 + CHANGING)]
     return numbers, given + 3 + CHANGING

@@ -2,8 +2,10 @@
 
 One launch at each end: all programs add up the payload's checksum (``reference/checksum.py``), the last one to come
 makes the header of the frame from it. The sender writes that header, the receiver compares it with the one that
-arrived. The digest of a stream's history stays on the device, in a pair of which each frame reads one and writes the
-other, so that a frame that is not sent leaves the digest as it was.
+arrived. The digest of a stream's history stays on the device, in the stream's clock (``spec.CLOCK_WORDS``): each
+frame reads one of its two digests and writes the other, so that a frame that is not sent leaves the digest as it was. A
+launch is told step, epoch and sequence. One that a CUDA graph captures is told none of them: it reads the clock, which
+every frame moves on, so that a replay is the next frame.
 
 What goes wrong is written to the group's board (``spec.BOARD_WORDS``), and only the first of it.
 """
@@ -24,9 +26,15 @@ from compactdist.kernels.gpu.plan import INTERPRETED
 from compactdist.kernels.spec import (
     CHECKSUM_WEIGHT,
     DIGEST_FACTOR,
+    ENDED,
+    ENDED_CLOCK,
+    FROM_CLOCK,
+    FROM_HOST,
     HEAD_WORDS,
     NOT_FINITE,
     REFUSED,
+    STEP_WORD,
+    TURN_WORD,
     HeadPlaces,
 )
 
@@ -35,7 +43,9 @@ __all__ = ["CHANGING", "FrameKernels", "changing_of", "sums_of"]
 _WEIGHT = tl.constexpr(CHECKSUM_WEIGHT)
 _FACTOR = tl.constexpr(DIGEST_FACTOR - (1 << 64))
 _HEAD = tl.constexpr(HEAD_WORDS)
-_NOT_FINITE, _REFUSED = tl.constexpr(NOT_FINITE), tl.constexpr(REFUSED)
+_NOT_FINITE, _REFUSED, _ENDED_CLOCK = map(tl.constexpr, (NOT_FINITE, REFUSED, ENDED_CLOCK))
+_STEP, _TURN = tl.constexpr(STEP_WORD), tl.constexpr(TURN_WORD)
+_FROM_HOST, _FROM_CLOCK, _ENDED = map(tl.constexpr, (FROM_HOST, FROM_CLOCK, ENDED))
 _WORDS = 16384 if INTERPRETED else 2048
 _here = threading.local()
 
@@ -65,10 +75,35 @@ def taken(sums):
 
 
 @triton.jit
-def digest_before(digests, source, known_low, known_high):
-    """The digest that the frame is made against: from the pair, or from the host where ``source`` is 2."""
-    known = (known_high.to(tl.int64) << 32) | (known_low.to(tl.int64) & 0xFFFFFFFF)
-    return tl.where(source == 2, known, tl.load(digests + tl.where(source == 1, 1, 0)))
+def joined(low, high):
+    """An int64 of two int32."""
+    return (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def due(clock, step, epoch, sequence, source):
+    """Step, epoch, sequence and source of the frame: as given or, where ``source`` says so, as the clock has them."""
+    asked = source == _FROM_CLOCK
+    when, turn = tl.load(clock + _STEP), tl.load(clock + _TURN)
+    step = tl.where(asked, when.to(tl.int32), step)
+    epoch = tl.where(asked, (when >> 32).to(tl.int32), epoch)
+    sequence = tl.where(asked, turn.to(tl.int32), sequence)
+    return step, epoch, sequence, tl.where(asked, (turn >> 32).to(tl.int32), source), asked
+
+
+@triton.jit
+def move_on(clock, digest, step, epoch, sequence, source):
+    """Let the clock say what the next frame is, which is made against ``digest``."""
+    written = tl.where(source == 0, 1, 0)
+    tl.store(clock + written, digest)
+    tl.store(clock + _STEP, joined(step + tl.where(step < 0, 0, 1), epoch))  # -1: there are no steps
+    tl.store(clock + _TURN, joined(sequence + 1, written))
+
+
+@triton.jit
+def digest_before(clock, source, known_low, known_high):
+    """The digest that the frame is made against: from the clock, or from the host where ``source`` says so."""
+    return tl.where(source == _FROM_HOST, joined(known_low, known_high), tl.load(clock + tl.where(source == 1, 1, 0)))
 
 
 @triton.jit
@@ -122,21 +157,30 @@ _GIVEN = 4
 
 @triton.jit(do_not_specialize=_GENERAL)
 def seal_frame(
-    frame, sums, digests, flag, step, epoch, sequence, source, known_low, known_high,
+    frame, sums, clock, flag, step, epoch, sequence, source, known_low, known_high,
     template, board, count, stream,
     WORDS: tl.constexpr, NONFINITE: tl.constexpr,
     FLAGS: tl.constexpr, CALL: tl.constexpr, SUMS: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
-    """Write the header of a frame whose payload is there; report a residual that was not finite."""
+    """Write the header of a frame whose payload is there; report a residual that was not finite.
+
+    By a clock that has ended the frame is made against a digest that no receiver has, and the clock stays.
+    """
     head_at = frame.to(tl.pointer_type(tl.int32))
     if added(head_at + _HEAD, count, sums, WORDS):
         checksum = taken(sums)
-        digest = digest_before(digests, source, known_low, known_high)
+        step, epoch, sequence, source, asked = due(clock, step, epoch, sequence, source)
+        ended = asked & (source == _ENDED)
+        digest = digest_before(clock, source, known_low, known_high)
+        digest = tl.where(ended, ~digest, digest)
         flagged = tl.load(flag) != 0
         flags = tl.where(flagged, NONFINITE, 0)
         head = head_of(template, checksum, digest, step, epoch, sequence, flags, FLAGS, CALL, SUMS, TOTAL)
         tl.store(head_at + tl.arange(0, _HEAD), head)
-        tl.store(digests + tl.where(source == 0, 1, 0), digest_after(digest, checksum))
+        if ended:
+            report(board, _ENDED_CLOCK, stream, head, head)
+        else:
+            move_on(clock, digest_after(digest, checksum), step, epoch, sequence, source)
         if flagged:
             tl.store(flag, 0)
             report(board, _NOT_FINITE, stream, head, head)
@@ -144,7 +188,7 @@ def seal_frame(
 
 @triton.jit(do_not_specialize=_GENERAL)
 def check_frame(
-    frame, sums, digests, accepted, step, epoch, sequence, source, known_low, known_high,
+    frame, sums, clock, accepted, step, epoch, sequence, source, known_low, known_high,
     template, board, count, stream,
     WORDS: tl.constexpr, NONFINITE: tl.constexpr,
     FLAGS: tl.constexpr, CALL: tl.constexpr, SUMS: tl.constexpr, TOTAL: tl.constexpr,
@@ -153,19 +197,25 @@ def check_frame(
     the second if it holds values, else 0.
 
     The frame of a residual that was not finite is applied, as its sender applies it, but its values are not handed out.
-    Any other difference breaks the stream for good: its digest becomes one that no frame has.
+    Any other difference breaks the stream for good: its digest becomes one that no frame has. By a clock that has ended
+    no frame is the expected one, and the clock stays.
     """
     head_at = frame.to(tl.pointer_type(tl.int32))
     if added(head_at + _HEAD, count, sums, WORDS):
         checksum = taken(sums)
-        digest = digest_before(digests, source, known_low, known_high)
+        step, epoch, sequence, source, asked = due(clock, step, epoch, sequence, source)
+        ended = asked & (source == _ENDED)
+        digest = digest_before(clock, source, known_low, known_high)
         lane = tl.arange(0, _HEAD)
         got = tl.load(head_at + lane)
         flags = tl.load(head_at + FLAGS) & NONFINITE
         head = head_of(template, checksum, digest, step, epoch, sequence, flags, FLAGS, CALL, SUMS, TOTAL)
-        same = tl.sum(tl.where(got == head, 0, 1), 0) == 0
+        same = (tl.sum(tl.where(got == head, 0, 1), 0) == 0) & (ended == 0)
         after = digest_after(digest, checksum)
-        tl.store(digests + tl.where(source == 0, 1, 0), tl.where(same, after, ~after))
+        if ended:
+            report(board, _ENDED_CLOCK, stream, got, head)
+        else:
+            move_on(clock, tl.where(same, after, ~after), step, epoch, sequence, source)
         tl.store(accepted, tl.where(same, 1, 0).to(tl.uint8))
         tl.store(accepted + 1, tl.where(same & (flags == 0), 1, 0).to(tl.uint8))
         if not same:
@@ -239,7 +289,7 @@ class FrameKernels:
 
         Args:
             launch: ``sealing`` or ``checking``.
-            tensors: the frame, its ``sums``, digests, and the encoder's flag or ``accepted``.
+            tensors: the frame, its ``sums``, the clock, and the encoder's flag or ``accepted``.
             call: as for :func:`changing_of`.
             stream: the current one; ``None`` on the CPU.
         """
@@ -250,10 +300,10 @@ class FrameKernels:
 def changing_of(call: tuple[int, int, int, int, int]) -> tuple[int, ...]:
     """What a call gives beside tensors, as Triton takes it for int32 whatever it is.
 
-    ``call``: step, epoch, sequence, which of the digests the frame is made against, the digest that the host knows.
+    ``call``: step, epoch, sequence, source, the digest that the host knows.
     """
     step, epoch, sequence, source, known = call
-    if source != 2:  # no kernel looks at what the host knows
+    if source != FROM_HOST:  # no kernel looks at what the host knows
         known = 0
     if (epoch | sequence | known) >> 31:
         return step, _signed(epoch), _signed(sequence), source, _signed(known), _signed(known >> 32)

@@ -1,0 +1,171 @@
+"""Frames that a CUDA graph captures: each replay makes or checks the stream's next frame, by the clock on its device.
+
+The host moves nothing when a frame is captured, for nothing runs. It counts replays later (:func:`catch_up`). Whatever
+the frame needs only while it is made comes from the graph's own memory; the history, the clock, and what kernels were
+told of the stream lie outside of it. A clock that has ended makes no frame: what it seals no receiver takes, nothing is
+remembered, and outputs hold NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compactdist.codecs.base import Codec
+from compactdist.kernels import DeviceSteps, Frames
+from compactdist.kernels.spec import FROM_CLOCK
+from compactdist.state.on_device import DeviceClock
+from compactdist.wire import HEADER_NBYTES
+
+if TYPE_CHECKING:
+    from compactdist.state.decoder import StreamDecoder
+    from compactdist.state.encoder import StreamEncoder
+    from compactdist.state.stream import StreamConfig, StreamState
+
+__all__ = ["Captured", "Sealed", "capture_check", "capture_seal", "catch_up", "not_captured", "unsuited"]
+
+_BY_CLOCK = 0, 0, 0, FROM_CLOCK, 0
+"""Step, epoch, sequence, source and digest as a captured launch is told them: the same in every replay."""
+
+
+class Captured(NamedTuple):
+    """What a replay of a call site counts as.
+
+    Attributes:
+        op: of the site.
+        codec_id: codec applied.
+        raw_nbytes: bytes on the link if the call were not compressed.
+        wire_nbytes: bytes on the link.
+        numel: elements in all messages that leave.
+    """
+
+    op: str
+    codec_id: str
+    raw_nbytes: int
+    wire_nbytes: int
+    numel: int
+
+
+class Sealed(NamedTuple):
+    """A frame that a graph makes.
+
+    Attributes:
+        frame: 1-D uint8, header and payload, padded to the agreed size.
+        value: what the receiver will reconstruct, flat; ``None`` if neither caller nor history need it.
+        goes_on: bool ``[]`` on the device: the clock has not ended.
+    """
+
+    frame: Tensor
+    value: Tensor | None
+    goes_on: Tensor
+
+    def or_nan(self, value: Tensor) -> Tensor:
+        """``value``; NaN where the clock has ended."""
+        return torch.where(self.goes_on, value, math.nan)
+
+
+def unsuited(config: StreamConfig) -> str:
+    """Why no frame of streams with this configuration can be captured; empty if some can."""
+    if config.predictor.copies > 1 or config.predictor.adapts:
+        return 'order=2 and "auto" make tensors of their own between two frames; take order=1 or 0'
+    if config.state != "exact":
+        return f'state="{config.state}" makes tensors of its own between two frames; take state="exact"'
+    if config.open_loop:
+        return "with error_feedback=False the host makes every frame; leave error feedback on"
+    return ""
+
+
+def not_captured(stream: StreamState, codec: Codec) -> str:
+    """Why the stream's next frame, a residual, cannot be captured; empty if it can."""
+    if codec.rates:
+        return f"codec {codec.codec_id!r} has several rates, which frames announce; take a codec of one rate"
+    form, clock = stream.known_form, stream.clock
+    if form is None or form.codec != codec or clock is None or not clock.right or form.frames is None:
+        return "its last frame was not a residual that the device made; make the call uncaptured once more"
+    steps = form.session.device_steps
+    if form.session.remembers or steps is None or not form.frames.repeats(steps):
+        return (
+            f"codec {codec.codec_id!r} keeps a memory between two frames; take a scalar quantizer, not of token_history"
+        )
+    return ""
+
+
+def _parts(stream: StreamState) -> tuple[Frames, DeviceSteps, DeviceClock, int]:
+    """What a frame of a stream is made or checked with, for which :func:`not_captured` is empty; its bytes."""
+    form, clock = stream.known_form, stream.clock
+    assert form is not None
+    assert clock is not None
+    frames, steps = form.frames, form.session.device_steps
+    assert frames is not None
+    assert steps is not None
+    if not clock.captured:
+        clock.captured = True
+        clock.kept.clear()  # graphs that have ended make room for this one
+    return frames, steps, clock, form.frame_nbytes
+
+
+def capture_seal(encoder: StreamEncoder, x: Tensor, frame_nbytes: int, queue: int, *, want_value: bool) -> Sealed:
+    """Let the graph that is being captured make the frame of ``x``, and remember what its receivers will.
+
+    Args:
+        encoder: the stream; :func:`not_captured` is empty for it.
+        x: any shape, the stream's numel and dtype.
+        frame_nbytes: agreed frame size, padded with zeros.
+        queue: ``kernels.queue_of`` the device.
+        want_value: fill ``Sealed.value`` even where the stream keeps no history.
+    """
+    frames, steps, clock, nbytes = _parts(encoder)
+    flat, terms = x.detach().reshape(-1), encoder.predictor.terms()
+    frame = torch.empty(frame_nbytes, dtype=torch.uint8, device=x.device)
+    if frame_nbytes > nbytes:
+        frame[nbytes:].zero_()
+    value = None
+    if want_value or encoder.config.remembers:
+        value = torch.empty(flat.numel(), dtype=flat.dtype, device=x.device)
+    payload = frame[HEADER_NBYTES:nbytes]
+    made = frames.send(steps, flat, terms, value, frame, payload, clock.words, _BY_CLOCK, queue)
+    assert made, "the steps take what their stream holds"
+    sealed = Sealed(frame, value, clock.goes_on())
+    if terms and value is not None:
+        torch.where(sealed.goes_on, value, terms[0], out=terms[0])
+    return sealed
+
+
+def capture_check(decoder: StreamDecoder, frame: Tensor, into: Tensor | None, queue: int) -> None:
+    """Let the graph that is being captured check a frame, and decode it into the history and to ``into``.
+
+    Args:
+        decoder: the stream; :func:`not_captured` is empty for it.
+        frame: 1-D uint8, aligned to 16 bytes; bytes behind the end of the frame are ignored.
+        into: the stream's numel and dtype; gets NaN where the frame is not the expected one, or holds no values.
+        queue: ``kernels.queue_of`` the device.
+    """
+    frames, steps, clock, nbytes = _parts(decoder)
+    assert decoder.live is not None
+    (numel, dtype), terms = decoder.live, decoder.predictor.terms()
+    value = terms[0] if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
+    direct = into if into is not None and into.is_contiguous() else None
+    made = frames.receive(steps, frame, nbytes, terms, value, direct, clock.words, _BY_CLOCK, queue)
+    assert made, "frames of an all-gather are aligned"
+    if into is not None and direct is None:
+        into.copy_(torch.where(frames.holds_values, value, math.nan).view(into.shape))
+
+
+def catch_up(stream: StreamState) -> int:
+    """Count the frames that graphs have made or checked since the host looked last; the device must be done with them.
+
+    Returns:
+        How many there were.
+    """
+    clock = stream.clock
+    if clock is None or not (clock.captured and clock.right):
+        return 0
+    sequence, source = clock.turn()
+    replayed = (sequence - stream.sequence) & 0xFFFFFFFF
+    if replayed:
+        stream.sequence += replayed
+        clock.source = source
+    return replayed

@@ -1,0 +1,456 @@
+"""A captured all_gather on two ranks: each replay is the site's next call, and one too many or too few is noticed.
+
+What is recorded here in place of a CUDA graph: ``recorded.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import compactdist
+from compactdist import codecs
+from compactdist.errors import CaptureError, FrameError, NonFiniteError
+from compactdist.kernels import use
+from compactdist.state import not_captured, plain
+from compactdist.testing import act_like_nccl
+from tests.kernels.gpu.conftest import INTERPRETED
+from tests.kernels.gpu.recorded import Recorded, like_a_gpu, recording
+from tests.launch import run_ranks
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="plays graphs on CPU tensors"),
+    pytest.mark.timeout(240),
+]
+
+NUMEL, REPLAYS = 20 * 64, 6
+
+
+class Calls:
+    """One call site of a wrapped group on an inner one with NCCL's manners."""
+
+    def __init__(self, rank: int, name: str, codec: str = "int4", **options: Any) -> None:
+        self.rank = rank
+        inner = act_like_nccl(dist.group.WORLD, name=name)
+        options = {"min_numel": 64, "find_layout": False, **options}
+        self.group: Any = compactdist.wrap(inner, codec, **options)
+        self.x, self.out = torch.zeros(NUMEL), torch.zeros(inner.size() * NUMEL)
+        self.step = 0
+
+    def fill(self, step: int) -> None:
+        """The input of a step, which changes little from one to the next."""
+        generator = torch.Generator().manual_seed(1000 * self.rank)
+        base = torch.randn(NUMEL, generator=generator)
+        self.x.copy_(base + 0.05 * torch.randn(NUMEL, generator=torch.Generator().manual_seed(7 + step + self.rank)))
+        self.out.zero_()
+
+    def call(self, steps: int = 1, *, async_op: bool = False) -> Tensor:
+        for _ in range(steps):
+            self.fill(self.step)
+            self.group.step()
+            self._gather(async_op)
+            self.step += 1
+        return self.out.clone()
+
+    def _gather(self, async_op: bool) -> None:
+        work = self.group.all_gather_into_tensor(self.out, self.x, async_op=async_op)
+        if work is not None:
+            work.wait()
+
+    def capture(self, *, async_op: bool = False) -> Recorded:
+        self.group.step()  # so that the call is the first of a step, as those before it were
+        with recording(self.group) as made:
+            self._gather(async_op)
+        return made
+
+    def replay(self, graph: Recorded, *, counts_step: bool = True) -> Tensor:
+        self.fill(self.step)
+        if counts_step:
+            self.group.step()
+        graph.replay()
+        self.step += 1
+        return self.out.clone()
+
+    @property
+    def histories(self) -> list[Tensor]:
+        return [held for site in self.group._engine.store.sites() for s in site.streams for held in s.predictor.held]
+
+
+def on_ranks(body: Callable[[int], Any], ranks: int = 2) -> list[Any]:
+    def started(rank: int, size: int) -> Any:
+        with use("gpu"), like_a_gpu():
+            return body(rank)
+
+    return run_ranks(started, world_size=ranks, timeout=200)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+CASES = {
+    "int4": {},
+    "int2:scales=block": {},
+    "int8": {"order": 0},
+    "fp8": {"local": "exact"},
+    "topk": {"keyframe": "raw"},
+}
+
+
+@pytest.mark.parametrize("codec", CASES)
+def test_replays_are_the_calls_that_would_have_been_made(codec):
+    def body(rank):
+        ours, plain = (Calls(rank, name, codec, **CASES[codec]) for name in ("captured", "uncaptured"))
+        assert same(ours.call(3), plain.call(3))
+        before = [kept.clone() for kept in ours.histories]
+        graph = ours.capture()
+        assert all(map(same, before, ours.histories)), "a capture moves nothing"
+        assert ours.group.stats().compressed_calls == 3
+        for _ in range(REPLAYS):
+            assert same(ours.replay(graph), plain.call())
+            assert all(map(same, ours.histories, plain.histories))
+        ours.group.check()
+        stats, others = ours.group.stats(), plain.group.stats()
+        assert stats.compressed_calls == 3 + REPLAYS
+        assert stats.wire_bytes == others.wire_bytes
+        for _ in range(2):  # calls and replays take turns
+            assert same(ours.call(2), plain.call(2))
+            assert same(ours.replay(graph), plain.call())
+            assert same(ours.replay(graph), plain.call())
+        ours.group.check()
+        assert ours.group.stats().compressed_calls == plain.group.stats().compressed_calls
+        ours.group.close(), plain.group.close()
+        return graph.launched
+
+    first, second = on_ranks(body)
+    assert first == second
+    assert first.count("seal_frame") == first.count("check_frame") == 1
+
+
+def test_three_ranks_replay():
+    def body(rank):
+        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
+        assert same(ours.call(3), plain.call(3))
+        graph = ours.capture()
+        for _ in range(3):
+            assert same(ours.replay(graph), plain.call())
+        ours.group.check()
+        ours.group.close(), plain.group.close()
+
+    on_ranks(body, ranks=3)
+
+
+def _values(nodes: list[Any]) -> list[Any]:
+    """Names, and all arguments that are no tensors."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return tuple(value.shape), value.dtype
+        if isinstance(value, list | tuple):
+            return [plain(one) for one in value]
+        return {key: plain(one) for key, one in value.items()} if isinstance(value, dict) else repr(value)
+
+    return [(name, plain(args)) for name, args in nodes]
+
+
+def test_a_capture_knows_no_step_and_no_sequence():
+    """Recordings of two steps are equal in all but what lies in a graph's own memory; histories and clocks stay."""
+
+    def body(rank):
+        ours = Calls(rank, "captured")
+        ours.call(3)
+        first = ours.capture()
+        ours.group.reset("nothing of this name")  # another epoch
+        ours.call(2)
+        second = ours.capture()
+        assert _values(first.nodes) == _values(second.nodes)
+        lasting = {kept.data_ptr() for kept in ours.histories}
+        lasting |= {s.clock.words.data_ptr() for site in ours.group._engine.store.sites() for s in site.streams}
+        used = []
+        for graph in (first, second):
+            tensors = [one for _, args in graph.nodes for one in args if isinstance(one, Tensor)]
+            used.append({tensor.data_ptr() for tensor in tensors} & lasting)
+        assert used[0] == used[1] == lasting
+        ours.group.close()
+
+    on_ranks(body)
+
+
+def test_an_asynchronous_call_and_lists_and_strided_outputs_are_captured():
+    def body(rank):
+        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
+        ours.call(3), plain.call(3)
+        graph = ours.capture(async_op=True)
+        for _ in range(2):
+            assert same(ours.replay(graph), plain.call())
+        spread = torch.zeros(2, NUMEL, 2)
+        with recording(ours.group) as made:
+            ours.group.step()
+            ours.group.all_gather([spread[0, :, 0], spread[1, :, 1]], ours.x)
+        expected = plain.call()
+        ours.replay(made, counts_step=False)
+        assert same(torch.cat([spread[0, :, 0], spread[1, :, 1]]), expected)
+        ours.group.check()
+        ours.group.close(), plain.group.close()
+
+    on_ranks(body)
+
+
+def test_two_calls_of_a_step_and_several_steps_in_one_graph():
+    def body(rank):
+        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
+        outs = [torch.zeros(2 * NUMEL) for _ in range(4)]
+
+        def two_steps(calls, outs):
+            for number in range(2):
+                calls.group.step()
+                for layer in range(2):
+                    with calls.group.key(f"layer {layer}"):
+                        calls.group.all_gather_into_tensor(outs[2 * number + layer], calls.x * (1 + layer))
+
+        for _ in range(2):
+            two_steps(ours, outs), two_steps(plain, outs)
+        with recording(ours.group) as graph:
+            two_steps(ours, outs)
+        for step in range(3):
+            ours.fill(step), plain.fill(step)
+            graph.replay()
+            expected = [torch.zeros(2 * NUMEL) for _ in range(4)]
+            two_steps(plain, expected)
+            assert all(map(same, outs, expected))
+        ours.group.check()
+        assert ours.group.stats().compressed_calls == plain.group.stats().compressed_calls
+        ours.group.close(), plain.group.close()
+
+    on_ranks(body)
+
+
+def test_a_replay_that_one_rank_leaves_out_is_noticed():
+    """Both ranks see it at the next replay, whose frames are of other turns: outputs hold NaN, and a step raises."""
+
+    def body(rank):
+        ours = Calls(rank, "captured")
+        ours.call(3)
+        graph = ours.capture()
+        ours.replay(graph)
+        if rank == 0:
+            ours.replay(graph, counts_step=False)
+        else:  # all of its replay is missing but the exchange itself
+            graph.replay(only="all_gather")
+        out = ours.replay(graph, counts_step=False)
+        theirs = out.view(2, NUMEL)[1 - rank]
+        assert theirs.isnan().all()
+        with pytest.raises(FrameError, match=r"wrong step \(and sequence.*reset\(\)"):
+            ours.group.step()
+        ours.group.reset()
+        ours.step = 0
+        assert ours.call(3).isfinite().all()
+        ours.group.check()
+        ours.group.close()
+
+    on_ranks(body)
+
+
+def test_a_replay_on_one_rank_and_a_call_on_the_other_are_one_exchange():
+    def body(rank):
+        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
+        ours.call(3), plain.call(3)
+        for _ in range(2):
+            if rank:
+                graph = ours.capture()
+                out = ours.replay(graph, counts_step=False)
+            else:
+                out = ours.call()
+            assert same(out, plain.call())
+            ours.call(), plain.call()
+        ours.group.check()
+        ours.group.close(), plain.group.close()
+
+    on_ranks(body)
+
+
+def _refused(calls: Calls, graph: Recorded) -> None:
+    """A replay of an ended graph gives NaN, moves no history, and is reported."""
+    before = [kept.clone() for kept in calls.histories]
+    assert calls.replay(graph, counts_step=False).isnan().all()
+    assert all(map(same, before, calls.histories))
+    with pytest.raises(CaptureError, match=r"a CUDA graph was replayed that had ended .*NaN.*capture it again"):
+        calls.group.stats()
+
+
+def test_a_reset_ends_a_graph_and_another_one_is_captured():
+    def body(rank):
+        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
+        ours.call(3), plain.call(3)
+        old = ours.capture()
+        assert same(ours.replay(old), plain.call())
+        for calls in (ours, plain):
+            calls.group.reset()
+            calls.step = 0
+        assert len(ours.group._engine.store.ended) == 1
+        _refused(ours, old)
+        ours.step = 0
+        assert same(ours.call(3), plain.call(3))  # nothing that goes on was touched
+        _refused(ours, old)
+        ours.step = 3
+        new = ours.capture()
+        assert not ours.group._engine.store.ended  # the old graph is to be deleted by now
+        for _ in range(3):
+            assert same(ours.replay(new), plain.call())
+        ours.group.check()
+        ours.group.close(), plain.group.close()
+
+    on_ranks(body)
+
+
+ENDS: dict[str, Callable[[Calls], Any]] = {
+    "another shape": lambda calls: calls.group.all_gather_into_tensor(torch.zeros(256), torch.linspace(0, 1, 128)),
+    "a keyframe": lambda calls: calls.call(),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_what_ends_a_graph_without_a_reset(how):
+    def body(rank):
+        ours = Calls(rank, "captured", agree="off")
+        ours.call(3)
+        graph = ours.capture()
+        ours.replay(graph)
+        if how == "a keyframe":
+            for stream in ours.group._engine.store.sites()[0].streams:
+                stream.live = stream.live
+                stream.keyframe_announced = True
+                stream._changes.count += 1
+            ENDS[how](ours)
+        else:
+            ours.group.step()
+            ENDS[how](ours)
+        _refused(ours, graph)
+        ours.group.reset()
+        ours.step = 0
+        ours.call(3)
+        ours.group.check()
+        ours.group.close()
+
+    on_ranks(body)
+
+
+def test_a_frame_of_the_host_ends_a_graph_until_the_next_one_of_the_device():
+    def body(rank):
+        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
+        ours.call(3), plain.call(3)
+        graph = ours.capture()
+        assert same(ours.replay(graph), plain.call())
+        with use("reference"):
+            ours.call(), plain.call()
+        _refused(ours, graph)
+        ours.step -= 1
+        with pytest.raises(CaptureError, match="not a residual that the device made; make the call uncaptured"):
+            ours.capture()
+        assert same(ours.call(), plain.call())
+        assert same(ours.replay(graph), plain.call())
+        ours.group.check()
+        ours.group.close(), plain.group.close()
+
+    on_ranks(body)
+
+
+def test_a_tensor_that_is_not_finite_is_noticed_in_a_replay():
+    def body(rank):
+        ours = Calls(rank, "captured")
+        ours.call(3)
+        graph = ours.capture()
+        ours.fill(3)
+        if rank == 0:
+            ours.x[5] = math.nan
+        graph.replay()
+        theirs = ours.out.view(2, NUMEL)[1 - rank]
+        assert theirs.isnan().all() == (rank == 1)
+        with pytest.raises(NonFiniteError, match="step 3"):
+            ours.group.stats()
+        ours.step = 4
+        assert ours.replay(graph).isfinite().all()
+        ours.group.check()
+        ours.group.close()
+
+    on_ranks(body)
+
+
+@pytest.mark.parametrize("replays", [0, 1], ids=["a call comes next", "a replay comes next"])
+def test_a_call_that_was_not_sent_ends_a_graph_until_the_next_call(replays, monkeypatch):
+    def body(rank):
+        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
+        ours.call(3), plain.call(3)
+        graph = ours.capture()
+        assert same(ours.replay(graph), plain.call())
+
+        def broken(*args: Any) -> Any:
+            raise RuntimeError("the link is down")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ours.group._engine.link, "_all_gather", broken)
+            with pytest.raises(RuntimeError, match="the link is down"):
+                ours.call()
+        if replays:
+            assert ours.replay(graph).isnan().all()
+            with pytest.raises((CaptureError, FrameError), match=r"capture it again|wrong digest"):
+                ours.group.stats()
+        else:
+            assert same(ours.call(), plain.call())
+            assert same(ours.replay(graph), plain.call())
+            ours.group.check()
+        ours.group.close(), plain.group.close()
+
+    on_ranks(body)
+
+
+@pytest.mark.parametrize("codec", ["transform", "lowrank_int4", "int4:scales=token_history", "rates"])
+def test_no_codec_that_learns_or_has_several_rates_is_captured(codec):
+    made = codecs.get(codec)
+    session = made.open(plain(512 * 256, 1, 256), torch.float32, torch.device("cpu"))
+    form: Any = SimpleNamespace(codec=made, session=session, frames=object())
+    stream: Any = SimpleNamespace(known_form=form, clock=SimpleNamespace(right=True))
+    expected = "several rates" if codec == "rates" else "keeps a memory between two frames"
+    assert expected in not_captured(stream, made)
+
+
+def test_a_work_is_waited_for_while_its_graph_is_captured():
+    def body(rank):
+        ours = Calls(rank, "captured")
+        ours.call(3)
+        ours.group.step()
+        pending = ours.group.all_gather_into_tensor(ours.out, ours.x, async_op=True)
+        ours.group.step()
+        with recording(ours.group), pytest.raises(CaptureError, match="an earlier call has not been finished"):
+            ours._gather(False)
+        pending.wait()
+        with recording(ours.group):
+            work = ours.group.all_gather_into_tensor(ours.out, ours.x, async_op=True)
+        with pytest.raises(CaptureError, match="waited for before the capture ends"):
+            work.wait()
+        ours.group.check()
+        ours.group.close()
+
+    on_ranks(body)
+
+
+def test_several_all_gathers_in_one_call_are_not_captured():
+    def body(rank):
+        ours = Calls(rank, "captured")
+        outs, inputs = [torch.zeros(2 * NUMEL) for _ in range(2)], [torch.linspace(0, 1, NUMEL) for _ in range(2)]
+        for _ in range(3):
+            ours.group.step()
+            ours.group.all_gather_single_coalesced(outs, inputs).wait()
+        ours.group.step()
+        with recording(ours.group), pytest.raises(CaptureError, match="one of several"):
+            ours.group.all_gather_single_coalesced(outs, inputs)
+        ours.group.close()
+
+    on_ranks(body)
