@@ -15,7 +15,7 @@ from compactdist.cli.evaluate import play as play_trace
 from compactdist.codecs.transform.basis import first_basis, plain_basis, rows_of
 from compactdist.codecs.transform.coding import Layout, Spread, Weights
 from compactdist.codecs.transform.depths import DEEPEST, allocate, borders, levels
-from compactdist.codecs.transform.products import LARGEST_SUM, LARGEST_WEIGHT, gram, inverse
+from compactdist.codecs.transform.products import LARGEST_SUM, LARGEST_WEIGHT, Products, gram
 from compactdist.config import Options
 from compactdist.errors import CodecConfigError, ConfigError
 from compactdist.kernels.reference.rotations import next_places, sweep
@@ -96,9 +96,8 @@ def test_products_are_exact_in_any_order_and_precision(of_a_kind):
             torch.set_float32_matmul_precision(precision)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 assert torch.equal(gram(whole), (whole.double() @ whole.double().mT).float())
-                out = torch.full((2500, 3, 64), torch.nan).transpose(0, 1)
-                inverse(whole, weights, counts, out)
-                assert torch.equal(out.double(), torch.stack(exact))
+                made = Products(whole.to(torch.int8), weights, counts)
+                assert torch.equal(made.multiplied().double(), torch.cat(exact, 1))
     finally:
         torch.set_float32_matmul_precision(before)
 

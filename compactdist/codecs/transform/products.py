@@ -2,21 +2,23 @@
 
 They are computed in floating point, where matrix libraries are fast: every partial sum is a whole number below
 ``2**24``, so no order of adding can change a bit. Modes of reduced precision keep at least 8 bits of a factor and add
-up in float32; where one may be on, a factor of more bits is taken as two of at most 8.
+up in float32; where one may be on, a factor of more bits is taken as two of at most 8. Kernels may take such limbs
+as integers (``ends.py``).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import platform
-from collections.abc import Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["LARGEST_SUM", "LARGEST_WEIGHT", "by_blocks", "gram", "inverse"]
+__all__ = ["LARGEST_SUM", "LARGEST_WEIGHT", "Products", "by_blocks", "forward_dtype", "gram"]
 
 LARGEST_WEIGHT = 127 * 128
 """128 times a whole number of 7 bits, plus another."""
@@ -29,10 +31,15 @@ LARGEST_SUM = 1 << 17
 _ROWS = 1024
 """``1024 * 127 * 127 < 2**24``."""
 
+_LARGE = 1 << 18
+"""Elements of residuals for which bfloat16 is worth while."""
+
 
 def gram(whole: Tensor) -> Tensor:
     """``whole whole^T`` of whole numbers -127 to 127, ``(..., n, R)`` to ``(..., n, n)``, float32, rounded once."""
     n, rows = whole.shape[-2:]
+    if whole.dim() == 2 and rows <= _ROWS:
+        return torch.mm(whole, whole.mT, out=torch.empty(n, n, device=whole.device))
     total = torch.zeros(*whole.shape[:-1], n, dtype=torch.float64, device=whole.device)
     part = torch.empty(n, n, device=whole.device)
     for index in itertools.product(*map(range, whole.shape[:-2])):
@@ -42,29 +49,54 @@ def gram(whole: Tensor) -> Tensor:
     return total.float()
 
 
-def inverse(levels: Tensor, weights: Tensor, counts: Sequence[int], out: Tensor) -> None:
-    """Write products of levels and weights, whole numbers, to ``out``, float32 ``(M, R, n)``.
+class Products(NamedTuple):
+    """Levels and weights that are to be multiplied, whole numbers, by blocks.
 
-    Args:
-        levels: of the chosen components, -127 to 127, float32 ``(S, R)``.
+    Attributes:
+        levels: of the chosen components, -127 to 127, int8 ``(S, R)``.
         weights: float32 ``(S, n)``, whole numbers as ``LARGEST_WEIGHT`` and ``LARGEST_SUM`` say.
         counts: how many of the components each block has, one after another.
-        out: receives the products; any strides.
     """
-    high, low, start = torch.round(weights / 128), None, 0
-    in_one = _in_one(levels.device)
-    for count, to in zip(counts, out, strict=True):
-        part = slice(start, start + count)
-        start += count
-        if not count:
-            to.zero_()
-        elif in_one:
-            torch.mm(levels[part].mT, weights[part], out=to)
-        else:
-            low = torch.empty_like(to) if low is None else low
-            torch.mm(levels[part].mT, high[part], out=to)
-            torch.mm(levels[part].mT, weights[part] - high[part] * 128, out=low)
-            to.mul_(128).add_(low)
+
+    levels: Tensor
+    weights: Tensor
+    counts: list[int]
+
+    def multiplied(self) -> Tensor:
+        """Products, float32 ``(R, M n)``."""
+        device, (rows, width), start = self.levels.device, (self.levels.shape[1], self.weights.shape[1]), 0
+        out = torch.empty(rows, len(self.counts), width, device=device)
+        in_one, high = _in_one(device), torch.round(self.weights / 128)
+        for count, to in zip(self.counts, out.unbind(1), strict=True):
+            part = slice(start, start + count)
+            start += count
+            if not count:
+                to.zero_()
+                continue
+            levels = self.levels[part].float().mT
+            if in_one:
+                torch.mm(levels, self.weights[part], out=to)
+            else:
+                torch.mm(levels, high[part], out=to)
+                low = self.weights[part] - high[part] * 128
+                to.mul_(128).add_(torch.mm(levels, low, out=torch.empty_like(to)))
+        return out.flatten(1)
+
+
+def forward_dtype(shape: tuple[int, ...], device: torch.device) -> torch.dtype:
+    """What residuals of a shape are turned in: bfloat16 where a processor has tiles for it and it is worth while.
+
+    What it loses is the sender's choice alone, and small beside the noise of even 8 bits.
+    """
+    large = math.prod(shape) >= _LARGE
+    return torch.bfloat16 if large and device.type == "cpu" and _has_tiles() else torch.float32
+
+
+@cache
+def _has_tiles() -> bool:
+    """Whether this processor has AMX, whose products of bfloat16 take less than half the time."""
+    supported: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return supported and torch.backends.mkldnn.is_available()
 
 
 def _in_one(device: torch.device) -> bool:
