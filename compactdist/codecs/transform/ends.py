@@ -37,7 +37,7 @@ def residuals(x: Tensor, terms: Terms, view: MatrixView, layout: Layout) -> tupl
         NonFiniteError: There is an infinity or NaN among them.
     """
     shape = view.groups, layout.rows, layout.components
-    dtype = forward_dtype(shape, x.device)
+    dtype = forward_dtype(shape, layout.planes / layout.channels, x.device)
     x = x.contiguous()
     steps = _compiled(x, *terms)
     if steps is not None:

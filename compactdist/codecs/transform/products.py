@@ -31,6 +31,12 @@ LARGEST_SUM = 1 << 17
 _ROWS = 1024
 """``1024 * 127 * 127 < 2**24``."""
 
+_FEW_BITS = 2
+"""Bits of an element up to which bfloat16 adds 0.01 dB to the error, 0.05 where few components take all of them.
+
+At 8 bits it would be 0.13.
+"""
+
 _LARGE = 1 << 18
 """Elements of residuals for which bfloat16 is worth while."""
 
@@ -83,13 +89,16 @@ class Products(NamedTuple):
         return out.flatten(1)
 
 
-def forward_dtype(shape: tuple[int, ...], device: torch.device) -> torch.dtype:
-    """What residuals of a shape are turned in: bfloat16 where a processor has tiles for it and it is worth while.
+def forward_dtype(shape: tuple[int, ...], bits: float, device: torch.device) -> torch.dtype:
+    """What residuals are turned in: bfloat16 where a processor has tiles for it and little is lost. Only senders turn.
 
-    What it loses is the sender's choice alone, and small beside the noise of even 8 bits.
+    Args:
+        shape: of the residuals.
+        bits: for each element.
+        device: of them.
     """
-    large = math.prod(shape) >= _LARGE
-    return torch.bfloat16 if large and device.type == "cpu" and _has_tiles() else torch.float32
+    small = math.prod(shape) < _LARGE or bits > _FEW_BITS
+    return torch.float32 if small or device.type != "cpu" or not _has_tiles() else torch.bfloat16
 
 
 @cache
