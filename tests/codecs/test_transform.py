@@ -100,7 +100,9 @@ def test_products_are_exact_in_any_order_and_precision(of_a_kind):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 assert torch.equal(gram(whole), (whole.double() @ whole.double().mT).float())
                 made = Products(whole.to(torch.int8), weights, counts)
-                assert torch.equal(made.multiplied().double(), torch.cat(exact, 1))
+                out = torch.full((2500, 3 * 64), torch.nan)
+                made.write(out)
+                assert torch.equal(out.double(), torch.cat(exact, 1))
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -130,7 +132,9 @@ def test_products_of_bytes_are_put_out_as_those_of_floats(rows, width, counts, o
             torch.set_num_threads(threads)
             terms = torch.randn(2, view.numel, generator=g).to(dtype).unbind()
             expected, out = (torch.full((view.numel,), torch.nan, dtype=dtype) for _ in range(2))
-            matrix = torch.stack([made.multiplied()] * 2)
+            matrix = torch.full((2, rows, len(counts) * width), torch.nan)
+            for group in range(2):
+                made.write(matrix[group])
             component_steps.put_out(matrix, units, scales, terms, view, expected)
             for group in range(2):
                 component_steps.put_out_bytes(*made, units[group], scales[group], terms, view, group, out)

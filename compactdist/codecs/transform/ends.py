@@ -79,7 +79,9 @@ def put_out(
         for group, (one, unit, scales) in enumerate(zip(products, units, rows, strict=True)):
             steps.put_out_bytes(*one, unit, scales, terms, view, group, out)
         return
-    matrix = torch.stack([one.multiplied() for one in products])
+    matrix = room("matrix", (len(products), rows.shape[1], units.shape[1]), out.device)
+    for one, to in zip(products, matrix, strict=True):
+        one.write(to)
     if steps is not None:
         steps.put_out(matrix, units, rows, terms, view, out)
         return

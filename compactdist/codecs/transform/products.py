@@ -68,12 +68,11 @@ class Products(NamedTuple):
     weights: Tensor
     counts: list[int]
 
-    def multiplied(self) -> Tensor:
-        """Products, float32 ``(R, M n)``."""
-        device, (rows, width), start = self.levels.device, (self.levels.shape[1], self.weights.shape[1]), 0
-        out = torch.empty(rows, len(self.counts), width, device=device)
-        in_one, high = _in_one(device), torch.round(self.weights / 128)
-        for count, to in zip(self.counts, out.unbind(1), strict=True):
+    def write(self, out: Tensor) -> None:
+        """Write the products to ``out``, float32 ``(R, M n)``, contiguous."""
+        in_one, high, start = _in_one(self.levels.device), torch.round(self.weights / 128), 0
+        blocks = out.view(len(out), len(self.counts), -1).unbind(1)
+        for count, to in zip(self.counts, blocks, strict=True):
             part = slice(start, start + count)
             start += count
             if not count:
@@ -86,7 +85,6 @@ class Products(NamedTuple):
                 torch.mm(levels, high[part], out=to)
                 low = self.weights[part] - high[part] * 128
                 to.mul_(128).add_(torch.mm(levels, low, out=torch.empty_like(to)))
-        return out.flatten(1)
 
 
 def forward_dtype(shape: tuple[int, ...], bits: float, device: torch.device) -> torch.dtype:
