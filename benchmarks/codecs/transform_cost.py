@@ -23,7 +23,7 @@ from compactdist import codecs
 from compactdist.codecs.transform.basis import followed, rows_of
 from compactdist.codecs.transform.coding import Frame, Weights, decode, encode
 from compactdist.codecs.transform.ends import put_out, residuals
-from compactdist.codecs.transform.products import by_blocks, inverse
+from compactdist.codecs.transform.products import Products, by_blocks
 from compactdist.codecs.transform.transform import TransformSession
 from compactdist.state import plain
 
@@ -42,27 +42,29 @@ def parts_of(session: TransformSession, x: Tensor, base: Tensor, out: Tensor, pa
     layout, basis, view = session._layout, session._basis, session.view
     assert basis is not None
     matrices, squares, _ = residuals(x, (base,), view, layout)
-    turned = torch.empty(layout.components, layout.rows)
+    matrices = matrices.clone()
+    turned = torch.empty(layout.components, layout.rows, dtype=matrices.dtype)
     rows = rows_of(basis.rows[0])
 
     def forward() -> None:
-        by_blocks(rows, layout.blocks_of(matrices[0]).mT, layout.components_of(turned))
+        by_blocks(rows.to(matrices.dtype), layout.blocks_of(matrices[0]).mT, layout.components_of(turned))
 
     forward()
-    space = torch.empty_like(turned)
+    space = torch.empty(turned.shape, dtype=torch.int8)
     frame: Frame = decode(payload, layout, space)
-    weights, products = Weights.of(rows, frame.spread), matrices.clone()
+    weights = Weights.of(rows, frame.spread)
     units, scales = frame.units(weights)[None], frame.rows[None]
+
+    def products() -> Products:
+        return Products(frame.levels, weights.whole, frame.spread.counts)
+
     return {
         "residual": lambda: residuals(x, (base,), view, layout),
         "forward products": forward,
         "scales, levels and planes": lambda: encode(turned, squares[0], 0, layout, space),
         "read planes": lambda: decode(payload, layout, space),
         "weights": lambda: Weights.of(rows, frame.spread),
-        "inverse products": lambda: inverse(
-            frame.levels, weights.whole, frame.spread.counts, layout.blocks_of(products[0])
-        ),
-        "put out": lambda: put_out(products, units, scales, (base,), view, out),
+        "inverse products, put out": lambda: put_out([products()], units, scales, (base,), view, out),
         "evidence": frame.evidence,
         "basis update": lambda: followed(basis.rows[0], basis.energies[0], frame.spread, frame.evidence()),
     }

@@ -19,12 +19,12 @@ class _Room(threading.local):
 _room = _Room()
 
 
-def room(name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """float32 of any contents, contiguous; good until this thread asks for the same name again."""
+def room(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of any contents, contiguous; good until this thread asks for the same name again."""
     if device.type != "cpu":  # the caching allocator of a GPU does as well
-        return torch.empty(shape, device=device)
-    held, size = _room.held.get(name), math.prod(shape)
-    if held is None or held.numel() < size:
+        return torch.empty(shape, dtype=dtype, device=device)
+    held, nbytes = _room.held.get(name), math.prod(shape) * dtype.itemsize
+    if held is None or held.nbytes < nbytes:
         with torch.inference_mode(False):  # or it could not be written to outside of the mode it was made in
-            held = _room.held[name] = torch.empty(size)
-    return held[:size].view(shape)
+            held = _room.held[name] = torch.empty(nbytes, dtype=torch.uint8)
+    return held[:nbytes].view(dtype).view(shape)

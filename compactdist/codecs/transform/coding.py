@@ -240,7 +240,7 @@ class Frame(NamedTuple):
 
     Attributes:
         spread: of its energies.
-        levels: float32 whole numbers ``(S, R)``.
+        levels: -127 to 127, int8 ``(S, R)``.
         row_codes: int64 ``(R,)``.
         gains: bfloat16-valued float32 ``(M,)``.
         top: the largest amplitude, float32 ``()``.
@@ -270,7 +270,7 @@ class Frame(NamedTuple):
 
 
 def decode(payload: Tensor, layout: Layout, space: Tensor) -> Frame:
-    """What a payload, uint8 ``(layout.nbytes,)``, says. Levels go to ``space``, float32 ``(K, R)``."""
+    """What a payload, uint8 ``(layout.nbytes,)``, says. Levels go to ``space``, int8 ``(K, R)``."""
     scales, energies, row_codes, planes = payload.split(list(layout.sections))
     spread = Spread.of(energies[: layout.components], layout)
     out = space[: spread.block.numel()]
@@ -281,14 +281,14 @@ def decode(payload: Tensor, layout: Layout, space: Tensor) -> Frame:
 
 
 def encode(turned: Tensor, of_row: Tensor, exponent: int, layout: Layout, space: Tensor) -> tuple[Tensor, Frame]:
-    """The payload of components, float32 ``(K, R)``, that are to be multiplied by ``2**exponent``.
+    """The payload of components ``(K, R)`` that are to be multiplied by ``2**exponent``.
 
     Args:
-        turned: the components, of magnitudes that can be squared.
+        turned: the components, float32 or bfloat16, of magnitudes that can be squared.
         of_row: sums of their squares, float32 ``(R,)``; may differ a little.
         exponent: of what they were divided by.
         layout: of the payload.
-        space: for the levels, float32 ``(K, R)``, contiguous.
+        space: for the levels, int8 ``(K, R)``, contiguous.
 
     Returns:
         uint8 ``(layout.nbytes,)``, and what ``decode`` makes of it.
@@ -359,14 +359,14 @@ def fitted(
     Rows are fitted twice: to all components, then to those that get bits, each as strong as its amplitude says.
 
     Args:
-        turned: the components, float32 ``(K, R)``.
+        turned: the components ``(K, R)``.
         of_row: sums of their squares, float32 ``(R,)``.
         layout: of the payload.
         weigh: of energy codes and the largest amplitude: the squares of each row, of the components that get bits
             then, each divided by the square of its amplitude, and summed up.
     """
     which = sampled(layout.rows)
-    squares = turned[:, which].square()
+    squares = turned[:, which].float().square()
     row_codes = _row_codes_for(of_row)
     codes, largest = _energy_codes(squares, row_codes[which])
     row_codes = _row_codes_for(weigh(codes, largest))

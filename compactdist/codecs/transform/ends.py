@@ -5,6 +5,7 @@ Both are compiled loops where there are any for the tensors at hand, and torch o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -15,6 +16,7 @@ from compactdist.codecs.base import Terms, add_up, residual_of
 from compactdist.codecs.room import room
 from compactdist.codecs.scalar.quantized import finite_amax
 from compactdist.codecs.transform.coding import Layout
+from compactdist.codecs.transform.products import Products, forward_dtype
 from compactdist.kernels.spec import MatrixView
 
 __all__ = ["MODERATE", "put_out", "residuals"]
@@ -27,18 +29,19 @@ def residuals(x: Tensor, terms: Terms, view: MatrixView, layout: Layout) -> tupl
     """``x`` less the sum of ``terms``.
 
     Returns:
-        Matrices, float32 ``(G, R, K)``, zeros beyond the channels, to be multiplied by two to the power of an exponent
-        for each group; never ``x`` itself, perhaps this thread's ``room("matrix")``. The sums of squares of their rows,
-        ``(G, R)``. The exponents.
+        Matrices, ``(G, R, K)`` in what ``forward_dtype`` says, zeros beyond the channels, to be multiplied by two to
+        the power of an exponent for each group; never ``x`` itself, perhaps this thread's ``room("matrix")``. The sums
+        of squares of their rows, ``(G, R)``. The exponents.
 
     Raises:
         NonFiniteError: There is an infinity or NaN among them.
     """
     shape = view.groups, layout.rows, layout.components
+    dtype = forward_dtype(shape, layout.planes / layout.channels, x.device)
     x = x.contiguous()
     steps = _compiled(x, *terms)
     if steps is not None:
-        out = room("matrix", shape, x.device)
+        out = room("matrix", shape, x.device, dtype)
         squares = steps.take_in(x, terms, view, out)
         norms: list[float] = squares.sum(1, dtype=torch.float64).sqrt_().tolist()
         if all(2.0**-MODERATE <= norm <= 2.0**MODERATE for norm in norms):
@@ -55,14 +58,16 @@ def residuals(x: Tensor, terms: Terms, view: MatrixView, layout: Layout) -> tupl
         if not moderate:  # in two steps, for the power itself may be beyond float32
             out[group] *= 2.0 ** (-exponent // 2)
             out[group] *= 2.0 ** -(exponent + -exponent // 2)
-    return out, torch.linalg.vector_norm(out, dim=2).square(), exponents
+    return out.to(dtype), torch.linalg.vector_norm(out, dim=2).square(), exponents
 
 
-def put_out(products: Tensor, units: Tensor, rows: Tensor, terms: Terms, view: MatrixView, out: Tensor) -> None:
+def put_out(
+    products: Sequence[Products], units: Tensor, rows: Tensor, terms: Terms, view: MatrixView, out: Tensor
+) -> None:
     """Write the sum of ``terms`` plus scaled products, kept finite and rounded once, to ``out``.
 
     Args:
-        products: float32 ``(G, R, K)``, contiguous.
+        products: of each group.
         units: what they are multiplied by first, float32 ``(G, K)``.
         rows: what they are multiplied by then, float32 ``(G, R)``.
         terms: as for ``Session.decode``.
@@ -70,10 +75,17 @@ def put_out(products: Tensor, units: Tensor, rows: Tensor, terms: Terms, view: M
         out: may be the first of the terms.
     """
     steps = _compiled(out, *terms)
-    if steps is not None:
-        steps.put_out(products, units, rows, terms, view, out)
+    if steps is not None and steps.multiplies_bytes():
+        for group, (one, unit, scales) in enumerate(zip(products, units, rows, strict=True)):
+            steps.put_out_bytes(*one, unit, scales, terms, view, group, out)
         return
-    matrix = (products * units[:, None]) * rows[:, :, None]
+    matrix = room("matrix", (len(products), rows.shape[1], units.shape[1]), out.device)
+    for one, to in zip(products, matrix, strict=True):
+        one.write(to)
+    if steps is not None:
+        steps.put_out(matrix, units, rows, terms, view, out)
+        return
+    matrix = (matrix * units[:, None]) * rows[:, :, None]
     add_up(terms, view.to_flat(matrix[..., : view.channels]), out)
 
 

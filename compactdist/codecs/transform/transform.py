@@ -29,7 +29,7 @@ from compactdist.codecs.transform.basis import (
 from compactdist.codecs.transform.coding import Frame, Layout, Spread, Weights, decode, encode
 from compactdist.codecs.transform.ends import put_out, residuals
 from compactdist.codecs.transform.on_device import Received, steps_for
-from compactdist.codecs.transform.products import by_blocks, inverse
+from compactdist.codecs.transform.products import Products, by_blocks
 from compactdist.errors import CodecConfigError
 from compactdist.kernels import DeviceSteps
 from compactdist.kernels.spec import MatrixView
@@ -160,16 +160,18 @@ class TransformSession(Session):
         matrices, squares, exponents = residuals(x, terms, self.view, self._layout)
         basis = self._basis_for(terms)
         coded = []
-        turned = room("components", (self._layout.components, self._layout.rows), self.device)
+        turned = room("components", (self._layout.components, self._layout.rows), self.device, matrices.dtype)
         groups = zip(matrices, squares, exponents, basis.rows, self._space(), strict=True)
         for matrix, of_row, exponent, rows, space in groups:
-            by_blocks(rows_of(rows), self._layout.blocks_of(matrix).mT, self._layout.components_of(turned))
+            by_blocks(
+                rows_of(rows).to(matrix.dtype), self._layout.blocks_of(matrix).mT, self._layout.components_of(turned)
+            )
             coded.append(encode(turned, of_row, exponent, self._layout, space))
         payload.copy_(torch.cat([one for one, _ in coded]))
         frames = [frame for _, frame in coded]
         self._stage(basis, frames)
         if out is not None:
-            self._write(basis, frames, terms, out, matrices)
+            self._write(basis, frames, terms, out)
 
     @torch.no_grad()
     def encode_there(self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, flag: Tensor | None) -> bool:
@@ -192,7 +194,7 @@ class TransformSession(Session):
             return
         frames = self._read(payload)
         self._stage(basis, frames)
-        self._write(basis, frames, terms, out, None)
+        self._write(basis, frames, terms, out)
 
     def _receive(self, received: Received, basis: Basis, terms: Terms, out: Tensor | None) -> None:
         """Stage what was received and, if ``out`` is given, write it, where the host does not wait."""
@@ -214,23 +216,22 @@ class TransformSession(Session):
         return [decode(one, self._layout, space) for one, space in groups]
 
     def _space(self) -> Tensor:
-        """Where the levels of all groups go, float32 ``(G, K, R)``."""
-        return room("levels", (self.view.groups, self._layout.components, self._layout.rows), self.device)
+        """Where the levels of all groups go, int8 ``(G, K, R)``."""
+        shape = self.view.groups, self._layout.components, self._layout.rows
+        return room("levels", shape, self.device, torch.int8)
 
     def _stage(self, basis: Basis, frames: list[Frame]) -> None:
         self._staged = partial(_after, basis, [(frame.spread, frame.evidence()) for frame in frames])
 
-    def _write(self, basis: Basis, frames: list[Frame], terms: Terms, out: Tensor, products: Tensor | None) -> None:
-        """Write the sum of ``terms`` plus what frames say; ``products`` may be overwritten."""
-        groups, layout = self.view.groups, self._layout
-        if products is None:
-            products = room("matrix", (groups, layout.rows, layout.components), self.device)
-        units = torch.empty(groups, layout.components, device=self.device)
-        for frame, rows, to, unit in zip(frames, basis.rows, products, units, strict=True):
-            weights = Weights.of(rows_of(rows), frame.spread)
-            inverse(frame.levels, weights.whole, frame.spread.counts, layout.blocks_of(to))
-            unit.copy_(frame.units(weights))
-        put_out(products, units, torch.stack([frame.rows for frame in frames]), terms, self.view, out)
+    def _write(self, basis: Basis, frames: list[Frame], terms: Terms, out: Tensor) -> None:
+        """Write the sum of ``terms`` plus what frames say."""
+        products, units = [], []
+        for frame, held in zip(frames, basis.rows, strict=True):
+            weights = Weights.of(rows_of(held), frame.spread)
+            products.append(Products(frame.levels, weights.whole, frame.spread.counts))
+            units.append(frame.units(weights))
+        rows = torch.stack([frame.rows for frame in frames])
+        put_out(products, torch.stack(units), rows, terms, self.view, out)
 
     @torch.no_grad()
     def commit(self) -> None:

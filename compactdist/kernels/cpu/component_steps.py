@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import Work
-from compactdist.kernels.cpu.native import address_of
+from compactdist.kernels.cpu.native import address_of, has_feature
 from compactdist.kernels.cpu.products import expected_slots, placed, run_alone, supports
 from compactdist.kernels.cpu.steps import DTYPES
 from compactdist.kernels.offsets import offsets_of
@@ -15,11 +18,16 @@ from compactdist.kernels.reference import LANES
 from compactdist.kernels.reference.components import Chosen
 from compactdist.kernels.spec import MatrixView
 
-__all__ = ["choose", "put_out", "read", "supports", "take_in", "weigh"]
+__all__ = ["choose", "multiplies_bytes", "put_out", "put_out_bytes", "read", "supports", "take_in", "weigh"]
+
+_ROWS_AT_A_TIME = 16
+"""As ``inverse.HEIGHT``; importing that would import Numba."""
 
 
 def take_in(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor) -> Tensor:
-    """Write ``x`` less the sum of ``terms`` as matrices to ``out``, float32 ``(G, R, K)``, zeros beyond the channels.
+    """Write ``x`` less the sum of ``terms`` as matrices to ``out``, ``(G, R, K)``, zeros beyond the channels.
+
+    ``out`` is float32 or bfloat16, rounded once.
 
     Returns:
         Sums of squares, float32 ``(G, R)``; not finite where the residual is not, or too large to be squared.
@@ -29,7 +37,9 @@ def take_in(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor)
     slots = placed(offsets_of(view)) | expected_slots(terms)
     slots |= {call.X: x.data_ptr(), call.TURNED: out.data_ptr(), call.ENERGIES: squares.data_ptr()}
     slots |= {call.COMPONENTS: width}
-    run_alone(Work(groups * rows, view.numel, address_of("components.take_in", DTYPES[x.dtype])), slots)
+    run_alone(
+        Work(groups * rows, view.numel, address_of("components.take_in", DTYPES[x.dtype], DTYPES[out.dtype])), slots
+    )
     return squares
 
 
@@ -47,7 +57,7 @@ def choose(
         call.ENERGIES: energy.data_ptr(),
         call.AGREEMENTS: agreement.data_ptr(),
     }
-    run_alone(Work(inverses.numel(), 2 * out.numel(), address_of("components.choose")), slots)
+    run_alone(Work(inverses.numel(), 2 * out.numel(), address_of("components.choose", DTYPES[turned.dtype])), slots)
     return energy, agreement
 
 
@@ -67,7 +77,14 @@ def weigh(turned: Tensor, places: Tensor, weights: Tensor) -> Tensor:
         call.ROWS: out.numel(),
         call.COMPONENTS: places.numel(),
     }
-    run_alone(Work(-(-out.numel() // LANES), out.numel() * places.numel(), address_of("components.weigh")), slots)
+    run_alone(
+        Work(
+            -(-out.numel() // (4 * LANES)),
+            out.numel() * places.numel(),
+            address_of("components.weigh", DTYPES[turned.dtype]),
+        ),
+        slots,
+    )
     return out
 
 
@@ -93,6 +110,64 @@ def put_out(
         call.COMPONENTS: products.shape[2],
     }
     run_alone(Work(rows.numel(), view.numel, address_of("components.put_out", DTYPES[out.dtype])), slots)
+
+
+def multiplies_bytes() -> bool:
+    """Whether this processor has what :func:`put_out_bytes` takes."""
+    return has_feature("avx512vnni")
+
+
+def put_out_bytes(
+    levels: Tensor,
+    weights: Tensor,
+    counts: Sequence[int],
+    units: Tensor,
+    rows: Tensor,
+    terms: tuple[Tensor, ...],
+    view: MatrixView,
+    group: int,
+    out: Tensor,
+) -> None:
+    """Multiply levels and weights of a group and go on as :func:`put_out`, which gives the same bits.
+
+    Args:
+        levels: of the chosen components, int8 ``(S, R)``, contiguous.
+        weights: whole numbers of up to 14 bits and sign, float32 ``(S, n)``.
+        counts: how many of the components each block has, one after another.
+        units: what products are multiplied by first, float32 ``(K,)``, contiguous.
+        rows: what they are multiplied by then, float32 ``(R,)``, contiguous.
+        terms: as many as there are.
+        view: of ``out`` and the terms.
+        group: which one it is.
+        out: may be the first of the terms.
+    """
+    blocks, width, count = len(counts), weights.shape[1], rows.numel()
+    starts = np.cumsum([0, *counts], dtype=np.int64)
+    limb, quads = -(-width // LANES) * LANES, -(-max(counts) // 4)
+    words, corrections = torch.empty(blocks, quads, 2 * limb, dtype=torch.int32), torch.empty(blocks, 2 * limb)
+    of_blocks = {
+        call.COMPONENTS: width,
+        call.PLACES: starts.ctypes.data,
+        call.DEPTHS: quads,
+        call.PLANES: blocks,
+        call.STEPS: corrections.data_ptr(),
+        call.TURNED: words.data_ptr(),
+    }
+    weights = weights.contiguous()
+    packing = Work(blocks, words.numel(), address_of("inverse.pack"))
+    run_alone(packing, of_blocks | {call.INVERSES: weights.data_ptr()})
+    offsets = offsets_of(view)
+    slots = placed(offsets) | expected_slots(terms) | of_blocks
+    slots |= {
+        call.ROW_AT: offsets.row_at.ctypes.data + 8 * group * count,
+        call.OUT: out.data_ptr(),
+        call.CODES: levels.data_ptr(),
+        call.INVERSES: units.data_ptr(),
+        call.ROW_SCALES: rows.data_ptr(),
+    }
+    own = blocks * quads * LANES + _ROWS_AT_A_TIME * ((blocks - 1) * width + limb)
+    work = Work(-(-count // LANES), levels.numel() * width // 16, address_of("inverse.put_out", DTYPES[out.dtype]))
+    run_alone(work, slots, own=-(-own // 16) * 16)
 
 
 def _of_chosen(chosen: Chosen, planes: Tensor, out: Tensor) -> dict[int, int]:

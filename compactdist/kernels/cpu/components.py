@@ -13,10 +13,18 @@ import numpy as np
 from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.elements import expected_at, put, residual_at, source_of
 from compactdist.kernels.cpu.rows import offsets_in
+from compactdist.kernels.cpu.simd.ints import nearest_ints
 from compactdist.kernels.cpu.simd.jit import inlined
-from compactdist.kernels.cpu.simd.memory import load_first, store_first
-from compactdist.kernels.cpu.simd.packing import mask_at, store_mask
-from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT, bytes_at, floats_at, longs_at, next_part, shifted_floats
+from compactdist.kernels.cpu.simd.memory import load_first, rounded_for, shifted, store_first
+from compactdist.kernels.cpu.simd.packing import mask_at, store_codes, store_mask
+from compactdist.kernels.cpu.simd.slots import (
+    ELEMENTS_AT,
+    bytes_at,
+    floats_at,
+    longs_at,
+    next_part,
+    shifted_floats,
+)
 from compactdist.kernels.cpu.simd.vectors import folded, where, zeros
 from compactdist.kernels.reference import LANES
 from compactdist.kernels.reference.components import STRIDE
@@ -28,13 +36,15 @@ _STEPS, _TURNED, _ROW_SCALES, _ROW_INVERSES = call.STEPS, call.TURNED, call.ROW_
 _INVERSES, _ENERGIES, _AGREEMENTS = call.INVERSES, call.ENERGIES, call.AGREEMENTS
 
 
-def take_in(dtype: str) -> Any:
-    """Rows of all groups: the residual in float32, zeros beyond the channels, and the sum of its squares."""
-    elements_at = ELEMENTS_AT[dtype]
+def take_in(dtype: str, kept: str) -> Any:
+    """Rows of all groups: the residual in the dtype it is ``kept`` in, zeros beyond the channels, and the sum of its
+    squares before it was rounded to that.
+    """
+    elements_at, kept_at = ELEMENTS_AT[dtype], ELEMENTS_AT[kept]
 
     def body(args: Any) -> int:
         row_at, (chunk_at, chunk_from, chunk_len, chunks), _, channels, numel, _ = offsets_in(args)
-        given, out, squares = source_of(args, elements_at, False), floats_at(args, _TURNED), floats_at(args, _ENERGIES)
+        given, out, squares = source_of(args, elements_at, False), kept_at(args, _TURNED), floats_at(args, _ENERGIES)
         width = args[_COMPONENTS]
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:
@@ -43,13 +53,13 @@ def take_in(dtype: str) -> Any:
                 for j in range(
                     channels, width, LANES
                 ):  # a plain loop would become a call of memset, which is not linked
-                    store_first(zeros(), out, row * width + j, width - j)
+                    store_first(rounded_for(out, zeros()), out, row * width + j, width - j)
                 for k in range(chunks):
                     n, o, at = chunk_len[k], row * width + chunk_at[k], row_at[row] + chunk_from[k]
                     for j in range(0, n, LANES):
                         value = residual_at(given, at + j, min(n, numel - at) - j)
                         lanes = lanes + value * value
-                        store_first(value, out, o + j, n - j)
+                        store_first(rounded_for(out, value), out, o + j, n - j)
                 squares[row] = folded(lanes)
             lo, hi = next_part(args, _FIRST_PASS)
         return 0
@@ -68,13 +78,14 @@ def _chosen(deviation: Any, steps: Any, depth: int) -> Any:
     return code, level
 
 
-def choose() -> Any:
+def choose(kept: str) -> Any:
     """Components with bits: their planes, their levels, and of levels times rows' scales the sums of squares and of
     products with the components.
     """
+    kept_at = ELEMENTS_AT[kept]
 
     def body(args: Any) -> int:
-        rows, planes, out = args[_ROWS], bytes_at(args, _CODES), floats_at(args, _OUT)
+        rows, planes, out = args[_ROWS], bytes_at(args, _CODES), bytes_at(args, _OUT)
         scales, inverses = floats_at(args, _ROW_SCALES), floats_at(args, _ROW_INVERSES)
         places, depths, first_planes = longs_at(args, _PLACES), longs_at(args, _DEPTHS), longs_at(args, _PLANES)
         stride = (rows + 7) // 8 * 8
@@ -82,7 +93,7 @@ def choose() -> Any:
         while lo < hi:
             for k in range(lo, hi):
                 depth, plane, inverse = depths[k], first_planes[k], floats_at(args, _INVERSES)[k]
-                given = shifted_floats(floats_at(args, _TURNED), places[k] * rows)
+                given = shifted(kept_at(args, _TURNED), places[k] * rows)
                 steps = shifted_floats(floats_at(args, _STEPS), depth * 2 * STRIDE)
                 energy, agreement = zeros(), zeros()
                 for r in range(0, rows, LANES):
@@ -101,7 +112,7 @@ def choose() -> Any:
                         mask = code >= half
                         store_mask(mask, planes, (plane + bit) * stride + r, size)
                         code = where(mask, code - half, code)
-                    store_first(level, out, k * rows + r, count)
+                    store_codes(nearest_ints(level), -8, out, k * rows + r, count)
                     level = level * scale
                     energy, agreement = energy + level * level, agreement + level * value
                 floats_at(args, _ENERGIES)[k] = folded(energy)
@@ -116,7 +127,7 @@ def read() -> Any:
     """Components with bits: their levels, from the planes."""
 
     def body(args: Any) -> int:
-        rows, planes, out = args[_ROWS], bytes_at(args, _CODES), floats_at(args, _OUT)
+        rows, planes, out = args[_ROWS], bytes_at(args, _CODES), bytes_at(args, _OUT)
         depths, first_planes = longs_at(args, _DEPTHS), longs_at(args, _PLANES)
         stride = (rows + 7) // 8 * 8
         lo, hi = next_part(args, _FIRST_PASS)
@@ -136,15 +147,22 @@ def read() -> Any:
                             code = code + where(mask, _f32(1 << bit), zeros())
                         for b in range((1 << depth) - 1):
                             level = level + where(code > _f32(b), steps[STRIDE + 1 + b], zeros())
-                    store_first(level, out, k * rows + r, count)
+                    store_codes(nearest_ints(level), -8, out, k * rows + r, count)
             lo, hi = next_part(args, _FIRST_PASS)
         return 0
 
     return body
 
 
-def weigh() -> Any:
-    """Runs of sixty-four rows: the sums of squares of chosen components times their weights."""
+@inlined
+def _squared(given: Any, at: int, left: int) -> Any:
+    value = load_first(given, at, left - at)
+    return value * value
+
+
+def weigh(kept: str) -> Any:
+    """Runs of 256 rows, half a page of a component: the sums of squares of chosen components times their weights."""
+    kept_at = ELEMENTS_AT[kept]
 
     def body(args: Any) -> int:
         rows, count, out = args[_ROWS], args[_COMPONENTS], floats_at(args, _OUT)
@@ -152,11 +170,17 @@ def weigh() -> Any:
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:
             for run in range(lo, hi):
-                r, total = run * LANES, zeros()
+                r, a, b, c, d = run * 4 * LANES, zeros(), zeros(), zeros(), zeros()
                 for k in range(count):
-                    value = load_first(floats_at(args, _TURNED), places[k] * rows + r, rows - r)
-                    total = total + value * value * weights[k]
-                store_first(total, out, r, rows - r)
+                    given, left, weight = shifted(kept_at(args, _TURNED), places[k] * rows + r), rows - r, weights[k]
+                    a = a + _squared(given, 0, left) * weight
+                    b = b + _squared(given, LANES, left) * weight
+                    c = c + _squared(given, 2 * LANES, left) * weight
+                    d = d + _squared(given, 3 * LANES, left) * weight
+                store_first(a, out, r, rows - r)
+                store_first(b, out, r + LANES, rows - r - LANES)
+                store_first(c, out, r + 2 * LANES, rows - r - 2 * LANES)
+                store_first(d, out, r + 3 * LANES, rows - r - 3 * LANES)
             lo, hi = next_part(args, _FIRST_PASS)
         return 0
 

@@ -33,7 +33,7 @@ except ImportError:  # Windows
 
 from compactdist.kernels.sources import digest, digest_now
 
-__all__ = ["address_of", "build", "folder"]
+__all__ = ["address_of", "build", "folder", "has_feature"]
 
 _SYMBOL = "compactdist_unit"
 _CHECK_NBYTES = 32
@@ -76,6 +76,11 @@ def _machine() -> _Machine:
         cpu=named, features=features, opt=3, reloc="default", codemodel="jitdefault", jit=True
     )
     return _Machine(named, features, target)
+
+
+def has_feature(name: str) -> bool:
+    """Whether code is made for a processor with a feature, by LLVM's name."""
+    return f"+{name}" in _machine().features.split(",")
 
 
 @cache

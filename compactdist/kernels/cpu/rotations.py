@@ -25,7 +25,8 @@ def _at_place(place: int, turn: int, n: int) -> int:
         return 0
     half = n // 2
     walked = place - 1 if place < half else half - 2 + n - place
-    walked = (walked - turn) % (n - 1)
+    walked -= turn  # fewer than n - 1; a division would take longer than all else about a pair that stays
+    walked = walked + n - 1 if walked < 0 else walked
     return walked + 1 if walked < half - 1 else half - 2 + n - walked
 
 

@@ -44,19 +44,19 @@ def choose(
     """Write the planes and the levels of chosen components.
 
     Args:
-        turned: all components, float32 ``(K, R)``.
+        turned: all components, float32 or bfloat16 ``(K, R)``.
         chosen: which of them get bits.
         inverses: what makes standard deviations of a chosen component of a row of scale 1, float32 ``(S,)``.
         rows: their scales, float32 ``(R,)``; zero where there is nothing.
         planes: uint8 ``(planes, ceil(R / 8))``: row r of a plane is bit ``r % 8``.
-        out: receives the levels, whole numbers -127 to 127, float32 ``(S, R)``.
+        out: receives the levels, -127 to 127, int8 ``(S, R)``.
 
     Returns:
         Of levels times scales, for each chosen component: sums of squares, and of products with the component.
     """
     of_row = torch.where(rows > 0, 1 / rows, torch.zeros_like(rows))
     for depth, which in chosen.classes():
-        some = turned[chosen.places[which]]
+        some = turned[chosen.places[which]].float()
         if depth == 1:  # of a sign no scale matters
             codes = (some >= 0).to(torch.uint8)
         else:
@@ -67,7 +67,7 @@ def choose(
         for bit in range(depth):
             planes[chosen.planes[which] + bit] = _packed((codes >> bit) & 1)
     scaled = out * rows
-    return (scaled * scaled).sum(1), (scaled * turned[chosen.places]).sum(1)
+    return (scaled * scaled).sum(1), (scaled * turned[chosen.places].float()).sum(1)
 
 
 def read(planes: Tensor, chosen: Chosen, out: Tensor) -> None:
@@ -83,18 +83,18 @@ def weigh(turned: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """Of each row, the sum of the squares of some components times their weights.
 
     Args:
-        turned: all components, float32 ``(K, R)``.
+        turned: all components, float32 or bfloat16 ``(K, R)``.
         places: which of them, int64 ``(S,)``.
         weights: float32 ``(S,)``.
 
     Returns:
         float32 ``(R,)``.
     """
-    return weights @ turned[places].square_()
+    return weights @ turned[places].float().square()
 
 
 def _levels(codes: Tensor, steps: Tensor, depth: int) -> Tensor:
-    return steps[depth, 1, : 2**depth].cumsum(0)[codes.int()]
+    return steps[depth, 1, : 2**depth].cumsum(0).to(torch.int8)[codes.int()]
 
 
 def _packed(bits: Tensor) -> Tensor:
