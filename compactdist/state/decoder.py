@@ -151,19 +151,34 @@ class StreamDecoder(StreamState):
                     value = self._take_expected(frame, form, step, epoch, into)
             if value is not None:
                 return value
-        try:
-            header = header or unpack(frame, self.where)
-            payload = self._check(frame, header, codec, numel, dtype, step, epoch, hint)
-        except FrameError:
-            tells_view = not (self._looked or hint) and (header is None or bool(header.next_groups))
-            self._note_refusal(codec, tells_view or self.is_fresh(numel, dtype))
-            raise
+        header, payload = self._checked(frame, header, codec, numel, dtype, step, epoch, hint)
         return self._taken(payload, header, codec, hint, refuse_state, into)
 
-    def _note_refusal(self, codec: Codec, changes_sizes: bool) -> None:
-        if (codec.rates or changes_sizes) and not codec.lossless:
-            self.missed = True
-            self._changes.count += 1
+    def _checked(
+        self,
+        frame: Tensor,
+        header: Header | None,
+        codec: Codec,
+        numel: int,
+        dtype: torch.dtype,
+        step: int,
+        epoch: int,
+        hint: MatrixView | None,
+    ) -> tuple[Header, Tensor]:
+        """Header and payload of a frame that is right; notes one that is not, if sizes of later frames depend on it.
+
+        Raises:
+            FrameError: as ``_check``.
+        """
+        try:
+            header = header or unpack(frame, self.where)
+            return header, self._check(frame, header, codec, numel, dtype, step, epoch, hint)
+        except FrameError:
+            tells_view = not (self._looked or hint) and (header is None or bool(header.next_groups))
+            if (codec.rates or tells_view or self.is_fresh(numel, dtype)) and not codec.lossless:
+                self.missed = True
+                self._changes.count += 1
+            raise
 
     def _take_first(
         self,
