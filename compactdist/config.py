@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -132,8 +133,12 @@ class Options:
         check_mode(self.mode)
         if self.agree not in ("plans", "off"):
             raise ConfigError(f"agree is 'plans' or 'off', got {self.agree!r}")
-        if self.agree_timeout is not None and not self.agree_timeout > 0:
+        if self.agree_timeout is not None and not _is_above_zero(self.agree_timeout):
             raise ConfigError(f"agree_timeout is a number of seconds above 0, got {self.agree_timeout!r}")
+        _switch("find_layout", self.find_layout)
+        _switch("forward", self.forward)
+        if self.error_feedback is not None:
+            _switch("error_feedback", self.error_feedback)
         _whole("min_numel", self.min_numel)
         _whole("sample_errors_every", self.sample_errors_every)
         _check_parts(self.parts)
@@ -151,7 +156,7 @@ class Options:
             self.warmup_steps,
             self.find_layout,
             self.state,
-            keyframe_codec(self.keyframe),
+            _keyframe(self.keyframe),
         )
         lossless = self._only_lossless()
         order = 0 if lossless else self.order
@@ -161,6 +166,7 @@ class Options:
         stream = replace(checked, order=order, damping=damping, error_feedback=feedback, keyframe=keyframe)
         object.__setattr__(self, "_stream", stream)
         self._check_that_something_predicts()
+        self._check_shared_history()
 
     def _check_offload(self) -> None:
         if self.state_offload is not None and self.state_offload not in STATE_OFFLOADS:
@@ -197,6 +203,17 @@ class Options:
             raise ConfigError(
                 f"mode='predict-now' needs a history to predict from, and {why} keeps none: take order=1, 2 or 'auto' "
                 "and a codec that is not lossless, or mode='wait'"
+            )
+
+    def _check_shared_history(self) -> None:
+        """Refuse here what would raise in the first call after a keyframe."""
+        rules = self._policy.rules if isinstance(self._policy, Rules) else ()
+        named = [rule.result.codec if isinstance(rule.result, Answer) else rule.result for rule in rules]
+        learns = [c for c in (self._codec, *named) if isinstance(c, Codec) and c.needs_shared_history]
+        if learns and self._stream.open_loop:
+            raise ConfigError(
+                f"codec {learns[0]!r} learns from the history, which the two ends of a stream do not share with "
+                "error_feedback=False: leave error_feedback out, or name another codec"
             )
 
     @property
@@ -264,6 +281,25 @@ class Options:
             "agree": self.agree,
             "kernels": kernels.digest(),
         }
+
+
+def _is_above_zero(seconds: object) -> bool:
+    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < math.inf
+
+
+def _switch(name: str, value: object) -> None:
+    """Refuse what is no bool: ``find_layout="no"`` would be on."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is True or False, got {value!r}")
+
+
+def _keyframe(keyframe: object) -> Codec | None:
+    if not isinstance(keyframe, str | dict | Codec):
+        raise ConfigError(
+            f"keyframe is an id, a dict or a Codec, as 'int8' (the default), or 'raw' for the tensors' own bytes; got "
+            f"{keyframe!r}"
+        )
+    return keyframe_codec(keyframe)
 
 
 def _check_parts(parts: object) -> None:

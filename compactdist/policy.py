@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -224,9 +224,12 @@ def as_policy(policy: Policy | Sequence[Rule] | Rule | None) -> Policy | None:
     """
     if policy is None or callable(policy):
         return policy
-    rules = (policy,) if isinstance(policy, Rule) else tuple(policy)
+    rules = (policy,) if isinstance(policy, Rule) else tuple(policy) if isinstance(policy, Iterable) else (policy,)
     if not all(isinstance(rule, Rule) for rule in rules):
-        raise ConfigError("policy is a function of CallInfo, a Rule, or a sequence of Rules")
+        raise ConfigError(
+            "policy is a function of CallInfo, a Rule, or a sequence of Rules, as "
+            f"[Rule('int8', key='*attn*'), Rule('pass', op='send')]; got {policy!r}"
+        )
     return Rules(*rules)
 
 

@@ -78,6 +78,7 @@ def demo(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     trace: Annotated[Path, typer.Argument(metavar="TRACE.safetensors", help="Written by compactdist.record.")],
     codec: Annotated[
         list[str] | None,
@@ -115,8 +116,7 @@ def evaluate(
 ) -> None:
     """Play recorded activations through the residual loop and say what each codec sends and how wrong it is.
 
-    A trace holds one tensor per call site, of shape (steps, N, C). Every frame is really made and decoded, and both
-    ends are compared after each.
+    A trace holds a tensor (steps, N, C) per call site. Frames are really made and decoded, and both ends compared.
     """
     with failing_well():
         check_writable(json_file)
@@ -130,13 +130,30 @@ def evaluate(
         )
         codecs = parse_codecs(codec or ([STEERED] if target else None)) if codec or not preset or target else {}
         settings = evaluation.settings_of_codecs(codecs, config, target or ())
-        settings |= evaluation.settings_of_presets(preset or ())
+        settings |= evaluation.settings_of_presets(_presets(context, preset, codec or target))
         opened = Trace(trace)
         scores = evaluation.play_settings(opened, settings, steps)
         if baselines:
             scores |= play_baselines(opened, max(1, warmup), steps)
         evaluation.show(opened, config if codecs else None, scores, console(json_file), steps)
         write_json(json_file, evaluation.to_json(scores))
+
+
+def _presets(context: typer.Context, presets: list[str] | None, others: list[str] | None) -> list[str]:
+    """The presets to play.
+
+    Raises:
+        ConfigError: an option of codecs is given that would change no row, as there are presets only.
+    """
+    of_codecs = ("order", "damping", "warmup", "state", "keyframe")
+    given = [name for name in of_codecs if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if presets and given and not others:
+        options = ", ".join(f"--{name}" for name in given)
+        raise ConfigError(
+            f"{options} would change nothing: --preset {presets[0]} has options of its own. Leave it out, or name with "
+            "--codec what it is for"
+        )
+    return presets or []
 
 
 @bench.command("codecs")

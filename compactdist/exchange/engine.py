@@ -287,6 +287,14 @@ class Engine:
         warm = flight.call.warm
         if plan.site.captured is not None:
             catch_up(self, plan.site)
+        for target in flight.outputs:
+            if not target.is_contiguous():
+                self._refuse_shared_elements(flight, target)
+        own = flight.own_output
+        if own is not None and not own.is_contiguous():
+            self._refuse_shared_elements(flight, own)
+        for target, _ in flight.copies:
+            self._refuse_shared_elements(flight, target)
         if self.store.offload is not None:
             self._enter(self.store.offload, flight)
         first = flight.inputs[0] if flight.inputs else flight.outputs[0]
@@ -604,6 +612,21 @@ class Engine:
                     f"{self.label}, {op}: the output for rank {rank} holds {output.numel()} x {output.dtype}, "
                     f"but {numel} x {dtype} will arrive; nothing was sent"
                 )
+
+    def _refuse_shared_elements(self, flight: Flight, output: Tensor) -> None:
+        """Refuse an output that torch would not write to: the frame would be on its way, and could not be decoded.
+
+        Raises:
+            BadOutputError: an expanded output; nothing was sent.
+        """
+        if any(stride == 0 and size > 1 for stride, size in zip(output.stride(), output.shape, strict=True)):
+            call = flight.call
+            raise BadOutputError(
+                f"{self.label}, site '{call.site}' ({call.op}): an output of shape {tuple(output.shape)} has strides "
+                f"{output.stride()}, so several of its elements share one place in memory (an expanded tensor) and "
+                f"cannot hold the {output.numel()} values that will arrive; nothing was sent. Pass a tensor of its "
+                "own, as expanded.clone()"
+            )
 
     def forget(self, prefix: str | None = None) -> None:
         """Drop all history, or that of the sites under a prefix."""

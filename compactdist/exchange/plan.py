@@ -21,7 +21,7 @@ from torch import Tensor
 from compactdist import _torch, codecs
 from compactdist.codecs import Codec
 from compactdist.config import Parts
-from compactdist.errors import ConfigError, LayoutError
+from compactdist.errors import ConfigError, FrameError, LayoutError
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import PassReason
 from compactdist.policy import PASS, Answer, CallInfo, Mode, Policy, Rules
@@ -334,7 +334,18 @@ class CallPlan:
         return [*self.outgoing, *self.incoming]
 
     def refresh(self) -> None:
-        """Work out kinds and sizes of the next frames anew: a stream started, stopped or changed its matrix view."""
+        """Work out kinds and sizes of the next frames anew: a stream started, stopped or changed its matrix view.
+
+        Raises:
+            FrameError: a frame was refused that the sizes of the next ones depend on. Ranks that went on with other
+                sizes would end one another's processes (gloo).
+        """
+        for one in self.incoming if self.pattern.collective else ():
+            if one.stream is not None and one.stream.missed:
+                raise FrameError(
+                    f"{one.stream.where}: an earlier frame was refused, and how large the next ones are depends on it. "
+                    "Nothing was sent; call reset() on all ranks to start again from keyframes"
+                )
         self.changes = self.site.changes.count
         parts = [part for part in self.parts if part.codec is not None]
         for part in parts:

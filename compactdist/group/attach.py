@@ -55,6 +55,10 @@ class Attachment:
     ) -> None:
         if forwards_per_step < 1:
             raise ConfigError(f"forwards_per_step must be >= 1, got {forwards_per_step}")
+        if not isinstance(module, torch.nn.Module):
+            raise ConfigError(
+                f"attach takes a torch.nn.Module, got {type(module).__name__}: for a pipeline, its transformer"
+            )
         modules = dict(module.named_modules())
         if step_module is not None and step_module not in modules:
             raise ConfigError(f"attach: {type(module).__name__} has no submodule '{step_module}' to count steps by")
@@ -104,6 +108,8 @@ class Attachment:
         seen = self._seen.setdefault(clock, _Seen())
         if self._step_value is not None:
             value = self._step_value(module, args, kwargs)
+            if isinstance(value, torch.Tensor):  # one of its own: a scheduler may go on in the same memory
+                value = value.tolist()
             if seen.last_value is _NOTHING or value != seen.last_value:
                 seen.last_value = value
                 self._keys.tick()

@@ -141,8 +141,8 @@ class KeyBook:
             ConfigError: a negative index, or the block of another step has not been left.
             FrameError, NonFiniteError: a device has reported one since the last step.
         """
-        if index is not None and index < 0:
-            raise ConfigError(f"steps are counted from 0, got {index}")
+        if index is not None and (not isinstance(index, int) or index < 0):
+            raise ConfigError(f"steps are counted from 0, got {index!r}")
         clock = self._prefixes.clock or self._clock
         if clock.within:
             raise ConfigError(

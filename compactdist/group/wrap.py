@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -118,15 +119,22 @@ def _options(
     known = {f.name for f in Options.__dataclass_fields__.values() if f.init}
     unknown = sorted(set(given) - known - {"preset"})
     if unknown:
-        raise ConfigError(f"wrap() knows no option {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
+        every = sorted({*known, "preset", "options", "timeout"})
+        nearest = difflib.get_close_matches(unknown[0], every, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else "."
+        raise ConfigError(f"wrap() knows no option {', '.join(unknown)}{hint} There are: {', '.join(every)}")
+    if options is not None and not isinstance(options, Options):
+        raise ConfigError(f"options is a compactdist.Options, as Options(codec='int4'), got {options!r}")
     if options is not None and given:
         raise ConfigError("give options=, or codec, preset and single settings, not both")
     environment = {} if options is not None else settings_from_environment()
     if timeout is not None:
-        given = {**given, "timeout": timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)}
+        given = {**given, "timeout": timeout.total_seconds() if isinstance(timeout, timedelta) else timeout}
     warn_overruled(environment, {**expand(given), **given})
     settings = settled(environment, given)
     waited = settings.pop("timeout", _TIMEOUT_SECONDS)
+    if not isinstance(waited, int | float) or not waited > 0:
+        raise ConfigError(f"timeout is a number of seconds above 0 or a timedelta, got {waited!r}")
     return options or Options(**settings), waited
 
 

@@ -71,8 +71,11 @@ def estimate(
     patterns = patterns_by_op()
     if op not in patterns:
         raise ConfigError(f"op is one of {', '.join(patterns)}, got {op!r}")
-    if min(world_size, numel, sites) < 1 or (steps is not None and steps < 1):
-        raise ConfigError("world_size, numel, sites and steps must be at least 1")
+    counts = {"world_size": world_size, "numel": numel, "sites": sites}
+    counts |= {name: n for name, n in (("steps", steps), ("channels", channels)) if n is not None}
+    wrong = {name: n for name, n in counts.items() if not isinstance(n, int) or n < 1}
+    if wrong:
+        raise ConfigError(f"numbers of at least 1 are wanted, got {', '.join(f'{k}={n!r}' for k, n in wrong.items())}")
     links, encoders, decoders = patterns[op].histories(world_size)
     parts = number_of_parts(options.parts, numel, dtype, options.min_numel) if patterns[op].divides else 1
     numels = [each.numel for each in cut((numel,), parts, None)]

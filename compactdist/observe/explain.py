@@ -97,7 +97,7 @@ def _wrapped(text: str, width: int) -> _Lines:
     return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
-def _totals(stats: Stats, budget: int | None) -> str:
+def _totals(stats: Stats, budget: int | None, offloads: bool) -> str:
     received = ""
     if stats.received_calls:
         received = (
@@ -108,7 +108,8 @@ def _totals(stats: Stats, budget: int | None) -> str:
         f"total: {stats.compressed_calls} compressed and {stats.passed_through} passed-through calls, "
         f"{stats.raw_bytes} raw bytes as {stats.wire_bytes} wire bytes (ratio {stats.ratio:.2f}), "
         f"{received}{stats.state_bytes} bytes of state"
-        + (f" of at most {budget}" if budget is not None else "")
+        + (f" of {'' if offloads else 'at most '}{budget}" if budget is not None else "")
+        + (" that may stay on the device" if offloads else "")
         + (f", {stats.evictions} evictions" if stats.evictions else "")
         + (f", {stats.offloaded_bytes} bytes in host memory, {stats.offloads} offloads" if stats.offloads else "")
     )
@@ -180,7 +181,7 @@ def explain(group: GroupLifecycle) -> str:
         texts += ["passed through:", *_passed(group)]
     if stats.target is not None:
         texts.append(_asked(stats.target))
-    texts.append(_totals(stats, engine.store.budget_bytes))
+    texts.append(_totals(stats, engine.store.budget_bytes, engine.store.offload is not None))
     if stats.hint is not None:
         texts.append(stats.hint)
     return "\n".join(lines + [line for text in texts for line in _wrapped(text, width)])

@@ -69,9 +69,11 @@ class StreamDecoder(StreamState):
         holds_values: bool ``[1]`` on the device: whether the last frame was the expected one and held values; ``None``:
             the host made sure of it.
         wrote: the last ``decode`` has written the value to its ``into``.
+        missed: a frame was refused that the size of the next one depends on: a first keyframe, or one that may have
+            announced a rate or a matrix view.
     """
 
-    __slots__ = ("_looked", "_torn", "checksum", "header", "holds_values", "refused", "wrote")
+    __slots__ = ("_looked", "_torn", "checksum", "header", "holds_values", "missed", "refused", "wrote")
 
     def __init__(
         self,
@@ -88,6 +90,7 @@ class StreamDecoder(StreamState):
         self.holds_values: Tensor | None = None
         self._looked = not config.find_layout
         self._torn = False
+        self.missed = False
         self.wrote = False
 
     def decode(
@@ -147,9 +150,34 @@ class StreamDecoder(StreamState):
                     value = self._take_expected(frame, form, step, epoch, into)
             if value is not None:
                 return value
-        header = header or unpack(frame, self.where)
-        payload = self._check(frame, header, codec, numel, dtype, step, epoch, hint)
+        header, payload = self._checked(frame, header, codec, numel, dtype, step, epoch, hint)
         return self._taken(payload, header, codec, hint, refuse_state, into)
+
+    def _checked(
+        self,
+        frame: Tensor,
+        header: Header | None,
+        codec: Codec,
+        numel: int,
+        dtype: torch.dtype,
+        step: int,
+        epoch: int,
+        hint: MatrixView | None,
+    ) -> tuple[Header, Tensor]:
+        """Header and payload of a frame that is right; notes one that is not, if sizes of later frames depend on it.
+
+        Raises:
+            FrameError: as ``_check``.
+        """
+        try:
+            header = header or unpack(frame, self.where)
+            return header, self._check(frame, header, codec, numel, dtype, step, epoch, hint)
+        except FrameError:
+            tells_view = not (self._looked or hint) and (header is None or bool(header.next_groups))
+            if (codec.rates or tells_view or self.is_fresh(numel, dtype)) and not codec.lossless:
+                self.missed = True
+                self._changes.count += 1
+            raise
 
     def _take_first(
         self,
@@ -365,7 +393,7 @@ class StreamDecoder(StreamState):
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
         super().drop()
-        self._torn = False
+        self._torn = self.missed = False
         self._looked = not self.config.find_layout
 
     def _take_residual(

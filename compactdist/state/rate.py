@@ -79,10 +79,10 @@ class Target:
             return text
         kind, _, number = str(text).partition("=")
         try:
-            value = float(number)
-        except ValueError:
-            value = math.nan
-        return cls(kind.strip(), value)
+            return cls(kind.strip(), float(number))
+        except ValueError:  # of float, or a ConfigError
+            takes = ", or ".join(f"{name}= and {what}" for name, what in _KINDS.items())
+            raise ConfigError(f"target is {takes}, got {text!r}") from None
 
     @property
     def nmse(self) -> float:

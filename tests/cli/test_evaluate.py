@@ -141,11 +141,19 @@ def test_presets_are_their_options_under_their_own_names(tmp_path: Path) -> None
     for name, preset in PRESETS.items():
         options = ("--codec", preset.codec, "--keyframe", preset.keyframe, "--order", preset.order)
         assert rows[name] == run_json("evaluate", path, *options, "--json", "-")[preset.codec]
-    two = run_json("evaluate", path, "--preset", "tiny", "--preset", "safe", "--order", 0, "--json", "-")
+    two = run_json("evaluate", path, "--preset", "tiny", "--preset", "safe", "--json", "-")
     assert two == {name: rows[name] for name in ("tiny", "safe")}
     shown = run("evaluate", path, "--preset", "small").stdout
     assert "small" in shown
     assert "order" not in shown  # of codecs, of which there are none
+
+
+@pytest.mark.parametrize("option", [("--order", "1"), ("--keyframe", "raw"), ("--state", "int8"), ("--warmup", 2)])
+def test_an_option_that_no_preset_would_heed_is_refused(tmp_path: Path, option: tuple[str, str]) -> None:
+    path = trace(tmp_path / "t.safetensors")
+    result = run("evaluate", path, "--preset", "tiny", *option, "--json", "-")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{option[0]} would change nothing: --preset tiny has options of its own" in " ".join(result.stderr.split())
 
 
 def test_an_unknown_preset_is_refused(tmp_path: Path) -> None:

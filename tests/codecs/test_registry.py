@@ -7,6 +7,7 @@ import torch
 
 from compactdist import codecs
 from compactdist.codecs import registry
+from compactdist.codecs.scalar.quantized import ScalarQuantizer
 from compactdist.errors import CodecConfigError, UnknownCodecError
 
 
@@ -169,3 +170,14 @@ def test_plugins_load_when_asked_for():
     with pytest.raises(ModuleNotFoundError):
         codecs.get("broken")
     assert codecs.get("int4") == codecs.Int4()
+
+
+def test_a_quantizer_that_kernels_cannot_be_told_of_names_itself(table):
+    class Int5(ScalarQuantizer):
+        codec_id = "int5"
+        kind = "linear"
+        bits = 5
+        reach = 15.0
+
+    with pytest.raises(CodecConfigError, match=r"codec 'int5' \(Int5\): kind='linear' takes bits of \(8,\), got 5"):
+        codecs.register(Int5)().encode(torch.ones(3))

@@ -82,7 +82,7 @@ def test_frames_are_passed_on_round_a_ring():
 
 
 def _open_loop(rank: int, world_size: int) -> str:
-    with compactdist.wrap(codec="transform", min_numel=1, error_feedback=False) as dist:
+    with compactdist.wrap(policy=lambda call: "transform", min_numel=1, error_feedback=False) as dist:
         x = _values(rank)[0]
         try:
             with dist.step():

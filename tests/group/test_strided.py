@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d as c10d
 
 import compactdist
 from compactdist import Rule
-from compactdist.errors import FrameError
+from compactdist.errors import BadOutputError, FrameError
 from compactdist.testing import act_like_nccl
 from tests.group.kit import GLOO_HAS_ALL_TO_ALL, data
 from tests.launch import run_ranks
@@ -312,6 +312,39 @@ def test_an_output_whose_elements_share_memory_is_refused():
                 dist.all_reduce(x, group=g)
 
     run_ranks(body)
+
+
+def into_expanded(g: Any, rank: int, call: str) -> None:
+    """A compressed call whose output is expanded."""
+    x, expanded = values(rank), torch.zeros(1, COLUMNS).expand(2 * ROWS, COLUMNS)
+    if call == "all_gather_into_tensor":
+        g.all_gather_into_tensor(expanded, x)
+    elif call == "all_gather":
+        g.all_gather([torch.zeros(ROWS, COLUMNS), expanded[:ROWS]], x)
+    elif call == "all_to_all_single":
+        g.all_to_all_single(expanded[:ROWS], x)
+    elif call == "recv":
+        g.recv(expanded[:ROWS], 1 - rank)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("call", ["all_gather_into_tensor", "all_gather", "all_to_all_single", "recv"])
+def test_a_compressed_call_with_an_expanded_output_sends_nothing(call, parts):
+    """It is refused before its frame leaves, so that the site goes on (it raised while decoding)."""
+
+    def body(rank, size):
+        with compactdist.wrap(codec="int8", min_numel=1, parts=parts) as g:
+            for t in range(4):
+                out = torch.zeros(2 * ROWS, COLUMNS)
+                with g.step():
+                    if t == 2:
+                        with pytest.raises(BadOutputError, match=r"rank \d, site .*strides \(0, 1\).*nothing was sent"):
+                            into_expanded(g, 1 if call == "all_gather" else rank, call)
+                    g.all_gather_into_tensor(out, values(rank) + t)
+                assert torch.allclose(out, torch.cat(both()) + t, atol=0.1)
+            g.check()
+
+    run_ranks(body, pg_timeout=20)
 
 
 def test_the_root_of_a_broadcast_is_only_read():

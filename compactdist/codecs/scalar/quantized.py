@@ -117,7 +117,10 @@ class ScalarQuantizer(Codec):
         if self.offsets:
             return None
         scales = cast(ScaleForm, self.scales)
-        return QuantizerSpec(self.kind, self.bits, self.magnitudes, self.reach, self.widening, scales, self.block)
+        try:
+            return QuantizerSpec(self.kind, self.bits, self.magnitudes, self.reach, self.widening, scales, self.block)
+        except ValueError as error:
+            raise CodecConfigError(f"codec {self.codec_id!r} ({type(self).__name__}): {error}") from None
 
     @cached_property
     def without_history(self) -> Self | None:

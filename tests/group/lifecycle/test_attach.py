@@ -93,6 +93,30 @@ def test_a_step_value_decides():
     run_ranks(body)
 
 
+def test_a_step_value_may_be_a_tensor_of_several_elements_that_is_written_to():
+    """It was compared by truth, which several elements have not, and with itself, which is no change."""
+
+    def body(rank, world_size):
+        with kit.wrap() as dist:
+            model = Model(dist, layers=1)
+            dist.attach(model, step_value=lambda module, args, kwargs: kwargs["timestep"])
+            steps, timestep = [], torch.empty(2)
+            for value in (999, 999, 500, 500, 1):
+                model(kit.tensor(rank), timestep=timestep.fill_(value))
+                steps.append(dist.current_step)
+            assert steps == [0, 0, 1, 1, 2]
+
+    run_ranks(body)
+
+
+def test_attach_takes_a_module():
+    def body(rank, world_size):
+        with kit.wrap() as dist, pytest.raises(ConfigError, match=r"torch.nn.Module, got dict: .* its transformer"):
+            dist.attach({})
+
+    run_ranks(body)
+
+
 def test_steps_of_a_submodule_or_of_ones_own():
     def body(rank, world_size):
         with kit.wrap() as dist:
