@@ -150,6 +150,14 @@ class _Sums:
     wire_bytes: int = 0
     elements: int = 0
 
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.error + other.error,
+            self.energy + other.energy,
+            self.wire_bytes + other.wire_bytes,
+            self.elements + other.elements,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Met:
@@ -359,6 +367,8 @@ class RateControl:
 
     target: Target
     _streams: dict[Key, StreamRate] = field(default_factory=dict)
+    _forgotten: _Sums = field(default_factory=_Sums)
+    """Of streams that were let go, as those of a request that has ended: what they sent was sent all the same."""
     _at: Hashable = None
     _steps: int = 0
     _under_way: bool = False
@@ -388,12 +398,12 @@ class RateControl:
     def _share_out(self, streams: list[StreamRate]) -> None:
         """Plan the rates of the step after this one: the common relative error at which the frames have the size."""
         in_step = [stream.sizes[stream.rate - 1] for stream in streams]
-        budget = self.target.value
+        budget, before = self.target.value, self._sums()
+        so_far = budget * self._steps
         if self.target.kind == "bits":
+            so_far = budget * before.elements / 8
             budget *= sum(stream.elements for stream in streams) / 8
-        steps = self._steps + 1  # the one that begins is spoken for
-        sent = sum(stream.sums.wire_bytes for stream in self._streams.values())  # those that rest have sent, too
-        left = budget * (steps + 1) - sent - sum(in_step)
+        left = so_far + 2 * budget - before.wire_bytes - sum(in_step)  # the step that begins is spoken for
         left = max(budget / _ROOM, min(budget * _ROOM, left))
         errors = [stream.relative_errors() for stream in streams]
         low, high = -40.0, 40.0  # powers of two
@@ -407,6 +417,10 @@ class RateControl:
         chosen = min(candidates, key=lambda rates: abs(_nbytes(streams, rates) - left))
         for stream, rate in zip(streams, chosen, strict=True):
             stream.planned = rate
+
+    def _sums(self) -> _Sums:
+        """Of all streams since the last restart, those that rest or were let go too."""
+        return sum((stream.sums for stream in self._streams.values()), self._forgotten)
 
     def first_rate(self, stream: StreamRate) -> int:
         """The rate of a stream's first residual; 0: the codec's own start.
@@ -433,7 +447,7 @@ class RateControl:
     def restart(self) -> None:
         """Begin another request; what the streams saw in this one tells what to expect."""
         self._steps, self._at, self._wire_bytes, self._elements = 0, None, 0, 0
-        self._under_way, self._over = False, 0.0
+        self._under_way, self._over, self._forgotten = False, 0.0, _Sums()
         for key in list(self._streams):
             self.stream(key)
 
@@ -441,13 +455,12 @@ class RateControl:
         """Let go of the streams whose site lies under a prefix."""
         for key in list(self._streams):
             if key[0] == prefix or key[0].startswith(prefix + "/"):
-                del self._streams[key]
+                self._forgotten += self._streams.pop(key).sums
 
     def met(self) -> Met:
         """What came of the target since the last reset."""
-        sums = [stream.sums for stream in self._streams.values()]
-        error, energy = sum(one.error for one in sums), sum(one.energy for one in sums)
-        wire, elements = sum(one.wire_bytes for one in sums), sum(one.elements for one in sums)
+        sums = self._sums()
+        error, energy, wire, elements = sums.error, sums.energy, sums.wire_bytes, sums.elements
         nmse_db = (10 * math.log10(error / energy) if error else -math.inf) if energy else math.nan
         steps = max(self._steps + self._under_way, 1)
         return Met(

@@ -75,3 +75,29 @@ def test_every_collective_follows(target, codec):
         rates.append({key: site["rate"] for key, site in stats["sites"].items() if "all_gather" in key})
     if "db" in target:
         assert rates[0] != rates[1]  # unequal announcements: frames were as large as the largest
+
+
+@pytest.mark.parametrize(("target", "asked"), [("bits=1.5", 1.5), ("bytes_per_step=3000", 3000)])
+def test_every_request_meets_a_size(target, asked):
+    """What ended requests have sent counts: it was forgotten, and every later request sent up to 2.5 times as much."""
+
+    def body(rank, size):
+        rows, channels, steps, sites = 64, 128, 8, 2
+        generator, out = torch.Generator().manual_seed(rank), torch.empty(size * rows, channels)
+        with compactdist.wrap(target=target) as dist:
+            for number in range(4):
+                x, sent = torch.randn(rows, channels, generator=generator), []
+                with dist.request(f"r{number}"):
+                    for _ in range(steps):
+                        x += 0.05 * torch.randn(rows, channels, generator=generator)
+                        before = dist.stats().wire_bytes
+                        with dist.step():
+                            for _ in range(sites):
+                                dist.all_gather_into_tensor(out, x)
+                        sent.append(dist.stats().wire_bytes - before)
+                residual_bytes = sum(sent[1:]) / (steps - 1)
+                unit = 1 if asked > 100 else 8 / (sites * rows * channels)
+                assert residual_bytes * unit == pytest.approx(asked, rel=0.05)
+                assert dist.stats().target["met"] == pytest.approx(asked, rel=0.05)
+
+    run_ranks(body)

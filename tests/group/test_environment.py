@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,11 @@ def test_every_option_has_a_variable():
     options = {name for name, field in compactdist.Options.__dataclass_fields__.items() if field.init}
     named = {*inspect.signature(compactdist.wrap).parameters} - {"group", "options", "settings"}
     assert {name.lower() for name in _FIELDS} == options | named
+
+
+def test_every_variable_is_in_the_table_of_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "concepts.md").read_text()
+    assert [name for name in _FIELDS if f"`COMPACTDIST_{name}`" not in page] == []
 
 
 @pytest.mark.parametrize(
