@@ -15,7 +15,7 @@ def shown(stats: GroupStats) -> str:
         def __repr__(self) -> str:
             return "<a group>"
 
-    store, chooser = SimpleNamespace(budget_bytes=None), SimpleNamespace(min_numel=1024, mode="wait")
+    store, chooser = SimpleNamespace(budget_bytes=None, offload=None), SimpleNamespace(min_numel=1024, mode="wait")
     engine = SimpleNamespace(stats=stats, store=store, chooser=chooser)
     keys = SimpleNamespace(step=3, epoch=1)
     return explain(Group(_engine=engine, _keys=keys, stats=lambda: stats.snapshot({})))  # type: ignore[arg-type]
