@@ -152,16 +152,16 @@ def catch_up(engine: Engine, only: Site | None = None) -> None:
     for site in sites:
         clocks = [stream.clock for stream in site.streams]
         for device in {clock.words.device for clock in clocks if clock is not None and clock.captured}:
+            if kernels.captures(device):
+                return
             if device.type == "cuda":
-                if torch.cuda.is_current_stream_capturing():
-                    return
                 torch.cuda.synchronize(device)
-        sent = [streams.catch_up(stream) for stream in site.encoders.values()]
+        sent = sum([streams.catch_up(stream) for stream in site.encoders.values()])
         for decoder in site.decoders.values():
             streams.catch_up(decoder)
         captured = site.captured
         assert captured is not None
-        for _ in range(sum(sent)):
+        if sent:
             engine.stats.sent(
                 site.key,
                 captured.op,
@@ -170,4 +170,5 @@ def catch_up(engine: Engine, only: Site | None = None) -> None:
                 wire=captured.wire_nbytes,
                 keyframe=False,
                 numel=captured.numel,
+                calls=sent,
             )

@@ -311,8 +311,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
                 once everything is forgotten.
         """
         self._ready()
-        error = self._engine.late.settle(prefix)
-        catch_up(self._engine)
+        error = self._settle(prefix)
         self._engine.forget(prefix)
         if prefix is None:
             self._keys.restart()
@@ -356,8 +355,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             FrameError, NonFiniteError, LateExchangeError: what a GPU, or a late frame, has met since the last step;
                 both are waited for.
         """
-        _raise(self._engine.late.settle())
-        catch_up(self._engine)
+        _raise(self._settle())
         self._engine.store.board.poll(wait=True)
         store = self._engine.store
         made = self._engine.stats.snapshot(self._engine.state_bytes(), store.rates(), store.offloaded_bytes())
@@ -378,8 +376,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         if self._alone:
             return
         self._departures.join()
-        error = self._engine.late.settle()
-        catch_up(self._engine)
+        error = self._settle()
         try:
             check(self._engine, self._store, _torch.device_for_small_messages(self._inner), self._differences)
         except StateMismatchError as mismatch:
@@ -462,10 +459,15 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             _torch.bury(self)
         _raise(reported)
 
+    def _settle(self, prefix: str | None = None, seconds: float | None = None) -> BaseException | None:
+        """As ``Late.settle``; then counts what CUDA graphs have replayed."""
+        error = self._engine.late.settle(prefix, seconds)
+        catch_up(self._engine)
+        return error
+
     def _reported(self) -> BaseException | None:
         """What a device, or a late frame, has met since the last step."""
-        late = self._engine.late.settle(seconds=_FLUSH_SECONDS)
-        catch_up(self._engine)
+        late = self._settle(seconds=_FLUSH_SECONDS)
         try:
             self._engine.store.board.poll(wait=True)
         except CompactDistError as error:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from compactdist.kernels.queues import queue_of, stream_of
+from compactdist.kernels.queues import captures, queue_of, stream_of
 from compactdist.kernels.reference import components
 from compactdist.kernels.reference.checksum import weighted_sum
 from compactdist.kernels.reference.rotations import sweep
@@ -40,6 +40,7 @@ __all__ = [
     "Picks",
     "Rounding",
     "Steps",
+    "captures",
     "checksum_for",
     "choice",
     "component_steps_for",

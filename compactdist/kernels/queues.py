@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["queue_of", "stream_of"]
+__all__ = ["captures", "queue_of", "stream_of"]
 
 
 def queue_of(device: torch.device) -> int:
@@ -23,6 +23,11 @@ def _getter() -> Callable[[int], int]:
         return lambda index: int(torch.cuda.current_stream(index).cuda_stream)
     getter: Callable[[int], int] = triton.runtime.driver.active.get_current_stream
     return getter
+
+
+def captures(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream; no tensor of the device can be waited for then."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def stream_of(queue: int, device: torch.device) -> torch.cuda.Stream:

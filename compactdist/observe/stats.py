@@ -294,23 +294,27 @@ class GroupStats:
         forwarded: bool = False,
         predicted: bool = False,
         parts: int = 1,
+        calls: int = 1,
     ) -> None:
-        """Count one compressed call: ``raw`` and ``wire`` bytes on the link, ``numel`` elements in all messages."""
+        """Count a compressed call: ``raw`` and ``wire`` bytes on the link, ``numel`` elements in all messages.
+
+        ``calls``: so many of them, each with these numbers.
+        """
         site = self._sites.get(key) or self.site(key, op)
         with self._lock:
             site.codec = codec
-            site.calls += 1
+            site.calls += calls
             site.parts = parts
-            site.raw_bytes += raw
-            site.wire_bytes += wire
+            site.raw_bytes += calls * raw
+            site.wire_bytes += calls * wire
             if keyframe:
-                site.keyframes += 1
+                site.keyframes += calls
             elif numel:
                 site.last_wire_bits_per_element = 8 * wire / numel
             if forwarded:
-                site.forwarded += 1
+                site.forwarded += calls
             if predicted:
-                site.predicted += 1
+                site.predicted += calls
 
     def received(self, key: str, op: str, codec: str, *, raw: int, wire: int) -> None:
         """Count a compressed message that arrived in a receive.

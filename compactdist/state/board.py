@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compactdist import kernels
 from compactdist.errors import CaptureError, CompactDistError, FrameError, NonFiniteError
 from compactdist.kernels.spec import BOARD_WORDS, ENDED_CLOCK, NOT_FINITE
 from compactdist.state.remedies import remedy_of
@@ -101,7 +102,7 @@ class Board:
             CaptureError: a CUDA graph was replayed that had ended.
         """
         for one in tuple(self._devices.values()):
-            if one.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if kernels.captures(one.device):
                 continue
             seen = one.look(wait)
             if seen is not None and int(seen[0]):

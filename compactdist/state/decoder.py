@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,17 @@ _FLAGGED_KEY = (
 _KINDS = KEY | STATELESS | RESTART
 _FLAGS_OF_KINDS = {0: NONFINITE, KEY: NONFINITE | NO_STATE, STATELESS: 0, RESTART: 0}
 """The kinds of frames, and the other flags that each may have; any other combination is refused."""
+
+
+class _Due(NamedTuple):
+    """What a frame is checked against; names as in :meth:`StreamDecoder.decode`."""
+
+    codec: Codec
+    numel: int
+    dtype: torch.dtype
+    step: int
+    epoch: int
+    hint: MatrixView | None
 
 
 class StreamDecoder(StreamState):
@@ -141,8 +152,9 @@ class StreamDecoder(StreamState):
         if header is None:
             form = self._form
             if keyframe or self.live != (numel, dtype) or self.keyframe_announced or form is None:
-                at = step, epoch, hint, keyframe, foreseen, "none" if refuse_state else keys_there
-                value = self._take_first(frame, codec, numel, dtype, *at, into, queue)
+                due = _Due(codec, numel, dtype, step, epoch, hint)
+                keys = "none" if refuse_state else keys_there
+                value = self._take_first(frame, due, keyframe, foreseen, keys, into, queue)
             elif form.codec is codec and form.frame_nbytes <= frame.numel():
                 if form.frames is not None and foreseen and (self._looked or form.head.header.layout):
                     value = self._take_there(frame, form, form.frames, step, epoch, into, queue)
@@ -150,20 +162,10 @@ class StreamDecoder(StreamState):
                     value = self._take_expected(frame, form, step, epoch, into)
             if value is not None:
                 return value
-        header, payload = self._checked(frame, header, codec, numel, dtype, step, epoch, hint)
+        header, payload = self._checked(frame, header, _Due(codec, numel, dtype, step, epoch, hint))
         return self._taken(payload, header, codec, hint, refuse_state, into)
 
-    def _checked(
-        self,
-        frame: Tensor,
-        header: Header | None,
-        codec: Codec,
-        numel: int,
-        dtype: torch.dtype,
-        step: int,
-        epoch: int,
-        hint: MatrixView | None,
-    ) -> tuple[Header, Tensor]:
+    def _checked(self, frame: Tensor, header: Header | None, due: _Due) -> tuple[Header, Tensor]:
         """Header and payload of a frame that is right; notes one that is not, if sizes of later frames depend on it.
 
         Raises:
@@ -171,10 +173,10 @@ class StreamDecoder(StreamState):
         """
         try:
             header = header or unpack(frame, self.where)
-            return header, self._check(frame, header, codec, numel, dtype, step, epoch, hint)
+            return header, self._check(frame, header, due)
         except FrameError:
-            tells_view = not (self._looked or hint) and (header is None or bool(header.next_groups))
-            if (codec.rates or tells_view or self.is_fresh(numel, dtype)) and not codec.lossless:
+            codec, tells_view = due.codec, not (self._looked or due.hint) and (header is None or header.next_groups > 0)
+            if (codec.rates or tells_view or self.is_fresh(due.numel, due.dtype)) and not codec.lossless:
                 self.missed = True
                 self._changes.count += 1
             raise
@@ -182,12 +184,7 @@ class StreamDecoder(StreamState):
     def _take_first(
         self,
         frame: Tensor,
-        codec: Codec,
-        numel: int,
-        dtype: torch.dtype,
-        step: int,
-        epoch: int,
-        hint: MatrixView | None,
+        due: _Due,
         keyframe: bool,
         foreseen: bool,
         keys_there: KeysThere,
@@ -200,15 +197,16 @@ class StreamDecoder(StreamState):
         if keyframe:
             if keys_there == "none":
                 return None
-            return self._take_key_there(frame, codec, numel, dtype, step, epoch, hint, keys_there, into, queue)
-        if not foreseen or self.clock is None or codec.lossless or self.is_fresh(numel, dtype):
+            return self._take_key_there(frame, due, keys_there, into, queue)
+        codec = due.codec
+        if not foreseen or self.clock is None or codec.lossless or self.is_fresh(due.numel, due.dtype):
             return None
         if not self._looked and (self.view is None or not self.view.hint):
             return None  # it may announce a matrix view
         form = self.form(codec, frame.device)
         if form.frames is None or form.frame_nbytes > frame.numel():
             return None
-        return self._take_there(frame, form, form.frames, step, epoch, into, queue)
+        return self._take_there(frame, form, form.frames, due.step, due.epoch, into, queue)
 
     def _taken(
         self,
@@ -345,19 +343,10 @@ class StreamDecoder(StreamState):
         return value
 
     def _take_key_there(
-        self,
-        frame: Tensor,
-        codec: Codec,
-        numel: int,
-        dtype: torch.dtype,
-        step: int,
-        epoch: int,
-        hint: MatrixView | None,
-        keys_there: KeysThere,
-        into: Tensor | None,
-        queue: int | None,
+        self, frame: Tensor, due: _Due, keys_there: KeysThere, into: Tensor | None, queue: int | None
     ) -> Tensor | None:
         """The value of a keyframe that the device checks and decodes; ``None``: the host has to."""
+        codec, numel, dtype, step, epoch, hint = due
         keys, clock = self._keys_on(codec, numel, dtype, frame.device, hint), self.clock
         steps = None if keys is None else keys.steps
         if keys is None or steps is None or clock is None or (keys.own_bytes and keys_there != "all"):
@@ -482,17 +471,7 @@ class StreamDecoder(StreamState):
         self.moved_on(header.checksum)
         return value
 
-    def _check(
-        self,
-        frame: Tensor,
-        header: Header,
-        codec: Codec,
-        numel: int,
-        dtype: torch.dtype,
-        step: int,
-        epoch: int,
-        hint: MatrixView | None,
-    ) -> Tensor:
+    def _check(self, frame: Tensor, header: Header, due: _Due) -> Tensor:
         """The payload, 1-D uint8, once everything about the frame is known to be right; nothing has changed.
 
         That of a raw keyframe is a copy, made while it is summed up, which may become the history. A sender may send
@@ -501,6 +480,7 @@ class StreamDecoder(StreamState):
         Raises:
             FrameError: something is not right.
         """
+        codec, numel, dtype, step, epoch, _ = due
         ours = self.header_of(codec, numel, dtype)
         compare = partial(self._compare, header)
         compare("epoch", header.epoch, epoch)
@@ -524,7 +504,7 @@ class StreamDecoder(StreamState):
         codes = not header.flags & (KEY | STATELESS) and bool(header.payload_nbytes)
         compare("rate", header.rate, self.rate_of(codec) if codes else 0, SAME_CONFIG)
         compare("kind of checksum", header.checksum_kind, CHECKSUM_WEIGHTED_SUM, SAME_CONFIG)
-        view, nbytes = self._expected_payload(header, codec, numel, dtype, hint)
+        view, nbytes = self._expected_payload(header, due)
         shape = (0, 0, 0, 0) if view is None else (*view.shape, view.hint)
         compare("layout", (header.groups, header.rows, header.channels, header.layout), shape, SAME_CONFIG)
         compare("payload size", header.payload_nbytes, nbytes, SAME_CONFIG)
@@ -546,14 +526,13 @@ class StreamDecoder(StreamState):
                 f"{remedy}. The frame: {header.describe()}"
             )
 
-    def _expected_payload(
-        self, header: Header, codec: Codec, numel: int, dtype: torch.dtype, hint: MatrixView | None
-    ) -> tuple[MatrixView | None, int]:
+    def _expected_payload(self, header: Header, due: _Due) -> tuple[MatrixView | None, int]:
         """Matrix view and bytes of the payload of a frame of this kind.
 
         Raises:
             FrameError: there are no frames of this kind, or not now.
         """
+        codec, numel, dtype, _, _, hint = due
         flags, kind = header.flags, header.flags & _KINDS
         if kind not in _FLAGS_OF_KINDS or flags & ~kind & ~_FLAGS_OF_KINDS[kind]:
             self._compare(header, "flags", f"{flags:#04x}", "one kind of frame, and what it may say", SAME_CONFIG)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from compactdist import kernels
 from compactdist.errors import OffloadError
 from compactdist.state.offloaded import Offloaded
 from compactdist.state.site_key import without_request
@@ -90,7 +91,7 @@ class Offload:
                 use = self._uses[site.key] = _Use(site, without_request(site.key)[0])
             self._clock += 1
             use.step, use.at = step, self._clock
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if kernels.captures(device):
                 self._capture(use)
             else:
                 self._count(use, max(nbytes, site.held_bytes))

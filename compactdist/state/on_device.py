@@ -78,7 +78,7 @@ class DeviceClock:
         """
         self.right = False
         if self.captured:
-            if self.words.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if kernels.captures(self.words.device):
                 raise CaptureError(
                     "reset(), and whatever else ends captured calls, cannot be part of a CUDA graph: do it before the "
                     "capture begins"

@@ -43,16 +43,17 @@ _LARGE = 1 << 18
 
 def gram(whole: Tensor) -> Tensor:
     """``whole whole^T`` of whole numbers -127 to 127, ``(..., n, R)`` to ``(..., n, n)``, float32, rounded once."""
-    n, rows = whole.shape[-2:]
-    if whole.dim() == 2 and rows <= _ROWS:
-        return torch.mm(whole, whole.mT, out=torch.empty(n, n, device=whole.device))
-    total = torch.zeros(*whole.shape[:-1], n, dtype=torch.float64, device=whole.device)
-    part = torch.empty(n, n, device=whole.device)
+    n = whole.shape[-2]
+    made, part = torch.empty(*whole.shape[:-1], n, device=whole.device), torch.empty(n, n, device=whole.device)
     for index in itertools.product(*map(range, whole.shape[:-2])):
-        for start in range(0, rows, _ROWS):
-            some = whole[index][:, start : start + _ROWS]
-            total[index] += torch.mm(some, some.mT, out=part)
-    return total.float()
+        first, *others = whole[index].split(_ROWS, 1)
+        torch.mm(first, first.mT, out=made[index])
+        if others:
+            total = made[index].double()
+            for some in others:
+                total += torch.mm(some, some.mT, out=part)
+            made[index] = total
+    return made
 
 
 class Products(NamedTuple):

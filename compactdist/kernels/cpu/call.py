@@ -38,10 +38,14 @@ U, V, RANK, NUMBERS, GAINS, SQUARES, LENGTH, REFITS, LEVELS, SCALES, NEAR = rang
 COMPONENTS, PLACES, DEPTHS, PLANES, STEPS, TURNED, ROW_SCALES, ROW_INVERSES, INVERSES, ENERGIES, AGREEMENTS = range(
     KIND, KIND + 11
 )
-"""Of ``components.py`` alone. ``COMPONENTS``: of all blocks, or how many are weighed; ``PLACES``, ``DEPTHS``,
-``PLANES``: where the int64 stand that say which a component with bits is, its depth and its first plane;
-``STEPS``: where the borders and levels of all depths are; ``TURNED``: where float32 of all components or levels are.
+"""Of ``components.py`` and ``inverse.py``, which says what it takes them for. ``COMPONENTS``: of all blocks, or how
+many are weighed; ``PLACES``, ``DEPTHS``, ``PLANES``: where the int64 stand that say which a component with bits is, its
+depth and its first plane; ``STEPS``: where the borders and levels of all depths are; ``TURNED``: where float32 of all
+components or levels are.
 """
+
+HEIGHT = 16
+"""Of ``inverse.py`` alone: rows whose products a worker keeps until they are put out."""
 
 WORDS = KIND
 """Of ``checksum.py`` alone: how many words there are."""

@@ -20,9 +20,6 @@ from compactdist.kernels.spec import MatrixView
 
 __all__ = ["choose", "multiplies_bytes", "put_out", "put_out_bytes", "read", "supports", "take_in", "weigh"]
 
-_ROWS_AT_A_TIME = 16
-"""As ``inverse.HEIGHT``; importing that would import Numba."""
-
 
 def take_in(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor) -> Tensor:
     """Write ``x`` less the sum of ``terms`` as matrices to ``out``, ``(G, R, K)``, zeros beyond the channels.
@@ -165,7 +162,7 @@ def put_out_bytes(
         call.INVERSES: units.data_ptr(),
         call.ROW_SCALES: rows.data_ptr(),
     }
-    own = blocks * quads * LANES + _ROWS_AT_A_TIME * ((blocks - 1) * width + limb)
+    own = blocks * quads * LANES + call.HEIGHT * ((blocks - 1) * width + limb)
     work = Work(-(-count // LANES), levels.numel() * width // 16, address_of("inverse.put_out", DTYPES[out.dtype]))
     run_alone(work, slots, own=-(-own // 16) * 16)
 

@@ -33,12 +33,10 @@ from compactdist.kernels.cpu.simd.vectors import zeros
 from compactdist.kernels.reference import LANES
 
 _f32 = np.float32
+_HEIGHT = call.HEIGHT
 _FIRST_PASS, _OUT, _CODES, _ROWS, _COMPONENTS = call.FIRST_PASS, call.OUT, call.CODES, call.ROWS, call.COMPONENTS
 _BLOCKS, _QUADS, _STARTS = call.PLANES, call.DEPTHS, call.PLACES
 _WEIGHTS, _CORRECTIONS, _UNITS, _ROW_SCALES = call.TURNED, call.STEPS, call.INVERSES, call.ROW_SCALES
-
-HEIGHT = 16
-"""Rows whose products are kept until they are put out."""
 
 
 @inlined
@@ -137,10 +135,10 @@ def put_out(dtype: str) -> Any:
         pitch = (blocks - 1) * width + (width + LANES - 1) // LANES * LANES
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:
-            for start in range(lo * LANES, min(hi * LANES, rows), HEIGHT):
+            for start in range(lo * LANES, min(hi * LANES, rows), _HEIGHT):
                 if start % LANES == 0:
                     _take_levels(args, start, levels)
-                height = min(HEIGHT, rows - start)
+                height = min(_HEIGHT, rows - start)
                 _multiply(args, levels, start % LANES, height, products, pitch)
                 for row in range(start, start + height):
                     for k in range(chunks):

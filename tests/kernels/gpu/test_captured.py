@@ -6,7 +6,8 @@ What is recorded here in place of a CUDA graph: ``recorded.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +96,26 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+@contextmanager
+def both(rank: int, codec: str = "int4", **options: Any) -> Iterator[tuple[Calls, Calls]]:
+    """Calls that will be captured and calls that never are, each after three steps; checked and closed at the end."""
+    ours, plain = (Calls(rank, name, codec, **options) for name in ("captured", "uncaptured"))
+    assert same(ours.call(3), plain.call(3))
+    yield ours, plain
+    ours.group.check()
+    ours.group.close(), plain.group.close()
+
+
+@contextmanager
+def alone(rank: int, **options: Any) -> Iterator[Calls]:
+    """Calls that will be captured, after three steps; checked and closed at the end."""
+    ours = Calls(rank, "captured", **options)
+    ours.call(3)
+    yield ours
+    ours.group.check()
+    ours.group.close()
+
+
 CASES = {
     "int4": {},
     "int2:scales=block": {},
@@ -107,26 +128,24 @@ CASES = {
 @pytest.mark.parametrize("codec", CASES)
 def test_replays_are_the_calls_that_would_have_been_made(codec):
     def body(rank):
-        ours, plain = (Calls(rank, name, codec, **CASES[codec]) for name in ("captured", "uncaptured"))
-        assert same(ours.call(3), plain.call(3))
-        before = [kept.clone() for kept in ours.histories]
-        graph = ours.capture()
-        assert all(map(same, before, ours.histories)), "a capture moves nothing"
-        assert ours.group.stats().compressed_calls == 3
-        for _ in range(REPLAYS):
-            assert same(ours.replay(graph), plain.call())
-            assert all(map(same, ours.histories, plain.histories))
-        ours.group.check()
-        stats, others = ours.group.stats(), plain.group.stats()
-        assert stats.compressed_calls == 3 + REPLAYS
-        assert stats.wire_bytes == others.wire_bytes
-        for _ in range(2):  # calls and replays take turns
-            assert same(ours.call(2), plain.call(2))
-            assert same(ours.replay(graph), plain.call())
-            assert same(ours.replay(graph), plain.call())
-        ours.group.check()
-        assert ours.group.stats().compressed_calls == plain.group.stats().compressed_calls
-        ours.group.close(), plain.group.close()
+        with both(rank, codec, **CASES[codec]) as (ours, plain):
+            before = [kept.clone() for kept in ours.histories]
+            graph = ours.capture()
+            assert all(map(same, before, ours.histories)), "a capture moves nothing"
+            assert ours.group.stats().compressed_calls == 3
+            for _ in range(REPLAYS):
+                assert same(ours.replay(graph), plain.call())
+                assert all(map(same, ours.histories, plain.histories))
+            ours.group.check()
+            stats, others = ours.group.stats(), plain.group.stats()
+            assert stats.compressed_calls == 3 + REPLAYS
+            assert stats.wire_bytes == others.wire_bytes
+            for _ in range(2):  # calls and replays take turns
+                assert same(ours.call(2), plain.call(2))
+                assert same(ours.replay(graph), plain.call())
+                assert same(ours.replay(graph), plain.call())
+            ours.group.check()
+            assert ours.group.stats().compressed_calls == plain.group.stats().compressed_calls
         return graph.launched
 
     first, second = on_ranks(body)
@@ -136,13 +155,10 @@ def test_replays_are_the_calls_that_would_have_been_made(codec):
 
 def test_three_ranks_replay():
     def body(rank):
-        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
-        assert same(ours.call(3), plain.call(3))
-        graph = ours.capture()
-        for _ in range(3):
-            assert same(ours.replay(graph), plain.call())
-        ours.group.check()
-        ours.group.close(), plain.group.close()
+        with both(rank) as (ours, plain):
+            graph = ours.capture()
+            for _ in range(3):
+                assert same(ours.replay(graph), plain.call())
 
     on_ranks(body, ranks=3)
 
@@ -185,20 +201,17 @@ def test_a_capture_knows_no_step_and_no_sequence():
 
 def test_an_asynchronous_call_and_lists_and_strided_outputs_are_captured():
     def body(rank):
-        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
-        ours.call(3), plain.call(3)
-        graph = ours.capture(async_op=True)
-        for _ in range(2):
-            assert same(ours.replay(graph), plain.call())
-        spread = torch.zeros(2, NUMEL, 2)
-        with recording(ours.group) as made:
-            ours.group.step()
-            ours.group.all_gather([spread[0, :, 0], spread[1, :, 1]], ours.x)
-        expected = plain.call()
-        ours.replay(made, counts_step=False)
-        assert same(torch.cat([spread[0, :, 0], spread[1, :, 1]]), expected)
-        ours.group.check()
-        ours.group.close(), plain.group.close()
+        with both(rank) as (ours, plain):
+            graph = ours.capture(async_op=True)
+            for _ in range(2):
+                assert same(ours.replay(graph), plain.call())
+            spread = torch.zeros(2, NUMEL, 2)
+            with recording(ours.group) as made:
+                ours.group.step()
+                ours.group.all_gather([spread[0, :, 0], spread[1, :, 1]], ours.x)
+            expected = plain.call()
+            ours.replay(made, counts_step=False)
+            assert same(torch.cat([spread[0, :, 0], spread[1, :, 1]]), expected)
 
     on_ranks(body)
 
@@ -236,42 +249,36 @@ def test_a_replay_that_one_rank_leaves_out_is_noticed():
     """Both ranks see it at the next replay, whose frames are of other turns: outputs hold NaN, and a step raises."""
 
     def body(rank):
-        ours = Calls(rank, "captured")
-        ours.call(3)
-        graph = ours.capture()
-        ours.replay(graph)
-        if rank == 0:
-            ours.replay(graph, counts_step=False)
-        else:  # all of its replay is missing but the exchange itself
-            graph.replay(only="all_gather")
-        out = ours.replay(graph, counts_step=False)
-        theirs = out.view(2, NUMEL)[1 - rank]
-        assert theirs.isnan().all()
-        with pytest.raises(FrameError, match=r"wrong step \(and sequence.*reset\(\)"):
-            ours.group.step()
-        ours.group.reset()
-        ours.step = 0
-        assert ours.call(3).isfinite().all()
-        ours.group.check()
-        ours.group.close()
+        with alone(rank) as ours:
+            graph = ours.capture()
+            ours.replay(graph)
+            if rank == 0:
+                ours.replay(graph, counts_step=False)
+            else:  # all of its replay is missing but the exchange itself
+                graph.replay(only="all_gather")
+            out = ours.replay(graph, counts_step=False)
+            theirs = out.view(2, NUMEL)[1 - rank]
+            assert theirs.isnan().all()
+            with pytest.raises(FrameError, match=r"wrong step \(and sequence.*reset\(\)"):
+                ours.group.step()
+            ours.group.reset()
+            ours.step = 0
+            assert ours.call(3).isfinite().all()
 
     on_ranks(body)
 
 
 def test_a_replay_on_one_rank_and_a_call_on_the_other_are_one_exchange():
     def body(rank):
-        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
-        ours.call(3), plain.call(3)
-        for _ in range(2):
-            if rank:
-                graph = ours.capture()
-                out = ours.replay(graph, counts_step=False)
-            else:
-                out = ours.call()
-            assert same(out, plain.call())
-            ours.call(), plain.call()
-        ours.group.check()
-        ours.group.close(), plain.group.close()
+        with both(rank) as (ours, plain):
+            for _ in range(2):
+                if rank:
+                    graph = ours.capture()
+                    out = ours.replay(graph, counts_step=False)
+                else:
+                    out = ours.call()
+                assert same(out, plain.call())
+                ours.call(), plain.call()
 
     on_ranks(body)
 
@@ -287,98 +294,84 @@ def _refused(calls: Calls, graph: Recorded) -> None:
 
 def test_a_reset_ends_a_graph_and_another_one_is_captured():
     def body(rank):
-        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
-        ours.call(3), plain.call(3)
-        old = ours.capture()
-        assert same(ours.replay(old), plain.call())
-        for calls in (ours, plain):
-            calls.group.reset()
-            calls.step = 0
-        assert len(ours.group._engine.store.ended) == 1
-        _refused(ours, old)
-        ours.step = 0
-        assert same(ours.call(3), plain.call(3))  # nothing that goes on was touched
-        _refused(ours, old)
-        ours.step = 3
-        new = ours.capture()
-        assert not ours.group._engine.store.ended  # the old graph is to be deleted by now
-        for _ in range(3):
-            assert same(ours.replay(new), plain.call())
-        ours.group.check()
-        ours.group.close(), plain.group.close()
+        with both(rank) as (ours, plain):
+            old = ours.capture()
+            assert same(ours.replay(old), plain.call())
+            for calls in (ours, plain):
+                calls.group.reset()
+                calls.step = 0
+            assert len(ours.group._engine.store.ended) == 1
+            _refused(ours, old)
+            ours.step = 0
+            assert same(ours.call(3), plain.call(3))  # nothing that goes on was touched
+            _refused(ours, old)
+            ours.step = 3
+            new = ours.capture()
+            assert not ours.group._engine.store.ended  # the old graph is to be deleted by now
+            for _ in range(3):
+                assert same(ours.replay(new), plain.call())
 
     on_ranks(body)
 
 
-ENDS: dict[str, Callable[[Calls], Any]] = {
-    "another shape": lambda calls: calls.group.all_gather_into_tensor(torch.zeros(256), torch.linspace(0, 1, 128)),
-    "a keyframe": lambda calls: calls.call(),
-}
+def _another_shape(calls: Calls) -> None:
+    calls.group.step()
+    calls.group.all_gather_into_tensor(torch.zeros(256), torch.linspace(0, 1, 128))
 
 
-@pytest.mark.parametrize("how", ENDS)
-def test_what_ends_a_graph_without_a_reset(how):
+def _a_keyframe(calls: Calls) -> None:
+    for stream in calls.group._engine.store.sites()[0].streams:
+        stream.keyframe_announced = True
+        stream._changes.count += 1
+    calls.call()
+
+
+@pytest.mark.parametrize("end", [_another_shape, _a_keyframe])
+def test_what_ends_a_graph_without_a_reset(end):
     def body(rank):
-        ours = Calls(rank, "captured", agree="off")
-        ours.call(3)
-        graph = ours.capture()
-        ours.replay(graph)
-        if how == "a keyframe":
-            for stream in ours.group._engine.store.sites()[0].streams:
-                stream.live = stream.live
-                stream.keyframe_announced = True
-                stream._changes.count += 1
-            ENDS[how](ours)
-        else:
-            ours.group.step()
-            ENDS[how](ours)
-        _refused(ours, graph)
-        ours.group.reset()
-        ours.step = 0
-        ours.call(3)
-        ours.group.check()
-        ours.group.close()
+        with alone(rank, agree="off") as ours:
+            graph = ours.capture()
+            ours.replay(graph)
+            end(ours)
+            _refused(ours, graph)
+            ours.group.reset()
+            ours.step = 0
+            ours.call(3)
 
     on_ranks(body)
 
 
 def test_a_frame_of_the_host_ends_a_graph_until_the_next_one_of_the_device():
     def body(rank):
-        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
-        ours.call(3), plain.call(3)
-        graph = ours.capture()
-        assert same(ours.replay(graph), plain.call())
-        with use("reference"):
-            ours.call(), plain.call()
-        _refused(ours, graph)
-        ours.step -= 1
-        with pytest.raises(CaptureError, match="not a residual that the device made; make the call uncaptured"):
-            ours.capture()
-        assert same(ours.call(), plain.call())
-        assert same(ours.replay(graph), plain.call())
-        ours.group.check()
-        ours.group.close(), plain.group.close()
+        with both(rank) as (ours, plain):
+            graph = ours.capture()
+            assert same(ours.replay(graph), plain.call())
+            with use("reference"):
+                ours.call(), plain.call()
+            _refused(ours, graph)
+            ours.step -= 1
+            with pytest.raises(CaptureError, match="not a residual that the device made; make the call uncaptured"):
+                ours.capture()
+            assert same(ours.call(), plain.call())
+            assert same(ours.replay(graph), plain.call())
 
     on_ranks(body)
 
 
 def test_a_tensor_that_is_not_finite_is_noticed_in_a_replay():
     def body(rank):
-        ours = Calls(rank, "captured")
-        ours.call(3)
-        graph = ours.capture()
-        ours.fill(3)
-        if rank == 0:
-            ours.x[5] = math.nan
-        graph.replay()
-        theirs = ours.out.view(2, NUMEL)[1 - rank]
-        assert theirs.isnan().all() == (rank == 1)
-        with pytest.raises(NonFiniteError, match="step 3"):
-            ours.group.stats()
-        ours.step = 4
-        assert ours.replay(graph).isfinite().all()
-        ours.group.check()
-        ours.group.close()
+        with alone(rank) as ours:
+            graph = ours.capture()
+            ours.fill(3)
+            if rank == 0:
+                ours.x[5] = math.nan
+            graph.replay()
+            theirs = ours.out.view(2, NUMEL)[1 - rank]
+            assert theirs.isnan().all() == (rank == 1)
+            with pytest.raises(NonFiniteError, match="step 3"):
+                ours.group.stats()
+            ours.step = 4
+            assert ours.replay(graph).isfinite().all()
 
     on_ranks(body)
 
@@ -423,20 +416,17 @@ def test_no_codec_that_learns_or_has_several_rates_is_captured(codec):
 
 def test_a_work_is_waited_for_while_its_graph_is_captured():
     def body(rank):
-        ours = Calls(rank, "captured")
-        ours.call(3)
-        ours.group.step()
-        pending = ours.group.all_gather_into_tensor(ours.out, ours.x, async_op=True)
-        ours.group.step()
-        with recording(ours.group), pytest.raises(CaptureError, match="an earlier call has not been finished"):
-            ours._gather(False)
-        pending.wait()
-        with recording(ours.group):
-            work = ours.group.all_gather_into_tensor(ours.out, ours.x, async_op=True)
-        with pytest.raises(CaptureError, match="waited for before the capture ends"):
-            work.wait()
-        ours.group.check()
-        ours.group.close()
+        with alone(rank) as ours:
+            ours.group.step()
+            pending = ours.group.all_gather_into_tensor(ours.out, ours.x, async_op=True)
+            ours.group.step()
+            with recording(ours.group), pytest.raises(CaptureError, match="an earlier call has not been finished"):
+                ours._gather(False)
+            pending.wait()
+            with recording(ours.group):
+                work = ours.group.all_gather_into_tensor(ours.out, ours.x, async_op=True)
+            with pytest.raises(CaptureError, match="waited for before the capture ends"):
+                work.wait()
 
     on_ranks(body)
 
