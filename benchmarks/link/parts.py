@@ -1,8 +1,7 @@
 """What parts= gains: a steady all_gather of one large tensor, whole and in parts, on loopback and on a simulated link.
 
-Two gloo ranks. The simulated link is loopback on which a frame counts as arrived only when a link of the given speed
-would have carried it, after the frames posted before it; waiting for it sleeps, so that it takes no processor time, as
-a network card's work does. One group for each number of parts; their calls are made in turn, in another order each
+Two gloo ranks. On the simulated link a frame counts as arrived only when it would have been carried
+(``simulated.py``). One group for each number of parts; their calls are made in turn, in another order each
 round. Medians of the slower rank over the rounds, and each number of parts against whole tensors of the same round.
 
     python -m benchmarks.link.parts [--mb 16] [--gbit 0 10] [--codecs int8 transform] [--parts 1 2 4] [--json FILE]
@@ -15,44 +14,15 @@ import random
 import statistics
 import sys
 import time
-from types import MethodType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import compactdist
 from benchmarks.common import WORLD_SIZE, check_load, finish, on_two_ranks, parser, quartiles
+from benchmarks.link.simulated import slow_down
 
 CHANNELS, WARMUP = 3072, 3
-
-
-class _Arrives:
-    """The work of a frame: done when gloo's is, and not before the link would have carried the frame."""
-
-    def __init__(self, work: Any, at: float) -> None:
-        self._work, self._at = work, at
-
-    def wait(self) -> bool:
-        self._work.wait()
-        time.sleep(max(0.0, self._at - time.perf_counter()))
-        return True
-
-    def is_completed(self) -> bool:
-        return bool(self._work.is_completed()) and time.perf_counter() >= self._at
-
-
-def slow_down(group: Any, gbit: float) -> None:
-    """Let the frames of a group arrive as on a link of so many Gbit/s, by which each rank receives."""
-    link = group._engine.link
-    plain, free = link.all_gather, 0.0
-
-    def all_gather(self: Any, arrived: Any, frame: Any, opts: Any) -> Any:
-        nonlocal free
-        free = max(free, time.perf_counter()) + 8e-9 * (arrived.numel() - frame.numel()) / gbit
-        return _Arrives(plain(arrived, frame, opts), free)
-
-    link.all_gather = MethodType(all_gather, link)
 
 
 def _body(rank: int, codec: str, mb: float, gbit: float, parts: list[int], rounds: int) -> list[list[float]]:

@@ -188,7 +188,10 @@ class Session:
     __slots__ = ("checksum", "codec", "device", "dtype", "payload_nbytes", "view")
 
     remembers: ClassVar[bool] = False
-    """Whether ``commit``, ``rollback`` and ``prepare`` do anything; if not, callers may leave these calls out."""
+    """Whether ``commit`` and ``rollback`` do anything; if not, callers may leave these calls out."""
+
+    prepares: ClassVar[bool] = False
+    """Whether ``prepare`` does anything; if not, callers may leave it out."""
 
     def __init__(self, codec: Codec, view: MatrixView, dtype: torch.dtype, device: torch.device) -> None:
         self.codec = codec
@@ -294,7 +297,12 @@ class Session:
         """
 
     def prepare(self) -> None:
-        """Do work that the next frame needs. Called after a commit, when the site's next call is a step away."""
+        """Do work that the next frame needs, once it is known: after a commit, while a message is under way.
+
+        Whoever has the session may leave this out, or do it in another thread while the next frame arrives; the next
+        frame then does what is missing. Nothing that comes out may depend on it. On a GPU it is called on the stream
+        of the frame that was committed.
+        """
 
     @property
     def held_bytes(self) -> int:

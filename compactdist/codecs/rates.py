@@ -142,7 +142,7 @@ class RatesSession(Session):
 
     __slots__ = ("_inner", "_opened")
 
-    remembers = True
+    remembers = prepares = True
 
     codec: Rates
 

@@ -322,7 +322,10 @@ class Engine:
             As ``prepare`` and ``launch``.
         """
         with _torch.without_autograd():
-            return self._launch(self._prepare(flight), None)
+            job = self._launch(self._prepare(flight), None)
+            if self.store.unprepared.sessions:
+                self.store.unprepared.prepare(flight.queue)
+            return job
 
     def answer(self, flight: Flight, job: Job) -> Job:
         """What the caller of a call with this job waits for: the job, or nothing more if predictions were written."""

@@ -18,6 +18,7 @@ from compactdist.state.key_ends import finite
 from compactdist.state.matrix_view import blocks
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, StreamConfig, StreamState
+from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
     CHECKSUM_PLACE,
     CHECKSUM_WEIGHTED_SUM,
@@ -93,8 +94,9 @@ class StreamDecoder(StreamState):
         where: str,
         changes: Changes | None = None,
         board: Board | None = None,
+        unprepared: Unprepared | None = None,
     ) -> None:
-        super().__init__(config, fingerprint, where, changes, board)
+        super().__init__(config, fingerprint, where, changes, board, unprepared)
         self.refused = False
         self.checksum: int | None = 0
         self.header: Header | None = None
@@ -323,7 +325,7 @@ class StreamDecoder(StreamState):
         if queue is None:
             queue = kernels.queue_of(frame.device)
         if queue != clock.queue:
-            clock.follow(predictor, queue)
+            clock.follow(predictor, queue, form.session)
         terms, (numel, dtype) = predictor.terms(), self.live
         if terms and predictor.decodes_in_place:
             value = terms[0]
@@ -336,8 +338,7 @@ class StreamDecoder(StreamState):
         self.holds_values, self.wrote = frames.holds_values, into is not None
         predictor.advance(value, terms)
         if form.session.remembers:
-            form.session.commit()
-            form.session.prepare()
+            self._commit(form.session)
         self.sequence += 1
         clock.source, clock.right = 1 if clock.source == 0 else 0, True
         return value
@@ -418,8 +419,7 @@ class StreamDecoder(StreamState):
         self.moved_on(checksum)
         self._torn = False
         if session.remembers:
-            session.commit()
-            session.prepare()
+            self._commit(session)
         return value
 
     def _decode(self, session: Session, payload: Tensor, terms: Terms, value: Tensor, into: Tensor | None) -> None:

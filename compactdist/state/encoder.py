@@ -22,6 +22,7 @@ from compactdist.state.matrix_view import blocks
 from compactdist.state.rate import Choice, Measured, StreamRate
 from compactdist.state.relay import Relay, stop_sharing
 from compactdist.state.stream import Changes, Form, Room, Spares, Staged, StreamConfig, StreamState
+from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
     HEADER_NBYTES,
     KEY,
@@ -81,8 +82,9 @@ class StreamEncoder(StreamState):
         spares: Spares | None = None,
         changes: Changes | None = None,
         board: Board | None = None,
+        unprepared: Unprepared | None = None,
     ) -> None:
-        super().__init__(config, fingerprint, where, changes, board)
+        super().__init__(config, fingerprint, where, changes, board, unprepared)
         self.announce_keyframe = False
         self._searched = not config.find_layout
         self.relay: Relay | None = None
@@ -372,7 +374,7 @@ class StreamEncoder(StreamState):
         place = frame_nbytes or form.frame_nbytes, HEADER_NBYTES, form.frame_nbytes, self.part, device, queue
         room = spares.rooms.pop(place, None) or _room_for_frame(place, device)
         if queue != clock.queue:
-            clock.follow(self.predictor, queue)
+            clock.follow(self.predictor, queue, form.session)
         terms, value = self.predictor.terms(), None
         if want_value or self._remembers:
             value = spares.take(flat, queue, self.part)
@@ -555,8 +557,7 @@ class StreamEncoder(StreamState):
         if self._own_predictor is not None and staged.exact is not None:
             self._own_predictor.advance(staged.exact, ())
         if staged.session is not None and staged.session.remembers:
-            staged.session.commit()
-            staged.session.prepare()
+            self._commit(staged.session)
         if staged.next_view is not None:
             self._use(staged.next_view)
         if header.next_rate:

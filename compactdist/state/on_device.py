@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compactdist import kernels
+from compactdist.codecs.base import Session
 from compactdist.errors import CaptureError
 from compactdist.kernels.spec import CLOCK_WORDS, ENDED, FROM_HOST, TURN_WORD
 from compactdist.state.history import Predictor
@@ -94,15 +95,27 @@ class DeviceClock:
         self.kept.append((self.words, *held))
         self.words, self.captured = _ended(self.words.device), False
 
-    def follow(self, predictor: Predictor, now: int) -> None:
-        """Let the current CUDA stream wait for the one that worked on the history before, which is another one."""
+    def follow(self, predictor: Predictor, now: int, session: Session | None = None) -> None:
+        """Let the current CUDA stream wait for the one that worked on the history before, which is another one.
+
+        ``session``: what it remembers goes over, too; what it has left to do is done on the stream it belongs to.
+        """
         before, self.queue = self.queue, now
         device = self.words.device
         if before is None or device.type != "cuda":
             return
-        stream = torch.cuda.current_stream(device)
-        stream.wait_stream(kernels.stream_of(before, device))
-        for tensor in predictor.held:
+        stream, earlier = torch.cuda.current_stream(device), kernels.stream_of(before, device)
+        held = list(predictor.held)
+
+        def note(tensor: Tensor) -> Tensor:
+            held.append(tensor)
+            return tensor
+
+        if session is not None:
+            with torch.cuda.stream(earlier):
+                session.move(note)
+        stream.wait_stream(earlier)
+        for tensor in held:
             tensor.record_stream(stream)
 
 

@@ -15,6 +15,7 @@ from compactdist.state.offload import Offload
 from compactdist.state.offloaded import Offloaded, Queues
 from compactdist.state.rate import RateControl
 from compactdist.state.stream import Changes, Spares, StreamConfig
+from compactdist.state.unprepared import Unprepared
 from compactdist.wire import stream_fingerprint
 
 __all__ = ["Site", "StateStore"]
@@ -55,16 +56,17 @@ class Site:
         rank: int | None = None,
         board: Board | None = None,
         control: RateControl | None = None,
+        unprepared: Unprepared | None = None,
     ) -> None:
         self.key = key
         self._control = control
-        self._board = board
+        self._shared = Changes(), board, unprepared
         self._rank = rank
         self.fingerprint = fingerprint
         self._config = config
         self.label = label
         self._spares = spares
-        self.changes = Changes()
+        self.changes = self._shared[0]
         self.plan: Any = None
         self.encoders: dict[int, StreamEncoder] = {}
         self.decoders: dict[int, StreamDecoder] = {}
@@ -86,7 +88,7 @@ class Site:
         found = self.further_encoders.get((peer, part)) if part else self.encoders.get(peer)
         to = f"{self.label}, sending to {'all ranks' if peer == self._rank else f'rank {peer}'}"
         if found is None:
-            found = StreamEncoder(self._config, self.fingerprint, to, self._spares, self.changes, self._board)
+            found = StreamEncoder(self._config, self.fingerprint, to, self._spares, *self._shared)
             if part:
                 self.further_encoders[peer, part] = found
             else:
@@ -100,7 +102,7 @@ class Site:
         found = self.further_decoders.get((peer, part)) if part else self.decoders.get(peer)
         where = f"{self.label}, frame from rank {peer}"
         if found is None:
-            found = StreamDecoder(self._config, self.fingerprint, where, self.changes, self._board)
+            found = StreamDecoder(self._config, self.fingerprint, where, *self._shared)
             if part:
                 self.further_decoders[peer, part] = found
             else:
@@ -179,6 +181,7 @@ class StateStore:
         control, offload: as given.
         known: all sites by key, for reading only.
         board: what streams report from a device.
+        unprepared: what streams leave to do until a message is under way.
         ended: forgotten sites whose calls CUDA graphs have captured, by key. Replays write to their memory still, until
             the site is captured again or the group is closed.
         spares: buffers for the next reconstructions, one of each size for all sites. They hold no history and do not
@@ -205,6 +208,7 @@ class StateStore:
         self.budget_bytes = budget_bytes
         self.spares = Spares()
         self.board = Board()
+        self.unprepared = Unprepared()
         self.ended: dict[str, list[Site]] = {}
         self._reserved = 0
         self.known: dict[str, Site] = {}
@@ -217,7 +221,7 @@ class StateStore:
             with self._lock:
                 fingerprint = stream_fingerprint(self._group, key, self._described)
                 where = f"{self._label}, site '{key}'"
-                known = self.spares, self._rank, self.board, self.control
+                known = self.spares, self._rank, self.board, self.control, self.unprepared
                 site = Site(key, self.config, where, fingerprint, *known)
                 found = self.known.setdefault(key, site)
         return found

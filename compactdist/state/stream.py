@@ -25,6 +25,7 @@ from compactdist.state.matrix_view import blocks, plain
 from compactdist.state.on_device import DeviceClock
 from compactdist.state.quantized_history import STATE_FORMS, StateForm, make_predictor, state_copy_nbytes
 from compactdist.state.rate import Measured
+from compactdist.state.unprepared import Unprepared
 from compactdist.wire import HEAD_PLACES, HEADER_NBYTES, MASK64, SHAPE_NBYTES, Header, HeadTemplate, raw_nbytes
 
 __all__ = [
@@ -334,6 +335,7 @@ class StreamState:
         "_form",
         "_keys",
         "_number",
+        "_unprepared",
         "clock",
         "config",
         "digest",
@@ -356,6 +358,7 @@ class StreamState:
         where: str,
         changes: Changes | None = None,
         board: Board | None = None,
+        unprepared: Unprepared | None = None,
     ) -> None:
         self.config = config
         self.fingerprint = fingerprint
@@ -371,6 +374,7 @@ class StreamState:
         self._form: Form | None = None
         self._changes = changes or Changes()
         self._board = board
+        self._unprepared = unprepared
         self._keys: KeyEnds | None = None
         self._number: int | None = None
         self.clock: DeviceClock | None = None
@@ -403,6 +407,15 @@ class StreamState:
     def _move_codec_memory(self, to: Callable[[Tensor], Tensor]) -> None:
         if self._form is not None:
             self._form.session.move(to)
+
+    def _commit(self, session: Session) -> None:
+        """Let a session remember the last frame; what that means for the next one has time until then."""
+        session.commit()
+        if session.prepares:
+            if self._unprepared is None:
+                session.prepare()
+            else:
+                self._unprepared.add(session)
 
     def divide(self, part: int, parts: int, where: str) -> None:
         """Carry this part of tensors from now on. The history, of tensors that were divided otherwise, is forgotten."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from compactdist import codecs, kernels
 from compactdist.cli.evaluate import play as play_trace
-from compactdist.codecs.transform import ends, products
+from compactdist.codecs.transform import ends, products, transform
 from compactdist.codecs.transform.basis import first_basis, plain_basis, rows_of
 from compactdist.codecs.transform.coding import Layout, Spread, Weights
 from compactdist.codecs.transform.depths import DEEPEST, allocate, borders, levels
@@ -291,6 +293,44 @@ def test_compiled_loops_write_the_bytes_of_the_reference(bits, shape, dtype):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@pytest.mark.timeout(60)
+def test_a_frame_waits_for_what_another_thread_prepares(monkeypatch):
+    """A receiver that learns in one thread, slowly, while the next frame arrives in another."""
+    values = [x.view(-1) for x in moving(4)]
+    view = MatrixView(values[0].numel(), 1, *moving(1)[0].shape)
+    sender, alone, shared = (
+        codecs.get("transform", bits=2).open(view, torch.bfloat16, torch.device("cpu")) for _ in range(3)
+    )
+    followed, begun = transform.followed, threading.Event()
+
+    def slowly(*given):
+        begun.set()
+        time.sleep(0.2)
+        return followed(*given)
+
+    payload, base = torch.empty(sender.payload_nbytes, dtype=torch.uint8), values[0]
+    for x in values[1:]:
+        out, one, two = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+        sender.encode(x, (base,), out, payload)
+        for session, got in ((alone, one), (shared, two)):
+            session.decode(payload, (base,), got)
+        assert torch.equal(kit.as_bytes(one), kit.as_bytes(out))
+        assert torch.equal(kit.as_bytes(two), kit.as_bytes(out))
+        for session in (sender, alone, shared):
+            session.commit()
+        sender.prepare()
+        alone.prepare()
+        begun.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(transform, "followed", slowly)
+            thread = threading.Thread(target=shared.prepare)
+            thread.start()
+            assert begun.wait(10)
+        base = out
+    thread.join()
+    assert all(torch.equal(one, two) for one, two in zip(alone.shared_memory, shared.shared_memory, strict=True))
 
 
 @pytest.mark.timeout(120)

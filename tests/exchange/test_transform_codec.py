@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import MethodType
+
 import pytest
 import torch
 
 import compactdist
+from compactdist.codecs.transform.transform import TransformSession
 from compactdist.errors import ConfigError
 from tests.launch import run_ranks
 
@@ -95,3 +99,54 @@ def _open_loop(rank: int, world_size: int) -> str:
 def test_without_error_feedback_it_is_refused_before_a_byte_moves():
     for text in run_ranks(_open_loop):
         assert "learns from the history, which the two ends do not share with error_feedback=False" in text
+
+
+class _Noted:
+    """The work of an inner call; notes that it was waited for."""
+
+    def __init__(self, work: object, notes: list[str]) -> None:
+        self._work, self._notes = work, notes
+
+    def wait(self) -> bool:
+        self._work.wait()
+        self._notes.append("arrived")
+        return True
+
+
+def _in_order(rank: int, world_size: int, *, sites: int) -> list[str]:
+    """What happens in the third step, in order."""
+    notes: list[str] = []
+    prepare = TransformSession.prepare
+
+    def noted(session: TransformSession) -> None:
+        if session._next is not None:
+            notes.append("learnt")
+        prepare(session)
+
+    with compactdist.wrap(codec="transform:bits=2", min_numel=1) as dist, pytest.MonkeyPatch.context() as patch:
+        link, values = dist._engine.link, _values(rank)
+        gather = link.all_gather
+
+        def all_gather(self: object, *args: object) -> _Noted:
+            work = gather(*args)
+            notes.append("sent")
+            return _Noted(work, notes)
+
+        patch.setattr(TransformSession, "prepare", noted)
+        link.all_gather = MethodType(all_gather, link)
+        for step in range(3):
+            notes.clear()
+            with dist.step():
+                for site in range(sites):
+                    out = torch.empty(world_size * ROWS, CHANNELS)
+                    dist.all_gather_into_tensor(out, values[step] + site)
+    return notes
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_both_ends_learn_while_a_message_is_under_way(world_size):
+    """A receiver's end while the next call's message is under way, whatever its site."""
+    behind = ["learnt"] * (world_size - 1)
+    for sites in (1, 2):
+        for notes in run_ranks(partial(_in_order, sites=sites), world_size):
+            assert notes == sites * ["sent", *behind, "learnt", "arrived"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -126,11 +127,14 @@ class Transform(Codec):
 
 
 class TransformSession(Session):
-    """One end of a stream and the basis of each block. Both ends change it alike, by what was decoded."""
+    """One end of a stream and the basis of each block. Both ends change it alike, by what was decoded.
 
-    __slots__ = ("_basis", "_layout", "_staged")
+    What a frame says of the basis is taken down with the frame; the basis itself changes in ``prepare``.
+    """
 
-    remembers = True
+    __slots__ = ("_basis", "_layout", "_lock", "_next", "_staged")
+
+    remembers = prepares = True
 
     codec: Transform
 
@@ -138,7 +142,9 @@ class TransformSession(Session):
         super().__init__(codec, view, dtype, device)
         self._layout = codec.layout_of(view.shape)
         self._basis: Basis | None = None
+        self._next: Callable[[], Basis] | None = None  # the basis once the last frame is heeded
         self._staged: Callable[[], Basis] | None = None
+        self._lock = threading.Lock()
 
     @property
     def device_steps(self) -> DeviceSteps | None:
@@ -204,6 +210,7 @@ class TransformSession(Session):
 
     def _basis_for(self, terms: Terms) -> Basis:
         """The basis of the next frame. The first one follows from the prediction, which both ends hold."""
+        self.prepare()
         if self._basis is not None:
             return self._basis
         if terms:
@@ -233,10 +240,15 @@ class TransformSession(Session):
         rows = torch.stack([frame.rows for frame in frames])
         put_out(products, torch.stack(units), rows, terms, self.view, out)
 
-    @torch.no_grad()
     def commit(self) -> None:
         if self._staged is not None:
-            self._basis, self._staged = self._staged(), None
+            self._next, self._staged = self._staged, None
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        with self._lock:
+            if self._next is not None:
+                self._basis, self._next = self._next(), None
 
     def rollback(self) -> None:
         self._staged = None
@@ -252,19 +264,24 @@ class TransformSession(Session):
             self._receive(on_device.read(steps, payload, self._layout, self.view.groups), basis, terms, None)
 
     def forget(self) -> None:
-        self._basis = self._staged = None
+        with self._lock:
+            self._basis = self._next = self._staged = None
 
     @property
     def shared_memory(self) -> tuple[Tensor, ...]:
+        self.prepare()
         return self._basis or ()
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        self.prepare()
         if self._basis is not None:
             self._basis = Basis(*map(to, self._basis))
 
     @property
     def held_bytes(self) -> int:
-        return 0 if self._basis is None else sum(one.nbytes for one in self._basis)
+        if self._basis is None and self._next is None:
+            return 0
+        return self.codec.memory_nbytes(self.view)
 
 
 class _DeviceSteps:
