@@ -297,7 +297,7 @@ class Session:
         """
 
     def prepare(self) -> None:
-        """Do work that the next frame needs, once it is known: after a commit, while a message is under way.
+        """Do work that the next frame needs, once it is known: after a commit, where a message is waited for.
 
         Whoever has the session may leave this out, or do it in another thread while the next frame arrives; the next
         frame then does what is missing. Nothing that comes out may depend on it. On a GPU it is called on the stream

@@ -323,8 +323,8 @@ class Engine:
         """
         with _torch.without_autograd():
             job = self._launch(self._prepare(flight), None)
-            if self.store.unprepared.sessions:
-                self.store.unprepared.prepare(flight.queue)
+            if flight.plan.pattern.sends_only and self.store.unprepared.sessions:
+                self.store.unprepared.prepare()  # nobody may ever wait here for a message
             return job
 
     def answer(self, flight: Flight, job: Job) -> Job:

@@ -118,6 +118,8 @@ class Job:
         try:
             if not self._waited:
                 self._waited = True
+                if self._site is not None and self._site.unprepared.sessions:
+                    self._site.unprepared.prepare()
                 if timeout:
                     self._inner.wait(timeout)
                 else:

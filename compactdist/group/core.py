@@ -270,8 +270,6 @@ class GroupCore:
                         engine.withdraw(flight)
                 self._give_back(left)
                 raise
-            if flights and engine.store.unprepared.sessions:
-                engine.store.unprepared.prepare(flights[-1].queue)
         return parts
 
     def _begin(self, call: Callable[..., Any], tensors: Any, *more: Any, writes: bool = True) -> Any:

@@ -38,6 +38,7 @@ class Site:
         refused: peers with which no history is kept for lack of budget; :data:`ALL` for the whole site.
         reserved: bytes of budget taken per peer (or :data:`ALL`).
         pending: exchanges issued and not yet decoded.
+        unprepared: what streams of the group leave to do until a message is waited for.
         captured: what a replay of its calls counts as, once a CUDA graph has captured one.
         offloaded: what of its state lies in host memory (``state_offload``), or ``None``.
         queues: the CUDA streams that work on its state, known where it may be offloaded.
@@ -60,7 +61,8 @@ class Site:
     ) -> None:
         self.key = key
         self._control = control
-        self._shared = Changes(), board, unprepared
+        self.unprepared = unprepared or Unprepared()
+        self._shared = Changes(), board, self.unprepared
         self._rank = rank
         self.fingerprint = fingerprint
         self._config = config
@@ -181,7 +183,7 @@ class StateStore:
         control, offload: as given.
         known: all sites by key, for reading only.
         board: what streams report from a device.
-        unprepared: what streams leave to do until a message is under way.
+        unprepared: what streams leave to do until a message is waited for.
         ended: forgotten sites whose calls CUDA graphs have captured, by key. Replays write to their memory still, until
             the site is captured again or the group is closed.
         spares: buffers for the next reconstructions, one of each size for all sites. They hold no history and do not

@@ -1,4 +1,4 @@
-"""Work for the next frame that waits until a message is under way, so that it costs nothing where links are slow."""
+"""Work for the next frame that is done where a rank waits for a message, so that it costs nothing on slow links."""
 
 from __future__ import annotations
 
@@ -11,33 +11,30 @@ __all__ = ["Unprepared"]
 
 
 class Unprepared:
-    """Sessions whose ``prepare`` waits for the next call of the group, of whichever site, to be under way.
+    """Sessions of a group whose ``prepare`` waits until the group waits for a message, of whichever site.
 
-    What is left out is done by the session itself, when its next frame is made or arrives.
+    What is left out is done by the session itself, when its next frame is made or arrives. Any thread may wait.
 
     Attributes:
-        sessions: with the number of the CUDA stream that works on them; ``None`` on a CPU.
+        sessions: with the number of the CUDA stream that works on them.
     """
 
     __slots__ = ("sessions",)
 
     def __init__(self) -> None:
-        self.sessions: list[tuple[Session, int | None]] = []
+        self.sessions: list[tuple[Session, int]] = []
 
     def add(self, session: Session) -> None:
         """A session has committed a frame, on the current CUDA stream."""
-        device = session.device
-        self.sessions.append((session, None if device.type == "cpu" else kernels.queue_of(device)))
+        self.sessions.append((session, kernels.queue_of(session.device)))
 
-    def prepare(self, queue: int | None) -> None:
-        """Prepare the sessions of a CUDA stream (on a CPU: all), and forget the others.
+    def prepare(self) -> None:
+        """Prepare the sessions of the current CUDA stream, and leave the others to themselves.
 
-        Args:
-            queue: the current CUDA stream; ``None`` on a CPU. Nothing is prepared while it is captured: a replay would
-                do it again.
+        Nothing is prepared while the stream is captured: a replay would do it again.
         """
         waiting, self.sessions = self.sessions, []
-        for session, its_queue in waiting:
-            if its_queue == queue and not kernels.captures(session.device):
+        for session, queue in waiting:
+            if kernels.queue_of(session.device) == queue and not kernels.captures(session.device):
                 with suppress(RuntimeError):  # no memory: the call that is under way has no part in it, the next has
                     session.prepare()

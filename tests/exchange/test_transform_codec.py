@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import MethodType
+from typing import Any
 
 import pytest
 import torch
@@ -113,8 +114,8 @@ class _Noted:
         return True
 
 
-def _in_order(rank: int, world_size: int, *, sites: int) -> list[str]:
-    """What happens in the third step, in order."""
+def _in_order(rank: int, world_size: int, *, sites: int, at_once: bool) -> list[str]:
+    """What happens in the fourth step, in order."""
     notes: list[str] = []
     prepare = TransformSession.prepare
 
@@ -134,19 +135,52 @@ def _in_order(rank: int, world_size: int, *, sites: int) -> list[str]:
 
         patch.setattr(TransformSession, "prepare", noted)
         link.all_gather = MethodType(all_gather, link)
-        for step in range(3):
+        for step in range(4):
             notes.clear()
             with dist.step():
+                works = []
                 for site in range(sites):
                     out = torch.empty(world_size * ROWS, CHANNELS)
-                    dist.all_gather_into_tensor(out, values[step] + site)
+                    works.append(dist.all_gather_into_tensor(out, values[step] + site, async_op=at_once))
+                for work in works if at_once else ():
+                    work.wait()
     return notes
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_both_ends_learn_while_a_message_is_under_way(world_size):
+def test_both_ends_learn_while_a_message_is_waited_for(world_size):
     """A receiver's end while the next call's message is under way, whatever its site."""
     behind = ["learnt"] * (world_size - 1)
-    for sites in (1, 2):
-        for notes in run_ranks(partial(_in_order, sites=sites), world_size):
+    for sites, at_once in ((1, False), (2, False), (1, True)):
+        for notes in run_ranks(partial(_in_order, sites=sites, at_once=at_once), world_size):
             assert notes == sites * ["sent", *behind, "learnt", "arrived"]
+    for notes in run_ranks(partial(_in_order, sites=2, at_once=True), world_size):
+        assert notes == ["sent", "sent", *behind, "learnt", "learnt", "arrived", *behind, "arrived"]
+
+
+def _one_way(rank: int, world_size: int) -> list[str]:
+    """Of a sender that never waits for a message."""
+    notes: list[str] = []
+    with compactdist.wrap(codec="transform:bits=2", min_numel=1) as dist, pytest.MonkeyPatch.context() as patch:
+        prepare, encode = TransformSession.prepare, TransformSession.encode
+
+        def noted(session: TransformSession) -> None:
+            if session._next is not None:
+                notes.append("learnt")
+            prepare(session)
+
+        def noted_encode(session: TransformSession, *args: Any, **kwargs: Any) -> None:
+            notes.append("encoded")
+            encode(session, *args, **kwargs)
+
+        patch.setattr(TransformSession, "prepare", noted)
+        patch.setattr(TransformSession, "encode", noted_encode)
+        for x in _values(0):
+            with dist.step():
+                dist.send(x, 1) if rank == 0 else dist.recv(torch.empty_like(x), 0)
+    return notes
+
+
+def test_a_sender_alone_learns_once_its_frame_has_left():
+    sent, _ = run_ranks(_one_way, 2)
+    assert sent == (STEPS - 1) * ["encoded", "learnt"]
