@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compactdist.codecs.base import Codec, Terms, residual_of
 from compactdist.errors import ConfigError
+from compactdist.state.site_key import without_request
 
 __all__ = ["STEERED", "Choice", "Measured", "Met", "RateControl", "StreamRate", "Target", "check_steered"]
 
@@ -194,13 +195,14 @@ class StreamRate:
 
     Args:
         control: of the rank.
-        told: ``told[n]``: the n-th residual's energy over the tensor's in the last request, without the part that is
-            the error of the frame before.
+        before: the stream of the last request, whose frames tell what to expect; ``None``: there was none.
     """
 
-    def __init__(self, control: RateControl, told: Sequence[float]) -> None:
+    def __init__(self, control: RateControl, before: StreamRate | None = None) -> None:
         self._control = control
-        self._told = tuple(told)
+        # the n-th residual's energy over the tensor's in the last request that had so many, without the part that is
+        # the error of the frame before
+        self._told: tuple[float, ...] = ()
         self.changes: list[float] = []
         self.rate = 0
         self.planned = 0
@@ -211,6 +213,9 @@ class StreamRate:
         self._last: Measured | None = None
         self.sums = _Sums()
         self._recent_error = self._recent_energy = 0.0
+        if before is not None:
+            self._told = (*before.changes, *before._told[len(before.changes) :])
+            self._loss, self._seen = list(before._loss), set(before._seen)
 
     def begin(self, step: int, epoch: int, elements: int, sizes: Iterable[int], rate: int) -> None:
         """Say how the stream codes now.
@@ -367,6 +372,8 @@ class RateControl:
 
     target: Target
     _streams: dict[Key, StreamRate] = field(default_factory=dict)
+    _ended: dict[Key, StreamRate] = field(default_factory=dict)
+    """By the keys of their sites outside any request: of streams that were let go, the last."""
     _forgotten: _Sums = field(default_factory=_Sums)
     """Of streams that were let go, as those of a request that has ended: what they sent was sent all the same."""
     _at: Hashable = None
@@ -377,11 +384,9 @@ class RateControl:
     _elements: int = 0
 
     def stream(self, key: Key) -> StreamRate:
-        """The rate of an encoder that begins; what one of this key saw before, in the last request, is used."""
-        old = self._streams.get(key)
-        made = self._streams[key] = StreamRate(self, () if old is None else old.changes or old._told)
-        if old is not None:
-            made._loss, made._seen = old._loss, old._seen
+        """The rate of an encoder that begins; what one of this site saw in the last request is used."""
+        before = self._streams.get(key) or self._ended.get(_without_request(key))
+        made = self._streams[key] = StreamRate(self, before)
         return made
 
     def begin_step(self, step: Hashable) -> None:
@@ -455,7 +460,8 @@ class RateControl:
         """Let go of the streams whose site lies under a prefix."""
         for key in list(self._streams):
             if key[0] == prefix or key[0].startswith(prefix + "/"):
-                self._forgotten += self._streams.pop(key).sums
+                ended = self._ended[_without_request(key)] = self._streams.pop(key)
+                self._forgotten += ended.sums
 
     def met(self) -> Met:
         """What came of the target since the last reset."""
@@ -474,6 +480,11 @@ class RateControl:
     def rates(self) -> dict[Key, int]:
         """The rate in use of each stream."""
         return {key: stream.rate for key, stream in self._streams.items() if stream.is_known}
+
+
+def _without_request(key: Key) -> Key:
+    _, site = without_request(key[0])
+    return (site, key[1]) if len(key) == 2 else (site, key[1], key[2])
 
 
 def _at_level(errors: Sequence[Sequence[float]], level: float) -> list[int]:

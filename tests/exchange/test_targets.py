@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -101,3 +103,31 @@ def test_every_request_meets_a_size(target, asked):
                 assert dist.stats().target["met"] == pytest.approx(asked, rel=0.05)
 
     run_ranks(body)
+
+
+def test_requests_of_other_names_know_what_comes():
+    """A first request of four steps has no time to learn what its first residual needs; those after it know."""
+
+    def body(rank, size):
+        out, off = torch.empty(size * 48, 64), []
+        with compactdist.wrap(target="nmse_db=-26", find_layout=False) as dist:
+            for number in range(4):
+                g = torch.Generator().manual_seed(rank)
+                mixed = torch.randn(12, 64, generator=g)
+                x, error, energy = torch.randn(48, 12, generator=g) @ mixed, 0.0, 0.0
+                with dist.request(f"r{number}"):
+                    for step in range(4):
+                        size_of_change = 0.1 if step % 3 else 0.3
+                        noise = torch.randn(48, 12, generator=g), torch.randn(48, 64, generator=g)
+                        x = x + size_of_change * (noise[0] @ mixed + 0.2 * noise[1])
+                        with dist.step():
+                            dist.all_gather_into_tensor(out, x)
+                        if step:
+                            error += float((out.view(size, 48, 64)[rank] - x).square().sum())
+                            energy += float(x.square().sum())
+                off.append(10 * math.log10(error / energy) + 26)
+        return off
+
+    for off in run_ranks(body):
+        assert abs(off[0]) > 0.5
+        assert abs(off[3]) < 0.5

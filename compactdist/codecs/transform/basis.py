@@ -99,7 +99,7 @@ def followed(rows: Tensor, energies: Tensor, spread: Spread, evidence: Tensor) -
         rows: of the basis that coded the frame, int16 ``(M, n, n)``.
         energies: of that basis, float32 ``(M, n)``.
         spread: what the frame said of the components.
-        evidence: whole numbers -127 to 127, float32 ``(S, R')``, what was decoded of those that got bits.
+        evidence: int8 ``(S, R')``, -127 to 127, what was decoded of those that got bits.
     """
     blocks, n = energies.shape
     sizes = [max(_SMALLEST_SWEEP, count + count % 2) for count in spread.counts]
@@ -108,9 +108,9 @@ def followed(rows: Tensor, energies: Tensor, spread: Spread, evidence: Tensor) -
     first = counts.cumsum(0) - counts
     at = spread.block * most + torch.arange(len(spread.block), device=rows.device) - first[spread.block]
     places = spread.chosen.places
-    sums = evidence.new_zeros(blocks, most, most)
+    sums = torch.zeros(blocks, most, most, device=rows.device)
     for one, some in zip(sums, evidence.split(spread.counts), strict=True):
-        one[: len(some), : len(some)] = gram(some)
+        one[: len(some), : len(some)] = gram(some.float())
 
     amplitudes = spread.amplitudes
     energies = (1 - _SHARE) * energies.reshape(-1) + _SHARE * (amplitudes * amplitudes)

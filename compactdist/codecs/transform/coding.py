@@ -262,11 +262,12 @@ class Frame(NamedTuple):
         return ((weights.unit * self.gains) * self.top).repeat_interleave(weights.whole.shape[1])
 
     def evidence(self) -> Tensor:
-        """Levels of the sampled rows times their scale relative to the largest, whole numbers ``(S, R')``."""
+        """Levels of the sampled rows times their scale relative to the largest, int8 ``(S, R')``."""
         which = sampled(self.levels.shape[1])
         rows = self.rows[which]
         largest = rows.amax()
-        return torch.round(self.levels[:, which] * (rows / torch.where(largest > 0, largest, torch.ones_like(largest))))
+        weights = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
+        return (self.levels[:, which] * weights).round_().to(torch.int8)
 
 
 def decode(payload: Tensor, layout: Layout, space: Tensor) -> Frame:

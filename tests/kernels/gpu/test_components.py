@@ -249,7 +249,7 @@ def test_a_basis_follows_where_few_or_no_components_got_bits():
     layout = Layout.of(40, 3 * n, 0.3, n)
     spread = Spread.of(codes, layout)
     counts, places = torch.tensor(spread.counts), spread.chosen.places
-    evidence = torch.randint(-127, 128, (len(places), 40), generator=g).float()
+    evidence = torch.randint(-127, 128, (len(places), 40), generator=g).to(torch.int8)
     held = plain_basis((1, 3), n, torch.device("cpu"))
     expected = followed(held.rows[0], held.energies[0], spread, evidence)
     chosen = torch.zeros(3 * n, dtype=torch.bool)
@@ -257,7 +257,7 @@ def test_a_basis_follows_where_few_or_no_components_got_bits():
     order = chosen.view(1, 3, n).logical_not().byte().argsort(dim=-1, stable=True)
     sums = torch.zeros(1, 3, n, n)
     for one, some in zip(sums[0], evidence.split(spread.counts), strict=True):
-        one[: len(some), : len(some)] = gram(some)
+        one[: len(some), : len(some)] = gram(some.float())
     learnt = Learnt(spread.amplitudes.view(1, 3, n), order, counts[None], sums)
     with use("gpu"):
         got = followed_at_once(*[type(one)(*[part.to(kit.DEVICE) for part in one]) for one in (held, learnt)])
