@@ -1,4 +1,4 @@
-"""docs/benchmarks.md shows the stored results."""
+"""README.md and docs/benchmarks.md show the stored results."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
 
 def stored(name: str) -> dict:
     return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+def test_demo() -> None:
+    """README.md shows what ``make demo`` printed; ``tests/integrations/harness/test_demo.py`` that it still does."""
+    readme = (ROOT / "README.md").read_text()
+    for row in stored("demo.json")["rows"]:
+        call, error, psnr = row["call_bits_per_element"], row["latent_rel_error"], row["psnr_db"]
+        assert (
+            f"| {row['route']} | `{row['method']}` | {row['wire_bytes'] / 1e6:.2f} | {row['bits_per_element']:.2f} "
+            f"| {'' if call is None else f'{call:.3f}'} | {row['ratio']:.2f} | {f'{error:.1e}' if error else 0} "
+            f"| {'equal' if psnr is None else f'{psnr:.1f}'} |"
+        ) in readme
 
 
 def test_kernels() -> None:

@@ -22,6 +22,7 @@ if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "
 from compactdist_harness.digits import load_digits_pipeline  # noqa: E402
 
 LAYERS = [f"{kind}.{n}.attn" for kind in ("transformer_blocks", "single_transformer_blocks") for n in (0, 1)]
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 STEPS = 28
 SITES = {"ring": {"kv": "all_gather"}, "ulysses": {"qkv": "all_to_all", "out": "all_to_all"}}
 
@@ -129,6 +130,14 @@ def test_the_table_has_every_method_on_both_routes(demo: tuple[Path, Table, str]
 @pytest.mark.parametrize(("method", "most"), [("binary", 1.25), ("int2", 2.25)])
 def test_wire_bits_of_the_largest_buffers(demo: tuple[Path, Table, str], route: str, method: str, most: float) -> None:
     assert most - 0.25 < demo[1][route, method]["call_bits_per_element"] <= most
+
+
+def test_the_table_is_the_one_in_the_readme(demo: tuple[Path, Table, str]) -> None:
+    """To the byte; errors as far as machines round alike."""
+    for row in json.loads((RESULTS / "demo.json").read_text())["rows"]:
+        ours = demo[1][row["route"], row["method"]]
+        assert (ours["raw_bytes"], ours["wire_bytes"]) == (row["raw_bytes"], row["wire_bytes"])
+        assert ours["latent_rel_error"] == pytest.approx(row["latent_rel_error"], rel=0.5)
 
 
 def test_bytes_of_the_table(demo: tuple[Path, Table, str], results: dict[str, Any], route: str) -> None:
