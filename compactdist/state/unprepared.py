@@ -36,5 +36,5 @@ class Unprepared:
         waiting, self.sessions = self.sessions, []
         for session, queue in waiting:
             if kernels.queue_of(session.device) == queue and not kernels.captures(session.device):
-                with suppress(RuntimeError):  # no memory: the call that is under way has no part in it, the next has
+                with suppress(Exception):  # as no memory: the call that is under way has no part in it, the next has
                     session.prepare()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import compactdist
+from compactdist.codecs.transform import transform
 from compactdist.codecs.transform.transform import TransformSession
 from compactdist.errors import ConfigError
 from tests.launch import run_ranks
@@ -184,3 +185,27 @@ def _one_way(rank: int, world_size: int) -> list[str]:
 def test_a_sender_alone_learns_once_its_frame_has_left():
     sent, _ = run_ranks(_one_way, 2)
     assert sent == (STEPS - 1) * ["encoded", "learnt"]
+
+
+def _without_memory(rank: int, world_size: int) -> tuple[int, str]:
+    """The steps that were right, and what the step after them raised."""
+
+    def fails(*args: Any) -> None:
+        raise MemoryError("none left")
+
+    out = torch.empty(world_size * ROWS, CHANNELS)
+    with compactdist.wrap(codec="transform:bits=2", min_numel=1) as dist, pytest.MonkeyPatch.context() as patch:
+        for step, x in enumerate(_values(rank)):
+            if step == 2:
+                patch.setattr(transform, "followed", fails)
+            try:
+                with dist.step():
+                    dist.all_gather_into_tensor(out, x)
+            except MemoryError as error:
+                return step, str(error)
+    return STEPS, ""
+
+
+def test_what_cannot_be_learnt_fails_the_call_that_needs_it():
+    """No call fails while it waits for its message; the next one, whose frame needs what was to be learnt, does."""
+    assert run_ranks(_without_memory, 2) in ([(2, "none left")] * 2, [(3, "none left")] * 2)
