@@ -16,6 +16,7 @@ import compactdist
 from benchmarks.gpu.collectives import CALLS, Run
 from compactdist.errors import FrameError, NonFiniteError
 from compactdist.kernels import use
+from compactdist.state import decoder, encoder
 from compactdist.testing import act_like_nccl
 from tests.kernels.gpu.conftest import INTERPRETED
 from tests.launch import run_ranks
@@ -23,6 +24,8 @@ from tests.launch import run_ranks
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU benchmarks.gpu.host counts what waits")
 
 READS = ("cpu", "numpy", "item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+BY_ADDRESS = ((decoder, "bytes_at"), (encoder, "seal"), (encoder, "write_head"))
+"""Where the host itself looks at a header, or writes one with a checksum that it knows."""
 READ_BY_TORCH = "all_gather_object"
 """torch itself reads how long the pickles are, and their bytes."""
 STEADY = 2
@@ -43,6 +46,8 @@ class NoReads(TorchDispatchMode):
         self.torch_may = False
         for name in READS:
             monkeypatch.setattr(torch.Tensor, name, self._guarded(name, getattr(torch.Tensor, name)))
+        for module, name in BY_ADDRESS:  # not through a tensor, where its memory is the host's
+            monkeypatch.setattr(module, name, self._guarded(name, getattr(module, name)))
         run = InterpretedFunction.run
 
         def launched(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +66,7 @@ class NoReads(TorchDispatchMode):
                 return real(*args, **kwargs)
             caller = sys._getframe(1).f_globals["__name__"]
             of_torch = self.torch_may and caller.startswith("torch.distributed.")
-            assert of_torch, f"the host reads by Tensor.{name}"
+            assert of_torch, f"the host reads by {name}"
             self.armed = False
             try:
                 return real(*args, **kwargs)
