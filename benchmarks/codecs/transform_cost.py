@@ -84,14 +84,16 @@ def measured(rows: int, channels: int, bits: float, rounds: int) -> dict[str, An
     for value in (x, y):
         sender.encode(value, (held,), out, payload)
         receiver.decode(payload, (held,), beside)
-        sender.commit()
-        receiver.commit()
+        for one in (sender, receiver):
+            one.commit()
+            one.prepare()
         held.copy_(out)
     x, staged = x.clone(), {"frame": torch.empty_like(payload)}
 
     def update(session: TransformSession) -> None:
         basis, what = session._basis, session._staged
         session.commit()
+        session.prepare()
         session._basis, session._staged = basis, what
 
     steps = {

@@ -71,6 +71,7 @@ class _Stream:
             self._payload = torch.empty(self._session.payload_nbytes, dtype=torch.uint8)
             self._session.encode(x.view(-1), (self._base,), self._new, self._payload)
             self._session.commit()  # a codec with a memory is timed once it has one
+            self._session.prepare()
         self._session.encode(x.view(-1), (self._base,), self._new, self._payload)
         self._session.rollback()
         return self._payload
