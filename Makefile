@@ -10,9 +10,11 @@ TRITON ?= triton==3.9.0
 EXTRAS ?= xdit,cache-dit,bench,dev
 # Tests of several ranks mostly wait for one another, so two at a time fill two cores.
 WORKERS ?= 2
-# `make test-torch TORCH=2.11.0`: what may differ between versions of torch and Triton, without the frameworks.
+# `make test-torch TORCH=2.11.0`: what may differ between versions of torch and Triton, without the frameworks. What
+# becomes of forged and of misplaced frames is decided by their bytes.
 TORCH_TESTS ?= tests/group tests/exchange tests/lockstep tests/conformance tests/state \
-	tests/kernels/test_arguments_of_one.py
+	tests/kernels/test_arguments_of_one.py \
+	--ignore=tests/state/test_damage.py --ignore=tests/state/test_frames_out_of_place.py
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=

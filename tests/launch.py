@@ -32,6 +32,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -314,6 +315,7 @@ def _child(
     parent: int | None,
 ) -> None:
     _die_with(parent)
+    gc.freeze()  # else each collection walks all that the parent had, and copies the pages it lies on
     stacks = open(dump, "w")  # noqa: SIM115 - faulthandler writes to it until the process ends
     faulthandler.enable(file=stacks)
     faulthandler.register(signal.SIGUSR1, file=stacks)

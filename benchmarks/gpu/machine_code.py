@@ -8,6 +8,7 @@ division, what only the last program does). A branch that depends on an instruct
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 import subprocess
@@ -43,11 +44,16 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
 
-    @property
+    @functools.cached_property
     def base(self) -> str:
         """The opcode without suffixes and without the mark of the uniform datapath."""
         base = self.opcode.split(".")[0]
         return base[1:] if base[:1] == "U" and base[1:] in {*_COMPUTED, *_PREDICATES} else base
+
+    @functools.cached_property
+    def split(self) -> tuple[list[str], tuple[str, ...]]:
+        """Registers and predicates that it writes, the main one first; and its sources."""
+        return _split(self)
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,12 @@ def tool(name: str) -> str:
 _REGISTERS = re.compile(r"EIATTR_REGCOUNT\n.*?\.word\s+index@.*?\.word\s+0x([0-9a-f]+)", re.DOTALL)
 
 
+@functools.lru_cache(maxsize=64)
 def listing(cubin: bytes, capability: int) -> Listing:
-    """Disassemble a kernel. The whole file is read, not its code alone, for that names the registers too."""
+    """Disassemble a kernel. The whole file is read, not its code alone, for that names the registers too.
+
+    Codecs share kernels, and ``nvdisasm`` takes half a second to start: one of a table is read once.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -305,6 +315,8 @@ class _Warp:
 
     def value(self, operand: str) -> Value:
         """Of a source; predicates are 0 or 1."""
+        if operand in self.held:
+            return self.held[operand]
         if operand[:1] in "!~-|":
             inner = self.value(operand[1:].strip("|"))
             if isinstance(inner, str):
@@ -350,7 +362,7 @@ class _Warp:
                 if int(one.operands[2], 16) >> number & 1:
                     self.held[f"P{number}"] = bits if isinstance(bits, str) else bits >> number & 1
             return
-        targets, sources = _split(one)
+        targets, sources = one.split
         result = self._result(one, sources) if guard == 1 else _worst([guard])
         upper = self._upper(one, sources) if one.base == "IMAD" and ".WIDE" in one.opcode else _UNKNOWN
         for number, target in enumerate(targets):
@@ -432,7 +444,6 @@ def _worst(values: list[Value]) -> Value:
 
 
 def _split(one: Instruction) -> tuple[list[str], tuple[str, ...]]:
-    """Registers and predicates that an instruction writes, the main one first; and its sources."""
     operands = list(one.operands)
     if one.base in ("STG", "STS", "STL", "RED", "BAR", "BSSY", "BSYNC", "WARPSYNC", "MEMBAR", "NOP"):
         return [], tuple(operands)

@@ -33,7 +33,9 @@ def _one_thread():
 @every_codec
 @pytest.mark.parametrize("name", kit.DISTRIBUTIONS)
 def test_every_distribution(codec, name):
-    for shape in kit.SHAPES:
+    """On every second shape, on the others with the next distribution and with the next codec; any other below."""
+    turn = CODECS.index(codec) + list(kit.DISTRIBUTIONS).index(name)
+    for shape in kit.SHAPES[turn % 2 :: 2]:
         kit.check_input(codec, kit.sample(name, shape))
 
 

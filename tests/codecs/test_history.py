@@ -73,8 +73,10 @@ def test_the_contract(codec_id):
 def test_sessions_on_wide_matrices(codec_id):
     permuted = MatrixView(2 * 3 * 64 * 48, 2, 64, 144, axes=(2, 3, 64, 48), order=(0, 2, 1, 3))
     padded = MatrixView(70 * 130 - 5, 1, 70, 130)
+    # as tests/kernels/test_fused_steps.py, which says why two are enough
+    other = torch.float16 if codec_id in ("int2", "int4", "ternary") else torch.float32
     for turn, name in enumerate(("student4", "hot_cross", "huge")):
-        dtype = (torch.float32, torch.bfloat16, torch.float16)[turn % 3]
+        dtype = (other, torch.bfloat16)[turn % 2]
         check_session(codec_of(codec_id), (permuted, padded)[turn % 2], dtype, name=name)
 
 

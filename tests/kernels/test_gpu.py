@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,17 @@ from compactdist.wire import HEAD_PLACES, HEADER_NBYTES
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 ROOT = Path(__file__).parent.parent.parent
-_LONG = ("captured", "components", "host_reads", "keyframes", "lowrank")
-BY_THEMSELVES = [f"tests/kernels/gpu/test_{name}.py" for name in _LONG]
-"""Files that the interpreter takes minutes for."""
+FOLDER = "tests/kernels/gpu"
+BY_THEMSELVES = [
+    [f"{FOLDER}/test_{name}.py" for name in names]
+    for names in (("captured", "lowrank"), ("components", "host_reads", "keyframes"))
+]
+"""Files that the interpreter takes long for, in parts that take about as long as all the others."""
 
 
-def _interpreted(*options: str, where: str = "tests/kernels/gpu") -> None:
+def _interpreted(*options: str, where: Sequence[str] = (FOLDER,)) -> None:
     """Run the tests of the kernels under the interpreter; all of those chosen must pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", where, *options]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *where, *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1400)
     summary = done.stdout.strip().splitlines()[-1]
@@ -43,14 +47,14 @@ def test_some_tests_pass_under_the_interpreter():
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_all_tests_pass_under_the_interpreter():
-    _interpreted(*(f"--ignore={path}" for path in BY_THEMSELVES))
+    _interpreted(*(f"--ignore={path}" for paths in BY_THEMSELVES for path in paths))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("path", BY_THEMSELVES)
-def test_all_tests_of_a_file_pass_under_the_interpreter(path):
-    _interpreted(where=path)
+@pytest.mark.parametrize("paths", BY_THEMSELVES, ids=" ".join)
+def test_all_tests_of_a_file_pass_under_the_interpreter(paths):
+    _interpreted(where=paths)
 
 
 @pytest.mark.slow

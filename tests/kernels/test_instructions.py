@@ -52,7 +52,8 @@ def test_no_more_instructions_than_stored(name: str) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_no_more_instructions_than_stored_anywhere(capability: int) -> None:
     for name in instructions.NAMES:
-        _compare(name, capability)
+        if (name, capability) not in [(main, 90) for main in MAIN]:  # which the test above has compared
+            _compare(name, capability)
 
 
 def test_the_table_has_every_kernel_of_every_gpu() -> None:

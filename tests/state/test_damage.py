@@ -157,9 +157,9 @@ def test_forged_frames():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_many_forged_frames():
-    """A quarter of what was run once by hand: ``fuzz(200_000, seed=2)``."""
-    refused, _ = fuzz(50_000, seed=3)
-    assert refused > 40_000
+    """A tenth of what was run once by hand, ``fuzz(200_000, seed=2)``: five streams of each combination of options."""
+    refused, _ = fuzz(20_000, seed=3)
+    assert refused > 16_000
 
 
 @pytest.mark.parametrize("what", ["state", "order", "damping", "keyframe", "codec"])

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-NUMEL, REPLAYS = 20 * 64, 6
+NUMEL, REPLAYS = 20 * 64, 3
 
 
 class Calls:
@@ -140,10 +140,10 @@ def test_replays_are_the_calls_that_would_have_been_made(codec):
             stats, others = ours.group.stats(), plain.group.stats()
             assert stats.compressed_calls == 3 + REPLAYS
             assert stats.wire_bytes == others.wire_bytes
-            for _ in range(2):  # calls and replays take turns
-                assert same(ours.call(2), plain.call(2))
-                assert same(ours.replay(graph), plain.call())
-                assert same(ours.replay(graph), plain.call())
+            for calls, replays in ((2, 1), (1, 2)):  # they take turns
+                assert same(ours.call(calls), plain.call(calls))
+                for _ in range(replays):
+                    assert same(ours.replay(graph), plain.call())
             ours.group.check()
             assert ours.group.stats().compressed_calls == plain.group.stats().compressed_calls
         return graph.launched
@@ -232,7 +232,7 @@ def test_two_calls_of_a_step_and_several_steps_in_one_graph():
             two_steps(ours, outs), two_steps(plain, outs)
         with recording(ours.group) as graph:
             two_steps(ours, outs)
-        for step in range(3):
+        for step in range(2):
             ours.fill(step), plain.fill(step)
             graph.replay()
             expected = [torch.zeros(2 * NUMEL) for _ in range(4)]
