@@ -20,12 +20,14 @@ PHOTOS = ROOT / "benchmarks" / "traces" / "photos_dit.safetensors"
 def test_figures(order: int) -> None:
     committed = json.loads((ROOT / "benchmarks" / "results" / f"evaluate_digits_order{order}.json").read_text())
     codecs = "binary", "int2", "int4", "int8"
-    chosen = [part for codec in codecs for part in ("--codec", codec)]
-    printed = run_json("evaluate", TRACE, *chosen, "--order", order, "--json", "-")
+    played = codecs if order == 2 else codecs[1::2]  # each takes seconds
+    printed = run_json(
+        "evaluate", TRACE, *(part for codec in played for part in ("--codec", codec)), "--order", order, "--json", "-"
+    )
     page = (ROOT / "docs" / "tools.md").read_text()
     for codec in codecs:
         row = committed[codec]
-        assert printed[codec] == pytest.approx(row, rel=1e-3), codec
+        assert codec not in played or printed[codec] == pytest.approx(row, rel=1e-3), codec
         cells = [codec, f"{row['bits_per_element']:.3f}", f"{row['request_bits_per_element']:.3f}"]
         cells += [f"{row['request_ratio']:.2f}", f"{row['rel_error']:.2e}", f"{row['request_rel_error']:.2e}"]
         cells += [f"{row['request_worst_step_rel_error']:.2e}", f"{row['nmse_db']:.2f}"]
@@ -65,10 +67,10 @@ def test_figures_with_a_quantized_state(order: int) -> None:
     names = {s: f"evaluate_digits_order{order}{s and '_state_' + s}.json" for s in ("", "int8", "fp8")}
     rows = {state: json.loads((results / name).read_text()) for state, name in names.items()}
     page = (ROOT / "docs" / "concepts.md").read_text()
-    chosen = [part for codec in ("binary", "int2", "int4", "int8") for part in ("--codec", codec)]
-    for state in ("int8", "fp8"):
+    for state, played in (("int8", ("binary", "int4")), ("fp8", ("int2", "int8"))):  # each takes seconds
+        chosen = [part for codec in played for part in ("--codec", codec)]
         printed = run_json("evaluate", TRACE, *chosen, "--order", order, "--state", state, "--json", "-")
-        assert printed == {codec: pytest.approx(row, rel=1e-3) for codec, row in rows[state].items()}
+        assert printed == {codec: pytest.approx(rows[state][codec], rel=1e-3) for codec in played}
         assert all(row["state_bytes"] == order * 104448 // 2 * 130 // 128 for row in printed.values())
     for codec in ("binary", "int2", "int4", "int8"):
         exact, *others = (rows[state][codec]["nmse_db"] for state in ("", "int8", "fp8"))

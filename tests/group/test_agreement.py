@@ -346,7 +346,7 @@ def test_switching_between_training_and_inference():
 
 def test_a_tensor_that_requires_grad_on_one_rank_only():
     def body(rank, world):
-        with kit.wrap(agree_timeout=4.0) as dist:
+        with kit.wrap(agree_timeout=2.0) as dist:
             for step in range(2):
                 dist.step()
                 kit.gather(dist, kit.tensor(rank, step))
@@ -356,7 +356,7 @@ def test_a_tensor_that_requires_grad_on_one_rank_only():
                 dist.all_gather([torch.empty(kit.N) for _ in range(world)], x)
         return isinstance(caught.value, PlanTimeoutError)
 
-    assert run_ranks(body, pg_timeout=8) == [True, False]
+    assert run_ranks(body, pg_timeout=4) == [True, False]
 
 
 def test_it_can_be_switched_off():
