@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 if any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton", "yunchang")):
@@ -27,7 +28,7 @@ STEPS = 28
 SITES = {"ring": {"kv": "all_gather"}, "ulysses": {"qkv": "all_to_all", "out": "all_to_all"}}
 
 
-pytestmark = [pytest.mark.xdit, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.xdit, pytest.mark.slow, pytest.mark.timeout(800)]
 
 
 ROUTES = ["ring", "ulysses"]
@@ -37,14 +38,28 @@ Table = dict[tuple[str, str], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Table, str]:
-    """One run of the command, as a user starts it: its folder, the rows of its table, and what it shows."""
-    folder = tmp_path_factory.mktemp("demo")
+    """One run of the command, as a user starts it: its folder, the rows of its table, and what it shows.
+
+    It takes a minute on all cores, so the workers of pytest-xdist share one: their folders lie in one of this run.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    with FileLock(f"{folder}.lock", timeout=390):
+        shown = folder / "shown.txt"
+        if not shown.exists():
+            shown.parent.mkdir(exist_ok=True)
+            shown.write_text(_run(folder))
+        printed = shown.read_text()
+    rows = json.loads((folder / "t.json").read_text())["rows"]
+    return folder, {(row["route"], row["method"]): row for row in rows}, printed
+
+
+def _run(folder: Path) -> str:
     command = [sys.executable, "-m", "compactdist.cli", "demo", "--out", str(folder), "--json", str(folder / "t.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=environment, timeout=380, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((folder / "t.json").read_text())["rows"]
-    return folder, {(row["route"], row["method"]): row for row in rows}, done.stdout
+    return done.stdout
 
 
 @pytest.fixture(params=ROUTES)
