@@ -23,6 +23,7 @@ import compactdist
 from benchmarks.codecs.changing import tensors
 from benchmarks.common import WORLD_SIZE, check_load, finish, on_two_ranks, parser, quartiles
 from benchmarks.link.simulated import slow_down
+from compactdist import Layout
 from compactdist.codecs.base import Session
 from compactdist.state.unprepared import Unprepared
 
@@ -42,7 +43,8 @@ def _body(rank: int, bits: float, gbit: float, rows: int, rounds: int) -> list[l
     """Milliseconds of each round on the slower rank: put off, and at once."""
     torch.set_num_threads(1)
     codec = f"transform:bits={bits:g}"
-    groups = [compactdist.wrap(dist.group.WORLD, codec, agree="off") for _ in range(2)]
+    layouts = {"*": Layout("(r c) -> 1 r c", c=CHANNELS)}
+    groups = [compactdist.wrap(dist.group.WORLD, codec, layouts=layouts, agree="off") for _ in range(2)]
     groups[1]._engine.store.unprepared = _AtOnce()
     if gbit:
         for group in groups:
