@@ -13,7 +13,6 @@ import itertools
 import random
 import statistics
 import sys
-import time
 
 import torch
 import torch.distributed as dist
@@ -21,36 +20,23 @@ import torch.distributed as dist
 import compactdist
 from benchmarks.common import WORLD_SIZE, check_load, finish, on_two_ranks, parser, quartiles
 from benchmarks.link.simulated import slow_down
+from benchmarks.link.turns import in_turns
 
 CHANNELS, WARMUP = 3072, 3
 
 
 def _body(rank: int, codec: str, mb: float, gbit: float, parts: list[int], rounds: int) -> list[list[float]]:
     """For each number of parts: milliseconds of each round on the slower rank."""
-    groups = {n: compactdist.wrap(dist.group.WORLD, codec, parts=n, agree="off") for n in parts}
+    groups = [compactdist.wrap(dist.group.WORLD, codec, parts=n, agree="off") for n in parts]
     if gbit:
-        for group in groups.values():
+        for group in groups:
             slow_down(group, gbit)
     rows = max(1, int(mb * 1e6 / 2 / CHANNELS))
     generator = torch.Generator().manual_seed(rank)
     base, change = (torch.randn(rows, CHANNELS, generator=generator) for _ in range(2))
     out, order = torch.empty(WORLD_SIZE * rows, CHANNELS, dtype=torch.bfloat16), random.Random(1)
-    times: dict[int, list[float]] = {n: [] for n in parts}
-    for step in range(rounds + WARMUP):
-        x = (base + 0.1 * step * change).bfloat16()
-        for n in order.sample(parts, len(parts)):
-            groups[n].step()
-            dist.barrier()
-            start = time.perf_counter()
-            dist.all_gather_into_tensor(out, x, group=groups[n])
-            if step >= WARMUP:
-                times[n].append(1e3 * (time.perf_counter() - start))
-    for group in groups.values():
-        group.close()
-    slower = torch.tensor([times[n] for n in parts])
-    dist.all_reduce(slower, dist.ReduceOp.MAX)
-    made: list[list[float]] = slower.tolist()
-    return made
+    inputs = ((base + 0.1 * step * change).bfloat16() for step in range(rounds + WARMUP))
+    return in_turns(groups, inputs, out, lambda _: order.sample(range(len(parts)), len(parts)), WARMUP)
 
 
 def main() -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import statistics
 import sys
-import time
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ import compactdist
 from benchmarks.codecs.changing import tensors
 from benchmarks.common import WORLD_SIZE, check_load, finish, on_two_ranks, parser, quartiles
 from benchmarks.link.simulated import slow_down
+from benchmarks.link.turns import in_turns
 from compactdist import Layout
 from compactdist.codecs.base import Session
 from compactdist.state.unprepared import Unprepared
@@ -50,21 +50,8 @@ def _body(rank: int, bits: float, gbit: float, rows: int, rounds: int) -> list[l
         for group in groups:
             slow_down(group, gbit)
     out = torch.empty(WORLD_SIZE * rows * CHANNELS, dtype=torch.bfloat16)
-    times: list[list[float]] = [[], []]
-    for step, x in enumerate(tensors(rows, CHANNELS, rounds + WARMUP)):
-        for which in (0, 1) if step % 2 else (1, 0):
-            groups[which].step()
-            dist.barrier()
-            start = time.perf_counter()
-            dist.all_gather_into_tensor(out, x, group=groups[which])
-            if step >= WARMUP:
-                times[which].append(1e3 * (time.perf_counter() - start))
-    for group in groups:
-        group.close()
-    slower = torch.tensor(times)
-    dist.all_reduce(slower, dist.ReduceOp.MAX)
-    made: list[list[float]] = slower.tolist()
-    return made
+    inputs = tensors(rows, CHANNELS, rounds + WARMUP)
+    return in_turns(groups, inputs, out, lambda step: (0, 1) if step % 2 else (1, 0), WARMUP)
 
 
 def main() -> int:

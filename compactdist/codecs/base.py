@@ -299,15 +299,27 @@ class Session:
     def prepare(self) -> None:
         """Do work that the next frame needs, once it is known: after a commit, where a message is waited for.
 
-        Whoever has the session may leave this out, or do it in another thread while the next frame arrives; the next
-        frame then does what is missing. Nothing that comes out may depend on it. On a GPU it is called on the stream
-        of the frame that was committed.
+        Whoever has the session may leave this out, or do it in another thread while the next frame arrives. The session
+        does the work itself when it codes the next frame, so no payload and no value may depend on this call. On a GPU
+        it is called on the stream of the frame that was committed.
         """
 
     @property
     def held_bytes(self) -> int:
         """Bytes of tensors that this session keeps between two steps; the predictor's are not among them."""
         return 0
+
+
+def tensors_in(move: Callable[[Callable[[Tensor], Tensor]], None]) -> list[Tensor]:
+    """The tensors that a ``move`` as :meth:`Session.move` goes through, in its order; all stay where they are."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    move(note)
+    return found
 
 
 def residual_of(x: Tensor, terms: Terms) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compactdist import kernels
+from compactdist.codecs.base import tensors_in
 
 __all__ = ["Movable", "Offloaded", "Queues", "copy_to_device", "copy_to_host"]
 
@@ -130,15 +131,7 @@ def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _tensors_of(streams: Iterable[Movable]) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    for stream in streams:
-        stream.move(note)
-    return found
+    return [tensor for stream in streams for tensor in tensors_in(stream.move)]
 
 
 def _replace(streams: Iterable[Movable], tensors: Iterable[Tensor]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compactdist import kernels
-from compactdist.codecs.base import Session
+from compactdist.codecs.base import Session, tensors_in
 from compactdist.errors import CaptureError
 from compactdist.kernels.spec import CLOCK_WORDS, ENDED, FROM_HOST, TURN_WORD
 from compactdist.state.history import Predictor
@@ -106,14 +106,9 @@ class DeviceClock:
             return
         stream, earlier = torch.cuda.current_stream(device), kernels.stream_of(before, device)
         held = list(predictor.held)
-
-        def note(tensor: Tensor) -> Tensor:
-            held.append(tensor)
-            return tensor
-
         if session is not None:
             with torch.cuda.stream(earlier):
-                session.move(note)
+                held += tensors_in(session.move)
         stream.wait_stream(earlier)
         for tensor in held:
             tensor.record_stream(stream)

@@ -62,13 +62,13 @@ class Site:
         self.key = key
         self._control = control
         self.unprepared = unprepared or Unprepared()
-        self._shared = Changes(), board, self.unprepared
         self._rank = rank
         self.fingerprint = fingerprint
         self._config = config
         self.label = label
         self._spares = spares
-        self.changes = self._shared[0]
+        self.changes = Changes()
+        self._shared = self.changes, board, self.unprepared
         self.plan: Any = None
         self.encoders: dict[int, StreamEncoder] = {}
         self.decoders: dict[int, StreamDecoder] = {}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Session
+from compactdist.codecs.base import Session, tensors_in
 from compactdist.errors import NonFiniteError, PayloadError
 from compactdist.kernels.spec import MatrixView
 from compactdist.testing.codec_checks import as_bytes, expect, expect_raises
@@ -164,10 +163,7 @@ class _Stream:
 
     def move(self, step: int, end: Session) -> None:
         """Put an end's memory elsewhere and spoil the old place, as offloading does; later steps must not notice."""
-        seen: list[list[Tensor]] = [[], []]
-        for tensors in seen:
-            end.move(_noting(tensors))
-        first, second = seen
+        first, second = tensors_in(end.move), tensors_in(end.move)
         same = len(first) == len(second) and all(one is other for one, other in zip(first, second, strict=True))
         self.expect(same, f"step {step}: move gave other tensors, or another order, the second time")
         nbytes = sum(tensor.nbytes for tensor in first)
@@ -187,11 +183,3 @@ class _Stream:
                 "a session's decode of a payload that is a byte short",
                 lambda: self.receiver.decode(payload[:-1], self.terms, out),
             )
-
-
-def _noting(tensors: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    def note(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    return note

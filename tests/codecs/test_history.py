@@ -29,6 +29,7 @@ from compactdist.state import (
 from compactdist.testing import DISTRIBUTIONS, check_codec, sample
 from compactdist.testing.session_checks import check_session
 from compactdist.wire import HEADER_NBYTES
+from tests.kernels.test_fused_steps import dtypes_of
 from tests.test_house import ROOT
 
 IDS = ("binary", "ternary", "int2", "int3", "int4", "int8", "fp8")
@@ -73,10 +74,8 @@ def test_the_contract(codec_id):
 def test_sessions_on_wide_matrices(codec_id):
     permuted = MatrixView(2 * 3 * 64 * 48, 2, 64, 144, axes=(2, 3, 64, 48), order=(0, 2, 1, 3))
     padded = MatrixView(70 * 130 - 5, 1, 70, 130)
-    # as tests/kernels/test_fused_steps.py, which says why two are enough
-    other = torch.float16 if codec_id in ("int2", "int4", "ternary") else torch.float32
     for turn, name in enumerate(("student4", "hot_cross", "huge")):
-        dtype = (other, torch.bfloat16)[turn % 2]
+        dtype = dtypes_of(codec_id)[1 - turn % 2]
         check_session(codec_of(codec_id), (permuted, padded)[turn % 2], dtype, name=name)
 
 

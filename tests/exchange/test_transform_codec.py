@@ -115,9 +115,7 @@ class _Noted:
         return True
 
 
-def _in_order(rank: int, world_size: int, *, sites: int, at_once: bool) -> list[str]:
-    """What happens in the fourth step, in order."""
-    notes: list[str] = []
+def _note_learning(patch: pytest.MonkeyPatch, notes: list[str]) -> None:
     prepare = TransformSession.prepare
 
     def noted(session: TransformSession) -> None:
@@ -125,6 +123,12 @@ def _in_order(rank: int, world_size: int, *, sites: int, at_once: bool) -> list[
             notes.append("learnt")
         prepare(session)
 
+    patch.setattr(TransformSession, "prepare", noted)
+
+
+def _in_order(rank: int, world_size: int, *, sites: int, at_once: bool) -> list[str]:
+    """What happens in the fourth step, in order."""
+    notes: list[str] = []
     with compactdist.wrap(codec="transform:bits=2", min_numel=1) as dist, pytest.MonkeyPatch.context() as patch:
         link, values = dist._engine.link, _values(rank)
         gather = link.all_gather
@@ -134,7 +138,7 @@ def _in_order(rank: int, world_size: int, *, sites: int, at_once: bool) -> list[
             notes.append("sent")
             return _Noted(work, notes)
 
-        patch.setattr(TransformSession, "prepare", noted)
+        _note_learning(patch, notes)
         link.all_gather = MethodType(all_gather, link)
         for step in range(4):
             notes.clear()
@@ -163,18 +167,13 @@ def _one_way(rank: int, world_size: int) -> list[str]:
     """Of a sender that never waits for a message."""
     notes: list[str] = []
     with compactdist.wrap(codec="transform:bits=2", min_numel=1) as dist, pytest.MonkeyPatch.context() as patch:
-        prepare, encode = TransformSession.prepare, TransformSession.encode
-
-        def noted(session: TransformSession) -> None:
-            if session._next is not None:
-                notes.append("learnt")
-            prepare(session)
+        encode = TransformSession.encode
 
         def noted_encode(session: TransformSession, *args: Any, **kwargs: Any) -> None:
             notes.append("encoded")
             encode(session, *args, **kwargs)
 
-        patch.setattr(TransformSession, "prepare", noted)
+        _note_learning(patch, notes)
         patch.setattr(TransformSession, "encode", noted_encode)
         for x in _values(0):
             with dist.step():
