@@ -26,6 +26,7 @@ from compactdist.kernels.spec import CHECKSUM_WEIGHT, HeadPlaces
 
 __all__ = [
     "CHECKSUM_PLACE",
+    "COEFFICIENT_PLACE",
     "CHECKSUM_WEIGHTED_SUM",
     "DTYPES",
     "FIELDS",
@@ -146,6 +147,8 @@ _CALL, _CALL_AT = struct.Struct("<iII"), _OFFSETS["step"]
 _SUMS, _SUMS_AT = struct.Struct("<QQ8xQ"), _OFFSETS["checksum"]
 CHECKSUM_PLACE = slice(_OFFSETS["checksum"], _OFFSETS["checksum"] + 8)
 """Where a header says the payload's checksum, little endian."""
+COEFFICIENT_PLACE = slice(_OFFSETS["coefficient"], _OFFSETS["coefficient"] + 4)
+"""Where it says the predictor's coefficient, a float32."""
 
 KEY = 1
 """The payload is the tensor itself and starts (or restarts) the stream's history."""
@@ -166,6 +169,7 @@ RESTART = 32
 HEAD_PLACES = HeadPlaces(
     FLAGS=_OFFSETS["flags"] // 4,
     CALL=_CALL_AT // 4,
+    COEFFICIENT=_OFFSETS["coefficient"] // 4,
     SUMS=_SUMS_AT // 4,
     TOTAL=_OFFSETS["header_checksum"] // 4,
     NONFINITE=NONFINITE << 8 * (_OFFSETS["flags"] % 4),

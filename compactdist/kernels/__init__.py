@@ -168,9 +168,12 @@ class Frames(Protocol):
     Attributes:
         holds_values: bool ``[1]``, the same tensor every time: whether the frame checked last was the expected one and
             held values.
+        coefficient: float32 ``[]`` on the device: the predictor's coefficient that frames say. An end whose predictor
+            adapts writes it before each frame.
     """
 
     holds_values: Tensor
+    coefficient: Tensor
 
     def send(
         self,

@@ -7,7 +7,6 @@ the more of it they are, the smaller the share is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -35,15 +34,18 @@ def _sample(flat: Tensor) -> Tensor:
     return flat if gap <= _RUN else flat[: runs * gap].view(runs, gap)[:, :_RUN]
 
 
-def _share(base: Tensor, previous: Tensor, coefficient: float) -> Tensor:
-    """``coefficient * (base - previous)`` in float32, rounded once to their dtype and kept finite; new memory."""
+def _share(base: Tensor, previous: Tensor, coefficient: float | Tensor) -> Tensor:
+    """``coefficient * (base - previous)`` in float32, rounded once to their dtype and kept finite; new memory.
+
+    -0 everywhere for a coefficient of zero on the device: nothing but that leaves -0 as it is when it is added.
+    """
     out, limit = torch.empty_like(base), torch.finfo(base.dtype).max
     step = _CPU_PART if base.is_cpu else max(1, base.numel())  # what the caches hold between the steps
     for start in range(0, base.numel(), step):
         part = slice(start, start + step)
         change = base[part].float() - previous[part].float()  # two roundings on every device: nothing is contracted
         out[part] = change.mul_(coefficient).clamp_(-limit, limit)
-    return out
+    return torch.where(coefficient == 0, -0.0, out) if isinstance(coefficient, Tensor) else out
 
 
 class AdaptiveVelocity(Predictor):
@@ -60,37 +62,37 @@ class AdaptiveVelocity(Predictor):
     def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
         self._base, self._previous = new_cell(), new_cell()
 
-    def terms(self, coefficient: float = 0.0) -> Terms:
+    def terms(self, coefficient: float | Tensor = 0.0) -> Terms:
         base = self._base.read()
         if base is None:
             return ()
-        previous = self._previous.read() if coefficient else None
+        previous = self._previous.read() if isinstance(coefficient, Tensor) or coefficient else None
         return (base,) if previous is None else (base, _share(base, previous, coefficient))
 
-    def choose(self, x: Tensor, share: float) -> float:
+    def choose(self, x: Tensor, share: float) -> Tensor:
         """``share`` of the coefficient of least squares over samples of ``x``: a multiple of 1/16 in [-1, 1].
 
         0 where nothing changed, and for values that are not finite or too large to be squared.
         """
         base, previous = self._base.read(), self._previous.read()
         if base is None or previous is None or not x.numel():
-            return 0.0
+            return torch.zeros((), device=x.device)
         last = _sample(base).float()
         change = last - _sample(previous).float()
         products = (
             torch.stack([(_sample(x).float() - last) * change, change.square()]).flatten(1).sum(1, dtype=torch.float64)
         )
-        along, energy = products.tolist()
-        if not (math.isfinite(along) and math.isfinite(energy) and energy > 0):
-            return 0.0
-        best = max(-LARGEST, min(LARGEST, float(along / energy)))
-        return round(share * best * GRID) / GRID
+        along, energy = products
+        best = (along / energy).clamp_(-LARGEST, LARGEST)
+        chosen = best.mul_(share * GRID).round_().div_(GRID)
+        usable = products.isfinite().all() & (energy > 0)
+        return torch.where(usable, chosen, 0.0).float() + 0.0  # -0 is 0
 
-    def accepts(self, coefficient: float) -> bool:
-        if coefficient == 0:
-            return True
-        there = bool(self._previous.held) and -LARGEST <= coefficient <= LARGEST  # NaN is in no range
-        return there and (coefficient * GRID).is_integer()
+    def accepted(self, coefficient: Tensor) -> Tensor:
+        if not self._previous.held:
+            return torch.zeros_like(coefficient)
+        there = (coefficient.abs() <= LARGEST) & (coefficient * GRID == (coefficient * GRID).round())
+        return torch.where(there, coefficient, 0.0)
 
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
         base = terms[0] if terms else self._base.read()

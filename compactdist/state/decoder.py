@@ -22,6 +22,7 @@ from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
     CHECKSUM_PLACE,
     CHECKSUM_WEIGHTED_SUM,
+    COEFFICIENT_PLACE,
     HEADER_NBYTES,
     KEY,
     NO_STATE,
@@ -260,12 +261,20 @@ class StreamDecoder(StreamState):
         coefficient for each frame has not said the next one: the last one's stands for it. The stream must be live.
         """
         assert self.live is not None
-        predictor, said = self.predictor, 0.0 if self.header is None else self.header.coefficient
-        terms = predictor.terms(said if predictor.adapts and predictor.accepts(said) else 0.0)
+        terms = self.predictor.terms(self._said_last() if self.predictor.adapts else 0.0)
         if len(terms) < 2:
             return terms[0]
         limit = torch.finfo(self.live[1]).max
         return terms[0].float().add(terms[1]).clamp_(-limit, limit)
+
+    def _said_last(self) -> float | Tensor:
+        """The coefficient in the last frame; 0 where that was a keyframe, or said one that no longer holds."""
+        form, header = self._form, self.header
+        if header is None or header.is_key:
+            return 0.0
+        if self.checksum is None and form is not None and form.frames is not None:
+            return form.frames.coefficient
+        return header.coefficient if self.predictor.accepts(header.coefficient) else 0.0
 
     def _restarted(self) -> NonFiniteError:
         """Forget the history, as the sender of a tensor that is not finite did."""
@@ -326,7 +335,7 @@ class StreamDecoder(StreamState):
             queue = kernels.queue_of(frame.device)
         if queue != clock.queue:
             clock.follow(predictor, queue, form.session)
-        terms, (numel, dtype) = predictor.terms(), self.live
+        terms, (numel, dtype) = self._terms_there(frame, frames), self.live
         if terms and predictor.decodes_in_place:
             value = terms[0]
         else:  # a frame that is refused leaves the prediction in its place
@@ -342,6 +351,18 @@ class StreamDecoder(StreamState):
         self.sequence += 1
         clock.source, clock.right = 1 if clock.source == 0 else 0, True
         return value
+
+    def _terms_there(self, frame: Tensor, frames: Frames) -> Terms:
+        """The terms of a frame's prediction; its coefficient is taken from it on the device.
+
+        A coefficient that no frame may say now is not expected, so that the frame is refused.
+        """
+        predictor = self.predictor
+        if not predictor.adapts:
+            return predictor.terms()
+        said = frame[COEFFICIENT_PLACE].clone().view(torch.float32)[0]
+        frames.coefficient.copy_(predictor.accepted(said))
+        return predictor.terms(frames.coefficient)
 
     def _take_key_there(
         self, frame: Tensor, due: _Due, keys_there: KeysThere, into: Tensor | None, queue: int | None

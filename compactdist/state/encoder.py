@@ -285,7 +285,7 @@ class StreamEncoder(StreamState):
         session, own = form.session, self._own_predictor
         head, coefficient = form.head, 0.0
         if self.predictor.adapts:
-            coefficient = (own or self.predictor).choose(flat, codec.at(self.rate_of(codec)).velocity_share)
+            coefficient = float((own or self.predictor).choose(flat, codec.at(self.rate_of(codec)).velocity_share))
             head = form.head_for(coefficient)
         header = head.header
         start = HEADER_NBYTES if shape is None else HEADER_NBYTES + SHAPE_NBYTES
@@ -375,7 +375,13 @@ class StreamEncoder(StreamState):
         room = spares.rooms.pop(place, None) or _room_for_frame(place, device)
         if queue != clock.queue:
             clock.follow(self.predictor, queue, form.session)
-        terms, value = self.predictor.terms(), None
+        if self.predictor.adapts:
+            codec = form.codec
+            frames.coefficient.copy_(self.predictor.choose(flat, codec.at(self.rate_of(codec)).velocity_share))
+            terms = self.predictor.terms(frames.coefficient)
+        else:
+            terms = self.predictor.terms()
+        value = None
         if want_value or self._remembers:
             value = spares.take(flat, queue, self.part)
         call = step, epoch, self.sequence, clock.source, self.digest

@@ -144,25 +144,33 @@ class Predictor(ABC):
         return terms[0] if terms else None
 
     @abstractmethod
-    def terms(self, coefficient: float = 0.0) -> Terms:
+    def terms(self, coefficient: float | Tensor = 0.0) -> Terms:
         """The prediction, as flat tensors to be added up in float32; empty without a prediction.
 
         Args:
-            coefficient: what the frame says, which :meth:`accepts` accepts; for a predictor that adapts.
+            coefficient: what the frame says, which is :meth:`accepted`; for a predictor that adapts. On the device,
+                float32 ``[]``, where the host does not know it.
         """
 
-    def choose(self, x: Tensor, share: float) -> float:
+    def choose(self, x: Tensor, share: float) -> Tensor:
         """The coefficient to predict ``x``, flat ``[numel]``, with; 0 where the predictor does not adapt.
 
         Args:
             x: what is to be sent.
             share: how much of the coefficient that leaves the smallest residual to use, in (0, 1].
+
+        Returns:
+            float32 ``[]`` on the device of ``x``; the host does not look at it.
         """
-        return 0.0
+        return torch.zeros((), device=x.device)
+
+    def accepted(self, coefficient: Tensor) -> Tensor:
+        """The coefficient that a residual's frame says, float32 ``[]``, if it may say that now; else 0."""
+        return torch.zeros_like(coefficient)
 
     def accepts(self, coefficient: float) -> bool:
-        """Whether a residual's frame may say this coefficient now, where the predictor adapts."""
-        return coefficient == 0
+        """The same on the host: whether a residual's frame may say this coefficient now."""
+        return bool(self.accepted(torch.tensor(coefficient)) == coefficient)
 
     @abstractmethod
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
@@ -204,7 +212,7 @@ class Memoryless(Predictor):
     def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
         pass
 
-    def terms(self, coefficient: float = 0.0) -> Terms:
+    def terms(self, coefficient: float | Tensor = 0.0) -> Terms:
         return ()
 
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
@@ -231,7 +239,7 @@ class LastValue(Predictor):
     def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
         self._base = new_cell()
 
-    def terms(self, coefficient: float = 0.0) -> Terms:
+    def terms(self, coefficient: float | Tensor = 0.0) -> Terms:
         base = self._base.read()
         return () if base is None else (base,)
 
@@ -259,7 +267,7 @@ class ExactLastValue(LastValue):
     def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
         self._base = self._cell = ExactCell()
 
-    def terms(self, coefficient: float = 0.0) -> Terms:
+    def terms(self, coefficient: float | Tensor = 0.0) -> Terms:
         base = self._cell.value
         return () if base is None else (base,)
 
@@ -290,7 +298,7 @@ class DampedVelocity(Predictor):
         self._base = new_cell()
         self._velocity = new_cell()
 
-    def terms(self, coefficient: float = 0.0) -> Terms:
+    def terms(self, coefficient: float | Tensor = 0.0) -> Terms:
         base, velocity = self._base.read(), self._velocity.read()
         return () if base is None or velocity is None else (base, velocity)
 

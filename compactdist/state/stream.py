@@ -532,8 +532,6 @@ class StreamState:
         made, board = kernels.frames_for(device), self._board
         if made is None or board is None or session.payload_nbytes % 4 or session.device_steps is None:
             return None
-        if self.config.predictor.adapts:
-            return None  # the sender's host chooses each frame's coefficient, and the receiver's reads it
         if self.clock is None:
             self.clock = DeviceClock(device)
         return made(head.raw, HEAD_PLACES, session.payload_nbytes, board.on(device), self._number_on(board))

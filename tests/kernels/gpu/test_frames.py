@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from compactdist import codecs
+from compactdist import codecs, wire
 from compactdist.errors import ConfigError, FrameError, NonFiniteError
 from compactdist.kernels import use
 from compactdist.state.board import Board
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.matrix_view import plain
+from compactdist.state.quantized_history import make_predictor
 from compactdist.state.stream import Spares, StreamConfig
 from compactdist.wire import HEADER_NBYTES
 from tests.kernels.gpu import kit
@@ -108,7 +111,11 @@ def _run(stream: Stream) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("codec", ["binary", "int2", "int8:scales=block", "int4", "fp8"])
-@pytest.mark.parametrize("options", [{}, {"order": 2}, {"state": "int8"}], ids=["last", "velocity", "int8 history"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"order": 2}, {"order": "auto"}, {"state": "int8"}],
+    ids=["last", "velocity", "a share of the change", "int8 history"],
+)
 def test_frames_are_those_that_the_host_makes(codec, options):
     _same_as_on_the_host(codec, options)
 
@@ -116,12 +123,16 @@ def test_frames_are_those_that_the_host_makes(codec, options):
 @pytest.mark.parametrize("codec", ["topk", "topk_int4:m=5", "transform:block=8"])
 def test_frames_of_other_codecs_are_those_that_the_host_makes(codec):
     _same_as_on_the_host(codec, {"order": 2})
+    _same_as_on_the_host(codec, {"order": "auto"})
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU benchmarks.gpu.host counts what waits")
-@pytest.mark.parametrize("codec", ["int4", "topk", "topk_int4", "transform:block=8"])
-def test_both_ends_of_a_steady_frame_read_nothing(codec):
-    stream = Stream(codec)
+@pytest.mark.parametrize(
+    ("codec", "order"),
+    [*((codec, 1) for codec in ("int4", "topk", "topk_int4", "transform:block=8")), ("binary", "auto")],
+)
+def test_both_ends_of_a_steady_frame_read_nothing(codec, order):
+    stream = Stream(codec, order=order)
     x = [stream.x() for _ in range(5)]
     with pytest.MonkeyPatch.context() as patch, NoReads(patch) as reads:
         for step in range(5):
@@ -157,6 +168,49 @@ def _same_as_on_the_host(codec, options):
     for (frame, value), (host_frame, host_value) in zip(got, expected, strict=True):
         assert torch.equal(frame, host_frame)
         assert torch.equal(value, host_value)
+
+
+def _with_coefficient(frame: Tensor, value: float) -> Tensor:
+    """The frame, its header saying this coefficient and right in all else."""
+    header = wire.unpack(frame, "test")
+    return wire.pack(replace(header, coefficient=value), wire.payload_of(frame, header), frame.numel())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1.0625, -2.0, 0.03])
+def test_a_coefficient_that_no_sender_chooses_is_refused_on_the_device(value):
+    stream = Stream("int8", order="auto")
+    for step in range(3):
+        stream.receive(step, stream.send(step))
+    frame, before = stream.send(3), [held.clone() for held in stream.decoder.predictor.held]
+    out = torch.zeros(stream.view.numel, dtype=torch.bfloat16, device=kit.DEVICE)
+    stream.receive(3, _with_coefficient(frame, value), into=out)
+    assert out.isnan().all()
+    assert torch.equal(stream.decoder.predictor.held[0], before[0])
+    with pytest.raises(FrameError, match="wrong coefficient"):
+        stream.boards[1].poll(wait=True)
+
+
+def test_what_was_not_finite_gets_a_coefficient_of_zero_and_both_ends_go_on():
+    stream = Stream("int8", order="auto")
+    for step in range(6):
+        x = stream.x()
+        if step == 2:
+            x[3] = math.nan
+        frame = stream.send(step, x)
+        assert step != 2 or wire.unpack(frame, "test").coefficient == 0
+        stream.receive(step, frame)
+    assert wire.unpack(frame, "test").coefficient != 0
+    assert stream.ends_are_equal()
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+def test_a_coefficient_of_zero_predicts_on_the_device_as_on_the_host(terms):
+    """Zeros of both signs, too: a second term of -0 adds nothing."""
+    predictor = make_predictor("auto", 0.0, "exact")
+    for value in (torch.tensor([1.0, -0.0, 0.0, -3.0]), torch.tensor([-0.0, -0.0, 0.0, 2.0]))[:terms]:
+        predictor.advance(value, ())
+    base, share = predictor.terms(torch.tensor(0.0))
+    assert torch.equal(kit.raw(base + share), kit.raw(predictor.terms(0.0)[0]))
 
 
 def test_host_and_device_take_turns():

@@ -95,6 +95,11 @@ def test_other_codecs_read_nothing_either(codec):
     _reads_nothing(codec, {name: CALLS[name]})
 
 
+@pytest.mark.parametrize("name", ["all_gather_into_tensor", "all_to_all_single", "send, recv", "broadcast"])
+def test_the_coefficient_of_a_frame_is_chosen_and_read_on_the_device(name):
+    _reads_nothing("int8", {name: CALLS[name]}, order="auto")
+
+
 @pytest.mark.timeout(360)
 @pytest.mark.parametrize("codec", ["int8", "raw"])
 def test_no_keyframe_of_the_tensors_own_bytes_is_read(codec):
