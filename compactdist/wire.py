@@ -25,6 +25,7 @@ from compactdist.errors import ConfigError, FrameError
 from compactdist.kernels.spec import CHECKSUM_WEIGHT, HeadPlaces
 
 __all__ = [
+    "ANNOUNCED_PLACE",
     "CHECKSUM_PLACE",
     "COEFFICIENT_PLACE",
     "CHECKSUM_WEIGHTED_SUM",
@@ -149,6 +150,8 @@ CHECKSUM_PLACE = slice(_OFFSETS["checksum"], _OFFSETS["checksum"] + 8)
 """Where a header says the payload's checksum, little endian."""
 COEFFICIENT_PLACE = slice(_OFFSETS["coefficient"], _OFFSETS["coefficient"] + 4)
 """Where it says the predictor's coefficient, a float32."""
+ANNOUNCED_PLACE = slice(_OFFSETS["next_rate"], _OFFSETS["next_rate"] + 2)
+"""Where it announces rate and kind of the next frame, a byte each."""
 
 KEY = 1
 """The payload is the tensor itself and starts (or restarts) the stream's history."""
@@ -169,7 +172,6 @@ RESTART = 32
 HEAD_PLACES = HeadPlaces(
     FLAGS=_OFFSETS["flags"] // 4,
     CALL=_CALL_AT // 4,
-    COEFFICIENT=_OFFSETS["coefficient"] // 4,
     SUMS=_SUMS_AT // 4,
     TOTAL=_OFFSETS["header_checksum"] // 4,
     NONFINITE=NONFINITE << 8 * (_OFFSETS["flags"] % 4),

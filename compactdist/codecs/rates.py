@@ -13,6 +13,7 @@ from compactdist.codecs.registry import get, register
 from compactdist.codecs.scalar.quantized import ScalarQuantizer
 from compactdist.codecs.transform.transform import Transform, TransformSession
 from compactdist.errors import CodecConfigError
+from compactdist.kernels import DeviceSteps
 from compactdist.kernels.spec import MatrixView
 
 __all__ = ["LADDERS", "Rates"]
@@ -160,6 +161,10 @@ class RatesSession(Session):
             self._inner = self._opened.get(rate) or rung.open(self.view, self.dtype, self.device)
             self._opened[rate] = self._inner
         self.payload_nbytes = self._inner.payload_nbytes
+
+    @property
+    def device_steps(self) -> DeviceSteps | None:
+        return self._inner.device_steps
 
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None

@@ -189,6 +189,8 @@ class Engine:
             drain(site)  # kinds and sizes of the next frames depend on what the last frames announced
         if self.late.used:
             self.late.look_at(call.site)
+        if site.changes.unread:
+            site.changes.read()
         known: CallPlan | None = site.plan
         plan = known
         if (
@@ -523,9 +525,9 @@ class Engine:
             for staged in flight.staged:
                 if staged is not None and staged.room is not None:
                     rooms[staged.room.place] = staged.room
-                    own_is_value = flight.own_parts or flight.own_value is staged.value
-                    if staged.there and staged.value is not None and own_is_value:
-                        self.store.spares.give(staged.value, queue, staged.header.part)  # the history has a copy
+                    value = staged.value if staged.there else None
+                    if value is not None and not value.is_cpu and (flight.own_parts or flight.own_value is value):
+                        self.store.spares.give(value, queue, staged.header.part)  # the history has a copy
         for peer in refused:
             self.store.refuse(plan.site, peer)
         if offload is not None:

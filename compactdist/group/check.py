@@ -35,6 +35,7 @@ def check(engine: Engine, store: Any, device: torch.device, turn: int) -> None:
     sites = engine.store.sites()
     for site in sites:
         drain(site)
+        site.changes.read()
     if engine.store.offload is not None:
         engine.store.offload.wait()  # what lies in host memory is read there
     me, size = engine.rank, engine.size

@@ -359,7 +359,10 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         self._engine.store.board.poll(wait=True)
         store = self._engine.store
         made = self._engine.stats.snapshot(self._engine.state_bytes(), store.rates(), store.offloaded_bytes())
-        return made if store.control is None else replace(made, target=store.control.met().to_dict())
+        if store.control is None:
+            return made
+        with self._engine.lock:
+            return replace(made, target=store.control.met().to_dict())
 
     def check(self) -> None:
         """Make sure that both ends of every stream hold the same history, to the bit. Collective.

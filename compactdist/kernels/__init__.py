@@ -168,12 +168,14 @@ class Frames(Protocol):
     Attributes:
         holds_values: bool ``[1]``, the same tensor every time: whether the frame checked last was the expected one and
             held values.
-        coefficient: float32 ``[]`` on the device: the predictor's coefficient that frames say. An end whose predictor
-            adapts writes it before each frame.
+        accepted: uint8 ``[2]``, the same tensor every time: whether it was the expected one; as ``holds_values``.
+        template: uint8, the bytes before the payload that frames share. Where a frame says something of its own, an end
+            writes that here before it sends or checks the frame.
     """
 
     holds_values: Tensor
-    coefficient: Tensor
+    accepted: Tensor
+    template: Tensor
 
     def send(
         self,

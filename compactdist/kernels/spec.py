@@ -80,7 +80,6 @@ class HeadPlaces(NamedTuple):
     Attributes:
         FLAGS: The word that holds the flags.
         CALL: The first of three: step, epoch, sequence.
-        COEFFICIENT: The predictor's coefficient, a float32.
         SUMS: The first of four: the payload's checksum, the digest.
         TOTAL: The first of two: the header's checksum, which counts all words but these.
         NONFINITE: The flag of a residual that was not finite, in its word.
@@ -88,7 +87,6 @@ class HeadPlaces(NamedTuple):
 
     FLAGS: int
     CALL: int
-    COEFFICIENT: int
     SUMS: int
     TOTAL: int
     NONFINITE: int

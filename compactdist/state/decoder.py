@@ -14,15 +14,16 @@ from compactdist.errors import FrameError, NonFiniteError, PayloadError
 from compactdist.kernels import Frames
 from compactdist.kernels.spec import FROM_HOST, MatrixView
 from compactdist.state.board import Board
+from compactdist.state.host_copy import HostCopy
 from compactdist.state.key_ends import finite
 from compactdist.state.matrix_view import blocks
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
+from compactdist.state.said import announced, coefficient_of, expect_announcement, expect_coefficient
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, StreamConfig, StreamState
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
     CHECKSUM_PLACE,
     CHECKSUM_WEIGHTED_SUM,
-    COEFFICIENT_PLACE,
     HEADER_NBYTES,
     KEY,
     NO_STATE,
@@ -86,7 +87,7 @@ class StreamDecoder(StreamState):
             announced a rate or a matrix view.
     """
 
-    __slots__ = ("_looked", "_torn", "checksum", "header", "holds_values", "missed", "refused", "wrote")
+    __slots__ = ("_announced", "_looked", "_torn", "checksum", "header", "holds_values", "missed", "refused", "wrote")
 
     def __init__(
         self,
@@ -104,6 +105,7 @@ class StreamDecoder(StreamState):
         self.holds_values: Tensor | None = None
         self._looked = not config.find_layout
         self._torn = False
+        self._announced: HostCopy | None = None
         self.missed = False
         self.wrote = False
 
@@ -151,6 +153,8 @@ class StreamDecoder(StreamState):
             FrameError: the frame is not the expected one; nothing was applied.
             NonFiniteError: the sender's tensor held NaN or Inf.
         """
+        if self._announced is not None:
+            self.read_announcement()
         self.holds_values, self.wrote, value = None, False, None
         if header is None:
             form = self._form
@@ -273,7 +277,7 @@ class StreamDecoder(StreamState):
         if header is None or header.is_key:
             return 0.0
         if self.checksum is None and form is not None and form.frames is not None:
-            return form.frames.coefficient
+            return coefficient_of(form.frames)
         return header.coefficient if self.predictor.accepts(header.coefficient) else 0.0
 
     def _restarted(self) -> NonFiniteError:
@@ -340,6 +344,9 @@ class StreamDecoder(StreamState):
             value = terms[0]
         else:  # a frame that is refused leaves the prediction in its place
             value = terms[0].clone() if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
+        rates = form.codec.rates
+        if rates:
+            expect_announcement(frames, frame, rates)
         call = step, epoch, self.sequence, clock.source, self.digest
         if not frames.receive(steps, frame, form.frame_nbytes, terms, value, into, clock.words, call, queue):
             return None
@@ -350,6 +357,8 @@ class StreamDecoder(StreamState):
             self._commit(form.session)
         self.sequence += 1
         clock.source, clock.right = 1 if clock.source == 0 else 0, True
+        if rates:
+            self._ask_announcement(frames)
         return value
 
     def _terms_there(self, frame: Tensor, frames: Frames) -> Terms:
@@ -360,9 +369,7 @@ class StreamDecoder(StreamState):
         predictor = self.predictor
         if not predictor.adapts:
             return predictor.terms()
-        said = frame[COEFFICIENT_PLACE].clone().view(torch.float32)[0]
-        frames.coefficient.copy_(predictor.accepted(said))
-        return predictor.terms(frames.coefficient)
+        return predictor.terms(expect_coefficient(frames, frame, predictor))
 
     def _take_key_there(
         self, frame: Tensor, due: _Due, keys_there: KeysThere, into: Tensor | None, queue: int | None
@@ -388,6 +395,8 @@ class StreamDecoder(StreamState):
         copy = into
         if keys.own_bytes and into is None:  # what is remembered is not what is handed out
             copy = torch.empty_like(kept)
+        if codec.rates:
+            expect_announcement(keys.frames, frame, codec.rates)
         call = step, epoch, self.sequence, FROM_HOST, 0
         if not keys.frames.receive(steps, frame, keys.nbytes, (), kept, copy, clock.words, call, queue):
             return None
@@ -399,12 +408,35 @@ class StreamDecoder(StreamState):
         self._torn, self.digest = False, 0
         self.sequence += 1
         clock.source, clock.right = 0, True
+        if codec.rates:
+            self._ask_announcement(keys.frames)
         return kept if copy is None else copy
+
+    def _ask_announcement(self, frames: Frames) -> None:
+        """Let the host know later what the frame announced that the device has checked."""
+        self._announced = announced(frames)
+        self._changes.unread.append(self)
+
+    def read_announcement(self) -> None:
+        """Do what the last frame announced, which a device has checked.
+
+        It waits for that device, which has had the time from one frame to the next.
+        """
+        asked, self._announced = self._announced, None
+        if asked is None:
+            return
+        accepted, rate, keyframe = asked.read()
+        if not accepted:  # nobody knows how large the next frame is
+            self.missed = True
+            self._changes.count += 1
+        else:
+            self.obey(int(rate), bool(keyframe))
 
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""
         super().drop()
         self._torn = self.missed = False
+        self._announced = None
         self._looked = not self.config.find_layout
 
     def _take_residual(
@@ -577,7 +609,10 @@ class StreamDecoder(StreamState):
             next_view = f"{header.next_groups} groups of rows of {header.next_channels}"
             self._compare(header, "announced view", next_view, f"a divisor of {numel} elements", SAME_CONFIG)
         said = header.next_rate, header.next_kind
-        silent = header.flags & (STATELESS | NONFINITE | NO_STATE)
+        nothing = bool(header.flags & NONFINITE) and (header.is_raw_key or not header.payload_nbytes)
+        silent = nothing or header.flags & (
+            STATELESS | NO_STATE
+        )  # a device does not know when its tensor is not finite
         if said[0] > codec.rates or said[1] > 1 or (silent and (announces_view or any(said))):
             text = f"rate {said[0]}, kind {said[1]}{', a view' if announces_view else ''}"
             self._compare(header, "announcement", text, "nothing that this kind of frame does not say", SAME_CONFIG)

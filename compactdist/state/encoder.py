@@ -17,10 +17,12 @@ from compactdist.kernels import Frames
 from compactdist.kernels.spec import FROM_HOST, MatrixView
 from compactdist.state.board import Board
 from compactdist.state.find_view import find_view
+from compactdist.state.host_copy import HostCopy
 from compactdist.state.key_ends import finite
 from compactdist.state.matrix_view import blocks
 from compactdist.state.rate import Choice, Measured, StreamRate
 from compactdist.state.relay import Relay, stop_sharing
+from compactdist.state.said import announce, coefficient_of
 from compactdist.state.stream import Changes, Form, Room, Spares, Staged, StreamConfig, StreamState
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
@@ -222,8 +224,8 @@ class StreamEncoder(StreamState):
                 raise NonFiniteError(f"{self.where}: {error}") from None
             fields |= {"groups": view.groups, "rows": view.rows, "channels": view.channels, "layout": view.hint}
         exact = _own(flat) if keeps and self._own_predictor is not None else None
-        if self.steers is not None and codec.rates and not flags & (NONFINITE | NO_STATE):
-            fields["next_rate"] = self._steered(self.steers, codec, flat, step, epoch, codec.start_rate, hint=hint).rate
+        if codec.rates and not flags & (NONFINITE | NO_STATE):
+            fields["next_rate"] = self._first_rate(codec, flat, step, epoch, hint)
         staged = self._stage_payload(flat, codec, payload, frame_nbytes, flags=flags, **fields)
         staged.value, staged.exact, staged.hint = value, exact, hint
         return staged
@@ -250,12 +252,16 @@ class StreamEncoder(StreamState):
         if queue != clock.queue:
             clock.follow(self.predictor, queue)
         frame, payload = empty_frame(HEADER_NBYTES, keys.nbytes - HEADER_NBYTES, frame_nbytes, device)
+        header = keys.head.header
+        if codec.rates:
+            header = replace(header, next_rate=self._first_rate(codec, flat, step, epoch, hint))
+            announce(keys.frames, header.next_rate, keyframe=False)
         keeps = want_value or self._remembers
         value = torch.empty(flat.numel(), dtype=flat.dtype, device=device) if keeps else None
         call = step, epoch, self.sequence, FROM_HOST, 0
         if not keys.frames.send(steps, flat, (), value, frame, payload, clock.next_words, call, queue):
             return None
-        return Staged(frame, keys.head.header, 0, value, there=True, lends=not want_value, hint=hint)
+        return Staged(frame, header, 0, value, there=True, lends=not want_value, hint=hint)
 
     def _form_for(self, flat: Tensor, codec: Codec) -> Form:
         """What a residual of the tensor shares with those before it.
@@ -370,26 +376,32 @@ class StreamEncoder(StreamState):
                 f"{self.where}: a keyframe cannot be announced in a frame that is made on {flat.device}, for its "
                 "receiver does not look into it: call reset() on all ranks instead"
             )
+        codec, header, steers = form.codec, form.head.header, self.steers if form.codec.rates else None
+        if steers is not None:
+            choice = self._steered(steers, codec, flat, step, epoch, self.rate_of(codec))
+            header = replace(header, next_rate=choice.rate, next_kind=int(choice.keyframe))
+            announce(frames, choice.rate, choice.keyframe)
         spares, device = self._spares or Spares(), flat.device
         place = frame_nbytes or form.frame_nbytes, HEADER_NBYTES, form.frame_nbytes, self.part, device, queue
         room = spares.rooms.pop(place, None) or _room_for_frame(place, device)
         if queue != clock.queue:
             clock.follow(self.predictor, queue, form.session)
         if self.predictor.adapts:
-            codec = form.codec
-            frames.coefficient.copy_(self.predictor.choose(flat, codec.at(self.rate_of(codec)).velocity_share))
-            terms = self.predictor.terms(frames.coefficient)
+            coefficient = coefficient_of(frames)
+            coefficient.copy_(self.predictor.choose(flat, codec.at(self.rate_of(codec)).velocity_share))
+            terms = self.predictor.terms(coefficient)
         else:
             terms = self.predictor.terms()
         value = None
-        if want_value or self._remembers:
+        if want_value or self._remembers or steers is not None:
             value = spares.take(flat, queue, self.part)
         call = step, epoch, self.sequence, clock.source, self.digest
         if not frames.send(steps, flat, terms, value, room.whole, room.views[0], clock.words, call, queue):
             return None
+        measured = None if steers is None or value is None else HostCopy(Measured.sums(flat, terms, value))
         return Staged(
-            room.whole, form.head.header, 0, value, terms,
-            session=form.session, there=True, room=room, lends=not want_value,
+            room.whole, header, 0, value, terms,
+            session=form.session, there=True, measured=measured, room=room, lends=not want_value,
         )  # fmt: skip
 
     def _announces_rate(
@@ -415,14 +427,22 @@ class StreamEncoder(StreamState):
         measured: Measured | None = None,
         *,
         hint: MatrixView | None = None,
+        keyframe: bool = False,
     ) -> Choice:
-        """What the frame of a tensor announces: ``rate`` is in use, and the tensor was measured or is a keyframe."""
+        """What the frame of a tensor announces: ``rate`` is in use; ``measured``, if that is known by now."""
         numel = flat.numel()
         view = (self.view if self.live == (numel, flat.dtype) else hint) or blocks(numel)
         rungs = [codec.at(1 + index) for index in range(codec.rates)]
         sizes = [HEADER_NBYTES + rung.payload_nbytes(view.shape, torch.float32) for rung in rungs]
         steers.begin(step if step >= 0 else self.sequence, epoch, numel, sizes, rate)
-        return steers.choose(measured, HEADER_NBYTES + self.keyframe_nbytes(codec, numel, flat.dtype, hint))
+        key_nbytes = HEADER_NBYTES + self.keyframe_nbytes(codec, numel, flat.dtype, hint)
+        return steers.choose(measured, key_nbytes, keyframe=keyframe)
+
+    def _first_rate(self, codec: Codec, flat: Tensor, step: int, epoch: int, hint: MatrixView | None) -> int:
+        """The rate that a tensor's keyframe announces; 0: none."""
+        if self.steers is None:
+            return 0
+        return self._steered(self.steers, codec, flat, step, epoch, codec.start_rate, hint=hint, keyframe=True).rate
 
     def residual_energy(self, x: Tensor) -> float:
         """Sum of squares of what ``x`` differs by from its prediction; NaN without a prediction."""

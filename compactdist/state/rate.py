@@ -13,10 +13,12 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compactdist.codecs.base import Codec, Terms, residual_of
 from compactdist.errors import ConfigError
+from compactdist.state.host_copy import HostCopy
 from compactdist.state.site_key import without_request
 
 __all__ = ["STEERED", "Choice", "Measured", "Met", "RateControl", "StreamRate", "Target", "check_steered"]
@@ -121,12 +123,17 @@ class Measured:
     residual: float
     error: float
 
-    @classmethod
-    def of(cls, x: Tensor, terms: Terms, value: Tensor) -> Measured:
-        """Measure a tensor, its prediction and its reconstruction, all flat; waits for a device."""
+    @staticmethod
+    def sums(x: Tensor, terms: Terms, value: Tensor) -> Tensor:
+        """The sums of a tensor, its prediction and its reconstruction, all flat: float64 ``[3]`` on their device."""
         exact = x.float()
         residual = residual_of(x, terms)
-        return cls(*(float(one.double().square().sum()) for one in (exact, residual, exact - value.float())))
+        return torch.stack([one.double().square().sum() for one in (exact, residual, exact - value.float())])
+
+    @classmethod
+    def of(cls, x: Tensor, terms: Terms, value: Tensor) -> Measured:
+        """The same, known to the host, which waits for a device."""
+        return cls(*cls.sums(x, terms, value).tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +218,11 @@ class StreamRate:
         self._loss: list[float] = []
         self._seen: set[int] = set()
         self._last: Measured | None = None
+        self._awaited: list[tuple[Hashable, HostCopy, int]] = []
         self.sums = _Sums()
         self._recent_error = self._recent_energy = 0.0
         if before is not None:
+            before.catch_up()
             self._told = (*before.changes, *before._told[len(before.changes) :])
             self._loss, self._seen = list(before._loss), set(before._seen)
 
@@ -239,15 +248,23 @@ class StreamRate:
         Args:
             measured: of the frame that is on its way; ``None``: of the last one that left.
         """
-        last = measured or self._last
-        number = len(self.changes) + (measured is not None)
-        if last is None or last.energy <= 0:
-            before = self._told[0] if self._told else _FIRST_CHANGE
-        else:
-            change = self._change(measured) if measured is not None else self.changes[-1]
-            before = change * self._growth(number) + last.error / last.energy
-        loss = self._learnt(measured)
+        before = self._next_residual(measured)
+        loss = self._learnt(measured, self.rate)
         return [min(before, before * 10 ** (one / 10)) for one in loss]
+
+    def _next_residual(self, measured: Measured | None) -> float:
+        """The predicted energy of the next residual over the tensor's; ``measured`` as for ``relative_errors``."""
+        last = measured or self._last
+        if last is None or last.energy <= 0:
+            return self._told[0] if self._told else _FIRST_CHANGE
+        change = self._change(measured) if measured is not None else self.changes[-1]
+        return change * self._growth(len(self.changes) + (measured is not None)) + last.error / last.energy
+
+    def _expected(self) -> Measured:
+        """What will be measured of the frame that is being made, at the rate that was announced for it."""
+        energy = 1.0 if self._last is None else self._last.energy
+        residual = energy * self._next_residual(None)
+        return Measured(energy, residual, min(residual, residual * 10 ** (self._loss[self.rate - 1] / 10)))
 
     def _change(self, measured: Measured) -> float:
         """The part of a residual's energy that was no error of the frame before, over the tensor's; a tenth or more."""
@@ -267,11 +284,11 @@ class StreamRate:
         """Whether the last request had a residual of this number."""
         return number < len(self._told)
 
-    def _learnt(self, measured: Measured | None) -> list[float]:
-        """What each rate leaves of a residual, in decibels, after this one too."""
+    def _learnt(self, measured: Measured | None, rate: int) -> list[float]:
+        """What each rate leaves of a residual, in decibels, after this one too, which was sent at ``rate``."""
         if measured is None or not measured.residual > 0 or not measured.error > 0:
             return self._loss
-        mine = self.rate - 1
+        mine = rate - 1
         off = 10 * math.log10(measured.error / measured.residual) - self._loss[mine]
         off = max(-20.0, min(20.0, off))
         loss = list(self._loss)
@@ -282,26 +299,30 @@ class StreamRate:
             loss[at] = min(loss[at], loss[at - 1])
         return loss
 
-    def choose(self, measured: Measured | None, key_nbytes: int) -> Choice:
-        """What the frame that is being made announces. Nothing changes.
+    def choose(self, measured: Measured | None, key_nbytes: int, *, keyframe: bool) -> Choice:
+        """What the frame that is being made announces. Nothing is counted.
 
         Args:
-            measured: the frame's tensor; ``None``: it is a keyframe.
+            measured: the frame's tensor; ``None``: it is a keyframe, or nobody has measured it yet.
             key_nbytes: bytes of a keyframe.
+            keyframe: which of the two it is.
         """
+        self.catch_up()
         target = self._control.target
         if target.kind != "nmse_db":
-            wanted = self.planned or (self._control.first_rate(self) if measured is None else 0)
+            wanted = self.planned or (self._control.first_rate(self) if keyframe else 0)
             return Choice(0 if wanted == self.rate else wanted)
+        if measured is None and not keyframe:
+            measured = self._expected()
         allowed = self._allowed(target.nmse, measured)
         errors = self.relative_errors(measured)
         rate = next((at + 1 for at, error in enumerate(errors) if error <= allowed), len(errors))
-        if measured is not None and rate != self.rate:
+        if not keyframe and rate != self.rate:
             lower, mine = rate < self.rate, errors[self.rate - 1]
             if (lower and errors[rate - 1] * _MARGIN > allowed) or (not lower and mine <= allowed * _MARGIN):
                 rate = self.rate
-        keyframe = measured is not None and errors[rate - 1] > allowed and self.sizes[rate - 1] >= key_nbytes
-        return Choice(0 if rate == self.rate else rate, keyframe)
+        again = not keyframe and errors[rate - 1] > allowed and self.sizes[rate - 1] >= key_nbytes
+        return Choice(0 if rate == self.rate else rate, again)
 
     def _allowed(self, asked: float, measured: Measured | None) -> float:
         """The NMSE that the next residual may have, so that it and those before it meet what is asked."""
@@ -316,31 +337,44 @@ class StreamRate:
         room = _ROOM if self._is_told(number) else 1 + (_ROOM - 1) * min(1.0, number / _SETTLES_AFTER)
         return max(asked / _ROOM, min(asked * room, left))
 
-    def sent(self, measured: Measured | None, wire_bytes: int, next_rate: int = 0) -> None:
+    def sent(self, measured: Measured | HostCopy | None, wire_bytes: int, next_rate: int = 0) -> None:
         """Count a frame that is on its way.
 
         Args:
-            measured: the frame's tensor; ``None``: it is a keyframe.
+            measured: the frame's tensor; ``None``: it is a keyframe. A copy of its sums is read where another frame of
+                the stream is made, and where rates are shared out, but not before the step after.
             wire_bytes: of the frame.
             next_rate: the rate that it announces; 0: none.
         """
-        self._count(measured, wire_bytes)
-        self.rate = next_rate or self.rate
-
-    def _count(self, measured: Measured | None, wire_bytes: int) -> None:
-        if measured is None and not self.planned:
-            self._control.begun(self)
         self._control.counted(wire_bytes, self.elements, residual=measured is not None)
         if measured is None:
-            return
-        self._loss = self._learnt(measured)
+            if not self.planned:
+                self._control.begun(self)
+        else:
+            self.sums.wire_bytes += wire_bytes
+            self.sums.elements += self.elements
+            if isinstance(measured, HostCopy):
+                self._awaited.append((self._control.at, measured, self.rate))
+            else:
+                self._learn(measured, self.rate)
+        self.rate = next_rate or self.rate
+
+    def catch_up(self, besides: Hashable = None) -> None:
+        """Learn what was measured on a device, of frames of other steps than ``besides``."""
+        while self._awaited and (besides is None or self._awaited[0][0] != besides):
+            _, copy, rate = self._awaited.pop(0)
+            measured = Measured(*copy.read())
+            if math.isfinite(measured.energy + measured.residual + measured.error):
+                self._learn(measured, rate)
+
+    def _learn(self, measured: Measured, rate: int) -> None:
+        """Count the error of a residual that was sent at a rate."""
+        self._loss = self._learnt(measured, rate)
         if measured.energy > 0:
             self.changes.append(self._change(measured))
-        self._seen.add(self.rate - 1)
+        self._seen.add(rate - 1)
         self.sums.error += measured.error
         self.sums.energy += measured.energy
-        self.sums.wire_bytes += wire_bytes
-        self.sums.elements += self.elements
         asked = self._control.target.nmse
         self._recent_error = _FORGET * self._recent_error + self._counted(asked, measured)
         self._recent_energy = _FORGET * self._recent_energy + measured.energy
@@ -368,6 +402,7 @@ class RateControl:
 
     Attributes:
         target: what they are chosen for.
+        at: epoch and step of the last frame; ``None`` before the first.
     """
 
     target: Target
@@ -376,7 +411,7 @@ class RateControl:
     """By the keys of their sites outside any request: of streams that were let go, the last."""
     _forgotten: _Sums = field(default_factory=_Sums)
     """Of streams that were let go, as those of a request that has ended: what they sent was sent all the same."""
-    _at: Hashable = None
+    at: Hashable = None
     _steps: int = 0
     _under_way: bool = False
     _over: float = 0.0
@@ -391,10 +426,12 @@ class RateControl:
 
     def begin_step(self, step: Hashable) -> None:
         """Called before each frame: at another step than the last frame's, sizes are shared out for the step after."""
-        if step == self._at:
+        if step == self.at:
             return
-        self._at = step
+        before, self.at = self.at, step
         streams = [stream for stream in self._streams.values() if stream.is_known]
+        for stream in streams:
+            stream.catch_up(besides=before)  # a device may not have come further, and sizes must not depend on that
         self._steps += self._under_way
         self._under_way = False
         if self.target.kind != "nmse_db" and streams:
@@ -451,7 +488,7 @@ class RateControl:
 
     def restart(self) -> None:
         """Begin another request; what the streams saw in this one tells what to expect."""
-        self._steps, self._at, self._wire_bytes, self._elements = 0, None, 0, 0
+        self._steps, self.at, self._wire_bytes, self._elements = 0, None, 0, 0
         self._under_way, self._over, self._forgotten = False, 0.0, _Sums()
         for key in list(self._streams):
             self.stream(key)
@@ -461,10 +498,13 @@ class RateControl:
         for key in list(self._streams):
             if key[0] == prefix or key[0].startswith(prefix + "/"):
                 ended = self._ended[_without_request(key)] = self._streams.pop(key)
+                ended.catch_up()
                 self._forgotten += ended.sums
 
     def met(self) -> Met:
-        """What came of the target since the last reset."""
+        """What came of the target since the last reset; waits for what devices have measured."""
+        for stream in self._streams.values():
+            stream.catch_up()
         sums = self._sums()
         error, energy, wire, elements = sums.error, sums.energy, sums.wire_bytes, sums.elements
         nmse_db = (10 * math.log10(error / energy) if error else -math.inf) if energy else math.nan

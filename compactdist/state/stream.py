@@ -20,6 +20,7 @@ from compactdist.errors import ConfigError
 from compactdist.kernels.spec import DIGEST_FACTOR, FROM_HOST, MatrixView
 from compactdist.state.board import Board
 from compactdist.state.history import Order, Predictor, predictor_class
+from compactdist.state.host_copy import HostCopy
 from compactdist.state.key_ends import KeyEnds, key_ends_of
 from compactdist.state.matrix_view import blocks, plain
 from compactdist.state.on_device import DeviceClock
@@ -275,7 +276,7 @@ class Staged:
         searched: this frame's residual was searched for a matrix view.
         session: the codec's session that made the payload.
         there: made on a device, which alone knows checksum, digest and whether the residual was finite.
-        measured: of a residual whose rates are chosen by what was measured, or ``None``.
+        measured: of a residual whose rates are chosen by that, or a device's copy of the sums; else ``None``.
         room: memory of the frame that another may use once this one has been sent; ``None``: it is this frame's own.
         lends: nobody needs ``value`` once it was copied into the history.
     """
@@ -291,7 +292,7 @@ class Staged:
     searched: bool = False
     session: Session | None = None
     there: bool = False
-    measured: Measured | None = None
+    measured: Measured | HostCopy | None = None
     room: Room | None = None
     lends: bool = False
 
@@ -301,12 +302,20 @@ class Changes:
 
     Attributes:
         count: such events so far; a plan made at one count holds until the count changes.
+        unread: streams whose last frame a device looked at, and that may have announced such an event.
     """
 
-    __slots__ = ("count",)
+    __slots__ = ("count", "unread")
 
     def __init__(self) -> None:
         self.count = 0
+        self.unread: list[StreamState] = []
+
+    def read(self) -> None:
+        """Let streams do what their last frames announced."""
+        unread, self.unread = self.unread, []
+        for stream in unread:
+            stream.read_announcement()
 
 
 class StreamState:
@@ -333,6 +342,7 @@ class StreamState:
         "_board",
         "_changes",
         "_form",
+        "_forms",
         "_keys",
         "_number",
         "_unprepared",
@@ -372,6 +382,7 @@ class StreamState:
         self.view: MatrixView | None = None
         self.rate = 0
         self._form: Form | None = None
+        self._forms: dict[int, Form] = {}
         self._changes = changes or Changes()
         self._board = board
         self._unprepared = unprepared
@@ -503,7 +514,7 @@ class StreamState:
         self._end_graphs()
         assert self.live is not None
         assert self.view is not None
-        session = codec.open(self.view, self.live[1], device)
+        session, self._forms = codec.open(self.view, self.live[1], device), {}
         if codec.rates:
             session.set_rate(self.rate_of(codec))
         self._form = self._form_of(codec, session)
@@ -513,6 +524,7 @@ class StreamState:
         """What residual frames share that the session makes, at its rate."""
         assert self.live is not None
         view, (numel, dtype) = session.view, self.live
+        rate = self.rate_of(codec)
         header = self.header_of(
             codec,
             numel,
@@ -522,10 +534,11 @@ class StreamState:
             groups=view.groups,
             rows=view.rows,
             channels=view.channels,
-            rate=self.rate_of(codec),
+            rate=rate,
         )
         head = HeadTemplate(header)
-        return Form(codec, session, head, self._frames_on(session.device, session, head))
+        made = self._forms[rate] = Form(codec, session, head, self._frames_on(session.device, session, head))
+        return made
 
     def _frames_on(self, device: torch.device, session: Session, head: HeadTemplate) -> kernels.Frames | None:
         """What seals or checks the frames of the form on the device, if a group looks at its board."""
@@ -554,7 +567,7 @@ class StreamState:
             return None
         hint = self.view if self.live == (numel, dtype) else hint
         if keys is None or not keys.suit(codec, numel, dtype, device, hint):
-            if not numel or dtype not in COMPRESSIBLE_DTYPES or codec.rates or self.config.open_loop:
+            if not numel or dtype not in COMPRESSIBLE_DTYPES or self.config.open_loop:
                 return None
             keys = key_ends_of(self, codec, numel, dtype, device, hint, board.on(device), self._number_on(board))
             if keys is None:
@@ -627,21 +640,24 @@ class StreamState:
             self.keyframe_announced = False
             self._changes.count += 1
 
+    def read_announcement(self) -> None:
+        """Do what the last frame announced, if that is known on its device only so far: nothing at a sender."""
+
     def follow(self, header: Header) -> None:
         """Do what a frame announced for the next one: another matrix view or rate, a keyframe."""
         if self.live is None:
             return
         if header.next_channels:
             self._use(plain(self.live[0], header.next_groups, header.next_channels))
-        self.follow_rate(header)
-        if header.next_kind:
+        self.obey(header.next_rate, bool(header.next_kind))
+
+    def obey(self, rate: int, keyframe: bool) -> None:
+        """Change to the rate that a frame announced, 0: none, and expect a keyframe if it announced one."""
+        if rate:
+            self._change_rate(rate)
+        if keyframe:
             self.keyframe_announced = True
             self._changes.count += 1
-
-    def follow_rate(self, header: Header) -> None:
-        """Change to the rate that a frame announced, if it did."""
-        if header.next_rate:
-            self._change_rate(header.next_rate)
 
     def _change_rate(self, rate: int) -> None:
         if rate == self.rate:
@@ -649,13 +665,15 @@ class StreamState:
         self.rate, form = rate, self._form
         if form is not None and form.codec.rates:
             form.session.set_rate(self.rate_of(form.codec))
-            self._form = self._form_of(form.codec, form.session)
+            known = self._forms.get(self.rate_of(form.codec))
+            self._form = self._form_of(form.codec, form.session) if known is None else known
         self._changes.count += 1
 
     def _use(self, view: MatrixView | None) -> None:
         self._end_graphs()
         self.view = view
         self._form = None
+        self._forms = {}
         self._changes.count += 1
 
     def drop(self) -> None:

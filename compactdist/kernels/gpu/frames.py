@@ -260,23 +260,23 @@ class FrameKernels:
 
     Attributes:
         holds_values: bool ``[1]`` on the device: whether the frame checked last was the expected one and held values.
-        coefficient: float32 ``[]`` on the device, of the head: what frames say until another is written there.
+        accepted: uint8 ``[2]``: whether it was the expected one, and whether it held values, too.
+        template: uint8, ``head`` on the device: an end that writes to it sends, or expects, other bytes from then on.
     """
 
-    __slots__ = ("accepted", "checking", "coefficient", "device", "holds_values", "sealing", "stream_of")
+    __slots__ = ("accepted", "checking", "device", "holds_values", "sealing", "stream_of", "template")
 
     def __init__(self, head: bytes, places: HeadPlaces, payload_nbytes: int, board: Tensor, stream: int) -> None:
         device = self.device = board.device
         self.stream_of = stream_getter(device)
         with torch.inference_mode(False):
             template = torch.frombuffer(bytearray(head), dtype=torch.int32).to(device)
-            self.coefficient = template[places.COEFFICIENT].view(torch.float32)
+            self.template = template.view(torch.uint8)
             self.accepted = torch.zeros(2, dtype=torch.uint8, device=device)
             self.holds_values = self.accepted[1:].view(torch.bool)
         count, given = payload_nbytes // 4, _GIVEN + len(_CHANGING)
         arguments = (*map(Slot, range(given)), template, board, count, stream)
-        at = {name: place for name, place in places._asdict().items() if name != "COEFFICIENT"}
-        constants = {"WORDS": _WORDS, **at, "num_warps": 4, "enable_fp_fusion": False}
+        constants = {"WORDS": _WORDS, **places._asdict(), "num_warps": 4, "enable_fp_fusion": False}
         grid = -(-count // _WORDS)
         self.sealing = Launch(seal_frame, grid, arguments, given, constants)
         self.checking = Launch(check_frame, grid, arguments, given, constants)
