@@ -74,7 +74,7 @@ def _of_call(engine: Engine, call: Call, plan: CallPlan) -> str:
 def _of_group(engine: Engine, call: Call, plan: CallPlan) -> str:
     if engine.store.budget_bytes is not None:
         return "under state_budget_bytes histories come and go; capture without a budget"
-    if engine.sample_every:
+    if engine.samples.every:
         return "sample_errors_every measures on the host; take 0"
     if engine.tap is not None:
         return "the group is being recorded; end the recording first"

@@ -28,7 +28,7 @@ from compactdist.exchange.link import Link
 from compactdist.exchange.parts import InTurn
 from compactdist.exchange.plan import Call, CallPlan, Chooser, Incoming, Outgoing
 from compactdist.exchange.predicted import Late, answer, may_answer
-from compactdist.exchange.sampling import sample
+from compactdist.exchange.sampling import Samples
 from compactdist.exchange.work import Job, Outbox, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import GroupStats, PassReason
@@ -131,7 +131,7 @@ class Engine:
         config: configuration of the streams.
         chooser: policy and layout hints.
         exact_local: an all-gather leaves the rank's own chunk exact.
-        sample_every: measure the reconstruction error of every n-th call of a site; 0 never.
+        samples: measures the reconstruction error of every n-th call of a site.
         store: streams by call site.
         stats: counters.
         forward: pass on the frame of a received tensor that is sent again untouched.
@@ -153,7 +153,7 @@ class Engine:
     config: StreamConfig
     chooser: Chooser
     exact_local: bool
-    sample_every: int
+    samples: Samples
     store: StateStore
     stats: GroupStats
     forward: bool
@@ -435,8 +435,8 @@ class Engine:
         except BaseException:
             self.withdraw(flight)
             raise
-        if self.sample_every and flight.failure is None and flight.passed is None:
-            sample(self, flight)
+        if self.samples.every and flight.failure is None and flight.passed is None:
+            self.samples.take(flight)
         if pattern.forwards:
             pattern.commit(self, flight)
             self._release(flight)
@@ -525,9 +525,9 @@ class Engine:
             for staged in flight.staged:
                 if staged is not None and staged.room is not None:
                     rooms[staged.room.place] = staged.room
-                    value = staged.value if staged.there else None
-                    if value is not None and not value.is_cpu and (flight.own_parts or flight.own_value is value):
-                        self.store.spares.give(value, queue, staged.header.part)  # the history has a copy
+                    spare = staged.value if staged.there else None
+                    if spare is not None and not spare.is_cpu and (flight.own_parts or flight.own_value is spare):
+                        self.store.spares.give(spare, queue, staged.header.part)  # the history has a copy
         for peer in refused:
             self.store.refuse(plan.site, peer)
         if offload is not None:

@@ -167,7 +167,7 @@ class OneMessage(Pattern):
         """A plan without parts, and the codec; ``None``: the call passes through."""
         chooser, numel, dtype = engine.chooser, signature[0], signature[1]
         plan = CallPlan(self, engine.store.site(call.site), signature, dtype, self.answers(engine, call, signature))
-        plan.want_value = bool(engine.sample_every)
+        plan.want_value = bool(engine.samples.every)
         info = chooser.info(call, dtype, numel, *self.ends(engine, signature))
         chosen = chooser.choose(info, plan.answers[0])
         if not isinstance(chosen, Codec):
@@ -337,7 +337,7 @@ class AllToAll(Pattern):
         leaving, arriving, dtype, *_ = signature
         chooser, me, site = engine.chooser, engine.rank, engine.store.site(call.site)
         plan = CallPlan(self, site, signature, dtype, self.answers(engine, call, signature))
-        plan.want_value = bool(engine.sample_every)
+        plan.want_value = bool(engine.samples.every)
         plan.by_pair, plan.alike = True, signature[4] and not chooser.by_pair
         peers = [rank for rank in range(engine.size) if rank != me]
         reasons: set[PassReason] = set()

@@ -5,31 +5,65 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
+
+from compactdist.observe.stats import GroupStats
+from compactdist.state.host_copy import HostCopy
 from compactdist.wire import KEY, NONFINITE
 
 if TYPE_CHECKING:
-    from compactdist.exchange.engine import Engine, Flight
+    from compactdist.exchange.engine import Flight
+    from compactdist.exchange.plan import Call
 
-__all__ = ["sample"]
+__all__ = ["Samples"]
 
 
-def sample(engine: Engine, flight: Flight) -> None:
-    """Measure the frames of a flight whose turn it is.
+class Samples:
+    """Measures frames for the statistics of a group.
 
-    Called before they are committed, while the predictions they were made against are still there. A frame that is
-    passed on is not sampled: no encoder added an error to it.
+    What a device measures is read when a call of another step is measured, or where the statistics are asked for.
+
+    Args:
+        every: measure every n-th frame of a stream; 0: none.
+        stats: of the group.
     """
-    call, messages = flight.call, iter(flight.messages)
-    for part, x, staged in zip(flight.plan.outgoing, flight.inputs, flight.staged, strict=True):
-        if staged is None or part.stream is None:
-            continue
-        message = next(messages, None)
-        if staged.value is None or staged.header.flags & NONFINITE or (message is not None and message.forwards):
-            continue
-        if (part.stream.sequence + 1) % engine.sample_every == 0:
-            flat = x.detach().reshape(-1).double()
-            error = float((staged.value.double() - flat).square().sum())
-            if staged.there and not math.isfinite(error):
-                continue  # only the device knew that the tensor was not finite
-            residual = math.nan if staged.header.flags & KEY else part.stream.residual_energy(x)
-            engine.stats.error(call.site, call.op, error, float(flat.square().sum()), residual)
+
+    def __init__(self, every: int, stats: GroupStats) -> None:
+        self.every = every
+        self._stats = stats
+        self._unread: list[tuple[Call, HostCopy]] = []
+
+    def take(self, flight: Flight) -> None:
+        """Measure the frames of a flight whose turn it is.
+
+        Called before they are committed, while the predictions they were made against are still there. A frame that is
+        passed on is not sampled: no encoder added an error to it.
+        """
+        call, messages = flight.call, iter(flight.messages)
+        self.read(besides=(call.epoch, call.step))
+        for part, x, staged in zip(flight.plan.outgoing, flight.inputs, flight.staged, strict=True):
+            if staged is None or part.stream is None:
+                continue
+            message = next(messages, None)
+            if staged.value is None or staged.header.flags & NONFINITE or (message is not None and message.forwards):
+                continue
+            if (part.stream.sequence + 1) % self.every == 0:
+                flat = x.detach().reshape(-1).double()
+                error, energy = (staged.value.double() - flat).square().sum(), flat.square().sum()
+                is_key = bool(staged.header.flags & KEY)
+                residual = torch.full_like(error, math.nan) if is_key else part.stream.residual_energy(x)
+                self._unread.append((call, HostCopy(torch.stack([error, energy, residual]))))
+                if not staged.there:
+                    self.read()
+
+    def read(self, besides: tuple[int, int] | None = None) -> None:
+        """Count what was measured, but for calls of this epoch and step; waits for devices."""
+        left = []
+        for call, copy in self._unread:
+            if (call.epoch, call.step) == besides:
+                left.append((call, copy))
+                continue
+            error, energy, residual = copy.read()
+            if math.isfinite(error):  # else the tensor was not finite, which only the device knew
+                self._stats.error(call.site, call.op, error, energy, residual)
+        self._unread = left

@@ -23,6 +23,7 @@ from compactdist.exchange.later import Departures
 from compactdist.exchange.link import Link
 from compactdist.exchange.ops import patterns_by_op
 from compactdist.exchange.plan import Chooser
+from compactdist.exchange.sampling import Samples
 from compactdist.exchange.work import FinishedWork, drain
 from compactdist.group.agreement import Agreement
 from compactdist.group.attach import Attachment
@@ -135,7 +136,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
                 options.parts,
             ),
             exact_local=options.local == "exact",
-            sample_every=options.sample_errors_every,
+            samples=Samples(options.sample_errors_every, stats),
             store=self._new_store(options, label, stats),
             stats=stats,
             forward=options.forward,
@@ -358,6 +359,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         _raise(self._settle())
         self._engine.store.board.poll(wait=True)
         store = self._engine.store
+        with self._engine.lock:
+            self._engine.samples.read()
         made = self._engine.stats.snapshot(self._engine.state_bytes(), store.rates(), store.offloaded_bytes())
         if store.control is None:
             return made

@@ -82,7 +82,8 @@ class StreamDecoder(StreamState):
         checksum: of the last frame's payload; ``None``: only the device knows it.
         holds_values: bool ``[1]`` on the device: whether the last frame was the expected one and held values; ``None``:
             the host made sure of it.
-        wrote: the last ``decode`` has written the value to its ``into``.
+        wrote: the last ``decode`` has written the value to its ``into``: NaN where only the device knows that there is
+            none.
         missed: a frame was refused that the size of the next one depends on: a first keyframe, or one that may have
             announced a rate or a matrix view.
     """
@@ -142,8 +143,7 @@ class StreamDecoder(StreamState):
             foreseen: no frame of another kind or size comes: a GPU checks it, and :attr:`holds_values` says the result.
             keyframe: what is foreseen is a keyframe.
             keys_there: the keyframes that a device may check.
-            into: contiguous, ``numel`` x ``dtype``, on the frame's device: gets the value of a frame that is right, if
-                :attr:`wrote` says so; NaN where only the device knows that the frame is not right.
+            into: contiguous, ``numel`` x ``dtype``, on the frame's device: gets what :attr:`wrote` is about, or NaN.
             queue: ``kernels.queue_of`` the frame's device, where the caller has asked.
 
         Returns:
@@ -155,12 +155,11 @@ class StreamDecoder(StreamState):
         """
         if self._announced is not None:
             self.read_announcement()
-        self.holds_values, self.wrote, value = None, False, None
+        self.holds_values, self.wrote, value, form = None, False, None, self._form
         if header is None:
-            form = self._form
             if keyframe or self.live != (numel, dtype) or self.keyframe_announced or form is None:
                 due = _Due(codec, numel, dtype, step, epoch, hint)
-                keys = "none" if refuse_state else keys_there
+                keys: KeysThere = "none" if refuse_state else keys_there
                 value = self._take_first(frame, due, keyframe, foreseen, keys, into, queue)
             elif form.codec is codec and form.frame_nbytes <= frame.numel():
                 if form.frames is not None and foreseen and (self._looked or form.head.header.layout):
@@ -339,7 +338,8 @@ class StreamDecoder(StreamState):
             queue = kernels.queue_of(frame.device)
         if queue != clock.queue:
             clock.follow(predictor, queue, form.session)
-        terms, (numel, dtype) = self._terms_there(frame, frames), self.live
+        terms = self._terms_there(frame, frames) if predictor.adapts else predictor.terms()
+        numel, dtype = self.live
         if terms and predictor.decodes_in_place:
             value = terms[0]
         else:  # a frame that is refused leaves the prediction in its place
@@ -366,10 +366,7 @@ class StreamDecoder(StreamState):
 
         A coefficient that no frame may say now is not expected, so that the frame is refused.
         """
-        predictor = self.predictor
-        if not predictor.adapts:
-            return predictor.terms()
-        return predictor.terms(expect_coefficient(frames, frame, predictor))
+        return self.predictor.terms(expect_coefficient(frames, frame, self.predictor))
 
     def _take_key_there(
         self, frame: Tensor, due: _Due, keys_there: KeysThere, into: Tensor | None, queue: int | None

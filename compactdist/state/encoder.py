@@ -444,12 +444,12 @@ class StreamEncoder(StreamState):
             return 0
         return self._steered(self.steers, codec, flat, step, epoch, codec.start_rate, hint=hint, keyframe=True).rate
 
-    def residual_energy(self, x: Tensor) -> float:
-        """Sum of squares of what ``x`` differs by from its prediction; NaN without a prediction."""
+    def residual_energy(self, x: Tensor) -> Tensor:
+        """Sum of squares of what ``x`` differs by from its prediction, float64 ``[]``; NaN without a prediction."""
         terms = (self.predictor if self._own_predictor is None else self._own_predictor).terms()
         if not terms:
-            return math.nan
-        return float(residual_of(x.detach().reshape(-1), terms).double().square().sum())
+            return torch.full((), math.nan, dtype=torch.float64, device=x.device)
+        return residual_of(x.detach().reshape(-1), terms).double().square().sum()
 
     def _search(self, staged: Staged, residual: Tensor) -> None:
         """Look for a better matrix view in the first residual; its frame announces what was found."""

@@ -143,6 +143,10 @@ def test_rates_go_by_what_was_copied_in_earlier_steps(name, codec, target):
     _reads_nothing(codec, {name: CALLS[name]}, target=target)
 
 
+def test_errors_are_sampled_without_a_read():
+    _reads_nothing("int8", {name: CALLS[name] for name in ("broadcast", "all_to_all_single")}, sample_errors_every=1)
+
+
 @pytest.mark.timeout(360)
 @pytest.mark.parametrize("codec", ["int8", "raw"])
 def test_no_keyframe_of_the_tensors_own_bytes_is_read(codec):
