@@ -323,7 +323,7 @@ def _matrices(x: Tensor) -> Tensor:
 def _right(gram: Tensor, along: Tensor) -> Tensor:
     """The least-squares V ``(rank, C)`` for the rounded U^T, from U^T U and U^T A; exactly zero where U^T A is."""
     # A component that was rounded to nothing takes no part; the ridge keeps the rest solvable.
-    ridge = torch.eye(gram.shape[0], device=gram.device) * (gram.diagonal().amax() * 1e-6 + 1e-30)
+    ridge = torch.eye(gram.shape[0], dtype=torch.float32, device=gram.device) * (gram.diagonal().amax() * 1e-6 + 1e-30)
     inverse: Tensor = torch.linalg.inv(gram + ridge)
     return inverse @ along
 

@@ -47,7 +47,7 @@ class HistorySession(Session):
         self._first_nbytes = self._first.payload_nbytes
         self._sections = codec.sections_of(view.shape)
         with torch.inference_mode(False):  # two buffers that take turns
-            self._scales = torch.zeros(view.groups, 1, view.channels, device=device)
+            self._scales = torch.zeros(view.groups, 1, view.channels, dtype=torch.float32, device=device)
             self._staged = torch.zeros_like(self._scales)
         self._remembers_scales = self._is_staged = False
         self._choose()
