@@ -364,7 +364,7 @@ class StreamRate:
 
 @dataclass
 class RateControl:
-    """The rates of all encoders of one rank.
+    """The rates of all encoders of one rank. Any thread may ask what was met, while others begin streams.
 
     Attributes:
         target: what they are chosen for.
@@ -394,7 +394,7 @@ class RateControl:
         if step == self._at:
             return
         self._at = step
-        streams = [stream for stream in self._streams.values() if stream.is_known]
+        streams = [stream for stream in tuple(self._streams.values()) if stream.is_known]
         self._steps += self._under_way
         self._under_way = False
         if self.target.kind != "nmse_db" and streams:
@@ -425,7 +425,7 @@ class RateControl:
 
     def _sums(self) -> _Sums:
         """Of all streams since the last restart, those that rest or were let go too."""
-        return sum((stream.sums for stream in self._streams.values()), self._forgotten)
+        return sum((stream.sums for stream in tuple(self._streams.values())), self._forgotten)
 
     def first_rate(self, stream: StreamRate) -> int:
         """The rate of a stream's first residual; 0: the codec's own start.
@@ -479,7 +479,7 @@ class RateControl:
 
     def rates(self) -> dict[Key, int]:
         """The rate in use of each stream."""
-        return {key: stream.rate for key, stream in self._streams.items() if stream.is_known}
+        return {key: stream.rate for key, stream in tuple(self._streams.items()) if stream.is_known}
 
 
 def _without_request(key: Key) -> Key:

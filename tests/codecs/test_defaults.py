@@ -1,4 +1,4 @@
-"""torch's default dtype and device are the user's: what this package computes depends on neither."""
+"""torch's default dtype and device, and autocast, are the user's: what this package computes depends on none."""
 
 from __future__ import annotations
 
@@ -75,6 +75,23 @@ def test_frames_and_values_are_the_same_bits_under_other_defaults(dtype):
     done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == _digests()
+
+
+def test_frames_and_values_are_the_same_bits_under_autocast():
+    """A model's forward, and so its collectives, often run under it; a rank may wait elsewhere."""
+    alone = _digests()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert _digests() == alone
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_tensor_alone_is_coded_the_same_under_autocast(spec):
+    codec, x = codecs.get(spec), torch.randn(66, 130, generator=torch.Generator().manual_seed(2))
+    payload = codec.encode(x)
+    value = codec.decode(payload, x.shape, x.dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(codec.encode(x), payload)
+        assert torch.equal(codec.decode(payload, x.shape, x.dtype), value)
 
 
 def _rank(rank: int, world_size: int) -> float:
