@@ -13,11 +13,13 @@ from compactdist.cli import bench_codecs, subjects
 from compactdist.cli import evaluate as evaluation
 from compactdist.cli.baselines import play_baselines
 from compactdist.cli.common import (
+    Imports,
     JsonFile,
     Targets,
     check_writable,
     console,
     failing_well,
+    import_codecs,
     parse_codecs,
     parse_order,
     write_json,
@@ -112,6 +114,7 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add formats that send every step by itself: int4, fp4 and fp8.")
     ] = False,
+    modules: Imports = None,
     json_file: JsonFile = None,
 ) -> None:
     """Play recorded activations through the residual loop and say what each codec sends and how wrong it is.
@@ -120,6 +123,7 @@ def evaluate(
     """
     with failing_well():
         check_writable(json_file)
+        import_codecs(modules)
         config = StreamConfig(
             order=parse_order(order),
             damping=damping,
@@ -167,6 +171,7 @@ def _bench_codecs(
         typer.Option(help="A codec: id, or id:option=value,... May be repeated; all registered ones by default."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=3, help="How often everything is timed.")] = 15,
+    modules: Imports = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time the codecs against a plain copy of the same tensor, and say how good they are.
@@ -176,6 +181,7 @@ def _bench_codecs(
     """
     with failing_well():
         check_writable(json_file)
+        import_codecs(modules)
         load = os.getloadavg()[0]
         size = bench_codecs.parse_shape(shape)
         names = list(dict.fromkeys(dtype or ["float32", "bfloat16"]))

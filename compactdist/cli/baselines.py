@@ -51,7 +51,7 @@ def _fp4(x: Tensor) -> tuple[Tensor, float]:
     largest = grouped.abs().amax(2, keepdim=True)
     unit = largest.amax() / (_FP4_MAX * _E4M3_MAX)
     scale = _e4m3(_over(largest / _FP4_MAX, unit).clamp(max=_E4M3_MAX)) * unit
-    levels = torch.tensor(_FP4_LEVELS)
+    levels = torch.tensor(_FP4_LEVELS, dtype=torch.float32, device="cpu")
     code = torch.bucketize(_over(grouped.abs(), scale), (levels[1:] + levels[:-1]) / 2)
     x_hat = (levels[code] * scale).copysign(grouped).flatten(1)[:, :channels]
     return x_hat, rows * channels / 2 + scale.numel() + unit.element_size()

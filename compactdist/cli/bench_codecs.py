@@ -55,7 +55,7 @@ def measure(
     Returns:
         A row per subject: times in ms, bits per element, NMSE and gap in dB.
     """
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(dtype)
     able = [subject for subject in subjects if subject.missing is None]
     sent: dict[str, Any] = {}
     quality: dict[str, tuple[float, float]] = {}

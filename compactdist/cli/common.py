@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -26,11 +28,13 @@ __all__ = [
     "STDOUT",
     "Targets",
     "Column",
+    "Imports",
     "JsonFile",
     "check_writable",
     "console",
     "failing_well",
     "fitting_table",
+    "import_codecs",
     "parse_codecs",
     "parse_order",
     "write_json",
@@ -54,6 +58,38 @@ Targets = Annotated[
         "chosen for. May be repeated."
     ),
 ]
+
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="Import this module or file first, which registers codecs of your own. May be repeated.",
+    ),
+]
+
+
+def import_codecs(modules: Sequence[str] | None) -> None:
+    """Import modules, found as ``python -m`` finds them, or files, so that the codecs they register have names.
+
+    Raises:
+        ConfigError: there is no such module or file, or it cannot be imported.
+    """
+    for name in modules or ():
+        try:
+            if name.endswith(".py"):
+                spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+                assert spec is not None
+                assert spec.loader is not None
+                spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            else:
+                sys.path.insert(0, os.getcwd())
+                importlib.import_module(name)
+        except Exception as error:
+            raise ConfigError(
+                f"--import {name}: {type(error).__name__}: {error}; give a module that Python finds, or a file "
+                "NAME.py, whose import registers codecs (compactdist.codecs.register)"
+            ) from error
 
 
 def parse_codecs(texts: Sequence[str] | None) -> dict[str, Codec]:

@@ -68,7 +68,7 @@ class _Stream:
             self._base, self._new = torch.zeros_like(x).view(-1), torch.empty_like(x).view(-1)
             self._held = torch.zeros_like(self._base)
             self._session = self._codec.open(self._view, x.dtype, x.device)
-            self._payload = torch.empty(self._session.payload_nbytes, dtype=torch.uint8)
+            self._payload = torch.empty(self._session.payload_nbytes, dtype=torch.uint8, device="cpu")
             self._session.encode(x.view(-1), (self._base,), self._new, self._payload)
             self._session.commit()  # a codec with a memory is timed once it has one
             self._session.prepare()

@@ -14,12 +14,13 @@ Four promises hold for every codec, and the shared test kit checks each of them:
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,23 @@ from compactdist.kernels.spec import MatrixView
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def undisturbed(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function compute without gradients and in the dtypes it asks for, whatever its caller has switched on.
+
+    Models run under autocast, which would do a codec's products in bfloat16.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.no_grad(), torch._C._DisableAutocast():
+            return function(*args, **kwargs)
+
+    return call
 
 
 class About(NamedTuple):
@@ -201,7 +219,7 @@ class Session:
         self.payload_nbytes = codec.payload_nbytes(view.shape, torch.float32)
         self.checksum: int | None = None
 
-    @torch.no_grad()
+    @undisturbed
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
     ) -> None:
@@ -226,7 +244,7 @@ class Session:
         if out is not None:
             self.decode(payload, terms, out)
 
-    @torch.no_grad()
+    @undisturbed
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         """Write the sum of ``terms`` plus the decoded payload, kept finite and rounded once, to ``out``.
 

@@ -26,5 +26,5 @@ def room(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.d
     held, nbytes = _room.held.get(name), math.prod(shape) * dtype.itemsize
     if held is None or held.nbytes < nbytes:
         with torch.inference_mode(False):  # or it could not be written to outside of the mode it was made in
-            held = _room.held[name] = torch.empty(nbytes, dtype=torch.uint8)
+            held = _room.held[name] = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     return held[:nbytes].view(dtype).view(shape)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compactdist import kernels as fused
-from compactdist.codecs.base import About, Codec, Session, Terms, check_payload
+from compactdist.codecs.base import About, Codec, Session, Terms, check_payload, undisturbed
 from compactdist.codecs.options import check_integer
 from compactdist.codecs.registry import register
 from compactdist.codecs.scalar.quantized import ScalarQuantizer, check_dtype, finite_amax
@@ -40,7 +40,7 @@ class _OneOfM(Codec):
         groups, runs = self.runs_of(shape)
         return self.places_nbytes(groups * runs) + self._values_nbytes(groups, runs)
 
-    @torch.no_grad()
+    @undisturbed
     def encode(self, x: Tensor) -> Tensor:
         check_dtype(self.codec_id, x.dtype)
         groups, runs = self.runs_of(x.shape)
@@ -55,7 +55,7 @@ class _OneOfM(Codec):
         payload[self.places_nbytes(groups * runs) :][: values.numel()] = values
         return payload
 
-    @torch.no_grad()
+    @undisturbed
     def decode(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         payload = check_payload(payload, self.payload_nbytes(shape, dtype), self.codec_id)
         groups, runs = self.runs_of(shape)
@@ -133,7 +133,7 @@ class _TopKSession(Session):
             self._choose()
         return self._device_steps
 
-    @torch.no_grad()
+    @undisturbed
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
     ) -> None:
@@ -144,7 +144,7 @@ class _TopKSession(Session):
             # raises the NonFiniteError where a kernel met a value that is not finite
             super().encode(x, terms, out, payload, row_weights=row_weights)
 
-    @torch.no_grad()
+    @undisturbed
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         if self._chosen_under is not fused.choice.forced:
             self._choose()

@@ -341,7 +341,7 @@ class GroupCore:
         small = x.numel() < self._engine.chooser.min_numel
         if len(tensors) > 1 or small or self._engine.link.needs_exact_sizes(x):
             return self._hand_on(self.inner.recv, tensors, peer, tag)
-        data = torch.empty(HEADER_NBYTES + raw_nbytes(x.numel(), x.dtype), dtype=torch.uint8)
+        data = torch.empty(HEADER_NBYTES + raw_nbytes(x.numel(), x.dtype), dtype=torch.uint8, device="cpu")
         return self._watched(self.inner.recv([data], peer, tag), x, data)
 
     def _take_back(self, call: Call) -> None:

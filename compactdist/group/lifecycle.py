@@ -240,10 +240,16 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         All ranks use the same names, and end a request at the same place among its calls.
 
         Raises:
-            ConfigError: an empty name, one with ``#``, or one of a request that has not ended.
+            ConfigError: an empty name, one with ``#`` or ``/``, or one of a request that has not ended.
         """
         self._ready()
         check_name(name)
+        if "/" in name:
+            raise ConfigError(
+                f"{self._engine.label}: a request's name is the first part of its site keys, and '/' ends that part: "
+                f"the end of another request could drop the history of {name!r}; give a name without '/', as "
+                f"{name.replace('/', '-')!r}"
+            )
         if name in self._requests:
             raise ConfigError(
                 f"{self._engine.label}: request '{name}' has not ended: resume() the object that request() returned, "

@@ -32,7 +32,7 @@ class _OnDevice:
         self.device = device
         with torch.inference_mode(False):
             self.board = torch.zeros(BOARD_WORDS, dtype=torch.int32, device=device)
-            self.copy = torch.zeros(BOARD_WORDS, dtype=torch.int32, pin_memory=device.type == "cuda")
+            self.copy = torch.zeros(BOARD_WORDS, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
         self.copied: torch.cuda.Event | None = None
 
     def look(self, wait: bool) -> Tensor | None:

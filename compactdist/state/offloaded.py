@@ -116,7 +116,7 @@ class Offloaded:
 def copy_to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, of the same shape and dtype; from a GPU, pinned and perhaps still under way."""
     with torch.inference_mode(False), torch.no_grad():  # a normal tensor may be written to in every mode
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
         copy.copy_(tensor, non_blocking=True)
     if tensor.is_cuda:  # freed now, and not used for anything else before it was read
         tensor.record_stream(torch.cuda.current_stream(tensor.device))

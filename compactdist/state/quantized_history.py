@@ -140,7 +140,7 @@ def _quantize(values: Tensor, form: EightBits) -> tuple[Tensor, Tensor]:
     """Codes ``[numel]`` and scales ``[ceil(numel / 128)]``, which are bfloat16 values in float32."""
     blocks = _in_blocks(values.float())
     # A tensor: a GPU multiplies by the inverse of a divisor that is a number, and so rounds twice.
-    largest = torch.full((), LARGEST_CODE[form], device=values.device)
+    largest = torch.full((), LARGEST_CODE[form], dtype=torch.float32, device=values.device)
     scales = kernels.round_bf16(blocks.abs().amax(1, keepdim=True) / largest, up=True)
     scales = torch.where(scales < _SMALLEST_SCALE, torch.zeros_like(scales), scales)
     inverse = kernels.divide_or_zero(torch.ones_like(scales), scales)

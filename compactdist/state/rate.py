@@ -398,7 +398,7 @@ class StreamRate:
 
 @dataclass
 class RateControl:
-    """The rates of all encoders of one rank.
+    """The rates of all encoders of one rank. Any thread may ask what was met, while others begin streams.
 
     Attributes:
         target: what they are chosen for.
@@ -429,7 +429,7 @@ class RateControl:
         if step == self.at:
             return
         before, self.at = self.at, step
-        streams = [stream for stream in self._streams.values() if stream.is_known]
+        streams = [stream for stream in tuple(self._streams.values()) if stream.is_known]
         for stream in streams:
             stream.catch_up(besides=before)  # a device may not have come further, and sizes must not depend on that
         self._steps += self._under_way
@@ -462,7 +462,7 @@ class RateControl:
 
     def _sums(self) -> _Sums:
         """Of all streams since the last restart, those that rest or were let go too."""
-        return sum((stream.sums for stream in self._streams.values()), self._forgotten)
+        return sum((stream.sums for stream in tuple(self._streams.values())), self._forgotten)
 
     def first_rate(self, stream: StreamRate) -> int:
         """The rate of a stream's first residual; 0: the codec's own start.
@@ -503,7 +503,7 @@ class RateControl:
 
     def met(self) -> Met:
         """What came of the target since the last reset; waits for what devices have measured."""
-        for stream in self._streams.values():
+        for stream in tuple(self._streams.values()):
             stream.catch_up()
         sums = self._sums()
         error, energy, wire, elements = sums.error, sums.energy, sums.wire_bytes, sums.elements
@@ -519,7 +519,7 @@ class RateControl:
 
     def rates(self) -> dict[Key, int]:
         """The rate in use of each stream."""
-        return {key: stream.rate for key, stream in self._streams.items() if stream.is_known}
+        return {key: stream.rate for key, stream in tuple(self._streams.items()) if stream.is_known}
 
 
 def _without_request(key: Key) -> Key:

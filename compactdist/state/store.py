@@ -295,6 +295,7 @@ class StateStore:
                 if self.offload is not None:
                     self.offload.forget(site)
             self.spares.clear()
+            self.unprepared.clear()
             if self.control is not None and prefix is None:
                 self.control.restart()
             elif self.control is not None and prefix is not None:

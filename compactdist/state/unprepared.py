@@ -13,7 +13,8 @@ __all__ = ["Unprepared"]
 class Unprepared:
     """Sessions of a group whose ``prepare`` waits until the group waits for a message, of whichever site.
 
-    What is left out is done by the session itself, when its next frame is made or arrives. Any thread may wait.
+    What is left out is done by the session itself, when its next frame is made or arrives. Any thread may wait. Where
+    nobody ever does, as with synchronous calls on NCCL, a session is held once, until its site is forgotten.
 
     Attributes:
         sessions: with the number of the CUDA stream that works on them.
@@ -22,19 +23,23 @@ class Unprepared:
     __slots__ = ("sessions",)
 
     def __init__(self) -> None:
-        self.sessions: list[tuple[Session, int]] = []
+        self.sessions: dict[Session, int] = {}
 
     def add(self, session: Session) -> None:
         """A session has committed a frame, on the current CUDA stream."""
-        self.sessions.append((session, kernels.queue_of(session.device)))
+        self.sessions[session] = kernels.queue_of(session.device)
 
     def prepare(self) -> None:
         """Prepare the sessions of the current CUDA stream, and leave the others to themselves.
 
         Nothing is prepared while the stream is captured: a replay would do it again.
         """
-        waiting, self.sessions = self.sessions, []
-        for session, queue in waiting:
+        waiting, self.sessions = self.sessions, {}
+        for session, queue in tuple(waiting.items()):  # another thread may still be adding to it
             if kernels.queue_of(session.device) == queue and not kernels.captures(session.device):
                 with suppress(Exception):  # as no memory: the call that is under way has no part in it, the next has
                     session.prepare()
+
+    def clear(self) -> None:
+        """Hold no session any longer: histories were forgotten. Those that remain in use prepare themselves."""
+        self.sessions = {}

@@ -323,8 +323,8 @@ class NcclLikeGroup(GroupOver):
     def _compare_sizes(self, op: str, leaving: list[int], arriving: list[int]) -> None:
         """Make sure that every rank sends what the other end expects."""
         size = self.size()
-        mine = torch.tensor([zlib.crc32(op.encode()), *leaving, *arriving])
-        everyones = torch.empty(size * mine.numel(), dtype=torch.int64)
+        mine = torch.tensor([zlib.crc32(op.encode()), *leaving, *arriving], device="cpu")
+        everyones = torch.empty(size * mine.numel(), dtype=torch.int64, device="cpu")
         _torch.all_gather_single(self._transport, everyones, mine).wait()
         table = everyones.view(size, -1)
         if len(table[:, 0].unique()) > 1:
@@ -338,15 +338,15 @@ class NcclLikeGroup(GroupOver):
             )
 
     def _send(self, x: Tensor, peer: int) -> list[Tensor]:
-        self._transport.send([torch.tensor([x.nbytes])], peer, _TAG).wait()
+        self._transport.send([torch.tensor([x.nbytes], device="cpu")], peer, _TAG).wait()
         if x.numel():
             self._transport.send([x], peer, _TAG).wait()
         return []
 
     def _receive(self, output: Tensor, peer: int) -> list[Tensor]:
-        nbytes = torch.empty(1, dtype=torch.int64)
+        nbytes = torch.empty(1, dtype=torch.int64, device="cpu")
         self._transport.recv([nbytes], peer, _TAG).wait()
-        arrived = torch.empty(int(nbytes), dtype=torch.uint8)
+        arrived = torch.empty(int(nbytes), dtype=torch.uint8, device="cpu")
         if arrived.numel():
             self._transport.recv([arrived], peer, _TAG).wait()
         if arrived.nbytes != output.nbytes:

@@ -38,7 +38,7 @@ SHAPES = (
 
 
 def _gaussian(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=g, dtype=torch.float64)
+    return torch.randn(shape, generator=g, dtype=torch.float64, device="cpu")
 
 
 def _hot_cross(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
@@ -50,25 +50,25 @@ def _hot_cross(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
 
 
 def _one_hot(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    x = torch.zeros(shape, dtype=torch.float64)
+    x = torch.zeros(shape, dtype=torch.float64, device="cpu")
     if x.numel():
-        x.view(-1)[int(torch.randint(x.numel(), (), generator=g))] = -3.0
+        x.view(-1)[int(torch.randint(x.numel(), (), generator=g, device="cpu"))] = -3.0
     return x
 
 
 def _laplace(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    u = torch.rand(shape, generator=g, dtype=torch.float64) - 0.5
+    u = torch.rand(shape, generator=g, dtype=torch.float64, device="cpu") - 0.5
     return -u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.4999999))
 
 
 def _student4(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    normal = torch.randn((5, *shape), generator=g, dtype=torch.float64)
+    normal = torch.randn((5, *shape), generator=g, dtype=torch.float64, device="cpu")
     return normal[0] / normal[1:].square().mean(0).sqrt()
 
 
 def _channel_scaled(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
     x = _gaussian(shape, g)
-    return x * torch.randn(shape[-1], generator=g, dtype=torch.float64).exp() if x.dim() else x
+    return x * torch.randn(shape[-1], generator=g, dtype=torch.float64, device="cpu").exp() if x.dim() else x
 
 
 DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
@@ -77,8 +77,8 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] =
     "student4": _student4,
     "channel_scaled": _channel_scaled,
     "one_hot": _one_hot,
-    "constant": lambda shape, g: torch.full(shape, -0.7, dtype=torch.float64),
-    "zero": lambda shape, g: torch.zeros(shape, dtype=torch.float64),
+    "constant": lambda shape, g: torch.full(shape, -0.7, dtype=torch.float64, device="cpu"),
+    "zero": lambda shape, g: torch.zeros(shape, dtype=torch.float64, device="cpu"),
     "hot_cross": _hot_cross,
     "wide_range": lambda shape, g: _gaussian(shape, g) * torch.exp(20 * _gaussian(shape, g)),
     "denormal": lambda shape, g: _gaussian(shape, g) * 1e-40,

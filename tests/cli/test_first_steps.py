@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,32 @@ def test_wrong_arguments_are_status_2(tmp_path: Path, arguments: list[str]) -> N
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
+
+
+OWN_CODEC = Path(__file__).parents[2] / "examples" / "own_codec.py"
+
+
+@pytest.mark.timeout(120)
+def test_a_codec_of_ones_own_is_checked_and_evaluated_from_its_file(tmp_path: Path) -> None:
+    """In processes of their own, for what is registered stays."""
+    checked = subprocess.run([sys.executable, OWN_CODEC], capture_output=True, text=True, timeout=100)
+    assert checked.stdout == "one_scale keeps the contract\n", checked.stderr
+    file = trace(tmp_path / "t.safetensors")
+    command = [sys.executable, "-m", "compactdist.cli", "evaluate", file, "--import", OWN_CODEC, "--codec"]
+    played = subprocess.run([*command, "one_scale:levels=7", "--json", "-"], capture_output=True, text=True, timeout=60)
+    assert played.returncode == 0, played.stderr
+    assert 0 < json.loads(played.stdout)["one_scale:levels=7"]["rel_error"] < 0.2
+
+
+def test_what_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    file = trace(tmp_path / "t.safetensors")
+    broken = tmp_path / "broken.py"
+    broken.write_text("import compactdist.no_such_module")
+    for command in (["evaluate", str(file)], ["bench", "codecs"]):
+        for name, why in (("no_such", "No module named"), (str(broken), "no_such_module"), ("gone.py", "No such file")):
+            result = run(*command, "--import", name)
+            assert result.exit_code == 2
+            assert f"--import {name}" in result.stderr
+            assert why in result.stderr
+    result = run("evaluate", str(file), "--codec", "one_scale")
+    assert "--import MODULE on the command line" in result.stderr

@@ -13,6 +13,7 @@ import compactdist
 from compactdist.codecs.transform import transform
 from compactdist.codecs.transform.transform import TransformSession
 from compactdist.errors import ConfigError
+from compactdist.testing import act_like_nccl
 from tests.launch import run_ranks
 
 STEPS, ROWS, CHANNELS = 6, 60, 96
@@ -208,3 +209,28 @@ def _without_memory(rank: int, world_size: int) -> tuple[int, str]:
 def test_what_cannot_be_learnt_fails_the_call_that_needs_it():
     """No call fails while it waits for its message; the next one, whose frame needs what was to be learnt, does."""
     assert run_ranks(_without_memory, 2) in ([(2, "none left")] * 2, [(3, "none left")] * 2)
+
+
+def _synchronous_on_nccl(rank: int, world_size: int) -> list[int]:
+    """How many sessions wait for a wait that never comes: after many steps, after a request, after a reset."""
+    held = []
+    with compactdist.wrap(act_like_nccl(torch.distributed.group.WORLD), "transform", min_numel=1) as dist:
+        x, out = _values(rank)[0], torch.empty(world_size * ROWS, CHANNELS)
+        unprepared = dist._engine.store.unprepared
+        for _ in range(6):
+            with dist.step():
+                dist.all_gather_into_tensor(out, x)
+        held.append(len(unprepared.sessions))
+        with dist.request("a"):
+            for _ in range(3):
+                with dist.step():
+                    dist.all_gather_into_tensor(out, x)
+            held.append(len(unprepared.sessions))
+        held.append(len(unprepared.sessions))
+        dist.reset()
+        held.append(len(unprepared.sessions))
+    return held
+
+
+def test_sessions_that_nobody_waits_for_are_held_once_and_not_beyond_their_history():
+    assert run_ranks(_synchronous_on_nccl) == [[2, 4, 0, 0]] * 2

@@ -109,3 +109,13 @@ def test_a_request_that_ends_inside_its_block_leaves_nothing():
             assert not g._engine.store.sites()
 
     run_ranks(body, pg_timeout=15, timeout=60)
+
+
+def test_a_name_that_lies_under_another_one_is_refused():
+    """The end of ``tenant`` would drop the history of ``tenant/1``."""
+
+    def body(rank, size):
+        with compactdist.wrap(**OPTIONS) as g, pytest.raises(ConfigError, match=r"'/' ends that part.*'tenant-1'"):
+            g.request("tenant/1")
+
+    run_ranks(body, 2)

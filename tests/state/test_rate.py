@@ -13,7 +13,7 @@ from compactdist.config import Options
 from compactdist.errors import ConfigError, FrameError
 from compactdist.presets import with_steered_codec
 from compactdist.state import RateControl, ResidualDecoder, ResidualEncoder, StreamConfig, StreamDecoder, StreamEncoder
-from compactdist.state.rate import Measured, Target
+from compactdist.state.rate import Measured, StreamRate, Target
 from compactdist.state.relay import same_state
 from compactdist.wire import payload_of, seal, unpack
 from tests.state import kit
@@ -206,3 +206,22 @@ def test_a_codec_of_one_rate_follows_no_target():
 def test_what_is_measured():
     x, base, value = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 2.0]), torch.tensor([2.0, 4.0])
     assert Measured.of(x, (base,), value) == Measured(energy=25, residual=4, error=1)
+
+
+def test_another_thread_may_ask_what_was_met(monkeypatch):
+    """As one that exports metrics, while calls begin streams: here a stream begins whenever one is looked at."""
+    control = RateControl(Target.parse("bits=2"))
+
+    def look(stream: StreamRate) -> bool:
+        control.stream((f"new{len(control._streams)}", 1))
+        return False
+
+    sums = control.stream(("first", 1)).sums
+    control.stream(("second", 1))
+    monkeypatch.setattr(StreamRate, "is_known", property(look))
+    assert control.rates() == {}
+    control.begin_step(1)
+    monkeypatch.setattr(
+        StreamRate, "sums", property(lambda stream: look(stream) or sums, lambda stream, _: None), raising=False
+    )
+    assert math.isnan(control.met().bits)

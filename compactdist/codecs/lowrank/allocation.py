@@ -53,7 +53,9 @@ class Sizes:
 def allocate(energies: Tensor, planes: int) -> Tensor:
     """Share out ``planes`` bits among components of these energies ``(n,)``: int64 ``(n,)``, 0 to 6 each."""
     left = [1 - (1 - LOSS[bits]) ** 2 for bits in range(MOST_BITS + 1)]
-    steps = torch.tensor([before - after for before, after in pairwise(left)], device=energies.device)
+    steps = torch.tensor(
+        [before - after for before, after in pairwise(left)], dtype=torch.float32, device=energies.device
+    )
     best = (energies[:, None] * steps).reshape(-1).topk(planes).indices
     return torch.bincount(best // MOST_BITS, minlength=energies.numel())
 
@@ -169,13 +171,13 @@ def _from_planes(planes: Tensor, counts: list[int], n: int) -> Tensor:
         codes = sum((bits[:, j].to(torch.int32) << j for j in range(width)), bits.new_zeros((), dtype=torch.int32))
         rows.append(_table(width, planes.device)[codes] if count else bits.new_zeros(bits[:, 0].shape).float())
         at += count * width
-    rows.append(torch.zeros(n - sum(counts), planes.shape[1], device=planes.device))
+    rows.append(torch.zeros(n - sum(counts), planes.shape[1], dtype=torch.float32, device=planes.device))
     return torch.cat(rows)
 
 
 def _table(width: int, device: torch.device) -> Tensor:
     positive = MAGNITUDES[width]
-    return torch.tensor(positive + tuple(-level for level in positive), device=device)
+    return torch.tensor(positive + tuple(-level for level in positive), dtype=torch.float32, device=device)
 
 
 def _least_squares(gram: Tensor, towards: Tensor) -> Tensor:

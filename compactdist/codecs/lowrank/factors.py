@@ -72,7 +72,7 @@ def _fit(
     near = kernels.power_of_two_near_inverse(size.amax(1, keepdim=True))
     size = size.mul_(near)
     table = torch.tensor(magnitudes, dtype=torch.float32, device=size.device)
-    one = torch.ones((), device=size.device)
+    one = torch.ones((), dtype=torch.float32, device=size.device)
     energy, total = kernels.fold_sum(size * size, 1), kernels.fold_sum(size, 1)
     scale = kernels.divide_or_zero(energy, total * SIGMA_OF_MEAN_MAGNITUDE)
     index = torch.zeros_like(size, dtype=torch.uint8)

@@ -41,7 +41,7 @@ def _bf16_memory(shape: tuple[int, int, int], device: torch.device) -> Tensor:
     held: Tensor | None = getattr(_scratch, "held", None)
     if held is None or held.numel() < count:
         with torch.inference_mode(False):
-            held = _scratch.held = torch.empty(count, dtype=torch.bfloat16)
+            held = _scratch.held = torch.empty(count, dtype=torch.bfloat16, device="cpu")
     return held[:count].view(shape)
 
 

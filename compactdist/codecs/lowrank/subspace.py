@@ -95,7 +95,9 @@ class Starts:
         # New directions at each call: error feedback piles up what one set of them misses, and the next set finds it.
         generator = torch.Generator().manual_seed(_SEED + self._calls)
         count = self._count - (self._kept if fits else 0)
-        words = torch.empty(-(-count * channels // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        words = torch.empty(-(-count * channels // 8), dtype=torch.int64, device="cpu").random_(
+            -(2**63), None, generator=generator
+        )
         bytes_ = words.view(torch.int8)[: count * channels].view(count, channels)
         self._random = bytes_.to(device).float().add_(0.5) * (1 / 74)  # unit variance
         self._next: list[Tensor] = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compactdist import kernels as fused
-from compactdist.codecs.base import Codec, Session, Terms, check_payload, residual_of
+from compactdist.codecs.base import Codec, Session, Terms, check_payload, residual_of, undisturbed
 from compactdist.codecs.lowrank.factors import Fitted
 from compactdist.codecs.lowrank.products import Products, check_weights, of_matrices, of_residual
 from compactdist.codecs.lowrank.subspace import Starts, evened, left_directions
@@ -67,6 +67,7 @@ class LowRankCodec(Codec):
         factors = self._factor_nbytes(groups * rank, rows) + self._factor_nbytes(groups * rank, channels)
         return padded_nbytes(2 * groups) + factors
 
+    @undisturbed
     def encode(self, x: Tensor, *, row_weights: Tensor | None = None) -> Tensor:
         """As ``Codec.encode``.
 
@@ -163,7 +164,7 @@ class LowRankCodec(Codec):
         starts.remember()
         return payload
 
-    @torch.no_grad()
+    @undisturbed
     def decode(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         payload = check_payload(payload, self.payload_nbytes(shape, dtype), self.codec_id)
         if payload.numel() == 0:
@@ -248,7 +249,7 @@ class LowRankSession(Session):
             self._choose()
         return self._device_steps
 
-    @torch.no_grad()
+    @undisturbed
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
     ) -> None:
@@ -261,7 +262,7 @@ class LowRankSession(Session):
             self.decode(payload, terms, out)
         self._staged = memory
 
-    @torch.no_grad()
+    @undisturbed
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         steps = self.device_steps
         if steps is not None:
@@ -323,7 +324,7 @@ def _matrices(x: Tensor) -> Tensor:
 def _right(gram: Tensor, along: Tensor) -> Tensor:
     """The least-squares V ``(rank, C)`` for the rounded U^T, from U^T U and U^T A; exactly zero where U^T A is."""
     # A component that was rounded to nothing takes no part; the ridge keeps the rest solvable.
-    ridge = torch.eye(gram.shape[0], device=gram.device) * (gram.diagonal().amax() * 1e-6 + 1e-30)
+    ridge = torch.eye(gram.shape[0], dtype=torch.float32, device=gram.device) * (gram.diagonal().amax() * 1e-6 + 1e-30)
     inverse: Tensor = torch.linalg.inv(gram + ridge)
     return inverse @ along
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compactdist import kernels
-from compactdist.codecs.base import Session, Terms, add_up, check_payload, residual_of
+from compactdist.codecs.base import Session, Terms, add_up, check_payload, residual_of, undisturbed
 from compactdist.codecs.scalar.quantized import ScalarQuantizer, finite_amax
 from compactdist.kernels.reference import history
 from compactdist.kernels.spec import MatrixView
@@ -47,7 +47,7 @@ class HistorySession(Session):
         self._first_nbytes = self._first.payload_nbytes
         self._sections = codec.sections_of(view.shape)
         with torch.inference_mode(False):  # two buffers that take turns
-            self._scales = torch.zeros(view.groups, 1, view.channels, device=device)
+            self._scales = torch.zeros(view.groups, 1, view.channels, dtype=torch.float32, device=device)
             self._staged = torch.zeros_like(self._scales)
         self._remembers_scales = self._is_staged = False
         self._choose()
@@ -76,7 +76,7 @@ class HistorySession(Session):
             self._encode_by_reference(x, terms, out, payload)
         self._is_staged = True
 
-    @torch.no_grad()
+    @undisturbed
     def _encode_by_reference(self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor) -> None:
         spec, values = self.codec.spec, self.view.to_matrix(residual_of(x.detach(), terms))
         assert spec is not None
@@ -111,7 +111,7 @@ class HistorySession(Session):
         self._is_staged = True
         return done
 
-    @torch.no_grad()
+    @undisturbed
     def _decode_by_reference(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
         spec, limit = self.codec.spec, torch.finfo(torch.float32).max
@@ -120,7 +120,7 @@ class HistorySession(Session):
         add_up(terms, self.view.to_flat(decoded), out)
         self.learn(payload, terms)
 
-    @torch.no_grad()
+    @undisturbed
     def learn(self, payload: Tensor, terms: Terms) -> None:
         if self._remembers_scales:
             self._staged.copy_(history.scales_after(payload, self._scales, self._sections))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compactdist import kernels
-from compactdist.codecs.base import Codec, Session, Terms, check_payload, residual_of, sum_of
+from compactdist.codecs.base import Codec, Session, Terms, check_payload, residual_of, sum_of, undisturbed
 from compactdist.codecs.options import check_choice, check_integer
 from compactdist.codecs.scalar import affine
 from compactdist.codecs.shapes import BLOCK_ELEMENTS, matrix_shape, whole_view
@@ -139,7 +139,7 @@ class ScalarQuantizer(Codec):
         check_dtype(self.codec_id, dtype)
         return self.sections_of(shape).total_nbytes
 
-    @torch.no_grad()
+    @undisturbed
     def encode(self, x: Tensor) -> Tensor:
         check_dtype(self.codec_id, x.dtype)
         if self.without_history is not None:
@@ -175,7 +175,7 @@ class ScalarQuantizer(Codec):
         magnitude = values.abs()
         return self._encode_matrices(values, magnitude, finite_amax(magnitude, elements), sections)
 
-    @torch.no_grad()
+    @undisturbed
     def decode(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         payload = check_payload(payload, self.payload_nbytes(shape, dtype), self.codec_id)
         if payload.numel() == 0:
@@ -262,7 +262,7 @@ class ScalarSession(Session):
             self.checksum = None
             self._encode_by_reference(x, terms, out, payload, row_weights)
 
-    @torch.no_grad()
+    @undisturbed
     def _encode_by_reference(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, row_weights: Tensor | None
     ) -> None:
@@ -290,7 +290,7 @@ class ScalarSession(Session):
         if steps is None or not steps.decode(payload, terms, out, copy=copy):
             super().decode_twice(payload, terms, out, copy)
 
-    @torch.no_grad()
+    @undisturbed
     def _decode_by_reference(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
         if not self.view.numel:

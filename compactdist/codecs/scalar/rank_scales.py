@@ -117,7 +117,7 @@ def encode(values: Tensor, magnitude: Tensor, amax: Tensor, sections: RankSectio
     magnitude.mul_(factor)
     generator = torch.Generator().manual_seed(_SEED)
     count = min(sections.rank + _SPARE_DIRECTIONS, sections.rows, sections.channels)
-    start = torch.randn(sections.channels, count, generator=generator)
+    start = torch.randn(sections.channels, count, generator=generator, dtype=torch.float32, device="cpu")
     start[:, 0] = 1
     start = start.to(values.device)
     u_parts, v_parts, gains = [], [], []
@@ -178,6 +178,6 @@ def _least_squares_right(m: Tensor, u: Tensor) -> Tensor:
     """The V ``(rank, C)`` of least error for the rounded U, exactly zero where a column of ``m`` is."""
     gram = u @ u.T
     # a component that was rounded to nothing takes no part; the ridge keeps the rest solvable
-    ridge = torch.eye(gram.shape[0], device=m.device) * (gram.diagonal().amax() * 1e-6 + 1e-30)
+    ridge = torch.eye(gram.shape[0], dtype=torch.float32, device=m.device) * (gram.diagonal().amax() * 1e-6 + 1e-30)
     v = torch.linalg.solve(gram + ridge, u @ m)
     return torch.where(m.any(0, keepdim=True), v, torch.zeros_like(v))

@@ -72,8 +72,8 @@ def memory_nbytes(groups: int, blocks: int, n: int) -> int:
 
 def plain_basis(blocks: tuple[int, int], n: int, device: torch.device) -> Basis:
     """The channels themselves, with energies of zero, for groups and blocks."""
-    rows = torch.eye(n, device=device).mul_(_ONE).to(torch.int16)
-    return Basis(rows.repeat(*blocks, 1, 1), torch.zeros(*blocks, n, device=device))
+    rows = torch.eye(n, dtype=torch.float32, device=device).mul_(_ONE).to(torch.int16)
+    return Basis(rows.repeat(*blocks, 1, 1), torch.zeros(*blocks, n, dtype=torch.float32, device=device))
 
 
 def first_basis(prediction: Tensor) -> Basis:
@@ -85,7 +85,7 @@ def first_basis(prediction: Tensor) -> Basis:
     covariance = gram(whole.mT)
     most = covariance.diagonal(0, -2, -1).amax(-1).clamp(min=1)[..., None, None]
     matrices = (covariance / most).flatten(0, 1)
-    rows = torch.eye(n, device=prediction.device).repeat(groups * blocks, 1, 1)
+    rows = torch.eye(n, dtype=torch.float32, device=prediction.device).repeat(groups * blocks, 1, 1)
     for _ in range(_FIRST_SWEEPS):
         matrices, rows = rotate(matrices, rows, [n] * len(matrices), _FIRST_ANGLE)
     energies = matrices.diagonal(0, 1, 2).contiguous()
@@ -103,12 +103,12 @@ def followed(rows: Tensor, energies: Tensor, spread: Spread, evidence: Tensor) -
     """
     blocks, n = energies.shape
     sizes = [max(_SMALLEST_SWEEP, count + count % 2) for count in spread.counts]
-    most, counts = max(sizes), torch.tensor(spread.counts, device=rows.device)
+    most, counts = max(sizes), torch.tensor(spread.counts, dtype=torch.int64, device=rows.device)
     # the chosen components of each block, one after another, and where that place is among those of all blocks
     first = counts.cumsum(0) - counts
     at = spread.block * most + torch.arange(len(spread.block), device=rows.device) - first[spread.block]
     places = spread.chosen.places
-    sums = torch.zeros(blocks, most, most, device=rows.device)
+    sums = torch.zeros(blocks, most, most, dtype=torch.float32, device=rows.device)
     for one, some in zip(sums, evidence.split(spread.counts), strict=True):
         one[: len(some), : len(some)] = gram(some.float())
 

@@ -127,29 +127,29 @@ class Layout(NamedTuple):
 def _amplitude_table(device: torch.device) -> Tensor:
     """float32 ``(256,)``: relative to the largest; a component without energy has the code 0, which decodes to 0."""
     powers = [2.0 ** ((code - _LARGEST_CODE) / PER_OCTAVE) for code in range(_LARGEST_CODE + 1)]
-    return torch.tensor([0.0, *powers[1:]], device=device)
+    return torch.tensor([0.0, *powers[1:]], dtype=torch.float32, device=device)
 
 
 @cache
 def _row_table(device: torch.device) -> Tensor:
     powers = [2.0 ** ((code - _ROW_CODES // 2) / _ROW_STEPS) for code in range(_ROW_CODES)]
-    return torch.tensor([0.0, *powers[1:]], device=device)
+    return torch.tensor([0.0, *powers[1:]], dtype=torch.float32, device=device)
 
 
 @cache
 def _outermost_table(device: torch.device) -> Tensor:
-    return torch.tensor([outermost(depth) / 127 for depth in range(DEEPEST + 1)], device=device)
+    return torch.tensor([outermost(depth) / 127 for depth in range(DEEPEST + 1)], dtype=torch.float32, device=device)
 
 
 @cache
 def steps_table(device: torch.device) -> Tensor:
     """As ``Chosen.steps``."""
-    steps = torch.zeros(DEEPEST + 1, 2, STRIDE)
+    steps = torch.zeros(DEEPEST + 1, 2, STRIDE, dtype=torch.float32, device="cpu")
     steps[0] = 1
     for depth in range(1, DEEPEST + 1):
-        steps[depth, 0, : 2**depth - 1] = torch.tensor(borders(depth))
-        whole = torch.tensor(levels(depth), dtype=torch.float32)
-        steps[depth, 1, : 2**depth] = torch.diff(whole, prepend=torch.zeros(1))
+        steps[depth, 0, : 2**depth - 1] = torch.tensor(borders(depth), dtype=torch.float32, device="cpu")
+        whole = torch.tensor([0, *levels(depth)], dtype=torch.float32, device="cpu")
+        steps[depth, 1, : 2**depth] = torch.diff(whole)
     return steps.to(device)
 
 

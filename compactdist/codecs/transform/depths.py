@@ -69,7 +69,7 @@ def _worth_on(device: torch.device) -> Tensor:
     """The same, above the least, int64 ``(8,)``."""
     worth = _worth()
     with torch.inference_mode(False):
-        return torch.tensor([one - min(worth) for one in worth], device=device)
+        return torch.tensor([one - min(worth) for one in worth], dtype=torch.int64, device=device)
 
 
 def allocate(codes: Tensor, planes: int) -> Tensor:

@@ -130,7 +130,7 @@ def encode(
     ``flag``: int32 ``[1]``, set to 1 if the residual is not finite, and then the payload is that of zeros.
     """
     matrices, squares, exponents = _residuals(x, terms, view, layout, flag)
-    turned = torch.empty(view.groups, layout.components, layout.rows, device=x.device)
+    turned = torch.empty(view.groups, layout.components, layout.rows, dtype=torch.float32, device=x.device)
     made = []
     for matrix, of_row, rows, one in zip(matrices, squares, basis.rows, turned, strict=True):
         by_blocks(rows_of(rows), layout.blocks_of(matrix).mT, layout.components_of(one))

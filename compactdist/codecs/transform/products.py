@@ -44,7 +44,8 @@ _LARGE = 1 << 18
 def gram(whole: Tensor) -> Tensor:
     """``whole whole^T`` of whole numbers -127 to 127, ``(..., n, R)`` to ``(..., n, n)``, float32, rounded once."""
     n = whole.shape[-2]
-    made, part = torch.empty(*whole.shape[:-1], n, device=whole.device), torch.empty(n, n, device=whole.device)
+    made = torch.empty(*whole.shape[:-1], n, dtype=torch.float32, device=whole.device)
+    part = torch.empty(n, n, dtype=torch.float32, device=whole.device)
     for index in itertools.product(*map(range, whole.shape[:-2])):
         first, *others = whole[index].split(_ROWS, 1)
         torch.mm(first, first.mT, out=made[index])

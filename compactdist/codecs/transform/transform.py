@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import About, Codec, Session, Terms, check_payload, sum_of
+from compactdist.codecs.base import About, Codec, Session, Terms, check_payload, sum_of, undisturbed
 from compactdist.codecs.options import check_integer
 from compactdist.codecs.registry import register
 from compactdist.codecs.room import room
@@ -104,7 +104,7 @@ class Transform(Codec):
         matrices = matrix_shape(shape)
         return matrices[0] * self.layout_of(matrices).nbytes if math.prod(shape) else 0
 
-    @torch.no_grad()
+    @undisturbed
     def encode(self, x: Tensor) -> Tensor:
         check_dtype(self.codec_id, x.dtype)
         payload = torch.empty(self.payload_nbytes(x.shape, x.dtype), dtype=torch.uint8, device=x.device)
@@ -113,7 +113,7 @@ class Transform(Codec):
             self.open(view, x.dtype, x.device).encode(x.detach().reshape(-1), (), None, payload)
         return payload
 
-    @torch.no_grad()
+    @undisturbed
     def decode(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         payload = check_payload(payload, self.payload_nbytes(shape, dtype), self.codec_id)
         out = torch.empty(tuple(shape), dtype=dtype, device=payload.device)
@@ -155,7 +155,7 @@ class TransformSession(Session):
         self.codec, self._layout = codec, codec.layout_of(self.view.shape)
         self.payload_nbytes = codec.payload_nbytes(self.view.shape, torch.float32)
 
-    @torch.no_grad()
+    @undisturbed
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
     ) -> None:
@@ -179,7 +179,7 @@ class TransformSession(Session):
         if out is not None:
             self._write(basis, frames, terms, out)
 
-    @torch.no_grad()
+    @undisturbed
     def encode_there(self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, flag: Tensor | None) -> bool:
         """Encode where the host does not wait, but for what it costs to refuse without a ``flag``; whether it can."""
         steps = steps_for(self._layout, self.view, self.dtype, self.device)
@@ -190,7 +190,7 @@ class TransformSession(Session):
         self._receive(on_device.read(steps, payload, self._layout, self.view.groups), basis, terms, out)
         return True
 
-    @torch.no_grad()
+    @undisturbed
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
         basis = self._basis_for(terms)
@@ -244,7 +244,7 @@ class TransformSession(Session):
         if self._staged is not None:
             self._next, self._staged = self._staged, None
 
-    @torch.no_grad()
+    @undisturbed
     def prepare(self) -> None:
         with self._lock:
             if self._next is not None:
@@ -253,7 +253,7 @@ class TransformSession(Session):
     def rollback(self) -> None:
         self._staged = None
 
-    @torch.no_grad()
+    @undisturbed
     def learn(self, payload: Tensor, terms: Terms) -> None:
         basis = self._basis_for(terms)
         steps = steps_for(self._layout, self.view, self.dtype, self.device)
@@ -301,7 +301,7 @@ class _DeviceSteps:
     ) -> bool:
         return self._session.encode_there(x, terms, out, payload, flag)
 
-    @torch.no_grad()
+    @undisturbed
     def decode(
         self,
         payload: Tensor,

@@ -30,7 +30,7 @@ def take_in(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor)
         Sums of squares, float32 ``(G, R)``; not finite where the residual is not, or too large to be squared.
     """
     groups, rows, width = out.shape
-    squares = torch.empty(groups, rows)
+    squares = torch.empty(groups, rows, dtype=torch.float32, device="cpu")
     slots = placed(offsets_of(view)) | expected_slots(terms)
     slots |= {call.X: x.data_ptr(), call.TURNED: out.data_ptr(), call.ENERGIES: squares.data_ptr()}
     slots |= {call.COMPONENTS: width}
@@ -44,7 +44,7 @@ def choose(
     turned: Tensor, chosen: Chosen, inverses: Tensor, rows: Tensor, planes: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.components.choose``; sums may differ in their last bits."""
-    energy, agreement = torch.empty(2, inverses.numel())
+    energy, agreement = torch.empty(2, inverses.numel(), dtype=torch.float32, device="cpu")
     of_row = torch.where(rows > 0, 1 / rows, torch.zeros_like(rows))
     slots = _of_chosen(chosen, planes, out) | {
         call.TURNED: turned.data_ptr(),
@@ -65,7 +65,7 @@ def read(planes: Tensor, chosen: Chosen, out: Tensor) -> None:
 
 def weigh(turned: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """As ``reference.components.weigh``; sums may differ in their last bits."""
-    out = torch.empty(turned.shape[1])
+    out = torch.empty(turned.shape[1], dtype=torch.float32, device="cpu")
     slots = {
         call.TURNED: turned.data_ptr(),
         call.PLACES: places.data_ptr(),
@@ -141,7 +141,10 @@ def put_out_bytes(
     blocks, width, count = len(counts), weights.shape[1], rows.numel()
     starts = np.cumsum([0, *counts], dtype=np.int64)
     limb, quads = -(-width // LANES) * LANES, -(-max(counts) // 4)
-    words, corrections = torch.empty(blocks, quads, 2 * limb, dtype=torch.int32), torch.empty(blocks, 2 * limb)
+    words, corrections = (
+        torch.empty(blocks, quads, 2 * limb, dtype=torch.int32, device="cpu"),
+        torch.empty(blocks, 2 * limb, dtype=torch.float32, device="cpu"),
+    )
     of_blocks = {
         call.COMPONENTS: width,
         call.PLACES: starts.ctypes.data,

@@ -57,7 +57,7 @@ def multiply(u: Tensor, v: Tensor, smallest: float, gain: Tensor) -> Tensor:
     at = np.arange(0, channels, WIDTH, dtype=np.int64)
     row_at = np.arange(groups * rows, dtype=np.int64) * channels
     lengths = np.diff(np.append(at, channels))
-    out = torch.empty(groups, rows, channels)
+    out = torch.empty(groups, rows, channels, dtype=torch.float32, device="cpu")
     offsets = Offsets(row_at, at, at, lengths, rows, channels, groups * rows * channels)
     _add_product(u, v, smallest, gain, {call.TERMS: -1}, offsets, out)
     return out
@@ -101,8 +101,14 @@ def fit_levels(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``factors._fit``, with elements below ``smallest`` as zeros."""
     count, length = factor.shape
-    codes, level = torch.empty(count, length, dtype=torch.uint8), torch.empty(count, length)
-    scale, near = torch.empty(count, 1), torch.empty(count, 1)
+    codes, level = (
+        torch.empty(count, length, dtype=torch.uint8, device="cpu"),
+        torch.empty(count, length, dtype=torch.float32, device="cpu"),
+    )
+    scale, near = (
+        torch.empty(count, 1, dtype=torch.float32, device="cpu"),
+        torch.empty(count, 1, dtype=torch.float32, device="cpu"),
+    )
     limits, levels = list(borders), list(magnitudes)
     if not limits:  # a search among none cannot be compiled: a border that nothing exceeds
         limits, levels = [np.inf], levels * 2

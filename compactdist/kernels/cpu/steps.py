@@ -62,7 +62,7 @@ class Scratch(threading.local):
 
     def grow(self, size: int) -> None:
         """Hold at least ``size`` float32."""
-        self._memory = torch.empty(size, dtype=torch.float32)
+        self._memory = torch.empty(size, dtype=torch.float32, device="cpu")
         self.address, self.size = self._memory.data_ptr(), size
 
 
@@ -82,7 +82,9 @@ class Block:
     __slots__ = ("_memory", "address", "buffer", "run", "slots")
 
     def __init__(self, entry: int, slots: dict[int, int], works: dict[int, Work]) -> None:
-        self._memory = torch.zeros(call.SIZE, dtype=torch.int64)  # torch's begin a cache line, NumPy's need not
+        self._memory = torch.zeros(
+            call.SIZE, dtype=torch.int64, device="cpu"
+        )  # torch's begin a cache line, NumPy's need not
         self.slots: NDArray[np.int64] = self._memory.numpy()
         self.buffer = self.slots.data
         self.address = self._memory.data_ptr()

@@ -82,7 +82,7 @@ class ComponentSteps:
         """
         at = self.spec
         high, low = torch.empty((2, *basis.shape), dtype=torch.int8, device=self._device)
-        steps = torch.empty(basis.shape[:2], device=self._device)
+        steps = torch.empty(basis.shape[:2], dtype=torch.float32, device=self._device)
         if "weigh" not in self._launches:
             limits = at.width, float(at.largest_weight), float(at.largest_sum)
             along = max(_SMALLEST_DOT, triton.next_power_of_2(at.width))
@@ -140,7 +140,7 @@ class ComponentSteps:
             float32 ``(G, M, n, n)``, rows and columns in that order; whole numbers.
         """
         at = self.spec
-        sums = torch.empty(*order.shape, at.width, device=self._device)
+        sums = torch.empty(*order.shape, at.width, dtype=torch.float32, device=self._device)
         given = payload, order, *allotment, self._levels, weights, sums
         if "correlate" not in self._launches:
             numbers = at.width, self._sampled, at.step, *self._planes, at.blocks
@@ -170,7 +170,7 @@ class ComponentSteps:
         """
         groups, count, rows = turned.shape
         tiles = -(-rows // _ROWS)
-        sums = torch.empty(2, groups, tiles, count, device=self._device)
+        sums = torch.empty(2, groups, tiles, count, dtype=torch.float32, device=self._device)
         inverse = torch.where(row_scales > 0, 1 / row_scales, 0.0)
         given = turned, inverses, row_scales, inverse, payload, *allotment, self._tables, self._levels, *sums
         if "choose" not in self._launches:

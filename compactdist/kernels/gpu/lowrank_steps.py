@@ -142,7 +142,9 @@ def steps_of(spec: FactorSpec, view: MatrixView, dtype: torch.dtype, device: tor
 def _table_of(magnitudes: tuple[float, ...], device: torch.device) -> Tensor:
     """Levels by code, then borders between magnitudes; one number where there are none."""
     borders = [(low + high) / 2 for low, high in pairwise(magnitudes)]
-    return torch.tensor([*magnitudes, *(-one for one in magnitudes), *borders] or [0.0], device=device)
+    return torch.tensor(
+        [*magnitudes, *(-one for one in magnitudes), *borders] or [0.0], dtype=torch.float32, device=device
+    )
 
 
 _X, _BASE, _VELOCITY, _OUT, _PAYLOAD, _FLAG = map(Slot, range(ENCODING))

@@ -55,7 +55,7 @@ def sweep(matrices: Tensor, basis: Tensor, sizes: Sequence[int], smallest: float
 
 def _swept(matrices: Tensor, basis: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
     n = matrices.shape[1]
-    half, places = n // 2, torch.tensor(next_places(n), device=matrices.device)
+    half, places = n // 2, torch.tensor(next_places(n), dtype=torch.int64, device=matrices.device)
     for _ in range(n - 1):
         diagonal = matrices.diagonal(0, 1, 2)
         first, second, between = diagonal[:, :half], diagonal[:, half:], matrices.diagonal(half, 1, 2)
