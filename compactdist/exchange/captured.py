@@ -1,4 +1,4 @@
-"""All-gathers that a CUDA graph captures ([0038](../../docs/decisions/0038-captured-all-gathers.md)).
+"""Compressed calls that a CUDA graph captures ([0040](../../docs/decisions/0040-captured-parts.md)).
 
 A captured call is launched once, while nothing runs, and replayed as often as the caller likes. So the host moves
 nothing for it: no sequence number, no history, no counter. The clocks of its streams move on the device, and the host
@@ -7,8 +7,8 @@ counts replays where it waits for the device anyway, and before the next uncaptu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import math
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,13 +19,15 @@ from compactdist import state as streams
 from compactdist.errors import CaptureError
 from compactdist.exchange.plan import Call, CallPlan
 from compactdist.exchange.work import Job
-from compactdist.state import Captured, Sealed, Site
+from compactdist.state import Captured, Site, StreamEncoder
 from compactdist.state.site_key import without_request
+from compactdist.wire import from_raw
 
 if TYPE_CHECKING:
     from compactdist.exchange.engine import Engine, Flight
+    from compactdist.observe.stats import GroupStats
 
-__all__ = ["capture", "catch_up", "check_capture", "error_of"]
+__all__ = ["catch_up", "check_capture", "error_of", "launch", "seal"]
 
 _FIRST = "make the call uncaptured first, in steps of their own, until its frames are residuals (two after a reset)"
 
@@ -60,14 +62,10 @@ def _of_call(engine: Engine, call: Call, plan: CallPlan) -> str:
     request, _ = without_request(call.site)
     if request:
         return "histories of a request end with it; call it outside of request()"
-    if not plan.pattern.captures:
-        return f"of all compressed calls only all_gather is captured, not {call.op}"
     if plan.predicts:
         return "it is answered with its prediction; take mode='wait'"
     if plan.cuts:
         return "its tensors travel in parts; take parts=1"
-    if engine.link.together is not None:
-        return "it belongs to a group of calls (a coalescing manager); make it by itself"
     return ""
 
 
@@ -84,47 +82,74 @@ def _of_group(engine: Engine, call: Call, plan: CallPlan) -> str:
 def _of_state(engine: Engine, call: Call, plan: CallPlan) -> str:
     if plan.fresh or call.warm:
         return f"its frames are keyframes; {_FIRST}"
-    if plan.agreed_at != (call.epoch, call.warm):
+    if plan.pattern.collective and plan.agreed_at != (call.epoch, call.warm):
         return f"ranks have not agreed on it since the last reset or change; {_FIRST}"
     for part in plan.parts:
-        assert part.stream is not None
-        assert part.codec is not None
-        reason = streams.not_captured(part.stream, part.codec)
+        stream, codec = part.stream, part.codec
+        if stream is None or codec is None:  # a chunk of an all-to-all that travels as it is
+            continue
+        relay = stream.relay if isinstance(stream, StreamEncoder) else None
+        if relay is not None and (relay.source is not None or relay.owes_key):
+            return "it passes on frames of other calls; make it outside of forwarding(), or with forward=False"
+        reason = streams.not_captured(stream, codec)
         if reason:
             return reason
     return ""
 
 
-def capture(engine: Engine, flight: Flight) -> Job:
-    """Launch a call, for which :func:`check_capture` raises nothing, into the graph. The engine's lock is held.
+def seal(engine: Engine, flight: Flight) -> Flight:
+    """Let the graph make all frames of a call, for which :func:`check_capture` raises nothing. The lock is held.
 
-    Its job must be waited for while the graph is captured.
+    Raises:
+        CaptureError: the call's tensor travels as it is, in a frame of its own.
+    """
+    if flight.passed is not None:
+        raise error_of(engine, flight.call, f"this message cannot be compressed ({flight.passed.text})")
+    want_value = flight.plan.want_value
+    for part, x in zip(flight.plan.outgoing, flight.inputs, strict=True):
+        stream = part.stream
+        flight.staged.append(
+            None
+            if stream is None
+            else streams.capture_seal(
+                stream, x, part.residual_nbytes, kernels.queue_of(x.device), want_value=want_value
+            )
+        )
+    return flight
+
+
+def launch(engine: Engine, flight: Flight) -> Job:
+    """Hand the frames that :func:`seal` made to the inner group, as part of the graph. The lock is held.
+
+    The job must be waited for while the graph is captured.
 
     Raises:
         Whatever the inner group raises.
     """
-    plan, size = flight.plan, engine.size
-    (leaving,), (x,) = plan.outgoing, flight.inputs
-    codec = plan.codec
-    assert leaving.stream is not None
-    assert codec is not None
-    queue, nbytes = kernels.queue_of(x.device), leaving.residual_nbytes
-    with _torch.without_autograd():
-        sealed = streams.capture_seal(leaving.stream, x, nbytes, queue, want_value=plan.want_value)
-        gathered = torch.empty(size * nbytes, dtype=torch.uint8, device=x.device)
-        own = x.detach() if engine.exact_local or sealed.value is None else sealed.value
-        if own.data_ptr() == x.data_ptr() and getattr(flight.opts, "asyncOp", True):
-            own = own.clone()  # safe from what the caller does to it before it waits
-        work = engine.link.all_gather(gathered, sealed.frame, flight.opts)
-    wire = (size - 1) * nbytes
-    plan.site.captured = Captured(flight.call.op, codec.codec_id, plan.raw_nbytes, wire, plan.raw_numel)
-    engine.store.ended.pop(plan.site.key, None)
-    finish: Callable[[bool], None] = partial(_finish, engine, flight, sealed, own, gathered)
-    return Job(work, finish, plan.site, (sealed.frame, gathered))
+    plan, call = flight.plan, flight.call
+    pattern, site, codec = plan.pattern, plan.site, plan.codec
+    pattern.transfer(engine, flight)
+    if flight.own_output is not None:
+        pattern.keep_own(engine, flight)
+    raw, wire, numel = plan.raw_nbytes, flight.wire_nbytes, plan.raw_numel
+    if pattern.receives_only:
+        (part,) = plan.incoming
+        raw, wire, numel = part.numel * plan.dtype.itemsize, part.residual_nbytes, part.numel
+    if all(part.stream is None for part in plan.parts):  # as for what passes through, only the capture is counted
+        engine.stats.passed(call.op, plan.detail, raw, call.site, wire=wire)
+    else:
+        codec_id = "" if codec is None else codec.codec_id
+        site.captured = Captured(call.op, codec_id, raw, wire, numel, plan.detail, pattern.receives_only)
+        engine.store.ended.pop(site.key, None)
+    for into in plan.incoming:  # what arrived there before is not what a replay writes to the same tensor
+        engine.arrivals.forget(site, into.peer)
+    return Job(flight.work, partial(_finish, engine, flight), None if pattern.sends_only else site, flight.keep)
 
 
-def _finish(engine: Engine, flight: Flight, sealed: Sealed, own: Tensor, gathered: Tensor, may_write: bool) -> None:
+def _finish(engine: Engine, flight: Flight, may_write: bool) -> None:
     """Launch what decodes the frames of a call, and write its outputs.
+
+    What came without a frame of its own, a rank's own chunk too, is NaN once a stream of the call has ended.
 
     Raises:
         CaptureError: the capture has ended, so these launches would not be part of the graph.
@@ -133,14 +158,35 @@ def _finish(engine: Engine, flight: Flight, sealed: Sealed, own: Tensor, gathere
         raise error_of(
             engine, flight.call, "its work must be waited for before the capture ends; this graph must not be replayed"
         )
-    nbytes, queue = sealed.frame.numel(), kernels.queue_of(gathered.device)
+    plan, own = flight.plan, flight.own_output
     with _torch.without_autograd():
-        if may_write and flight.own_output is not None:
-            flight.own_output.copy_(sealed.or_nan(own).view(flight.own_output.shape))
-        for part, output in zip(flight.plan.incoming, flight.outputs, strict=True):
-            assert part.stream is not None
-            frame = gathered.narrow(0, part.peer * nbytes, nbytes)
-            streams.capture_check(part.stream, frame, output if may_write else None, queue)
+        unframed = may_write and (own is not None or any(part.stream is None for part in plan.incoming))
+        goes_on = _goes_on(flight) if unframed else None
+        if may_write and own is not None and flight.own_value is not None:
+            _write(own, flight.own_value, goes_on)
+        for part, data, output in zip(plan.incoming, flight.arrived, flight.outputs, strict=True):
+            if part.stream is not None:
+                queue = kernels.queue_of(data.device)
+                streams.capture_check(part.stream, data, output if may_write else None, queue)
+            elif may_write:
+                _write(output, from_raw(data, part.numel, plan.dtype), goes_on)
+
+
+def _write(output: Tensor, value: Tensor, goes_on: Tensor | None) -> None:
+    value = value.view(output.shape)
+    output.copy_(value if goes_on is None else torch.where(goes_on, value, math.nan))
+
+
+def _goes_on(flight: Flight) -> Tensor | None:
+    """Whether no stream of the call has ended: of those that leave, or of those that arrive where none leaves.
+
+    ``None``: the call has no stream, for all chunks of an all-to-all of this rank travel as they are.
+    """
+    known = [staged.goes_on for staged in flight.staged if staged is not None and staged.goes_on is not None]
+    if not known:
+        clocks = [part.stream.clock for part in flight.plan.incoming if part.stream is not None]
+        known = [clock.goes_on() for clock in clocks if clock is not None]
+    return reduce(torch.logical_and, known) if known else None
 
 
 def catch_up(engine: Engine, only: Site | None = None) -> None:
@@ -156,19 +202,19 @@ def catch_up(engine: Engine, only: Site | None = None) -> None:
                 return
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        sent = sum([streams.catch_up(stream) for stream in site.encoders.values()])
-        for decoder in site.decoders.values():
-            streams.catch_up(decoder)
-        captured = site.captured
-        assert captured is not None
-        if sent:
-            engine.stats.sent(
-                site.key,
-                captured.op,
-                captured.codec_id,
-                raw=captured.raw_nbytes,
-                wire=captured.wire_nbytes,
-                keyframe=False,
-                numel=captured.numel,
-                calls=sent,
-            )
+        replays = max([streams.catch_up(stream) for stream in site.streams], default=0)
+        if replays:
+            _count(engine.stats, site, replays)
+
+
+def _count(stats: GroupStats, site: Site, replays: int) -> None:
+    """Count replays as the calls that they were."""
+    assert site.captured is not None
+    op, codec_id, raw, wire, numel, reasons, receives = site.captured
+    if receives:
+        stats.received(site.key, op, codec_id, raw=raw, wire=wire, calls=replays)
+    elif codec_id:
+        stats.sent(site.key, op, codec_id, raw=raw, wire=wire, keyframe=False, numel=numel, calls=replays)
+    else:
+        for _ in range(replays):
+            stats.passed(op, reasons, raw, site.key, wire=wire)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from compactdist import _torch, kernels
 from compactdist.errors import BadOutputError, FrameError, NonFiniteError
+from compactdist.exchange import captured
 from compactdist.exchange.arrivals import Arrival, Arrivals
-from compactdist.exchange.captured import catch_up
 from compactdist.exchange.forward import Message
 from compactdist.exchange.later import Later
 from compactdist.exchange.link import Link
@@ -287,8 +287,6 @@ class Engine:
         plan = flight.plan
         pattern = plan.pattern
         warm = flight.call.warm
-        if plan.site.captured is not None:
-            catch_up(self, plan.site)
         for target in flight.outputs:
             if not target.is_contiguous():
                 self._refuse_shared_elements(flight, target)
@@ -297,6 +295,10 @@ class Engine:
             self._refuse_shared_elements(flight, own)
         for target, _ in flight.copies:
             self._refuse_shared_elements(flight, target)
+        if flight.call.captured:
+            return captured.seal(self, flight)
+        if plan.site.captured is not None:
+            captured.catch_up(self, plan.site)
         if self.store.offload is not None:
             self._enter(self.store.offload, flight)
         first = flight.inputs[0] if flight.inputs else flight.outputs[0]
@@ -428,6 +430,8 @@ class Engine:
             return self._launch(flight, job)
 
     def _launch(self, flight: Flight, job: Job | None) -> Job:
+        if flight.call.captured:
+            return captured.launch(self, flight)
         plan = flight.plan
         pattern = plan.pattern
         try:
@@ -512,7 +516,9 @@ class Engine:
                     if target is not None and part.numel:
                         if part.stream is None or not part.stream.wrote:
                             self._write(part, value, target)
-                        if part.codec is not None and plan.pattern.forwards and self.store.knows(plan.site):
+                        # what graphs write to the same tensor later comes in a frame that the host never sees
+                        passes_on = plan.pattern.forwards and plan.site.captured is None
+                        if part.codec is not None and passes_on and self.store.knows(plan.site):
                             plan.pattern.remember(self, flight, part, target, data)
                 except Exception as e:
                     error = error or e

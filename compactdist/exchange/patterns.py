@@ -57,7 +57,6 @@ class Pattern(ABC):
         divides: large tensors travel in parts (``Options.parts``). Elsewhere each tensor is one part: chunks of an
             all-to-all and point-to-point messages may be passed on in the frame they came in, a reduction adds up whole
             chunks, and a broadcast's receivers do not know the shape of the root's tensor.
-        captures: a CUDA graph can capture its steady calls (:mod:`compactdist.exchange.captured`).
     """
 
     op: ClassVar[str]
@@ -69,7 +68,6 @@ class Pattern(ABC):
     sends_only: ClassVar[bool] = False
     receives_only: ClassVar[bool] = False
     divides: ClassVar[bool] = False
-    captures: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
@@ -185,7 +183,7 @@ class AllGather(OneMessage):
 
     op = "all_gather"
     whole_site = True
-    divides = captures = True
+    divides = True
 
     @staticmethod
     def histories(size: int) -> tuple[int, int, int]:
@@ -259,7 +257,8 @@ class AllGather(OneMessage):
         nbytes = frame.numel()
         queue = flight.queue
         place: tuple[Any, ...] = (nbytes, size) if queue is None else (nbytes, size, frame.device, queue)
-        room = engine.store.spares.rooms.pop(place, None)
+        # what a graph uses is its own
+        room = None if flight.call.captured else engine.store.spares.rooms.pop(place, None)
         if room is None:
             gathered = torch.empty(size * nbytes, dtype=torch.uint8, device=frame.device)
             room = Room(

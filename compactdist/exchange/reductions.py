@@ -89,7 +89,7 @@ class AllReduceSums(AllGather):
     """The second leg of an all-reduce: chunks of the sums."""
 
     op = "all_reduce"
-    divides = captures = False
+    divides = False
 
     def answers(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> tuple[Any, ...]:
         return _where_asked(super().answers(engine, call, signature))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compactdist import _torch
 from compactdist.errors import ClosedGroupError, FrameError
-from compactdist.exchange.captured import capture, check_capture, error_of
+from compactdist.exchange.captured import check_capture, error_of
 from compactdist.exchange.contiguous import contiguous, copy_back
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.later import Departures, Later
@@ -245,8 +245,6 @@ class GroupCore:
         flights = [call for call in calls if isinstance(call, Flight)]
         try:
             for flight in flights:
-                if flight.call.captured:
-                    raise error_of(engine, flight.call, "it is one of several in one call; make each by itself")
                 if flight.plan.pattern.collective:
                     self._departures.join()
                     self._agree(flight.call, flight.plan)
@@ -366,10 +364,7 @@ class GroupCore:
         known = plan.agreed_at == (call.epoch, call.warm)
         try:
             job = None
-            if call.captured:
-                with engine.lock:
-                    job = capture(engine, flight)
-            elif not known or self._departures.busy:
+            if not known or self._departures.busy:
                 job = self._agree_first(flight) if plan.pattern.collective else None
             if job is None:
                 with engine.lock:

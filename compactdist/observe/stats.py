@@ -316,7 +316,7 @@ class GroupStats:
             if predicted:
                 site.predicted += calls
 
-    def received(self, key: str, op: str, codec: str, *, raw: int, wire: int) -> None:
+    def received(self, key: str, op: str, codec: str, *, raw: int, wire: int, calls: int = 1) -> None:
         """Count a compressed message that arrived in a receive.
 
         Args:
@@ -325,13 +325,14 @@ class GroupStats:
             codec: id of the message's codec.
             raw: bytes of the tensor.
             wire: bytes of the frame.
+            calls: so many of them, each with these numbers.
         """
         site = self.site(key, op)
         with self._lock:
             site.codec = codec
-            site.received += 1
-            site.received_raw_bytes += raw
-            site.received_wire_bytes += wire
+            site.received += calls
+            site.received_raw_bytes += calls * raw
+            site.received_wire_bytes += calls * wire
 
     def error(self, key: str, op: str, error_energy: float, energy: float, residual_energy: float = math.nan) -> None:
         """Record a sampled reconstruction error; ``residual_energy`` is NaN where the frame carried no residual."""

@@ -1,6 +1,6 @@
 """The residual loop: what both ends of a stream remember, and how they stay equal. Imports nothing distributed."""
 
-from compactdist.state.captured import Captured, Sealed, capture_check, capture_seal, catch_up, not_captured, unsuited
+from compactdist.state.captured import Captured, capture_check, capture_seal, catch_up, not_captured, unsuited
 from compactdist.state.decoder import KeysThere, StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Order, Predictor
@@ -39,7 +39,6 @@ __all__ = [
     "RateControl",
     "Room",
     "STATE_OFFLOADS",
-    "Sealed",
     "STEERED",
     "Site",
     "Staged",

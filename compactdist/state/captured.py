@@ -9,23 +9,25 @@ remembered, and outputs hold NaN.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Codec
+from compactdist.codecs.base import Codec, Terms
 from compactdist.kernels import DeviceSteps, Frames
 from compactdist.kernels.spec import FROM_CLOCK
 from compactdist.state.on_device import DeviceClock
+from compactdist.state.stream import Staged
 from compactdist.wire import HEADER_NBYTES
 
 if TYPE_CHECKING:
     from compactdist.state.decoder import StreamDecoder
     from compactdist.state.encoder import StreamEncoder
-    from compactdist.state.stream import StreamConfig, StreamState
+    from compactdist.state.history import Predictor
+    from compactdist.state.stream import Form, StreamConfig, StreamState
 
-__all__ = ["Captured", "Sealed", "capture_check", "capture_seal", "catch_up", "not_captured", "unsuited"]
+__all__ = ["Captured", "capture_check", "capture_seal", "catch_up", "not_captured", "unsuited"]
 
 _BY_CLOCK = 0, 0, 0, FROM_CLOCK, 0
 """Step, epoch, sequence, source and digest as a captured launch is told them: the same in every replay."""
@@ -36,10 +38,12 @@ class Captured(NamedTuple):
 
     Attributes:
         op: of the site.
-        codec_id: codec applied.
+        codec_id: codec applied; empty: to nothing that leaves.
         raw_nbytes: bytes on the link if the call were not compressed.
         wire_nbytes: bytes on the link.
         numel: elements in all messages that leave.
+        reasons: why nothing that leaves is compressed.
+        receives: it is a receive, and the bytes are those that arrive.
     """
 
     op: str
@@ -47,30 +51,14 @@ class Captured(NamedTuple):
     raw_nbytes: int
     wire_nbytes: int
     numel: int
-
-
-class Sealed(NamedTuple):
-    """A frame that a graph makes.
-
-    Attributes:
-        frame: 1-D uint8, header and payload, padded to the agreed size.
-        value: what the receiver will reconstruct, flat; ``None`` if neither caller nor history need it.
-        goes_on: bool ``[]`` on the device: the clock has not ended.
-    """
-
-    frame: Tensor
-    value: Tensor | None
-    goes_on: Tensor
-
-    def or_nan(self, value: Tensor) -> Tensor:
-        """``value``; NaN where the clock has ended."""
-        return torch.where(self.goes_on, value, math.nan)
+    reasons: Any
+    receives: bool
 
 
 def unsuited(config: StreamConfig) -> str:
     """Why no frame of streams with this configuration can be captured; empty if some can."""
-    if config.predictor.copies > 1 or config.predictor.adapts:
-        return 'order=2 and "auto" make tensors of their own between two frames; take order=1 or 0'
+    if config.predictor.adapts:
+        return 'with order="auto" the host chooses what each frame is predicted from; take order=0, 1 or 2'
     if config.state != "exact":
         return f'state="{config.state}" makes tensors of its own between two frames; take state="exact"'
     if config.open_loop:
@@ -93,8 +81,8 @@ def not_captured(stream: StreamState, codec: Codec) -> str:
     return ""
 
 
-def _parts(stream: StreamState) -> tuple[Frames, DeviceSteps, DeviceClock, int]:
-    """What a frame of a stream is made or checked with, for which :func:`not_captured` is empty; its bytes."""
+def _parts(stream: StreamState) -> tuple[Form, Frames, DeviceSteps, DeviceClock]:
+    """What a frame of a stream is made or checked with, for which :func:`not_captured` is empty."""
     form, clock = stream.known_form, stream.clock
     assert form is not None
     assert clock is not None
@@ -104,10 +92,10 @@ def _parts(stream: StreamState) -> tuple[Frames, DeviceSteps, DeviceClock, int]:
     if not clock.captured:
         clock.captured = True
         clock.kept.clear()  # graphs that have ended make room for this one
-    return frames, steps, clock, form.frame_nbytes
+    return form, frames, steps, clock
 
 
-def capture_seal(encoder: StreamEncoder, x: Tensor, frame_nbytes: int, queue: int, *, want_value: bool) -> Sealed:
+def capture_seal(encoder: StreamEncoder, x: Tensor, frame_nbytes: int, queue: int, *, want_value: bool) -> Staged:
     """Let the graph that is being captured make the frame of ``x``, and remember what its receivers will.
 
     Args:
@@ -115,9 +103,10 @@ def capture_seal(encoder: StreamEncoder, x: Tensor, frame_nbytes: int, queue: in
         x: any shape, the stream's numel and dtype.
         frame_nbytes: agreed frame size, padded with zeros.
         queue: ``kernels.queue_of`` the device.
-        want_value: fill ``Sealed.value`` even where the stream keeps no history.
+        want_value: fill ``Staged.value`` even where the stream keeps no history.
     """
-    frames, steps, clock, nbytes = _parts(encoder)
+    form, frames, steps, clock = _parts(encoder)
+    head, nbytes = form.head, form.frame_nbytes
     flat, terms = x.detach().reshape(-1), encoder.predictor.terms()
     frame = torch.empty(frame_nbytes, dtype=torch.uint8, device=x.device)
     if frame_nbytes > nbytes:
@@ -128,10 +117,16 @@ def capture_seal(encoder: StreamEncoder, x: Tensor, frame_nbytes: int, queue: in
     payload = frame[HEADER_NBYTES:nbytes]
     made = frames.send(steps, flat, terms, value, frame, payload, clock.words, _BY_CLOCK, queue)
     assert made, "the steps take what their stream holds"
-    sealed = Sealed(frame, value, clock.goes_on())
+    goes_on = clock.goes_on()
     if terms and value is not None:
-        torch.where(sealed.goes_on, value, terms[0], out=terms[0])
-    return sealed
+        _remember(encoder.predictor, value, terms, goes_on)
+    return Staged(frame, head.header, 0, value, there=True, goes_on=goes_on)
+
+
+def _remember(predictor: Predictor, value: Tensor, terms: Terms, goes_on: Tensor) -> None:
+    """Let the graph write to a history what it will hold after a frame of this value, unless the clock has ended."""
+    for kept, now in zip(predictor.held, predictor.following(value, terms), strict=True):
+        torch.where(goes_on, now, kept, out=kept)
 
 
 def capture_check(decoder: StreamDecoder, frame: Tensor, into: Tensor | None, queue: int) -> None:
@@ -143,13 +138,20 @@ def capture_check(decoder: StreamDecoder, frame: Tensor, into: Tensor | None, qu
         into: the stream's numel and dtype; gets NaN where the frame is not the expected one, or holds no values.
         queue: ``kernels.queue_of`` the device.
     """
-    frames, steps, clock, nbytes = _parts(decoder)
+    form, frames, steps, clock = _parts(decoder)
+    nbytes = form.frame_nbytes
     assert decoder.live is not None
-    (numel, dtype), terms = decoder.live, decoder.predictor.terms()
-    value = terms[0] if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
+    (numel, dtype), predictor = decoder.live, decoder.predictor
+    terms, in_place = predictor.terms(), predictor.decodes_in_place
+    if terms:
+        value = terms[0] if in_place else terms[0].clone()
+    else:
+        value = torch.zeros(numel, dtype=dtype, device=frame.device)
     direct = into if into is not None and into.is_contiguous() else None
     made = frames.receive(steps, frame, nbytes, terms, value, direct, clock.words, _BY_CLOCK, queue)
-    assert made, "frames of an all-gather are aligned"
+    assert made, "frames that a device has checked are aligned"
+    if terms and not in_place:
+        _remember(predictor, value, terms, clock.goes_on())
     if into is not None and direct is None:
         into.copy_(torch.where(frames.holds_values, value, math.nan).view(into.shape))
 

@@ -184,6 +184,13 @@ class Predictor(ABC):
             A tensor of the same size whose memory nobody needs any more, or ``None``.
         """
 
+    def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
+        """What ``held`` will hold once ``value`` is remembered, in that order; ``terms`` as for :meth:`advance`.
+
+        For frames that a CUDA graph captures, so not of a predictor that adapts.
+        """
+        raise NotImplementedError(f"no graph makes frames of a {type(self).__name__}")
+
     @abstractmethod
     def clear(self) -> None:
         """Forget everything."""
@@ -218,6 +225,9 @@ class Memoryless(Predictor):
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
         return None
 
+    def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
+        return ()
+
     def clear(self) -> None:
         pass
 
@@ -245,6 +255,9 @@ class LastValue(Predictor):
 
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
         return self._base.put(value, terms[0] if terms else None)
+
+    def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
+        return (value,)
 
     def clear(self) -> None:
         self._base.clear()
@@ -306,6 +319,9 @@ class DampedVelocity(Predictor):
         base = terms[0] if terms else self._base.read()
         self._velocity.put(self._change(value, base), None)
         return self._base.put(value, base)
+
+    def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
+        return value, self._change(value, terms[0])
 
     def _change(self, value: Tensor, base: Tensor | None) -> Tensor:
         if base is None:

@@ -1,9 +1,9 @@
-"""In place of a CUDA graph: launches, torch's operations and inner all-gathers are recorded, not run, and replayed."""
+"""In place of a CUDA graph: launches, torch's operations and inner calls are recorded, not run, and replayed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compactdist import _torch
 from compactdist.group.core import GroupCore
 from compactdist.state.board import Board
-from compactdist.state.history import ExactLastValue
+from compactdist.state.history import ExactCell, ExactLastValue
 
 Node = tuple[str, tuple[Any, ...]]
 
@@ -38,7 +38,8 @@ class Recorded(TorchDispatchMode):
     @property
     def launched(self) -> list[str]:
         """Names of the kernels, in order."""
-        return [name for name, _ in self.nodes if not name.startswith("aten") and name != "all_gather"]
+        inner = {"all_gather", "all_to_all", *CALLS.values()}
+        return [name for name, _ in self.nodes if not name.startswith("aten") and name.split()[0] not in inner]
 
     def add(self, name: str, run: Callable[[], Any], *args: Any) -> None:
         """Record one node."""
@@ -46,10 +47,10 @@ class Recorded(TorchDispatchMode):
         self._runs.append(run)
 
     def replay(self, only: str | None = None) -> None:
-        """Run all nodes once more, or those of one name."""
+        """Run all nodes once more, or the inner calls of one name."""
         with _torch.without_autograd():
             for (name, _), run in zip(self.nodes, self._runs, strict=True):
-                if only in (None, name):
+                if only in (None, name, name.removesuffix(" done")):
                     run()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,6 +67,56 @@ class Recorded(TorchDispatchMode):
         return made
 
 
+class _Work:
+    """Stands for the work that a recorded inner call returns: waiting for it is a node of its own."""
+
+    def __init__(self, made: Recorded, name: str) -> None:
+        self._made, self._name = made, name
+        self.real: Any = None
+
+    def wait(self) -> None:
+        self._made.add(f"{self._name} done", self._wait)
+
+    def _wait(self) -> None:
+        work, self.real = self.real, None
+        if work is not None:
+            work.wait()
+
+
+class _Inner:
+    """In place of an inner group: its calls are recorded."""
+
+    def __init__(self, made: Recorded, inner: Any) -> None:
+        self._made, self._inner, self._open = made, inner, False
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self._inner, name)
+        if name in CALLS:
+            return partial(self.call, CALLS[name], real)
+        return real
+
+    def call(self, name: str, real: Callable[..., Any], *args: Any) -> Any:
+        """Record a call; as NCCL does, a synchronous one and one inside a group of calls return ``None``."""
+        work = _Work(self._made, name)
+
+        def run() -> None:
+            work.real = real(*args)
+
+        self._made.add(name, run, *[arg for arg in args if isinstance(arg, Tensor | list | int)])
+        self._open = name == "start" or (self._open and name != "end")
+        returns = name in ("send", "recv", "end") or getattr(args[-1], "asyncOp", True)
+        return None if self._open or not returns else work
+
+
+CALLS = {
+    "broadcast": "broadcast",
+    "send": "send",
+    "recv": "recv",
+    **dict.fromkeys(_torch.START_COALESCING, "start"),
+    **dict.fromkeys(_torch.END_COALESCING, "end"),
+}
+
+
 @contextmanager
 def recording(*groups: Any) -> Iterator[Recorded]:
     """Capture what these groups' calls launch inside the block."""
@@ -77,31 +128,17 @@ def recording(*groups: Any) -> Iterator[Recorded]:
     def launch(kernel: Any, *args: Any, **others: Any) -> None:
         made.add(kernel.fn.__name__, partial(run, kernel, *args, **others), *args, others)
 
-    links = [group._engine.link for group in groups]
-    gathers = [link._all_gather for link in links]
-
-    def gather(real: Any, arrived: Tensor, frame: Tensor, opts: Any) -> None:
-        made.add("all_gather", partial(_gathered, real, arrived, frame, opts), arrived, frame)
-
-    try:
-        for link, real in zip(links, gathers, strict=True):
-            link._all_gather = partial(gather, real)
-        with (
-            patch.object(_torch, "is_capturing", lambda: True),
-            patch.object(Board, "poll", lambda *_, **__: None),  # which looks at no device that captures
-            patch.object(InterpretedFunction, "run", launch),
-            made,
-        ):
-            yield made
-    finally:
-        for link, real in zip(links, gathers, strict=True):
-            link._all_gather = real
-
-
-def _gathered(real: Any, arrived: Tensor, frame: Tensor, opts: Any) -> None:
-    work = real(arrived, frame, opts)
-    if work is not None:
-        work.wait()
+    with ExitStack() as patched:
+        for link in [group._engine.link for group in groups]:
+            inner = _Inner(made, link._inner)
+            patched.enter_context(patch.object(link, "_inner", inner))
+            for name in ("all_gather", "all_to_all"):
+                call = partial(inner.call, name, getattr(link, f"_{name}"))
+                patched.enter_context(patch.object(link, f"_{name}", call))
+        patched.enter_context(patch.object(_torch, "is_capturing", lambda: True))
+        patched.enter_context(patch.object(Board, "poll", lambda *_, **__: None))  # it looks at no device that captures
+        patched.enter_context(patch.object(InterpretedFunction, "run", launch))
+        yield patched.enter_context(made)
 
 
 @contextmanager
@@ -118,9 +155,17 @@ def like_a_gpu() -> Iterator[None]:
         last.copy_(value)
         return value
 
+    def put(self: ExactCell, value: Tensor, last: Tensor | None) -> Tensor | None:
+        if self.value is None:
+            self.value = value
+            return None
+        self.value.copy_(value)
+        return value
+
     with (
         patch.object(GroupCore, "_captures_cpu", True),
         patch.object(_torch, "is_capturing", bool),
         patch.object(ExactLastValue, "advance", advance),
+        patch.object(ExactCell, "put", put),
     ):
         yield

@@ -1,4 +1,4 @@
-"""A captured all_gather on two ranks: each replay is the site's next call, and one too many or too few is noticed.
+"""Captured calls on two or three ranks: each replay is the site's next call, and one too many or too few is noticed.
 
 What is recorded here in place of a CUDA graph: ``recorded.py``.
 """
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import compactdist
-from compactdist import codecs
+from compactdist import Rule, _torch, codecs
 from compactdist.errors import CaptureError, FrameError, NonFiniteError
 from compactdist.kernels import use
 from compactdist.state import not_captured, plain
@@ -35,12 +35,14 @@ NUMEL, REPLAYS = 20 * 64, 3
 
 
 class Calls:
-    """One call site of a wrapped group on an inner one with NCCL's manners."""
+    """The calls of a step of a wrapped group on an inner one with NCCL's manners: of one kind, see ``KINDS``."""
 
-    def __init__(self, rank: int, name: str, codec: str = "int4", **options: Any) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, name: str, codec: str = "int4", kind: str = "all_gather", **options: Any) -> None:
+        self.rank, self.kind = rank, kind
         inner = act_like_nccl(dist.group.WORLD, name=name)
-        options = {"min_numel": 64, "find_layout": False, **options}
+        policy = [Rule(op=op, codec=codec) for op in ("all_reduce", "reduce_scatter")]
+        # what arrived is sent on from CPU tensors, though never from those of a device
+        options = {"min_numel": 64, "find_layout": False, "forward": False, "policy": policy, **options}
         self.group: Any = compactdist.wrap(inner, codec, **options)
         self.x, self.out = torch.zeros(NUMEL), torch.zeros(inner.size() * NUMEL)
         self.step = 0
@@ -56,19 +58,20 @@ class Calls:
         for _ in range(steps):
             self.fill(self.step)
             self.group.step()
-            self._gather(async_op)
+            self.make(async_op)
             self.step += 1
         return self.out.clone()
 
-    def _gather(self, async_op: bool) -> None:
-        work = self.group.all_gather_into_tensor(self.out, self.x, async_op=async_op)
-        if work is not None:
-            work.wait()
+    def make(self, async_op: bool = False) -> None:
+        """Make the calls of one step, and wait for them."""
+        for work in KINDS[self.kind](self, async_op):
+            if work is not None:
+                work.wait()
 
     def capture(self, *, async_op: bool = False) -> Recorded:
         self.group.step()  # so that the call is the first of a step, as those before it were
         with recording(self.group) as made:
-            self._gather(async_op)
+            self.make(async_op)
         return made
 
     def replay(self, graph: Recorded, *, counts_step: bool = True) -> Tensor:
@@ -84,6 +87,66 @@ class Calls:
         return [held for site in self.group._engine.store.sites() for s in site.streams for held in s.predictor.held]
 
 
+def _all_gather(calls: Calls, async_op: bool) -> Iterator[Any]:
+    yield calls.group.all_gather_into_tensor(calls.out, calls.x, async_op=async_op)
+
+
+def _even(calls: Calls, async_op: bool) -> Iterator[Any]:
+    numel = NUMEL // calls.group.size() * calls.group.size()
+    yield dist.all_to_all_single(calls.out[:numel], calls.x[:numel], group=calls.group, async_op=async_op)
+
+
+def _parts_of(x: Tensor, sizes: list[int]) -> list[Tensor]:
+    return list(x[: sum(sizes)].split(sizes))
+
+
+def _sizes_to(source: int, ranks: int) -> list[int]:
+    """Elements that a rank sends to each; of three ranks, one gets too few to be coded, or none."""
+    sizes = [64 * (1 + (source + 2 * target) % 4) for target in range(ranks)]
+    if ranks > 2:
+        sizes[source - 1] = 16 * (source % 2)
+    return sizes
+
+
+def _uneven(calls: Calls, async_op: bool) -> Iterator[Any]:
+    ranks = calls.group.size()
+    into = [_sizes_to(source, ranks)[calls.rank] for source in range(ranks)]
+    x, sizes = calls.x, _sizes_to(calls.rank, ranks)
+    out = calls.out[: sum(into)]
+    yield dist.all_to_all_single(out, x[: sum(sizes)], into, sizes, group=calls.group, async_op=async_op)
+
+
+def _lists(calls: Calls, async_op: bool) -> Iterator[Any]:
+    ranks = calls.group.size()
+    outs, ins = ([64 * (1 + a + b) for a in (calls.rank,) for b in range(ranks)] for _ in range(2))
+    yield dist.all_to_all(_parts_of(calls.out, outs), _parts_of(calls.x, ins), group=calls.group, async_op=async_op)
+
+
+def _broadcast(calls: Calls, async_op: bool) -> Iterator[Any]:
+    x = calls.x if calls.rank == 1 else calls.out[:NUMEL]
+    yield dist.broadcast(x, 1, group=calls.group, async_op=async_op)
+
+
+def _reductions(calls: Calls, async_op: bool) -> Iterator[Any]:
+    ranks = calls.group.size()
+    each = NUMEL // ranks
+    x = calls.x[: each * ranks]
+    yield _torch.public_function("reduce_scatter_single")(calls.out[:each], x, group=calls.group, async_op=async_op)
+    sums = calls.out[each : each + x.numel()]
+    sums.copy_(x)
+    yield dist.all_reduce(sums, group=calls.group, async_op=async_op)
+
+
+KINDS: dict[str, Callable[[Calls, bool], Iterator[Any]]] = {
+    "all_gather": _all_gather,
+    "all_to_all_single": _even,
+    "all_to_all_single of unequal splits": _uneven,
+    "all_to_all": _lists,
+    "broadcast": _broadcast,
+    "reductions": _reductions,
+}
+
+
 def on_ranks(body: Callable[[int], Any], ranks: int = 2) -> list[Any]:
     def started(rank: int, size: int) -> Any:
         with use("gpu"), like_a_gpu():
@@ -97,13 +160,23 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def both(rank: int, codec: str = "int4", **options: Any) -> Iterator[tuple[Calls, Calls]]:
+def both(rank: int, codec: str = "int4", kind: str = "all_gather", **options: Any) -> Iterator[tuple[Calls, Calls]]:
     """Calls that will be captured and calls that never are, each after three steps; checked and closed at the end."""
-    ours, plain = (Calls(rank, name, codec, **options) for name in ("captured", "uncaptured"))
+    ours, plain = (Calls(rank, name, codec, kind, **options) for name in ("captured", "uncaptured"))
     assert same(ours.call(3), plain.call(3))
     yield ours, plain
     ours.group.check()
+    assert _counts(ours) == _counts(plain)
     ours.group.close(), plain.group.close()
+
+
+def _counts(calls: Calls) -> list[Any]:
+    """What statistics say of each call site."""
+    sites = calls.group.stats().sites.values()
+    return [
+        (site.key, site.op, site.calls, site.wire_bytes, site.raw_bytes, site.received, site.received_wire_bytes)
+        for site in sites
+    ]
 
 
 @contextmanager
@@ -153,14 +226,22 @@ def test_replays_are_the_calls_that_would_have_been_made(codec):
     assert first.count("seal_frame") == first.count("check_frame") == 1
 
 
-def test_three_ranks_replay():
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_of_each_kind_are_replayed(kind, ranks):
     def body(rank):
-        with both(rank) as (ours, plain):
+        with both(rank, kind=kind) as (ours, plain):
             graph = ours.capture()
-            for _ in range(3):
+            for _ in range(2):
                 assert same(ours.replay(graph), plain.call())
+                assert all(map(same, ours.histories, plain.histories))
+            assert same(ours.call(), plain.call())
+            assert same(ours.replay(graph), plain.call())
+            other = ours.capture(async_op=True)  # beside the first one, of the same streams
+            for one in (other, graph, other):
+                assert same(ours.replay(one), plain.call())
 
-    on_ranks(body, ranks=3)
+    on_ranks(body, ranks)
 
 
 def _values(nodes: list[Any]) -> list[Any]:
@@ -421,26 +502,11 @@ def test_a_work_is_waited_for_while_its_graph_is_captured():
             pending = ours.group.all_gather_into_tensor(ours.out, ours.x, async_op=True)
             ours.group.step()
             with recording(ours.group), pytest.raises(CaptureError, match="an earlier call has not been finished"):
-                ours._gather(False)
+                ours.make()
             pending.wait()
             with recording(ours.group):
                 work = ours.group.all_gather_into_tensor(ours.out, ours.x, async_op=True)
             with pytest.raises(CaptureError, match="waited for before the capture ends"):
                 work.wait()
-
-    on_ranks(body)
-
-
-def test_several_all_gathers_in_one_call_are_not_captured():
-    def body(rank):
-        ours = Calls(rank, "captured")
-        outs, inputs = [torch.zeros(2 * NUMEL) for _ in range(2)], [torch.linspace(0, 1, NUMEL) for _ in range(2)]
-        for _ in range(3):
-            ours.group.step()
-            ours.group.all_gather_single_coalesced(outs, inputs).wait()
-        ours.group.step()
-        with recording(ours.group), pytest.raises(CaptureError, match="one of several"):
-            ours.group.all_gather_single_coalesced(outs, inputs)
-        ours.group.close()
 
     on_ranks(body)
