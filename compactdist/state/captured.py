@@ -18,6 +18,7 @@ from compactdist.codecs.base import Codec, Terms
 from compactdist.kernels import DeviceSteps, Frames
 from compactdist.kernels.spec import FROM_CLOCK
 from compactdist.state.on_device import DeviceClock
+from compactdist.state.said import expect_coefficient, say_coefficient
 from compactdist.state.stream import Staged
 from compactdist.wire import HEADER_NBYTES
 
@@ -57,8 +58,6 @@ class Captured(NamedTuple):
 
 def unsuited(config: StreamConfig) -> str:
     """Why no frame of streams with this configuration can be captured; empty if some can."""
-    if config.predictor.adapts:
-        return 'with order="auto" the host chooses what each frame is predicted from; take order=0, 1 or 2'
     if config.state != "exact":
         return f'state="{config.state}" makes tensors of its own between two frames; take state="exact"'
     if config.open_loop:
@@ -107,7 +106,8 @@ def capture_seal(encoder: StreamEncoder, x: Tensor, frame_nbytes: int, queue: in
     """
     form, frames, steps, clock = _parts(encoder)
     head, nbytes = form.head, form.frame_nbytes
-    flat, terms = x.detach().reshape(-1), encoder.predictor.terms()
+    flat, predictor = x.detach().reshape(-1), encoder.predictor
+    terms = say_coefficient(frames, flat, predictor, form.codec) if predictor.adapts else predictor.terms()
     frame = torch.empty(frame_nbytes, dtype=torch.uint8, device=x.device)
     if frame_nbytes > nbytes:
         frame[nbytes:].zero_()
@@ -119,7 +119,7 @@ def capture_seal(encoder: StreamEncoder, x: Tensor, frame_nbytes: int, queue: in
     assert made, "the steps take what their stream holds"
     goes_on = clock.goes_on()
     if terms and value is not None:
-        _remember(encoder.predictor, value, terms, goes_on)
+        _remember(predictor, value, terms, goes_on)
     return Staged(frame, head.header, 0, value, there=True, goes_on=goes_on)
 
 
@@ -142,7 +142,8 @@ def capture_check(decoder: StreamDecoder, frame: Tensor, into: Tensor | None, qu
     nbytes = form.frame_nbytes
     assert decoder.live is not None
     (numel, dtype), predictor = decoder.live, decoder.predictor
-    terms, in_place = predictor.terms(), predictor.decodes_in_place
+    terms = predictor.terms(expect_coefficient(frames, frame, predictor)) if predictor.adapts else predictor.terms()
+    in_place = predictor.decodes_in_place
     if terms:
         value = terms[0] if in_place else terms[0].clone()
     else:

@@ -22,7 +22,7 @@ from compactdist.state.key_ends import finite
 from compactdist.state.matrix_view import blocks
 from compactdist.state.rate import Choice, Measured, StreamRate
 from compactdist.state.relay import Relay, stop_sharing
-from compactdist.state.said import announce, coefficient_of
+from compactdist.state.said import announce, say_coefficient
 from compactdist.state.stream import Changes, Form, Room, Spares, Staged, StreamConfig, StreamState
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
@@ -387,9 +387,7 @@ class StreamEncoder(StreamState):
         if queue != clock.queue:
             clock.follow(self.predictor, queue, form.session)
         if self.predictor.adapts:
-            coefficient = coefficient_of(frames)
-            coefficient.copy_(self.predictor.choose(flat, codec.at(self.rate_of(codec)).velocity_share))
-            terms = self.predictor.terms(coefficient)
+            terms = say_coefficient(frames, flat, self.predictor, codec.at(self.rate_of(codec)))
         else:
             terms = self.predictor.terms()
         value = None

@@ -184,12 +184,12 @@ class Predictor(ABC):
             A tensor of the same size whose memory nobody needs any more, or ``None``.
         """
 
+    @abstractmethod
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
         """What ``held`` will hold once ``value`` is remembered, in that order; ``terms`` as for :meth:`advance`.
 
-        For frames that a CUDA graph captures, so not of a predictor that adapts.
+        For frames that a CUDA graph captures. What is held may be written to in that order.
         """
-        raise NotImplementedError(f"no graph makes frames of a {type(self).__name__}")
 
     @abstractmethod
     def clear(self) -> None:

@@ -10,17 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compactdist.codecs.base import Codec, Terms
 from compactdist.kernels import Frames
 from compactdist.state.history import Predictor
 from compactdist.state.host_copy import HostCopy
 from compactdist.wire import ANNOUNCED_PLACE, COEFFICIENT_PLACE
 
-__all__ = ["announce", "announced", "coefficient_of", "expect_announcement", "expect_coefficient"]
+__all__ = ["announce", "announced", "coefficient_of", "expect_announcement", "expect_coefficient", "say_coefficient"]
 
 
 def coefficient_of(frames: Frames) -> Tensor:
     """The coefficient that frames say: float32 ``[]`` of the template."""
     return frames.template[COEFFICIENT_PLACE].view(torch.float32)[0]
+
+
+def say_coefficient(frames: Frames, x: Tensor, predictor: Predictor, codec: Codec) -> Terms:
+    """Choose the coefficient that ``x``, flat, is predicted with, and let frames say it; the terms of the prediction.
+
+    ``codec``: of the residual, at the rate in use.
+    """
+    coefficient = coefficient_of(frames)
+    return predictor.terms(coefficient.copy_(predictor.choose(x, codec.velocity_share)))
 
 
 def expect_coefficient(frames: Frames, frame: Tensor, predictor: Predictor) -> Tensor:

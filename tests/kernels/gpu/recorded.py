@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compactdist import _torch
 from compactdist.group.core import GroupCore
+from compactdist.state.adaptive import AdaptiveVelocity
 from compactdist.state.board import Board
 from compactdist.state.history import ExactCell, ExactLastValue
 
@@ -61,10 +62,17 @@ class Recorded(TorchDispatchMode):
             self.add(name, partial(func, *args, **kwargs), *args, kwargs)
             return kwargs["out"] if "out" in kwargs else args[0]
         made = func(*args, **kwargs)
-        is_view = any(one.alias_info is not None for one in func._schema.returns)
+        may_view = any(one.alias_info is not None for one in func._schema.returns)
+        is_view = may_view and _memory(made) in map(_memory, args)  # a conversion may have made a tensor
         if not is_view and not name.startswith("aten.empty"):
             self.add(name, lambda: made.copy_(func(*args, **kwargs)), *args, kwargs)
         return made
+
+
+def _memory(value: Any) -> Any:
+    """What tells tensors apart that do not share memory."""
+    value = value[0] if isinstance(value, list | tuple) and value else value
+    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else None
 
 
 class _Work:
@@ -167,5 +175,6 @@ def like_a_gpu() -> Iterator[None]:
         patch.object(_torch, "is_capturing", bool),
         patch.object(ExactLastValue, "advance", advance),
         patch.object(ExactCell, "put", put),
+        patch.object(AdaptiveVelocity, "_addresses_last", lambda *_: True),
     ):
         yield

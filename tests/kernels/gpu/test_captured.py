@@ -195,6 +195,8 @@ CASES = {
     "int8": {"order": 0},
     "fp8": {"local": "exact"},
     "topk": {"keyframe": "raw"},
+    "binary": {"order": "auto"},
+    "int3": {"order": 2},
 }
 
 
