@@ -44,6 +44,8 @@ app.add_typer(bench, name="bench")
 
 _BUSY = 1.5
 
+_State = Annotated[str, typer.Option(help=f"What both ends keep of the last tensor: {', '.join(STATE_FORMS)}.")]
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -100,9 +102,7 @@ def evaluate(
         float | None, typer.Option(min=0, max=1, help="Factor of the velocity, for --order 2 only; 0.5 if not given.")
     ] = None,
     warmup: Annotated[int, typer.Option(min=0, help="Steps of keyframes; the first step is one in any case.")] = 1,
-    state: Annotated[
-        str, typer.Option(help=f"What both ends keep of the last tensor: {', '.join(STATE_FORMS)}.")
-    ] = "exact",
+    state: _State = "exact",
     keyframe: Annotated[
         str, typer.Option(metavar="CODEC", help="Codes keyframes; raw: they are the tensor's own bytes.")
     ] = DEFAULT_KEYFRAME,

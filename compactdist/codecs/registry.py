@@ -114,7 +114,7 @@ def _find(codec_id: Any) -> type[Codec]:
     if plugin is None:
         known = list_codecs()
         close = difflib.get_close_matches(str(codec_id), known)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
         raise UnknownCodecError(
             f"no codec has the id {codec_id!r}; known: {', '.join(known)}{hint}. A codec of your own is known once its "
             "module was imported (--import MODULE on the command line), or from an entry point of the group "

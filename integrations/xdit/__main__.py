@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
     args, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     strangers = [word for word in rest if word.startswith("--compact")]
     if strangers:
-        parser.error(f"unknown flag {strangers[0]}")
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        parser.error(f"unknown flag {strangers[0]}; there are {', '.join(known)}")
     if not rest or rest == ["-m"]:
         add_cli_args(argparse.ArgumentParser("compactdist_xdit", usage=_USAGE)).print_help()
         raise SystemExit(2)
@@ -34,7 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     if options is None:
-        parser.error(f"nothing to do: give --compact_codec or --parallel_method, or set {VARIABLE}")
+        parser.error(
+            "nothing to do: give --compact_codec, --compact_preset, --compact_target or --parallel_method, or set "
+            f"{VARIABLE}"
+        )
     automatic = Automatic(options, explain=args.compact_explain)
     automatic.install()
     try:

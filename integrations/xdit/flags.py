@@ -12,6 +12,8 @@ from typing import Any
 import compactdist
 from compactdist.group.environment import check_names
 from compactdist.policy import rules_from_json
+from compactdist.presets import PRESETS
+from compactdist_common.codec import AUTO
 from compactdist_xdit import routes
 
 VARIABLE = "COMPACTDIST_XDIT"
@@ -26,6 +28,12 @@ def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("compactdist", "residual compression of the messages between ranks")
     add = group.add_argument
     add("--compact_codec", help="codec: an id (int2, binary, ...), or with options: int4:scales=block")
+    add(
+        "--compact_preset",
+        metavar="NAME",
+        help=f"options by intent, instead of a codec or beside it: {', '.join(PRESETS)}",
+    )
+    add("--compact_target", metavar="TARGET", help="what to reach: nmse_db=-32, bits=1.5 or bytes_per_step=2e6")
     add("--compact_keyframe", metavar="CODEC", help="codec of the first step; raw: the tensors' own bytes")
     orders = "prediction: 0 none, 1 last value, 2 velocity, auto: a velocity chosen for each frame"
     add("--compact_order", type=_order, choices=(0, 1, 2, "auto"), help=orders)
@@ -39,7 +47,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def options_from(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Arguments for `enable`; `None` where the flags name neither a codec nor a parallel method.
+    """Arguments for `enable`; `None` where the flags name no codec, preset or target, and no parallel method.
 
     Raises:
         ValueError: flags that have an effect only with a codec stand without one, or the policy file cannot be read.
@@ -52,13 +60,19 @@ def options_from(args: argparse.Namespace) -> dict[str, Any] | None:
         "policy": None if args.compact_policy is None else read_policy(args.compact_policy),
     }
     options = {name: value for name, value in options.items() if value is not None}
-    if args.compact_codec is None:
+    intent = {"preset": args.compact_preset, "target": args.compact_target}
+    intent = {name: value for name, value in intent.items() if value is not None}
+    if args.compact_codec is None and not intent:
         if options:
             flags = ", ".join(f"--compact_{name}" for name in options)
-            raise ValueError(f"{flags}: no effect without --compact_codec; add it, or leave {flags} out")
+            raise ValueError(
+                f"{flags}: no effect without --compact_codec, --compact_preset or --compact_target; add one, or leave "
+                f"{flags} out"
+            )
         if args.parallel_method is None:
             return None
-    options["codec"] = args.compact_codec
+    options |= intent
+    options["codec"] = AUTO if args.compact_codec is None and intent else args.compact_codec
     if args.parallel_method is not None:
         options["parallel_method"] = args.parallel_method
         if args.method_warmup_steps is not None:
