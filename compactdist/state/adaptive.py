@@ -76,7 +76,7 @@ class AdaptiveVelocity(Predictor):
         """
         base, previous = self._base.read(), self._previous.read()
         if base is None or previous is None or not x.numel():
-            return torch.zeros((), device=x.device)
+            return torch.zeros((), dtype=torch.float32, device=x.device)
         last = _sample(base).float()
         change = last - _sample(previous).float()
         products = (

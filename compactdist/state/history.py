@@ -162,7 +162,7 @@ class Predictor(ABC):
         Returns:
             float32 ``[]`` on the device of ``x``; the host does not look at it.
         """
-        return torch.zeros((), device=x.device)
+        return torch.zeros((), dtype=torch.float32, device=x.device)
 
     def accepted(self, coefficient: Tensor) -> Tensor:
         """The coefficient that a residual's frame says, float32 ``[]``, if it may say that now; else 0."""
@@ -170,7 +170,7 @@ class Predictor(ABC):
 
     def accepts(self, coefficient: float) -> bool:
         """The same on the host: whether a residual's frame may say this coefficient now."""
-        return bool(self.accepted(torch.tensor(coefficient)) == coefficient)
+        return bool(self.accepted(torch.tensor(coefficient, dtype=torch.float32, device="cpu")) == coefficient)
 
     @abstractmethod
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:

@@ -22,7 +22,7 @@ class HostCopy:
         if values.device.type != "cuda":
             self._copy = values.clone()
             return
-        self._copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._copy = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         self._copy.copy_(values, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record(torch.cuda.current_stream(values.device))
