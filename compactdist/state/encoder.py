@@ -364,7 +364,7 @@ class StreamEncoder(StreamState):
     ) -> Staged | None:
         """The residual's frame, made by the device without the host's waiting; ``None``: it has to be made here.
 
-        It announces nothing, so that its receiver need not look into it.
+        Its receiver need not look into it; what it announces under a target, the receiver's host reads later.
         """
         steps, clock = form.session.device_steps, self.clock
         if steps is None or clock is None or self._own_predictor is not None:
@@ -376,16 +376,16 @@ class StreamEncoder(StreamState):
                 f"{self.where}: a keyframe cannot be announced in a frame that is made on {flat.device}, for its "
                 "receiver does not look into it: call reset() on all ranks instead"
             )
-        codec, header, steers = form.codec, form.head.header, self.steers if form.codec.rates else None
-        if steers is not None:
-            choice = self._steered(steers, codec, flat, step, epoch, self.rate_of(codec))
-            header = replace(header, next_rate=choice.rate, next_kind=int(choice.keyframe))
-            announce(frames, choice.rate, choice.keyframe)
         spares, device = self._spares or Spares(), flat.device
         place = frame_nbytes or form.frame_nbytes, HEADER_NBYTES, form.frame_nbytes, self.part, device, queue
         room = spares.rooms.pop(place, None) or _room_for_frame(place, device)
         if queue != clock.queue:
             clock.follow(self.predictor, queue, form.session)
+        codec, header, steers = form.codec, form.head.header, self.steers if form.codec.rates else None
+        if steers is not None:
+            choice = self._steered(steers, codec, flat, step, epoch, self.rate_of(codec))
+            header = replace(header, next_rate=choice.rate, next_kind=int(choice.keyframe))
+            announce(frames, choice.rate, choice.keyframe)
         if self.predictor.adapts:
             terms = say_coefficient(frames, flat, self.predictor, codec.at(self.rate_of(codec)))
         else:
