@@ -550,6 +550,46 @@ def test_a_call_that_was_not_sent_ends_a_graph_until_the_next_call(replays, monk
     on_ranks(body)
 
 
+def test_a_frame_off_16_bytes_is_refused_with_its_reason():
+    """Rank 0 sends chunks of 12 bytes that are not compressed; the frames behind them are the host's."""
+
+    def body(rank):
+        sizes = [[0, 3, 3], [128, 0, 128], [128, 128, 0]]
+        into, calls = [row[rank] for row in sizes], Calls(rank, "captured")
+
+        def call():
+            calls.group.step()
+            x, out = calls.x[: sum(sizes[rank])], calls.out[: sum(into)]
+            dist.all_to_all_single(out, x, into, sizes[rank], group=calls.group)
+
+        for step in range(3):
+            calls.fill(step)
+            call()
+        with recording(calls.group):
+            if rank == 0:
+                call()
+            else:
+                with pytest.raises(CaptureError, match=r"3 x torch.float32 from rank 0 .* from rank [12] .* multiple"):
+                    call()
+        calls.group.close()
+
+    on_ranks(body, 3)
+
+
+def test_an_all_reduce_whose_second_leg_is_refused_uses_no_ordinal():
+    def body(rank):
+        with alone(rank, kind="reductions") as ours:
+            site = next(one for one in ours.group._engine.store.sites() if "sums" in one.key)
+            for stream in site.streams:
+                stream.clock.stop()
+            ours.group.step()
+            with recording(ours.group), pytest.raises(CaptureError, match="sums"):
+                dist.all_reduce(ours.x, group=ours.group)
+            assert not any(ours.group._keys.clock.counts.values())
+
+    on_ranks(body)
+
+
 @pytest.mark.parametrize("codec", ["transform", "lowrank_int4", "int4:scales=token_history", "rates"])
 def test_no_codec_that_learns_or_has_several_rates_is_captured(codec):
     made = codecs.get(codec)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -217,5 +219,81 @@ def test_a_refused_frame_stops_the_site_until_a_reset():
                 group.all_gather_into_tensor(out, x)
                 assert (out - torch.cat([x, x])).abs().max() < 0.2
             group.check()
+
+    run_ranks(body, world_size=2, timeout=120)
+
+
+def test_a_refused_message_stops_its_site_until_a_reset():
+    """On NCCL a receive of another size than is sent is undefined."""
+
+    def body(rank, world_size):
+        with (
+            use("gpu"),
+            compactdist.wrap(act_like_nccl(dist.group.WORLD), LADDER, target="bits=3", min_numel=64) as group,
+        ):
+            x, out = torch.linspace(-1, 1, 768), torch.empty(768)
+
+            def message(step):
+                group.step()
+                if rank == 0:
+                    group.send([x + 0.01 * step], 1)
+                else:
+                    group.recv([out], 0)
+
+            for step in range(4):
+                if (rank, step) == (1, 3):  # as if a frame had been lost
+                    next(iter(group._engine.store.sites()[0].streams)).sequence += 1
+                message(step)
+            if rank == 1:
+                assert out.isnan().all()
+                with pytest.raises(FrameError, match="wrong sequence"):
+                    group.step()
+                with pytest.raises(FrameError, match=r"how large the next ones are .*reset\(\)"):
+                    group.recv([out], 0)
+            group.reset()
+            for step in range(3):
+                message(step)
+            group.check()
+
+    run_ranks(body, world_size=2, timeout=120)
+
+
+def test_a_target_may_be_asked_about_while_frames_are_learnt_from():
+    """Both read what was measured: a frame counts once, and nobody finds the list empty."""
+    stream = Steered("bits=3")
+    steers, looked = stream.encoder.steers, threading.Event()
+
+    class Late:
+        def read(self):
+            looked.set()
+            time.sleep(0.05)
+            return [1.0, 0.1, 0.01]
+
+    steers.begin(0, 0, 100, [10, 20], 1)
+    steers._awaited += [(0, Late(), 1), (0, Late(), 1)]
+    asking = threading.Thread(target=stream.control.met)
+    asking.start()
+    looked.wait(5)
+    steers.catch_up()
+    learnt = len(steers.changes)
+    asking.join()
+    assert learnt == len(steers.changes) == 2
+
+
+@pytest.mark.parametrize("steps", [True, False])
+def test_sampled_errors_do_not_pile_up(steps):
+    def body(rank, world_size):
+        inner = act_like_nccl(dist.group.WORLD)
+        with use("gpu"), compactdist.wrap(inner, "int4", sample_errors_every=1, min_numel=64) as group:
+            x, out = torch.linspace(-1, 1, 768), torch.empty(2 * 768)
+            for step in range(4):
+                if steps:
+                    group.step()
+                with group.key("a layer"):
+                    group.all_gather_into_tensor(out, x + 0.01 * step)
+            assert len(group._engine.samples._unread) == 1
+            group.reset_stats()
+            assert not group._engine.samples._unread
+            assert all(not math.isfinite(site.error_db or math.nan) for site in group.stats().sites.values())
 
     run_ranks(body, world_size=2, timeout=120)
