@@ -460,6 +460,29 @@ def test_a_reset_ends_a_graph_and_another_one_is_captured():
     on_ranks(body)
 
 
+def test_graphs_of_all_to_alls_and_messages_end_too():
+    def body(rank):
+        for kind in ("ring", "all_to_all_single of unequal splits"):
+            with both(rank, "int4", kind) as (ours, plain):
+                old = ours.capture()
+                assert same(ours.replay(old), plain.call())
+                for calls in (ours, plain):
+                    calls.group.reset()
+                    calls.step = 0
+                assert same(ours.call(2), plain.call(2))
+                before = [kept.clone() for kept in ours.histories]
+                out = ours.replay(old, counts_step=False)
+                assert out[out != 0].isnan().all()  # the rest is not written to
+                assert out.isnan().any()
+                assert all(map(same, before, ours.histories))
+                with pytest.raises(CaptureError, match="a CUDA graph was replayed that had ended"):
+                    ours.group.stats()
+                ours.step = 2
+                assert same(ours.call(), plain.call())
+
+    on_ranks(body)
+
+
 def _another_shape(calls: Calls) -> None:
     calls.group.step()
     calls.group.all_gather_into_tensor(torch.zeros(256), torch.linspace(0, 1, 128))
