@@ -15,9 +15,10 @@ import compactdist
 from compactdist import codecs
 from compactdist.errors import FrameError
 from compactdist.kernels import use
-from compactdist.state.rate import RateControl, Target
+from compactdist.state.rate import Choice, RateControl, Target
 from compactdist.state.said import announce
 from compactdist.testing import act_like_nccl
+from compactdist.wire import COEFFICIENT_PLACE
 from tests.kernels.gpu import kit
 from tests.kernels.gpu.test_frames import Stream
 from tests.kernels.gpu.test_host_reads import TRANSFORMS
@@ -255,6 +256,25 @@ def test_a_refused_message_stops_its_site_until_a_reset():
             group.check()
 
     run_ranks(body, world_size=2, timeout=120)
+
+
+def test_a_prediction_goes_by_the_last_coefficient_at_a_new_rate():
+    """Each rate has a form of its own, whose template says what its own last frame did."""
+    stream, followed = Steered("bits=6.5", order="auto"), 0
+    first, change = _walk(stream, 0.3, 2)
+    for step in range(STEPS):
+        x = first + step**1.5 * (change - first)
+        stream.encoder.steers.choose = lambda *_, rate=3 + step % 2, **__: Choice(rate)
+        frame, before = stream.send(step, x), stream.decoder.rate_of(stream.codec)
+        stream.receive(step, frame)
+        stream.decoder.read_announcement()
+        if step > 1 and stream.decoder.rate_of(stream.codec) != before:
+            said = frame[COEFFICIENT_PLACE].clone().view(torch.float32)[0]
+            terms = stream.decoder.predictor.terms(said)
+            expected = terms[0].float() + terms[1].float()
+            followed += bool(said != 0)
+            assert torch.equal(stream.decoder.predicted(), expected)
+    assert followed
 
 
 def test_a_target_may_be_asked_about_while_frames_are_learnt_from():
