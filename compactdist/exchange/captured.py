@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["catch_up", "check_capture", "error_of", "launch", "seal"]
 
+_ALIGNMENT = 16
+"""Bytes of which the address of a frame is a multiple where a device checks it."""
+
 _FIRST = "make the call uncaptured first, in steps of their own, until its frames are residuals (two after a reset)"
 
 
@@ -84,6 +87,9 @@ def _of_state(engine: Engine, call: Call, plan: CallPlan) -> str:
         return f"its frames are keyframes; {_FIRST}"
     if plan.pattern.collective and plan.agreed_at != (call.epoch, call.warm):
         return f"ranks have not agreed on it since the last reset or change; {_FIRST}"
+    reason = _of_places(plan)
+    if reason:
+        return reason
     for part in plan.parts:
         stream, codec = part.stream, part.codec
         if stream is None or codec is None:  # a chunk of an all-to-all that travels as it is
@@ -94,6 +100,22 @@ def _of_state(engine: Engine, call: Call, plan: CallPlan) -> str:
         reason = streams.not_captured(stream, codec)
         if reason:
             return reason
+    return ""
+
+
+def _of_places(plan: CallPlan) -> str:
+    """Why a frame of an all-to-all does not arrive where a device can check it; empty if all do."""
+    at, exact = 0, None
+    for part in plan.incoming:
+        if part.stream is None:
+            exact = part if part.numel * plan.dtype.itemsize % _ALIGNMENT else exact
+        elif at % _ALIGNMENT and exact is not None:
+            return (
+                f"the chunk of {exact.numel} x {plan.dtype} from rank {exact.peer} arrives as it is, so the frame from "
+                f"rank {part.peer} behind it lies off {_ALIGNMENT} bytes, where the host has to check it; let chunks "
+                f"that are not compressed take a multiple of {_ALIGNMENT} bytes"
+            )
+        at += part.residual_nbytes
     return ""
 
 

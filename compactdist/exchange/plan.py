@@ -340,7 +340,7 @@ class CallPlan:
             FrameError: a frame was refused that the sizes of the next ones depend on. Ranks that went on with other
                 sizes would end one another's processes (gloo).
         """
-        for one in self.incoming if self.pattern.collective else ():
+        for one in self.incoming if self.pattern.waits_for_earlier_calls else ():
             if one.stream is not None and one.stream.missed:
                 raise FrameError(
                     f"{one.stream.where}: an earlier frame was refused, and how large the next ones are depends on it. "

@@ -21,7 +21,8 @@ __all__ = ["Samples"]
 class Samples:
     """Measures frames for the statistics of a group.
 
-    What a device measures is read when a call of another step is measured, or where the statistics are asked for.
+    What a device measures is read when a call of another step or of the same site is measured, or where the statistics
+    are asked for.
 
     Args:
         every: measure every n-th frame of a stream; 0: none.
@@ -40,7 +41,7 @@ class Samples:
         passed on is not sampled: no encoder added an error to it.
         """
         call, messages = flight.call, iter(flight.messages)
-        self.read(besides=(call.epoch, call.step))
+        self.read(besides=call)
         for part, x, staged in zip(flight.plan.outgoing, flight.inputs, flight.staged, strict=True):
             if staged is None or part.stream is None:
                 continue
@@ -56,11 +57,15 @@ class Samples:
                 if not staged.there:
                     self.read()
 
-    def read(self, besides: tuple[int, int] | None = None) -> None:
-        """Count what was measured, but for calls of this epoch and step; waits for devices."""
+    def read(self, besides: Call | None = None) -> None:
+        """Count what was measured, but for other sites' calls of this call's epoch and step; waits for devices.
+
+        What this call's site measured before is read even where there are no steps, or it would pile up.
+        """
         left = []
         for call, copy in self._unread:
-            if (call.epoch, call.step) == besides:
+            together = besides is not None and (call.epoch, call.step) == (besides.epoch, besides.step)
+            if together and besides is not None and call.site != besides.site:
                 left.append((call, copy))
                 continue
             error, energy, residual = copy.read()

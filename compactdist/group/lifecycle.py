@@ -400,6 +400,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
     def reset_stats(self) -> None:
         """Start counting again; the history is untouched."""
         catch_up(self._engine)
+        with self._engine.lock:
+            self._engine.samples.read()  # errors of calls before this one must not count after it
         self._engine.stats.clear()
 
     def explain(self) -> str:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compactdist import _torch
-from compactdist.errors import BadOutputError, CompactDistError
+from compactdist.errors import BadOutputError, CaptureError, CompactDistError
 from compactdist.exchange.engine import Flight
 from compactdist.exchange.link import as_work
 from compactdist.exchange.patterns import Pattern
+from compactdist.exchange.plan import Call
 from compactdist.exchange.reductions import ALL_REDUCE, ALL_REDUCE_SUMS, REDUCE_SCATTER, add_in_rank_order
 from compactdist.exchange.work import PendingWork
 from compactdist.group.core import GroupCore, nbytes_of
@@ -39,8 +40,8 @@ class Reductions(GroupCore):
 
     def _chunks_of_all(
         self, pattern: Pattern, site: str, chunks: list[Tensor], nbytes: float
-    ) -> tuple[list[Tensor], CompactDistError | None] | None:
-        """This rank's chunk of every rank's tensor, in rank order, and the error of the exchange.
+    ) -> tuple[Call, list[Tensor], CompactDistError | None] | None:
+        """The call, this rank's chunk of every rank's tensor, in rank order, and the error of the exchange.
 
         ``None``: the call passes through.
         """
@@ -63,8 +64,8 @@ class Reductions(GroupCore):
         except CompactDistError as error:
             if flight.work is None:  # nothing was sent
                 raise
-            return parts, error
-        return parts, None
+            return call, parts, error
+        return call, parts, None
 
     def _scatter_sums(self, output: Tensor, x: Tensor, opts: Any) -> Any:
         """The work of a compressed reduce-scatter; ``None``: it passes through, and was counted."""
@@ -81,7 +82,7 @@ class Reductions(GroupCore):
         arrived = self._chunks_of_all(REDUCE_SCATTER, "reduce_scatter", chunks, nbytes)
         if arrived is None:
             return None
-        parts, error = arrived
+        _, parts, error = arrived
         if error is not None:
             raise error
         self._write(output, add_in_rank_order(parts, mean=_is_mean(opts)))
@@ -99,7 +100,7 @@ class Reductions(GroupCore):
         arrived = self._chunks_of_all(ALL_REDUCE, "all_reduce", list(padded.chunk(size)), nbytes)
         if arrived is None:
             return None
-        parts, error = arrived
+        call, parts, error = arrived
         sums = add_in_rank_order(parts, mean=_is_mean(opts)).to(x.dtype)
         if error is not None:
             sums.fill_(float("nan"))  # the other ranks wait for the second leg: this makes it raise there, too
@@ -107,6 +108,8 @@ class Reductions(GroupCore):
         try:
             self._gather_sums(everyones, sums)
         except CompactDistError as second:
+            if isinstance(second, CaptureError):
+                self._take_back(call)  # the graph, and the first leg in it, comes to nothing
             raise error or second from None
         if error is not None:
             raise error

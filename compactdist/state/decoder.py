@@ -18,7 +18,7 @@ from compactdist.state.host_copy import HostCopy
 from compactdist.state.key_ends import finite
 from compactdist.state.matrix_view import blocks
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
-from compactdist.state.said import announced, coefficient_of, expect_announcement, expect_coefficient
+from compactdist.state.said import announced, expect_announcement, expect_coefficient
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, StreamConfig, StreamState
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
@@ -88,7 +88,18 @@ class StreamDecoder(StreamState):
             announced a rate or a matrix view.
     """
 
-    __slots__ = ("_announced", "_looked", "_torn", "checksum", "header", "holds_values", "missed", "refused", "wrote")
+    __slots__ = (
+        "_announced",
+        "_coefficient",
+        "_looked",
+        "_torn",
+        "checksum",
+        "header",
+        "holds_values",
+        "missed",
+        "refused",
+        "wrote",
+    )
 
     def __init__(
         self,
@@ -107,6 +118,7 @@ class StreamDecoder(StreamState):
         self._looked = not config.find_layout
         self._torn = False
         self._announced: HostCopy | None = None
+        self._coefficient: Tensor | None = None
         self.missed = False
         self.wrote = False
 
@@ -272,11 +284,11 @@ class StreamDecoder(StreamState):
 
     def _said_last(self) -> float | Tensor:
         """The coefficient in the last frame; 0 where that was a keyframe, or said one that no longer holds."""
-        form, header = self._form, self.header
+        header = self.header
         if header is None or header.is_key:
             return 0.0
-        if self.checksum is None and form is not None and form.frames is not None:
-            return coefficient_of(form.frames)
+        if self.checksum is None and self._coefficient is not None:
+            return self._coefficient  # of that frame's form, which is another one than the next frame's at a new rate
         return header.coefficient if self.predictor.accepts(header.coefficient) else 0.0
 
     def _restarted(self) -> NonFiniteError:
@@ -366,7 +378,8 @@ class StreamDecoder(StreamState):
 
         A coefficient that no frame may say now is not expected, so that the frame is refused.
         """
-        return self.predictor.terms(expect_coefficient(frames, frame, self.predictor))
+        self._coefficient = expect_coefficient(frames, frame, self.predictor)
+        return self.predictor.terms(self._coefficient)
 
     def _take_key_there(
         self, frame: Tensor, due: _Due, keys_there: KeysThere, into: Tensor | None, queue: int | None

@@ -9,6 +9,7 @@ their frames have that size. What was missed is made up for in the steps after.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -219,6 +220,7 @@ class StreamRate:
         self._seen: set[int] = set()
         self._last: Measured | None = None
         self._awaited: list[tuple[Hashable, HostCopy, int]] = []
+        self._catching_up = threading.Lock()
         self.sums = _Sums()
         self._recent_error = self._recent_energy = 0.0
         if before is not None:
@@ -361,11 +363,12 @@ class StreamRate:
 
     def catch_up(self, besides: Hashable = None) -> None:
         """Learn what was measured on a device, of frames of other steps than ``besides``."""
-        while self._awaited and (besides is None or self._awaited[0][0] != besides):
-            _, copy, rate = self._awaited.pop(0)
-            measured = Measured(*copy.read())
-            if math.isfinite(measured.energy + measured.residual + measured.error):
-                self._learn(measured, rate)
+        with self._catching_up:  # whoever asks what was met may come while a request ends in another thread
+            while self._awaited and (besides is None or self._awaited[0][0] != besides):
+                _, copy, rate = self._awaited.pop(0)
+                measured = Measured(*copy.read())
+                if math.isfinite(measured.energy + measured.residual + measured.error):
+                    self._learn(measured, rate)
 
     def _learn(self, measured: Measured, rate: int) -> None:
         """Count the error of a residual that was sent at a rate."""

@@ -460,6 +460,29 @@ def test_a_reset_ends_a_graph_and_another_one_is_captured():
     on_ranks(body)
 
 
+def test_graphs_of_all_to_alls_and_messages_end_too():
+    def body(rank):
+        for kind in ("ring", "all_to_all_single of unequal splits"):
+            with both(rank, "int4", kind) as (ours, plain):
+                old = ours.capture()
+                assert same(ours.replay(old), plain.call())
+                for calls in (ours, plain):
+                    calls.group.reset()
+                    calls.step = 0
+                assert same(ours.call(2), plain.call(2))
+                before = [kept.clone() for kept in ours.histories]
+                out = ours.replay(old, counts_step=False)
+                assert out[out != 0].isnan().all()  # the rest is not written to
+                assert out.isnan().any()
+                assert all(map(same, before, ours.histories))
+                with pytest.raises(CaptureError, match="a CUDA graph was replayed that had ended"):
+                    ours.group.stats()
+                ours.step = 2
+                assert same(ours.call(), plain.call())
+
+    on_ranks(body)
+
+
 def _another_shape(calls: Calls) -> None:
     calls.group.step()
     calls.group.all_gather_into_tensor(torch.zeros(256), torch.linspace(0, 1, 128))
@@ -546,6 +569,46 @@ def test_a_call_that_was_not_sent_ends_a_graph_until_the_next_call(replays, monk
             assert same(ours.replay(graph), plain.call())
             ours.group.check()
         ours.group.close(), plain.group.close()
+
+    on_ranks(body)
+
+
+def test_a_frame_off_16_bytes_is_refused_with_its_reason():
+    """Rank 0 sends chunks of 12 bytes that are not compressed; the frames behind them are the host's."""
+
+    def body(rank):
+        sizes = [[0, 3, 3], [128, 0, 128], [128, 128, 0]]
+        into, calls = [row[rank] for row in sizes], Calls(rank, "captured")
+
+        def call():
+            calls.group.step()
+            x, out = calls.x[: sum(sizes[rank])], calls.out[: sum(into)]
+            dist.all_to_all_single(out, x, into, sizes[rank], group=calls.group)
+
+        for step in range(3):
+            calls.fill(step)
+            call()
+        with recording(calls.group):
+            if rank == 0:
+                call()
+            else:
+                with pytest.raises(CaptureError, match=r"3 x torch.float32 from rank 0 .* from rank [12] .* multiple"):
+                    call()
+        calls.group.close()
+
+    on_ranks(body, 3)
+
+
+def test_an_all_reduce_whose_second_leg_is_refused_uses_no_ordinal():
+    def body(rank):
+        with alone(rank, kind="reductions") as ours:
+            site = next(one for one in ours.group._engine.store.sites() if "sums" in one.key)
+            for stream in site.streams:
+                stream.clock.stop()
+            ours.group.step()
+            with recording(ours.group), pytest.raises(CaptureError, match="sums"):
+                dist.all_reduce(ours.x, group=ours.group)
+            assert not any(ours.group._keys.clock.counts.values())
 
     on_ranks(body)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -13,9 +15,10 @@ import compactdist
 from compactdist import codecs
 from compactdist.errors import FrameError
 from compactdist.kernels import use
-from compactdist.state.rate import RateControl, Target
+from compactdist.state.rate import Choice, RateControl, Target
 from compactdist.state.said import announce
 from compactdist.testing import act_like_nccl
+from compactdist.wire import COEFFICIENT_PLACE
 from tests.kernels.gpu import kit
 from tests.kernels.gpu.test_frames import Stream
 from tests.kernels.gpu.test_host_reads import TRANSFORMS
@@ -217,5 +220,99 @@ def test_a_refused_frame_stops_the_site_until_a_reset():
                 group.all_gather_into_tensor(out, x)
                 assert (out - torch.cat([x, x])).abs().max() < 0.2
             group.check()
+
+    run_ranks(body, world_size=2, timeout=120)
+
+
+def test_a_refused_message_stops_its_site_until_a_reset():
+    """On NCCL a receive of another size than is sent is undefined."""
+
+    def body(rank, world_size):
+        with (
+            use("gpu"),
+            compactdist.wrap(act_like_nccl(dist.group.WORLD), LADDER, target="bits=3", min_numel=64) as group,
+        ):
+            x, out = torch.linspace(-1, 1, 768), torch.empty(768)
+
+            def message(step):
+                group.step()
+                work = group.send([x + 0.01 * step], 1) if rank == 0 else group.recv([out], 0)
+                work.wait()
+
+            for step in range(4):
+                if (rank, step) == (1, 3):  # as if a frame had been lost
+                    next(iter(group._engine.store.sites()[0].streams)).sequence += 1
+                message(step)
+            if rank == 1:
+                assert out.isnan().all()
+                with pytest.raises(FrameError, match="wrong sequence"):
+                    group.step()
+                group.step()
+                with pytest.raises(FrameError, match=r"how large the next ones are .*reset\(\)"):
+                    group.recv([out], 0)
+            group.reset()
+            for step in range(3):
+                message(step)
+            group.check()
+
+    run_ranks(body, world_size=2, timeout=120)
+
+
+def test_a_prediction_goes_by_the_last_coefficient_at_a_new_rate():
+    """Each rate has a form of its own, whose template says what its own last frame did."""
+    stream, followed = Steered("bits=6.5", order="auto"), 0
+    first, change = _walk(stream, 0.3, 2)
+    for step in range(STEPS):
+        x = first + step**1.5 * (change - first)
+        stream.encoder.steers.choose = lambda *_, rate=3 + step % 2, **__: Choice(rate)
+        frame, before = stream.send(step, x), stream.decoder.rate_of(stream.codec)
+        stream.receive(step, frame)
+        stream.decoder.read_announcement()
+        if step > 1 and stream.decoder.rate_of(stream.codec) != before:
+            said = frame[COEFFICIENT_PLACE].clone().view(torch.float32)[0]
+            terms = stream.decoder.predictor.terms(said)
+            expected = terms[0].float() + terms[1].float()
+            followed += bool(said != 0)
+            assert torch.equal(stream.decoder.predicted(), expected)
+    assert followed
+
+
+def test_a_target_may_be_asked_about_while_frames_are_learnt_from():
+    """Both read what was measured: a frame counts once, and nobody finds the list empty."""
+    stream = Steered("bits=3")
+    steers, looked = stream.encoder.steers, threading.Event()
+
+    class Late:
+        def read(self):
+            looked.set()
+            time.sleep(0.05)
+            return [1.0, 0.1, 0.01]
+
+    steers.begin(0, 0, 100, [10, 20], 1)
+    steers._awaited += [(0, Late(), 1), (0, Late(), 1)]
+    asking = threading.Thread(target=stream.control.met)
+    asking.start()
+    looked.wait(5)
+    steers.catch_up()
+    learnt = len(steers.changes)
+    asking.join()
+    assert learnt == len(steers.changes) == 2
+
+
+@pytest.mark.parametrize("steps", [True, False])
+def test_sampled_errors_do_not_pile_up(steps):
+    def body(rank, world_size):
+        inner = act_like_nccl(dist.group.WORLD)
+        with use("gpu"), compactdist.wrap(inner, "int4", sample_errors_every=1, min_numel=64) as group:
+            x, out = torch.linspace(-1, 1, 768), torch.empty(2 * 768)
+            for step in range(4):
+                if steps:
+                    group.step()
+                with group.key("a layer"):
+                    group.all_gather_into_tensor(out, x + 0.01 * step)
+            assert len(group._engine.samples._unread) == 1
+            group.reset_stats()
+            assert not group._engine.samples._unread
+            assert all(not math.isfinite(site.error_db or math.nan) for site in group.stats().sites.values())
 
     run_ranks(body, world_size=2, timeout=120)
