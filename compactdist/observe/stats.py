@@ -267,6 +267,7 @@ class GroupStats:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sites: dict[str, SiteStats] = {}
+        self._evicted_early: Counter[str] = Counter()  # sites whose first call has not left yet
         self._folded: dict[str, SiteStats] = {}
         self._activity: dict[str, int] = {}
         self._passed: dict[tuple[str, str], list[float]] = {}
@@ -278,8 +279,13 @@ class GroupStats:
         found = self._sites.get(key)
         if found is None:
             with self._lock:
-                found = self._sites.setdefault(key, SiteStats(key, op))
+                found = self._sites.get(key) or self._new(key, op)
         return found
+
+    def _new(self, key: str, op: str) -> SiteStats:
+        """The record of a site that has none. The lock is held."""
+        made = self._sites[key] = SiteStats(key, op, evictions=self._evicted_early.pop(key, 0))
+        return made
 
     def sent(
         self,
@@ -374,16 +380,18 @@ class GroupStats:
             else:
                 site = self._sites.get(key)
                 if site is None:
-                    site = self._sites[key] = SiteStats(key, op)
+                    site = self._new(key, op)
                 site.passed[name] += 1
                 site.raw_bytes += int(nbytes)
                 site.wire_bytes += int(nbytes if wire is None else wire)
 
     def evicted(self, key: str) -> None:
-        """Count that a site lost its history to make room for another."""
-        site = self._sites.get(key)
-        if site is not None:
-            with self._lock:
+        """Count that a site lost its history to make room for another; its first call may still wait to leave."""
+        with self._lock:
+            site = self._sites.get(key)
+            if site is None:
+                self._evicted_early[key] += 1
+            else:
                 site.evictions += 1
 
     def offloaded(self, key: str) -> None:
@@ -476,6 +484,7 @@ class GroupStats:
         with self._lock:
             self._small.clear()
             self._sites.clear()
+            self._evicted_early.clear()
             self._folded.clear()
             self._activity.clear()
             self._passed.clear()

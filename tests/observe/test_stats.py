@@ -76,6 +76,23 @@ def test_passed_takes_one_reason_or_several() -> None:
     assert "1 x all_reduce: op (this operation is not compressed)" in text
 
 
+@pytest.mark.parametrize("passes", [False, True])
+def test_a_site_may_be_evicted_before_its_first_call_has_left(passes) -> None:
+    """An asynchronous call waits for the agreement of ranks, and the next call may need its room meanwhile."""
+    stats = GroupStats()
+    stats.evicted("a/all_gather#0")
+    if passes:
+        stats.passed("all_gather", PassReason.SMALL, 10, "a/all_gather#0")
+    else:
+        send(stats, "a/all_gather#0")
+    stats.evicted("a/all_gather#0")
+    assert stats.snapshot({}).evictions == 2
+    stats.evicted("b/all_gather#0")
+    stats.clear()
+    send(stats, "b/all_gather#0")
+    assert stats.snapshot({}).evictions == 0
+
+
 # --- receives
 
 
