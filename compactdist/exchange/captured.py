@@ -129,14 +129,10 @@ def seal(engine: Engine, flight: Flight) -> Flight:
         raise error_of(engine, flight.call, f"this message cannot be compressed ({flight.passed.text})")
     want_value = flight.plan.want_value
     for part, x in zip(flight.plan.outgoing, flight.inputs, strict=True):
-        stream = part.stream
-        flight.staged.append(
-            None
-            if stream is None
-            else streams.capture_seal(
-                stream, x, part.residual_nbytes, kernels.queue_of(x.device), want_value=want_value
-            )
-        )
+        staged, queue = None, kernels.queue_of(x.device)
+        if part.stream is not None:
+            staged = streams.capture_seal(part.stream, x, part.residual_nbytes, queue, want_value=want_value)
+        flight.staged.append(staged)
     return flight
 
 

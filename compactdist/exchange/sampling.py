@@ -64,11 +64,15 @@ class Samples:
         """
         left = []
         for call, copy in self._unread:
-            together = besides is not None and (call.epoch, call.step) == (besides.epoch, besides.step)
-            if together and besides is not None and call.site != besides.site:
+            if besides is not None and _is_beside(call, besides):
                 left.append((call, copy))
                 continue
             error, energy, residual = copy.read()
             if math.isfinite(error):  # else the tensor was not finite, which only the device knew
                 self._stats.error(call.site, call.op, error, energy, residual)
         self._unread = left
+
+
+def _is_beside(call: Call, other: Call) -> bool:
+    """Whether two calls are of one step and of two sites."""
+    return (call.epoch, call.step) == (other.epoch, other.step) and call.site != other.site

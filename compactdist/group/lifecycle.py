@@ -368,10 +368,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         with self._engine.lock:
             self._engine.samples.read()
         made = self._engine.stats.snapshot(self._engine.state_bytes(), store.rates(), store.offloaded_bytes())
-        if store.control is None:
-            return made
-        with self._engine.lock:
-            return replace(made, target=store.control.met().to_dict())
+        return made if store.control is None else replace(made, target=store.control.met().to_dict())
 
     def check(self) -> None:
         """Make sure that both ends of every stream hold the same history, to the bit. Collective.

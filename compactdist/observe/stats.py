@@ -279,13 +279,15 @@ class GroupStats:
         found = self._sites.get(key)
         if found is None:
             with self._lock:
-                found = self._sites.get(key) or self._new(key, op)
+                found = self._held(key, op)
         return found
 
-    def _new(self, key: str, op: str) -> SiteStats:
-        """The record of a site that has none. The lock is held."""
-        made = self._sites[key] = SiteStats(key, op, evictions=self._evicted_early.pop(key, 0))
-        return made
+    def _held(self, key: str, op: str) -> SiteStats:
+        """The record of a site, made on first use. The lock is held."""
+        found = self._sites.get(key)
+        if found is None:
+            found = self._sites[key] = SiteStats(key, op, evictions=self._evicted_early.pop(key, 0))
+        return found
 
     def sent(
         self,
@@ -378,9 +380,7 @@ class GroupStats:
             if key is None:
                 entry[1] += nbytes
             else:
-                site = self._sites.get(key)
-                if site is None:
-                    site = self._new(key, op)
+                site = self._held(key, op)
                 site.passed[name] += 1
                 site.raw_bytes += int(nbytes)
                 site.wire_bytes += int(nbytes if wire is None else wire)

@@ -619,10 +619,9 @@ class StreamDecoder(StreamState):
             next_view = f"{header.next_groups} groups of rows of {header.next_channels}"
             self._compare(header, "announced view", next_view, f"a divisor of {numel} elements", SAME_CONFIG)
         said = header.next_rate, header.next_kind
-        nothing = bool(header.flags & NONFINITE) and (header.is_raw_key or not header.payload_nbytes)
-        silent = nothing or header.flags & (
-            STATELESS | NO_STATE
-        )  # a device does not know when its tensor is not finite
+        # a device makes its announcements before it knows that the tensor is not finite
+        forgets = bool(header.flags & NONFINITE) and (header.is_raw_key or not header.payload_nbytes)
+        silent = forgets or header.flags & (STATELESS | NO_STATE)
         if said[0] > codec.rates or said[1] > 1 or (silent and (announces_view or any(said))):
             text = f"rate {said[0]}, kind {said[1]}{', a view' if announces_view else ''}"
             self._compare(header, "announcement", text, "nothing that this kind of frame does not say", SAME_CONFIG)

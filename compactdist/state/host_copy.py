@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compactdist.state.offloaded import copy_to_host
+
 __all__ = ["HostCopy"]
 
 
@@ -18,14 +20,11 @@ class HostCopy:
     __slots__ = ("_copied", "_copy")
 
     def __init__(self, values: Tensor) -> None:
+        self._copy = copy_to_host(values)
         self._copied: torch.cuda.Event | None = None
-        if values.device.type != "cuda":
-            self._copy = values.clone()
-            return
-        self._copy = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
-        self._copy.copy_(values, non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record(torch.cuda.current_stream(values.device))
+        if values.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> list[float]:
         """The values; waits for the device if it has not come so far."""

@@ -265,8 +265,7 @@ class StreamRate:
     def _expected(self) -> Measured:
         """What will be measured of the frame that is being made, at the rate that was announced for it."""
         energy = 1.0 if self._last is None else self._last.energy
-        residual = energy * self._next_residual(None)
-        return Measured(energy, residual, min(residual, residual * 10 ** (self._loss[self.rate - 1] / 10)))
+        return Measured(energy, energy * self._next_residual(None), energy * self.relative_errors()[self.rate - 1])
 
     def _change(self, measured: Measured) -> float:
         """The part of a residual's energy that was no error of the frame before, over the tensor's; a tenth or more."""
