@@ -60,7 +60,7 @@ def check(compile_: Any, route: str, backend: str, *, late: bool = False, few: b
 
 @pytest.mark.parametrize("route", ["ring", pytest.param("ulysses", marks=pytest.mark.slow)])
 def test_a_full_graph(route: str) -> None:
-    check(compile_whole, route, "eager")
+    check(compile_whole, route, "eager", few=route == "ulysses")
 
 
 @pytest.mark.slow
