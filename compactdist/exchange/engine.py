@@ -51,13 +51,6 @@ def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full((), math.nan, dtype=dtype, device=device)
 
 
-def _read_elsewhere(buffers: Sequence[Tensor]) -> None:
-    """Another CUDA stream than the buffers' own reads them: no later work of theirs may reuse their memory before."""
-    now = torch.cuda.current_stream(buffers[0].device)
-    for buffer in buffers:
-        buffer.record_stream(now)
-
-
 @dataclass(slots=True, eq=False)  # two flights are never equal, and to compare them would compare tensors
 class Flight:
     """One call on its way along a plan.
@@ -118,6 +111,20 @@ class Flight:
     copies: Sequence[tuple[Tensor, Tensor]] = ()
     queue: int | None = None
     rooms: Sequence[Room] = ()
+
+
+def _read_elsewhere(flight: Flight) -> None:
+    """Another CUDA stream than the flight's reads what arrived: no later work of the flight's may reuse that memory."""
+    buffers = flight.arrived or flight.keep
+    now = torch.cuda.current_stream(buffers[0].device)
+    for buffer in buffers:
+        buffer.record_stream(now)
+
+
+def _own_read_elsewhere(flight: Flight, device: torch.device) -> None:
+    """It has read this rank's own value, too, whose memory the flight's stream writes to two frames later."""
+    if flight.queue is not None and (flight.own_value is not None or flight.own_parts):
+        kernels.stream_of(flight.queue, device).wait_stream(torch.cuda.current_stream(device))
 
 
 @dataclass
@@ -496,7 +503,7 @@ class Engine:
         queue = None if flight.queue is None else kernels.queue_of((flight.arrived or flight.keep)[0].device)
         ours = queue == flight.queue
         if not ours:
-            _read_elsewhere(flight.arrived or flight.keep)
+            _read_elsewhere(flight)
         with _torch.without_autograd():
             target = flight.own_output
             if may_write and flight.own_value is not None and target is not None:
@@ -504,6 +511,8 @@ class Engine:
                 target.copy_(own if target.dim() == 1 else own.view(target.shape))
             for place, value in flight.own_parts if may_write else ():
                 place.copy_(value)
+            if not ours:
+                _own_read_elsewhere(flight, (flight.arrived or flight.keep)[0].device)
             number = 0
             for i, (part, data) in enumerate(zip(plan.incoming, flight.arrived, strict=True)):
                 if part.number != number:
@@ -531,9 +540,8 @@ class Engine:
             for staged in flight.staged:
                 if staged is not None and staged.room is not None:
                     rooms[staged.room.place] = staged.room
-                    spare = staged.value if staged.there else None
-                    if spare is not None and not spare.is_cpu and (flight.own_parts or flight.own_value is spare):
-                        self.store.spares.give(spare, queue, staged.header.part)  # the history has a copy
+                    if staged.spare is not None and (flight.own_parts or flight.own_value is staged.spare):
+                        self.store.spares.give(staged.spare, queue, staged.header.part)
         for peer in refused:
             self.store.refuse(plan.site, peer)
         if offload is not None:

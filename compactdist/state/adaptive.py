@@ -99,18 +99,18 @@ class AdaptiveVelocity(Predictor):
         if base is None:
             self._previous.put(value.clone(), None)  # no change yet
             return self._base.put(value, None)
-        if self._addresses_last(value):
+        if isinstance(self._base, ExactCell) and self._base.stays:
             self._previous.put(base, None)
         else:
             self._base, self._previous = self._previous, self._base
         return self._base.put(value, base)
 
-    def _addresses_last(self, value: Tensor) -> bool:
-        """Whether graphs may know where the history of tensors like this one lies."""
-        return isinstance(self._base, ExactCell) and not value.is_cpu
-
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
         return value, terms[0].clone()  # which is written to first
+
+    def stay(self) -> None:
+        self._base.stay()
+        self._previous.stay()
 
     def clear(self) -> None:
         self._base.clear()

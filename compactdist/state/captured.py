@@ -91,6 +91,7 @@ def _parts(stream: StreamState) -> tuple[Form, Frames, DeviceSteps, DeviceClock]
     if not clock.captured:
         clock.captured = True
         clock.kept.clear()  # graphs that have ended make room for this one
+    stream.predictor.stay()
     return form, frames, steps, clock
 
 

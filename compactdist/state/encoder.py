@@ -576,7 +576,9 @@ class StreamEncoder(StreamState):
             if staged.there and flags & KEY and header.is_raw_key:
                 kept = finite(kept)
             unused = self.predictor.advance(kept, staged.terms)
-            if unused is not None and self._spares is not None and (unused is not staged.value or staged.lends):
+            if unused is staged.value and not staged.lends:  # the history has a copy
+                staged.spare = unused
+            elif unused is not None and self._spares is not None:
                 self._spares.give(unused, queue, self.part)
         if self._own_predictor is not None and staged.exact is not None:
             self._own_predictor.advance(staged.exact, ())

@@ -50,6 +50,10 @@ class Cell(Protocol):
         """
         ...
 
+    def stay(self) -> None:
+        """Keep what is kept where it is until it is forgotten: a CUDA graph that is captured knows its address."""
+        ...
+
     def clear(self) -> None:
         """Forget."""
         ...
@@ -67,14 +71,15 @@ class Cell(Protocol):
 class ExactCell:
     """Remembers a tensor as it is.
 
-    On a CPU the cell keeps the tensor passed to ``put`` and returns the one it kept before. Elsewhere it copies the
-    tensor into its own memory, whose address lasts as long as the stream: a captured CUDA graph knows addresses only.
+    The cell keeps the tensor passed to ``put`` and returns the one it kept before. After ``stay`` it copies the tensor
+    into the memory that it has.
     """
 
-    __slots__ = ("value",)
+    __slots__ = ("stays", "value")
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
+        self.stays = False
 
     def read(self) -> Tensor | None:
         """The remembered tensor itself."""
@@ -85,15 +90,19 @@ class ExactCell:
         last = self.value
         if last is value:
             return None
-        if last is None or value.device.type == "cpu":
+        if last is None or not self.stays:
             self.value = value
             return last
         last.copy_(value)
         return value
 
+    def stay(self) -> None:
+        """From now on copy into the memory of the remembered tensor."""
+        self.stays = True
+
     def clear(self) -> None:
         """Forget."""
-        self.value = None
+        self.value, self.stays = None, False
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         """Keep a copy of the tensor that lies elsewhere."""
@@ -192,6 +201,10 @@ class Predictor(ABC):
         """
 
     @abstractmethod
+    def stay(self) -> None:
+        """Keep what is held where it is until :meth:`clear`: a CUDA graph that is captured knows the addresses."""
+
+    @abstractmethod
     def clear(self) -> None:
         """Forget everything."""
 
@@ -228,6 +241,9 @@ class Memoryless(Predictor):
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
         return ()
 
+    def stay(self) -> None:
+        pass
+
     def clear(self) -> None:
         pass
 
@@ -259,6 +275,9 @@ class LastValue(Predictor):
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
         return (value,)
 
+    def stay(self) -> None:
+        self._base.stay()
+
     def clear(self) -> None:
         self._base.clear()
 
@@ -285,13 +304,14 @@ class ExactLastValue(LastValue):
         return () if base is None else (base,)
 
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
-        last = self._cell.value
+        cell = self._cell
+        last = cell.value
         if last is value:
             return None
-        if last is not None and not value.is_cpu:
+        if last is not None and cell.stays:
             last.copy_(value)  # as ``ExactCell.put`` does, in one Python call less
             return value
-        self._cell.value = value
+        cell.value = value
         return last
 
 
@@ -329,6 +349,10 @@ class DampedVelocity(Predictor):
         limit = torch.finfo(value.dtype).max
         change = (value.float() - base.float()).clamp_(-limit, limit)
         return (change * self._damping).to(value.dtype)
+
+    def stay(self) -> None:
+        self._base.stay()
+        self._velocity.stay()
 
     def clear(self) -> None:
         self._base.clear()

@@ -177,6 +177,14 @@ class QuantizedCell:
         self._kept = quantize(value, self._form, value.dtype)
         return last
 
+    def stay(self) -> None:
+        """Every frame makes codes and scales anew, so no call with such a history is captured.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("a history in eight bits keeps no address")
+
     def clear(self) -> None:
         """Forget."""
         self._kept = None

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import compactdist
-from compactdist import Layout, Rule, _torch
+from compactdist import Layout, Rule, _torch, kernels
 from compactdist.errors import CaptureError
 from compactdist.kernels.spec import FROM_CLOCK
 from tests.launch import run_ranks
@@ -47,6 +48,10 @@ def _address(x: Tensor) -> int:
     return 16 * x.untyped_storage()._cdata + x.storage_offset() * x.element_size()
 
 
+def _matrix(info: Any) -> Layout:
+    return Layout("(r c) -> 1 r c", r=ROWS, c=CHANNELS)
+
+
 def _steps(codec: str, monkeypatch: pytest.MonkeyPatch, steps: int = STEPS) -> list[list[Any]]:
     """What each steady step launches: one call, with other tensors of the caller in each."""
     from benchmarks.gpu.stub import DEVICE, stub
@@ -54,8 +59,7 @@ def _steps(codec: str, monkeypatch: pytest.MonkeyPatch, steps: int = STEPS) -> l
     numel, seen = ROWS * CHANNELS, []
     monkeypatch.setattr(torch.Tensor, "data_ptr", _address)
     with stub() as device:
-        layout = Layout("(r c) -> 1 r c", r=ROWS, c=CHANNELS)
-        group = device.wrap(dist.group.WORLD, codec, layouts=lambda info: layout, min_numel=1)
+        group = device.wrap(dist.group.WORLD, codec, layouts=_matrix, min_numel=1)
         kept = []  # so that no two steps' tensors have one address
         for step in range(2 + steps):
             x, out = (torch.empty(n * numel, dtype=torch.bfloat16, device=DEVICE) for n in (1, 2))
@@ -97,9 +101,17 @@ def test_a_steady_step_repeats_its_launches(codec):
         found = {key: values for key, values in changing.items() if len(set(values)) > 1}
         names = KERNELS[codec]
         seal, check = names.index("seal_frame"), names.index("check_frame")
-        # step, sequence, and which of the digests: nothing else changes but the caller's tensors
+        # step, sequence, and which of the digests; and the sender's history, which is the last frame's and the next's
+        # memory in turn: nothing else changes but the caller's tensors
         expected = {(launch, SEALED_AT + at) for launch in (seal, check) for at in (0, 2, 3)}
-        assert set(found) == expected
+        assert expected <= set(found)
+        in_turn = [values for key, values in found.items() if key not in expected]
+        assert in_turn
+        assert all(launch < seal for launch, _ in set(found) - expected)
+        one, other = in_turn[0][:2]
+        assert one != other
+        for values in in_turn:
+            assert values in ([one, other] * (STEPS // 2), [other, one] * (STEPS // 2))
         for launch in (seal, check):
             first = found[launch, SEALED_AT][0]
             assert found[launch, SEALED_AT] == list(range(first, first + STEPS))
@@ -132,6 +144,69 @@ def test_a_steady_call_crosses_few_methods(codec, most):
             sys.setprofile(None)
             assert group.stats().compressed_calls == 4
         assert 0 < len(calls) <= most, calls
+
+    _on_a_fake_group(body)
+
+
+@pytest.mark.parametrize(("codec", "fills"), [("int4", 1), ("int4:scales=block", 0)])
+def test_a_steady_call_copies_nothing_but_the_ranks_own_output(codec, fills):
+    """An operation of torch is a launch, and a copy reads and writes the tensor once more."""
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    found: list[str] = []
+
+    def body(patch):
+        from benchmarks.gpu.stub import DEVICE, stub
+
+        numel = ROWS * CHANNELS
+        with stub() as device, device.wrap(dist.group.WORLD, codec, layouts=_matrix, min_numel=1) as group:
+            x, out = (torch.empty(n * numel, dtype=torch.bfloat16, device=DEVICE) for n in (1, 2))
+            for _ in range(4):
+                group.step()
+                with Counted():
+                    found.clear()
+                    group.all_gather_into_tensor(out, x)
+            # views of the output are no launches
+            assert sorted({*found} & {"copy_", "zero_", "clone", "empty", "fill_"}) == ["copy_", "zero_"][: 1 + fills]
+            assert found.count("copy_") == 1
+            assert found.count("zero_") == fills
+
+    _on_a_fake_group(body)
+
+
+def test_the_stream_of_a_call_waits_for_its_own_output_where_another_stream_copies_it():
+    """The copy reads the sender's history, whose memory is that of the next frame but one."""
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            waited.append((self, other))
+
+    waited: list[tuple[Stream, Stream]] = []
+
+    def body(patch):
+        from benchmarks.gpu.stub import DEVICE, STREAM, stub
+
+        streams = {STREAM: Stream(), 8: Stream()}
+        now, recorded = [STREAM], []
+        with stub() as device, device.wrap(dist.group.WORLD, "int4", layouts=_matrix, min_numel=1) as group:
+            patch.setattr(kernels, "queue_of", lambda device: now[0])
+            patch.setattr(kernels, "stream_of", lambda queue, device: streams[queue])
+            patch.setattr(torch.cuda, "current_stream", lambda device=None: streams[now[0]])
+            patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: recorded.append(stream))
+            x, out = (torch.empty(n * ROWS * CHANNELS, dtype=torch.bfloat16, device=DEVICE) for n in (1, 2))
+            for queue, waits in ((STREAM, []), (8, [(streams[STREAM], streams[8])])):
+                now[0] = STREAM
+                group.step()
+                work = group.all_gather_into_tensor(out, x, async_op=True)
+                now[0] = queue
+                work.wait()
+                assert waited == waits
+            assert recorded[-1] is streams[8]
+            now[0] = STREAM
 
     _on_a_fake_group(body)
 

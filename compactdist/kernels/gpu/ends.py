@@ -59,7 +59,7 @@ class FrameEnds(FrameKernels):
             return self._send_in_turn(steps, x, terms, out, frame, payload, clock, call, stream)
         if x.dtype != steps.dtype:
             return False
-        own, own_pointers = steps.to_encode(stream)
+        own, own_pointers = steps.to_encode(stream, True)
         sums, flag = sums_of(device, stream)
         if not x.is_contiguous():
             x = x.contiguous()

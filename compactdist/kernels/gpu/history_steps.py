@@ -85,8 +85,8 @@ class _Steps(TritonSteps):
 
     scales: tuple[Tensor, Tensor]
 
-    def to_encode(self, stream: int | None) -> Own:
-        own, scales = super().to_encode(stream), self.to_decode(stream)
+    def to_encode(self, stream: int | None, lockstep: bool) -> Own:
+        own, scales = super().to_encode(stream, lockstep), self.to_decode(stream)
         return Own((*own.tensors, *scales.tensors), own.pointers + scales.pointers)
 
     def to_decode(self, stream: int | None) -> Own:

@@ -97,10 +97,12 @@ class LaunchedSteps:
         """
 
     @abstractmethod
-    def to_encode(self, stream: int | None) -> Own:
-        """Memory for an encoding on the current CUDA stream, whose number is ``stream``, in the state it begins with.
+    def to_encode(self, stream: int | None, lockstep: bool) -> Own:
+        """Memory for an encoding on the current CUDA stream, in the state it begins with.
 
-        ``None``: on the CPU.
+        Args:
+            stream: its number; ``None``: on the CPU.
+            lockstep: as for :meth:`encoding`.
         """
 
     def to_decode(self, stream: int | None) -> Own:
@@ -150,7 +152,7 @@ class LaunchedSteps:
             launches = self._encodings[key] = self.encoding(*key)
         with on(device):
             stream = None if self._stream_of is None else self._stream_of(device.index)
-            own = self.to_encode(stream)
+            own = self.to_encode(stream, key[2])
             reported = self.flag_in(own) if flag is None else flag
             given = (*source, source[0] if out is None else out, written, reported)
             self._launch(launches, given, own, written, stream)

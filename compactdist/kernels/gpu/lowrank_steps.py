@@ -196,7 +196,7 @@ class LowRankSteps(LaunchedSteps):
         """Begin the next search where the last encoding began its own."""
         self._encoded = False
 
-    def to_encode(self, stream: int | None) -> Own:
+    def to_encode(self, stream: int | None, lockstep: bool) -> Own:
         if not self.memory:
             view, kept = self._view, self._sizes.kept
             with torch.inference_mode(False):  # or it could not be written to outside of the mode it was made in

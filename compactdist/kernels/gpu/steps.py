@@ -94,9 +94,10 @@ class TritonSteps(LaunchedSteps):
     def decoding(self, terms: int, checked: bool, copies: bool) -> list[Launch]:
         return [decoding_of(self.plan, terms, checked, copies)]
 
-    def to_encode(self, stream: int | None) -> Own:
+    def to_encode(self, stream: int | None, lockstep: bool) -> Own:
         memory = scratch_of(self.plan, self._device, stream)
-        memory.scratch.zeroed.zero_()
+        if not (lockstep and self.plan.by_block):  # blocks need the flag alone, and only to write nothing
+            memory.scratch.zeroed.zero_()
         return Own(memory.scratch, memory.pointers)
 
     def flag_in(self, own: Own) -> Tensor:

@@ -107,11 +107,11 @@ class TopKSteps(LaunchedSteps):
             runs.spread(of_spread, given, terms, checked=checked, copies=copies),
         ]
 
-    def to_encode(self, stream: int | None) -> Own:
+    def to_encode(self, stream: int | None, lockstep: bool) -> Own:
         if self._values is None:
             return NOTHING
         kept, pointers = floats_of((self._room, self._room), self._device, stream)
-        scratch = self._values.to_encode(stream)
+        scratch = self._values.to_encode(stream, lockstep)
         return Own((*kept, *scratch.tensors), (*pointers, *scratch.pointers))
 
     def to_decode(self, stream: int | None) -> Own:

@@ -13,9 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compactdist import _torch
 from compactdist.group.core import GroupCore
-from compactdist.state.adaptive import AdaptiveVelocity
 from compactdist.state.board import Board
-from compactdist.state.history import ExactCell, ExactLastValue
 
 Node = tuple[str, tuple[Any, ...]]
 
@@ -151,30 +149,9 @@ def recording(*groups: Any) -> Iterator[Recorded]:
 
 @contextmanager
 def like_a_gpu() -> Iterator[None]:
-    """CPU tensors may be captured, and histories keep their addresses, as they do on a GPU."""
-
-    def advance(self: ExactLastValue, value: Tensor, terms: Any) -> Tensor | None:
-        last = self._cell.value
-        if last is None:
-            self._cell.value = value
-            return None
-        if last is value:
-            return None
-        last.copy_(value)
-        return value
-
-    def put(self: ExactCell, value: Tensor, last: Tensor | None) -> Tensor | None:
-        if self.value is None:
-            self.value = value
-            return None
-        self.value.copy_(value)
-        return value
-
+    """CPU tensors may be captured, as those of a GPU may."""
     with (
         patch.object(GroupCore, "_captures_cpu", True),
         patch.object(_torch, "is_capturing", bool),
-        patch.object(ExactLastValue, "advance", advance),
-        patch.object(ExactCell, "put", put),
-        patch.object(AdaptiveVelocity, "_addresses_last", lambda *_: True),
     ):
         yield
