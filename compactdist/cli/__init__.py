@@ -1,4 +1,4 @@
-"""The command line: ``compactdist demo``, ``evaluate`` and ``bench codecs``."""
+"""The command line: ``compactdist demo``, ``evaluate``, ``bench codecs``, ``plan`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from compactdist import __version__
 from compactdist.cli import bench_codecs, subjects
+from compactdist.cli import doctor as health
 from compactdist.cli import evaluate as evaluation
 from compactdist.cli.baselines import play_baselines
 from compactdist.cli.common import (
@@ -202,6 +203,35 @@ def _bench_codecs(
                 fg=typer.colors.YELLOW,
             )
         write_json(json_file, bench_codecs.as_json(size, rows, load))
+
+
+@app.command()
+def doctor(
+    codecs: Annotated[
+        str,
+        typer.Option(metavar="presets|all", help="Streams to try: the presets', or all codecs' too."),
+    ] = "presets",
+    ranks: Annotated[
+        int, typer.Option(min=0, help="Start so many processes and compress an all-gather between them; 0: none.")
+    ] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a call between ranks may take.")] = 30.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Look at everything that compression depends on, and try it: versions, machine, variables, kernels, streams.
+
+    Run it first where something does not work or is slow, and attach its JSON to a bug report. Under torchrun its ranks
+    check one another. The exit status is 1 if something is wrong; a warning is no error.
+    """
+    with failing_well():
+        check_writable(json_file)
+        seen = health.examine(codecs, ranks, timeout)
+        if seen.speaks:
+            health.show(seen, console(json_file))
+            write_json(json_file, seen.to_dict())
+        else:
+            typer.echo("".join(f"rank {os.environ['RANK']}: {error}\n" for error in seen.unheard), err=True, nl=False)
+    if seen.status == "error":
+        raise typer.Exit(1)
 
 
 def main() -> None:
