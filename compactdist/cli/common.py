@@ -37,6 +37,7 @@ __all__ = [
     "import_codecs",
     "parse_codecs",
     "parse_order",
+    "warn_if_busy",
     "write_json",
 ]
 
@@ -212,6 +213,19 @@ def write_json(file: Path | None, result: Any) -> None:
         file.write_text(text)
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror or error}") from None
+
+
+_BUSY = 1.5
+
+
+def warn_if_busy(load: float) -> None:
+    """Say on stderr where other work was on this machine before something was timed."""
+    if load > _BUSY:
+        typer.secho(
+            f"load average {load:.2f} before the run: other work shares this machine, do not trust the times",
+            err=True,
+            fg=typer.colors.YELLOW,
+        )
 
 
 @contextmanager

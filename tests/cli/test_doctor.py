@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from compactdist import _torch, codecs, kernels
-from compactdist.cli import app, doctor, ranks_check, streams_check, surroundings
+from compactdist.cli import ranks_check, streams_check, surroundings
 from compactdist.cli.findings import Finding
 from compactdist.config import Options
 from compactdist.presets import PRESETS
@@ -18,7 +20,7 @@ from compactdist.state import ResidualDecoder
 from tests.cli.kit import run, run_json
 from tests.launch import run_ranks
 
-health = __import__("compactdist.cli.doctor", fromlist=["examine"])
+health = importlib.import_module("compactdist.cli.doctor")  # the package has a command of that name
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +114,7 @@ def test_wrong_variables_are_errors(
         monkeypatch.setenv(name, value)
     result = run("doctor", "--ranks", 2, "--json", "-")
     assert result.exit_code == 1
-    document = __import__("json").loads(result.stdout)
+    document = json.loads(result.stdout)
     assert document["status"] == "error"
     assert [one["name"] for one in document["findings"] if one["status"] == "error"] == [wrong]
     assert says in found(document, wrong)["remedy"]
@@ -140,7 +142,7 @@ def test_versions_of_torch(monkeypatch: pytest.MonkeyPatch, version: tuple[int, 
     monkeypatch.setattr(_torch, "VERSION", version)
     result = run("doctor", "--json", "-")
     assert result.exit_code == (status == "error")
-    assert found(__import__("json").loads(result.stdout), "torch")["status"] == status
+    assert found(json.loads(result.stdout), "torch")["status"] == status
 
 
 @pytest.mark.usefixtures("no_streams")
@@ -213,9 +215,7 @@ def test_a_call_that_passes_through_is_a_warning_with_its_reason() -> None:
 
 def _launched(rank: int, size: int, differing: str) -> tuple[int, str, str]:
     torch.set_num_threads(1)
-    doctor_module = __import__("compactdist.cli.doctor", fromlist=["examine"])
-    doctor_module.check_streams = lambda *_: []
-    surroundings._load = lambda: 0.0
+    health.check_streams, surroundings._load = (lambda *_: []), (lambda: 0.0)  # in this process alone
     if rank == 1 and differing:
         name, _, value = differing.partition("=")
         os.environ[name] = value
@@ -269,5 +269,3 @@ def test_ranks_that_hold_different_bytes_are_an_error() -> None:
 def test_a_finding_is_its_line() -> None:
     assert str(Finding("a", "b", "c")) == "b: c"
     assert str(Finding("a", "b", "c", "error", "do d")) == "b: c; do d"
-    assert doctor is not None
-    assert app is not None
