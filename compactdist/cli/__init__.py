@@ -201,36 +201,41 @@ def _bench_codecs(
         write_json(json_file, bench_codecs.as_json(size, rows, load))
 
 
+_Trace = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A trace of what one rank sends, in place of --shape, --dtype and --sites."),
+]
+_Steps = Annotated[
+    int | None, typer.Option(min=2, help="Steps of a request; 28, or with --trace all that are recorded.")
+]
+_Op = Annotated[
+    str,
+    typer.Option(
+        help="all_gather, all_to_all, send, broadcast, ...: to how many ranks a message goes. A message is the input "
+        "of an all-gather, one chunk of an all-to-all."
+    ),
+]
+_Link = Annotated[str | None, typer.Option(help=f"100mbit, 1gbit, 10gbit, ..., or {', '.join(planning.LINKS)}.")]
+_Codecs = Annotated[
+    list[str] | None,
+    typer.Option(help="A codec beside the presets: id, or id:option=value,... May be repeated."),
+]
+
+
 @app.command()
 def plan(
     context: typer.Context,
-    trace: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A trace of what one rank sends, in place of --shape, --dtype and --sites."),
-    ] = None,
+    trace: _Trace = None,
     shape: Annotated[str, typer.Option(metavar="NxC", help="Rows x channels of one message.")] = "4096x3072",
     dtype: Annotated[str, typer.Option(help=f"{', '.join(bench_codecs.DTYPES)}.")] = "bfloat16",
     sites: Annotated[int, typer.Option(min=1, help="Messages of a step: layers x calls of each.")] = 1,
     ranks: Annotated[int, typer.Option(min=2, help="Ranks of the group.")] = 2,
-    steps: Annotated[
-        int | None, typer.Option(min=2, help="Steps of a request; 28, or with --trace all that are recorded.")
-    ] = None,
-    op: Annotated[
-        str,
-        typer.Option(
-            help="all_gather, all_to_all, send, broadcast, ...: to how many ranks a message goes. A message is the "
-            "input of an all-gather, one chunk of an all-to-all."
-        ),
-    ] = "all_gather",
-    link: Annotated[
-        str | None, typer.Option(help=f"100mbit, 1gbit, 10gbit, ..., or {', '.join(planning.LINKS)}.")
-    ] = None,
+    steps: _Steps = None,
+    op: _Op = "all_gather",
+    link: _Link = None,
     gbps: Annotated[float | None, typer.Option(help="Speed of the link in Gbit/s, instead of --link.")] = None,
     compute_ms: Annotated[float, typer.Option(min=0, help="What a step takes without communication.")] = 0.0,
-    codec: Annotated[
-        list[str] | None,
-        typer.Option(help="A codec beside the presets: id, or id:option=value,... May be repeated."),
-    ] = None,
+    codec: _Codecs = None,
     device: Annotated[str, typer.Option(help="Where encoding and decoding are measured: cpu or cuda.")] = "cpu",
     nmse_db: Annotated[
         float | None, typer.Option(help="Recommend nothing with a larger error, as -30; needs --trace.")

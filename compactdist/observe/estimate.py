@@ -83,8 +83,7 @@ def estimate(
     numels = [each.numel for each in cut((numel,), parts, None)]
     held = sum(encoders * state_nbytes(options.stream, one, dtype, sender=True) for one in numels)
     held += sum(decoders * state_nbytes(options.stream, one, dtype, sender=False) for one in numels)
-    stream = StreamState(options.stream, 0, "estimate")
-    codec = options.default_codec
+    stream, codec = StreamState(options.stream, 0, "estimate"), options.default_codec
     hints = [None if channels is None else replace(plain(one, groups, channels), hint=True) for one in numels]
     held += (encoders + decoders) * sum(codec.memory_nbytes(hint) for hint in hints if hint is not None)
     key, residual = (
