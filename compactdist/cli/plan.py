@@ -418,7 +418,8 @@ def show(case: Case, rows: Sequence[Row], advice: tuple[str | None, str], shown_
         ", ..." if len(case.messages) > 3 else ""
     )
     on = case.messages[0].tensors[0].device
-    machine = f"{torch.get_num_threads()} threads" if on.type == "cpu" else torch.cuda.get_device_name(on)
+    threads = torch.get_num_threads()
+    machine = f"{threads} thread{'s' * (threads > 1)}" if on.type == "cpu" else torch.cuda.get_device_name(on)
     compute = f"{1e3 * case.compute_s:g} ms of computing a step" if case.compute_s else "computing left out"
     table = fitting_table(
         _columns(rows),

@@ -32,7 +32,7 @@ _LARGEST_ERROR = 0.5
 _START_SECONDS = 30.0
 """What a process may take to import torch, on a busy machine, beside the timeout."""
 
-_TCP_STORE: Any = getattr(dist, "TCPStore")  # noqa: B009  mypy holds the name for private
+_FILE_STORE: Any = getattr(dist, "FileStore")  # noqa: B009  mypy holds the name for private
 _LAUNCHED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -142,10 +142,11 @@ def between_launched_ranks(timeout: float, own: Sequence[str]) -> dict[str, Any]
         dist.destroy_process_group()
 
 
-def work(rank: int, size: int, port: int, result: str, timeout: float) -> None:
+def work(rank: int, size: int, store_file: str, result: str, timeout: float) -> None:
     """What a process started by :func:`between_own_ranks` does."""
     torch.set_num_threads(1)
-    store = _TCP_STORE("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout))
+    store = _FILE_STORE(store_file, size)
+    store.set_timeout(timedelta(seconds=timeout))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     try:
         made = _among_ranks(timeout, [])
@@ -175,7 +176,6 @@ def between_own_ranks(size: int, timeout: float) -> dict[str, Any]:
     Returns:
         What the check gave; ``problem`` says what went wrong.
     """
-    store = _TCP_STORE("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     # torchrun's names must not lead the ranks elsewhere
     environment = {name: value for name, value in os.environ.items() if name not in (*_LAUNCHED_BY, "LOCAL_RANK")}
     with tempfile.TemporaryDirectory() as folder:
@@ -184,7 +184,7 @@ def between_own_ranks(size: int, timeout: float) -> dict[str, Any]:
         started = []
         try:
             for rank in range(size):
-                arguments = f"{rank}, {size}, {store.port}, {str(results[rank])!r}, {timeout!r}"
+                arguments = f"{rank}, {size}, {str(Path(folder) / 'store')!r}, {str(results[rank])!r}, {timeout!r}"
                 body = f"from compactdist.cli.ranks_check import work; work({arguments})"
                 with logs[rank].open("w") as log:
                     started.append(

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,24 @@ def test_the_table_fits_and_ends_with_what_to_take(monkeypatch: pytest.MonkeyPat
         assert "…" not in result.stdout
         assert ("pays below" in result.stdout.split("Of one rank")[0]) == spare
         assert "wrap(preset=" in " ".join(lines[-2:]) or "No compression pays" in " ".join(lines[-3:])
+
+
+@pytest.mark.usefixtures("timed")
+def test_bytes_on_the_page_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "changing", lambda frames, *_: [torch.zeros(1)] * frames)  # times are set anyway
+    page = (Path(__file__).parents[2] / "docs" / "tools.md").read_text()
+    command = "plan --shape 4096x3072 --sites 57 --steps 28 --link 1gbit --compute-ms 500"
+    assert f"    compactdist {command}\n" in page
+    printed = page.split("57 x [4096, 3072]")[1]
+    for row in run_json(*command.split(), "--json", "-")["rows"]:
+        step, request = row["residual_bytes"] / 1e6, row["request_bytes"] / 1e6
+        cells = [
+            row["name"],
+            plan._number(step),
+            plan._number(request),
+            f"{row['raw_bytes'] / row['residual_bytes']:.1f}",
+        ]
+        assert re.search(r"^ " + r" +".join(map(re.escape, [*cells, plan._number(1e3 * row["link_s"])])), printed, re.M)
 
 
 def test_digits() -> None:
