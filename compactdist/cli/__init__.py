@@ -305,8 +305,8 @@ def doctor(
             health.show(seen, console(json_file))
             write_json(json_file, seen.to_dict())
         else:
-            typer.echo("".join(f"rank {os.environ['RANK']}: {error}\n" for error in seen.unheard), err=True, nl=False)
-    if seen.status == "error":
+            health.tell_unheard(seen)
+    if seen.fails:
         raise typer.Exit(1)
 
 

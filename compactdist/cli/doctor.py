@@ -27,6 +27,9 @@ from compactdist.errors import CompactDistError, ConfigError
 
 __all__ = ["CODEC_CHOICES", "Examination", "examine", "show"]
 
+_GRACE_SECONDS = 3.0
+"""Ranks that do not meet give up at the same time, and torchrun ends all when the first of them fails."""
+
 CODEC_CHOICES = ("presets", "all")
 
 
@@ -65,6 +68,14 @@ class Examination:
     def unheard(self) -> list[str]:
         """Errors of a rank that the first rank, which did not meet it, cannot print."""
         return self.errors if self.ranks is None or "ranks" not in self.ranks else []
+
+    @property
+    def fails(self) -> bool:
+        """Whether this process ends with status 1.
+
+        torchrun kills all ranks when one fails, so a rank whose errors the first one prints leaves that to it.
+        """
+        return self.status == "error" and (self.speaks or bool(self.unheard))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -126,6 +137,15 @@ def _check_ranks(seen: Examination, launched: bool, ranks: int, timeout: float) 
         seen.findings.append(Finding("Ranks", "between ranks", told))
     if seen.ranks is not None:
         seen.findings += rank_findings(seen.ranks, int(os.environ.get("RANK", 0)))
+
+
+def tell_unheard(seen: Examination) -> None:
+    """On another rank than the first: print on stderr what the first cannot know, and let that print before we fail."""
+    for error in seen.unheard:
+        sys.stderr.write(f"rank {os.environ['RANK']}: {error}\n")
+    sys.stderr.flush()
+    if seen.unheard:
+        time.sleep(_GRACE_SECONDS)
 
 
 def show(seen: Examination, shown_on: Console) -> None:
