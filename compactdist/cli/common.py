@@ -22,6 +22,7 @@ from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.errors import CodecConfigError, CompactDistError, ConfigError, UnknownCodecError
 from compactdist.observe.trace import TraceError
+from compactdist.presets import refuse_as_codec
 from compactdist.state import Order
 
 __all__ = [
@@ -94,7 +95,14 @@ def import_codecs(modules: Sequence[str] | None) -> None:
 
 
 def parse_codecs(texts: Sequence[str] | None) -> dict[str, Codec]:
-    """Codecs by the text they were named with; all registered ones if none were."""
+    """Codecs by the text they were named with; all registered ones if none were.
+
+    Raises:
+        ConfigError: a preset is named.
+        UnknownCodecError, CodecConfigError: this is no codec.
+    """
+    for text in texts or ():
+        refuse_as_codec(text, "give --preset {}")
     return {text: codecs.get(text) for text in dict.fromkeys(texts or codecs.list())}
 
 

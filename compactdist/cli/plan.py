@@ -40,7 +40,7 @@ from compactdist.exchange.ops import patterns_by_op
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.estimate import estimate
 from compactdist.observe.trace import Trace
-from compactdist.presets import expand
+from compactdist.presets import expand, refuse_as_codec
 from compactdist.state import plain
 
 __all__ = [
@@ -223,6 +223,8 @@ def candidates(presets: Sequence[str], codecs: Sequence[str]) -> dict[str, tuple
     Raises:
         CompactDistError: there is no such preset or codec.
     """
+    for name in codecs:
+        refuse_as_codec(name, "leave it out, as every preset has a row")
     made = {name: (expand({"preset": name}), f"wrap(preset={name!r})") for name in presets}
     made |= {name: ({"codec": name}, f"wrap(codec={name!r})") for name in dict.fromkeys(codecs)}
     return {name: (Options(**settings, find_layout=False), how) for name, (settings, how) in made.items()}

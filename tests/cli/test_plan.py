@@ -245,6 +245,7 @@ def test_what_is_no_link(name: str) -> None:
         (("--link", "1gbit", "--dtype", "int8"), "bfloat16"),
         (("--link", "1gbit", "--shape", "64x64", "--op", "gather"), "all_gather"),
         (("--link", "1gbit", "--shape", "64x64", "--codec", "int5"), "int5"),
+        (("--link", "1gbit", "--shape", "64x64", "--codec", "small"), "every preset has a row"),
         (("--link", "1gbit", "--device", "tpu"), "cpu or cuda"),
         (("--link", "1gbit", "--trace", "TRACE", "--sites", 2), "--sites would change nothing"),
         (("--link", "1gbit", "--trace", "TRACE", "--steps", 5), "--steps 5 asks for more"),
