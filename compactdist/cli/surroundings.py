@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,7 +124,7 @@ def machine_findings() -> list[Finding]:
             if load > _BUSY * cores
             else "",
         ),
-        Finding(where, "CPU kernels", _instruction_sets()),
+        _kernels_finding(where),
     ]
     for number in range(torch.cuda.device_count()):
         of = torch.cuda.get_device_properties(number)
@@ -164,13 +165,26 @@ def _load() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
-def _instruction_sets() -> str:
-    if find_spec("numba") is None or find_spec("llvmlite") is None:
-        return "torch operations, as Numba is absent"
-    from compactdist.kernels.cpu.native import has_feature
-
+def _kernels_finding(where: str) -> Finding:
+    native = _native()
+    if native is None:
+        return Finding(where, "CPU kernels", "torch operations, as Numba is absent")
+    if isinstance(native, Exception):
+        told = f"cannot be loaded: {type(native).__name__}: {native}"
+        return Finding(where, "CPU kernels", told, "error", "install numba and llvmlite anew, in versions that fit")
     known = _ARM_SETS if platform.machine().lower() in ("aarch64", "arm64") else _INSTRUCTION_SETS
-    return "compiled for " + (", ".join(name for name in known if has_feature(name)) or "the plain processor")
+    used = ", ".join(name for name in known if native.has_feature(name))
+    return Finding(where, "CPU kernels", f"compiled for {used or 'the plain processor'}")
+
+
+def _native() -> Any:
+    """The module that loads compiled kernels; ``None`` without Numba; the exception that importing it raises."""
+    if find_spec("numba") is None or find_spec("llvmlite") is None:
+        return None
+    try:
+        return import_module("compactdist.kernels.cpu.native")
+    except Exception as error:  # an installation that does not fit raises anything
+        return error
 
 
 def _nccl() -> str:
@@ -235,8 +249,11 @@ def cache_findings(before: int, seconds: float) -> list[Finding]:
         seconds: what checking the streams took.
     """
     where, found = "Compiled kernels", []
-    if find_spec("numba") is None:
-        return [Finding(where, "CPU", "none, as Numba is absent")]
+    native = _native()
+    if native is None or isinstance(native, Exception):
+        return [
+            Finding(where, "CPU", "none, as Numba is absent" if native is None else "none, as they cannot be loaded")
+        ]
     place, made = _cache(), compiled_kernels() - before
     if place is None:
         chosen = os.environ.get("NUMBA_CACHE_DIR")
@@ -261,8 +278,5 @@ def cache_findings(before: int, seconds: float) -> list[Finding]:
 
 
 def _cache() -> Path | None:
-    if find_spec("numba") is None or find_spec("llvmlite") is None:
-        return None
-    from compactdist.kernels.cpu.native import folder
-
-    return folder()
+    native = _native()
+    return None if native is None or isinstance(native, Exception) else native.folder()

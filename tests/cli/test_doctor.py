@@ -163,6 +163,21 @@ def test_what_makes_it_slow_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "NUMBA_CACHE_DIR" in cache.remedy
 
 
+@pytest.mark.usefixtures("no_streams")
+def test_a_numba_that_cannot_be_loaded_is_an_error_and_the_rest_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise OSError("libllvmlite.so: cannot open shared object file")
+
+    monkeypatch.setattr(surroundings, "import_module", broken)
+    result = run("doctor", "--json", "-")
+    document = json.loads(result.stdout)
+    assert result.exit_code == 1
+    wrong = [one["name"] for one in document["findings"] if one["status"] == "error"]
+    assert wrong == ["CPU kernels"]
+    assert "libllvmlite.so" in found(document, "CPU kernels")["value"]
+    assert document["fingerprint"]
+
+
 def test_a_cold_cache_is_told_from_a_warm_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(surroundings, "_cache", lambda: tmp_path)
     (tmp_path / "a.o").write_bytes(b"")
