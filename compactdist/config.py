@@ -145,10 +145,7 @@ class Options:
         if self.state_budget_bytes is not None:
             _whole("state_budget_bytes", self.state_budget_bytes)
         self._check_offload()
-        if isinstance(self.layouts, Mapping) and not all(isinstance(v, Layout) for v in self.layouts.values()):
-            raise ConfigError("layouts maps key globs to compactdist.Layout objects")
-        if self.layouts is not None and not isinstance(self.layouts, Mapping) and not callable(self.layouts):
-            raise ConfigError("layouts is a mapping from key globs to Layout, or a function of CallInfo")
+        _check_layouts(self.layouts)
         checked = StreamConfig(
             self.order,
             self.damping,
@@ -291,6 +288,17 @@ def _switch(name: str, value: object) -> None:
     """Refuse what is no bool: ``find_layout="no"`` would be on."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} is True or False, got {value!r}")
+
+
+def _check_layouts(layouts: object) -> None:
+    hints = list(layouts.values()) if isinstance(layouts, Mapping) else []
+    wrong = next((hint for hint in hints if not isinstance(hint, Layout)), None)
+    if wrong is None and (layouts is None or isinstance(layouts, Mapping) or callable(layouts)):
+        return
+    raise ConfigError(
+        "layouts maps key globs to Layouts, as {'*kv*': Layout('(n c) -> 1 n c', c=64)}, or is a function of CallInfo; "
+        f"got {layouts!r}"
+    )
 
 
 def _keyframe(keyframe: object) -> Codec | None:

@@ -14,7 +14,7 @@ from typing import Any
 from compactdist.errors import ConfigError
 from compactdist.state import STEERED, Order
 
-__all__ = ["PRESETS", "Preset", "expand", "settled", "with_steered_codec"]
+__all__ = ["PRESETS", "Preset", "expand", "refuse_as_codec", "settled", "with_steered_codec"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,20 @@ def expand(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**asdict(PRESETS[name]), **others}
 
 
+def refuse_as_codec(codec: object, remedy: str = "give preset={!r}") -> None:
+    """Refuse a preset's name where a codec is asked for.
+
+    Args:
+        codec: what was given.
+        remedy: what to do, with a place for the name.
+
+    Raises:
+        ConfigError: it is the name of a preset.
+    """
+    if isinstance(codec, str) and codec in PRESETS:
+        raise ConfigError(f"{codec!r} is a preset, not a codec: {remedy.format(codec)}")
+
+
 def with_steered_codec(options: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
     """Options with a codec of several rates where there is a target, and nothing but a preset named a codec.
 
@@ -88,6 +102,8 @@ def settled(environment: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     """The options of a group, presets expanded: an argument of ``wrap`` or of its preset overrides the environment.
 
     Raises:
-        ConfigError: no such preset.
+        ConfigError: no such preset, or one in the codec's place.
     """
-    return with_steered_codec({**expand(environment), **expand(given)}, {**environment, **given})
+    settings = with_steered_codec({**expand(environment), **expand(given)}, {**environment, **given})
+    refuse_as_codec(settings.get("codec"))
+    return settings

@@ -1,8 +1,9 @@
-"""The command line: ``compactdist demo``, ``evaluate`` and ``bench codecs``."""
+"""The command line: ``compactdist demo``, ``evaluate``, ``bench codecs``, ``plan`` and ``doctor``."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -10,7 +11,9 @@ import typer
 
 from compactdist import __version__
 from compactdist.cli import bench_codecs, subjects
+from compactdist.cli import doctor as health
 from compactdist.cli import evaluate as evaluation
+from compactdist.cli import plan as planning
 from compactdist.cli.baselines import play_baselines
 from compactdist.cli.common import (
     Imports,
@@ -22,6 +25,7 @@ from compactdist.cli.common import (
     import_codecs,
     parse_codecs,
     parse_order,
+    warn_if_busy,
     write_json,
 )
 from compactdist.cli.demo import run_demo
@@ -41,8 +45,6 @@ app = typer.Typer(
 
 bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-
-_BUSY = 1.5
 
 _State = Annotated[str, typer.Option(help=f"What both ends keep of the last tensor: {', '.join(STATE_FORMS)}.")]
 
@@ -195,13 +197,117 @@ def _bench_codecs(
             budget = 40 / len(names)
             rows += bench_codecs.measure(everything, size, bench_codecs.DTYPES[name], rounds, budget)
         bench_codecs.show(size, rows, console(json_file))
-        if load > _BUSY:
-            typer.secho(
-                f"load average {load:.2f} before the run: other work shares this machine, do not trust the times",
-                err=True,
-                fg=typer.colors.YELLOW,
-            )
+        warn_if_busy(load)
         write_json(json_file, bench_codecs.as_json(size, rows, load))
+
+
+_Trace = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A trace of what one rank sends, in place of --shape, --dtype and --sites."),
+]
+_Steps = Annotated[
+    int | None, typer.Option(min=2, help="Steps of a request; 28, or with --trace all that are recorded.")
+]
+_Op = Annotated[
+    str,
+    typer.Option(
+        help="all_gather, all_to_all, send, broadcast, ...: to how many ranks a message goes. A message is the input "
+        "of an all-gather, one chunk of an all-to-all."
+    ),
+]
+_Link = Annotated[str | None, typer.Option(help=f"100mbit, 1gbit, 10gbit, ..., or {', '.join(planning.LINKS)}.")]
+_Codecs = Annotated[
+    list[str] | None,
+    typer.Option(help="A codec beside the presets: id, or id:option=value,... May be repeated."),
+]
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    trace: _Trace = None,
+    shape: Annotated[str, typer.Option(metavar="NxC", help="Rows x channels of one message.")] = "4096x3072",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(bench_codecs.DTYPES)}.")] = "bfloat16",
+    sites: Annotated[int, typer.Option(min=1, help="Messages of a step: layers x calls of each.")] = 1,
+    ranks: Annotated[int, typer.Option(min=2, help="Ranks of the group.")] = 2,
+    steps: _Steps = None,
+    op: _Op = "all_gather",
+    link: _Link = None,
+    gbps: Annotated[float | None, typer.Option(help="Speed of the link in Gbit/s, instead of --link.")] = None,
+    compute_ms: Annotated[float, typer.Option(min=0, help="What a step takes without communication.")] = 0.0,
+    codec: _Codecs = None,
+    device: Annotated[str, typer.Option(help="Where encoding and decoding are measured: cpu or cuda.")] = "cpu",
+    nmse_db: Annotated[
+        float | None, typer.Option(help="Recommend nothing with a larger error, as -30; needs --trace.")
+    ] = None,
+    modules: Imports = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Say what to choose for a model's messages on a link: bytes, time and memory of each preset, and which pays.
+
+    Times of codecs are measured here, bytes and the link are arithmetic; with a trace errors are measured on it.
+    """
+    with failing_well():
+        check_writable(json_file)
+        import_codecs(modules)
+        named, speed = planning.link_of(link, gbps)
+        place = planning.device_of(device)
+        if nmse_db is not None and trace is None:
+            raise ConfigError(f"--nmse-db {nmse_db:g} needs --trace FILE, on which errors are measured")
+        opened = None if trace is None else Trace(trace)
+        if opened is None:
+            messages, total = planning.of_numbers(shape, dtype, sites, place), steps or 28
+        else:
+            _refuse_beside(context, ("shape", "dtype", "sites"), "--trace, which has its own")
+            messages, total = planning.of_trace(opened, steps, place)
+        case = planning.Case(messages, op, ranks, total, named, speed, 1e-3 * compute_ms, opened, steps)
+        load = os.getloadavg()[0]
+        rows = planning.plan(case, planning.candidates(list(PRESETS), codec or ()))
+        advice = planning.recommend(rows, nmse_db)
+        planning.show(case, rows, advice, console(json_file))
+        warn_if_busy(load)
+        write_json(json_file, planning.as_json(case, rows, advice, load))
+
+
+def _refuse_beside(context: typer.Context, names: Sequence[str], other: str) -> None:
+    """Refuse options that would change nothing beside another.
+
+    Raises:
+        ConfigError: one is given.
+    """
+    given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        options = ", ".join(f"--{name}" for name in given)
+        raise ConfigError(f"{options} would change nothing beside {other}: leave out one of them")
+
+
+@app.command()
+def doctor(
+    codecs: Annotated[
+        str,
+        typer.Option(metavar="presets|all", help="Streams to try: the presets', or all codecs' too."),
+    ] = "presets",
+    ranks: Annotated[
+        int, typer.Option(min=0, help="Start so many processes and compress an all-gather between them; 0: none.")
+    ] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a call between ranks may take.")] = 30.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Look at everything that compression depends on, and try it: versions, machine, variables, kernels, streams.
+
+    Run it first where something does not work or is slow, and attach its JSON to a bug report. Under torchrun its ranks
+    check one another. The exit status is 1 if something is wrong; a warning is no error.
+    """
+    with failing_well():
+        check_writable(json_file)
+        seen = health.examine(codecs, ranks, timeout)
+        if seen.speaks:
+            health.show(seen, console(json_file))
+            write_json(json_file, seen.to_dict())
+        else:
+            health.tell_unheard(seen)
+    if seen.fails:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.errors import CodecConfigError, CompactDistError, ConfigError, UnknownCodecError
 from compactdist.observe.trace import TraceError
+from compactdist.presets import refuse_as_codec
 from compactdist.state import Order
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "import_codecs",
     "parse_codecs",
     "parse_order",
+    "warn_if_busy",
     "write_json",
 ]
 
@@ -93,7 +95,14 @@ def import_codecs(modules: Sequence[str] | None) -> None:
 
 
 def parse_codecs(texts: Sequence[str] | None) -> dict[str, Codec]:
-    """Codecs by the text they were named with; all registered ones if none were."""
+    """Codecs by the text they were named with; all registered ones if none were.
+
+    Raises:
+        ConfigError: a preset is named.
+        UnknownCodecError, CodecConfigError: this is no codec.
+    """
+    for text in texts or ():
+        refuse_as_codec(text, "give --preset {}")
     return {text: codecs.get(text) for text in dict.fromkeys(texts or codecs.list())}
 
 
@@ -212,6 +221,19 @@ def write_json(file: Path | None, result: Any) -> None:
         file.write_text(text)
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror or error}") from None
+
+
+_BUSY = 1.5
+
+
+def warn_if_busy(load: float) -> None:
+    """Say on stderr where other work was on this machine before something was timed."""
+    if load > _BUSY:
+        typer.secho(
+            f"load average {load:.2f} before the run: other work shares this machine, do not trust the times",
+            err=True,
+            fg=typer.colors.YELLOW,
+        )
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def get(codec: str | Mapping[str, Any] | Codec, **config: Any) -> Codec:
         if twice:
             raise CodecConfigError(f"given both with the codec and as an argument: {', '.join(twice)}")
         return _find(codec["id"]).from_config({**options, **config})
-    raise CodecConfigError(f"a codec is an id, a dict or a Codec, got {type(codec).__name__}")
+    raise CodecConfigError(f"a codec is an id, a dict or a Codec, as 'int4' or 'int4:scales=block', got {codec!r}")
 
 
 def _parse(text: str) -> dict[str, Any]:

@@ -414,10 +414,11 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         sites: int = 1,
         steps: int | None = None,
         channels: int | None = None,
+        groups: int = 1,
     ) -> Estimate:
         """State memory and traffic before running; see :func:`compactdist.observe.estimate.estimate`."""
-        size = self._engine.size
-        return estimate(self.options, size, numel, op=op, dtype=dtype, sites=sites, steps=steps, channels=channels)
+        view: dict[str, Any] = {"channels": channels, "groups": groups}
+        return estimate(self.options, self._engine.size, numel, op=op, dtype=dtype, sites=sites, steps=steps, **view)
 
     def _warn_no_step(self, op: str) -> None:
         _log.warning(

@@ -50,6 +50,7 @@ def estimate(
     sites: int = 1,
     steps: int | None = None,
     channels: int | None = None,
+    groups: int = 1,
 ) -> Estimate:
     """Estimate state memory and traffic of ``sites`` equal call sites.
 
@@ -63,15 +64,16 @@ def estimate(
         steps: steps of a request, for ``request_ratio``.
         channels: of a row of the tensors, which a layout hint says; without it, sizes are those without a hint, and the
             memory of a codec that learns (``transform``) is left out.
+        groups: matrices of such rows that a tensor consists of, as the hint says, for instance 2 for keys and values.
 
     Raises:
         ConfigError: an unknown op or a number below 1.
-        LayoutError: ``numel`` does not divide by ``channels``.
+        LayoutError: ``numel`` does not divide by ``channels * groups``.
     """
     patterns = patterns_by_op()
     if op not in patterns:
         raise ConfigError(f"op is one of {', '.join(patterns)}, got {op!r}")
-    counts = {"world_size": world_size, "numel": numel, "sites": sites}
+    counts = {"world_size": world_size, "numel": numel, "sites": sites, "groups": groups}
     counts |= {name: n for name, n in (("steps", steps), ("channels", channels)) if n is not None}
     wrong = {name: n for name, n in counts.items() if not isinstance(n, int) or n < 1}
     if wrong:
@@ -81,9 +83,8 @@ def estimate(
     numels = [each.numel for each in cut((numel,), parts, None)]
     held = sum(encoders * state_nbytes(options.stream, one, dtype, sender=True) for one in numels)
     held += sum(decoders * state_nbytes(options.stream, one, dtype, sender=False) for one in numels)
-    stream = StreamState(options.stream, 0, "estimate")
-    codec = options.default_codec
-    hints = [None if channels is None else replace(plain(one, 1, channels), hint=True) for one in numels]
+    stream, codec = StreamState(options.stream, 0, "estimate"), options.default_codec
+    hints = [None if channels is None else replace(plain(one, groups, channels), hint=True) for one in numels]
     held += (encoders + decoders) * sum(codec.memory_nbytes(hint) for hint in hints if hint is not None)
     key, residual = (
         links * sites * sum(

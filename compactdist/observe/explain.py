@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compactdist.observe.stats import PassReason, SiteStats, Stats
+from compactdist.policy import Rules
 
 if TYPE_CHECKING:
     from compactdist.group.lifecycle import GroupLifecycle
@@ -157,6 +159,28 @@ def _waited(group: GroupLifecycle, sites: Sequence[SiteStats]) -> _Lines:
     return [f"mode='predict-now' is for all_gather; these waited for what arrived: {', '.join(others)}"]
 
 
+def _unmet(group: GroupLifecycle, sites: Sequence[SiteStats]) -> _Lines:
+    """Rules and layout hints for keys that no call site has: a misspelt one would have no effect without a word.
+
+    Nothing is said once records were merged, or receives passed through, of which no record holds the key.
+    """
+    keys = [site.key for site in sites]
+    hidden = any(key.startswith("(") for key in keys) or any(
+        op == "recv" for op, _ in group._engine.stats.passed_table()
+    )
+    if not keys or hidden:
+        return []
+    options = group.options
+    rules = options.policy_function.rules if isinstance(options.policy_function, Rules) else ()
+    globs = [("a rule of the policy", rule.key) for rule in rules]
+    globs += [("a layout hint", glob) for glob in options.layouts or ()] if isinstance(options.layouts, Mapping) else []
+    return [
+        f"{what} is for key={glob!r}, which no call site counted here has; with dist.key('...') names them"
+        for what, glob in dict.fromkeys(globs)
+        if not any(fnmatch.fnmatchcase(key, glob) for key in keys)
+    ]
+
+
 def explain(group: GroupLifecycle) -> str:
     """Per call site: calls, codec, bytes, ratio, error; then why calls passed through; then totals.
 
@@ -176,7 +200,7 @@ def explain(group: GroupLifecycle) -> str:
     lines = _wrapped(texts[0], width)
     if sites:
         lines += _table(sites, width)
-    texts = [*_large_residuals(sites), *_waited(group, sites)]
+    texts = [*_large_residuals(sites), *_waited(group, sites), *_unmet(group, sites)]
     if stats.passed_reasons:
         texts += ["passed through:", *_passed(group)]
     if stats.target is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compactdist import codecs
 from compactdist.codecs import Codec
-from compactdist.errors import CodecConfigError, FrameError
+from compactdist.errors import CodecConfigError, ConfigError, FrameError
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Order
@@ -103,10 +103,12 @@ class ResidualEncoder:
 
         Raises:
             CodecConfigError: the codec does not take this dtype or these weights.
-            ConfigError: ``x`` has more than eight dimensions.
+            ConfigError: ``x`` is no tensor, or has more than eight dimensions.
             LayoutError: ``layout`` does not describe a tensor of this size.
             NonFiniteError: ``x`` holds NaN or Inf and a residual is to be sent; nothing has changed.
         """
+        if not isinstance(x, Tensor):
+            raise ConfigError(f"{_WHERE}: encode() takes a tensor, got {type(x).__name__}")
         if x.dtype not in COMPRESSIBLE_DTYPES and not self.codec.lossless:
             raise CodecConfigError(f"codec {self.codec.codec_id} takes float32, float16 or bfloat16, got {x.dtype}")
         if row_weights is not None and not self.codec.takes_row_weights:

@@ -262,6 +262,7 @@ def test_unfit_files_are_refused(tmp_path: Path) -> None:
         ("int4:nonsense=64", "no option 'nonsense'"),
         ("int4:nonsense", "option=value"),
         ('{"id": "int4"}', "option=value"),
+        ("balanced", "'balanced' is a preset, not a codec: give --preset balanced"),
     ],
 )
 def test_wrong_codecs_are_refused_before_anything_is_played(tmp_path: Path, codec: str, says: str) -> None:

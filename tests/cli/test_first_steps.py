@@ -37,7 +37,9 @@ def widest(text: str) -> int:
     return max(map(len, text.splitlines()))
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["evaluate"], ["bench"], ["bench", "codecs"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["evaluate"], ["bench"], ["bench", "codecs"], ["plan"], ["doctor"]], ids=" ".join
+)
 def test_h_is_help(command: list[str]) -> None:
     short, long = run(*command, "-h"), run(*command, "--help")
     assert short.exit_code == 0
@@ -84,6 +86,8 @@ def test_a_file_that_cannot_be_written_is_one_line_and_status_2(tmp_path: Path, 
     commands: dict[str, list[Any]] = {
         "evaluate": ["evaluate", path, "--json", target],
         "bench": ["bench", "codecs", "--json", target],
+        "plan": ["plan", "--link", "1gbit", "--json", target],
+        "doctor": ["doctor", "--json", target],
         "demo": ["demo", "--out", tmp_path / "out", "--json", target],
     }
     if bad != ".":

@@ -117,7 +117,8 @@ def test_fingerprint_is_for_ever():
         ("plugin:level=3", {"level": 3}, "both"),
         ('{"id": "int4"}', {}, "write 'id:option=value"),
         (codecs.Raw(), {"level": 3}, "configured already"),
-        (None, {}, "NoneType"),
+        (None, {}, "as 'int4' or 'int4:scales=block', got None"),
+        (2, {}, "got 2"),
         (codecs.Raw, {}, "a codec is an id, a dict or a Codec"),
     ],
 )

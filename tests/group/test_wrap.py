@@ -40,7 +40,7 @@ def test_before_init():
     ("settings", "error", "said"),
     [
         ({"codec": "int3.5"}, UnknownCodecError, "int3.5"),
-        ({"codec": 7}, ValueError, "got int"),
+        ({"codec": 7}, ValueError, "as 'int4'.* got 7"),
         ({"warmup_steps": -1}, ConfigError, "warmup_steps"),
         ({"warm_up": 1}, ConfigError, "warm_up"),
         ({"order": 9}, ConfigError, "order"),
@@ -49,6 +49,9 @@ def test_before_init():
         ({"min_numel": 2.5}, ConfigError, "min_numel"),
         ({"state_budget_bytes": -1}, ConfigError, "state_budget_bytes"),
         ({"layouts": {"*": 3}}, ConfigError, "layouts"),
+        ({"layouts": {"*": "(n c) -> 1 n c"}}, ConfigError, r"Layout\('\(n c\).* got \{'\*': '\(n c\)"),
+        ({"layouts": 3}, ConfigError, "layouts .* got 3"),
+        ({"codec": "small"}, ConfigError, "'small' is a preset, not a codec: give preset='small'"),
         ({"policy": [1]}, ConfigError, "policy"),
         ({"policy": compactdist.Rule("pass", op="gather")}, ConfigError, "a rule's op is one of"),
         ({"options": compactdist.Options(), "order": 2}, ConfigError, "not both"),

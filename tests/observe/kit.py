@@ -18,4 +18,5 @@ def shown(stats: GroupStats) -> str:
     store, chooser = SimpleNamespace(budget_bytes=None, offload=None), SimpleNamespace(min_numel=1024, mode="wait")
     engine = SimpleNamespace(stats=stats, store=store, chooser=chooser)
     keys = SimpleNamespace(step=3, epoch=1)
-    return explain(Group(_engine=engine, _keys=keys, stats=lambda: stats.snapshot({})))  # type: ignore[arg-type]
+    options = SimpleNamespace(policy_function=None, layouts=None)
+    return explain(Group(options=options, _engine=engine, _keys=keys, stats=lambda: stats.snapshot({})))  # type: ignore[arg-type]

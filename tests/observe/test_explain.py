@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed
 
+from compactdist import Layout, Rule
 from compactdist.observe.stats import GroupStats, PassReason
 from tests.group.lifecycle.kit import gather, tensor, wrap
 from tests.launch import run_ranks
@@ -119,3 +120,28 @@ def test_columns_that_would_be_empty_are_left_out() -> None:
     assert units.split() == ["raw", "wire", "state"]
     assert heads.split() == ["site", "codec", "calls", "key", "kB", "B", "ratio", "bits", "B"]
     assert row.split() == ["all_gather#0", "int4", "1", "0", "4.10", "600", "6.83", "4.69", "0"]
+
+
+def test_rules_and_hints_for_keys_that_no_site_has_are_named() -> None:
+    """A misspelt key would have no effect without a word."""
+
+    def body(rank: int, size: int) -> list[str]:
+        rules = [Rule("int8", key="*attn*"), Rule("pass", key="*norm*"), Rule("int2", key="*kvv*"), Rule("int4")]
+        layouts = {"*kv*": Layout("(n c) -> 1 n c", c=64), "*vk*": Layout("(n c) -> 1 n c", c=64)}
+        texts = []
+        with wrap(policy=rules, layouts=layouts) as dist:
+            texts.append(dist.explain())  # nothing has been called
+            for name in ("layer3.attn.kv", "layer3.norm"):
+                with dist.step(), dist.key(name):
+                    gather(dist, tensor(rank))
+            texts.append(dist.explain())
+            dist.reset("layer3.attn.kv")  # its record is merged, and its key gone
+            texts.append(dist.explain())
+        return [" ".join(text.split()) for text in texts]
+
+    for before, after, merged in run_ranks(body, 2, timeout=40):
+        assert "is for key" not in before
+        assert "a rule of the policy is for key='*kvv*', which no call site counted here has" in after
+        assert "a layout hint is for key='*vk*', which no call site counted here has" in after
+        assert after.count("is for key") == 2
+        assert "is for key" not in merged

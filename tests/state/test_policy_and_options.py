@@ -7,6 +7,7 @@ import torch
 
 from compactdist import CallInfo, Layout, Options, Rule, Rules, codecs
 from compactdist.errors import CodecConfigError, ConfigError, UnknownCodecError
+from compactdist.state import ResidualEncoder
 
 
 def call(key="cond/blocks.3.attn/all_gather#0", op="all_gather", dtype=torch.bfloat16, numel=4096, step=5):
@@ -177,3 +178,9 @@ def test_layout_hints_by_glob_and_by_function():
     assert Options(layouts={"kv": first}).layout_function(call(key="q")) is None
     assert Options(layouts=keep_all).layout_function is keep_all
     assert Options().layout_function is None
+
+
+@pytest.mark.parametrize("x", [[1.0, 2.0], None, 3])
+def test_what_is_no_tensor_is_refused_by_a_stand_alone_stream(x):
+    with pytest.raises(ConfigError, match=rf"encode\(\) takes a tensor, got {type(x).__name__}"):
+        ResidualEncoder("int4").encode(x)
