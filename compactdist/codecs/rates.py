@@ -104,7 +104,8 @@ class Rates(Codec):
         return self._first.decode(payload, shape, dtype)
 
     def open(self, view: MatrixView, dtype: torch.dtype, device: torch.device) -> Session:
-        return RatesSession(self, view, dtype, device)
+        learns = isinstance(self.at(self.start_rate), Transform)
+        return (LearningRatesSession if learns else RatesSession)(self, view, dtype, device)
 
 
 def _check_kinds(rungs: Sequence[Codec]) -> None:
@@ -139,11 +140,9 @@ def _check_order(rungs: Sequence[Codec]) -> None:
 
 
 class RatesSession(Session):
-    """One end of a stream at the rate in use. What a transform has learnt outlives a change of the rate."""
+    """One end of a stream at the rate in use."""
 
     __slots__ = ("_inner", "_opened")
-
-    remembers = prepares = True
 
     codec: Rates
 
@@ -203,3 +202,11 @@ class RatesSession(Session):
     @property
     def held_bytes(self) -> int:
         return self._inner.held_bytes
+
+
+class LearningRatesSession(RatesSession):
+    """One whose rungs are transforms; what they have learnt outlives a change of the rate."""
+
+    __slots__ = ()
+
+    remembers = prepares = True

@@ -146,6 +146,7 @@ class Engine:
         ledger: finds room for the sites whose bytes all ranks know; ``None``: no rank has a budget.
         lock: held while a call is encoded and handed to the inner group.
         outbox: sends whose works were dropped.
+        late_reads: how often a call waited for what a frame had announced that a device looked at.
         arrivals: frames that were received and may be passed on.
         late: exchanges whose calls were answered with a prediction.
         tap: called as ``tap(call, peer, tensor, view)`` right before a tensor is encoded or passed on. ``peer`` is the
@@ -169,6 +170,7 @@ class Engine:
     lock: threading.RLock = field(default_factory=threading.RLock)
     outbox: Outbox = field(default_factory=Outbox)
     tap: Tap | None = None
+    late_reads: int = 0
     arrivals: Arrivals = field(init=False)
     late: Late = field(init=False)
 
@@ -197,7 +199,7 @@ class Engine:
         if self.late.used:
             self.late.look_at(call.site)
         if site.changes.unread and not call.captured:  # it waits, and such codecs are not captured
-            site.changes.read()
+            self.late_reads += site.changes.read()
         known: CallPlan | None = site.plan
         plan = known
         if (

@@ -368,7 +368,11 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         with self._engine.lock:
             self._engine.samples.read()
         made = self._engine.stats.snapshot(self._engine.state_bytes(), store.rates(), store.offloaded_bytes())
-        return made if store.control is None else replace(made, target=store.control.met().to_dict())
+        made = replace(made, late_reads=self._engine.late_reads, late_preparations=store.unprepared.late)
+        control = store.control
+        if control is None:
+            return made
+        return replace(made, target=control.met().to_dict(), late_reads=made.late_reads + control.late)
 
     def check(self) -> None:
         """Make sure that both ends of every stream hold the same history, to the bit. Collective.
@@ -400,6 +404,10 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         with self._engine.lock:
             self._engine.samples.read()  # errors of calls before this one must not count after it
         self._engine.stats.clear()
+        store = self._engine.store
+        self._engine.late_reads = store.unprepared.late = 0
+        if store.control is not None:
+            store.control.late = 0
 
     def explain(self) -> str:
         """A table: per call site what was sent, with which codec, how wrong, and why calls passed through."""

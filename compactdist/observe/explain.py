@@ -114,6 +114,8 @@ def _totals(stats: Stats, budget: int | None, offloads: bool) -> str:
         + (" that may stay on the device" if offloads else "")
         + (f", {stats.evictions} evictions" if stats.evictions else "")
         + (f", {stats.offloaded_bytes} bytes in host memory, {stats.offloads} offloads" if stats.offloads else "")
+        + (f", {stats.late_reads} late reads of what a GPU had measured" if stats.late_reads else "")
+        + (f", {stats.late_preparations} late preparations" if stats.late_preparations else "")
     )
 
 

@@ -219,6 +219,10 @@ class Stats:
         evictions: how often a site lost its history to make room for another.
         offloaded_bytes: bytes of histories and the codecs' memory that lie in host memory now (``state_offload``).
         offloads: how often a site's state was taken to host memory to make room for another.
+        late_reads: how often a call waited for what a GPU had measured, or seen announced, in an earlier one
+            (``target=``, and codecs of several rates): the host was further ahead than a step.
+        late_preparations: how often a codec that learns (``transform``) had to do so while a frame was made or decoded,
+            as the group had waited for no message since the site's frame before.
     """
 
     raw_bytes: int
@@ -237,6 +241,8 @@ class Stats:
     evictions: int = 0
     offloaded_bytes: int = 0
     offloads: int = 0
+    late_reads: int = 0
+    late_preparations: int = 0
 
     @property
     def ratio(self) -> float:

@@ -427,20 +427,25 @@ class StreamDecoder(StreamState):
         self._announced = announced(frames)
         self._changes.unread.append(self)
 
-    def read_announcement(self) -> None:
+    def read_announcement(self) -> bool:
         """Do what the last frame announced, which a device has checked.
 
         It waits for that device, which has had the time from one frame to the next.
+
+        Returns:
+            Whether that time was too short.
         """
         asked, self._announced = self._announced, None
         if asked is None:
-            return
+            return False
+        late = not asked.is_there
         accepted, rate, keyframe = asked.read()
         if not accepted:  # nobody knows how large the next frame is
             self.missed = True
             self._changes.count += 1
         else:
             self.obey(int(rate), bool(keyframe))
+        return late
 
     def drop(self) -> None:
         """Forget the history: the next frame is a keyframe."""

@@ -26,6 +26,11 @@ class HostCopy:
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(values.device))
 
+    @property
+    def is_there(self) -> bool:
+        """Whether :meth:`read` would not wait."""
+        return self._copied is None or self._copied.query()
+
     def read(self) -> list[float]:
         """The values; waits for the device if it has not come so far."""
         if self._copied is not None:

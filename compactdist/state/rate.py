@@ -224,7 +224,7 @@ class StreamRate:
         self.sums = _Sums()
         self._recent_error = self._recent_energy = 0.0
         if before is not None:
-            before.catch_up()
+            before.catch_up(asked=True)
             self._told = (*before.changes, *before._told[len(before.changes) :])
             self._loss, self._seen = list(before._loss), set(before._seen)
 
@@ -360,11 +360,15 @@ class StreamRate:
                 self._learn(measured, self.rate)
         self.rate = next_rate or self.rate
 
-    def catch_up(self, besides: Hashable = None) -> None:
-        """Learn what was measured on a device, of frames of other steps than ``besides``."""
+    def catch_up(self, besides: Hashable = None, *, asked: bool = False) -> None:
+        """Learn what was measured on a device, of frames of other steps than ``besides``.
+
+        ``asked``: somebody wants to know now, and waits. Otherwise what has not come so far is late.
+        """
         with self._catching_up:  # whoever asks what was met may come while a request ends in another thread
             while self._awaited and (besides is None or self._awaited[0][0] != besides):
                 _, copy, rate = self._awaited.pop(0)
+                self._control.late += not (asked or copy.is_there)
                 measured = Measured(*copy.read())
                 if math.isfinite(measured.energy + measured.residual + measured.error):
                     self._learn(measured, rate)
@@ -405,6 +409,7 @@ class RateControl:
     Attributes:
         target: what they are chosen for.
         at: epoch and step of the last frame; ``None`` before the first.
+        late: how often the host waited in a call for what a device had measured in an earlier one.
     """
 
     target: Target
@@ -414,6 +419,7 @@ class RateControl:
     _forgotten: _Sums = field(default_factory=_Sums)
     """Of streams that were let go, as those of a request that has ended: what they sent was sent all the same."""
     at: Hashable = None
+    late: int = 0
     _steps: int = 0
     _under_way: bool = False
     _over: float = 0.0
@@ -500,13 +506,13 @@ class RateControl:
         for key in list(self._streams):
             if key[0] == prefix or key[0].startswith(prefix + "/"):
                 ended = self._ended[_without_request(key)] = self._streams.pop(key)
-                ended.catch_up()
+                ended.catch_up(asked=True)
                 self._forgotten += ended.sums
 
     def met(self) -> Met:
         """What came of the target since the last reset; waits for what devices have measured."""
         for stream in tuple(self._streams.values()):
-            stream.catch_up()
+            stream.catch_up(asked=True)
         sums = self._sums()
         error, energy, wire, elements = sums.error, sums.energy, sums.wire_bytes, sums.elements
         nmse_db = (10 * math.log10(error / energy) if error else -math.inf) if energy else math.nan

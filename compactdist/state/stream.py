@@ -315,11 +315,10 @@ class Changes:
         self.count = 0
         self.unread: list[StreamState] = []
 
-    def read(self) -> None:
-        """Let streams do what their last frames announced."""
+    def read(self) -> int:
+        """Let streams do what their last frames announced; returns how many of these had not come so far."""
         unread, self.unread = self.unread, []
-        for stream in unread:
-            stream.read_announcement()
+        return sum([stream.read_announcement() for stream in unread])
 
 
 class StreamState:
@@ -644,8 +643,13 @@ class StreamState:
             self.keyframe_announced = False
             self._changes.count += 1
 
-    def read_announcement(self) -> None:
-        """Do what the last frame announced, if that is known on its device only so far: nothing at a sender."""
+    def read_announcement(self) -> bool:
+        """Do what the last frame announced, if that is known on its device only so far: nothing at a sender.
+
+        Returns:
+            Whether the host waited.
+        """
+        return False
 
     def follow(self, header: Header) -> None:
         """Do what a frame announced for the next one: another matrix view or rate, a keyframe."""

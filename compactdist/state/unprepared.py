@@ -18,25 +18,30 @@ class Unprepared:
 
     Attributes:
         sessions: with the number of the CUDA stream that works on them.
+        late: how often a session had to prepare itself, as nobody had waited since its frame before.
     """
 
-    __slots__ = ("sessions",)
+    __slots__ = ("late", "sessions")
 
     def __init__(self) -> None:
         self.sessions: dict[Session, int] = {}
+        self.late = 0
 
     def add(self, session: Session) -> None:
         """A session has committed a frame, on the current CUDA stream."""
+        self.late += session in self.sessions
         self.sessions[session] = kernels.queue_of(session.device)
 
     def prepare(self) -> None:
-        """Prepare the sessions of the current CUDA stream, and leave the others to themselves.
+        """Prepare the sessions of the current CUDA stream; the others stay for who waits on theirs, or to themselves.
 
         Nothing is prepared while the stream is captured: a replay would do it again.
         """
         waiting, self.sessions = self.sessions, {}
         for session, queue in tuple(waiting.items()):  # another thread may still be adding to it
-            if kernels.queue_of(session.device) == queue and not kernels.captures(session.device):
+            if kernels.queue_of(session.device) != queue or kernels.captures(session.device):
+                self.sessions.setdefault(session, queue)
+            else:
                 with suppress(Exception):  # as no memory: the call that is under way has no part in it, the next has
                     session.prepare()
 

@@ -48,6 +48,7 @@ def _gather_and_exchange(rank: int, world_size: int) -> list[float]:
         dist.check()
         counts = dist.stats()
         assert counts.compressed_calls == 2 * STEPS
+        assert counts.late_preparations == 0  # every call waited for its message
         # reconstructed on all ranks alike
         everyone = [torch.empty_like(gathered) for _ in range(world_size)]
         torch.distributed.all_gather(everyone, gathered)
@@ -221,6 +222,11 @@ def _synchronous_on_nccl(rank: int, world_size: int) -> list[int]:
             with dist.step():
                 dist.all_gather_into_tensor(out, x)
         held.append(len(unprepared.sessions))
+        # two ends, six frames: keyframes teach nothing here, and what the last frame taught is not needed yet
+        assert 2 * 4 <= dist.stats().late_preparations <= 2 * 5
+        assert "late preparations" in dist.explain()
+        dist.reset_stats()
+        assert dist.stats().late_preparations == 0
         with dist.request("a"):
             for _ in range(3):
                 with dist.step():

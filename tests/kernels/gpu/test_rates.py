@@ -15,6 +15,7 @@ import compactdist
 from compactdist import codecs
 from compactdist.errors import FrameError
 from compactdist.kernels import use
+from compactdist.state.host_copy import HostCopy
 from compactdist.state.rate import Choice, RateControl, Target
 from compactdist.state.said import announce
 from compactdist.testing import act_like_nccl
@@ -150,6 +151,37 @@ def test_the_host_follows_what_a_device_announced_and_the_other_way():
         stream.decoder.read_announcement()
         assert stream.decoder.rate_of(stream.codec) == stream.encoder.rate_of(stream.codec)
     assert stream.ends_are_equal()
+
+
+def _late(rank: int, world_size: int) -> None:
+    x, out = torch.randn(768), torch.empty(768 * world_size)
+
+    def play(group, steps: int = 4) -> compactdist.Stats:
+        group.reset_stats()
+        for _ in range(steps):
+            with group.step():
+                group.all_gather_into_tensor(out, x)
+        return group.stats()
+
+    with (
+        use("gpu"),
+        compactdist.wrap(act_like_nccl(dist.group.WORLD), LADDER, target="nmse_db=-26", min_numel=64) as group,
+    ):
+        play(group)
+        counted = play(group)
+        assert (counted.late_reads, counted.late_preparations) == (0, 0)  # nothing is learnt at these rungs
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(HostCopy, "is_there", False)
+            # the other rank's announcement at each call, and what was measured of this rank's own last frame; the
+            # stats() before the first one have read that
+            assert play(group).late_reads == 4 + 3
+            assert "7 late reads" in group.explain()
+        group.reset_stats()
+        assert group.stats().late_reads == 0
+
+
+def test_a_call_that_waits_for_an_earlier_ones_announcement_is_counted():
+    run_ranks(_late, 2)
 
 
 def _everything(rank: int, world_size: int, target: str) -> tuple[dict, dict]:
