@@ -59,6 +59,7 @@ __all__ = [
     "stream_fingerprint",
     "table",
     "unpack",
+    "unpack_head",
     "weight",
     "write_head",
 ]
@@ -447,6 +448,11 @@ def unpack(frame: Tensor, where: str) -> Header:
             f"{where}: the frame is cut short: {frame.numel()} bytes for a payload of {header.payload_nbytes} bytes"
         )
     return header
+
+
+def unpack_head(head: Tensor, where: str) -> Header:
+    """As :func:`unpack`, of the first ``HEADER_NBYTES`` of a frame without a shape."""
+    return _parsed(bytes(head.cpu().numpy()), where)
 
 
 def _parsed(raw: bytes, where: str) -> Header:

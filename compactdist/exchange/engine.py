@@ -206,7 +206,10 @@ class Engine:
             plan.refresh()
         if plan.fresh or plan is not known:
             self._ask_hints(pattern, call, plan)  # streams begin with what the hints say now, not when it was planned
-        if plan.agreed_at is None and plan.reason is None and pattern.collective and self.varies(call, plan):
+        asks = plan.agreed_at is None and plan.reason is None and pattern.collective and not call.captured
+        if asks and self.varies(call, plan):
+            if plan.site.captured is not None:
+                captured.catch_up(self, plan.site)
             self.forget(call.site)  # nothing of it is used before the next reset
             plan = pattern.plan(self, call, signature)
             plan.reason = PassReason.VARIES
