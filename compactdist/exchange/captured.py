@@ -194,7 +194,7 @@ def _finish(engine: Engine, flight: Flight, may_write: bool) -> None:
             engine, flight.call, "its work must be waited for before the capture ends; this graph must not be replayed"
         )
     plan, own = flight.plan, flight.own_output
-    with _torch.without_autograd():
+    with _torch.without_autograd(), _torch.without_autocast():
         unframed = may_write and (own is not None or any(part.stream is None for part in plan.incoming))
         goes_on = _goes_on(flight) if unframed else None
         if may_write and own is not None and flight.own_value is not None:

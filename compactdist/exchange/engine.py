@@ -283,7 +283,7 @@ class Engine:
             Whatever encoding raises, except for a tensor that is not finite: ``finish`` raises that, once the frames
             are on their way.
         """
-        with _torch.without_autograd():
+        with _torch.without_autograd(), _torch.without_autocast():
             return self._prepare(flight)
 
     def _prepare(self, flight: Flight) -> Flight:
@@ -328,7 +328,7 @@ class Engine:
         Raises:
             As ``prepare`` and ``launch``.
         """
-        with _torch.without_autograd():
+        with _torch.without_autograd(), _torch.without_autocast():
             job = self._launch(self._prepare(flight), None)
             if flight.plan.pattern.sends_only and self.store.unprepared.sessions:
                 self.store.unprepared.prepare()  # nobody may ever wait here for a message
@@ -429,7 +429,7 @@ class Engine:
         Raises:
             Whatever the inner group raises; then the frames are withdrawn.
         """
-        with _torch.without_autograd():
+        with _torch.without_autograd(), _torch.without_autocast():
             return self._launch(flight, job)
 
     def _launch(self, flight: Flight, job: Job | None) -> Job:
@@ -500,7 +500,7 @@ class Engine:
         ours = queue == flight.queue
         if not ours:
             _read_elsewhere(flight.arrived or flight.keep)
-        with _torch.without_autograd():
+        with _torch.without_autograd(), _torch.without_autocast():
             target = flight.own_output
             if may_write and flight.own_value is not None and target is not None:
                 own = flight.own_value

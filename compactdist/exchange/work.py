@@ -119,7 +119,8 @@ class Job:
             if not self._waited:
                 self._waited = True
                 if self._site is not None and self._site.unprepared.sessions:
-                    self._site.unprepared.prepare()
+                    with _torch.without_autocast():
+                        self._site.unprepared.prepare()
                 if timeout:
                     self._inner.wait(timeout)
                 else:
