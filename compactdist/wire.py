@@ -51,6 +51,7 @@ __all__ = [
     "empty_frame",
     "explain",
     "flags_in",
+    "flags_of",
     "frame_in",
     "hash64",
     "pack",
@@ -507,6 +508,11 @@ def step_in(head: bytes) -> int:
 def flags_in(head: bytes) -> int:
     """The flags that a header says."""
     return head[_OFFSETS["flags"]]
+
+
+def flags_of(frame: Tensor) -> Tensor:
+    """The flags that a frame says, uint8 ``[]``, without a look at them."""
+    return frame[_OFFSETS["flags"]]
 
 
 def table() -> str:
