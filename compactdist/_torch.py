@@ -153,6 +153,9 @@ without_autograd: Any = functools.partial(torch._C._InferenceMode, True)
 ``torch.inference_mode`` would add a dozen Python frames to every compressed call (2.13).
 """
 
+without_autocast: Any = torch._C._DisableAutocast
+"""Context in which operations compute in the dtypes of their tensors, whatever the caller has switched on (2.13)."""
+
 
 def default_group() -> Any:
     """The default group; raises ValueError before init_process_group (2.13)."""

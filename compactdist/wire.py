@@ -51,6 +51,7 @@ __all__ = [
     "empty_frame",
     "explain",
     "flags_in",
+    "flags_of",
     "frame_in",
     "hash64",
     "pack",
@@ -59,6 +60,7 @@ __all__ = [
     "stream_fingerprint",
     "table",
     "unpack",
+    "unpack_head",
     "weight",
     "write_head",
 ]
@@ -449,6 +451,11 @@ def unpack(frame: Tensor, where: str) -> Header:
     return header
 
 
+def unpack_head(head: Tensor, where: str) -> Header:
+    """As :func:`unpack`, of the first ``HEADER_NBYTES`` of a frame without a shape."""
+    return _parsed(bytes(head.cpu().numpy()), where)
+
+
 def _parsed(raw: bytes, where: str) -> Header:
     """The header at the beginning of these bytes, at least ``HEADER_NBYTES``."""
     values = dict(zip((field.name for field in FIELDS), _STRUCT.unpack_from(raw), strict=True))
@@ -501,6 +508,11 @@ def step_in(head: bytes) -> int:
 def flags_in(head: bytes) -> int:
     """The flags that a header says."""
     return head[_OFFSETS["flags"]]
+
+
+def flags_of(frame: Tensor) -> Tensor:
+    """The flags that a frame says, uint8 ``[]``, without a look at them."""
+    return frame[_OFFSETS["flags"]]
 
 
 def table() -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compactdist.state import Site, StateStore
 from compactdist.state.relay import Received, digest_of
-from compactdist.wire import NO_STATE, NONFINITE, STATELESS, payload_of
+from compactdist.wire import HEADER_NBYTES, NO_STATE, NONFINITE, STATELESS, payload_of
 
 __all__ = ["Arrival", "Arrivals"]
 
@@ -114,6 +114,8 @@ class Arrivals:
         received = Received(decoder, decoder.sequence, header, decoder.checksum)
         stream = (site.key, source)
         coded_key = header.is_key and not header.is_raw_key
+        if received.checksum is None and (stream in self._relayed or header.is_key):
+            received.head = frame[:HEADER_NBYTES].clone()
         if stream in self._relayed or coded_key:  # a coded keyframe is passed on by streams that relay nothing yet
             if not header.is_raw_key:
                 received.payload = payload_of(frame, header).clone()

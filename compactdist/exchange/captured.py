@@ -19,7 +19,7 @@ from compactdist import state as streams
 from compactdist.errors import CaptureError
 from compactdist.exchange.plan import Call, CallPlan
 from compactdist.exchange.work import Job
-from compactdist.state import Captured, Site, StreamEncoder
+from compactdist.state import Captured, Replays, Site, StreamEncoder, StreamState
 from compactdist.state.site_key import without_request
 from compactdist.wire import from_raw
 
@@ -156,12 +156,29 @@ def launch(engine: Engine, flight: Flight) -> Job:
     if all(part.stream is None for part in plan.parts):  # as for what passes through, only the capture is counted
         engine.stats.passed(call.op, plan.detail, raw, call.site, wire=wire)
     else:
-        codec_id = "" if codec is None else codec.codec_id
-        site.captured = Captured(call.op, codec_id, raw, wire, numel, plan.detail, pattern.receives_only)
+        what = "" if codec is None else codec.codec_id, raw, wire, numel, plan.detail, pattern.receives_only
+        _count_replays(engine, flight, Captured(call.op, *what))
         engine.store.ended.pop(site.key, None)
     for into in plan.incoming:  # what arrived there before is not what a replay writes to the same tensor
         engine.arrivals.forget(site, into.peer)
     return Job(flight.work, partial(_finish, engine, flight), None if pattern.sends_only else site, flight.keep)
+
+
+def _count_replays(engine: Engine, flight: Flight, what: Captured) -> None:
+    """Let each replay of a call count as ``what``.
+
+    Raises:
+        CaptureError: too many graphs of the site count otherwise.
+    """
+    site, moves = flight.plan.site, tuple([part.stream for part in flight.plan.parts if part.stream is not None])
+    site.captured = site.captured or Replays()
+    try:
+        counter = site.captured.counter(what, moves)
+    except OverflowError as error:
+        raise error_of(engine, flight.call, f"{error}; call reset() on all ranks before further captures") from None
+    goes_on = None if counter is None else _goes_on(flight)
+    if counter is not None and goes_on is not None:
+        counter.add_(goes_on)
 
 
 def _finish(engine: Engine, flight: Flight, may_write: bool) -> None:
@@ -177,7 +194,7 @@ def _finish(engine: Engine, flight: Flight, may_write: bool) -> None:
             engine, flight.call, "its work must be waited for before the capture ends; this graph must not be replayed"
         )
     plan, own = flight.plan, flight.own_output
-    with _torch.without_autograd():
+    with _torch.without_autograd(), _torch.without_autocast():
         unframed = may_write and (own is not None or any(part.stream is None for part in plan.incoming))
         goes_on = _goes_on(flight) if unframed else None
         if may_write and own is not None and flight.own_value is not None:
@@ -220,19 +237,20 @@ def catch_up(engine: Engine, only: Site | None = None) -> None:
                 return
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        replays = max([streams.catch_up(stream) for stream in site.streams], default=0)
-        if replays:
-            _count(engine.stats, site, replays)
+        assert site.captured is not None
+        moved: dict[StreamState, int] = {stream: streams.catch_up(stream) for stream in site.streams}
+        for what, replays in site.captured.counted(moved):
+            if replays > 0:
+                _count(engine.stats, site.key, what, replays)
 
 
-def _count(stats: GroupStats, site: Site, replays: int) -> None:
+def _count(stats: GroupStats, key: str, what: Captured, replays: int) -> None:
     """Count replays as the calls that they were."""
-    assert site.captured is not None
-    op, codec_id, raw, wire, numel, reasons, receives = site.captured
+    op, codec_id, raw, wire, numel, reasons, receives = what
     if receives:
-        stats.received(site.key, op, codec_id, raw=raw, wire=wire, calls=replays)
+        stats.received(key, op, codec_id, raw=raw, wire=wire, calls=replays)
     elif codec_id:
-        stats.sent(site.key, op, codec_id, raw=raw, wire=wire, keyframe=False, numel=numel, calls=replays)
+        stats.sent(key, op, codec_id, raw=raw, wire=wire, keyframe=False, numel=numel, calls=replays)
     else:
         for _ in range(replays):
-            stats.passed(op, reasons, raw, site.key, wire=wire)
+            stats.passed(op, reasons, raw, key, wire=wire)

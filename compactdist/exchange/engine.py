@@ -215,7 +215,10 @@ class Engine:
             plan.refresh()
         if plan.fresh or plan is not known:
             self._ask_hints(pattern, call, plan)  # streams begin with what the hints say now, not when it was planned
-        if plan.agreed_at is None and plan.reason is None and pattern.collective and self.varies(call, plan):
+        asks = plan.agreed_at is None and plan.reason is None and pattern.collective and not call.captured
+        if asks and self.varies(call, plan):
+            if plan.site.captured is not None:
+                captured.catch_up(self, plan.site)
             self.forget(call.site)  # nothing of it is used before the next reset
             plan = pattern.plan(self, call, signature)
             plan.reason = PassReason.VARIES
@@ -289,7 +292,7 @@ class Engine:
             Whatever encoding raises, except for a tensor that is not finite: ``finish`` raises that, once the frames
             are on their way.
         """
-        with _torch.without_autograd():
+        with _torch.without_autograd(), _torch.without_autocast():
             return self._prepare(flight)
 
     def _prepare(self, flight: Flight) -> Flight:
@@ -334,7 +337,7 @@ class Engine:
         Raises:
             As ``prepare`` and ``launch``.
         """
-        with _torch.without_autograd():
+        with _torch.without_autograd(), _torch.without_autocast():
             job = self._launch(self._prepare(flight), None)
             if flight.plan.pattern.sends_only and self.store.unprepared.sessions:
                 self.store.unprepared.prepare()  # nobody may ever wait here for a message
@@ -435,7 +438,7 @@ class Engine:
         Raises:
             Whatever the inner group raises; then the frames are withdrawn.
         """
-        with _torch.without_autograd():
+        with _torch.without_autograd(), _torch.without_autocast():
             return self._launch(flight, job)
 
     def _launch(self, flight: Flight, job: Job | None) -> Job:
@@ -506,7 +509,7 @@ class Engine:
         ours = queue == flight.queue
         if not ours:
             _read_elsewhere(flight)
-        with _torch.without_autograd():
+        with _torch.without_autograd(), _torch.without_autocast():
             target = flight.own_output
             if may_write and flight.own_value is not None and target is not None:
                 own = flight.own_value

@@ -63,7 +63,7 @@ def answer(engine: Engine, flight: Flight, job: Job) -> Job:
         What the caller waits for instead.
     """
     own = flight.own_output
-    with _torch.without_autograd():
+    with _torch.without_autograd(), _torch.without_autocast():
         if own is not None:
             if flight.own_value is None and not flight.own_parts:
                 flight.plan.pattern.keep_own(engine, flight)

@@ -10,6 +10,7 @@ Both are compressed only where the policy names a codec: their errors go into su
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
@@ -23,6 +24,7 @@ from compactdist.exchange.patterns import AllGather, AllToAll
 from compactdist.exchange.plan import Call, CallPlan, Incoming
 from compactdist.observe.stats import PassReason
 from compactdist.policy import Answer
+from compactdist.wire import flags_of
 
 __all__ = ["ALL_REDUCE", "ALL_REDUCE_SUMS", "REDUCE_SCATTER", "add_in_rank_order"]
 
@@ -103,6 +105,10 @@ class AllReduceSums(AllGather):
         staged = flight.staged[0]
         if flight.failure is None and staged is not None:
             flight.own_value = staged.value  # every rank takes what the others decode, whatever ``local`` says
+            if staged.there and staged.value is not None:
+                # others get NaN where the device has found that the sums are not finite
+                held = flags_of(staged.frame) == staged.header.flags
+                flight.own_value = torch.where(held, staged.value, math.nan)
 
 
 REDUCE_SCATTER, ALL_REDUCE, ALL_REDUCE_SUMS = ReduceScatter(), AllReduce(), AllReduceSums()

@@ -119,7 +119,8 @@ class Job:
             if not self._waited:
                 self._waited = True
                 if self._site is not None and self._site.unprepared.sessions:
-                    self._site.unprepared.prepare()
+                    with _torch.without_autocast():
+                        self._site.unprepared.prepare()
                 if timeout:
                     self._inner.wait(timeout)
                 else:
@@ -143,6 +144,13 @@ class Job:
         with self._lock:
             while self._site is not None and self._site.pending and not self.done:
                 self._site.pending[0].run()
+
+    def abandon(self) -> None:
+        """Nobody will ever wait: the CUDA graph that was to make the exchange has come to nothing."""
+        with self._lock:
+            if self._site is not None and self in self._site.pending:
+                self._site.pending.remove(self)
+            self.done, self._finish, self._keep, self._site = True, None, (), None
 
     def is_ready(self) -> bool:
         """Whether waiting would not block."""

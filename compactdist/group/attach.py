@@ -11,7 +11,7 @@ import torch
 
 from compactdist import _torch
 from compactdist.errors import ConfigError
-from compactdist.group.keys import Clock, KeyBook
+from compactdist.group.keys import Clock, KeyBook, check_part
 
 __all__ = ["Attachment"]
 
@@ -62,6 +62,8 @@ class Attachment:
         modules = dict(module.named_modules())
         if step_module is not None and step_module not in modules:
             raise ConfigError(f"attach: {type(module).__name__} has no submodule '{step_module}' to count steps by")
+        for name in modules:
+            check_part(name)
         self._keys = keys
         keys.engaged = True
         self._forwards_per_step = forwards_per_step

@@ -148,7 +148,11 @@ class GroupCore:
         call.captured = True
         site = self._engine.store.find(call.site)
         if site is not None and site.pending:
-            raise error_of(self._engine, call, "an earlier call has not been finished; wait for its work first")
+            raise error_of(
+                self._engine,
+                call,
+                "an earlier call has not been finished; wait for its work, or make the call uncaptured, first",
+            )
 
     def _agree_on_autograd(self, pattern: Pattern, site: str) -> None:
         """Other ranks may be about to compress this call: they cannot see that its tensor requires grad here."""
@@ -267,6 +271,7 @@ class GroupCore:
                     if flight in left and flight.work is None:
                         engine.withdraw(flight)
                 self._give_back(left)
+                self._undo_captured(flights, parts)
                 raise
         return parts
 
@@ -352,6 +357,14 @@ class GroupCore:
         for flight in reversed(list(flights)):
             if flight is not None:
                 self._take_back(flight.call)
+
+    def _undo_captured(self, flights: Iterable[Flight | None], jobs: Iterable[Any]) -> None:
+        """Undo the captured ones of calls made together, of which one has failed: their graph comes to nothing."""
+        made = [flight for flight in flights if flight is not None and flight.call.captured]
+        self._give_back(made)
+        for job in jobs if made else ():
+            if isinstance(job, Job):
+                job.abandon()
 
     def _fly(self, flight: Flight, result: list[Tensor]) -> Any:
         """Prepare and launch one flight, and finish it if the call is synchronous; returns the call's work.

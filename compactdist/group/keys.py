@@ -18,8 +18,9 @@ from contextlib import contextmanager
 
 from compactdist.errors import ConfigError
 from compactdist.exchange.plan import Call
+from compactdist.state.site_key import REQUEST_PREFIX
 
-__all__ = ["Clock", "KeyBook", "check_name"]
+__all__ = ["Clock", "KeyBook", "check_name", "check_part"]
 
 _log = logging.getLogger("compactdist")
 
@@ -229,9 +230,10 @@ class KeyBook:
         """Put calls of this thread under a prefix.
 
         Raises:
-            ConfigError: an empty name or one with ``#``.
+            ConfigError: an empty name, one with ``#``, or one that begins as the site keys of requests do.
         """
         check_name(name)
+        check_part(name)
         prefixes = self._prefixes
         stack = prefixes.branch if branch else prefixes.keys
         self.engaged = True
@@ -287,3 +289,17 @@ def check_name(name: object) -> None:
     """
     if not isinstance(name, str) or not name or "#" in name:
         raise ConfigError(f"a key is a non-empty string without '#', got {name!r}")
+
+
+def check_part(name: str) -> None:
+    """Refuse the name of a key, branch or module by which a site could be taken for one of a request.
+
+    Raises:
+        ConfigError: ``name`` begins as the site keys of requests do.
+    """
+    if name.startswith(REQUEST_PREFIX):
+        raise ConfigError(
+            f"the name {name!r} begins with {REQUEST_PREFIX!r}, as the site keys of request() do: calls under it could "
+            "be taken for those of a request, and lose their history when that ends. Name it "
+            f"{name.replace(':', '-', 1)!r}, or use request()"
+        )

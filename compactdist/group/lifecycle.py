@@ -217,7 +217,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         """Put this thread's calls under a prefix: ``with dist.key("layer3.kv"):``. Prefixes nest.
 
         Raises:
-            ConfigError: on entering: an empty name, or one with ``#``.
+            ConfigError: on entering: an empty name, one with ``#``, or one that begins with ``request:``.
         """
         self._ready()
         return self._keys.prefixed(name)
@@ -226,7 +226,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         """Name one pass of a step that has several (classifier-free guidance): ``with dist.branch("cond"):``.
 
         Raises:
-            ConfigError: on entering: an empty name, or one with ``#``.
+            ConfigError: on entering: an empty name, one with ``#``, or one that begins with ``request:``.
         """
         self._ready()
         return self._keys.prefixed(name, branch=True)
@@ -290,7 +290,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             A handle: ``detach()``, or use it as a context manager.
 
         Raises:
-            ConfigError: no such submodule, or ``forwards_per_step`` below 1.
+            ConfigError: no such submodule, ``forwards_per_step`` below 1, or a module's name begins with ``request:``.
         """
         self._ready()
         attachment = Attachment(self._keys, module, step_module, forwards_per_step, step_value)

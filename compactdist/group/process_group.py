@@ -374,9 +374,13 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         link = self._engine.link
         together = link.begin_together(device)
         try:
-            self._ship(calls)
-        finally:  # also if a call fails, for an open group would hold up all later calls
-            link.end_together(device)
+            try:
+                self._ship(calls)
+            finally:  # also if a call fails, for an open group would hold up all later calls
+                link.end_together(device)
+        except BaseException:
+            self._undo_captured(flights.values(), together.jobs)
+            raise
         return [self._work([*together.jobs, together], [op.tensor for op in p2p_op_list])]
 
     # --- passed through, counted with the bytes their best algorithm sends --------------------------------------------

@@ -1,6 +1,6 @@
 """The residual loop: what both ends of a stream remember, and how they stay equal. Imports nothing distributed."""
 
-from compactdist.state.captured import Captured, capture_check, capture_seal, catch_up, not_captured, unsuited
+from compactdist.state.captured import capture_check, capture_seal, catch_up, not_captured, unsuited
 from compactdist.state.decoder import KeysThere, StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Order, Predictor
@@ -9,6 +9,7 @@ from compactdist.state.matrix_view import Layout, MatrixView, blocks, plain
 from compactdist.state.offload import STATE_OFFLOADS, Offload, StateOffload
 from compactdist.state.quantized_history import StateForm
 from compactdist.state.rate import STEERED, Met, RateControl, Target, check_steered
+from compactdist.state.replays import Captured, Replays
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
 from compactdist.state.store import Site, StateStore
 from compactdist.state.stream import (
@@ -37,6 +38,7 @@ __all__ = [
     "ResidualDecoder",
     "ResidualEncoder",
     "RateControl",
+    "Replays",
     "Room",
     "STATE_OFFLOADS",
     "STEERED",

@@ -9,7 +9,7 @@ remembered, and outputs hold NaN.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,32 +28,10 @@ if TYPE_CHECKING:
     from compactdist.state.history import Predictor
     from compactdist.state.stream import Form, StreamConfig, StreamState
 
-__all__ = ["Captured", "capture_check", "capture_seal", "catch_up", "not_captured", "unsuited"]
+__all__ = ["capture_check", "capture_seal", "catch_up", "not_captured", "unsuited"]
 
 _BY_CLOCK = 0, 0, 0, FROM_CLOCK, 0
 """Step, epoch, sequence, source and digest as a captured launch is told them: the same in every replay."""
-
-
-class Captured(NamedTuple):
-    """What a replay of a call site counts as.
-
-    Attributes:
-        op: of the site.
-        codec_id: codec applied; empty: to nothing that leaves.
-        raw_nbytes: bytes on the link if the call were not compressed.
-        wire_nbytes: bytes on the link.
-        numel: elements in all messages that leave.
-        reasons: why nothing that leaves is compressed.
-        receives: it is a receive, and the bytes are those that arrive.
-    """
-
-    op: str
-    codec_id: str
-    raw_nbytes: int
-    wire_nbytes: int
-    numel: int
-    reasons: Any
-    receives: bool
 
 
 def unsuited(config: StreamConfig) -> str:

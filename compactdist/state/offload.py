@@ -202,7 +202,7 @@ class Offload:
         if site.offloaded is None:
             return
         try:
-            site.offloaded.bring_back(site.streams, site.queues)
+            site.offloaded.bring_back(site.queues)
         except RuntimeError as error:
             raise OffloadError(
                 f"{site.label}: its device has no memory for {site.offloaded_bytes} bytes of its state ({error}), "

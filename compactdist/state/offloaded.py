@@ -78,33 +78,40 @@ class Offloaded:
         streams: the site's; every tensor that they move is taken to the host.
         queues: of the site.
 
-    Attributes:
-        nbytes: bytes in host memory.
-
     Raises:
         RuntimeError: the host has no memory for it; nothing has changed.
     """
 
-    __slots__ = ("_devices", "nbytes")
+    __slots__ = ("_devices", "_nbytes")
 
     def __init__(self, streams: Sequence[Movable], queues: Queues) -> None:
-        there = _tensors_of(streams)
-        self._devices = [tensor.device for tensor in there]
-        here = self._copied(queues, lambda: [copy_to_host(tensor) for tensor in there])
-        _replace(streams, here)
-        self.nbytes = sum(tensor.nbytes for tensor in here)
+        tensors = {stream: tensors_in(stream.move) for stream in streams}
+        self._devices = {stream: [tensor.device for tensor in there] for stream, there in tensors.items()}
+        there = [tensor for of_stream in tensors.values() for tensor in of_stream]
+        _replace(tensors, self._copied(queues, lambda: [copy_to_host(tensor) for tensor in there]))
+        self._nbytes = {stream: sum(tensor.nbytes for tensor in there) for stream, there in tensors.items()}
 
-    def bring_back(self, streams: Sequence[Movable], queues: Queues) -> None:
-        """Take everything back to where it was. The streams are those that were given, and have not changed since.
+    @property
+    def nbytes(self) -> int:
+        """Bytes in host memory."""
+        return sum(self._nbytes.values())
+
+    def forget(self, stream: Movable) -> None:
+        """A stream has let go of its tensors."""
+        self._devices.pop(stream, None)
+        self._nbytes.pop(stream, None)
+
+    def bring_back(self, queues: Queues) -> None:
+        """Take everything back to where it was. The streams have not changed since, but for those that are forgotten.
 
         Raises:
             RuntimeError: a device has no memory for it; nothing has changed.
         """
-        pairs = list(zip(_tensors_of(streams), self._devices, strict=True))
-        _replace(streams, self._copied(queues, lambda: [copy_to_device(*pair) for pair in pairs]))
+        pairs = [pair for one, there in self._devices.items() for pair in zip(tensors_in(one.move), there, strict=True)]
+        _replace(self._devices, self._copied(queues, lambda: [copy_to_device(*pair) for pair in pairs]))
 
     def _copied(self, queues: Queues, copy: Callable[[], list[Tensor]]) -> list[Tensor]:
-        devices = dict.fromkeys(self._devices)
+        devices = dict.fromkeys(device for there in self._devices.values() for device in there)
         for device in devices:
             queues.before_move(device)
         copies = copy()
@@ -128,10 +135,6 @@ def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         return copy.copy_(tensor, non_blocking=True)
-
-
-def _tensors_of(streams: Iterable[Movable]) -> list[Tensor]:
-    return [tensor for stream in streams for tensor in tensors_in(stream.move)]
 
 
 def _replace(streams: Iterable[Movable], tensors: Iterable[Tensor]) -> None:

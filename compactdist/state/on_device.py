@@ -19,14 +19,18 @@ from compactdist.kernels.spec import CLOCK_WORDS, ENDED, FROM_HOST, TURN_WORD
 from compactdist.state.history import Predictor
 from compactdist.wire import MASK64
 
-__all__ = ["DeviceClock"]
+__all__ = ["COUNTERS", "DeviceClock"]
+
+COUNTERS = 12
+"""Words behind a clock's own in which graphs count their replays, see ``replays.py``. Memory that is made while a
+graph is captured would be its own."""
 
 
 class DeviceClock:
     """The clock of one end, and the stream of work that its frames follow.
 
     Attributes:
-        words: int64 ``[CLOCK_WORDS]``. A sender's keyframe writes another clock, see :meth:`begin`.
+        words: int64 ``[CLOCK_WORDS + COUNTERS]``. A sender's keyframe writes another clock, see :meth:`begin`.
         source: which of the digests the next frame is made against; ``FROM_HOST``: the host knows the digest. Once a
             frame is part of the history, the next one reads what that one wrote: the other, the first after
             ``FROM_HOST``.
@@ -117,6 +121,6 @@ class DeviceClock:
 def _ended(device: torch.device) -> Tensor:
     """A clock by which no graph can make a frame."""
     with torch.inference_mode(False):
-        words = torch.zeros(CLOCK_WORDS, dtype=torch.int64, device=device)
+        words = torch.zeros(CLOCK_WORDS + COUNTERS, dtype=torch.int64, device=device)
         words[TURN_WORD] = ENDED << 32
     return words

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compactdist import kernels
 from compactdist.codecs.base import Codec
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.matrix_view import plain
 from compactdist.state.stream import Staged
-from compactdist.wire import RESTART, Header, pack, raw_payload, seal
+from compactdist.wire import RESTART, Header, pack, raw_payload, seal, unpack_head
 
 if TYPE_CHECKING:
     from compactdist.state.decoder import StreamDecoder
@@ -48,11 +47,13 @@ class Received:
     Attributes:
         decoder: decoder of the stream, which has applied the frame.
         sequence: ``decoder.sequence`` after the frame; once they differ, the frame can no longer be passed on.
-        header: header of the frame.
-        checksum: of its payload; ``None``: only the device knows it.
+        header: header of the frame. Where only a device looked at it, its announcements and the predictor's coefficient
+            mean nothing: :meth:`whole_header` reads them.
+        checksum: of its payload; ``None``: only a device looked at the frame.
         payload: of a coded keyframe, or of a residual where an outgoing stream relays this one: 1-D uint8.
         digest: of the decoded tensor's bytes; kept only where the payload might be and the decoder's history does not
             hold those bytes.
+        head: bytes of the header that only a device looked at, of a frame that may be passed on.
     """
 
     decoder: StreamDecoder
@@ -61,6 +62,11 @@ class Received:
     checksum: int | None
     payload: Tensor | None = None
     digest: bytes | None = None
+    head: Tensor | None = None
+
+    def whole_header(self) -> Header:
+        """The header as it arrived; waits for the device if only that has looked at it, and found it right."""
+        return self.header if self.head is None else unpack_head(self.head, self.decoder.where)
 
 
 @dataclass(slots=True)
@@ -165,19 +171,17 @@ def pass_on(
         epoch: resets of the group so far.
         hint: matrix view that a layout hint gives the outgoing stream when it starts.
     """
-    checksum = received.checksum
-    if checksum is None:
-        assert received.payload is not None
-        checksum = kernels.checksum_for(received.payload.numel(), x.device)(received.payload)
+    arrived = received.whole_header()
+    checksum = arrived.checksum if received.checksum is None else received.checksum
     header = replace(
-        received.header,
+        arrived,
         stream=encoder.fingerprint,
         step=step,
         epoch=epoch,
         sequence=encoder.sequence,
         codec=codec.fingerprint(),
         checksum=checksum,
-        digest=0 if received.header.is_key else encoder.known_digest(),
+        digest=0 if arrived.is_key else encoder.known_digest(),
     )
     payload = raw_payload(x) if header.is_raw_key else received.payload
     assert payload is not None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compactdist import codecs
 from compactdist.codecs import Codec
+from compactdist.codecs.base import undisturbed
 from compactdist.errors import CodecConfigError, ConfigError, FrameError
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
@@ -90,6 +90,7 @@ class ResidualEncoder:
         self._epoch = 0
         self._frames = 0
 
+    @undisturbed
     def encode(self, x: Tensor, *, row_weights: Tensor | None = None) -> Tensor:
         """Frame for the next value.
 
@@ -118,18 +119,17 @@ class ResidualEncoder:
         fresh = self._stream.is_fresh(x.numel(), x.dtype)
         keyframe = fresh or self._frames < self.config.warmup_steps
         hint = self.layout.resolve(x.numel()) if self.layout is not None else None
-        with torch.no_grad():
-            staged = self._stream.stage(
-                x,
-                self.codec,
-                keyframe=keyframe,
-                step=_NO_STEP,
-                epoch=self._epoch,
-                shape=tuple(x.shape),
-                row_weights=row_weights,
-                hint=hint,
-            )
-            self._stream.commit(staged)
+        staged = self._stream.stage(
+            x,
+            self.codec,
+            keyframe=keyframe,
+            step=_NO_STEP,
+            epoch=self._epoch,
+            shape=tuple(x.shape),
+            row_weights=row_weights,
+            hint=hint,
+        )
+        self._stream.commit(staged)
         self._frames += 1
         return staged.frame
 
@@ -191,6 +191,7 @@ class ResidualDecoder:
         self._stream = StreamDecoder(self.config, _fingerprint(self.config), _WHERE)
         self._epoch = 0
 
+    @undisturbed
     def decode(self, frame: Tensor) -> Tensor:
         """The value in a frame, in the shape and dtype the encoder was given; yours to keep and to change.
 
@@ -207,18 +208,17 @@ class ResidualDecoder:
                 f"{_WHERE}: the frame holds {header.numel} elements of shape {header.shape}; nothing was applied"
             )
         hint = self.layout.resolve(header.numel) if self.layout is not None else None
-        with torch.no_grad():
-            value = self._stream.decode(
-                frame,
-                self.codec,
-                header.numel,
-                header.dtype,
-                step=_NO_STEP,
-                epoch=self._epoch,
-                hint=hint,
-                header=header,
-            )
-            return value.clone().view(header.shape)
+        value = self._stream.decode(
+            frame,
+            self.codec,
+            header.numel,
+            header.dtype,
+            step=_NO_STEP,
+            epoch=self._epoch,
+            hint=hint,
+            header=header,
+        )
+        return value.clone().view(header.shape)
 
     def reset(self) -> None:
         """Forget the history and start a new epoch; do the same on the other end."""

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from compactdist.state.board import Board
-from compactdist.state.captured import Captured
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.offload import Offload
 from compactdist.state.offloaded import Offloaded, Queues
 from compactdist.state.rate import RateControl
-from compactdist.state.stream import Changes, Spares, StreamConfig
+from compactdist.state.replays import Replays
+from compactdist.state.stream import Changes, Spares, StreamConfig, StreamState
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import stream_fingerprint
 
@@ -39,7 +39,7 @@ class Site:
         reserved: bytes of budget taken per peer (or :data:`ALL`).
         pending: exchanges issued and not yet decoded.
         unprepared: what streams of the group leave to do until a message is waited for.
-        captured: what a replay of its calls counts as, once a CUDA graph has captured one.
+        captured: counts the replays of its calls, once a CUDA graph has captured one.
         offloaded: what of its state lies in host memory (``state_offload``), or ``None``.
         queues: the CUDA streams that work on its state, known where it may be offloaded.
         lock: held while an exchange of this site is waited for and decoded.
@@ -77,7 +77,7 @@ class Site:
         self.refused: set[int] = set()
         self.reserved: dict[int, tuple[object, int]] = {}
         self.pending: deque[Any] = deque()
-        self.captured: Captured | None = None
+        self.captured: Replays | None = None
         self.offloaded: Offloaded | None = None
         self.queues = Queues()
         self.lock = threading.RLock()
@@ -111,16 +111,17 @@ class Site:
                 self.decoders[peer] = found
         return self._divided(found, peer, part, parts, where, self.further_decoders)
 
-    @staticmethod
     def _divided(
-        stream: StreamT, peer: int, part: int, parts: int, where: str, further: dict[tuple[int, int], StreamT]
+        self, stream: StreamT, peer: int, part: int, parts: int, where: str, further: dict[tuple[int, int], StreamT]
     ) -> StreamT:
         """The stream, once it and those of parts that there are no more agree with the number of parts."""
         if stream.parts != parts:
             stream.divide(part, parts, where if parts == 1 else f"{where}, part {part + 1} of {parts}")
+            self._let_go(stream)
             for (to, number), other in further.items():
                 if to == peer and number >= parts:
                     other.drop()
+                    self._let_go(other)
                     if isinstance(other, StreamEncoder) and other.steers is not None:
                         other.steers.rest()
         return stream
@@ -165,6 +166,12 @@ class Site:
         dropped = self.streams if peer == Site.ALL else (*self.encoders_to(peer), *self.decoders_from(peer))
         for stream in dropped:
             stream.drop()
+            self._let_go(stream)
+
+    def _let_go(self, stream: StreamState) -> None:
+        """A stream has forgotten its history, which may have been offloaded."""
+        if self.offloaded is not None:
+            self.offloaded.forget(stream)
 
 
 class StateStore:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -31,12 +31,14 @@ __all__ = [
     "check_residual_loop",
     "check_round_trip",
     "check_strides",
+    "check_surroundings",
     "check_threads",
     "expect",
     "expect_raises",
     "on_sample",
     "nmse",
     "round_trip",
+    "surroundings",
 ]
 
 
@@ -267,3 +269,35 @@ def check_threads(codec: Codec, device: str | torch.device = "cpu") -> None:
     finally:
         torch.set_num_threads(before)
     expect(torch.equal(*decoded), codec, "one thread and two decode to different bits", x)
+
+
+@contextmanager
+def surroundings() -> Iterator[None]:
+    """Autocast and a default dtype of a caller, by which no payload and no value may change."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with ExitStack() as entered:
+            for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+                entered.enter_context(torch.autocast(kind, torch.bfloat16))
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def check_surroundings(codec: Codec, device: str | torch.device = "cpu") -> None:
+    """Payloads and values are the same bits under autocast and with another default dtype."""
+    what = "where its caller has set autocast to bfloat16 and the default dtype to float64"
+    remedy = "name the dtype of every tensor it makes, and compute under compactdist.codecs.base.undisturbed"
+    for dtype in (torch.float32, torch.bfloat16):
+        x = sample("gaussian", (130, 96), dtype).to(device)
+        payload = codec.encode(x)
+        y = as_bytes(codec.decode(payload, x.shape, dtype))
+        with surroundings():
+            try:
+                other = codec.encode(x)
+                again = as_bytes(codec.decode(payload, x.shape, dtype))
+            except Exception as error:
+                raise AssertionError(f"{codec!r}: raised {type(error).__name__} {what}: {error}; {remedy}") from error
+        expect(torch.equal(payload, other), codec, f"encode makes another payload {what}; {remedy}", x)
+        expect(torch.equal(y, again), codec, f"decode gives other bits {what}; {remedy}", x)

@@ -20,6 +20,7 @@ from compactdist.testing.codec_checks import (
     check_contraction,
     check_input,
     check_residual_loop,
+    check_surroundings,
     check_threads,
     on_sample,
 )
@@ -32,11 +33,11 @@ __all__ = ["check_codec"]
 def check_codec(codec: Codec, *, examples: int = 50, device: str | torch.device = "cpu") -> None:
     """Put a codec through everything that its contract promises.
 
-    That is: the payload size follows from shape and dtype; decoding gives the same bits wherever the payload lies and
-    however many threads there are; the error never has more energy than the input; NaN and Inf are refused; the
-    configuration survives JSON and decides equality and fingerprint; views encode as their contiguous copies; and, for
-    codecs that open sessions, both ends of a stream stay equal, what was rolled back leaves no trace, and their memory
-    can be moved.
+    That is: the payload size follows from shape and dtype; decoding gives the same bits wherever the payload lies,
+    however many threads there are, under autocast and with any default dtype; the error never has more energy than the
+    input; NaN and Inf are refused; the configuration survives JSON and decides equality and fingerprint; views encode
+    as their contiguous copies; and, for codecs that open sessions, both ends of a stream stay equal, what was rolled
+    back leaves no trace, and their memory can be moved.
 
     Args:
         codec: must be registered (``compactdist.codecs.register``, or an installed entry point), as both ends find it
@@ -56,6 +57,7 @@ def check_codec(codec: Codec, *, examples: int = 50, device: str | torch.device 
             _check_sample(codec, name, shape, dtype, 0, device)
     check_residual_loop(codec, device)
     check_threads(codec, device)
+    check_surroundings(codec, device)
     if hasattr(codec, "open"):
         check_sessions(codec, device=device)
     if examples:

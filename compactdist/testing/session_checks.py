@@ -11,7 +11,7 @@ from torch import Tensor
 from compactdist.codecs.base import Session, tensors_in
 from compactdist.errors import NonFiniteError, PayloadError
 from compactdist.kernels.spec import MatrixView
-from compactdist.testing.codec_checks import as_bytes, expect, expect_raises
+from compactdist.testing.codec_checks import as_bytes, expect, expect_raises, surroundings
 from compactdist.testing.samples import DISTRIBUTIONS, sample
 
 __all__ = ["VIEWS", "check_session", "check_sessions"]
@@ -134,9 +134,14 @@ class _Stream:
         out, payload = self.buffers()
         self.sender.encode(x, self.terms, out, payload)
         _, undisturbed = self.buffers()
-        self.twin.encode(x, self.terms, None, undisturbed)
+        with surroundings():
+            self.twin.encode(x, self.terms, None, undisturbed)
         same = torch.equal(payload, undisturbed)
-        self.expect(same, f"step {step}: a frame that was not sent, or out=None, changed the next payload")
+        self.expect(
+            same,
+            f"step {step}: a frame that was not sent, out=None, or a caller's autocast or default dtype changed the "
+            "next payload",
+        )
         got, _ = self.buffers()
         kept = payload.clone()
         self.receiver.decode(payload, self.terms, got)
@@ -148,13 +153,16 @@ class _Stream:
         unchanged = all(torch.equal(as_bytes(t), b) for t, b in zip(inputs, before, strict=True))
         self.expect(unchanged, f"step {step}: encode or decode changed x or a term")
         target = self.terms[0].clone() if self.terms else self.buffers()[0]
-        self.in_place.decode(payload, (target, *self.terms[1:]) if self.terms else (), target)
-        self.expect(torch.equal(as_bytes(target), as_bytes(got)), f"step {step}: decode in place gives other bits")
+        with surroundings():
+            self.in_place.decode(payload, (target, *self.terms[1:]) if self.terms else (), target)
+        same = torch.equal(as_bytes(target), as_bytes(got))
+        self.expect(same, f"step {step}: decode in place, under autocast and another default dtype, gives other bits")
         ends = (self.sender, self.twin, self.receiver, self.in_place)
         for end in ends:
             end.commit()
         for end in ends[::2]:  # prepare() may do work early, and must not change what comes out
-            end.prepare()
+            with surroundings():
+                end.prepare()
         for end in ends:
             self.expect(end.held_bytes >= 0, f"step {step}: held_bytes is {end.held_bytes}")
         for end in ends[1::2]:

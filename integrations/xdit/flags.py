@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import compactdist
+from compactdist import codecs
 from compactdist.group.environment import check_names
 from compactdist.policy import rules_from_json
-from compactdist.presets import PRESETS
+from compactdist.presets import PRESETS, expand
+from compactdist.state import Target
 from compactdist_common.codec import AUTO
 from compactdist_xdit import routes
 
@@ -23,22 +25,66 @@ def _order(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def _checked(text: str, check: Callable[[str], object]) -> str:
+    """The text, which is of use only once a model has been loaded: what is wrong with it is said before."""
+    try:
+        check(text)
+    except (ValueError, compactdist.CompactDistError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _codec(text: str) -> str:
+    return text if text == AUTO else _checked(text, codecs.get)
+
+
+def _keyframe(text: str) -> str:
+    return _checked(text, codecs.get)
+
+
+def _target(text: str) -> str:
+    return _checked(text, Target.parse)
+
+
+def _routes(text: str) -> str:
+    return _checked(text, routes.chosen)
+
+
+def _preset(text: str) -> str:
+    return _checked(text, lambda name: expand({"preset": name}))
+
+
 def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the `--compact_*` flags and `--parallel_method`; stands beside `xFuserArgs.add_cli_args`."""
     group = parser.add_argument_group("compactdist", "residual compression of the messages between ranks")
     add = group.add_argument
-    add("--compact_codec", help="codec: an id (int2, binary, ...), or with options: int4:scales=block")
+    add("--compact_codec", type=_codec, help="codec: an id (int2, binary, ...), or with options: int4:scales=block")
     add(
         "--compact_preset",
+        type=_preset,
         metavar="NAME",
         help=f"options by intent, instead of a codec or beside it: {', '.join(PRESETS)}",
     )
-    add("--compact_target", metavar="TARGET", help="what to reach: nmse_db=-32, bits=1.5 or bytes_per_step=2e6")
-    add("--compact_keyframe", metavar="CODEC", help="codec of the first step; raw: the tensors' own bytes")
+    add(
+        "--compact_target",
+        type=_target,
+        metavar="TARGET",
+        help="what to reach: nmse_db=-32, bits=1.5 or bytes_per_step=2e6",
+    )
+    add(
+        "--compact_keyframe",
+        type=_keyframe,
+        metavar="CODEC",
+        help="codec of the first step; raw: the tensors' own bytes",
+    )
     orders = "prediction: 0 none, 1 last value, 2 velocity, auto: a velocity chosen for each frame"
     add("--compact_order", type=_order, choices=(0, 1, 2, "auto"), help=orders)
     add("--compact_warmup_steps", type=int, help="steps at the beginning of a request that are sent as keyframes")
-    add("--compact_routes", help=f"comma-separated, of {','.join(routes.ROUTES)} (usually {','.join(routes.USUAL)})")
+    add(
+        "--compact_routes",
+        type=_routes,
+        help=f"comma-separated, of {','.join(routes.ROUTES)} (usually {','.join(routes.USUAL)})",
+    )
     add("--compact_policy", type=Path, metavar="FILE", help="JSON list of compactdist.Rule objects")
     add("--compact_explain", action="store_true", help="print a table of call sites at the end")
     add("--parallel_method", choices=("patch", "distrifusion"), help="in place of ring attention")

@@ -119,3 +119,20 @@ def test_a_name_that_lies_under_another_one_is_refused():
             g.request("tenant/1")
 
     run_ranks(body, 2)
+
+
+def test_no_key_branch_or_module_is_taken_for_a_request():
+    def body(rank, world_size):
+        with compactdist.wrap(**OPTIONS) as g:
+            for name in ("request:a", "request:a/layer"):
+                for scope in (g.key, g.branch):
+                    with pytest.raises(ConfigError, match=r"'request:a.*begins with 'request:'.*Name it 'request-a"):
+                        scope(name).__enter__()
+            model = torch.nn.Module()
+            model.add_module("request:a", torch.nn.Identity())
+            with pytest.raises(ConfigError, match="begins with 'request:'"):
+                g.attach(model)
+            with g.key("a request:a"), g.step():
+                pass
+
+    run_ranks(body, world_size=1)

@@ -97,7 +97,7 @@ def test_a_stream_goes_on_after_every_move_as_if_nothing_had_happened(codec, opt
                 assert moved.nbytes == held > 0, "the codecs' memory goes, too"
                 there = [h for stream in site.streams for h in stream.predictor.held]
                 assert all(h.data_ptr() in spied for h in there)
-                moved.bring_back(site.streams, Queues())
+                moved.bring_back(Queues())
                 here = [h for stream in site.streams for h in (*stream.predictor.held, *stream.codec_memory)]
                 assert here
                 assert not any(h.data_ptr() in spied for h in here)

@@ -10,13 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+import compactdist
 from compactdist import codecs
 from compactdist.codecs import Codec, registry
+from compactdist.codecs.base import Session as BaseSession
+from compactdist.codecs.base import add_up, residual_of
 from compactdist.codecs.shapes import padded_nbytes
 from compactdist.errors import CodecConfigError, CompactDistError, NonFiniteError, PayloadError
 from compactdist.kernels.spec import MatrixView
+from compactdist.state import ResidualDecoder, ResidualEncoder
 from compactdist.testing import check_codec, codec_checks, sample
 from compactdist.testing.session_checks import VIEWS, check_session, check_sessions
+from tests.launch import run_ranks
 
 
 class Half(Codec):
@@ -192,7 +197,7 @@ class Session:
         self.last = self.staged = 0.0
 
     def expected(self, terms: tuple[Tensor, ...]) -> Tensor:
-        total = torch.zeros(self.view.numel, device=self.device)
+        total = torch.zeros(self.view.numel, dtype=torch.float32, device=self.device)
         for term in terms:
             total = total + term.float()
         return total
@@ -280,8 +285,8 @@ class Remembers(Session):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.count = self.alias = torch.zeros(1)
-        self.spare = torch.zeros(1)
+        self.count = self.alias = torch.zeros(1, dtype=torch.float32)
+        self.spare = torch.zeros(1, dtype=torch.float32)
 
     def encode(self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor) -> None:
         self.last = float(self.alias)
@@ -313,11 +318,11 @@ def moves_copies(self: Remembers, to: Callable[[Tensor], Tensor]) -> None:
 
 
 BAD_SESSIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "remembers at once": ({"encode": remembers_at_once}, "a frame that was not sent, or out=None, changed the next"),
-    "rollback": ({"rollback": forgets_to_roll_back}, "a frame that was not sent, or out=None, changed the next"),
+    "remembers at once": ({"encode": remembers_at_once}, "a frame that was not sent, out=None"),
+    "rollback": ({"rollback": forgets_to_roll_back}, "a frame that was not sent, out=None"),
     "out": ({"encode": another_out}, "decode gives other bits than encode's out"),
     "term": ({"decode": adds_into_a_term}, "changed x or a term|changed the next payload"),
-    "output": ({"decode": reads_its_output}, "in place gives other bits|other bits than encode's out"),
+    "output": ({"decode": reads_its_output}, "in place.* gives other bits|other bits than encode's out"),
     "nan": ({"encode": swallows_nan}, "must raise NonFiniteError, raised nothing"),
     "prepare": ({"prepare": prepares_too_much}, "changed the next payload"),
     "held": ({"held_bytes": -1}, "held_bytes is -1"),
@@ -354,3 +359,81 @@ def test_views_are_matrices_of_their_elements() -> None:
         x = torch.arange(view.numel, dtype=torch.float32)
         assert torch.equal(view.to_flat(view.to_matrix(x)), x)
         check_session(codec, view, torch.bfloat16, name="laplace")
+
+
+class Product(Half):
+    """Its decoding is a product, which autocast makes in bfloat16."""
+
+    codec_id: ClassVar[str] = "kit-product"
+
+    def decode(self, payload: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
+        flat = super().decode(payload, shape, torch.float32).reshape(-1, 1)
+        return (flat @ torch.ones(1, 1, dtype=torch.float32)).reshape(tuple(shape)).to(dtype)
+
+
+class Table(Half):
+    """It makes a tensor of the default dtype."""
+
+    codec_id: ClassVar[str] = "kit-table"
+
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(x * (torch.ones(1).element_size() / 4))
+
+
+@pytest.mark.parametrize("bad", [Product, Table])
+def test_a_codec_that_goes_by_its_callers_autocast_or_default_dtype_is_found(bad):
+    with pytest.raises(AssertionError, match=r"autocast to bfloat16 and the default dtype to float64.*undisturbed"):
+        codec_checks.check_surroundings(bad())
+
+
+class Exposed(BaseSession):
+    """A session that computes as it is called."""
+
+    def encode(self, x, terms, out, payload, *, row_weights=None):
+        payload.copy_(self.codec.encode(self.view.to_matrix(residual_of(x, terms))))
+        if out is not None:
+            self.decode(payload, terms, out)
+
+    def decode(self, payload, terms, out):
+        add_up(terms, self.view.to_flat(self.codec.decode(payload, self.view.shape, torch.float32)), out)
+
+
+class WithSession(Product):
+    codec_id: ClassVar[str] = "kit-exposed"
+
+    def open(self, view, dtype, device):
+        return Exposed(self, view, dtype, device)
+
+
+def test_a_group_and_a_stream_protect_any_session_from_autocast():
+    registry.register(WithSession)
+
+    def frames() -> list[Tensor]:
+        x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+        encoder, decoder = ResidualEncoder("kit-exposed"), ResidualDecoder("kit-exposed")
+        made = []
+        for step in range(3):
+            made += [encoder.encode(x + 0.1 * step)]
+            made += [decoder.decode(made[-1])]
+        return made
+
+    def body(rank, world_size):
+        group = compactdist.wrap(codec="kit-exposed", min_numel=64)
+        outs = []
+        for step in range(3):
+            group.step()
+            out = torch.empty(2 * 1024)
+            group.all_gather_into_tensor(out, torch.linspace(-1, 1, 1024) * (1 + 0.1 * step + rank))
+            outs.append(out)
+        group.close()
+        return outs
+
+    def under_autocast(rank, world_size):
+        with torch.autocast("cpu", torch.bfloat16):
+            return body(rank, world_size)
+
+    alone = frames()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, frames(), alone))
+    for plain, other in zip(run_ranks(body, world_size=2), run_ranks(under_autocast, world_size=2), strict=True):
+        assert all(map(torch.equal, plain, other))

@@ -169,7 +169,8 @@ def _settle_scales(plan: Plan, terms: int) -> list[Launch]:
         folded = (*sums, at.channels, plan.tiles, half_of_all)
         folding = at.groups * plan.channel_blocks * 64
         launches.append(Launch(scales.fold_many_tiles, folding, folded, ENCODING, constants))
-    per_group = at.channel_scales_per_group == 1
+    # rows of one channel have one scale in a group, too, and as many tiles as rows of several
+    per_group = at.channel_scales_per_group == 1 and plan.tiles == 1
     scales_end = at.channel_scales_at + 2 * at.groups * at.channel_scales_per_group
     arguments = (
         *sums, scratch.largest, scratch.flag, PAYLOAD, scratch.inverse, scratch.wire, scratch.factors,

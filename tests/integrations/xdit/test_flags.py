@@ -88,6 +88,12 @@ def test_a_misspelt_value_is_an_error(value: str) -> None:
             "unknown flag --compact_codek; there are --compact_codec, --compact_pr",
         ),
         (["script.py", "--compact_order", "1"], "no effect without --compact_codec"),
+        (["script.py", "--compact_codec", "in2"], "argument --compact_codec: "),
+        (["script.py", "--compact_codec", "int4:scale=block"], "argument --compact_codec: codec 'int4' has no option"),
+        (["script.py", "--compact_keyframe", "row"], "argument --compact_keyframe: "),
+        (["script.py", "--compact_target", "nmse=-30"], "argument --compact_target: target is nmse_db="),
+        (["script.py", "--compact_preset", "smal"], "argument --compact_preset: there is no preset 'smal'"),
+        (["script.py", "--compact_routes", "rink"], "argument --compact_routes: routes must be among"),
     ],
 )
 def test_launcher_refuses(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

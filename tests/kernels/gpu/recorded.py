@@ -37,19 +37,18 @@ class Recorded(TorchDispatchMode):
     @property
     def launched(self) -> list[str]:
         """Names of the kernels, in order."""
-        inner = {"all_gather", "all_to_all", *CALLS.values()}
-        return [name for name, _ in self.nodes if not name.startswith("aten") and name.split()[0] not in inner]
+        return [name for name, _ in self.nodes if not name.startswith("aten") and name.split()[0] not in INNER]
 
     def add(self, name: str, run: Callable[[], Any], *args: Any) -> None:
         """Record one node."""
         self.nodes.append((name, args))
         self._runs.append(run)
 
-    def replay(self, only: str | None = None) -> None:
-        """Run all nodes once more, or the inner calls of one name."""
+    def replay(self, *, inner_only: bool = False) -> None:
+        """Run all nodes once more, or the inner calls only."""
         with _torch.without_autograd():
             for (name, _), run in zip(self.nodes, self._runs, strict=True):
-                if only in (None, name, name.removesuffix(" done")):
+                if not inner_only or name.removesuffix(" done") in INNER:
                     run()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -121,6 +120,7 @@ CALLS = {
     **dict.fromkeys(_torch.START_COALESCING, "start"),
     **dict.fromkeys(_torch.END_COALESCING, "end"),
 }
+INNER = {"all_gather", "all_to_all", *CALLS.values()}
 
 
 @contextmanager

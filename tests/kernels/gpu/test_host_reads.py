@@ -254,3 +254,25 @@ def test_a_group_raises_at_a_later_step_and_goes_on_after_a_reset():
             group.close()
 
     run_ranks(body, world_size=2, timeout=120)
+
+
+def test_no_rank_keeps_a_chunk_of_sums_that_are_not_finite():
+    """Every rank gets NaN for it, the rank whose chunk it is, too, and none gets what it had before."""
+
+    def body(rank, world_size):
+        with use("gpu"):
+            policy = [compactdist.Rule(op="all_reduce", codec="int8")]
+            group = compactdist.wrap(dist.group.WORLD, "int4", min_numel=64, find_layout=False, policy=policy)
+            for step in range(4):
+                group.step()
+                x = torch.linspace(-1, 1, 1280) + 0.01 * step
+                if step == 3 and rank == 0:
+                    x[5], x[700] = torch.inf, torch.nan
+                group.all_reduce(x)
+                assert x.isnan().all() if step == 3 else x.isfinite().all()
+            with pytest.raises(NonFiniteError, match="in step 3"):
+                group.step()
+            group.reset()
+            group.close()
+
+    run_ranks(body, world_size=2, timeout=120)

@@ -83,6 +83,14 @@ def test_of_more_than_64_tiles(codec_id):
     kit.check_same(codecs.get(codec_id), kit.draw("L", view.numel, 8).float(), (), view)
 
 
+@pytest.mark.parametrize("codec_id", ["binary", "ternary", "int4", "int8", "fp8"])
+def test_of_many_rows_of_one_channel(codec_id):
+    """One scale for each group, as few rows have, and more than one tile, as many rows have."""
+    view = plain(2 * 150, 2, 1)
+    change = kit.draw("gaussian", view.numel, 1) * torch.linspace(0.1, 2, view.numel)  # the first tile is the smallest
+    kit.check_same(codecs.get(codec_id), change.float(), (), view)
+
+
 def test_buffers_anywhere():
     """A payload in the middle of a frame, aligned or not; strided input; tensors made in inference mode."""
     view, codec = plain(66 * 72, 1, 72), codecs.get("int4")

@@ -1,0 +1,66 @@
+"""Frames that only devices looked at are passed on with all that they say: a coefficient, the next rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import compactdist
+from compactdist.kernels import use
+from compactdist.testing import act_like_nccl
+from tests.kernels.gpu.conftest import INTERPRETED
+from tests.launch import run_ranks
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="plays three ranks on CPU tensors")
+
+RANKS, STEPS, NUMEL = 3, 6, 256
+
+
+def _by_messages(group: Any, rank: int, x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    sends = dist.P2POp(dist.isend, x, (rank + 1) % RANKS, group), dist.P2POp(dist.irecv, out, (rank - 1) % RANKS, group)
+    for work in dist.batch_isend_irecv(list(sends)):
+        work.wait()
+    return out
+
+
+def _by_rotation(group: Any, rank: int, x: torch.Tensor) -> torch.Tensor:
+    out, to, source = torch.empty_like(x), [0] * RANKS, [0] * RANKS
+    to[(rank + 1) % RANKS] = source[(rank - 1) % RANKS] = x.numel()
+    dist.all_to_all_single(out, x, source, to, group=group)
+    return out
+
+
+@pytest.mark.parametrize("hop", [_by_messages, pytest.param(_by_rotation, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "options",
+    [{"order": "auto"}, {"codec": "rates:rungs=scalar", "target": "nmse_db=-30"}],
+    ids=["a coefficient in every frame", "rates"],
+)
+def test_a_tensor_is_the_same_on_all_ranks_that_it_visits(hop, options):
+    def body(rank, world_size):
+        with use("gpu"):
+            inner = act_like_nccl(dist.group.WORLD)
+            group = compactdist.wrap(inner, **{"codec": "int4", "min_numel": 64, "find_layout": False, **options})
+            generator, seen = torch.Generator().manual_seed(rank), []
+            x = torch.randn(NUMEL, generator=generator)
+            velocity = 0.1 * torch.randn(NUMEL, generator=generator)
+            for step in range(STEPS):
+                # what changes more from one step to the next takes another rate
+                x = x + velocity + 0.02 * 3**step * torch.randn(NUMEL, generator=generator)
+                group.step()
+                first = hop(group, rank, x)
+                seen.append((first, hop(group, rank, first)))
+            group.check()
+            forwarded = group.stats().forwarded
+            group.close()
+        return seen, forwarded
+
+    ranks = run_ranks(body, world_size=RANKS, timeout=100)
+    for rank, (seen, forwarded) in enumerate(ranks):
+        assert forwarded == (1 if "target" in options else STEPS)  # keyframes, and then residuals of other rates
+        for (first, _), (_, second) in list(zip(seen, ranks[(rank + 1) % RANKS][0], strict=True))[:forwarded]:
+            assert torch.equal(first, second)
