@@ -156,6 +156,9 @@ without_autograd: Any = functools.partial(torch._C._InferenceMode, True)
 without_autocast: Any = torch._C._DisableAutocast
 """Context in which operations compute in the dtypes of their tensors, whatever the caller has switched on (2.13)."""
 
+autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether operations may compute in other dtypes than their tensors', which is quicker asked than excluded (2.13)."""
+
 
 def default_group() -> Any:
     """The default group; raises ValueError before init_process_group (2.13)."""

@@ -337,7 +337,10 @@ class Engine:
         Raises:
             As ``prepare`` and ``launch``.
         """
-        with _torch.without_autograd(), _torch.without_autocast():
+        if _torch.autocasts():
+            with _torch.without_autocast():
+                return self.fly(flight)
+        with _torch.without_autograd():
             job = self._launch(self._prepare(flight), None)
             if flight.plan.pattern.sends_only and self.store.unprepared.sessions:
                 self.store.unprepared.prepare()  # nobody may ever wait here for a message
@@ -500,6 +503,9 @@ class Engine:
             FrameError, NonFiniteError: the flight's ``failure``, else the first error of a decoder; every other part
                 has been decoded.
         """
+        if _torch.autocasts():
+            with _torch.without_autocast():
+                return self.finish(flight, may_write)
         plan, offload = flight.plan, self.store.offload
         if offload is not None and plan.incoming:
             offload.visit(plan.site, flight.arrived[0].device)
@@ -509,7 +515,7 @@ class Engine:
         ours = queue == flight.queue
         if not ours:
             _read_elsewhere(flight)
-        with _torch.without_autograd(), _torch.without_autocast():
+        with _torch.without_autograd():
             target = flight.own_output
             if may_write and flight.own_value is not None and target is not None:
                 own = flight.own_value
