@@ -121,9 +121,15 @@ def _read_elsewhere(flight: Flight) -> None:
         buffer.record_stream(now)
 
 
-def _own_read_elsewhere(flight: Flight, device: torch.device) -> None:
-    """It has read this rank's own value, too, whose memory the flight's stream writes to two frames later."""
-    if flight.queue is not None and (flight.own_value is not None or flight.own_parts):
+def _write_own_parts(flight: Flight, may_write: bool, ours: bool) -> None:
+    """Write this rank's own chunk where it travels in parts; ``ours``: on the flight's CUDA stream.
+
+    That stream writes to the memory of what was read here, or of a whole chunk before, two frames later.
+    """
+    for place, value in flight.own_parts if may_write else ():
+        place.copy_(value)
+    if not ours and flight.queue is not None and (flight.own_value is not None or flight.own_parts):
+        device = (flight.arrived or flight.keep)[0].device
         kernels.stream_of(flight.queue, device).wait_stream(torch.cuda.current_stream(device))
 
 
@@ -500,8 +506,7 @@ class Engine:
         """Decode what arrived, in order, and write it if the outputs may still be written to.
 
         Raises:
-            FrameError, NonFiniteError: the flight's ``failure``, else the first error of a decoder; every other part
-                has been decoded.
+            FrameError, NonFiniteError: the flight's ``failure``, else a decoder's first; all other parts were decoded.
         """
         if _torch.autocasts():
             with _torch.without_autocast():
@@ -520,10 +525,8 @@ class Engine:
             if may_write and flight.own_value is not None and target is not None:
                 own = flight.own_value
                 target.copy_(own if target.dim() == 1 else own.view(target.shape))
-            for place, value in flight.own_parts if may_write else ():
-                place.copy_(value)
-            if not ours:
-                _own_read_elsewhere(flight, (flight.arrived or flight.keep)[0].device)
+            if flight.own_parts or not ours:
+                _write_own_parts(flight, may_write, ours)
             number = 0
             for i, (part, data) in enumerate(zip(plan.incoming, flight.arrived, strict=True)):
                 if part.number != number:
