@@ -52,7 +52,7 @@ def _exchange(group: Any, device: torch.device) -> dict[str, Any]:
         step; ``digests`` are those of the bytes in the places of all ranks.
     """
     rank, size = group.rank(), group.size()
-    out = torch.empty(size * _ROWS, _CHANNELS, device=device)
+    out = torch.empty(size * _ROWS, _CHANNELS, dtype=torch.float32, device=device)
     values = [changing(_STEPS, _ROWS, _CHANNELS, torch.float32, seed) for seed in range(size)]
     seconds = 0.0
     for mine in values[rank]:

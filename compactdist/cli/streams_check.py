@@ -66,11 +66,11 @@ def streams(every_codec: bool) -> dict[str, dict[str, Any]]:
 def changing(frames: int, rows: int, channels: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     """Tensors ``[rows, channels]`` of unequal channels, a tenth of each new against the one before it."""
     generator = torch.Generator().manual_seed(seed)
-    scale = torch.rand(channels, generator=generator) + 0.1
-    x, made = torch.randn(rows, channels, generator=generator) * scale, []
+    scale = torch.rand(channels, generator=generator, dtype=torch.float32, device="cpu") + 0.1
+    x, made = torch.randn(rows, channels, generator=generator, dtype=torch.float32, device="cpu") * scale, []
     for _ in range(frames):
         made.append(x.to(dtype))
-        x = x + 0.1 * torch.randn(rows, channels, generator=generator) * scale
+        x = x + 0.1 * torch.randn(rows, channels, generator=generator, dtype=torch.float32, device="cpu") * scale
     return made
 
 
