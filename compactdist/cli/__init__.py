@@ -151,15 +151,19 @@ def _presets(context: typer.Context, presets: list[str] | None, others: list[str
     Raises:
         ConfigError: an option of codecs is given that would change no row, as there are presets only.
     """
-    of_codecs = ("order", "damping", "warmup", "state", "keyframe")
-    given = [name for name in of_codecs if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    given = _given(context, ("order", "damping", "warmup", "state", "keyframe"))
     if presets and given and not others:
-        options = ", ".join(f"--{name}" for name in given)
         raise ConfigError(
-            f"{options} would change nothing: --preset {presets[0]} has options of its own. Leave it out, or name with "
+            f"{given} would change nothing: --preset {presets[0]} has options of its own. Leave it out, or name with "
             "--codec what it is for"
         )
     return presets or []
+
+
+def _given(context: typer.Context, names: Sequence[str]) -> str:
+    """Those of the options that stand on the command line, as they are written there; empty if none does."""
+    given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    return ", ".join(f"--{name}" for name in given)
 
 
 @bench.command("codecs")
@@ -275,10 +279,9 @@ def _refuse_beside(context: typer.Context, names: Sequence[str], other: str) -> 
     Raises:
         ConfigError: one is given.
     """
-    given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    given = _given(context, names)
     if given:
-        options = ", ".join(f"--{name}" for name in given)
-        raise ConfigError(f"{options} would change nothing beside {other}: leave out one of them")
+        raise ConfigError(f"{given} would change nothing beside {other}: leave out one of them")
 
 
 @app.command()

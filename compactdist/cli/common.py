@@ -7,12 +7,14 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
@@ -36,6 +38,7 @@ __all__ = [
     "failing_well",
     "fitting_table",
     "import_codecs",
+    "now",
     "parse_codecs",
     "parse_order",
     "warn_if_busy",
@@ -221,6 +224,13 @@ def write_json(file: Path | None, result: Any) -> None:
         file.write_text(text)
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror or error}") from None
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once a device is done with what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 _BUSY = 1.5

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compactdist.cli.common import now
 from compactdist.cli.evaluate import Setting
 from compactdist.kernels.spec import MatrixView
 from compactdist.state import StreamDecoder, StreamEncoder
@@ -64,15 +65,9 @@ def _frames(setting: Setting, tensors: Sequence[Tensor], hint: MatrixView, count
     for step in range(count):
         x = tensors[order[step % len(order)]]
         keyframe = step == 0 or encoder.is_fresh(x.numel(), x.dtype)
-        began = _now(x)
+        began = now(x.device)
         staged = encoder.stage(x, setting.codec, keyframe=keyframe, step=step, hint=hint)
         encoder.commit(staged)
-        between = _now(x)
+        between = now(x.device)
         decoder.decode(staged.frame, setting.codec, x.numel(), x.dtype, step=step, hint=hint)
-        yield between - began, _now(x) - between
-
-
-def _now(x: Tensor) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter()
+        yield between - began, now(x.device) - between

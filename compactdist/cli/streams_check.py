@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from compactdist import codecs
-from compactdist.cli.common import Column, fitting_table
+from compactdist.cli.common import Column, fitting_table, now
 from compactdist.cli.findings import Finding
 from compactdist.presets import PRESETS
 from compactdist.state import Layout, ResidualDecoder, ResidualEncoder
@@ -94,10 +93,10 @@ def _played(name: str, options: Mapping[str, Any], tensors: Sequence[Tensor]) ->
     sizes, problem, ms = [], "", 0.0
     x = x_hat = tensors[0]
     for number, x in enumerate(tensors):
-        began = _now(x.device)
+        began = now(x.device)
         frame = encoder.encode(x)
         x_hat = decoder.decode(frame)
-        ms = (_now(x.device) - began) * 1e3
+        ms = (now(x.device) - began) * 1e3
         sizes.append(frame.numel())
         sent = x if encoder.codec.lossless else encoder.state
         if sent is None or not _same_bytes(sent, x_hat):
@@ -106,12 +105,6 @@ def _played(name: str, options: Mapping[str, Any], tensors: Sequence[Tensor]) ->
     if not error < _LARGEST_ERROR:
         problem = problem or f"an error of {error:.3g} is larger than {_LARGEST_ERROR}"
     return StreamCheck(name, str(x.device), x.nbytes, sizes[0], sizes[-1], error, ms, problem)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -368,11 +368,10 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         with self._engine.lock:
             self._engine.samples.read()
         made = self._engine.stats.snapshot(self._engine.state_bytes(), store.rates(), store.offloaded_bytes())
-        made = replace(made, late_reads=self._engine.late_reads, late_preparations=store.unprepared.late)
-        control = store.control
-        if control is None:
-            return made
-        return replace(made, target=control.met().to_dict(), late_reads=made.late_reads + control.late)
+        control, late = store.control, self._engine.late_reads
+        target = None if control is None else control.met().to_dict()
+        late += 0 if control is None else control.late
+        return replace(made, target=target, late_reads=late, late_preparations=store.unprepared.late)
 
     def check(self) -> None:
         """Make sure that both ends of every stream hold the same history, to the bit. Collective.
