@@ -30,6 +30,9 @@ STAMP := $(VENV)/.installed
 OTHER_VENV := $(VENV)-torch-$(patsubst torch==%,%,$(firstword $(TORCH)))
 SOURCES := compactdist tests $(wildcard integrations benchmarks examples tools)
 
+# Nothing is compiled when it is installed, so that each process would compile all it imports where this is set.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv venv-torch lint format test test-all test-torch conformance demo bench clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,10 @@ from hypothesis import HealthCheck, settings
 
 # The multi-rank launcher forks, which is sound only while no thread pool exists: so before any operation.
 torch.set_num_threads(1)
+
+# What each rank would import of its own, once for all that are forked.
+if importlib.util.find_spec("numba"):
+    importlib.import_module("compactdist.kernels.cpu.steps")
 
 _common = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.register_profile("ci", _common, derandomize=True, max_examples=50)
