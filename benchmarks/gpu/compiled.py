@@ -149,7 +149,7 @@ def _both(
 
 
 def step(
-    codec: Codec, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int = 1
+    codec: Codec, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int = 1, copies: bool = False
 ) -> tuple[list[Compiled], list[Compiled]]:
     """The launches of one encode and of one decode, as a group's steady call makes them.
 
@@ -159,12 +159,16 @@ def step(
         dtype: of its tensors.
         compiler: a :class:`Compiler`.
         terms: of the prediction, 0 to 2.
+        copies: both write a second output, too.
     """
     from compactdist.kernels.gpu.steps import TritonSteps
 
     plan = _plan_of(codec, view)
     steps = TritonSteps(plan, dtype, torch.device("cpu"))
-    return _both(steps, view.numel, dtype, plan.sections.total_nbytes, compiler, terms, *_checks())
+    checks = _checks()
+    for one in checks if copies else ():
+        one["copy"] = torch.zeros(view.numel, dtype=dtype)
+    return _both(steps, view.numel, dtype, plan.sections.total_nbytes, compiler, terms, *checks)
 
 
 def history_step(

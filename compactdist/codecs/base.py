@@ -244,6 +244,22 @@ class Session:
         if out is not None:
             self.decode(payload, terms, out)
 
+    def encode_twice(self, x: Tensor, terms: Terms, out: Tensor, copy: Tensor, payload: Tensor) -> None:
+        """As ``encode``, and write what ``out`` receives to ``copy`` too; in one pass where a codec's kernels can.
+
+        Args:
+            x: flat, ``view.numel`` elements of ``dtype``.
+            terms: terms of the prediction, as for ``encode``.
+            out: as for ``encode``.
+            copy: contiguous, as many elements as ``out``, of ``dtype``; shares no memory with the other tensors.
+            payload: as for ``encode``.
+
+        Raises:
+            NonFiniteError: As for ``encode``; the contents of ``copy`` are undefined, too.
+        """
+        self.encode(x, terms, out, payload)
+        copy.copy_(out.view(copy.shape))
+
     @undisturbed
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         """Write the sum of ``terms`` plus the decoded payload, kept finite and rounded once, to ``out``.

@@ -171,6 +171,10 @@ class RatesSession(Session):
         self._inner.encode(x, terms, out, payload, row_weights=row_weights)
         self.checksum = self._inner.checksum
 
+    def encode_twice(self, x: Tensor, terms: Terms, out: Tensor, copy: Tensor, payload: Tensor) -> None:
+        self._inner.encode_twice(x, terms, out, copy, payload)
+        self.checksum = self._inner.checksum
+
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         self._inner.decode(payload, terms, out)
 

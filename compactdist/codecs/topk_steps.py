@@ -28,7 +28,9 @@ class TopKSteps:
         self._values_at, self._runs = values_at, runs
         self.checksum: int | None = None
 
-    def encode(self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor) -> bool:
+    def encode(
+        self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, copy: Tensor | None = None
+    ) -> bool:
         places, kept = payload[: self._values_at], payload[self._values_at :]
         back = kept
         if self._values is None:
@@ -41,6 +43,8 @@ class TopKSteps:
                 self._values.encode(found[: self._runs], (), None if out is None else back, kept)
         if finite and out is not None:
             self._picks.spread(places, back, terms, out)
+            if copy is not None:
+                copy.copy_(out.view(copy.shape))
         return finite
 
     def decode(self, payload: Tensor, terms: Terms, out: Tensor, *, copy: Tensor | None = None) -> bool:

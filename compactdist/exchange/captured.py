@@ -128,10 +128,11 @@ def seal(engine: Engine, flight: Flight) -> Flight:
     if flight.passed is not None:
         raise error_of(engine, flight.call, f"this message cannot be compressed ({flight.passed.text})")
     want_value = flight.plan.want_value
+    copy = flight.places[0] if flight.places else None
     for part, x in zip(flight.plan.outgoing, flight.inputs, strict=True):
         staged, queue = None, kernels.queue_of(x.device)
         if part.stream is not None:
-            staged = streams.capture_seal(part.stream, x, part.residual_nbytes, queue, want_value=want_value)
+            staged = streams.capture_seal(part.stream, x, part.residual_nbytes, queue, copy, want_value=want_value)
         flight.staged.append(staged)
     return flight
 
@@ -197,8 +198,11 @@ def _finish(engine: Engine, flight: Flight, may_write: bool) -> None:
     with _torch.without_autograd(), _torch.without_autocast():
         unframed = may_write and (own is not None or any(part.stream is None for part in plan.incoming))
         goes_on = _goes_on(flight) if unframed else None
-        if may_write and own is not None and flight.own_value is not None:
-            _write(own, flight.own_value, goes_on)
+        if may_write and own is not None:
+            copied = any(staged is not None and staged.copied for staged in flight.staged)
+            value = own if copied else flight.own_value
+            if value is not None:
+                _write(own, value, goes_on)
         for part, data, output in zip(plan.incoming, flight.arrived, flight.outputs, strict=True):
             if part.stream is not None:
                 queue = kernels.queue_of(data.device)

@@ -25,7 +25,7 @@ from compactdist.exchange.arrivals import Arrival, Arrivals
 from compactdist.exchange.forward import Message
 from compactdist.exchange.later import Later
 from compactdist.exchange.link import Link
-from compactdist.exchange.parts import InTurn
+from compactdist.exchange.parts import InTurn, slices
 from compactdist.exchange.plan import Call, CallPlan, Chooser, Incoming, Outgoing
 from compactdist.exchange.predicted import Late, answer, may_answer
 from compactdist.exchange.sampling import Samples
@@ -77,6 +77,7 @@ class Flight:
         arrived: buffers to be decoded, 1-D uint8, in the order of ``plan.incoming``; a frame may be shorter.
         keep: tensors that must live until the inner work is done.
         wire_nbytes: bytes put on the link.
+        places: where encoders write ``own_output``, part by part; empty: it is written once the call is done.
         own_value: the value to be written to ``own_output``.
         own_parts: the same of a tensor that travels in parts: each a slice of ``own_output``, and its value.
         copies: outputs that are not contiguous, each with the contiguous one that is written in its place first.
@@ -106,6 +107,7 @@ class Flight:
     arrived: Sequence[Tensor] = ()
     keep: tuple[Tensor, ...] = ()
     wire_nbytes: int = 0
+    places: Sequence[Tensor] = ()
     own_value: Tensor | None = None
     own_parts: Sequence[tuple[Tensor, Tensor]] = ()
     copies: Sequence[tuple[Tensor, Tensor]] = ()
@@ -313,13 +315,19 @@ class Engine:
             self._refuse_shared_elements(flight, own)
         for target, _ in flight.copies:
             self._refuse_shared_elements(flight, target)
+        first = flight.inputs[0] if flight.inputs else flight.outputs[0]
+        if own is not None and plan.shares_own and own.is_contiguous() and own.device == first.device:
+            begin, start, last = first.data_ptr(), own.data_ptr(), flight.inputs[-1]
+            # not over its input, which a call that fails must leave as it is
+            apart = not start or begin >= start + own.nbytes or start >= last.data_ptr() + last.nbytes
+            if apart and first.is_contiguous():
+                flight.places = slices(own, plan.cuts) if plan.cuts else (own,)
         if flight.call.captured:
             return captured.seal(self, flight)
         if plan.site.captured is not None:
             captured.catch_up(self, plan.site)
         if self.store.offload is not None:
             self._enter(self.store.offload, flight)
-        first = flight.inputs[0] if flight.inputs else flight.outputs[0]
         if not first.is_cpu:
             flight.queue = kernels.queue_of(first.device)
         try:
@@ -383,6 +391,7 @@ class Engine:
             foreseen=keyframe and self._keys_there(flight.plan.pattern) == "all",
             hint=part.hint,
             queue=flight.queue,
+            copy=flight.places[part.number] if flight.places else None,
         )
         if failure is not None:
             flight.failure = flight.failure or failure

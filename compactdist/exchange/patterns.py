@@ -199,7 +199,8 @@ class AllGather(OneMessage):
             plan.predicts = self.op == "all_gather" and engine.chooser.predicts(
                 plan.answers[0], call.site, codec, engine.config.remembers
             )
-            plan.want_value |= not engine.exact_local
+            plan.shares_own = not engine.exact_local
+            plan.want_value |= plan.shares_own
             hint = self._hint(engine, call, plan) if self._wanted(engine, plan) > 1 else None
             self._divide(engine, plan, codec, hint)
         return plan
@@ -298,12 +299,14 @@ class AllGather(OneMessage):
         if flight.failure is not None:
             return
         if flight.plan.cuts and not engine.exact_local and flight.own_output is not None:
-            values = [staged.value for staged in flight.staged if staged is not None and staged.value is not None]
-            flight.own_parts = list(zip(slices(flight.own_output, flight.plan.cuts), values, strict=True))
+            found = zip(slices(flight.own_output, flight.plan.cuts), flight.staged, strict=True)
+            flight.own_parts = [
+                (place, part.value) for place, part in found if part and part.value is not None and not part.copied
+            ]
             return
         if engine.exact_local or staged is None or staged.value is None:
             super().keep_own(engine, flight)
-        else:
+        elif not staged.copied:
             flight.own_value = staged.value
 
 

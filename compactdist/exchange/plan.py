@@ -289,6 +289,7 @@ class CallPlan:
         raw_numel: elements in all messages that leave.
         detail: a pattern's own result: why chunks pass through (all-to-all), bytes of the buffer (receive).
         predicts: outputs are written at once, with what was predicted, wherever the frames are residuals.
+        shares_own: this rank's own output gets what the receivers will reconstruct, as they reconstruct it.
         want_value: encoders return what the receiver will reconstruct, even where they keep no history.
         fresh: some part's next frame must be a keyframe.
         changes: the site's count of changes when ``fresh`` and the sizes were worked out.
@@ -318,6 +319,7 @@ class CallPlan:
     raw_numel: int = 0
     detail: Any = None
     predicts: bool = False
+    shares_own: bool = False
     want_value: bool = False
     fresh: bool = True
     changes: int = -1

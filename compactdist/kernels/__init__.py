@@ -77,11 +77,23 @@ class Steps(Protocol):
 
     checksum: int | None
 
-    def encode(self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor) -> bool:
+    def encode(
+        self,
+        x: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor | None,
+        payload: Tensor,
+        *,
+        copy: Tensor | None = None,
+    ) -> bool:
         """Write the payload of ``x`` less the sum of ``terms``, and to ``out`` what :meth:`decode` will give.
 
+        With ``copy``, contiguous, as large as ``out`` and apart from all other tensors, write the same values there
+        too.
+
         Returns:
-            Whether it was done; if not, ``out`` and ``payload`` hold anything, and the reference has to do it.
+            Whether it was done; if not, ``out``, ``copy`` and ``payload`` hold anything, and the reference has to do
+            it.
         """
         ...
 
@@ -119,6 +131,8 @@ class HistorySteps(Protocol):
         out: Tensor | None,
         payload: Tensor,
         scales: tuple[Tensor, Tensor],
+        *,
+        copy: Tensor | None = None,
     ) -> bool:
         """As ``Steps.encode``."""
         ...
@@ -140,7 +154,14 @@ class DeviceSteps(Steps, Protocol):
     """Steps that nothing waits for: what they find out stays on the device."""
 
     def encode(
-        self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor, *, flag: Tensor | None = None
+        self,
+        x: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor | None,
+        payload: Tensor,
+        *,
+        copy: Tensor | None = None,
+        flag: Tensor | None = None,
     ) -> bool:
         """As ``Steps``; with ``flag``, int32 ``[1]``, that is set to 1 where the residual is not finite, and payload
         and ``out`` then say that nothing changed.
@@ -183,6 +204,7 @@ class Frames(Protocol):
         x: Tensor,
         terms: tuple[Tensor, ...],
         out: Tensor | None,
+        copy: Tensor | None,
         frame: Tensor,
         payload: Tensor,
         clock: Tensor,
@@ -196,6 +218,7 @@ class Frames(Protocol):
             x: flat.
             terms: what is expected, each flat and contiguous.
             out: flat, contiguous, none of the terms; gets what the receiver will hold.
+            copy: contiguous, apart from all other tensors; gets the same values. Only with ``out``.
             frame: 1-D uint8, contiguous.
             payload: the part of it behind the header.
             clock: of this end, see ``spec.CLOCK_WORDS``; moves on by one frame.
@@ -237,6 +260,10 @@ class Frames(Protocol):
         Returns:
             Whether it was done; not if the frame is not contiguous, or its payload not aligned to 16 bytes.
         """
+        ...
+
+    def has_sent(self, steps: DeviceSteps, terms: int, writes: bool, copies: bool) -> bool:
+        """Whether :meth:`send` was called with so many terms, with ``out`` and with ``copy``: all is compiled then."""
         ...
 
     def repeats(self, steps: DeviceSteps) -> bool:

@@ -73,7 +73,9 @@ def _parts(stream: StreamState) -> tuple[Form, Frames, DeviceSteps, DeviceClock]
     return form, frames, steps, clock
 
 
-def capture_seal(encoder: StreamEncoder, x: Tensor, frame_nbytes: int, queue: int, *, want_value: bool) -> Staged:
+def capture_seal(
+    encoder: StreamEncoder, x: Tensor, frame_nbytes: int, queue: int, copy: Tensor | None, *, want_value: bool
+) -> Staged:
     """Let the graph that is being captured make the frame of ``x``, and remember what its receivers will.
 
     Args:
@@ -81,6 +83,7 @@ def capture_seal(encoder: StreamEncoder, x: Tensor, frame_nbytes: int, queue: in
         x: any shape, the stream's numel and dtype.
         frame_nbytes: agreed frame size, padded with zeros.
         queue: ``kernels.queue_of`` the device.
+        copy: as for ``StreamEncoder.stage_or_flag``.
         want_value: fill ``Staged.value`` even where the stream keeps no history.
     """
     form, frames, steps, clock = _parts(encoder)
@@ -94,12 +97,16 @@ def capture_seal(encoder: StreamEncoder, x: Tensor, frame_nbytes: int, queue: in
     if want_value or encoder.config.remembers:
         value = torch.empty(flat.numel(), dtype=flat.dtype, device=x.device)
     payload = frame[HEADER_NBYTES:nbytes]
-    made = frames.send(steps, flat, terms, value, frame, payload, clock.words, _BY_CLOCK, queue)
+    copies = copy is not None and value is not None
+    if not frames.has_sent(steps, len(terms), value is not None, copies) and value is not None:
+        # nothing can be compiled now: as the calls before did, which wrote where this one cannot, or could not so write
+        copy, copies = torch.empty_like(value) if copy is None else None, False
+    made = frames.send(steps, flat, terms, value, copy, frame, payload, clock.words, _BY_CLOCK, queue)
     assert made, "the steps take what their stream holds"
     goes_on = clock.goes_on()
     if terms and value is not None:
         _remember(predictor, value, terms, goes_on)
-    return Staged(frame, head.header, 0, value, there=True, goes_on=goes_on)
+    return Staged(frame, head.header, 0, value, there=True, copied=copies, goes_on=goes_on)
 
 
 def _remember(predictor: Predictor, value: Tensor, terms: Terms, goes_on: Tensor) -> None:

@@ -259,7 +259,7 @@ class StreamEncoder(StreamState):
         keeps = want_value or self._remembers
         value = torch.empty(flat.numel(), dtype=flat.dtype, device=device) if keeps else None
         call = step, epoch, self.sequence, FROM_HOST, 0
-        if not keys.frames.send(steps, flat, (), value, frame, payload, clock.next_words, call, queue):
+        if not keys.frames.send(steps, flat, (), value, None, frame, payload, clock.next_words, call, queue):
             return None
         return Staged(frame, header, 0, value, there=True, lends=not want_value, hint=hint)
 
@@ -285,6 +285,7 @@ class StreamEncoder(StreamState):
         want_value: bool,
         shape: tuple[int, ...] | None = None,
         row_weights: Tensor | None = None,
+        copy: Tensor | None = None,
     ) -> Staged:
         if self.clock is not None:
             self.known_digest()
@@ -308,15 +309,17 @@ class StreamEncoder(StreamState):
             value = spares.take(flat, None, self.part)
         # an open-loop sender's prediction is not the receiver's: encode against its own, decode with the receiver's
         expected, out = (terms, value) if own is None or not terms else (own.terms(coefficient), None)
-        if not self._encoded(session, flat, expected, out, payload, row_weights):
+        if not self._encoded(session, flat, expected, out, copy, payload, row_weights):
             out = None
+        copied = out is not None and copy is not None
         if value is not None and out is None:
             session.decode(payload, terms, value)
         checksum = form.checksum(payload) if session.checksum is None else session.checksum
         exact = None if own is None else _own(flat)
         staged = Staged(
-            frame, header, checksum, value, terms, exact, session=session, room=room if flat.is_cpu else None
-        )
+            frame, header, checksum, value, terms, exact,
+            session=session, room=room if flat.is_cpu else None, copied=copied, lends=copied,
+        )  # fmt: skip
         searches = not self._searched and not header.layout
         if searches:
             self._search(staged, residual_of(flat, expected))
@@ -333,12 +336,16 @@ class StreamEncoder(StreamState):
         flat: Tensor,
         expected: Terms,
         out: Tensor | None,
+        copy: Tensor | None,
         payload: Tensor,
         row_weights: Tensor | None,
     ) -> bool:
-        """Write the payload and, unless it has to be bounded, ``out``; returns whether ``out`` was written."""
+        """Write the payload and, unless it has to be bounded, ``out`` and ``copy``; returns whether these were."""
         try:
-            session.encode(flat, expected, out, payload, row_weights=row_weights)
+            if copy is None or out is None:
+                session.encode(flat, expected, out, payload, row_weights=row_weights)
+            else:
+                session.encode_twice(flat, expected, out, copy, payload)
         except NonFiniteError as error:
             session.rollback()
             if not bool(torch.isfinite(flat).all()):
@@ -361,6 +368,7 @@ class StreamEncoder(StreamState):
         frame_nbytes: int | None,
         want_value: bool,
         queue: int,
+        copy: Tensor | None,
     ) -> Staged | None:
         """The residual's frame, made by the device without the host's waiting; ``None``: it has to be made here.
 
@@ -393,13 +401,15 @@ class StreamEncoder(StreamState):
         value = None
         if want_value or self._remembers or steers is not None:
             value = spares.take(flat, queue, self.part)
+        copy = None if value is None else copy
         call = step, epoch, self.sequence, clock.source, self.digest
-        if not frames.send(steps, flat, terms, value, room.whole, room.views[0], clock.words, call, queue):
+        if not frames.send(steps, flat, terms, value, copy, room.whole, room.views[0], clock.words, call, queue):
             return None
         measured = None if steers is None or value is None else HostCopy(Measured.sums(flat, terms, value))
         return Staged(
             room.whole, header, 0, value, terms,
-            session=form.session, there=True, measured=measured, room=room, lends=not want_value,
+            session=form.session, there=True, measured=measured, room=room, copied=copy is not None,
+            lends=copy is not None or not want_value,
         )  # fmt: skip
 
     def _announces_rate(
@@ -487,11 +497,13 @@ class StreamEncoder(StreamState):
         foreseen: bool = False,
         hint: MatrixView | None = None,
         queue: int | None = None,
+        copy: Tensor | None = None,
     ) -> tuple[Staged, NonFiniteError | None]:
         """As ``stage``, but a tensor that is not finite gives a flagged frame: peers wait for one of the agreed size.
 
         ``foreseen``: as for ``StreamDecoder.decode``, of a keyframe that carries the tensor's own bytes. ``queue``:
-        ``kernels.queue_of`` the tensor's device, where the caller has asked.
+        ``kernels.queue_of`` the tensor's device, where the caller has asked. ``copy``: contiguous, of the dtype and
+        size of ``x``, apart from it; ``Staged.copied`` says whether what the receiver will reconstruct is there, too.
 
         Returns:
             The frame, and the error to raise once the frame is on its way, or ``None``.
@@ -511,9 +523,9 @@ class StreamEncoder(StreamState):
                 form = self._form_for(flat, codec)
             if form.frames is not None:
                 queue = kernels.queue_of(flat.device) if queue is None else queue
-                staged = self._stage_there(flat, form, form.frames, step, epoch, frame_nbytes, want_value, queue)
+                staged = self._stage_there(flat, form, form.frames, step, epoch, frame_nbytes, want_value, queue, copy)
             if staged is None:
-                staged = self._stage_residual(flat, codec, form, step, epoch, frame_nbytes, want_value)
+                staged = self._stage_residual(flat, codec, form, step, epoch, frame_nbytes, want_value, copy=copy)
             return staged, None
         except NonFiniteError as error:
             # a traceback would keep the caller's tensors and works alive

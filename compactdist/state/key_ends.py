@@ -97,13 +97,22 @@ class RawSteps:
         self.checksum: int | None = None
 
     def encode(
-        self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, flag: Tensor | None = None
+        self,
+        x: Tensor,
+        terms: Terms,
+        out: Tensor | None,
+        payload: Tensor,
+        *,
+        copy: Tensor | None = None,
+        flag: Tensor | None = None,
     ) -> bool:
-        """Copy ``x`` to ``payload`` and ``out``. What is not finite stays as it is, so no flag is needed."""
+        """Copy ``x`` to ``payload``, ``out`` and ``copy``. What is not finite stays as it is, so no flag is needed."""
         payload[: self._nbytes].view(x.dtype).copy_(x)
         payload[self._nbytes :].zero_()
         if out is not None:
             out.copy_(x)
+        if copy is not None:
+            copy.copy_(x.view(copy.shape))
         return True
 
     def decode(

@@ -278,6 +278,7 @@ class Staged:
         there: made on a device, which alone knows checksum, digest and whether the residual was finite.
         measured: of a residual whose rates are chosen by that, or a device's copy of the sums; else ``None``.
         room: memory of the frame that another may use once this one has been sent; ``None``: it is this frame's own.
+        copied: what the receiver will reconstruct was written to the sender's own output, too.
         lends: nobody needs ``value`` once it was copied into the history.
         spare: what ``value`` was copied from, which may be written to once the caller has it.
         goes_on: of a frame that a CUDA graph makes: bool ``[]`` on the device, the stream's clock has not ended.
@@ -296,6 +297,7 @@ class Staged:
     there: bool = False
     measured: Measured | HostCopy | None = None
     room: Room | None = None
+    copied: bool = False
     lends: bool = False
     spare: Tensor | None = None
     goes_on: Tensor | None = None

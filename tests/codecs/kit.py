@@ -84,13 +84,18 @@ def encode_residual(
     view: MatrixView,
     out: Tensor | None = None,
     payload: Tensor | None = None,
+    copy: Tensor | None = None,
     **others: Any,
 ) -> Tensor:
-    """Encode one tensor by a session of its own; the payload, in new memory unless given."""
+    """Encode one tensor by a session of its own, with ``copy`` twice; the payload, in new memory unless given."""
     session = codec.open(view, x.dtype, x.device)
     if payload is None:
         payload = torch.empty(session.payload_nbytes, dtype=torch.uint8, device=x.device)
-    session.encode(x, terms, out, payload, **others)
+    if copy is None:
+        session.encode(x, terms, out, payload, **others)
+    else:
+        assert out is not None
+        session.encode_twice(x, terms, out, copy, payload)
     return payload
 
 

@@ -178,7 +178,8 @@ def test_the_end_of_a_coalescing_manager_settles_its_calls(async_ops):
                     g.step()
                     manager = _coalesced_with(g, device, outs, rank, async_ops=async_ops)
                 if async_ops:
-                    assert all(bool(out.isnan().all()) for out in outs)
+                    # a rank's own chunk may be there as soon as its frame is
+                    assert all(bool(out.view(size, -1)[1 - rank].isnan().all()) for out in outs)
                     assert len(manager.works) == 1
                     manager.wait()
                 for seed, (out, n) in enumerate(zip(outs, (NUMEL, 8, 2 * NUMEL), strict=True)):

@@ -9,19 +9,18 @@ import pytest
 import torch
 
 from benchmarks.gpu.compiled import CAPABILITIES, Compiler, components, frames, one_of_m, step, thin_factors
-from benchmarks.gpu.machine_code import listing
 from compactdist import codecs
 from compactdist.codecs.lowrank.lowrank import LowRank
 from compactdist.codecs.lowrank.lowrank_int4 import LowRankInt4
 from compactdist.codecs.topk import TopK, TopKInt4
 from compactdist.codecs.transform.transform import Transform
 from compactdist.state.matrix_view import plain
+from tests.kernels.rounding import MATRIX, fuses_nothing, leaves_none_open, multiplies_integers
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 
 
 pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
-OPEN = re.compile(r"\b(fma\.|div\.(full|approx)|sqrt\.approx|rsqrt\.|rcp\.approx|ex2\.|lg2\.|[a-z0-9.]+\.ftz)")
 VIEW = plain(32 * 256, 1, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FORMS = [
@@ -33,13 +32,11 @@ FORMS = [
 
 def _check(form: dict[str, Any], dtype: torch.dtype, terms: int, capability: int = 90) -> None:
     compiler = Compiler(capability)
-    _, decoding = step(codecs.get(form), VIEW, dtype, compiler, terms=terms)
+    _, decoding = step(codecs.get(form), VIEW, dtype, compiler, terms=terms, copies=terms == 2)
     for one in compiler.launches:  # encoding writes the sender's new base
-        found = OPEN.search(one.ptx)
-        assert not found, f"{one.name} of {form}: {found and found[0]}"
-    for one in decoding:  # no division in them, so that ptxas has no use for a fused multiply-add of its own
-        fused = [line for line in listing(one.cubin, capability).instructions if re.match("[FD]FMA", line.opcode)]
-        assert not fused, f"{one.name} of {form}: {fused[0]}"
+        leaves_none_open(one, form)
+    for one in decoding:
+        fuses_nothing(one, capability, form)
 
 
 @pytest.mark.parametrize("form", FORMS[1::3], ids=lambda form: f"{form['id']}-{form['scales']}")
@@ -59,26 +56,18 @@ def test_coded_keyframes_leave_no_rounding_open(capability: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_on_every_gpu_and_of_every_dtype(capability: int) -> None:
-    """Every form on an older and on a newer one of the GPUs, each time of another dtype."""
-    place = CAPABILITIES.index(capability)
-    for number, form in enumerate(FORMS[place % 2 :: 2], place):
-        _check(form, DTYPES[number % 3], 2, capability)
+def test_with_two_terms_and_of_every_dtype(capability: int) -> None:
+    """Every form on one of the GPUs, neighbours of other dtypes; ``test_instructions`` has them in bfloat16 on all."""
+    for number in range(CAPABILITIES.index(capability), len(FORMS), len(CAPABILITIES)):
+        _check(FORMS[number], DTYPES[number % 3], 2, capability)
 
 
 def _check_components(capability: int, channels: int, dtype: torch.dtype) -> None:
     compiler = Compiler(capability)
     components(Transform(), plain(70 * channels, 1, channels), dtype, compiler, terms=2)
-    integers = {"decode_components": 2, "correlate": 1}
     for one in compiler.launches:
-        found = OPEN.search(one.ptx)
-        assert not found, f"{one.name}: {found and found[0]}"
-        if one.name in integers:
-            code = [line.opcode for line in listing(one.cubin, capability).instructions]
-            assert not [opcode for opcode in code if re.match("[FD]FMA|HMMA", opcode)], one.name
-            products = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*(?:s8|i8)\b", one.ptx)
-            assert len(products) >= integers.pop(one.name), f"{one.name} multiplies no 8-bit integers"
-    assert not integers
+        leaves_none_open(one, (channels, dtype))
+    multiplies_integers(compiler.launches, capability, (channels, dtype))
 
 
 def test_components_multiply_integers_and_leave_no_rounding_open() -> None:
@@ -87,10 +76,13 @@ def test_components_multiply_integers_and_leave_no_rounding_open() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_components_on_every_gpu(capability: int) -> None:
-    for channels, dtype in ((128, torch.bfloat16), (200, torch.float16), (6, torch.float32)):
-        _check_components(capability, channels, dtype)
+@pytest.mark.parametrize(
+    ("capability", "channels", "dtype"),
+    [(80, 6, torch.float32), (89, 200, torch.float16), (90, 200, torch.float32), (100, 6, torch.float16)],
+)
+def test_components_of_other_widths_and_dtypes(capability: int, channels: int, dtype: torch.dtype) -> None:
+    """``test_instructions`` has those of 128 channels in bfloat16 on all GPUs."""
+    _check_components(capability, channels, dtype)
 
 
 def _check_one_of_m(capability: int, dtype: torch.dtype, **options: Any) -> None:
@@ -99,11 +91,9 @@ def _check_one_of_m(capability: int, dtype: torch.dtype, **options: Any) -> None
         _, decoding = one_of_m(codec, VIEW, dtype, compiler, terms=2)
         assert {one.name for one in compiler.launches} >= {"pick_of_runs", "spread_over_runs"}
         for one in compiler.launches:
-            found = OPEN.search(one.ptx)
-            assert not found, f"{one.name} of {codec}: {found and found[0]}"
+            leaves_none_open(one, codec)
         for one in [*decoding, *(one for one in compiler.launches if one.name == "pick_of_runs")]:
-            code = [line.opcode for line in listing(one.cubin, capability).instructions]
-            assert not [opcode for opcode in code if re.match("[FD]FMA", opcode)], f"{one.name} of {codec}"
+            fuses_nothing(one, capability, codec)
 
 
 def test_one_of_m_leaves_no_rounding_open() -> None:
@@ -112,10 +102,13 @@ def test_one_of_m_leaves_no_rounding_open() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_one_of_m_on_every_gpu(capability: int) -> None:
-    for m, dtype in ((2, torch.float32), (5, torch.bfloat16), (8, torch.float16), (16, torch.bfloat16)):
-        _check_one_of_m(capability, dtype, m=m)
+@pytest.mark.parametrize(
+    ("capability", "m", "dtype"),
+    [(80, 16, torch.bfloat16), (89, 5, torch.bfloat16), (90, 8, torch.float16), (100, 2, torch.float32)],
+)
+def test_one_of_any_m_and_of_every_dtype(capability: int, m: int, dtype: torch.dtype) -> None:
+    """``test_instructions`` has one of eight in bfloat16 on all GPUs."""
+    _check_one_of_m(capability, dtype, m=m)
 
 
 def _check_thin_factors(capability: int, dtype: torch.dtype, view: Any, rank: int) -> None:
@@ -126,10 +119,8 @@ def _check_thin_factors(capability: int, dtype: torch.dtype, view: Any, rank: in
         assert len(encoding) == 12
         assert [one.name for one in decoding] == ["decode_product"]
         for one in (encoding[-1], *decoding):
-            found = OPEN.search(one.ptx)
-            assert not found, f"{one.name} of {codec}: {found and found[0]}"
-        code = [line.opcode for line in listing(decoding[0].cubin, capability).instructions]
-        assert not [opcode for opcode in code if re.match("[FD]FMA|HMMA", opcode)], codec
+            leaves_none_open(one, codec)
+        fuses_nothing(decoding[0], capability, codec, MATRIX)
 
 
 def test_thin_factors_leave_no_rounding_open() -> None:
@@ -140,8 +131,11 @@ def test_thin_factors_leave_no_rounding_open() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_thin_factors_on_every_gpu(capability: int) -> None:
-    _check_thin_factors(capability, torch.float16, plain(1088 * 3072, 1, 3072), 32)
-    _check_thin_factors(capability, torch.float32, plain(2 * 33 * 7, 2, 7), 1)
+    """Large ones, whose products are of halves, on an older and on a newer GPU, and small ones on the two others."""
+    if capability in (80, 90):
+        _check_thin_factors(capability, torch.float16, plain(1088 * 3072, 1, 3072), 32)
+    else:
+        _check_thin_factors(capability, torch.float32, plain(2 * 33 * 7, 2, 7), 1)
 
 
 def test_frames_are_integers() -> None:

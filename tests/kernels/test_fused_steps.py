@@ -128,6 +128,10 @@ def _both(spec: str | dict[str, Any] | Codec, x: Tensor, terms: tuple[Tensor, ..
         kit.encode_residual(codec, x, terms, view, got, room)
         assert torch.equal(room, reference)
         assert torch.equal(_bytes(got), _bytes(expected))
+        again, copy = torch.empty_like(x), torch.empty(x.numel() + 1, dtype=x.dtype)[1:]  # begins no cache line
+        assert torch.equal(kit.encode_residual(codec, x, terms, view, again, copy=copy), reference)
+        assert torch.equal(_bytes(again), _bytes(expected))
+        assert torch.equal(_bytes(copy), _bytes(expected))
         assert torch.equal(kit.encode_residual(codec, x, terms, view), reference)
         in_place = terms[0].clone() if terms else torch.empty_like(x)
         kit.decode_residual(codec, room, (in_place, *terms[1:]) if terms else (), view, in_place)

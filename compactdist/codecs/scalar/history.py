@@ -60,21 +60,30 @@ class HistorySession(Session):
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
     ) -> None:
-        if self._chosen_under is not kernels.choice.forced:
-            self._choose()
-        steps, self.checksum, self._is_staged = self._steps, None, False
         if row_weights is not None:
             super().encode(x, terms, out, payload, row_weights=row_weights)  # which refuses them
+        self._encode(x, terms, out, payload, None)
+
+    def encode_twice(self, x: Tensor, terms: Terms, out: Tensor, copy: Tensor, payload: Tensor) -> None:
+        if not self._encode(x, terms, out, payload, copy):
+            copy.copy_(out.view(copy.shape))
+
+    def _encode(self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, copy: Tensor | None) -> bool:
+        """Encode; returns whether the kernels did, and so wrote ``copy``."""
+        if self._chosen_under is not kernels.choice.forced:
+            self._choose()
+        steps, done, self.checksum, self._is_staged = self._steps, False, None, False
         if not self._remembers_scales:
             self._first.encode(x, terms, out, payload[: self._first_nbytes])
             payload[self._first_nbytes :].zero_()
             self.checksum = self._first.checksum  # zeros add nothing to it
             self.learn(payload, terms)
-        elif steps is not None and steps.encode(x, terms, out, payload, (self._scales, self._staged)):
-            self.checksum = steps.checksum
+        elif steps is not None and steps.encode(x, terms, out, payload, (self._scales, self._staged), copy=copy):
+            self.checksum, done = steps.checksum, True
         else:
             self._encode_by_reference(x, terms, out, payload)
         self._is_staged = True
+        return done
 
     @undisturbed
     def _encode_by_reference(self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor) -> None:

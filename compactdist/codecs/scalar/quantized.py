@@ -262,6 +262,15 @@ class ScalarSession(Session):
             self.checksum = None
             self._encode_by_reference(x, terms, out, payload, row_weights)
 
+    def encode_twice(self, x: Tensor, terms: Terms, out: Tensor, copy: Tensor, payload: Tensor) -> None:
+        if self._chosen_under is not kernels.choice.forced:
+            self._choose()
+        steps = self._steps
+        if steps is not None and steps.encode(x, terms, out, payload, copy=copy):
+            self.checksum = steps.checksum
+        else:
+            super().encode_twice(x, terms, out, copy, payload)
+
     @undisturbed
     def _encode_by_reference(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, row_weights: Tensor | None

@@ -297,9 +297,20 @@ class _DeviceSteps:
         self.checksum: int | None = None
 
     def encode(
-        self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, flag: Tensor | None = None
+        self,
+        x: Tensor,
+        terms: Terms,
+        out: Tensor | None,
+        payload: Tensor,
+        *,
+        copy: Tensor | None = None,
+        flag: Tensor | None = None,
     ) -> bool:
-        return self._session.encode_there(x, terms, out, payload, flag)
+        done = self._session.encode_there(x, terms, out, payload, flag)
+        if done and copy is not None and out is not None:
+            with torch.inference_mode():  # ``copy`` may be an inference tensor
+                copy.copy_(out.view(copy.shape))
+        return done
 
     @undisturbed
     def decode(

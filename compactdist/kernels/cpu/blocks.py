@@ -27,12 +27,13 @@ from compactdist.kernels.cpu.elements import (
     floats_from,
     grain_of,
     nearest_codes,
-    put,
+    put_twice,
     reaching,
     residual_at,
     search_of,
     source_of,
     table_of,
+    target_of,
 )
 from compactdist.kernels.cpu.scales import gaussian, is_safe, over, storable, stored_scales
 from compactdist.kernels.cpu.simd.elements import Pointer
@@ -60,7 +61,6 @@ _FIRST_PASS = call.FIRST_PASS
 _BORDERS = call.BORDERS
 _OUT = call.OUT
 _CODES = call.CODES
-_OUT_STREAMS = call.OUT_STREAMS
 _ROW_WORDS = call.ROW_WORDS
 _SUM = call.SUM
 _CHANNELS = call.CHANNELS
@@ -98,7 +98,7 @@ def find_signs(given: Any, at: int, kept: int, count: int, have: int, lanes: Any
 def restore_signs(given: Any, at: int, kept: int, count: int, have: int, scale: Any) -> Any:
     """What the receiver makes of sign codes."""
     source, target, bytes_ = given
-    put(expected_at(source, at, have), signed_by(scale, bytes_, at, count), target, at, have)
+    put_twice(expected_at(source, at, have), signed_by(scale, bytes_, at, count), target, at, have)
     return scale
 
 
@@ -130,7 +130,7 @@ def code_nearest(given: Any, at: int, kept: int, count: int, have: int, sums: An
 def restore_levels(given: Any, at: int, kept: int, count: int, have: int, scale: Any) -> Any:
     """What the receiver makes of levels that were kept."""
     source, target, values = given
-    put(expected_at(source, at, have), scale * load(values, kept), target, at, have)
+    put_twice(expected_at(source, at, have), scale * load(values, kept), target, at, have)
     return scale
 
 
@@ -152,7 +152,7 @@ def code_reaching(given: Any, at: int, kept: int, count: int, have: int, c: Any)
     codes, change = reaching(kind, value * inverse, value < _f32(0), c)
     store_codes(codes, -8 if kind == LINEAR else 8, packed, at, count)
     if stores:
-        put(expected_at(source, at, have), change, target, at, have)
+        put_twice(expected_at(source, at, have), change, target, at, have)
     return c
 
 
@@ -186,7 +186,7 @@ def block_signs(dtype: str, one: bool) -> Any:
         wanted = args[_OUT] != 0
         given, bytes_, scales = source_of(args, elements_at, one), bytes_at(args, _CODES), stored_scales(args)
         codes, cs, room = (
-            (given, (elements_at(args, _OUT), args[_OUT_STREAMS] != 0), bytes_),
+            (given, target_of(args, elements_at), bytes_),
             stack_floats(16),
             _cleared(stack_floats(256)),
         )
@@ -225,7 +225,7 @@ def block_nearest(dtype: str, one: bool, bits: int, borders: int) -> Any:
         wanted, table = args[_OUT] != 0, table_of(args)
         given, target, packed = (
             source_of(args, elements_at, one),
-            (elements_at(args, _OUT), args[_OUT_STREAMS] != 0),
+            target_of(args, elements_at),
             bytes_at(args, _CODES),
         )
         levels, search, scales = (
@@ -290,7 +290,7 @@ def block_reaching(dtype: str, one: bool, kind: int) -> Any:
         wanted = args[_OUT] != 0
         given, target, packed = (
             source_of(args, elements_at, one),
-            (elements_at(args, _OUT), args[_OUT_STREAMS] != 0),
+            target_of(args, elements_at),
             bytes_at(args, _CODES),
         )
         n, numel, stride, most = _sizes(args, _LITTLE)

@@ -17,7 +17,7 @@ from typing import NamedTuple
     X, BASE, VELOCITY, TERMS, OUT, PAYLOAD, CODES, OUT_STREAMS, THREADS, TEAM, SCRATCH, COPY, COPY_STREAMS, DYNAMIC,
 ) = range(14)  # fmt: skip
 """``CODES``: where loops write and read codes: in the payload, or in the scratch memory where they are packed apart.
-``COPY``: where decoders write ``out`` a second time; 0 for nowhere.
+``COPY``: where ``out`` is written a second time; 0 for nowhere.
 """
 
 (

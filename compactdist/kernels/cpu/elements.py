@@ -41,6 +41,7 @@ _SEARCHES = HOST.get("avx512f", False)
 
 _X, _BASE, _VELOCITY, _TERMS, _TABLE = call.X, call.BASE, call.VELOCITY, call.TERMS, call.TABLE
 _BORDERS, _GRAIN, _BOUND = call.BORDERS, call.GRAIN, call.BOUND
+_OUT, _OUT_STREAMS, _COPY, _COPY_STREAMS = call.OUT, call.OUT_STREAMS, call.COPY, call.COPY_STREAMS
 
 
 @inlined
@@ -115,6 +116,13 @@ def ask_for(source: Any, at: int) -> None:
     """The same, and for those of ``x``."""
     prefetch(source[0], at)
     ask_for_expected(source, at)
+
+
+@inlined
+def target_of(args: Any, elements_at: Any) -> Any:
+    """Where a block says that values go, as ``put_twice`` takes it."""
+    copies, copy, copy_streams = args[_COPY] != 0, elements_at(args, _COPY), args[_COPY_STREAMS] != 0
+    return elements_at(args, _OUT), args[_OUT_STREAMS] != 0, copies, copy, copy_streams
 
 
 @inlined

@@ -23,6 +23,7 @@ from compactdist.kernels.cpu.elements import (
     search_of,
     source_of,
     table_of,
+    target_of,
 )
 from compactdist.kernels.cpu.entries import clear_padding
 from compactdist.kernels.cpu.rows import (
@@ -67,7 +68,7 @@ _LARGEST_SCALE = np.float32(2.0**90)
 
 _FIRST_PASS, _FOLD, _SECOND_PASS, _APART_PASS = call.FIRST_PASS, call.FOLD, call.SECOND_PASS, call.APART_PASS
 _GROUPS, _ROWS, _CHANNELS, _TILES, _ROW_COUNT = call.GROUPS, call.ROWS, call.CHANNELS, call.TILES, call.ROW_COUNT
-_OUT, _CODES, _OUT_STREAMS, _PAYLOAD, _APART = call.OUT, call.CODES, call.OUT_STREAMS, call.PAYLOAD, call.APART
+_OUT, _CODES, _PAYLOAD, _APART = call.OUT, call.CODES, call.PAYLOAD, call.APART
 _ROW_SCALES_AT, _ROW_WORDS, _SUM, _HISTORY = call.ROW_SCALES_AT, call.ROW_WORDS, call.SUM, call.HISTORY
 _ROWS_APART = call.ROWS_APART
 _STAT_ROOM, _T_ROOM, _NORMS_ROOM, _FIRST_ROOM = call.STAT_ROOM, call.T_ROOM, call.NORMS_ROOM, call.FIRST_ROOM
@@ -238,8 +239,7 @@ def code_signs(dtype: str, one: bool) -> Any:
     elements_at = ELEMENTS_AT[dtype]
 
     def body(args: Any) -> int:
-        source, out = source_of(args, elements_at, one), elements_at(args, _OUT)
-        target = out, args[_OUT_STREAMS] != 0, False, out, False
+        source, target = source_of(args, elements_at, one), target_of(args, elements_at)
         given = source, target, bytes_at(args, _CODES), room_at(args, _C_ROOM), SIGN, 1, sixteen_at(table_of(args), 0)
         _for_tiles(_products, _zeros, _settle_signs, apply_step, _known(args, True), given, args, source)
         return 0
@@ -255,7 +255,7 @@ def code_nearest(dtype: str, one: bool, bits: int, borders: int, trits: bool) ->
         table, source = table_of(args), source_of(args, elements_at, one)
         given = (
             source,
-            (elements_at(args, _OUT), args[_OUT_STREAMS] != 0),
+            target_of(args, elements_at),
             bytes_at(args, _CODES),
             room_at(args, _C_ROOM),
             room_at(args, _INVERSE_C_ROOM),
@@ -279,7 +279,7 @@ def code_reaching(dtype: str, one: bool, kind: int) -> Any:
         source = source_of(args, elements_at, one)
         given = (
             source,
-            (elements_at(args, _OUT), args[_OUT_STREAMS] != 0),
+            target_of(args, elements_at),
             bytes_at(args, _CODES),
             room_at(args, _C_ROOM),
             room_at(args, _INVERSE_C_ROOM),

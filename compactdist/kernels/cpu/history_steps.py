@@ -73,11 +73,18 @@ class CpuHistorySteps:
         self.checksum: int | None = None
 
     def encode(
-        self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor, scales: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor | None,
+        payload: Tensor,
+        scales: tuple[Tensor, Tensor],
+        *,
+        copy: Tensor | None = None,
     ) -> bool:
         addresses, steps = self._addresses, self._steps
         addresses[0], addresses[1] = scales[0].data_ptr(), scales[1].data_ptr()
-        done = steps.encode(x, terms, out, payload)
+        done = steps.encode(x, terms, out, payload, copy=copy)
         self.checksum = steps.checksum
         return done
 

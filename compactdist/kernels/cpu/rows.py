@@ -32,13 +32,13 @@ from compactdist.kernels.cpu.elements import (
     expected_at,
     floats_from,
     nearest_codes,
-    put,
     put_twice,
     reaching,
     residual_at,
     search_of,
     source_of,
     table_of,
+    target_of,
 )
 from compactdist.kernels.cpu.scales import sum_of
 from compactdist.kernels.cpu.simd.elements import Pointer, round_3_bits
@@ -90,8 +90,6 @@ _C_ROOM = call.C_ROOM
 _INVERSE_C_ROOM = call.INVERSE_C_ROOM
 _OUT = call.OUT
 _CODES = call.CODES
-_OUT_STREAMS = call.OUT_STREAMS
-_COPY, _COPY_STREAMS = call.COPY, call.COPY_STREAMS
 _ROW_WORDS = call.ROW_WORDS
 _SUM = call.SUM
 
@@ -304,7 +302,7 @@ def nearest_step(given: Any, weights: Any, at: int, channel: int, code: int, cou
     store_codes(codes, bits, packed, code, count)
     if stores:
         change = (load_first(cs, channel, count) * weights[0]) * level_of(levels, codes, bits)
-        put(expected, change, target, at, have)
+        put_twice(expected, change, target, at, have)
 
 
 @inlined
@@ -319,7 +317,7 @@ def reaching_step(given: Any, weights: Any, at: int, channel: int, code: int, co
     codes, change = reaching(kind, u, value < _f32(0), scale)
     store_codes(codes, -8 if kind == LINEAR else 8, packed, code, count)
     if stores:
-        put(expected, change, target, at, have)
+        put_twice(expected, change, target, at, have)
 
 
 @inlined
@@ -343,7 +341,7 @@ def code_nearest(dtype: str, one: bool, bits: int, borders: int, trits: bool) ->
         table = table_of(args)
         given = (
             source_of(args, elements_at, one),
-            (elements_at(args, _OUT), args[_OUT_STREAMS] != 0),
+            target_of(args, elements_at),
             bytes_at(args, _CODES),
             room_at(args, _C_ROOM),
             room_at(args, _INVERSE_C_ROOM),
@@ -366,7 +364,7 @@ def code_reaching(dtype: str, one: bool, kind: int) -> Any:
     def body(args: Any) -> int:
         given = (
             source_of(args, elements_at, one),
-            (elements_at(args, _OUT), args[_OUT_STREAMS] != 0),
+            target_of(args, elements_at),
             bytes_at(args, _CODES),
             room_at(args, _C_ROOM),
             room_at(args, _INVERSE_C_ROOM),
@@ -386,10 +384,8 @@ def apply_codes(dtype: str, one: bool, kind: int, bits: int) -> Any:
     elements_at = ELEMENTS_AT[dtype]
 
     def body(args: Any) -> int:
-        copy = args[_COPY] != 0, elements_at(args, _COPY), args[_COPY_STREAMS] != 0
-        target = (elements_at(args, _OUT), args[_OUT_STREAMS] != 0, *copy)
         source, t, levels = source_of(args, elements_at, one), room_at(args, _T_ROOM), sixteen_at(table_of(args), 0)
-        given = source, target, bytes_at(args, _CODES), room_at(args, _C_ROOM), kind, bits, levels
+        given = source, target_of(args, elements_at), bytes_at(args, _CODES), room_at(args, _C_ROOM), kind, bits, levels
         _for_rows(apply_step, given, args, offsets_in(args), (t, t))
         return 0
 

@@ -282,7 +282,7 @@ def _table_of(spec: QuantizerSpec) -> NDArray[np.float32] | None:
     else:
         table[:count], table[count : 2 * count] = levels, -levels
     whole = np.array(borders).astype(int)
-    if np.unique(whole).size < whole.size:  # two borders in one place of the table: no levels of ours
+    if len(set(whole.tolist())) < whole.size:  # two borders in one place of the table: no levels of ours
         return None
     table[16:32] = np.inf
     table[16 + whole] = borders
@@ -331,20 +331,34 @@ class CpuSteps:
         self._encoders: list[Block | None] = [None, None]
         self._decoders: list[Block | None] = [None, None]
 
-    def encode(self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor) -> bool:
+    def encode(
+        self,
+        x: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor | None,
+        payload: Tensor,
+        *,
+        copy: Tensor | None = None,
+    ) -> bool:
         numel, dtype, count = self._numel, self._dtype, len(terms)
         for one in (x, *terms):
             if one.dtype is not dtype or not one.is_cpu or one.numel() != numel:
                 return False
             if not one.is_contiguous():
-                return self.encode(x.contiguous(), tuple(term.contiguous() for term in terms), out, payload)
+                return self.encode(
+                    x.contiguous(), tuple([term.contiguous() for term in terms]), out, payload, copy=copy
+                )
         if payload.dtype is not torch.uint8 or payload.numel() != self._total_nbytes or not payload.is_contiguous():
             return False
-        out_at = 0
+        out_at = copy_at = 0
         if out is not None:
             if out.dtype is not dtype or not out.is_cpu or out.numel() != numel or not out.is_contiguous():
                 return False
             out_at = out.data_ptr()
+        if copy is not None:
+            if copy.dtype is not dtype or not copy.is_cpu or copy.numel() != numel or not copy.is_contiguous():
+                return False
+            copy_at = copy.data_ptr()
         block = self._encoders[count == 1]
         if block is None:
             block = self._encoders[count == 1] = self.plan.encoder(count == 1)
@@ -366,8 +380,8 @@ class CpuSteps:
             threads,
             team.address,
             scratch.address,
-            0,
-            0,
+            copy_at,
+            self._out_streams and copy_at % CACHE_LINE == 0,
         )
         done = bool(block.run(block.address))
         # signs are summed up by the pass that writes ``out``, where scales belong to rows and channels

@@ -41,7 +41,7 @@ from compactdist.kernels.gpu.elements import (
     scaled_statistic,
     scaled_value,
     storable_scale,
-    write,
+    write_twice,
 )
 from compactdist.kernels.gpu.scales import fill
 
@@ -83,6 +83,7 @@ def encode_blocks(
     base,
     velocity,
     out,
+    copy,
     payload,
     inverse,
     wire,
@@ -113,6 +114,7 @@ def encode_blocks(
     TERMS: tl.constexpr,
     CODES: tl.constexpr,
     WRITES: tl.constexpr,
+    COPIES: tl.constexpr,
     LOCKSTEP: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -198,7 +200,8 @@ def encode_blocks(
             if WRITES:
                 if not LOCKSTEP:
                     there = there & unset
-                write(out, at, applied(before, scale_of, level_of(code, table, KIND, BITS, MANTISSA)), there)
+                value = applied(before, scale_of, level_of(code, table, KIND, BITS, MANTISSA))
+                write_twice(out, copy, at, value, there, COPIES)
 
 
 @triton.jit
@@ -250,11 +253,11 @@ def largest_of_blocks(value, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def encode_held_blocks(
-    x, base, velocity, out, payload, flag, reported, table, row_at, column_at,
+    x, base, velocity, out, copy, payload, flag, reported, table, row_at, column_at,
     groups, codes_end, section, scales_end, total, blocks, pad, matrix_channels, numel, constant,
     KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, WIDENING: tl.constexpr,
-    PADDED: tl.constexpr, PLACE: tl.constexpr, TERMS: tl.constexpr, WRITES: tl.constexpr, LOCKSTEP: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr, PLACE: tl.constexpr, TERMS: tl.constexpr, WRITES: tl.constexpr, COPIES: tl.constexpr,
+    LOCKSTEP: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """``encode_blocks`` with ``WHOLE`` and ``CODES`` where a block has ``64 * CHUNKS`` elements, ``CHUNKS`` 1 or 2.
 
@@ -315,4 +318,4 @@ def encode_held_blocks(
         if not LOCKSTEP:
             there = there & unset
         scale_of = of_blocks(decode_bf16(code_of_scale), BLOCKS, CHUNKS)
-        write(out, at, applied(before, scale_of, level), there)
+        write_twice(out, copy, at, applied(before, scale_of, level), there, COPIES)

@@ -39,7 +39,7 @@ from compactdist.kernels.gpu.elements import (
     read,
     round_half_even,
     storable_scale,
-    write,
+    write_twice,
 )
 from compactdist.kernels.reference.scales import SIGMA_OF_MEAN_MAGNITUDE
 
@@ -372,6 +372,7 @@ def encode_codes(
     base,
     velocity,
     out,
+    copy,
     payload,
     inverse,
     wire,
@@ -399,11 +400,12 @@ def encode_codes(
     PER_GROUP: tl.constexpr,
     TERMS: tl.constexpr,
     WRITES: tl.constexpr,
+    COPIES: tl.constexpr,
     LOCKSTEP: tl.constexpr,
     BY_BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """Codes of ``UNITS`` units and, if ``WRITES``, the reconstruction of their elements.
+    """Codes of ``UNITS`` units and, if ``WRITES``, the reconstruction of their elements; if ``COPIES``, twice.
 
     Args:
         inverse, wire, factors: As ``settle`` or ``encode_blocks`` left them.
@@ -431,7 +433,8 @@ def encode_codes(
         scale = t * tl.load(wire + scale_at, mask=known, other=0)
         if not LOCKSTEP:
             there = there & whole
-        write(out, at, applied(before, scale, level_of(code, table, KIND, BITS, MANTISSA)), there)
+        value = applied(before, scale, level_of(code, table, KIND, BITS, MANTISSA))
+        write_twice(out, copy, at, value, there, COPIES)
 
 
 @triton.jit

@@ -104,6 +104,14 @@ def write(target, at, value, ok):
 
 
 @triton.jit
+def write_twice(target, copy, at, value, ok, COPIES: tl.constexpr):
+    """As ``write``, and the same to ``copy`` if ``COPIES``."""
+    write(target, at, value, ok)
+    if COPIES:
+        write(copy, at, value, ok)
+
+
+@triton.jit
 def expected(base, velocity, at, ok, TERMS: tl.constexpr):
     """What both ends expect: nothing, ``base``, or ``base + velocity``, by the number of terms."""
     if TERMS == 0:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["FrameEnds"]
 
 _HEADER_NBYTES = 4 * HEAD_WORDS
-_FLAG, _ACCEPTED = ENCODING - 1, DECODING - 2
+_FLAG, _ACCEPTED = ENCODING - 2, DECODING - 2
 """What the last launch of a sender, or the first of a receiver, shares with those of the steps."""
 
 
@@ -33,7 +33,7 @@ class FrameEnds(FrameKernels):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._series: dict[tuple[LaunchedSteps, int, bool], Series] = {}
+        self._series: dict[tuple[Any, ...], Series] = {}
 
     def send(
         self,
@@ -41,6 +41,7 @@ class FrameEnds(FrameKernels):
         x: Tensor,
         terms: tuple[Tensor, ...],
         out: Tensor | None,
+        copy: Tensor | None,
         frame: Tensor,
         payload: Tensor,
         clock: Tensor,
@@ -53,10 +54,10 @@ class FrameEnds(FrameKernels):
             return False
         if is_elsewhere(device):
             with torch.cuda.device(device):
-                return self.send(steps, x, terms, out, frame, payload, clock, call, queue)
+                return self.send(steps, x, terms, out, copy, frame, payload, clock, call, queue)
         stream = None if self.stream_of is None else queue
         if not isinstance(steps, LaunchedSteps):
-            return self._send_in_turn(steps, x, terms, out, frame, payload, clock, call, stream)
+            return self._send_in_turn(steps, x, terms, out, copy, frame, payload, clock, call, stream)
         if x.dtype != steps.dtype:
             return False
         own, own_pointers = steps.to_encode(stream, True)
@@ -66,17 +67,18 @@ class FrameEnds(FrameKernels):
         base = terms[0] if terms else x
         velocity = terms[1] if len(terms) > 1 else x
         target = x if out is None else out
-        told = x.data_ptr(), base.data_ptr(), velocity.data_ptr(), target.data_ptr()
+        second = target if copy is None else copy
+        told = x.data_ptr(), base.data_ptr(), velocity.data_ptr(), target.data_ptr(), second.data_ptr()
         aligned, changing = alignment_of(told), changing_of(call)  # our own buffers are aligned
         at = payload.data_ptr()
         cuts = [at + cut.start for cut in steps.cuts] if steps.cuts else ()
-        ours = at, flag.data_ptr(), *own_pointers, *cuts, frame.data_ptr(), sums.data_ptr(), clock.data_ptr()
-        pointers = told + ours + changing
-        key = steps, len(terms), out is not None
+        ours = *own_pointers, *cuts, frame.data_ptr(), sums.data_ptr(), clock.data_ptr()
+        pointers = (*told[:4], at, flag.data_ptr(), told[4], *ours, *changing)
+        key = steps, len(terms), out is not None, copy is not None
         series = self._series.get(key) or self._sending(*key)
         try:
             if not series.repeat(pointers, aligned, stream):
-                given = x, base, velocity, target, payload, flag
+                given = x, base, velocity, target, payload, flag, second
                 sealed: tuple[Any, ...] = *own, *cut_out(payload, steps.cuts), frame, sums, clock, *changing
                 series.begin(given + sealed, pointers, aligned, stream)
         except BaseException:
@@ -90,6 +92,7 @@ class FrameEnds(FrameKernels):
         x: Tensor,
         terms: tuple[Tensor, ...],
         out: Tensor | None,
+        copy: Tensor | None,
         frame: Tensor,
         payload: Tensor,
         clock: Tensor,
@@ -98,7 +101,7 @@ class FrameEnds(FrameKernels):
     ) -> bool:
         sums, flag = sums_of(self.device, stream)
         try:
-            if not steps.encode(x, terms, out, payload, flag=flag):
+            if not steps.encode(x, terms, out, payload, copy=copy, flag=flag):
                 return False
             self.launch(self.sealing, (frame, sums, clock, flag), call, stream)
         except BaseException:
@@ -152,15 +155,19 @@ class FrameEnds(FrameKernels):
             series.begin(given + checked, pointers, aligned, stream)
         return True
 
+    def has_sent(self, steps: DeviceSteps, terms: int, writes: bool, copies: bool) -> bool:
+        """See ``kernels.Frames``."""
+        return (steps, terms, writes, copies) in self._series
+
     def repeats(self, steps: DeviceSteps) -> bool:
         """See ``kernels.Frames``."""
         return isinstance(steps, LaunchedSteps)
 
-    def _sending(self, steps: LaunchedSteps, terms: int, writes: bool) -> Series:
-        encoding = steps.encoding(terms, writes, True)
+    def _sending(self, steps: LaunchedSteps, terms: int, writes: bool, copies: bool) -> Series:
+        encoding = steps.encoding(terms, writes, copies, True)
         numbers, given = _around(encoding[0].given, _FLAG)
         launches = [launch.renumbered(range(launch.given), given) for launch in encoding]
-        made = self._series[steps, terms, writes] = Series([*launches, self.sealing.renumbered(numbers, given)])
+        made = self._series[steps, terms, writes, copies] = Series([*launches, self.sealing.renumbered(numbers, given)])
         return made
 
     def _receiving(self, steps: LaunchedSteps, terms: int, copies: bool) -> Series:

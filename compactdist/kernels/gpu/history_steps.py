@@ -60,10 +60,17 @@ class TritonHistorySteps:
         self.checksum: int | None = None
 
     def encode(
-        self, x: Tensor, terms: tuple[Tensor, ...], out: Tensor | None, payload: Tensor, scales: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        terms: tuple[Tensor, ...],
+        out: Tensor | None,
+        payload: Tensor,
+        scales: tuple[Tensor, Tensor],
+        *,
+        copy: Tensor | None = None,
     ) -> bool:
         self._steps.scales = scales
-        return self._steps.encode(x, terms, out, payload)
+        return self._steps.encode(x, terms, out, payload, copy=copy)
 
     def decode(
         self,
@@ -92,9 +99,9 @@ class _Steps(TritonSteps):
     def to_decode(self, stream: int | None) -> Own:
         return Own(self.scales, tuple([tensor.data_ptr() for tensor in self.scales]))
 
-    def encoding(self, terms: int, writes: bool, lockstep: bool) -> list[Launch]:
+    def encoding(self, terms: int, writes: bool, copies: bool, lockstep: bool) -> list[Launch]:
         plan = self.plan
-        written = {"WRITES": writes, "LOCKSTEP": lockstep}
+        written = {"WRITES": writes, "COPIES": copies, "LOCKSTEP": lockstep}
         return [
             *_settle(plan, terms),
             encode_codes_launch(plan, terms, written, wire=_C, given=_ENCODING),

@@ -2,7 +2,8 @@
 
 All launches of one encoding get the same arguments, and so do those of one decoding. First what every stream gives:
 
-* encoding: x, base, velocity, out, payload, flag (a missing term, or ``out``, repeats ``x``);
+* encoding: x, base, velocity, out, payload, flag, copy (a missing term, or ``out``, repeats ``x``, and a missing
+  ``copy`` repeats ``out``);
 * decoding: base, velocity, out, payload, accepted, copy (a missing term, or ``copy``, repeats ``out``);
 
 then memory of the steps' own, and then the sections of the payload whose addresses they ask for.
@@ -21,7 +22,7 @@ from compactdist.kernels.gpu.launch import Launch, alignment_of, on, stream_gett
 
 __all__ = ["DECODING", "ENCODING", "NOTHING", "Cut", "LaunchedSteps", "Own", "cut_out"]
 
-ENCODING, DECODING = 6, 6
+ENCODING, DECODING = 7, 6
 """How much every encoding and decoding gives, before what is the steps' own."""
 
 
@@ -73,16 +74,17 @@ class LaunchedSteps:
         if self._stream_of is not None and index is None:
             device = torch.device(device.type, torch.cuda.current_device())
         self._device = device
-        self._encodings: dict[tuple[int, bool, bool], list[Launch]] = {}
+        self._encodings: dict[tuple[int, bool, bool, bool], list[Launch]] = {}
         self._decodings: dict[tuple[int, bool, bool], list[Launch]] = {}
 
     @abstractmethod
-    def encoding(self, terms: int, writes: bool, lockstep: bool) -> list[Launch]:
+    def encoding(self, terms: int, writes: bool, copies: bool, lockstep: bool) -> list[Launch]:
         """All launches of an encoding, in order.
 
         Args:
             terms: how many there are.
             writes: ``out`` gets what the receiver will hold.
+            copies: ``copy`` gets the same; only with ``writes``.
             lockstep: of a residual that is not finite, payload and ``out`` say what both ends can go on with.
         """
 
@@ -120,6 +122,7 @@ class LaunchedSteps:
         out: Tensor | None,
         payload: Tensor,
         *,
+        copy: Tensor | None = None,
         flag: Tensor | None = None,
     ) -> bool:
         """Encode ``x`` less the sum of ``terms`` and, if ``out`` is given, write there what the receiver will hold.
@@ -129,6 +132,7 @@ class LaunchedSteps:
             terms: what is expected, each flat.
             out: flat, contiguous, none of the terms.
             payload: uint8, gets the payload; directly if it is aligned to 16 bytes.
+            copy: contiguous, apart from all other tensors; gets what ``out`` does, and only with that.
             flag: int32 of one element, set to 1 if the residual is not finite, else left as it is. With it nothing
                 waits for the device. What is then sent decodes to no change where the residual is not finite: in a
                 payload of zeros, or in the row, block or run concerned. ``out`` gets what the receiver makes of it, so
@@ -138,7 +142,7 @@ class LaunchedSteps:
             Whether it was done; not if tensors are of another dtype or device, or if the residual is not finite and
             there is no flag; ``out`` and ``payload`` hold anything then.
         """
-        if not self._takes((x, *terms) if out is None else (x, *terms, out)):
+        if not self._takes([one for one in (x, *terms, out, copy) if one is not None]):
             return False
         if payload.dtype != torch.uint8 or not (flag is None or flag.dtype == torch.int32):
             return False
@@ -146,15 +150,16 @@ class LaunchedSteps:
         if payload.data_ptr() % 16 or not payload.is_contiguous():
             written = torch.empty(self._payload_nbytes, dtype=torch.uint8, device=device)
         source = _source(x, terms)
-        key = len(terms), out is not None, flag is not None
+        key = len(terms), out is not None, copy is not None, flag is not None
         launches = self._encodings.get(key)
         if launches is None:
             launches = self._encodings[key] = self.encoding(*key)
         with on(device):
             stream = None if self._stream_of is None else self._stream_of(device.index)
-            own = self.to_encode(stream, key[2])
+            own = self.to_encode(stream, flag is not None)
             reported = self.flag_in(own) if flag is None else flag
-            given = (*source, source[0] if out is None else out, written, reported)
+            target = source[0] if out is None else out
+            given = (*source, target, written, reported, target if copy is None else copy)
             self._launch(launches, given, own, written, stream)
         if flag is None and int(reported):
             return False

@@ -34,7 +34,7 @@ from compactdist.kernels.gpu.elements import (
     read,
     rounded_bf16,
     to_nearest_bf16,
-    write,
+    write_twice,
 )
 
 FLOATS = tl.constexpr(0)
@@ -210,12 +210,13 @@ def _factor_bytes(at, values, codes, scales, scales_at, groups, rank, stride, le
 
 @triton.jit
 def write_product(
-    base, velocity, out, payload, u, u_codes, u_scales, v, v_codes, v_scales, largest, sums, row_at, column_at,
+    base, velocity, out, copy, payload, u, u_codes, u_scales, v, v_codes, v_scales, largest, sums, row_at, column_at,
     groups, rank, stride, rows, channels, numel, tiles, programs, packs, u_at, u_scales_at, v_at, v_scales_at, total,
     TERMS: tl.constexpr, PLACE: tl.constexpr, FORM: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr,
-    BYTES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    BYTES: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """``BYTES`` bytes of the payload, or of a later program a tile of what the receiver will make of it.
+    """``BYTES`` bytes of the payload, or of a later program a tile of what the receiver will make of it; to ``copy``,
+    too, if ``COPIES``.
 
     Args:
         u, v: float32; u_codes, v_codes, u_scales, v_scales: as ``_factor_bytes`` takes them.
@@ -246,7 +247,7 @@ def write_product(
         gain = decode_bf16(_gain_bits(sums, largest, group, programs, tiles, PROGRAMS, TILES))
         change = clamped(change * gain, _F32_MAX)
         at, there = places_of(group, row, column, row_at, column_at, rows, channels, numel, PLACE)
-        write(out, at, expected(base, velocity, at, there, TERMS) + change, there)
+        write_twice(out, copy, at, expected(base, velocity, at, there, TERMS) + change, there, COPIES)
 
 
 @triton.jit

@@ -147,7 +147,7 @@ def _table_of(magnitudes: tuple[float, ...], device: torch.device) -> Tensor:
     )
 
 
-_X, _BASE, _VELOCITY, _OUT, _PAYLOAD, _FLAG = map(Slot, range(ENCODING))
+_X, _BASE, _VELOCITY, _OUT, _PAYLOAD, _FLAG, _COPY = map(Slot, range(ENCODING))
 _SCRATCH = _Scratch(*map(Slot, range(ENCODING, ENCODING + len(_Scratch._fields))))
 _HELD, _CALLS, _NEXT_HELD, _NEXT_CALLS = (Slot(ENCODING + len(_Scratch._fields) + number) for number in range(4))
 _GIVEN = ENCODING + len(_Scratch._fields) + 4
@@ -223,7 +223,7 @@ class LowRankSteps(LaunchedSteps):
         constants = {"TERMS": terms, "CHECKED": checked, "COPIES": copies, "FORM": self._form, **self._tile}
         return [Launch(lowrank.decode_product, self._tiles, arguments, DECODING + 5, constants)]
 
-    def encoding(self, terms: int, writes: bool, lockstep: bool) -> list[Launch]:
+    def encoding(self, terms: int, writes: bool, copies: bool, lockstep: bool) -> list[Launch]:
         return [
             self._take(terms),
             self._sketch(begins=True),
@@ -232,7 +232,7 @@ class LowRankSteps(LaunchedSteps):
             self._turn(again=self._sizes.large),
             self._sketch(last=True),
             *self._factors(),
-            *self._product(terms, writes),
+            *self._product(terms, writes, copies),
         ]
 
     @property
@@ -317,7 +317,7 @@ class LowRankSteps(LaunchedSteps):
             ),
         ]  # fmt: skip
 
-    def _product(self, terms: int, writes: bool) -> list[Launch]:
+    def _product(self, terms: int, writes: bool, copies: bool) -> list[Launch]:
         """The gain, the payload and the new base."""
         view, sizes, at = self._view, self._sizes, _SCRATCH
         constants = {**self._tile, "TERMS": terms, "TILES": self._search["TILES"]}
@@ -325,11 +325,12 @@ class LowRankSteps(LaunchedSteps):
         compared = _X, _BASE, _VELOCITY, at.left, at.right, at.largest, at.sums, *self._places, *size
         packs = -(-sizes.nbytes // _BYTES)
         written = (
-            _BASE, _VELOCITY, _OUT, _PAYLOAD, at.left, at.left_codes, at.left_scales, at.right, at.right_codes,
+            _BASE, _VELOCITY, _OUT, _COPY, _PAYLOAD, at.left, at.left_codes, at.left_scales, at.right, at.right_codes,
             at.right_scales, at.largest, at.sums, *self._places, view.groups, *size, packs, sizes.u_at,
             sizes.u_scales_at, sizes.v_at, sizes.v_scales_at, sizes.nbytes,
         )  # fmt: skip
         own = {"FORM": self._form, "PROGRAMS": triton.next_power_of_2(sizes.comparisons), "BYTES": _BYTES}
+        own["COPIES"] = copies
         programs = packs + (self._tiles if writes else 0)
         return [
             self._encode(lowrank.compare_product, view.groups * sizes.comparisons, compared, constants),

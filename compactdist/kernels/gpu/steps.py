@@ -68,7 +68,7 @@ def can_run(dtype: torch.dtype, device: torch.device) -> bool:
 _HELD = 128 if INTERPRETED else 8
 
 # What an encoding gives to its launches: these and then the parts of the scratch memory.
-_X, _BASE, _VELOCITY, _OUT, PAYLOAD, REPORTED = map(Slot, range(6))
+_X, _BASE, _VELOCITY, _OUT, PAYLOAD, REPORTED, _COPY = map(Slot, range(launched.ENCODING))
 SOURCE = _X, _BASE, _VELOCITY
 ENCODING = launched.ENCODING + len(Scratch._fields)
 """How much that is."""
@@ -88,8 +88,8 @@ class TritonSteps(LaunchedSteps):
         super().__init__(dtype, device, plan.sections.total_nbytes)
         self.plan = plan
 
-    def encoding(self, terms: int, writes: bool, lockstep: bool) -> list[Launch]:
-        return encoding_of(self.plan, terms, writes, lockstep)
+    def encoding(self, terms: int, writes: bool, copies: bool, lockstep: bool) -> list[Launch]:
+        return encoding_of(self.plan, terms, writes, copies, lockstep)
 
     def decoding(self, terms: int, checked: bool, copies: bool) -> list[Launch]:
         return [decoding_of(self.plan, terms, checked, copies)]
@@ -132,9 +132,9 @@ def decoding_of(
     return Launch(codes.decode_codes, -(-plan.units // _UNITS), arguments, given, constants)
 
 
-def encoding_of(plan: Plan, terms: int, writes: bool, lockstep: bool) -> list[Launch]:
+def encoding_of(plan: Plan, terms: int, writes: bool, copies: bool, lockstep: bool) -> list[Launch]:
     """All launches of an encoding, in order."""
-    written = {"WRITES": writes, "LOCKSTEP": lockstep}
+    written = {"WRITES": writes, "COPIES": copies, "LOCKSTEP": lockstep}
     launches = [_encode_blocks(plan, terms, written)] if plan.by_block else _settle_scales(plan, terms)
     if not plan.by_block or not plan.whole:
         launches.append(encode_codes_launch(plan, terms, written))
@@ -189,7 +189,7 @@ def _encode_blocks(plan: Plan, terms: int, written: dict[str, bool]) -> Launch:
     if plan.whole and at.channels in (64, 128):
         return _encode_held_blocks(plan, terms, written)
     arguments = (
-        *SOURCE, _OUT, PAYLOAD, scratch.inverse, scratch.wire, scratch.factors, scratch.flag,
+        *SOURCE, _OUT, _COPY, PAYLOAD, scratch.inverse, scratch.wire, scratch.factors, scratch.flag,
         REPORTED, plan.table, plan.offsets.row_at, plan.offsets.column_at, at.groups, at.channels, *_ends(plan),
         plan.blocks, plan.pad, plan.matrix_channels, plan.numel, plan.constant,
     )  # fmt: skip
@@ -202,7 +202,7 @@ def _encode_held_blocks(plan: Plan, terms: int, written: dict[str, bool]) -> Lau
     """All of an encoding whose blocks are short enough to be held in registers."""
     at, scratch = plan.sections, SCRATCH
     arguments = (
-        *SOURCE, _OUT, PAYLOAD, scratch.flag, REPORTED, plan.table, plan.offsets.row_at, plan.offsets.column_at,
+        *SOURCE, _OUT, _COPY, PAYLOAD, scratch.flag, REPORTED, plan.table, plan.offsets.row_at, plan.offsets.column_at,
         at.groups, *_ends(plan), plan.blocks, plan.pad, plan.matrix_channels, plan.numel, plan.constant,
     )  # fmt: skip
     constants = {"WIDENING": plan.widening, "TERMS": terms, "PADDED": plan.padded, "PLACE": plan.offsets.kind}
@@ -222,7 +222,7 @@ def encode_codes_launch(
     """Codes and what the receiver makes of them; ``wire``: where the channel scales are, as the receiver has them."""
     at, scratch = plan.sections, SCRATCH
     arguments = (
-        *SOURCE, _OUT, PAYLOAD, scratch.inverse, wire, scratch.factors, scratch.flag,
+        *SOURCE, _OUT, _COPY, PAYLOAD, scratch.inverse, wire, scratch.factors, scratch.flag,
         plan.table, plan.offsets.row_at, plan.offsets.column_at, at.rows, at.channels, at.elements, at.row_scales_at,
         plan.blocks, plan.pad, plan.matrix_channels, plan.numel,
     )  # fmt: skip

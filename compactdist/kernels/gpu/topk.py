@@ -37,7 +37,7 @@ from compactdist.kernels.gpu.elements import (
     from_bits,
     magnitude_bits,
     read,
-    write,
+    write_twice,
 )
 from compactdist.kernels.gpu.launch import Launch, Slot
 from compactdist.kernels.gpu.plan import INTERPRETED, offsets_on
@@ -86,10 +86,10 @@ def _bf16_of(bits):
 
 @triton.jit
 def pick_of_runs(
-    x, base, velocity, out, places, kept, flag, row_at, column_at,
+    x, base, velocity, out, places, kept, flag, copy, row_at, column_at,
     runs, per_group, length, total, section, kept_count, channels, numel,
     M: tl.constexpr, WIDTH: tl.constexpr, ALIKE: tl.constexpr, WHOLE: tl.constexpr, PLACE: tl.constexpr,
-    TERMS: tl.constexpr, WRITES: tl.constexpr, UNITS: tl.constexpr,
+    TERMS: tl.constexpr, WRITES: tl.constexpr, COPIES: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """Places and kept elements of ``8 * UNITS`` runs, and zeros behind the last one.
 
@@ -98,7 +98,7 @@ def pick_of_runs(
     Args:
         section: bytes of the places, alignment included.
         kept_count: numbers of ``kept``, alignment included; not more than ``2 * section``.
-        WRITES: write what ``spread_over_runs`` will give to ``out``.
+        WRITES: write what ``spread_over_runs`` will give to ``out``; COPIES: to ``copy``, too.
     """
     run = tl.program_id(0) * (8 * UNITS) + tl.arange(0, 8 * UNITS)[:, None]
     lane = tl.arange(0, WIDTH)[None, :]
@@ -119,7 +119,7 @@ def pick_of_runs(
     else:
         tl.store(kept + run, from_bits(best), mask=run < kept_count)
     if WRITES:
-        write(out, at, before + tl.where(lane == place, from_bits(best), 0.0), there)
+        write_twice(out, copy, at, before + tl.where(lane == place, from_bits(best), 0.0), there, COPIES)
     codes = tl.reshape(place, (UNITS, 8))
     packed = tl.sum(codes << (4 * tl.arange(0, 8)[None, :]), axis=1)
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None]
@@ -176,10 +176,15 @@ class Runs:
         self._constants |= {"ALIKE": view.groups == 1 or length % m == 0, "UNITS": _UNITS}
         self._constants |= {"num_warps": 4, "enable_fp_fusion": False}
 
-    def pick(self, slots: tuple[Slot, ...], given: int, kept_count: int, terms: int, *, writes: bool) -> Launch:
-        """Of ``(x, base, velocity, out, places, kept, flag)``, in a call that gives so much; see ``pick_of_runs``."""
+    def pick(
+        self, slots: tuple[Slot, ...], given: int, kept_count: int, terms: int, *, writes: bool, copies: bool
+    ) -> Launch:
+        """Of ``(x, base, velocity, out, places, kept, flag, copy)``, in a call that gives so much; see
+        ``pick_of_runs``.
+        """
         numbers = *self._sizes, self.section, kept_count, *self._numbers
-        return self._launch(pick_of_runs, slots, given, numbers, self.section // 4, TERMS=terms, WRITES=writes)
+        constants = {"TERMS": terms, "WRITES": writes, "COPIES": copies}
+        return self._launch(pick_of_runs, slots, given, numbers, self.section // 4, **constants)
 
     def spread(self, slots: tuple[Slot, ...], given: int, terms: int, *, checked: bool, copies: bool) -> Launch:
         """Of ``(base, velocity, out, places, kept, accepted, copy)``; see ``spread_over_runs``."""

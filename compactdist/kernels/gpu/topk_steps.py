@@ -72,25 +72,25 @@ class TopKSteps(LaunchedSteps):
         self._runs, self._values = runs, values
         self._room = -(-self._kept_count // 4) * 4
 
-    def encoding(self, terms: int, writes: bool, lockstep: bool) -> list[Launch]:
-        x, base, velocity, out, payload, flag = map(Slot, range(ENCODING))
+    def encoding(self, terms: int, writes: bool, copies: bool, lockstep: bool) -> list[Launch]:
+        x, base, velocity, out, payload, flag, copy = map(Slot, range(ENCODING))
         values, runs = self._values, self._runs
         if values is None:
             section = Slot(ENCODING)
-            of_pick = x, base, velocity, out, payload, section, flag
-            return [runs.pick(of_pick, ENCODING + 1, self._kept_count, terms, writes=writes)]
+            of_pick = x, base, velocity, out, payload, section, flag, copy
+            return [runs.pick(of_pick, ENCODING + 1, self._kept_count, terms, writes=writes, copies=copies)]
         found, back = Slot(ENCODING), Slot(ENCODING + 1)
-        coding = values.encoding(0, writes, lockstep)
+        coding = values.encoding(0, writes, False, lockstep)
         scratch = range(ENCODING + 2, ENCODING + 2 + coding[0].given - ENCODING)
         section, given = Slot(scratch.stop), scratch.stop + 1
-        common = found, found, found, back, section, flag
+        common = found, found, found, back, section, flag, back
         numbers = [*(slot.number for slot in common), *scratch]
-        of_pick = x, base, velocity, x, payload, found, flag
-        launches = [runs.pick(of_pick, given, self._kept_count, terms, writes=False)]
+        of_pick = x, base, velocity, x, payload, found, flag, x
+        launches = [runs.pick(of_pick, given, self._kept_count, terms, writes=False, copies=False)]
         launches += [launch.renumbered(numbers, given) for launch in coding]
         if writes:
-            of_spread = base, velocity, out, payload, back, payload, out
-            launches.append(runs.spread(of_spread, given, terms, checked=False, copies=False))
+            of_spread = base, velocity, out, payload, back, payload, copy
+            launches.append(runs.spread(of_spread, given, terms, checked=False, copies=copies))
         return launches
 
     def decoding(self, terms: int, checked: bool, copies: bool) -> list[Launch]:
