@@ -90,15 +90,15 @@ def _widths(counts: Counter[int]) -> str:
     return " ".join(f"{counts[bits]}x{bits}" for bits in sorted(counts, reverse=True))
 
 
-def lines(name: str, capability: int) -> dict[str, dict[str, Any]]:
-    """The kernels of one name, by the rows of the table: ``{"int2 block decode decode_codes": line}``."""
+def kernels(name: str, capability: int) -> dict[str, Compiled]:
+    """The kernels of one name, by the rows of the table: ``{"int2 block decode decode_codes": kernel}``."""
     compiler = Compiler(capability)
-    if name == FRAMES:
-        frames(4 * _WORDS, compiler)
-        return {f"{name} {one.name}": counted(one, capability, _WORDS) for one in compiler.launches}
-    if name in HISTORIES:
-        history(ROWS * CHANNELS, torch.bfloat16, HISTORIES[name], compiler)
-        return {f"{name} {one.name}": counted(one, capability, ROWS * CHANNELS) for one in compiler.launches}
+    if name == FRAMES or name in HISTORIES:
+        if name == FRAMES:
+            frames(4 * _WORDS, compiler)
+        else:
+            history(ROWS * CHANNELS, torch.bfloat16, HISTORIES[name], compiler)
+        return {f"{name} {one.name}": one for one in compiler.launches}
     view = plain(ROWS * CHANNELS, 1, CHANNELS)
     if name == TRANSFORM:
         both = components(Transform(), view, torch.bfloat16, compiler)
@@ -110,10 +110,17 @@ def lines(name: str, capability: int) -> dict[str, dict[str, Any]]:
         made = history_step if scales == "token_history" else step
         both = made(codecs.get(codec_id, scales=scales), view, torch.bfloat16, compiler)
     return {
-        f"{name} {direction} {one.name}": counted(one, capability, view.numel)
+        f"{name} {direction} {one.name}": one
         for direction, launches in zip(("encode", "decode"), both, strict=True)
         for one in launches
     }
+
+
+def lines(name: str, capability: int, found: dict[str, Compiled] | None = None) -> dict[str, dict[str, Any]]:
+    """The rows of one name, of :func:`kernels`, or of those ``found``, if they are compiled already."""
+    found = kernels(name, capability) if found is None else found
+    elements = _WORDS if name == FRAMES else ROWS * CHANNELS
+    return {key: counted(one, capability, elements) for key, one in found.items()}
 
 
 def counts(capabilities: list[int], names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -15,6 +15,7 @@ import triton
 from benchmarks.gpu import instructions
 from benchmarks.gpu.compiled import CAPABILITIES, Compiled
 from benchmarks.gpu.machine_code import Executed, executed, parsed
+from tests.kernels.rounding import fuses_nothing, leaves_none_open, multiplies_integers
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_instructions.json"
 STORED = json.loads(FILE.read_text())
@@ -24,11 +25,22 @@ MAIN = ("int2 block", "int4 block", "frames")
 compiles = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="the interpreter compiles nothing")
 
 
+def _leave_no_rounding_open(name: str, kernels: dict[str, Compiled], capability: int) -> None:
+    for key, kernel in kernels.items():
+        leaves_none_open(kernel, key)
+        if " decode decode_" in key or kernel.name in ("spread_over_runs", "pick_of_runs"):
+            fuses_nothing(kernel, capability, key)
+    if name == instructions.TRANSFORM:
+        multiplies_integers(list(kernels.values()), capability, name)
+
+
 def _compare(name: str, capability: int) -> None:
     if triton.__version__ != STORED["triton"]:
         pytest.skip(f"counts stored for Triton {STORED['triton']}, not for {triton.__version__}")
     stored = STORED["kernels"][f"sm_{capability}"]
-    found = instructions.lines(name, capability)
+    kernels = instructions.kernels(name, capability)
+    _leave_no_rounding_open(name, kernels, capability)
+    found = instructions.lines(name, capability, kernels)
     assert set(found) == {key for key in stored if key.startswith(f"{name} ")}
     for key, line in found.items():
         before = stored[key]
