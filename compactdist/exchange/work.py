@@ -189,7 +189,7 @@ def drain(site: Site) -> None:
 
 class PendingWork(_torch.Work):
     """What an asynchronous compressed call returns. What others sent is written to the outputs by ``wait`` (or the
-    first use of a functional collective's result), not before; a rank's own chunk may be written when its frame is made.
+    first use of a functional collective's result), not before; a rank's own chunk may be written with its frame.
 
     Args:
         jobs: :class:`Job` objects, or inner works of parts that passed through (``None`` from synchronous ones).
