@@ -133,15 +133,21 @@ class _Stream:
         before = [as_bytes(tensor).clone() for tensor in inputs]
         out, payload = self.buffers()
         self.sender.encode(x, self.terms, out, payload)
-        _, undisturbed = self.buffers()
+        (again, undisturbed), (copy, _) = self.buffers(), self.buffers()
         with surroundings():
-            self.twin.encode(x, self.terms, None, undisturbed)
+            if step % 2:
+                self.twin.encode_twice(x, self.terms, again, copy, undisturbed)
+            else:
+                self.twin.encode(x, self.terms, None, undisturbed)
         same = torch.equal(payload, undisturbed)
         self.expect(
             same,
             f"step {step}: a frame that was not sent, out=None, or a caller's autocast or default dtype changed the "
             "next payload",
         )
+        if step % 2:
+            same = all(torch.equal(as_bytes(one), as_bytes(out)) for one in (again, copy))
+            self.expect(same, f"step {step}: encode_twice gives other bits than encode's out")
         got, _ = self.buffers()
         kept = payload.clone()
         self.receiver.decode(payload, self.terms, got)
@@ -153,9 +159,16 @@ class _Stream:
         unchanged = all(torch.equal(as_bytes(t), b) for t, b in zip(inputs, before, strict=True))
         self.expect(unchanged, f"step {step}: encode or decode changed x or a term")
         target = self.terms[0].clone() if self.terms else self.buffers()[0]
+        terms = (target, *self.terms[1:]) if self.terms else ()
         with surroundings():
-            self.in_place.decode(payload, (target, *self.terms[1:]) if self.terms else (), target)
+            if step % 2:
+                self.in_place.decode_twice(payload, terms, target, copy.fill_(7))
+            else:
+                self.in_place.decode(payload, terms, target)
+                copy.copy_(target)
         same = torch.equal(as_bytes(target), as_bytes(got))
+        twice = torch.equal(as_bytes(copy), as_bytes(got))
+        self.expect(twice or not same, f"step {step}: decode_twice writes other bits to its copy")
         self.expect(same, f"step {step}: decode in place, under autocast and another default dtype, gives other bits")
         ends = (self.sender, self.twin, self.receiver, self.in_place)
         for end in ends:

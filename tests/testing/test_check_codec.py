@@ -215,6 +215,14 @@ class Session:
         limit = torch.finfo(out.dtype).max
         out.copy_((decoded + self.expected(terms)).clamp(-limit, limit))
 
+    def encode_twice(self, x: Tensor, terms: Any, out: Tensor, copy: Tensor, payload: Tensor) -> None:
+        self.encode(x, terms, out, payload)
+        copy.copy_(out)
+
+    def decode_twice(self, payload: Tensor, terms: Any, out: Tensor, copy: Tensor) -> None:
+        self.decode(payload, terms, out)
+        copy.copy_(out)
+
     def commit(self) -> None:
         self.last, self.staged = self.staged or self.last, 0.0
 
@@ -280,6 +288,16 @@ def prepares_too_much(self: Session) -> None:
     self.last += 100
 
 
+def copies_the_tensor(self: Session, x: Tensor, terms: Any, out: Tensor, copy: Tensor, payload: Tensor) -> None:
+    self.encode(x, terms, out, payload)
+    copy.copy_(x)
+
+
+def copies_before_it_decodes(self: Session, payload: Tensor, terms: Any, out: Tensor, copy: Tensor) -> None:
+    copy.copy_(out)
+    self.decode(payload, terms, out)
+
+
 class Remembers(Session):
     """Keeps its count in a tensor, as a session with memory does."""
 
@@ -326,6 +344,8 @@ BAD_SESSIONS: dict[str, tuple[dict[str, Any], str]] = {
     "nan": ({"encode": swallows_nan}, "must raise NonFiniteError, raised nothing"),
     "prepare": ({"prepare": prepares_too_much}, "changed the next payload"),
     "held": ({"held_bytes": -1}, "held_bytes is -1"),
+    "encode twice": ({"encode_twice": copies_the_tensor}, "encode_twice gives other bits"),
+    "decode twice": ({"decode_twice": copies_before_it_decodes}, "decode_twice writes other bits"),
 }
 BAD_MOVES: dict[str, tuple[dict[str, Any], str]] = {
     "one reference": ({"move": moves_one_reference}, "changed the next payload"),
