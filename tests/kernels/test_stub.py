@@ -296,6 +296,31 @@ def test_a_captured_call_launches_what_is_compiled_and_moves_nothing_on_the_host
     _on_a_fake_group(body)
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_a_capture_compiles_nothing_where_it_is_over_its_input_and_the_calls_before_were_not(over, monkeypatch):
+    """Or the other way round: then another kernel would write the rank's own output than ran before."""
+
+    def body(patch):
+        from benchmarks.gpu.stub import DEVICE, stub
+
+        monkeypatch.setattr(torch.Tensor, "data_ptr", _address)
+        patch.setattr(compactdist.state, "catch_up", lambda stream: 0)  # there is no clock to be read
+        x, out = (torch.empty(n * ROWS * CHANNELS, dtype=torch.bfloat16, device=DEVICE) for n in (1, 2))
+        inputs = [x, out[: ROWS * CHANNELS]]
+        with stub() as device, device.wrap(dist.group.WORLD, "int4", layouts=_matrix, min_numel=1) as group:
+            for capturing in (False, False, False, True):
+                patch.setattr(_torch, "is_capturing", lambda capturing=capturing: capturing)
+                device.dispatched.clear()
+                device.recorded.clear()
+                group.step()
+                group.all_gather_into_tensor(out, inputs[over == capturing])
+            assert [one.name for one in device.launched] == KERNELS["int4"]
+            assert not device.dispatched
+            patch.setattr(_torch, "is_capturing", bool)
+
+    _on_a_fake_group(body)
+
+
 PREDICTS = [Rule(op="all_gather", codec="int4", mode="predict-now")]
 REFUSED = {
     "state": ({"state": "int8"}, 'take state="exact"'),

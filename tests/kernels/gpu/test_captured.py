@@ -51,8 +51,8 @@ class Calls:
         """The input of a step, which changes little from one to the next."""
         generator = torch.Generator().manual_seed(1000 * self.rank)
         base = torch.randn(NUMEL, generator=generator)
+        self.out.zero_()  # the input may lie in it
         self.x.copy_(base + 0.05 * torch.randn(NUMEL, generator=torch.Generator().manual_seed(7 + step + self.rank)))
-        self.out.zero_()
 
     def call(self, steps: int = 1, *, async_op: bool = False) -> Tensor:
         for _ in range(steps):
@@ -363,6 +363,25 @@ def test_an_asynchronous_call_and_lists_and_strided_outputs_are_captured():
             expected = plain.call()
             ours.replay(made, counts_step=False)
             assert same(torch.cat([spread[0, :, 0], spread[1, :, 1]]), expected)
+
+    on_ranks(body)
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_graph_is_over_its_input_where_the_calls_before_were_not_or_the_other_way_round(over):
+    def body(rank):
+        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
+        inputs = [ours.x, ours.out.view(-1, NUMEL)[rank]]
+        ours.x = inputs[over]
+        assert same(ours.call(3), plain.call(3))
+        ours.x = inputs[not over]
+        graph = ours.capture()
+        for _ in range(REPLAYS):
+            assert same(ours.replay(graph), plain.call())
+        ours.x = inputs[over]
+        assert same(ours.call(), plain.call())
+        ours.group.check()
+        ours.group.close(), plain.group.close()
 
     on_ranks(body)
 
