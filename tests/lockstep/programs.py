@@ -182,6 +182,7 @@ class Runner:
         what = a["do"]
         if what == "gather":
             y = out(world * n)
+            x = y.view(world, n)[me].copy_(x) if a["tag"] else x  # over its input
             works, outputs = [dist.all_gather_into_tensor(y, x, group=g, async_op=True)], [y]
         elif what == "gather list":
             outputs = [out(n) for _ in range(world)]
