@@ -46,8 +46,17 @@ def stored_presets(trace: Path, steps: int | None) -> dict[str, dict[str, float]
 @pytest.mark.parametrize("trace", [TRACE, PHOTOS], ids=lambda trace: trace.stem)
 def test_presets_and_baselines_are_what_the_command_prints(trace: Path, steps: int | None) -> None:
     fewer = () if steps is None else ("--steps", steps)
-    printed = run_json("evaluate", trace, "--preset", "all", "--baselines", *fewer, "--json", "-")
-    assert printed == {row: pytest.approx(values, rel=1e-3) for row, values in stored_presets(trace, steps).items()}
+    printed, stored = (
+        run_json("evaluate", trace, "--preset", "all", "--baselines", *fewer, "--json", "-"),
+        stored_presets(trace, steps),
+    )
+    assert list(printed) == list(stored)
+    for row, values in stored.items():
+        assert list(printed[row]) == list(values)
+        for key, value in values.items():
+            # what a sender of `transform` finds in floating point differs from processor to processor
+            near = {"abs": 0.1} if key == "nmse_db" else {"rel": 3e-2 if "error" in key else 1e-3}
+            assert printed[row][key] == pytest.approx(value, **near), (row, key)
 
 
 @pytest.mark.parametrize("steps", [None, 4])
