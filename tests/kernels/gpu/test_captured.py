@@ -32,14 +32,12 @@ pytestmark = [
 ]
 
 NUMEL, REPLAYS = 20 * 64, 3
-CODEC = "int4:scales=block"
-"""Of all tests of kinds of calls: two kernels a frame, where scales by row and channel take five."""
 
 
 class Calls:
     """The calls of a step of a wrapped group on an inner one with NCCL's manners: of one kind, see ``KINDS``."""
 
-    def __init__(self, rank: int, name: str, codec: str = CODEC, kind: str = "all_gather", **options: Any) -> None:
+    def __init__(self, rank: int, name: str, codec: str = "int4", kind: str = "all_gather", **options: Any) -> None:
         self.rank, self.kind = rank, kind
         inner = act_like_nccl(dist.group.WORLD, name=f"{name} {kind}")
         policy = [Rule(op=op, codec=codec) for op in ("all_reduce", "reduce_scatter")]
@@ -220,7 +218,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def both(rank: int, codec: str = CODEC, kind: str = "all_gather", **options: Any) -> Iterator[tuple[Calls, Calls]]:
+def both(rank: int, codec: str = "int4", kind: str = "all_gather", **options: Any) -> Iterator[tuple[Calls, Calls]]:
     """Calls that will be captured and calls that never are, each after three steps; checked and closed at the end."""
     ours, plain = (Calls(rank, name, codec, kind, **options) for name in ("captured", "uncaptured"))
     assert same(ours.call(3), plain.call(3))
