@@ -11,9 +11,11 @@ EXTRAS ?= xdit,cache-dit,bench,dev
 # Tests of several ranks mostly wait for one another, so two at a time fill two cores.
 WORKERS ?= 2
 # `make test-torch TORCH=2.11.0`: what may differ between versions of torch and Triton, without the frameworks. What
-# a stream holds, and what becomes of calls that do not fit together, is decided by bytes and not by torch.
+# a stream holds, which site has room for it, and what becomes of calls that do not fit together, is decided by bytes
+# and not by torch.
 TORCH_TESTS ?= tests/group tests/exchange tests/lockstep tests/conformance tests/kernels/test_arguments_of_one.py \
-	$(addprefix --ignore=tests/group/lifecycle/test_,disagreement.py out_of_step.py) \
+	$(addprefix --ignore=tests/group/lifecycle/test_,disagreement.py out_of_step.py refused_frames.py \
+	budget.py eviction.py eviction_attack.py offload.py) \
 	$(addprefix --ignore=tests/exchange/test_,forward.py parts.py targets.py transform_codec.py)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
