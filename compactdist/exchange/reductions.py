@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactdist import kernels
 from compactdist.exchange.arrivals import Arrival
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.patterns import AllGather, AllToAll
@@ -100,16 +99,13 @@ class AllReduceSums(AllGather):
     def plan(self, engine: Engine, call: Call, signature: tuple[Any, ...]) -> CallPlan:
         plan = super().plan(engine, call, signature)
         plan.want_value = True
-        # whatever ``local`` says; where a device has made the sums they may not be finite, which it alone knows
-        plan.shares_own = kernels.frames_for(signature[2]) is None
+        plan.shares_own = False  # the output is the caller's input, which stays as it is until the sums are there
         return plan
 
     def keep_own(self, engine: Engine, flight: Flight) -> None:
         staged = flight.staged[0]
         if flight.failure is None and staged is not None:
-            if staged.copied:
-                return
-            flight.own_value = staged.value
+            flight.own_value = staged.value  # every rank takes what the others decode, whatever ``local`` says
             if staged.there and staged.value is not None:
                 # others get NaN where the device has found that the sums are not finite
                 held = flags_of(staged.frame) == staged.header.flags

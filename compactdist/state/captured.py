@@ -99,7 +99,7 @@ def capture_seal(
     payload = frame[HEADER_NBYTES:nbytes]
     copies = copy is not None and value is not None
     if not frames.has_sent(steps, len(terms), value is not None, copies) and value is not None:
-        # nothing can be compiled now: as the calls before did, which wrote where this one cannot, or could not so write
+        # nothing can be compiled during a capture: the value is written twice if the calls before did that, else once
         copy, copies = torch.empty_like(value) if copy is None else None, False
     made = frames.send(steps, flat, terms, value, copy, frame, payload, clock.words, _BY_CLOCK, queue)
     assert made, "the steps take what their stream holds"
