@@ -310,18 +310,17 @@ class Engine:
         for target in flight.outputs:
             if not target.is_contiguous():
                 self._refuse_shared_elements(flight, target)
-        own = flight.own_output
+        own, first = flight.own_output, flight.inputs[0] if flight.inputs else flight.outputs[0]
         if own is not None and not own.is_contiguous():
             self._refuse_shared_elements(flight, own)
-        for target, _ in flight.copies:
-            self._refuse_shared_elements(flight, target)
-        first = flight.inputs[0] if flight.inputs else flight.outputs[0]
-        if own is not None and plan.shares_own and own.is_contiguous() and own.device == first.device:
+        elif own is not None and plan.shares_own and own.device == first.device:
             begin, start, last = first.data_ptr(), own.data_ptr(), flight.inputs[-1]
             # not over its input, which a call that fails must leave as it is
             apart = not start or begin >= start + own.nbytes or start >= last.data_ptr() + last.nbytes
             if apart and first.is_contiguous():
                 flight.places = slices(own, plan.cuts) if plan.cuts else (own,)
+        for target, _ in flight.copies:
+            self._refuse_shared_elements(flight, target)
         if flight.call.captured:
             return captured.seal(self, flight)
         if plan.site.captured is not None:

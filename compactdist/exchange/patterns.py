@@ -299,7 +299,8 @@ class AllGather(OneMessage):
         if flight.failure is not None:
             return
         if flight.plan.cuts and not engine.exact_local and flight.own_output is not None:
-            found = zip(slices(flight.own_output, flight.plan.cuts), flight.staged, strict=True)
+            places = flight.places or slices(flight.own_output, flight.plan.cuts)
+            found = zip(places, flight.staged, strict=True)
             flight.own_parts = [
                 (place, part.value) for place, part in found if part and part.value is not None and not part.copied
             ]
