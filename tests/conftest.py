@@ -12,12 +12,15 @@ import torch
 import torch.distributed
 from hypothesis import HealthCheck, settings
 
+from compactdist.kernels import sources
+
 # The multi-rank launcher forks, which is sound only while no thread pool exists: so before any operation.
 torch.set_num_threads(1)
 
-# What each rank would import of its own, once for all that are forked.
+# What each rank would import, and read, of its own, once for all that are forked.
 if importlib.util.find_spec("numba"):
     importlib.import_module("compactdist.kernels.cpu.steps")
+sources.digest()
 
 _common = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.register_profile("ci", _common, derandomize=True, max_examples=50)

@@ -25,7 +25,7 @@ __all__ = ["check_names", "settings_from_environment", "warn_overruled"]
 
 _log = logging.getLogger("compactdist")
 _PREFIX = "COMPACTDIST_"
-_ALIKE = 0.85
+_ALIKE, _BEGINS_ALIKE = 0.85, 0.6
 
 
 def _switch(text: str) -> bool:
@@ -104,11 +104,17 @@ def check_names(names: Iterable[str]) -> None:
     known = [_PREFIX + field for field in (*_FIELDS, *sorted(_OF_ADAPTERS))]
     for name in names:
         ours = name.startswith(_PREFIX)
-        if name in known or not (ours or difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE)):
+        if name in known or not (ours or _misspelt(name, known)):
             continue
         nearest = difflib.get_close_matches(name, known, n=2)
         hint = f"; did you mean {' or '.join(nearest)}?" if nearest else "."
         raise ConfigError(f"environment variable {name} is unknown{hint} There are: {', '.join(known)}")
+
+
+def _misspelt(name: str, known: list[str]) -> bool:
+    """Whether a name is nearly one of ours. Only what begins like those is compared with all."""
+    begins = difflib.get_close_matches(name[: len(_PREFIX) + 1], [_PREFIX], cutoff=_BEGINS_ALIKE)
+    return bool(begins and difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE))
 
 
 def settings_from_environment(environment: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ LOSSY = [codec for codec in CODECS if not codec.lossless]
 VARIANTS = {name: codecs.get(spec) for name, spec in make_fixtures.VARIANTS.items()}
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.codec_id)
 every_lossy_codec = pytest.mark.parametrize("codec", LOSSY, ids=lambda codec: codec.codec_id)
-bounded = settings(max_examples=40, deadline=None, derandomize=True)
+bounded = settings(max_examples=25, deadline=None, derandomize=True)
 
 any_shape = st.sampled_from(kit.SHAPES) | st.lists(st.integers(1, 40), max_size=3).map(tuple)
 any_name = st.sampled_from(sorted(kit.DISTRIBUTIONS))
@@ -40,14 +40,14 @@ def test_every_distribution(codec, name):
 
 
 @every_codec
-@settings(bounded, max_examples=24)  # the most expensive ones, and every distribution is tested above
+@settings(bounded, max_examples=16)  # the most expensive ones, and every distribution is tested above
 @given(shape=any_shape, name=any_name, dtype=st.sampled_from(kit.FLOAT_DTYPES), seed=any_seed)
 def test_any_input(codec, shape, name, dtype, seed):
     kit.check_input(codec, kit.sample(name, shape, dtype, seed))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(shape=any_shape, name=any_name, dtype=st.sampled_from(kit.FLOAT_DTYPES), seed=any_seed)
 def test_options_on_any_input(variant, shape, name, dtype, seed):
     kit.check_input(VARIANTS[variant], kit.sample(name, shape, dtype, seed))

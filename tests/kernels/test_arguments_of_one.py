@@ -26,6 +26,7 @@ CASES = {
     "by block": ({"id": "int2", "scales": "block"}, plain(128 * 256, 1, 256)),
     "by block, units across ends": ({"id": "int3", "scales": "block", "block": 33}, plain(3 * 40 * 65, 3, 65)),
 }
+QUICK = "many tiles, one scale a group", "by block, units across ends"
 
 
 def _run_both_ends(form: dict[str, Any], view: MatrixView, dtype: torch.dtype) -> None:
@@ -48,7 +49,9 @@ class _WithOnes(Compiler):
 
 
 @pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_kernels_compile_with_every_integer_equal_to_one(case, monkeypatch):
     from triton.runtime.jit import JITFunction
 

@@ -424,10 +424,10 @@ import torch
 from compactdist.kernels.cpu.simd.vectors import HOST
 from tests.kernels.test_fused_steps import _both, blocks, plain
 assert not any(HOST.values())
-specs = "binary", "int4", "int8", *({"id": i, "scales": "block"} for i in ("binary", "int4", "int8"))
-for view in (plain(70 * 264, 1, 264), blocks(128 * 70 + 3)):
-    for number, spec in enumerate(specs):  # by rows and by blocks the other way round
-        dtype = (torch.float16, torch.bfloat16)[number % 2]
+views = {"token_channel": plain(70 * 264, 1, 264), "block": blocks(128 * 70 + 3)}
+for turn, (scales, view) in enumerate(views.items()):
+    for number, codec_id in enumerate(("binary", "int4", "int8")):  # by rows and by blocks the other way round
+        spec, dtype = {"id": codec_id, "scales": scales}, (torch.float16, torch.bfloat16)[(number + turn) % 2]
         base = torch.randn(view.numel, generator=torch.Generator().manual_seed(0)).to(dtype)
         x = base + torch.randn(view.numel, generator=torch.Generator().manual_seed(1)).to(dtype) / 8
         _both(spec, x, (base,), view)

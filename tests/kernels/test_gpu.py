@@ -159,11 +159,14 @@ CASES = [
     ({"id": "int2", "scales": "block"}, plain(128 * 256, 1, 256), torch.bfloat16),
     ({"id": "int3", "scales": "block", "block": 33}, plain(3 * 40 * 65, 3, 65), torch.bfloat16),
 ]
+QUICK = ({"id": "int4"}, {"id": "int2", "scales": "block"})
 
 
 @pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(
-    ("form", "view", "dtype"), CASES, ids=lambda value: value.get("id") if type(value) is dict else ""
+    ("form", "view", "dtype"),
+    [case if case[0] in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+    ids=lambda value: value.get("id") if type(value) is dict else "",
 )
 def test_they_compile_for_an_h100(form, view, dtype, monkeypatch):
     """What the interpreter cannot show: types, no contracted multiply-add, IEEE division, loads of 16 bytes."""

@@ -45,7 +45,14 @@ class Ends:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("codec_id", ["binary", "int2", "int4", "int8", "ternary", "int3", "fp8"])
+@pytest.mark.parametrize(
+    "codec_id",
+    [
+        "binary",
+        "int4",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("int2", "int8", "ternary", "int3", "fp8")),
+    ],
+)
 def test_same_bytes_as_the_reference(codec_id):
     codec, dtypes = codecs.get(codec_id, scales="token_history"), (torch.bfloat16, torch.float32, torch.float16)
     for turn, view in enumerate(VIEWS):

@@ -15,7 +15,7 @@ from tests.launch import run_ranks
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
 STEPS = 5
-AGREE_TIMEOUT, INNER_TIMEOUT = 1.0, 4.0
+AGREE_TIMEOUT, INNER_TIMEOUT = 1.0, 3.0
 
 
 class Behaviour:

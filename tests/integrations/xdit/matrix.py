@@ -16,6 +16,7 @@ from tests.scripts import ROOT
 JSON = ROOT / "benchmarks" / "results" / "integrations.json"
 PAGE = ROOT / "docs" / "integrations.md"
 START, END = "<!-- table: python -m tests.integrations.xdit.matrix -->", "<!-- end of table -->"
+STEPS = 8  # of the page
 ALL = ("flux", "sd3", "pixart", "cogvideox", "wan")
 COLUMNS: dict[str, tuple[int, tuple[str, ...]]] = {  # ranks, models
     "ulysses 2": (2, ALL),
@@ -41,20 +42,20 @@ LABELS = {
 }
 
 
-def run(column: str, models: tuple[str, ...]) -> dict[str, Any]:
-    """The records of one column, by model; raises if a rank failed."""
+def run(column: str, models: tuple[str, ...], steps: int = STEPS) -> dict[str, Any]:
+    """The records of one column, by model, each of requests of so many steps; raises if a rank failed."""
     ranks, _ = COLUMNS[column]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
-        run_worker("matrix_worker.py", out, column, *models, ranks=ranks, timeout=240)
+        run_worker("matrix_worker.py", out, column, str(steps), *models, ranks=ranks, timeout=240)
         records: dict[str, Any] = json.loads(out.read_text())
     assert set(records) == set(models), records
     return records
 
 
-def run_more(column: str) -> dict[str, Any]:
+def run_more(column: str, steps: int = STEPS) -> dict[str, Any]:
     """The records of the column's further models."""
-    return run(column, MORE[column]) if column in MORE else {}
+    return run(column, MORE[column], steps) if column in MORE else {}
 
 
 def render(records: dict[str, dict[str, Any]]) -> str:

