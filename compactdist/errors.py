@@ -60,7 +60,13 @@ class NonFiniteError(CompactDistError, ValueError):
 
 
 class FrameError(CompactDistError, RuntimeError):
-    """A received frame is not the one this call site expects; nothing of it was applied."""
+    """A received frame is not the one this call site expects; nothing of it was applied.
+
+    Attributes:
+        epoch: of the frame, where its sender has made more resets, or fewer; else ``None``.
+    """
+
+    epoch: int | None = None
 
 
 class LateExchangeError(CompactDistError, RuntimeError):

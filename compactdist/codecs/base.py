@@ -330,6 +330,27 @@ class Session:
         that does not override it keeps its memory where it is.
         """
 
+    def copy_memory(self) -> Any:
+        """What this session remembers, copied, so that :meth:`take_memory` of others may have it. ``None``: nothing.
+
+        Called between two frames. A session that remembers anything overrides both.
+
+        Raises:
+            CodecConfigError: It does not, so that no snapshot of a group with such a stream can be made.
+        """
+        if self.remembers:
+            raise CodecConfigError(
+                f"codec {self.codec.codec_id!r}: {type(self).__name__} remembers something and has no copy_memory() "
+                "and take_memory(), which a snapshot needs"
+            )
+        return None
+
+    def take_memory(self, memory: Any) -> None:
+        """Remember what :meth:`copy_memory` of another session gave, which had the same codec, view, dtype and rate.
+
+        The session is new, but for its rate. ``memory`` stays as it is: it may be taken again.
+        """
+
     def prepare(self) -> None:
         """Do work that the next frame needs, once it is known: after a commit, where a message is waited for.
 

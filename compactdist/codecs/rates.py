@@ -200,6 +200,12 @@ class RatesSession(Session):
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         self._inner.move(to)
 
+    def copy_memory(self) -> Any:
+        return self._inner.copy_memory()
+
+    def take_memory(self, memory: Any) -> None:
+        self._inner.take_memory(memory)
+
     def prepare(self) -> None:
         self._inner.prepare()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -179,6 +179,11 @@ class Arrivals:
         """An outgoing stream relays this one: from now on keep the payloads and digests that passing on needs."""
         with self._lock:
             self._relayed.add(arrival.stream)
+
+    def relay_again(self, streams: Iterable[tuple[str, int]]) -> None:
+        """Outgoing streams relay these once more: a snapshot was restored."""
+        with self._lock:
+            self._relayed.update(streams)
 
     def found(self, x: Tensor) -> Arrival | None:
         """The arrival that was decoded into this very tensor, or ``None``.

@@ -151,6 +151,7 @@ class Engine:
         stats: counters.
         forward: pass on the frame of a received tensor that is sent again untouched.
         varies: notes a call with a new plan; whether its site's tensors change so often that it passes through.
+        heard_of: called with the epoch of a frame that was refused for it.
         ledger: finds room for the sites whose bytes all ranks know; ``None``: no rank has a budget.
         lock: held while a call is encoded and handed to the inner group.
         outbox: sends whose works were dropped.
@@ -174,6 +175,7 @@ class Engine:
     stats: GroupStats
     forward: bool
     varies: Callable[[Call, CallPlan], bool]
+    heard_of: Callable[[int], None]
     ledger: Ledger | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     outbox: Outbox = field(default_factory=Outbox)
@@ -553,6 +555,8 @@ class Engine:
                             plan.pattern.remember(self, flight, part, target, data)
                 except Exception as e:
                     error = error or e
+                    if isinstance(e, FrameError) and e.epoch is not None:
+                        self.heard_of(e.epoch)
             for target, contiguous in flight.copies if may_write else ():
                 target.copy_(contiguous.view(target.shape))
         if ours:

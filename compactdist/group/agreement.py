@@ -17,7 +17,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from compactdist.errors import PlanMismatchError, PlanTimeoutError
@@ -94,9 +94,19 @@ class Agreement:
         rank, size: in the group.
         label: names group and rank in error messages.
         timeout: seconds to wait for the other ranks.
+        heard_of: called with the epoch of a rank that is about to do something else.
     """
 
-    def __init__(self, store: Any, prefix: str, rank: int, size: int, label: str, timeout: float) -> None:
+    def __init__(
+        self,
+        store: Any,
+        prefix: str,
+        rank: int,
+        size: int,
+        label: str,
+        timeout: float,
+        heard_of: Callable[[int], None] = lambda epoch: None,
+    ) -> None:
         # calls of other threads on the caller's connection must not wait for ours
         self._store = store.clone()
         self._prefix = prefix
@@ -104,6 +114,7 @@ class Agreement:
         self._size = size
         self._label = label
         self._timeout = timeout
+        self._heard_of = heard_of
         self._epoch = 0
         self._number = 0
         self._last = ""
@@ -283,6 +294,7 @@ class Agreement:
         ours = dict(subject.facts)
         lines = []
         for rank, theirs in sorted(others.items()):
+            self._heard_of(theirs.get("epoch", 0))
             differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
             if rank != self._rank and differing:
                 values = ", ".join(

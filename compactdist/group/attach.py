@@ -13,12 +13,12 @@ from compactdist import _torch
 from compactdist.errors import ConfigError
 from compactdist.group.keys import Clock, KeyBook, check_part
 
-__all__ = ["Attachment"]
+__all__ = ["Attachment", "Seen"]
 
 _NOTHING = object()
 
 
-class _Seen:
+class Seen:
     """What an attachment has seen of one request, which has a clock of its own.
 
     Attributes:
@@ -33,6 +33,12 @@ class _Seen:
         self.forwards: dict[str, int] = {}
         self.steps = 0
         self.last_value: Any = _NOTHING
+
+    def copy(self) -> Seen:
+        """What was seen so far."""
+        made = Seen()
+        made.forwards, made.steps, made.last_value = dict(self.forwards), self.steps, self.last_value
+        return made
 
 
 class Attachment:
@@ -89,7 +95,15 @@ class Attachment:
 
     def restart(self) -> None:
         """Forget how many forwards were seen (a new request)."""
-        self._seen: WeakKeyDictionary[Clock, _Seen] = WeakKeyDictionary()
+        self._seen: WeakKeyDictionary[Clock, Seen] = WeakKeyDictionary()
+
+    def seen(self, clock: Clock) -> Seen:
+        """A copy of what was seen of the request with this clock."""
+        return self._seen.get(clock, Seen()).copy()
+
+    def go_on_from(self, clock: Clock, seen: Seen) -> None:
+        """Count on from what had been seen of a request."""
+        self._seen[clock] = seen.copy()
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any) -> None:
@@ -107,7 +121,7 @@ class Attachment:
 
     def _count(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         clock = self._keys.clock
-        seen = self._seen.setdefault(clock, _Seen())
+        seen = self._seen.setdefault(clock, Seen())
         if self._step_value is not None:
             value = self._step_value(module, args, kwargs)
             if isinstance(value, torch.Tensor):  # one of its own: a scheduler may go on in the same memory

@@ -51,6 +51,17 @@ class Clock:
         for counts in (self.counts, self.before, self.short):
             counts.clear()
 
+    def copy(self) -> Clock:
+        """A clock that shows the same."""
+        made = Clock()
+        made.go_on_from(self)
+        return made
+
+    def go_on_from(self, other: Clock) -> None:
+        """Show what another clock shows; a block that has been entered stays so."""
+        self.step = other.step
+        self.counts, self.before, self.short = dict(other.counts), dict(other.before), dict(other.short)
+
     def __enter__(self) -> None:
         self.within = True
 
@@ -97,7 +108,7 @@ class KeyBook:
         on_step: called before a step begins; an error that it raises leaves the clock as it is.
 
     Attributes:
-        epoch: resets so far.
+        epoch: resets so far; more where this rank heard of a rank that had made more.
         engaged: calls can be told apart across steps: a step, a key or an attached module has been seen.
     """
 
@@ -109,6 +120,7 @@ class KeyBook:
         self._lock = threading.Lock()
         self._clock = Clock()
         self._prefixes = _Prefixes()
+        self._heard_of = 0
         self.epoch = 0
         self.engaged = False
 
@@ -126,6 +138,11 @@ class KeyBook:
     def clock(self) -> Clock:
         """The clock of the current thread's request, or the group's."""
         return self._prefixes.clock or self._clock
+
+    @property
+    def own_clock(self) -> Clock:
+        """The group's clock, outside of any request."""
+        return self._clock
 
     @property
     def step(self) -> int:
@@ -173,14 +190,19 @@ class KeyBook:
 
     def restart(self) -> None:
         """Begin a new epoch, whose first step is the next one."""
+        self.new_epoch()
         with self._lock:
-            self.epoch += 1
             self._clock.restart()
 
     def new_epoch(self) -> None:
         """Begin a new epoch within the running step, for a reset of some sites."""
         with self._lock:
-            self.epoch += 1
+            self.epoch = max(self.epoch, self._heard_of) + 1
+
+    def heard_of(self, epoch: int) -> None:
+        """Another rank is in an epoch, maybe a later one: after the next reset of all, both are in the same again."""
+        with self._lock:
+            self._heard_of = max(self._heard_of, epoch)
 
     def take(self, site: str, op: str) -> Call:
         """Use up the next ordinal of ``prefix/site``.

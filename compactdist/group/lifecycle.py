@@ -34,6 +34,7 @@ from compactdist.group.identity import OwnName
 from compactdist.group.keys import KeyBook, check_name
 from compactdist.group.plans import AgreedPlans
 from compactdist.group.request import Request
+from compactdist.group.snapshots import Snapshots
 from compactdist.group.torch_api import TorchDistributedAPI
 from compactdist.group.vote import vote
 from compactdist.observe.estimate import Estimate, estimate
@@ -76,7 +77,7 @@ def _raise(error: BaseException | None) -> None:
     _log.error("%s", str(error))
 
 
-class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
+class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistributedAPI):
     """Construction, identity and life cycle of :class:`~compactdist.group.process_group.CompressedProcessGroup`.
 
     Attributes:
@@ -141,6 +142,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             stats=stats,
             forward=options.forward,
             varies=self._plans.varies,
+            heard_of=self._keys.heard_of,
             ledger=None if options.drops_beyond is None else Ledger(options.drops_beyond),
         )
 
@@ -162,7 +164,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         if options.agree == "off" or self._alone:
             return None
         timeout = options.agree_timeout or _torch.timeout_of(inner)
-        return Agreement(self._store, f"compactdist/plans/{self._name}", inner.rank(), inner.size(), label, timeout)
+        prefix, heard_of = f"compactdist/plans/{self._name}", self._keys.heard_of
+        return Agreement(self._store, prefix, inner.rank(), inner.size(), label, timeout, heard_of)
 
     # --- identity: the C++ name lives in the first backend, which is shared with the inner group, so it is shadowed ---
 
@@ -362,8 +365,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
             FrameError, NonFiniteError, LateExchangeError: what a GPU, or a late frame, has met since the last step;
                 both are waited for.
         """
-        _raise(self._settle())
-        self._engine.store.board.poll(wait=True)
+        self._meet_errors()
         store = self._engine.store
         with self._engine.lock:
             self._engine.samples.read()
@@ -483,6 +485,11 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, TorchDistributedAPI):
         error = self._engine.late.settle(prefix, seconds)
         catch_up(self._engine)
         return error
+
+    def _meet_errors(self) -> None:
+        """Raise what a GPU, or a late frame, has met; both are waited for."""
+        _raise(self._settle())
+        self._engine.store.board.poll(wait=True)
 
     def _reported(self) -> BaseException | None:
         """What a device, or a late frame, has met since the last step."""

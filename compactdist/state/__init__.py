@@ -11,6 +11,7 @@ from compactdist.state.quantized_history import StateForm
 from compactdist.state.rate import STEERED, Met, RateControl, Target, check_steered
 from compactdist.state.replays import Captured, Replays
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
+from compactdist.state.snapshot import SavedStreams, load_streams, save_streams
 from compactdist.state.store import Site, StateStore
 from compactdist.state.stream import (
     COMPRESSIBLE_DTYPES,
@@ -40,6 +41,7 @@ __all__ = [
     "RateControl",
     "Replays",
     "Room",
+    "SavedStreams",
     "STATE_OFFLOADS",
     "STEERED",
     "Site",
@@ -58,8 +60,10 @@ __all__ = [
     "catch_up",
     "check_steered",
     "keyframe_codec",
+    "load_streams",
     "not_captured",
     "plain",
+    "save_streams",
     "state_nbytes",
     "unsuited",
 ]

@@ -88,6 +88,8 @@ class StreamDecoder(StreamState):
             announced a rate or a matrix view.
     """
 
+    lasting = (*StreamState.lasting, "_coefficient", "_looked", "_torn", "checksum", "header", "missed", "refused")
+
     __slots__ = (
         "_announced",
         "_coefficient",
@@ -589,10 +591,12 @@ class StreamDecoder(StreamState):
 
     def _compare(self, header: Header, what: str, got: object, expected: object, remedy: str = RESET) -> None:
         if got != expected:
-            raise FrameError(
+            error = FrameError(
                 f"{self.where}: wrong {what}: the frame says {got}, expected {expected}. Nothing was applied; "
                 f"{remedy}. The frame: {header.describe()}"
             )
+            error.epoch = header.epoch if what == "epoch" else None
+            raise error
 
     def _expected_payload(self, header: Header, due: _Due) -> tuple[MatrixView | None, int]:
         """Matrix view and bytes of the payload of a frame of this kind.

@@ -17,6 +17,7 @@ from compactdist.kernels import Frames
 from compactdist.kernels.spec import FROM_HOST, MatrixView
 from compactdist.state.board import Board
 from compactdist.state.find_view import find_view
+from compactdist.state.history import Predictor
 from compactdist.state.host_copy import HostCopy
 from compactdist.state.key_ends import finite
 from compactdist.state.matrix_view import blocks
@@ -74,6 +75,8 @@ class StreamEncoder(StreamState):
             then expect it.
     """
 
+    lasting = (*StreamState.lasting, "_searched", "announce_keyframe")
+
     __slots__ = ("_own_predictor", "_remembers", "_searched", "_spares", "announce_keyframe", "relay", "steers")
 
     def __init__(
@@ -94,6 +97,17 @@ class StreamEncoder(StreamState):
         self._spares = spares
         self._remembers = config.remembers
         self._own_predictor = config.new_predictor() if config.open_loop else None
+
+    @property
+    def predictors(self) -> tuple[Predictor, ...]:
+        """As for any stream; an open-loop sender's own prediction last."""
+        return (self.predictor,) if self._own_predictor is None else (self.predictor, self._own_predictor)
+
+    @predictors.setter
+    def predictors(self, given: tuple[Predictor, ...]) -> None:
+        self.predictor = given[0]
+        if self._own_predictor is not None:
+            self._own_predictor = given[1]
 
     @property
     def state_bytes(self) -> int:

@@ -7,9 +7,10 @@ stay equal to the bit. No other code compares ``order``: it asks the class (``co
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -99,6 +100,12 @@ class ExactCell:
     def stay(self) -> None:
         """From now on copy into the memory of the remembered tensor."""
         self.stays = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExactCell:
+        """A cell that no graph knows, with a copy of the tensor."""
+        made = ExactCell()
+        made.value = copy.deepcopy(self.value, memo)
+        return made
 
     def clear(self) -> None:
         """Forget."""

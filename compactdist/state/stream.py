@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -343,6 +343,9 @@ class StreamState:
         where: call site and ranks, for error messages.
     """
 
+    lasting: ClassVar[tuple[str, ...]] = ("keyframe_announced", "live", "rate", "sequence", "view")
+    """What outlasts a call besides history, digest and the codec's memory: a snapshot takes it as it is."""
+
     __slots__ = (
         "_board",
         "_changes",
@@ -394,6 +397,15 @@ class StreamState:
         self._keys: KeyEnds | None = None
         self._number: int | None = None
         self.clock: DeviceClock | None = None
+
+    @property
+    def predictors(self) -> tuple[Predictor, ...]:
+        """All that this end predicts from, in a lasting order."""
+        return (self.predictor,)
+
+    @predictors.setter
+    def predictors(self, given: tuple[Predictor, ...]) -> None:
+        (self.predictor,) = given
 
     @property
     def state_bytes(self) -> int:

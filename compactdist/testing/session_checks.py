@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compactdist.codecs.base import Session, tensors_in
-from compactdist.errors import NonFiniteError, PayloadError
+from compactdist.errors import CodecConfigError, NonFiniteError, PayloadError
 from compactdist.kernels.spec import MatrixView
 from compactdist.testing.codec_checks import as_bytes, expect, expect_raises, surroundings
 from compactdist.testing.samples import DISTRIBUTIONS, sample
@@ -50,7 +50,8 @@ def check_session(
 
     The sender is disturbed on the way: it encodes frames that are rolled back, frames that the next one replaces
     without a rollback, and tensors with NaN. A twin that never saw them must send equal payloads. Between steps the
-    memory of two ends is moved, and its old place spoilt; they must not notice.
+    memory of two ends is moved, and its old place spoilt; they must not notice. Two ends are replaced by new sessions
+    that take copies of their memory, as a restored snapshot does.
 
     Args:
         codec: a codec with ``open``.
@@ -89,6 +90,8 @@ class _Stream:
             # no term, then the last value, then also a velocity: what predictors of order 0, 1 and 2 give
             velocity = self.bounded(0.5 * (decoded.float() - (self.terms[0].float() if self.terms else 0)))
             self.terms = (decoded,) if step < 2 else (decoded, velocity)
+            if step % 2:
+                self.twin, self.receiver = map(self.replaced, (self.twin, self.receiver))
         self.refuse_wrong_payloads(size)
 
     def draw(self, seed: int) -> Tensor:
@@ -142,8 +145,8 @@ class _Stream:
         same = torch.equal(payload, undisturbed)
         self.expect(
             same,
-            f"step {step}: a frame that was not sent, out=None, or a caller's autocast or default dtype changed the "
-            "next payload",
+            f"step {step}: a frame that was not sent, out=None, a copy of the memory, or a caller's autocast or "
+            "default dtype changed the next payload",
         )
         if step % 2:
             same = all(torch.equal(as_bytes(one), as_bytes(out)) for one in (again, copy))
@@ -194,6 +197,22 @@ class _Stream:
         self.expect(end.held_bytes == held, f"step {step}: after a move, held_bytes is {end.held_bytes} and was {held}")
         for tensor in first:
             as_bytes(tensor).fill_(0xA5)
+
+    def replaced(self, end: Session) -> Session:
+        """A new session with a copy of an end's memory, which that end and another session have gone on from before."""
+        try:
+            memory = end.copy_memory()
+        except CodecConfigError:  # it can be in no snapshot, and says so
+            return end
+        first: Session
+        second: Session
+        first, second = (self.codec.open(self.view, self.dtype, self.device) for _ in range(2))
+        first.take_memory(memory)
+        for other in (end, first):
+            other.encode(self.draw(STEPS), self.terms, *self.buffers())
+            other.commit()
+        second.take_memory(memory)
+        return second
 
     def refuse_wrong_payloads(self, size: int) -> None:
         out, payload = self.buffers()

@@ -48,9 +48,8 @@ call = st.fixed_dictionaries(
         "scale": st.sampled_from([1.0, 1.0, 0.0, 1e3]),
     }
 )
-other = st.sampled_from(["wait", "step", "step", "step", "reset", "reset k", "again", "again", "again"]).map(
-    lambda what: {"do": what}
-)
+OTHERS = ["wait", "step", "step", "step", "reset", "reset k", "again", "again", "again", "save", "go back"]
+other = st.sampled_from(OTHERS).map(lambda what: {"do": what})
 actions = st.lists(st.one_of(call, call, other), min_size=3, max_size=25)
 
 
@@ -105,6 +104,7 @@ class Runner:
         self.works: list[tuple[int, list[Any], list[torch.Tensor]]] = []
         self.results: dict[int, list[torch.Tensor]] = {}
         self.random = torch.Generator().manual_seed(seed)
+        self.saved: Any = None
 
     def run(self, actions: list[dict[str, Any]]) -> dict[int, list[torch.Tensor]]:
         last = None
@@ -123,6 +123,13 @@ class Runner:
                 if self.wrapped:
                     self.group.reset("a" if what == "reset k" else None)
                     self.group.step()
+            elif what in ("save", "go back"):
+                self.wait_all()
+                if self.wrapped and self.group.options.state_budget_bytes is None:
+                    if what == "save":
+                        self.saved = self.group.snapshot()
+                    elif self.saved is not None:
+                        self.group.restore(self.saved)
             else:
                 last = action
                 self.call(index, action)

@@ -235,6 +235,12 @@ class Session:
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         pass
 
+    def copy_memory(self) -> Any:
+        return self.last
+
+    def take_memory(self, memory: Any) -> None:
+        self.last = memory
+
     @property
     def held_bytes(self) -> int:
         return 0
@@ -317,6 +323,12 @@ class Remembers(Session):
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         self.count = self.alias = to(self.count)
 
+    def copy_memory(self) -> Any:
+        return self.count.clone()
+
+    def take_memory(self, memory: Any) -> None:
+        self.count = self.alias = memory.clone()
+
     @property
     def held_bytes(self) -> int:
         return self.count.nbytes
@@ -335,6 +347,18 @@ def moves_copies(self: Remembers, to: Callable[[Tensor], Tensor]) -> None:
     self.count = self.alias = to(self.count.clone())
 
 
+def copies_nothing(self: Remembers) -> Any:
+    return self.count
+
+
+def takes_the_copy_itself(self: Remembers, memory: Any) -> None:
+    self.count = self.alias = memory
+
+
+def cannot_be_copied(self: Remembers) -> Any:
+    raise CodecConfigError("its memory is elsewhere")
+
+
 BAD_SESSIONS: dict[str, tuple[dict[str, Any], str]] = {
     "remembers at once": ({"encode": remembers_at_once}, "a frame that was not sent, out=None"),
     "rollback": ({"rollback": forgets_to_roll_back}, "a frame that was not sent, out=None"),
@@ -351,6 +375,12 @@ BAD_MOVES: dict[str, tuple[dict[str, Any], str]] = {
     "one reference": ({"move": moves_one_reference}, "changed the next payload"),
     "not counted": ({"move": moves_what_is_not_counted}, "move takes 8 bytes elsewhere, held_bytes says 4"),
     "copies": ({"move": moves_copies}, "move gave other tensors, or another order, the second time"),
+    "no copy": ({"copy_memory": copies_nothing}, "a copy of the memory.* changed the next payload|other bits"),
+    "copy taken": (
+        {"take_memory": takes_the_copy_itself},
+        "a copy of the memory.* changed the next payload|other bits",
+    ),
+    "copy left": ({"take_memory": lambda *_: None}, "a copy of the memory.* changed the next payload|other bits"),
 }
 
 
@@ -364,6 +394,10 @@ def test_every_fault_of_a_session_is_found(fault: str) -> None:
 
 def test_sessions_that_move_their_memory_pass() -> None:
     check_sessions(with_sessions(Remembers))
+
+
+def test_sessions_that_refuse_a_copy_of_their_memory_pass() -> None:
+    check_sessions(with_sessions(Remembers, copy_memory=cannot_be_copied))
 
 
 @pytest.mark.parametrize("fault", BAD_MOVES)

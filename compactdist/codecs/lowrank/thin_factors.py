@@ -288,12 +288,26 @@ class LowRankSession(Session):
         if self._device_steps is not None:
             self._device_steps.memory = tuple(map(to, self._device_steps.memory))
 
+    def copy_memory(self) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+        there = () if self._device_steps is None else self._device_steps.memory
+        return _copies(self._memory), tuple(tensor.clone() for tensor in there)
+
+    def take_memory(self, memory: tuple[dict[str, Any], tuple[Tensor, ...]]) -> None:
+        here, there = memory
+        self._memory = _copies(here)
+        if self._device_steps is not None:
+            self._device_steps.memory = tuple(tensor.clone() for tensor in there)
+
     @property
     def held_bytes(self) -> int:
         held = [entry for entry in self._memory.values() if isinstance(entry, Tensor)]
         if self._device_steps is not None:
             held += self._device_steps.memory
         return sum(entry.nbytes for entry in held)
+
+
+def _copies(memory: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry.clone() if isinstance(entry, Tensor) else entry for name, entry in memory.items()}
 
 
 def multiply(u: Tensor, v: Tensor, gain: Tensor) -> Tensor:

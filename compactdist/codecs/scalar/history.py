@@ -157,6 +157,14 @@ class HistorySession(Session):
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         self._scales, self._staged = to(self._scales), to(self._staged)
 
+    def copy_memory(self) -> Tensor | None:
+        return self._scales.clone() if self._remembers_scales else None
+
+    def take_memory(self, memory: Tensor | None) -> None:
+        if memory is not None:
+            self._scales.copy_(memory)
+            self._remembers_scales = True
+
     @property
     def held_bytes(self) -> int:
         return self._scales.nbytes + self._staged.nbytes

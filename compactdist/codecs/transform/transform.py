@@ -277,6 +277,13 @@ class TransformSession(Session):
         if self._basis is not None:
             self._basis = Basis(*map(to, self._basis))
 
+    def copy_memory(self) -> Basis | None:
+        self.prepare()
+        return None if self._basis is None else Basis(*(tensor.clone() for tensor in self._basis))
+
+    def take_memory(self, memory: Basis | None) -> None:
+        self._basis = None if memory is None else Basis(*(tensor.clone() for tensor in memory))
+
     @property
     def held_bytes(self) -> int:
         if self._basis is None and self._next is None:

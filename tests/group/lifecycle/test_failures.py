@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from compactdist import Layout
-from compactdist.errors import BadOutputError, FrameError, LayoutError, PlanMismatchError
+from compactdist.errors import BadOutputError, CompactDistError, FrameError, LayoutError, PlanMismatchError
 from tests.group.lifecycle import kit
+from tests.group.lifecycle.test_out_of_step import NEAR, exchange, tensor
 from tests.launch import run_ranks
 from tests.lockstep import compare
 
@@ -183,3 +184,32 @@ def test_an_epoch_of_ones_own_is_noticed():
                 kit.gather(dist, kit.tensor(rank))
 
     run_ranks(body)
+
+
+@pytest.mark.parametrize("agree", ["plans", "off"])
+@pytest.mark.parametrize("op", ["gather", "all_to_all", "ring"])
+@pytest.mark.parametrize("resets", [(2, 1), (1, 4)], ids=str)
+def test_after_resets_that_not_all_ranks_made_one_on_all_makes_every_call_right(op, agree, resets):
+    """Epochs differ then, and one more reset on each rank leaves them apart by as many."""
+
+    def body(rank, world_size):
+        with kit.wrap(codec="int8", agree=agree, agree_timeout=5) as dist:
+            for step in range(3):
+                dist.step()
+                exchange(dist, op, rank, step)
+            for turn in range(2):
+                for _ in range(resets[rank]):
+                    dist.reset()
+                dist.step()
+                told = r"wrong epoch" if agree == "off" or op == "ring" else r"reset\(\) was not called on all ranks"
+                with pytest.raises(CompactDistError, match=told):
+                    exchange(dist, op, rank, 3)
+                dist.reset()
+                for step in range(3):
+                    dist.step()
+                    for peer, y in exchange(dist, op, rank, step).items():
+                        assert kit.nmse(y, tensor(peer, step)) < NEAR, (turn, step)
+                dist.check()
+            return kit.finish(dist)
+
+    compare.check(run_ranks(body, pg_timeout=20))

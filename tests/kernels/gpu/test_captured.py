@@ -484,6 +484,26 @@ def test_a_reset_ends_a_graph_and_another_one_is_captured():
     on_ranks(body)
 
 
+def test_a_restored_snapshot_ends_a_graph_and_goes_on_from_its_moment():
+    def body(rank):
+        with both(rank) as (ours, plain):
+            saved = [calls.group.snapshot() for calls in (ours, plain)]
+            old = ours.capture()
+            expected = [ours.replay(old) for _ in range(2)]
+            assert all(same(one, plain.call()) for one in expected)
+            for calls, one in zip((ours, plain), saved, strict=True):
+                calls.group.restore(one)
+            _refused(ours, old)
+            ours.step = plain.step = 3
+            assert same(ours.call(), expected[0])
+            assert same(plain.call(), expected[0])
+            new = ours.capture()
+            assert same(ours.replay(new), expected[1])
+            assert same(plain.call(), expected[1])
+
+    on_ranks(body)
+
+
 def test_graphs_of_all_to_alls_and_messages_end_too():
     def body(rank):
         for kind in ("ring", "all_to_all_single of unequal splits"):
