@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -224,6 +224,11 @@ def as_policy(policy: Policy | Sequence[Rule] | Rule | None) -> Policy | None:
     """
     if policy is None or callable(policy):
         return policy
+    if isinstance(policy, str | Codec) or (isinstance(policy, Mapping) and "id" in policy):
+        raise ConfigError(
+            f"policy={policy!r} is a codec: codec={policy!r} gives it to every site, "
+            f"policy=Rule({policy!r}, key='*attn*') to some"
+        )
     rules = (policy,) if isinstance(policy, Rule) else tuple(policy) if isinstance(policy, Iterable) else (policy,)
     if not all(isinstance(rule, Rule) for rule in rules):
         raise ConfigError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compactdist import codecs, kernels
 from compactdist.codecs.base import Codec, Session, Terms
-from compactdist.errors import ConfigError
+from compactdist.errors import ConfigError, UnknownCodecError
 from compactdist.kernels.spec import DIGEST_FACTOR, FROM_HOST, MatrixView
 from compactdist.state.board import Board
 from compactdist.state.history import Order, Predictor, predictor_class
@@ -164,7 +164,10 @@ def keyframe_codec(keyframe: str | dict[str, Any] | Codec) -> Codec | None:
     Raises:
         UnknownCodecError, CodecConfigError: there is no such codec.
     """
-    codec = codecs.get(keyframe)
+    try:
+        codec = codecs.get(keyframe)
+    except UnknownCodecError as error:
+        raise UnknownCodecError(f"keyframe={keyframe!r}: {error}. With 'raw' keyframes are not coded") from None
     return None if codec.lossless else codec
 
 

@@ -102,6 +102,22 @@ def test_impossible_options(settings, error):
         Options(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"policy": "int8"},
+            r"policy='int8' is a codec: codec='int8' gives it to every site, policy=Rule\('int8', key=",
+        ),
+        ({"policy": codecs.get("int8")}, r"codec=Int8\(\) gives it to every site"),
+        ({"keyframe": "none"}, "keyframe='none': no codec has the id 'none'.*With 'raw' keyframes are not coded"),
+    ],
+)
+def test_the_error_says_what_was_meant(settings, told):
+    with pytest.raises((ConfigError, UnknownCodecError), match=told):
+        Options(**settings)
+
+
 def test_equal_options_have_equal_fingerprints():
     def make():
         return Options(
