@@ -554,9 +554,7 @@ class Engine:
                         if part.codec is not None and passes_on and self.store.knows(plan.site):
                             plan.pattern.remember(self, flight, part, target, data)
                 except Exception as e:
-                    error = error or e
-                    if isinstance(e, FrameError) and e.epoch is not None:
-                        self.heard_of(e.epoch)
+                    error = self._met(e, error)
             for target, contiguous in flight.copies if may_write else ():
                 target.copy_(contiguous.view(target.shape))
         if ours:
@@ -574,6 +572,12 @@ class Engine:
             self._settle(offload, plan.site)
         if error is not None:
             raise error
+
+    def _met(self, error: Exception, first: Exception | None) -> Exception:
+        """The first error of a call, once it has been noted which epoch another rank is in."""
+        if isinstance(error, FrameError) and error.epoch is not None:
+            self.heard_of(error.epoch)
+        return first or error
 
     @staticmethod
     def _write(part: Incoming, value: Tensor, target: Tensor) -> None:
