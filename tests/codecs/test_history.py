@@ -65,7 +65,7 @@ def gap(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-@every_id
+@pytest.mark.parametrize("codec_id", ["binary", "int4", "ternary"])  # that of sessions is below, for all
 def test_the_contract(codec_id):
     check_codec(codec_of(codec_id), examples=10)
 

@@ -25,10 +25,7 @@ def launch(out: Path, ranks: int, ulysses: int) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-WAYS = [(2, 1), pytest.param((4, 1), marks=pytest.mark.slow), pytest.param((4, 2), marks=pytest.mark.slow)]
-
-
-@pytest.fixture(scope="module", params=WAYS, ids=["2 ranks", "4 ranks", "2 x Ulysses 2"])
+@pytest.fixture(scope="module", params=[(4, 1), (4, 2)], ids=["4 ranks", "2 x Ulysses 2"])
 def record(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ranks, ulysses = request.param
     return launch(tmp_path_factory.mktemp("methods") / "record.json", ranks, ulysses) | {"ulysses": ulysses}

@@ -98,13 +98,6 @@ def test_runner_compressed(home: Path, uncompressed: np.ndarray) -> None:
 
 
 @pytest.mark.slow
-def test_runner_raw_frames_change_nothing(home: Path, uncompressed: np.ndarray) -> None:
-    drawn, shown = run_runner(home, RING, "raw")
-    assert shown.count(f"total: {STEPS * LAYERS} compressed and 0 passed-through calls") == 2, shown[-3000:]
-    assert np.array_equal(drawn, uncompressed)
-
-
-@pytest.mark.slow
 def test_runner_ulysses(home: Path, uncompressed: np.ndarray) -> None:
     drawn, shown = run_runner(home, ULYSSES, "int4")
     # queries, keys and values in one call, and the output
