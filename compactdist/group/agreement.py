@@ -94,7 +94,7 @@ class Agreement:
         rank, size: in the group.
         label: names group and rank in error messages.
         timeout: seconds to wait for the other ranks.
-        heard_of: called with the epoch of a rank that is about to do something else.
+        heard_of: called with the epoch of a rank that is about to do something else, and of this one.
     """
 
     def __init__(
@@ -153,6 +153,7 @@ class Agreement:
                 self._agree(subject, keep_waiting)
         except (PlanMismatchError, PlanTimeoutError) as error:
             self._broken = subject.epoch, str(error)
+            self._heard_of(subject.epoch)
             raise
 
     def _agree(self, subject: Subject, keep_waiting: Any) -> None:

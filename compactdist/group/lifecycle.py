@@ -30,6 +30,7 @@ from compactdist.group.attach import Attachment
 from compactdist.group.beyond_calls import BeyondCalls
 from compactdist.group.check import check
 from compactdist.group.core import GroupCore
+from compactdist.group.epochs import LatestEpoch
 from compactdist.group.identity import OwnName
 from compactdist.group.keys import KeyBook, check_name
 from compactdist.group.plans import AgreedPlans
@@ -118,6 +119,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         self._finished = FinishedWork()
         self._departures = Departures()
         self._plans = AgreedPlans()
+        self._latest_epoch = LatestEpoch(None if self._alone else store, name)
         self._agreement = self._agrees(inner, options, label)
         stats = GroupStats()
         self._engine = Engine(
@@ -142,9 +144,14 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
             stats=stats,
             forward=options.forward,
             varies=self._plans.varies,
-            heard_of=self._keys.heard_of,
+            heard_of=self._heard_of,
             ledger=None if options.drops_beyond is None else Ledger(options.drops_beyond),
         )
+
+    def _heard_of(self, epoch: int) -> None:
+        """A rank is in another epoch than others, and maybe ahead of this one."""
+        self._keys.heard_of(epoch)
+        self._latest_epoch.tell(max(epoch, self._keys.epoch))
 
     def _new_store(self, options: Options, label: str, stats: GroupStats) -> StateStore:
         control = None if options.asked is None else RateControl(options.asked)
@@ -164,8 +171,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         if options.agree == "off" or self._alone:
             return None
         timeout = options.agree_timeout or _torch.timeout_of(inner)
-        prefix, heard_of = f"compactdist/plans/{self._name}", self._keys.heard_of
-        return Agreement(self._store, prefix, inner.rank(), inner.size(), label, timeout, heard_of)
+        prefix = f"compactdist/plans/{self._name}"
+        return Agreement(self._store, prefix, inner.rank(), inner.size(), label, timeout, self._heard_of)
 
     # --- identity: the C++ name lives in the first backend, which is shared with the inner group, so it is shadowed ---
 
@@ -323,6 +330,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         self._ready()
         error = self._settle(prefix)
         self._engine.forget(prefix)
+        self._keys.heard_of(self._latest_epoch.read())
         if prefix is None:
             self._keys.restart()
             for request in self._requests.values():
@@ -528,6 +536,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         if self._agreement is not None:
             self._agreement.close()
             self._agreement = None
+        self._latest_epoch.forget()
         self._engine.forget()
         self._engine.store.ended.clear()
         if not self._owns_inner:

@@ -69,6 +69,17 @@ class AgreedPlans:
             self._tensors[site] = tensor
             return self._changes[site] > MOST_CHANGES
 
+    def changes(self) -> tuple[dict[str, str], Counter[str]]:
+        """Copies of the last tensor of each site, and of how often that has changed since the last reset."""
+        with self._lock:
+            return dict(self._tensors), self._changes.copy()
+
+    def go_on_from(self, changes: tuple[dict[str, str], Counter[str]], epoch: int) -> None:
+        """Count on from what :meth:`changes` gave, in another epoch."""
+        tensors, counts = changes
+        with self._lock:
+            self._tensors_epoch, self._tensors, self._changes = epoch, dict(tensors), counts.copy()
+
     def passes(self, call: Call) -> bool:
         """Whether the site is unknown, or known to pass through."""
         known = self._known.get(without_request(call.site)[1])

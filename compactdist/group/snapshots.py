@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compactdist.errors import ConfigError
 from compactdist.group.attach import Attachment, Seen
 from compactdist.group.keys import Clock, KeyBook
+from compactdist.group.plans import AgreedPlans
 from compactdist.state import SavedStreams, load_streams, save_streams
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class Snapshot:
     nbytes: int
     _group: weakref.ref[Any]
     _clock: Clock
+    _engaged: bool
+    _changes: tuple[dict[str, str], Counter[str]]
     _seen: tuple[tuple[weakref.ref[Attachment], Seen], ...]
     _streams: SavedStreams
 
@@ -49,6 +53,7 @@ class Snapshots:
         _departures: Departures
         _engine: Engine
         _keys: KeyBook
+        _plans: AgreedPlans
         _requests: dict[str, Request]
         _ready: Any
         _meet_errors: Any
@@ -80,7 +85,8 @@ class Snapshots:
             streams = save_streams(self._engine.store)
         clock = self._keys.own_clock
         seen = tuple((weakref.ref(one), one.seen(clock)) for one in self._attachments)
-        return Snapshot(clock.step, streams.nbytes, weakref.ref(self), clock.copy(), seen, streams)
+        known = clock.copy(), self._keys.engaged, self._plans.changes()
+        return Snapshot(clock.step, streams.nbytes, weakref.ref(self), *known, seen, streams)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to the moment of a snapshot: a reset, after which histories and steps are what they were then.
@@ -117,6 +123,8 @@ class Snapshots:
             engine.arrivals.relay_again(load_streams(engine.store, snapshot._streams))
         clock = self._keys.own_clock
         clock.go_on_from(snapshot._clock)
+        self._keys.engaged = snapshot._engaged or bool(self._attachments)
+        self._plans.go_on_from(snapshot._changes, self._keys.epoch)
         for known, seen in snapshot._seen:
             attachment = known()
             if attachment in self._attachments:

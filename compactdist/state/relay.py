@@ -190,8 +190,10 @@ def pass_on(
     if config.remembers and not shared:
         value = _copy(x)
         exact = _copy(x) if config.open_loop else None
-    if not shared and received.decoder.codec_memory:
-        session = encoder.form(codec, x.device).session
+    # under another codec than before both ends begin a session anew, also where that one remembers nothing
+    form = None if shared or header.is_key else encoder.form(codec, x.device)
+    if form is not None and received.decoder.codec_memory:
+        session = form.session
         session.rollback()  # of what a frame before would have changed
         session.learn(payload, () if header.flags & RESTART else encoder.predictor.terms(header.coefficient))
     frame, view = pack(header, payload), announced(header)

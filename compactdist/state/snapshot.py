@@ -18,7 +18,7 @@ from compactdist.codecs.base import Codec
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Predictor
-from compactdist.state.relay import Relay, leave
+from compactdist.state.relay import Relay
 from compactdist.state.store import Site, StateStore
 
 __all__ = ["SavedStreams", "load_streams", "save_streams"]
@@ -133,11 +133,6 @@ def save_streams(store: StateStore) -> SavedStreams:
     _wait_for(_devices_of(store))
     ends = [end for site in store.sites() for end in _ends(site)]
     places = {id(stream): place for place, stream in ends}
-    for _, stream in ends:
-        if not isinstance(stream, StreamEncoder) or stream.relay is None or stream.relay.source is None:
-            continue
-        if id(stream.relay.source) not in places:
-            leave(stream, stream.relay)  # as its next frame would: the other stream was forgotten
     memo: _Memo = {}
     saved = tuple(_save(place, stream, places, memo) for place, stream in ends)
     held = {id(tensor): tensor.nbytes for one in saved for kept in one.predictors for tensor in kept.held}
@@ -151,9 +146,11 @@ def _save(place: _Place, stream: StreamEncoder | StreamDecoder, places: dict[int
     said = {name: value.clone() if isinstance(value, Tensor) else value for name, value in said.items()}
     relay = stream.relay if isinstance(stream, StreamEncoder) else None
     if relay is not None:
-        source = None if relay.source is None else places[id(relay.source)]
+        source = places.get(id(relay.source))
         passing = _Passing(copy.copy(relay), source)
         passing.relay.source = None
+        if source is None:  # that stream was forgotten, or there is none: the next frame is coded here
+            passing.relay.owes_key, passing.relay.shared = relay.owes_key or relay.shared, False
     learnt = None if form is None else _Learnt(form.codec, form.session.device, form.session.copy_memory())
     predictors = tuple(_copied(one, memo) for one in stream.predictors)
     return _Saved(place, stream.parts, said, digest, predictors, learnt, passing)

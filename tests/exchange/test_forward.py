@@ -9,6 +9,7 @@ import torch.distributed as dist
 import compactdist
 from compactdist.errors import ConfigError, NonFiniteError
 from tests.exchange.rings import N, chunk, counts, hop, relative, ring, site, wrap
+from tests.group.lifecycle import kit as lifecycle_kit
 from tests.launch import run_ranks
 
 STEPS = 6
@@ -439,3 +440,36 @@ def test_what_is_passed_on_is_recorded_and_its_error_is_not_sampled(tmp_path):
         return recording.written[site(g, 1)][0], own, passed_on
 
     assert run_ranks(body, 3) == [(STEPS, STEPS, 0)] * 3
+
+
+@pytest.mark.parametrize("codec", ["transform:block=64", "int2:scales=token_history"])
+def test_a_codec_with_a_memory_goes_on_after_frames_of_another_one_were_passed_on(codec):
+    """A policy answers otherwise for one step, whose frame is passed on; later tensors are changed, and coded anew."""
+    n = 2048
+
+    def rotate(dist, x):
+        y, me, world = torch.empty(n), dist.rank(), dist.size()
+        sizes = [[n if rank == (me + step) % world else 0 for rank in range(world)] for step in (1, -1)]
+        dist.all_to_all_single(y, x, *sizes)
+        return y
+
+    def body(rank, world):
+        errors = []
+        policy = [compactdist.Rule("int8", first_step=3, last_step=3)]
+        with compactdist.wrap(codec=codec, policy=policy, find_layout=False) as dist:
+            for t in range(7):
+                dist.step()
+                arrived = rotate(dist, lifecycle_kit.tensor(rank, t))
+                if t > 3:
+                    arrived = arrived + 0.05 * torch.randn(n, generator=torch.Generator().manual_seed(t))
+                again = rotate(dist, arrived)
+                sent_on = [torch.empty(n) for _ in range(world)]
+                torch.distributed.all_gather(sent_on, arrived)
+                errors.append(lifecycle_kit.nmse(again, sent_on[(rank + 1) % world]))
+                dist.check()
+            assert dist.stats().forwarded == 4
+        return errors
+
+    for errors in run_ranks(body):
+        assert errors[:4] == [0, 0, 0, 0]
+        assert max(errors) < 4e-3

@@ -184,6 +184,75 @@ def test_in_the_middle_of_a_step():
     compare.check(run_ranks(body))
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_where_a_stream_is_forgotten_whose_frames_another_passes_on(order):
+    def hop(dist, x, name):
+        y, world = torch.empty_like(x), dist.size()
+        with dist.key(name):
+            sends = dist.P2POp(dist.isend, x, (dist.rank() + 1) % world)
+            receives = dist.P2POp(dist.irecv, y, (dist.rank() - 1) % world)
+            for work in dist.batch_isend_irecv([sends, receives]):
+                work.wait()
+        return y
+
+    def steps(dist, first, last):
+        out = []
+        for t in range(first, last):
+            dist.step()
+            out.append(hop(dist, kit.tensor(dist.rank(), t), "a"))
+            out.append(hop(dist, out[-1], "b"))
+        return out
+
+    def body(rank, world):
+        with kit.wrap(order=order) as dist:
+            steps(dist, 0, 4)
+            assert dist.stats().forwarded
+            dist.reset("a")
+            saved = dist.snapshot()
+            dist.check()
+            before, expected = dist.stats(), steps(dist, 4, 8)
+            first = sent(dist, before)
+            dist.restore(saved)
+            dist.check()
+            before = dist.stats()
+            assert equal(steps(dist, 4, 8), expected)
+            assert sent(dist, before) == first
+            return kit.finish(dist)
+
+    compare.check(run_ranks(body, world_size=3))
+
+
+def test_calls_that_pass_through_at_a_snapshot_do_so_after_a_restore():
+    """Of a site whose tensors change too often, and before there are steps."""
+
+    def body(rank, world):
+        def varying(dist, first, last):
+            out = []
+            for t in range(first, last):
+                dist.step()
+                out.append(kit.gather(dist, kit.tensor(rank, t, kit.N + 16 * (t % 3))))
+            return out
+
+        with kit.wrap() as dist:
+            saved = dist.snapshot()
+            kit.gather(dist, kit.tensor(rank))
+            varying(dist, 0, 1)
+            dist.restore(saved)
+            kit.gather(dist, kit.tensor(rank))
+            assert dist.stats().passed_reasons == {"no-step": 2}
+            varying(dist, 0, 12)
+            saved, before = dist.snapshot(), dist.stats()
+            expected = varying(dist, 12, 15)
+            first = sent(dist, before)
+            assert first[1] == 0
+            dist.restore(saved)
+            before = dist.stats()
+            assert equal(varying(dist, 12, 15), expected)
+            assert sent(dist, before) == first
+
+    run_ranks(body)
+
+
 @pytest.mark.parametrize("agree", ["plans", "off"])
 @pytest.mark.parametrize("op", OPS)
 def test_ranks_that_go_back_to_other_moments_are_told_and_a_reset_mends_it(op, agree):
