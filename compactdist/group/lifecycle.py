@@ -86,6 +86,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         options: the configuration.
     """
 
+    _desc = "compactdist"
+
     def __init__(
         self,
         inner: Any,
@@ -102,7 +104,6 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         self._store = store
         self.options = options
         self._name = name
-        self._desc = "compactdist"
         self._closed = False
         self._owns_inner = owns_inner
         self._alone = inner.size() == 1 or _torch.is_fake(inner)
@@ -400,7 +401,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         self._departures.join()
         error = self._settle()
         try:
-            check(self._engine, self._store, _torch.device_for_small_messages(self._inner), self._differences)
+            device = _torch.device_for_small_messages(self._inner)
+            self._differences += check(self._engine, self._store, device, self._differences)
         except StateMismatchError as mismatch:
             self._differences += 1
             raise mismatch from error

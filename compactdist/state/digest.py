@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from compactdist import kernels
+from compactdist.state.encoder import StreamEncoder
 from compactdist.state.store import Site
 from compactdist.state.stream import StreamState
 from compactdist.wire import MASK64, hash64
@@ -22,11 +23,16 @@ class Held(NamedTuple):
         site: the site key, and which part of its tensors the stream carries, if it carries a part.
         frames: frames since the last reset.
         digest: of the frames, of the bytes of the history and of what the codec remembers; equal on both ends.
+        of_frames: the part of it that is of the frames.
+        elsewhere: only the other end has the history: this one passes on what arrives on another stream, shares that
+            stream's history, and has not sent on what arrived last. Its next frame is that one, or a keyframe.
     """
 
     site: str
     frames: int
     digest: int
+    of_frames: int
+    elsewhere: bool
 
 
 def _held(key: str, stream: StreamState) -> Held:
@@ -34,10 +40,19 @@ def _held(key: str, stream: StreamState) -> Held:
     named = key if stream.parts == 1 else f"{key} (part {stream.part + 1} of {stream.parts})"
     facts = [stream.fingerprint, stream.part, stream.parts, stream.sequence, stream.known_digest(), stream.live, view]
     facts.append(stream.keyframe_announced)
+    of_frames = hash64(repr(facts))
     for tensor in (*stream.predictor.held, *stream.codec_memory):
         data = tensor.reshape(-1).view(torch.uint8)
         facts.append(kernels.checksum_for(data.numel(), data.device)(data))
-    return Held(named, stream.sequence, hash64(repr(facts)))
+    return Held(named, stream.sequence, hash64(repr(facts)), of_frames, _has_moved_on(stream))
+
+
+def _has_moved_on(stream: StreamState) -> bool:
+    """Whether the stream that an encoder shares a history with is ahead of what was passed on."""
+    relay = stream.relay if isinstance(stream, StreamEncoder) else None
+    if relay is None or not relay.shared or relay.source is None:
+        return False
+    return relay.source.sequence != relay.passed
 
 
 def held_between(sites: Iterable[Site], rank: int, peer: int, *, sends: bool) -> Iterator[Held]:

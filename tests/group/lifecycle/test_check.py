@@ -104,3 +104,37 @@ def test_a_lost_message_is_counted():
             dist.check()
 
     run_ranks(body)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_a_stream_that_has_not_passed_on_what_arrived_last_raises_no_alarm(order):
+    """Its history is the other stream's, which has moved on: only its receiver has what both held."""
+
+    def hop(dist, x, name):
+        y, world = torch.empty_like(x), dist.size()
+        with dist.key(name):
+            sends = dist.P2POp(dist.isend, x, (dist.rank() + 1) % world)
+            receives = dist.P2POp(dist.irecv, y, (dist.rank() - 1) % world)
+            for work in dist.batch_isend_irecv([sends, receives]):
+                work.wait()
+        return y
+
+    def body(rank, world):
+        with kit.wrap(order=order) as dist:
+            for t in range(9):
+                dist.step()
+                arrived = hop(dist, kit.tensor(rank, t), "a")
+                dist.check()
+                if t not in (4, 6):
+                    again = hop(dist, arrived, "b")
+                    assert kit.nmse(again, kit.tensor((rank - 2) % world, t)) < 2e-2
+                dist.check()
+            assert dist.stats().forwarded
+            if rank == 1 and order:  # what is not shared is compared
+                with torch.inference_mode():
+                    dist._engine.store.sites()[0].streams[0].predictor.held[0].add_(1)
+            if order:
+                with pytest.raises(StateMismatchError, match="site 'a/"):
+                    dist.check()
+
+    run_ranks(body, world_size=3)
