@@ -11,6 +11,8 @@ from typing import Any
 
 __all__ = ["LatestEpoch"]
 
+_NOBODY, _TRIES = "nobody", 100
+
 
 class LatestEpoch:
     """The latest epoch that some rank has told of.
@@ -31,17 +33,20 @@ class LatestEpoch:
             return
         self._told = True
         with contextlib.suppress(RuntimeError):
-            known = self.read()
-            while known < epoch:
-                known = int(self._store.compare_set(self._key, str(known) if known else "", str(epoch)))
+            for _ in range(_TRIES):  # others tell, too, and a group that is closed removes what it told
+                known = self.read()
+                if known >= epoch:
+                    return
+                self._store.compare_set(self._key, str(known) if known else "", str(epoch))
 
     def read(self) -> int:
         """The latest epoch told of; 0: nobody told of any."""
         if self._store is None:
             return 0
         with contextlib.suppress(RuntimeError):
-            if self._store.check([self._key]):
-                return int(self._store.get(self._key))
+            # not get(), which would wait for a key that another rank has just removed
+            found = self._store.compare_set(self._key, _NOBODY, _NOBODY).decode()
+            return int(found) if found.isdecimal() else 0
         return 0
 
     def forget(self) -> None:
