@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -175,13 +175,8 @@ class Arrivals:
                     self._remove(arrival)
             self._relayed = {stream for stream in self._relayed if not gone(stream)}
 
-    def relayed(self, arrival: Arrival) -> None:
-        """An outgoing stream relays this one: from now on keep the payloads and digests that passing on needs."""
-        with self._lock:
-            self._relayed.add(arrival.stream)
-
-    def relay_again(self, streams: Iterable[tuple[str, int]]) -> None:
-        """Outgoing streams relay these once more: a snapshot was restored."""
+    def relayed(self, *streams: _Stream) -> None:
+        """Outgoing streams relay these: from now on keep the payloads and digests that passing on needs."""
         with self._lock:
             self._relayed.update(streams)
 

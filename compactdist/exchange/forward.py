@@ -197,5 +197,5 @@ class Message:
             return  # a keyframe that was coded once more
         if same_state(encoder, decoder, compare=compare):
             join(encoder, decoder, share=self._share)
-            self._arrivals.relayed(arrival)
+            self._arrivals.relayed(arrival.stream)
             self.forwarded |= header.is_raw_key and config.remembers_values

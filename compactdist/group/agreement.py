@@ -176,7 +176,7 @@ class Agreement:
                 veto = _VETO + json.dumps([self._rank, facts])
                 for key in {done, self._key(f"done/{found.name}")}:
                     store.compare_set(key, "", veto)
-            raise PlanMismatchError(self._difference(subject, against))
+            raise self._mismatch(subject, against)
         came = store.add(self._key(f"count/{name}"), 1)
         if came == 1 and self._ended:
             # all ranks have been counted in the last agreement, so they have seen the end of the one before
@@ -188,7 +188,7 @@ class Agreement:
         else:
             end = self._wait(done, name, subject, keep_waiting)
         if end != _DONE:
-            raise PlanMismatchError(self._difference(subject, self._against(end)))
+            raise self._mismatch(subject, self._against(end))
         self._ended_before, self._ended, self._agreed = self._ended, name, facts
         if self._pairs:  # all ranks have come to this agreement, so they have read what was posted for the one before
             store.delete_key(self._pairs)
@@ -291,11 +291,16 @@ class Agreement:
         """Rank and facts of the one that ended an agreement; by now its own post may be another."""
         return dict([json.loads(end[len(_VETO) :])]) if end.startswith(_VETO) else {}
 
+    def _mismatch(self, subject: Subject, others: Mapping[int, Mapping[str, Any]]) -> PlanMismatchError:
+        """The error of this rank, once it has been noted which epochs the others are in."""
+        for theirs in others.values():
+            self._heard_of(theirs.get("epoch", 0))
+        return PlanMismatchError(self._difference(subject, others))
+
     def _difference(self, subject: Subject, others: Mapping[int, Mapping[str, Any]]) -> str:
         ours = dict(subject.facts)
         lines = []
         for rank, theirs in sorted(others.items()):
-            self._heard_of(theirs.get("epoch", 0))
             differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
             if rank != self._rank and differing:
                 values = ", ".join(

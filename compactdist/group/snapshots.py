@@ -120,7 +120,7 @@ class Snapshots:
     def _go_back(self, snapshot: Snapshot) -> None:
         engine = self._engine
         with engine.lock:
-            engine.arrivals.relay_again(load_streams(engine.store, snapshot._streams))
+            engine.arrivals.relayed(*load_streams(engine.store, snapshot._streams))
         clock = self._keys.own_clock
         clock.go_on_from(snapshot._clock)
         self._keys.engaged = snapshot._engaged or bool(self._attachments)

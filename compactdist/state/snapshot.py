@@ -100,6 +100,11 @@ def _ends(site: Site) -> Iterable[tuple[_Place, StreamEncoder | StreamDecoder]]:
         yield _Place(site.key, peer, False, part), decoder
 
 
+def _own(value: Any) -> Any:
+    """A value of a stream that no other one writes to."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 def _copied(predictor: Predictor, memo: _Memo) -> Predictor:
     """A predictor that holds copies of what this one holds; the same one for all that share it."""
     for tensor in predictor.held:
@@ -142,8 +147,7 @@ def save_streams(store: StateStore) -> SavedStreams:
 def _save(place: _Place, stream: StreamEncoder | StreamDecoder, places: dict[int, _Place], memo: _Memo) -> _Saved:
     form, passing = stream.known_form, None
     digest = stream.known_digest()
-    said = {name: getattr(stream, name) for name in stream.lasting}
-    said = {name: value.clone() if isinstance(value, Tensor) else value for name, value in said.items()}
+    said = {name: _own(getattr(stream, name)) for name in stream.lasting}
     relay = stream.relay if isinstance(stream, StreamEncoder) else None
     if relay is not None:
         source = places.get(id(relay.source))
@@ -171,7 +175,7 @@ def load_streams(store: StateStore, streams: SavedStreams) -> list[tuple[str, in
         stream = site.encoder(peer, part, saved.parts) if sends else site.decoder(peer, part, saved.parts)
         made[saved.place] = stream
         for name, value in saved.said.items():
-            setattr(stream, name, value.clone() if isinstance(value, Tensor) else value)
+            setattr(stream, name, _own(value))
         stream.digest = saved.digest
         stream.predictors = tuple(_copied(one, memo) for one in saved.predictors)
         if saved.learnt is not None:

@@ -70,7 +70,7 @@ def test_an_arrival_goes_with_its_storage():
     x = torch.empty(N)
     incoming = Incoming(arrivals, store)
     incoming.into(x, by_size=True)
-    arrivals.relayed(arrivals.found(x))
+    arrivals.relayed(arrivals.found(x).stream)
     incoming.into(x, by_size=True)
     assert arrivals.kept_bytes() == {"a/send": arrivals.found(x).received.payload.nbytes}
     view = x[3:]

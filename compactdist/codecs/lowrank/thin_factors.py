@@ -284,19 +284,19 @@ class LowRankSession(Session):
             self._device_steps.rollback()
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
-        self._memory = {name: to(entry) if isinstance(entry, Tensor) else entry for name, entry in self._memory.items()}
+        self._memory = _each_tensor(to, self._memory)
         if self._device_steps is not None:
             self._device_steps.memory = tuple(map(to, self._device_steps.memory))
 
     def copy_memory(self) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
         there = () if self._device_steps is None else self._device_steps.memory
-        return _copies(self._memory), tuple(tensor.clone() for tensor in there)
+        return _each_tensor(torch.clone, self._memory), tuple(map(torch.clone, there))
 
     def take_memory(self, memory: tuple[dict[str, Any], tuple[Tensor, ...]]) -> None:
         here, there = memory
-        self._memory = _copies(here)
+        self._memory = _each_tensor(torch.clone, here)
         if self._device_steps is not None:
-            self._device_steps.memory = tuple(tensor.clone() for tensor in there)
+            self._device_steps.memory = tuple(map(torch.clone, there))
 
     @property
     def held_bytes(self) -> int:
@@ -306,8 +306,9 @@ class LowRankSession(Session):
         return sum(entry.nbytes for entry in held)
 
 
-def _copies(memory: dict[str, Any]) -> dict[str, Any]:
-    return {name: entry.clone() if isinstance(entry, Tensor) else entry for name, entry in memory.items()}
+def _each_tensor(to: Callable[[Tensor], Tensor], memory: dict[str, Any]) -> dict[str, Any]:
+    """A memory with what ``to`` makes of each tensor."""
+    return {name: to(entry) if isinstance(entry, Tensor) else entry for name, entry in memory.items()}
 
 
 def multiply(u: Tensor, v: Tensor, gain: Tensor) -> Tensor:

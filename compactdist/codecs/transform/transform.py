@@ -279,10 +279,10 @@ class TransformSession(Session):
 
     def copy_memory(self) -> Basis | None:
         self.prepare()
-        return None if self._basis is None else Basis(*(tensor.clone() for tensor in self._basis))
+        return None if self._basis is None else Basis(*map(torch.clone, self._basis))
 
     def take_memory(self, memory: Basis | None) -> None:
-        self._basis = None if memory is None else Basis(*(tensor.clone() for tensor in memory))
+        self._basis = None if memory is None else Basis(*map(torch.clone, memory))
 
     @property
     def held_bytes(self) -> int:

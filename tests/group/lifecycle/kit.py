@@ -41,6 +41,16 @@ def gather(dist: Any, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     return out
 
 
+def hop(dist: Any, x: torch.Tensor) -> torch.Tensor:
+    """One hop of a ring: what the rank before this one sends, while this one sends ``x`` to the next."""
+    rank, world, y = dist.rank(), dist.size(), torch.empty_like(x)
+    sends = dist.P2POp(dist.isend, x, (rank + 1) % world)
+    receives = dist.P2POp(dist.irecv, y, (rank - 1) % world)
+    for work in dist.batch_isend_irecv([sends, receives]):
+        work.wait()
+    return y
+
+
 def gather_exact(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty(torch.distributed.get_world_size() * x.numel(), dtype=x.dtype)
     torch.distributed.all_gather_into_tensor(out, x)

@@ -111,13 +111,8 @@ def test_a_stream_that_has_not_passed_on_what_arrived_last_raises_no_alarm(order
     """Its history is the other stream's, which has moved on: only its receiver has what both held."""
 
     def hop(dist, x, name):
-        y, world = torch.empty_like(x), dist.size()
         with dist.key(name):
-            sends = dist.P2POp(dist.isend, x, (dist.rank() + 1) % world)
-            receives = dist.P2POp(dist.irecv, y, (dist.rank() - 1) % world)
-            for work in dist.batch_isend_irecv([sends, receives]):
-                work.wait()
-        return y
+            return kit.hop(dist, x)
 
     def body(rank, world):
         with kit.wrap(order=order) as dist:
