@@ -8,8 +8,9 @@ TORCH ?= torch==2.13.0
 # xfuser imports triton even on a CPU; installed only where torch has not brought its own.
 TRITON ?= triton==3.9.0
 EXTRAS ?= xdit,cache-dit,bench,dev
-# Tests of several ranks mostly wait for one another, so two at a time fill two cores.
+# For two cores. Tests of several ranks often wait for one another, so more of them run at a time.
 WORKERS ?= 2
+RANK_WORKERS ?= 3
 # `make test-torch TORCH=2.11.0`: what may differ between versions of torch and Triton, without the frameworks. What
 # a stream holds, which site has room for it, and what becomes of calls that do not fit together, is decided by bytes
 # and not by torch.
@@ -28,7 +29,11 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 # Python compiles what is imported, when it is; all of torch and of the frameworks would take as long as their download.
 INSTALL := $(PIP) install --quiet --no-compile
-PYTEST := -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := -m pytest --dist worksteal
+# Ranks are forked from a worker, and a fork takes as long as the worker is large: so no worker has both these tests and
+# those that compile kernels and load frameworks. Those come first, and compile what ranks use as well.
+RANKS := $(addprefix tests/,conformance exchange group lockstep testing)
+OTHERS := tests $(addprefix --ignore=,$(RANKS))
 STAMP := $(VENV)/.installed
 OTHER_VENV := $(VENV)-torch-$(patsubst torch==%,%,$(firstword $(TORCH)))
 SOURCES := compactdist tests $(wildcard integrations benchmarks examples tools)
@@ -66,17 +71,17 @@ format: $(STAMP) ## let ruff repair and format what it can
 	@$(PY) -m ruff format .
 
 test: lint ## lint, then every test but the slow ones
-	@$(PY) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	@$(call both,-m "not slow" $(PYTEST_ARGS))
 
 test-all: lint ## lint, then every test
-	@$(PY) $(PYTEST) $(PYTEST_ARGS)
+	@$(call both,$(PYTEST_ARGS))
 
 venv-torch: ## an environment with another torch (TORCH=2.11.0), beside VENV
 	@$(MAKE) --no-print-directory venv VENV="$(OTHER_VENV)" TORCH="torch==$(patsubst torch==%,%,$(TORCH))" \
 		TRITON= EXTRAS=test
 
 test-torch: venv-torch ## there, the quick tests of groups and whether kernels compile
-	@$(OTHER_VENV)/bin/python $(PYTEST) -m "not slow" $(TORCH_TESTS) $(PYTEST_ARGS)
+	@$(OTHER_VENV)/bin/python $(PYTEST) -n $(RANK_WORKERS) -m "not slow" $(TORCH_TESTS) $(PYTEST_ARGS)
 
 conformance: $(STAMP) ## run torch's own collectives against the wrapper and rewrite docs/conformance.md
 	@$(PY) -m tests.conformance $(CONFORMANCE_ARGS)
@@ -93,6 +98,12 @@ bench: $(STAMP) ## time a passed-through call, compressed collectives and codecs
 clean: ## remove everything that was made, the virtual environment too
 	@rm -rf $(VENV) $(VENV)-torch-* build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# both parts of the tests, with these options; what fails in the first does not keep the second from running
+both = status=0; \
+	$(PY) $(PYTEST) -n $(WORKERS) $(1) $(OTHERS) || status=$$?; \
+	$(PY) $(PYTEST) -n $(RANK_WORKERS) $(1) $(RANKS) || status=$$?; \
+	exit $$status
 
 # pyproject.toml lists the packages by hand; a folder that is missing there would be missing in the wheel.
 define CHECK_PACKAGES

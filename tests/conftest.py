@@ -31,8 +31,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first, those with the longest limits before all, so that no worker is left alone with one at the end.
 
-    Each worker begins with a stretch of the list of its own, so two halves begin with slow tests. The slow tests of a
-    module stay together: what they share is then made once, not by both workers at a time.
+    Each worker begins with a stretch of the list of its own, so as many stretches begin with slow tests. The slow
+    tests of a module stay together: what they share is then made once, not by each worker.
     """
     quick = [item for item in items if item.get_closest_marker("slow") is None]
     modules: dict[Path, list[pytest.Item]] = {}
@@ -40,9 +40,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("slow") is not None:
             modules.setdefault(item.path, []).append(item)
     slow = sorted(modules.values(), key=lambda tests: max(map(_limit, tests)), reverse=True)
-    one, other = ([item for tests in half for item in tests] for half in (slow[0::2], slow[1::2]))
-    half = (len(items) + 1) // 2
-    items[:] = one + quick[: max(half - len(one), 0)] + other + quick[max(half - len(one), 0) :]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        end = len(items) * (worker + 1) // workers
+        ordered += (item for tests in slow[worker::workers] for item in tests)
+        taken = max(end - len(ordered), 0) if worker + 1 < workers else len(quick)
+        ordered += quick[:taken]
+        del quick[:taken]
+    items[:] = ordered
 
 
 def _limit(item: pytest.Item) -> float:
