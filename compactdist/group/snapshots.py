@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compactdist.errors import ConfigError
+from compactdist.exchange.work import drain
 from compactdist.group.attach import Attachment, Seen
 from compactdist.group.keys import Clock, KeyBook
 from compactdist.group.plans import AgreedPlans
@@ -67,7 +68,8 @@ class Snapshots:
         for these. Counters (``stats``) and what a target has measured are not in it.
 
         Raises:
-            ConfigError: a call has not been waited for, a request has not ended, or ``state_budget_bytes`` is set.
+            ConfigError: a call has not been waited for whose work the caller holds, a request has not ended, or
+                ``state_budget_bytes`` is set.
             CodecConfigError: a codec's session cannot say what it remembers (``Session.copy_memory``).
             FrameError, NonFiniteError, LateExchangeError: what a GPU, or a late frame, has met since the last step.
         """
@@ -75,12 +77,13 @@ class Snapshots:
         self._check("snapshot")
         self._departures.join()
         self._meet_errors()
-        pending = next((site for site in self._engine.store.sites() if site.pending), None)
-        if pending is not None:
-            raise ConfigError(
-                f"{self._engine.label}, site '{pending.key}': snapshot() while a call has not been waited for, whose "
-                "history is about to change: wait for its work first, on all ranks"
-            )
+        for site in self._engine.store.sites():
+            if site.pending and not all(job.dropped for job in site.pending):
+                raise ConfigError(
+                    f"{self._engine.label}, site '{site.key}': snapshot() while a call has not been waited for, whose "
+                    "history is about to change: wait for its work first, on all ranks"
+                )
+            drain(site)  # nobody can wait for a call whose work was dropped
         with self._engine.lock:
             streams = save_streams(self._engine.store)
         clock = self._keys.own_clock

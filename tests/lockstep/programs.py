@@ -127,8 +127,7 @@ class Runner:
                 self.wait_all()
                 if self.wrapped and self.group.options.state_budget_bytes is None:
                     if what == "save":
-                        dropped = any(site.pending for site in self.group._engine.store.sites())
-                        self.saved = self.saved if dropped else self.group.snapshot()
+                        self.saved = self.group.snapshot()
                     elif self.saved is not None:
                         self.group.restore(self.saved)
             else:

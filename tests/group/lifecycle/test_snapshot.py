@@ -289,6 +289,26 @@ def test_a_rank_that_does_not_go_back_gets_no_wrong_value(op, agree):
     assert "refused" in values, values
 
 
+def test_calls_whose_works_were_dropped_are_finished_first():
+    """Nobody can wait for them, and the next call of their site, which would finish them, may never come."""
+
+    def body(rank, world):
+        with kit.wrap() as dist:
+            step(dist, 0, ["gather", "all_to_all"])
+            dist.step()
+            out = torch.full((world * kit.N,), 7.0)
+            dist.all_gather_into_tensor(out, kit.tensor(rank, 1), async_op=True)
+            saved = dist.snapshot()
+            others = out.view(world, kit.N)[1 - rank]  # a rank's own chunk is written with its frame
+            assert bool((others == 7).all()), "an output that its caller may have given to somebody else was written"
+            expected = [step(dist, t, ["gather", "all_to_all"]) for t in (2, 3)]
+            dist.restore(saved)
+            assert all(map(equal, [step(dist, t, ["gather", "all_to_all"]) for t in (2, 3)], expected))
+            return not dist.check()
+
+    assert all(run_ranks(body))
+
+
 def test_what_is_refused():
     class Forgetful(Session):
         remembers = True
