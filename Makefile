@@ -32,7 +32,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 PYTEST := -m pytest --dist worksteal
 # Ranks are forked from a worker, and a fork takes as long as the worker is large: so no worker has both these tests and
 # those that compile kernels and load frameworks. Those come first, and compile what ranks use as well.
-RANKS := $(addprefix tests/,conformance exchange group lockstep testing)
+RANKS := $(addprefix tests/,conformance exchange group lockstep)
 OTHERS := tests $(addprefix --ignore=,$(RANKS))
 STAMP := $(VENV)/.installed
 OTHER_VENV := $(VENV)-torch-$(patsubst torch==%,%,$(firstword $(TORCH)))

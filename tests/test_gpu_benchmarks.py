@@ -46,6 +46,7 @@ def test_host_measures_every_kind_of_method_on_a_cpu(tmp_path: Path) -> None:
     assert lines["int8"]["compressed_calls"] > 0 < lines["int8"]["state_bytes"]
 
 
+@pytest.mark.slow
 def test_host_records_launches_where_there_is_no_gpu(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     size = ("--rows", "64", "--sites", "2", "--rounds", "3", "--only", "int4", "int4 block")
@@ -60,6 +61,7 @@ def test_host_records_launches_where_there_is_no_gpu(tmp_path: Path) -> None:
     assert "no kernels to be recorded for plain" in refused.stderr
 
 
+@pytest.mark.slow
 def test_reference_times_and_plays_every_line_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     size = ("--device", "cpu", "--shapes", "64x96", "--steps", "3", "--rounds", "2", "--backend", "aot_eager")

@@ -138,6 +138,7 @@ def test_wrong_arguments_are_status_2(tmp_path: Path, arguments: list[str]) -> N
 OWN_CODEC = Path(__file__).parents[2] / "examples" / "own_codec.py"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_codec_of_ones_own_is_checked_and_evaluated_from_its_file(tmp_path: Path) -> None:
     """In processes of their own, for what is registered stays."""

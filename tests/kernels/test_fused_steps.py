@@ -149,7 +149,7 @@ ANY_CASE = {
 
 @given(**ANY_CASE)
 @pytest.mark.timeout(300)
-@settings(phases=[Phase.explicit, Phase.generate], deadline=None, max_examples=24)
+@settings(phases=[Phase.explicit, Phase.generate], deadline=None, max_examples=12)
 def test_same_bytes_as_the_reference(pair, view, kind, terms, seed):
     _check_any(*pair, view, kind, terms, seed)
 

@@ -72,7 +72,13 @@ def test_codecs_of_this_package_pass(codec_id: str) -> None:
     passes(codecs.get(codec_id))
 
 
-@pytest.mark.parametrize("codec_id", codecs.list())
+OF_EACH_KIND = ("raw", "int4", "lowrank", "topk", "transform")
+
+
+@pytest.mark.parametrize(
+    "codec_id",
+    [name if name in OF_EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in codecs.list()],
+)
 def test_sessions_of_every_codec(codec_id: str) -> None:
     check_sessions(codecs.get(codec_id))
 
