@@ -37,7 +37,7 @@ _HERE_SECONDS = 0.5
 _MOST_LEFT = 8
 """Keys of ended agreements that a rank leaves in the store before it takes the time to remove them."""
 
-_DONE, _VETO, _GONE = "done", "veto", "gone"
+_DONE, _VETO, _GONE = "done", "veto", "gone"  # the latter two with what, or who, it was
 _OPEN = "open"
 """Never written: ``compare_set`` answers with what it expected where there is no such key."""
 
@@ -188,7 +188,7 @@ class Agreement:
         else:
             end = self._wait(done, name, subject, keep_waiting)
         if end != _DONE:
-            raise self._mismatch(subject, self._against(end))
+            raise self._mismatch(subject, self._against(end), self._gave_up(end))
         self._ended_before, self._ended, self._agreed = self._ended, name, facts
         if self._pairs:  # all ranks have come to this agreement, so they have read what was posted for the one before
             store.delete_key(self._pairs)
@@ -261,8 +261,8 @@ class Agreement:
                 _log.warning("%s", self._missing(name, subject, waited))
             ended = keep_waiting is not None and not keep_waiting()
             if waited > self._timeout or ended:
-                end = self._store.compare_set(done, "", _GONE).decode()
-                if end != _GONE:
+                end = self._store.compare_set(done, "", f"{_GONE}{self._rank}").decode()
+                if not end.startswith(_GONE):
                     return end  # the others came at the last moment
                 raise PlanTimeoutError(self._missing(name, subject, waited))
         if len(self._left) > _MOST_LEFT:
@@ -291,13 +291,22 @@ class Agreement:
         """Rank and facts of the one that ended an agreement; by now its own post may be another."""
         return dict([json.loads(end[len(_VETO) :])]) if end.startswith(_VETO) else {}
 
-    def _mismatch(self, subject: Subject, others: Mapping[int, Mapping[str, Any]]) -> PlanMismatchError:
+    @staticmethod
+    def _gave_up(end: str) -> str:
+        """Who has given up an agreement that nobody has ended otherwise, in words."""
+        if not end.startswith(_GONE):
+            return ""
+        return f"rank {end[len(_GONE) :]} has waited for it in vain, and its error says for which ranks"
+
+    def _mismatch(
+        self, subject: Subject, others: Mapping[int, Mapping[str, Any]], otherwise: str = ""
+    ) -> PlanMismatchError:
         """The error of this rank, once it has been noted which epochs the others are in."""
         for theirs in others.values():
             self._heard_of(theirs.get("epoch", 0))
-        return PlanMismatchError(self._difference(subject, others))
+        return PlanMismatchError(self._difference(subject, others, otherwise))
 
-    def _difference(self, subject: Subject, others: Mapping[int, Mapping[str, Any]]) -> str:
+    def _difference(self, subject: Subject, others: Mapping[int, Mapping[str, Any]], otherwise: str) -> str:
         ours = dict(subject.facts)
         lines = []
         for rank, theirs in sorted(others.items()):
@@ -307,11 +316,11 @@ class Agreement:
                     f"{key}: {ours.get(key)} here, {theirs.get(key)} on rank {rank}" for key in differing
                 )
                 lines.append(f"{values} ({_cause(ours, theirs, rank)})")
-        return (
-            f"{self._label}, {_shown(ours)}: ranks are about to do different things: "
-            f"{'; '.join(lines) or 'another rank differs, or has given up'}. Nothing was sent; mend that, and call "
-            "reset() on all ranks"
-        )
+        if lines:
+            what = f"ranks are about to do different things: {'; '.join(lines)}"
+        else:
+            what = f"ranks have not agreed: {otherwise or 'their agreements before this one were not the same'}"
+        return f"{self._label}, {_shown(ours)}: {what}. Nothing was sent; mend that, and call reset() on all ranks"
 
     def _compare_pairs(self, name: str, subject: Subject) -> None:
         keys = [self._key(f"pairs/{name}/{rank}") for rank in range(self._size)]

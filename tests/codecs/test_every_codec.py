@@ -9,14 +9,11 @@ from hypothesis import strategies as st
 
 from compactdist import codecs
 from tests.codecs import kit, make_fixtures
+from tests.quick import quick_for
 
 CODECS = [codecs.get(codec_id) for codec_id in codecs.list()]
 LOSSY = [codec for codec in CODECS if not codec.lossless]
 VARIANTS = {name: codecs.get(spec) for name, spec in make_fixtures.VARIANTS.items()}
-LONG = {"lowrank_int4-energy"}
-every_variant = pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in VARIANTS]
-)
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.codec_id)
 every_lossy_codec = pytest.mark.parametrize("codec", LOSSY, ids=lambda codec: codec.codec_id)
 bounded = settings(max_examples=25, deadline=None, derandomize=True)
@@ -50,14 +47,15 @@ def test_any_input(codec, shape, name, dtype, seed):
     kit.check_input(codec, kit.sample(name, shape, dtype, seed))
 
 
-@every_variant
+@pytest.mark.parametrize("variant", quick_for({*VARIANTS} - {"lowrank_int4-energy"}, VARIANTS))
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(shape=any_shape, name=any_name, dtype=st.sampled_from(kit.FLOAT_DTYPES), seed=any_seed)
 def test_options_on_any_input(variant, shape, name, dtype, seed):
     kit.check_input(VARIANTS[variant], kit.sample(name, shape, dtype, seed))
 
 
-@every_variant
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_options_on_every_distribution(variant):
     codec = VARIANTS[variant]
     kit.check_config_round_trip(codec)

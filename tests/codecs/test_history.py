@@ -30,6 +30,7 @@ from compactdist.testing import DISTRIBUTIONS, check_codec, sample
 from compactdist.testing.session_checks import check_session
 from compactdist.wire import HEADER_NBYTES
 from tests.kernels.test_fused_steps import dtypes_of
+from tests.quick import quick_for
 from tests.test_house import ROOT
 
 IDS = ("binary", "ternary", "int2", "int3", "int4", "int8", "fp8")
@@ -70,7 +71,7 @@ def test_the_contract(codec_id):
     check_codec(codec_of(codec_id), examples=10)
 
 
-@every_id
+@pytest.mark.parametrize("codec_id", quick_for(["binary", "int4"], IDS))
 def test_sessions_on_wide_matrices(codec_id):
     permuted = MatrixView(2 * 3 * 64 * 48, 2, 64, 144, axes=(2, 3, 64, 48), order=(0, 2, 1, 3))
     padded = MatrixView(70 * 130 - 5, 1, 70, 130)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import logging
+import re
 import threading
 import time
 
@@ -137,14 +138,17 @@ def test_a_rank_that_comes_after_the_others_gave_up():
             gave_up.wait(30)
         try:
             agreement.agree(Subject(0, {"site": "a"}))
-        except (PlanMismatchError, PlanTimeoutError):
-            return True
+        except (PlanMismatchError, PlanTimeoutError) as error:
+            return type(error), str(error)
         finally:
             if rank != 2:
                 gave_up.wait(30)
 
     results, _ = together(3, work)
-    assert results == [True] * 3
+    *before, (kind, text) = results
+    assert PlanTimeoutError in [kind for kind, _ in before], results
+    assert kind is PlanMismatchError
+    assert re.search("ranks have not agreed: rank [01] has waited for it in vain", text), text
 
 
 @in_a_process

@@ -12,6 +12,7 @@ import compactdist
 from compactdist import _torch
 from tests.group.kit import Counted, close
 from tests.launch import run_ranks
+from tests.quick import quick_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Dynamo and Inductor warn of themselves
 
@@ -121,7 +122,7 @@ def check(backend, only=None):
     run_ranks(body, timeout=100, pg_timeout=60)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", quick_for(["eager"], ["eager", "aot_eager"]))
 def test_full_graphs_are_compressed_on_every_run(backend):
     check(backend)
 

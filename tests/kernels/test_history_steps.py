@@ -11,6 +11,7 @@ from compactdist.kernels.reference.checksum import weighted_sum
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.matrix_view import Layout, plain
 from tests.kernels.test_fused_steps import KINDS, _cast, _special, dtypes_of
+from tests.quick import quick_for
 
 pytest.importorskip("numba")
 
@@ -45,14 +46,7 @@ class Ends:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(
-    "codec_id",
-    [
-        "binary",
-        "int4",
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ("int2", "int8", "ternary", "int3", "fp8")),
-    ],
-)
+@pytest.mark.parametrize("codec_id", quick_for(["int4"], ["binary", "int4", "int2", "int8", "ternary", "int3", "fp8"]))
 def test_same_bytes_as_the_reference(codec_id):
     codec, dtypes = codecs.get(codec_id, scales="token_history"), (torch.bfloat16, torch.float32, torch.float16)
     for turn, view in enumerate(VIEWS):

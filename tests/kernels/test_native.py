@@ -46,6 +46,7 @@ def _run(script: str, folder: Path, **environment: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_change_in_an_imported_file_is_seen(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "compactdist", ignore=shutil.ignore_patterns("__pycache__"))
     cold, warm = _run(READ_A_SCALE, tmp_path), _run(READ_A_SCALE, tmp_path)
@@ -90,6 +91,7 @@ def test_half_a_file_is_not_loaded(tmp_path):
     assert native._read(path) is None
 
 
+@pytest.mark.slow
 def test_a_unit_that_two_processes_want_is_compiled_by_one(tmp_path):
     script = """
 import sys

@@ -83,6 +83,7 @@ def check(world_size, seed, programs, timeout=100):
     return sum(r[p][1] for r in ranks for p in range(programs))
 
 
+@pytest.mark.slow
 def test_states_stay_equal_however_forwarding_comes_and_goes():
     assert check(2, seed=2, programs=12) > 100
 

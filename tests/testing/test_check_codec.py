@@ -22,6 +22,7 @@ from compactdist.state import ResidualDecoder, ResidualEncoder
 from compactdist.testing import check_codec, codec_checks, sample
 from compactdist.testing.session_checks import VIEWS, check_session, check_sessions
 from tests.launch import run_ranks
+from tests.quick import quick_for
 
 
 class Half(Codec):
@@ -72,13 +73,7 @@ def test_codecs_of_this_package_pass(codec_id: str) -> None:
     passes(codecs.get(codec_id))
 
 
-OF_EACH_KIND = ("raw", "int4", "lowrank", "topk", "transform")
-
-
-@pytest.mark.parametrize(
-    "codec_id",
-    [name if name in OF_EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in codecs.list()],
-)
+@pytest.mark.parametrize("codec_id", quick_for(["raw", "int4", "lowrank", "topk", "transform"], codecs.list()))
 def test_sessions_of_every_codec(codec_id: str) -> None:
     check_sessions(codecs.get(codec_id))
 

@@ -11,6 +11,7 @@ from compactdist.errors import CompactDistError
 from tests.group.lifecycle import kit
 from tests.group.lifecycle.test_out_of_step import NEAR, exchange, tensor
 from tests.launch import run_ranks
+from tests.quick import quick_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
@@ -128,10 +129,7 @@ def outcome(dist, op, rank, step):
     return "right" if all(kit.nmse(y, tensor(peer, step)) < NEAR for peer, y in arrived.items()) else "wrong"
 
 
-@pytest.mark.parametrize(
-    "op",
-    ["gather", "ring", *(pytest.param(op, marks=pytest.mark.slow) for op in ("all_to_all", "broadcast"))],
-)
+@pytest.mark.parametrize("op", quick_for(["gather"], ["gather", "ring", "all_to_all", "broadcast"]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_disagreement(op, kind):
     def body(rank, world):

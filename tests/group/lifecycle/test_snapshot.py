@@ -15,6 +15,7 @@ from tests.group.lifecycle.test_attach import Model
 from tests.group.lifecycle.test_out_of_step import exchange, seen
 from tests.launch import run_ranks
 from tests.lockstep import compare
+from tests.quick import quick_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
@@ -69,7 +70,11 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ", ".join(map(str, options.values())))
+@pytest.mark.parametrize(
+    "options",
+    quick_for(OPTIONS[:2] + OPTIONS[-3:-1], OPTIONS),
+    ids=lambda options: ", ".join(map(str, options.values())),
+)
 def test_what_follows_a_restore_is_what_followed_the_snapshot(options):
     def body(rank, world):
         with kit.wrap(**options) as dist:

@@ -17,6 +17,7 @@ from compactdist.testing import act_like_nccl
 from compactdist_diffusers.sites import Sites
 from tests.integrations.diffusers.kit import parallel
 from tests.launch import run_ranks
+from tests.quick import quick_for
 
 pytestmark = [pytest.mark.xdit, pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
 
@@ -79,7 +80,7 @@ def test_three_are_sent_before_one_is_waited_for(model: str) -> None:
 
 @pytest.mark.parametrize(
     "codec",
-    ["int2", "lowrank", *(pytest.param(name, marks=pytest.mark.slow) for name in ("raw", "int8", "topk", "transform"))],
+    quick_for(["int2"], ["int2", "lowrank", "raw", "int8", "topk", "transform"]),
 )
 def test_values_and_bytes_are_those_of_one_after_the_other(codec: str) -> None:
     def body(rank: int, size: int) -> None:

@@ -56,7 +56,8 @@ def check(compile_: Any, route: str, backend: str, *, late: bool = False, kept: 
     run_ranks(body, timeout=280, pg_timeout=120)
 
 
-@pytest.mark.parametrize("route", ["ring", pytest.param("ulysses", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["ring", "ulysses"])
 def test_a_full_graph(route: str) -> None:
     check(compile_whole, route, "eager")
 

@@ -1,0 +1,13 @@
+"""Parameters of a test, of which `make test` takes some and `make test-all` all."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import Any
+
+import pytest
+
+
+def quick_for(some: Container[Any], values: Iterable[Any]) -> list[Any]:
+    """The values of one parameter; those that are not among ``some`` are marked slow."""
+    return [value if value in some else pytest.param(value, marks=pytest.mark.slow) for value in values]
