@@ -173,7 +173,8 @@ class Agreement:
             if store.check([done]):  # it has failed before: what the others agree on by now is no matter of this rank
                 against |= self._against(store.get(done).decode())
             else:
-                veto = _VETO + json.dumps([self._rank, facts])
+                # both, for who reads it may be about to do the same as one of them
+                veto = _VETO + json.dumps([[self._rank, facts], [found.rank, found.facts]])
                 for key in {done, self._key(f"done/{found.name}")}:
                     store.compare_set(key, "", veto)
             raise self._mismatch(subject, against)
@@ -288,8 +289,10 @@ class Agreement:
 
     @staticmethod
     def _against(end: str) -> dict[int, dict[str, Any]]:
-        """Rank and facts of the one that ended an agreement; by now its own post may be another."""
-        return dict([json.loads(end[len(_VETO) :])]) if end.startswith(_VETO) else {}
+        """Ranks and facts of the one that ended an agreement and of the one it differs from; by now their own posts may
+        be others.
+        """
+        return dict(json.loads(end[len(_VETO) :])) if end.startswith(_VETO) else {}
 
     @staticmethod
     def _gave_up(end: str) -> str:

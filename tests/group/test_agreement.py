@@ -106,6 +106,27 @@ def test_a_difference_raises_on_every_rank_and_names_it():
 
 
 @in_a_process
+def test_who_agrees_with_the_one_that_objected_is_told_of_the_other():
+    """The first is in another epoch, the second objects, and the third does what the second does."""
+    turns = [threading.Event() for _ in range(3)]
+
+    def work(agreement, rank, store):
+        if rank:
+            turns[rank].wait(30)
+        if rank == 0:
+            threading.Timer(0.3, turns[1].set).start()
+        try:
+            agreement.agree(Subject(3 if rank == 0 else 1, {"site": "a", "step": 0, "epoch": 3 if rank == 0 else 1}))
+        finally:
+            if rank == 1:
+                turns[2].set()
+
+    results, _ = together(3, work)
+    assert all(isinstance(error, PlanMismatchError) for error in results), results
+    assert "epoch: 1 here, 3 on rank 0 (reset() was not called on all ranks)" in str(results[2])
+
+
+@in_a_process
 def test_after_an_error_a_new_epoch_is_agreed_on_again():
     """Two ranks differ, the third never comes; after the reset all three agree."""
     failed = threading.Barrier(3)
