@@ -124,7 +124,7 @@ def test_a_thin_stream_remembers_nothing():
     assert not session.remembers
 
 
-@every_id
+@pytest.mark.parametrize("codec_id", quick_for(["binary", "int4"], IDS))
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(names=st.lists(st.sampled_from(sorted(DISTRIBUTIONS)), min_size=2, max_size=5), seed=st.integers(0, 2**31))
 def test_no_frame_adds_error_whatever_the_one_before_said(codec_id, names, seed):

@@ -23,6 +23,7 @@ from compactdist.kernels.cpu import steps as cpu
 from compactdist.kernels.spec import MatrixView, QuantizerSpec
 from compactdist.state.matrix_view import Layout, blocks, plain
 from tests.codecs import kit
+from tests.quick import quick_for
 
 pytest.importorskip("numba")
 
@@ -172,7 +173,7 @@ def _check_any(spec, dtype, view, kind, terms, seed):
 
 
 @pytest.mark.parametrize("shape", [(300,), (70, 72), (3, 33, 64), (2, 40, 3, 24), (1, 200), (5, 1, 64)])
-@pytest.mark.parametrize("spec", FORMS, ids=str)
+@pytest.mark.parametrize("spec", quick_for(FORMS[: 2 * len(CODECS)], FORMS), ids=str)
 def test_encode_and_decode_take_the_same_kernels(spec, shape):
     codec = codecs.get(spec)
     for dtype in (*dtypes_of(spec), torch.float64):
@@ -201,6 +202,7 @@ def test_same_bytes_in_every_arrangement(codec_id, dtype):
         _both(codec_id, (base.float() + _special("L", view, g)).to(dtype), (base,), view)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spec", "dtype"), FORMS_AND_DTYPES, ids=str)
 def test_same_bytes_past_the_caches(spec, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "STREAMED_NBYTES", 0)

@@ -66,6 +66,7 @@ def test_same_bytes_as_the_reference(codec_id):
                 terms = ((base,), (base, _cast(base.float() / 8, dtype)), ())[len(terms)]
 
 
+@pytest.mark.slow
 def test_ordinary_values_are_not_left_to_the_reference():
     """Steps that declined everything would pass the other test."""
     for codec_id in ("binary", "int2", "int4", "int8"):
