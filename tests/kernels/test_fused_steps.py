@@ -148,18 +148,11 @@ ANY_CASE = {
 }
 
 
-@given(**ANY_CASE)
-@pytest.mark.timeout(300)
-@settings(phases=[Phase.explicit, Phase.generate], deadline=None, max_examples=12)
-def test_same_bytes_as_the_reference(pair, view, kind, terms, seed):
-    _check_any(*pair, view, kind, terms, seed)
-
-
 @pytest.mark.slow
 @given(**ANY_CASE)
 @pytest.mark.timeout(400)
 @settings(phases=[Phase.explicit, Phase.generate], deadline=None, max_examples=400)
-def test_same_bytes_as_the_reference_at_length(pair, view, kind, terms, seed):
+def test_same_bytes_as_the_reference(pair, view, kind, terms, seed):
     _check_any(*pair, view, kind, terms, seed)
 
 

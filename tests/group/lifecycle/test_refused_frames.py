@@ -45,8 +45,8 @@ def damaged(rank, op, nth):
         ("all_gather", {"codec": "int4"}, 0),  # a keyframe: it is due again, and other ranks send residuals
         ("all_gather", {"codec": "int4", "parts": 2}, 0),
         ("all_gather", {"target": "bits=2"}, 1),  # a residual that announced a rate
-        ("all_to_all", {"target": "bits=2"}, 1),
-        ("broadcast", {"target": "bits=2"}, 1),
+        pytest.param("all_to_all", {"target": "bits=2"}, 1, marks=pytest.mark.slow),
+        pytest.param("broadcast", {"target": "bits=2"}, 1, marks=pytest.mark.slow),
     ],
 )
 def test_who_goes_on_sends_nothing_of_another_size(op, options, nth):

@@ -272,7 +272,7 @@ def test_ranks_that_go_back_to_other_moments_are_told_and_a_reset_mends_it(op, a
     compare.check(run_ranks(body, pg_timeout=20))
 
 
-@pytest.mark.parametrize("agree", ["plans", "off"])
+@pytest.mark.parametrize("agree", quick_for(["plans"], ["plans", "off"]))
 @pytest.mark.parametrize("op", OPS)
 def test_a_rank_that_does_not_go_back_gets_no_wrong_value(op, agree):
     def body(rank, world):
