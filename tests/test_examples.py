@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.quick import quick_for
 from tests.scripts import run_script
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +91,7 @@ def test_diffusers(flags: list[str], calls: int) -> None:
 
 
 @pytest.mark.xdit
-@pytest.mark.parametrize("model", [XDIT[0], *(pytest.param(model, marks=pytest.mark.slow) for model in XDIT[1:])])
+@pytest.mark.parametrize("model", quick_for(XDIT[:1], XDIT))
 def test_xdit(model: str) -> None:
     flags = ("--tiny", "--ring_degree", "2", "--compact_codec", "int4")
     _check_xdit(model, run(f"{model}_example", *flags, xfuser=True))

@@ -15,6 +15,7 @@ from compactdist import codecs
 from compactdist.codecs.transform.transform import Transform
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.matrix_view import Layout, blocks, plain
+from tests.quick import quick_for
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 
@@ -49,9 +50,7 @@ class _WithOnes(Compiler):
 
 
 @pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize(
-    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", quick_for(QUICK, CASES))
 def test_kernels_compile_with_every_integer_equal_to_one(case, monkeypatch):
     from triton.runtime.jit import JITFunction
 

@@ -16,6 +16,7 @@ from compactdist.codecs.topk import TopK, TopKInt4
 from compactdist.codecs.transform.transform import Transform
 from compactdist.state.matrix_view import plain
 from tests.kernels.rounding import MATRIX, fuses_nothing, leaves_none_open, multiplies_integers
+from tests.quick import quick_for
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 
@@ -45,9 +46,7 @@ def test_decoders_and_new_bases_leave_no_rounding_open(form: dict[str, Any]) -> 
     _check(form, DTYPES[index % 3], 1 + index % 2)
 
 
-@pytest.mark.parametrize(
-    "capability", [90, *(pytest.param(one, marks=pytest.mark.slow) for one in CAPABILITIES if one != 90)]
-)
+@pytest.mark.parametrize("capability", quick_for([90], CAPABILITIES))
 def test_coded_keyframes_leave_no_rounding_open(capability: int) -> None:
     """The default codec of keyframes, without a term and with the flag of what is not finite."""
     _check({"id": "int8", "scales": "token_channel"}, torch.bfloat16, 0, capability)

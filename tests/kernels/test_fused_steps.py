@@ -23,7 +23,7 @@ from compactdist.kernels.cpu import steps as cpu
 from compactdist.kernels.spec import MatrixView, QuantizerSpec
 from compactdist.state.matrix_view import Layout, blocks, plain
 from tests.codecs import kit
-from tests.quick import quick_for
+from tests.quick import quick_for, quick_rows
 
 pytest.importorskip("numba")
 
@@ -182,11 +182,7 @@ def test_encode_and_decode_take_the_same_kernels(spec, shape):
 
 
 @pytest.mark.parametrize(
-    ("codec_id", "dtype"),
-    [
-        (codec_id, dtype) if dtype == torch.bfloat16 else pytest.param(codec_id, dtype, marks=pytest.mark.slow)
-        for codec_id, dtype in CODECS_AND_DTYPES
-    ],
+    ("codec_id", "dtype"), quick_rows([(codec_id, torch.bfloat16) for codec_id in CODECS], CODECS_AND_DTYPES)
 )
 def test_same_bytes_in_every_arrangement(codec_id, dtype):
     for seed, view in enumerate(VIEWS):

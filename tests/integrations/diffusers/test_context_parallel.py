@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from compactdist.testing import act_like_nccl
 from tests.group.kit import told
 from tests.integrations.diffusers.kit import STEPS, functions, hooks, parallel, relative_error
 from tests.launch import run_ranks
+from tests.quick import quick_rows
 
 pytestmark = [pytest.mark.xdit, pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
 
@@ -26,17 +28,7 @@ pytestmark = [pytest.mark.xdit, pytest.mark.timeout(120), pytest.mark.filterwarn
 CALLS = {"flux": 4 * 1 * STEPS, "wan": 3 * 2 * STEPS, "qwenimage": 3 * 2 * STEPS}
 
 
-FAST = ("wan", "ring")
-
-
-@pytest.mark.parametrize(
-    ("model", "route"),
-    [
-        pytest.param(model, route, marks=[] if (model, route) == FAST else [pytest.mark.slow])
-        for model in CALLS
-        for route in ("ring", "ulysses")
-    ],
-)
+@pytest.mark.parametrize(("model", "route"), quick_rows([("wan", "ring")], product(CALLS, ("ring", "ulysses"))))
 def test_requests(model: str, route: str) -> None:
     def body(rank: int, size: int) -> None:
         pipe, call_kwargs = parallel(model, route, size)

@@ -11,6 +11,7 @@ pytest.importorskip("diffusers")
 
 from compactdist_harness import tiny
 from tests.integrations.diffusers import kit  # noqa: F401 - imports diffusers before any test counts its seconds
+from tests.quick import quick_for
 
 pytestmark = [pytest.mark.xdit, pytest.mark.filterwarnings("ignore")]
 
@@ -61,9 +62,7 @@ def test_refusals(wrong: dict) -> None:
         tiny.build(**{"model": "flux", **wrong})
 
 
-@pytest.mark.parametrize(
-    "model", [tiny.SAVABLE[0], *(pytest.param(m, marks=pytest.mark.slow) for m in tiny.SAVABLE[1:])]
-)
+@pytest.mark.parametrize("model", quick_for(tiny.SAVABLE[:1], tiny.SAVABLE))
 def test_a_saved_folder_is_complete(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import DiffusionPipeline
 

@@ -25,6 +25,7 @@ from compactdist.testing import act_like_nccl
 from tests.kernels.gpu.conftest import INTERPRETED
 from tests.kernels.gpu.recorded import Recorded, like_a_gpu, recording
 from tests.launch import run_ranks
+from tests.quick import quick_rows
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="plays graphs on CPU tensors"),
@@ -781,12 +782,15 @@ class Moving(Calls):
 
 @pytest.mark.parametrize(
     ("kind", "lacking"),
-    [
-        pytest.param(kind, lacking, marks=() if (kind, lacking) in QUICK else pytest.mark.slow)
-        for number, kind in enumerate(KINDS)
-        if kind != "all_to_all_single of unequal splits"
-        for lacking in (range(3) if kind == "broadcast" else [number % 3])  # of the others all ranks do the same
-    ],
+    quick_rows(
+        QUICK,
+        [
+            (kind, lacking)
+            for number, kind in enumerate(KINDS)
+            if kind != "all_to_all_single of unequal splits"
+            for lacking in (range(3) if kind == "broadcast" else [number % 3])  # of the others all ranks do the same
+        ],
+    ),
 )
 def test_a_replay_of_any_kind_that_one_rank_leaves_out_is_noticed(kind, lacking):
     """That rank's inner calls are made, or nobody's would end, with the frames of the replay before.

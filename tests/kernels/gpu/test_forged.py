@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import fields, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from compactdist.kernels import checksum_for, use
 from tests.kernels.gpu import kit
 from tests.kernels.gpu.test_frames import Stream
 from tests.kernels.gpu.test_rates import LADDER, Steered
+from tests.quick import quick_rows
 
 HARMLESS = {"next_rate", "next_kind", "checksum", "digest", "shape", "dtype"}
 """Fields that a frame may say otherwise (the announcements), or that sealing sets."""
@@ -45,11 +47,10 @@ def _forged(frame: Tensor, draw: random.Random, name: str) -> tuple[Tensor, bool
 
 @pytest.mark.parametrize(
     ("codec", "foreseen"),
-    [
-        pytest.param(codec, there, marks=() if (codec, there) == ("topk_int4:m=5", True) else pytest.mark.slow)
-        for codec in ("topk_int4:m=5", "int4", "int2:scales=token_history", LADDER)
-        for there in (True, False)
-    ],
+    quick_rows(
+        [("topk_int4:m=5", True)],
+        product(("topk_int4:m=5", "int4", "int2:scales=token_history", LADDER), (True, False)),
+    ),
 )
 def test_a_forged_frame_moves_nothing_and_writes_nowhere_else(codec, foreseen):
     draw, refused = random.Random(str(codec)), 0
