@@ -59,21 +59,28 @@ AT_ONCE = [*(f"{x} sent" for x in "qkv"), *(f"{x} decoded" for x in "qkv"), "out
 IN_TURN = [f"{x} {what}" for x in ("q", "k", "v", "out") for what in ("sent", "decoded")]
 
 
+def must_be_at_once(events: list[str], attentions_per_step: int) -> None:
+    """Ranks agree on the first two steps' calls, and those may leave from another thread: nothing orders its events."""
+    a_step = AT_ONCE * attentions_per_step
+    agreed = 2 * len(a_step)
+    assert sorted(events[:agreed]) == sorted(a_step * 2)
+    assert events[agreed:] == a_step
+
+
 @pytest.mark.parametrize("model", ["flux", pytest.param("wan", marks=pytest.mark.slow)])
 def test_three_are_sent_before_one_is_waited_for(model: str) -> None:
     def body(rank: int, size: int) -> None:
-        pipe, call_kwargs = parallel(model, "ulysses", size, steps=2)
+        pipe, call_kwargs = parallel(model, "ulysses", size, steps=3)
         with compactdist_diffusers.enable(pipe, codec="int8") as handle:
             events = events_of(handle.groups["ulysses"])
             pipe(**call_kwargs)
-            attentions = len(events) // len(AT_ONCE)
-            assert attentions == (LAYERS * 2 if model == "flux" else 3 * 2 * 2)
-            assert events == AT_ONCE * attentions
+            attentions = LAYERS if model == "flux" else 3 * 2
+            must_be_at_once(events, attentions)
         in_turn()
         with compactdist_diffusers.enable(pipe, codec="int8") as handle:
             events = events_of(handle.groups["ulysses"])
             pipe(**call_kwargs)
-            assert events == IN_TURN * attentions
+            assert events == IN_TURN * (attentions * 3)
 
     run_ranks(body, timeout=60)
 
@@ -113,7 +120,7 @@ def test_a_group_with_nccls_manners() -> None:
         with compactdist_diffusers.enable(pipe, codec="int4") as handle:
             events = events_of(handle.groups["ulysses"])
             assert torch.equal(pipe(**call_kwargs)[0], over_gloo)
-            assert events == AT_ONCE * (LAYERS * 3)
+            must_be_at_once(events, LAYERS)
 
     run_ranks(body, timeout=60)
 
