@@ -84,7 +84,7 @@ def run_ranks(
     *,
     backend: str = "gloo",
     args: tuple[Any, ...] = (),
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     init: bool = True,
     pg_timeout: float | None = None,
     expect_error: bool = False,

@@ -203,7 +203,7 @@ class OffloadAttack(MixedAttack):
         assert stats.evictions == 0
         assert set(stats.passed_reasons) <= {"shape-varies"}
         assert self.dist._engine.store.offload is None or stats.offloads > 10
-        return kit.finish(self.dist), [(s.calls, s.keyframes, s.wire_bytes) for s in stats.sites.values()]
+        return kit.finish(self.dist), {key: (s.calls, s.keyframes, s.wire_bytes) for key, s in stats.sites.items()}
 
 
 def attack(rank, world_size, seed, actions, nccl, options):
