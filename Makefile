@@ -70,10 +70,12 @@ format: $(STAMP) ## let ruff repair and format what it can
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-test: lint ## lint, then every test but the slow ones
+test: $(STAMP) ## lint, then every test but the slow ones
+	@$(lint_and_import)
 	@$(call both,-m "not slow" $(PYTEST_ARGS))
 
-test-all: lint ## lint, then every test
+test-all: $(STAMP) ## lint, then every test
+	@$(lint_and_import)
 	@$(call both,$(PYTEST_ARGS))
 
 venv-torch: ## an environment with another torch (TORCH=2.11.0), beside VENV
@@ -98,6 +100,11 @@ bench: $(STAMP) ## time a passed-through call, compressed collectives and codecs
 clean: ## remove everything that was made, the virtual environment too
 	@rm -rf $(VENV) $(VENV)-torch-* build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# lint, and beside it, for that leaves a core idle, the imports of all tests: Python compiles in a new environment what
+# every worker would compile at its start
+lint_and_import = $(PY) $(PYTEST) --collect-only -qq >/dev/null 2>&1 & importing=$$!; \
+	$(MAKE) --no-print-directory lint; status=$$?; kill $$importing 2>/dev/null; exit $$status
 
 # both parts of the tests, with these options; what fails in the first does not keep the second from running, and -k may
 # find nothing in one of them (5)
