@@ -10,26 +10,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Notes what it is asked for; makes an environment that can be shown; fails where a word of BROKEN is in the request.
+# Notes what it is asked for; makes an environment that can be shown; fails where a word of BROKEN is in the request,
+# and takes long where SLOW is.
 MAKE = """#!/usr/bin/env bash
 echo "$*" >> "$ASKED"
 for word in $BROKEN; do
     [[ "$*" != *"$word"* ]] || exit 1
 done
+[[ -z $SLOW || "$*" != *"$SLOW"* ]] || exec /bin/sleep 50
 version=${3#TORCH=}
 mkdir -p "$VENV/bin" "$VENV-torch-$version/bin"
 ln -sf "$(type -P true)" "$VENV/bin/python"
 ln -sf "$(type -P true)" "$VENV-torch-$version/bin/python"
 """
 MAIN = ["venv", "test-all PYTEST_ARGS=--durations=40"]
-
-
 OTHERS = ["2.11.0", "2.14.1"]
 
 
 def on(*versions: str) -> list[str]:
-    """All are installed at a time, which is in any order, and then tested one after another."""
-    return [f"{step} TORCH={version}" for step in ("venv-torch", "test-torch") for version in versions]
+    return [f"test-torch TORCH={version}" for version in versions]
 
 
 def ci(folder: Path, **environment: str) -> tuple[list[str], str, int]:
@@ -45,7 +44,7 @@ def ci(folder: Path, **environment: str) -> tuple[list[str], str, int]:
     }
     done = subprocess.run(
         [str(ROOT / ".ci" / "run")],
-        env={**kept, "BROKEN": "", **places, **environment},
+        env={**kept, "BROKEN": "", "SLOW": "", **places, **environment},
         capture_output=True,
         text=True,
         timeout=60,
@@ -53,36 +52,41 @@ def ci(folder: Path, **environment: str) -> tuple[list[str], str, int]:
     )
     assert not [path for path in folder.iterdir() if path.name.startswith("tmp.")], "environments are left behind"
     asked = (folder / "asked").read_text().replace("--no-print-directory ", "").splitlines()
-    installed = [place for place, what in enumerate(asked) if what.startswith("venv-torch")]
-    if installed:
-        first, last = installed[0], installed[-1] + 1
-        asked[first:last] = sorted(asked[first:last])
     return asked, done.stdout + done.stderr, done.returncode
+
+
+def parts(asked: list[str]) -> tuple[list[str], list[str]]:
+    """What is done in order, and the versions that are installed beside it."""
+    install = "venv-torch TORCH="
+    installed = sorted(what.removeprefix(install) for what in asked if what.startswith(install))
+    return [what for what in asked if not what.startswith(install)], installed
 
 
 def test_other_versions_of_torch_follow_while_there_is_time(tmp_path: Path) -> None:
     asked, said, status = ci(tmp_path)
-    assert (asked, status) == (MAIN + on(*OTHERS), 0)
+    assert (*parts(asked), status) == (MAIN + on(*OTHERS), OTHERS, 0)
     assert "torch 2.11.0: passed\n.ci/run: torch 2.14.1: passed" in said
 
 
 def test_without_time_it_says_that_they_were_not_run(tmp_path: Path) -> None:
     asked, said, status = ci(tmp_path, MINUTES="7")
-    assert (asked, status) == (MAIN, 0)
+    assert (parts(asked)[0], status) == (MAIN, 0)
     for version in OTHERS:
         assert f"torch {version}: not run, for after 0 of 7 minutes 8 more may be needed" in said
 
 
-def test_those_are_run_for_which_there_is_time(tmp_path: Path) -> None:
-    asked, said, status = ci(tmp_path, MINUTES="15")
-    assert (asked, status) == (MAIN + on("2.11.0"), 0)
-    assert "torch 2.14.1: not run, for after 0 of 15 minutes 16 more may be needed" in said
+def test_without_room_on_the_disk_each_is_installed_before_its_tests(tmp_path: Path) -> None:
+    (tmp_path / "df").write_text("#!/bin/sh\necho Avail; echo 19G\n")
+    (tmp_path / "df").chmod(0o755)
+    asked, _, status = ci(tmp_path)
+    each = [f"{step} TORCH={version}" for version in OTHERS for step in ("venv-torch", "test-torch")]
+    assert (asked, status) == (MAIN + each, 0)
 
 
-@pytest.mark.parametrize(("named", "asked"), [("", []), ("2.14.1", on("2.14.1"))])
-def test_versions_that_are_named_are_run_however_late_it_is(tmp_path: Path, named: str, asked: list[str]) -> None:
-    found, said, status = ci(tmp_path, OTHER_TORCH=named, MINUTES="0")
-    assert (found, status) == (MAIN + asked, 0)
+@pytest.mark.parametrize("named", [[], ["2.14.1"]])
+def test_versions_that_are_named_are_run_however_late_it_is(tmp_path: Path, named: list[str]) -> None:
+    asked, said, status = ci(tmp_path, OTHER_TORCH=" ".join(named), MINUTES="0")
+    assert (*parts(asked), status) == (MAIN + on(*named), named, 0)
     assert ("torch 2.14.1: passed" in said) == bool(named)
 
 
@@ -90,9 +94,8 @@ def test_versions_that_are_named_are_run_however_late_it_is(tmp_path: Path, name
 def test_a_torch_that_cannot_be_installed_fails_the_run_if_it_was_named(tmp_path: Path, named: str | None) -> None:
     names = {} if named is None else {"OTHER_TORCH": named}
     asked, said, status = ci(tmp_path, BROKEN="2.11.0", **names)
-    installed = ["venv-torch TORCH=2.11.0"] * 2 + ["venv-torch TORCH=2.14.1"]
-    assert (sorted(asked[:-1]), status) == (sorted(MAIN + installed), named is not None)
-    assert asked[-1] == "test-torch TORCH=2.14.1"
+    assert parts(asked) == (MAIN + on("2.14.1"), ["2.11.0", "2.11.0", "2.14.1"])
+    assert status == (named is not None)
     assert "torch 2.11.0: not run, for it cannot be installed" in said
     assert "torch 2.14.1: passed" in said
 
@@ -100,8 +103,13 @@ def test_a_torch_that_cannot_be_installed_fails_the_run_if_it_was_named(tmp_path
 @pytest.mark.parametrize("broken", ["test-all", "test-torch"])
 def test_tests_that_fail_do_not_keep_others_from_running_and_fail_the_run(tmp_path: Path, broken: str) -> None:
     asked, said, status = ci(tmp_path, BROKEN=broken)
-    assert (asked, status) == (MAIN + on(*OTHERS), 1)
+    assert (*parts(asked), status) == (MAIN + on(*OTHERS), OTHERS, 1)
     assert f"failed: {'checks or tests on torch 2.13.0' if broken == 'test-all' else 'tests on torch 2.11.0'}" in said
+
+
+def test_what_is_still_being_installed_at_the_end_is_ended_and_removed(tmp_path: Path) -> None:
+    asked, _, status = ci(tmp_path, MINUTES="0", SLOW="venv-torch")
+    assert (parts(asked)[0], status) == (MAIN, 0)
 
 
 def test_without_the_main_environment_nothing_is_run(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import compactdist
 from compactdist import codecs
 from compactdist.state import ResidualDecoder, ResidualEncoder
 from tests.launch import run_ranks
+from tests.quick import quick_for
 
 PACKAGE = Path(compactdist.__file__).parent
 ROOT = PACKAGE.parent
@@ -71,7 +72,7 @@ def _undisturbed() -> dict[str, str]:
     return _digests()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", quick_for(["bfloat16"], ["bfloat16", "float64"]))
 def test_frames_and_values_are_the_same_bits_under_other_defaults(dtype):
     """In a process of its own: tables are made once, and must be right even if that happens under other defaults."""
     text = f"import torch; torch.set_default_dtype(torch.{dtype}); torch.set_default_device('meta'); " + (

@@ -32,7 +32,7 @@ def _one_thread():
 
 
 @pytest.mark.parametrize("name", kit.DISTRIBUTIONS)
-@pytest.mark.parametrize("codec", quick_for(CODECS[::2], CODECS), ids=lambda codec: codec.codec_id)
+@pytest.mark.parametrize("codec", quick_for(CODECS[::3], CODECS), ids=lambda codec: codec.codec_id)
 def test_every_distribution(codec, name):
     """On every second shape, on the others with the next distribution and with the next codec; any other below."""
     turn = CODECS.index(codec) + list(kit.DISTRIBUTIONS).index(name)

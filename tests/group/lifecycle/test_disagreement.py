@@ -130,7 +130,7 @@ def outcome(dist, op, rank, step):
 
 
 @pytest.mark.parametrize("op", quick_for(["gather"], ["gather", "ring", "all_to_all", "broadcast"]))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick_for(list(KINDS)[::2], KINDS))
 def test_a_disagreement(op, kind):
     def body(rank, world):
         does, results = KINDS[kind](rank), []

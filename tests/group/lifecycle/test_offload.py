@@ -22,6 +22,7 @@ from tests.group.lifecycle import kit
 from tests.group.lifecycle.test_eviction_attack import MixedAttack
 from tests.launch import run_ranks
 from tests.lockstep import compare
+from tests.quick import quick_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
@@ -134,15 +135,18 @@ def two_requests_and_a_site_of_none(dist, rank: int) -> list[torch.Tensor]:
     return outs
 
 
+ALL_KINDS = [
+    {"codec": "int4", "policy": SUMS},
+    {"codec": "binary", "order": 2, "state": "int8", "local": "exact", "policy": SUMS},
+    {"codec": {"id": "lowrank", "rank": 2}, "error_feedback": False, "state": "fp8", "policy": SUMS},
+    {"codec": "topk", "order": "auto", "policy": SUMS},
+    {"codec": "lowrank_int4", "order": 2, "mode": "predict-now", "policy": LEARNT},
+]
+
+
 @pytest.mark.parametrize(
     "options",
-    [
-        {"codec": "int4", "policy": SUMS},
-        {"codec": "binary", "order": 2, "state": "int8", "local": "exact", "policy": SUMS},
-        {"codec": {"id": "lowrank", "rank": 2}, "error_feedback": False, "state": "fp8", "policy": SUMS},
-        {"codec": "topk", "order": "auto", "policy": SUMS},
-        {"codec": "lowrank_int4", "order": 2, "mode": "predict-now", "policy": LEARNT},
-    ],
+    quick_for(ALL_KINDS[:2], ALL_KINDS),
     ids=lambda options: str(options["codec"]),
 )
 def test_a_budget_changes_no_byte_of_any_collective(options, monkeypatch, guarded):
