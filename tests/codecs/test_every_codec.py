@@ -15,6 +15,9 @@ CODECS = [codecs.get(codec_id) for codec_id in codecs.list()]
 LOSSY = [codec for codec in CODECS if not codec.lossless]
 VARIANTS = {name: codecs.get(spec) for name, spec in make_fixtures.VARIANTS.items()}
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.codec_id)
+half_of_codecs = pytest.mark.parametrize(
+    "codec", quick_for(CODECS[::2], CODECS), ids=lambda codec: codec.codec_id
+)  # with `make test`; with `make test-all` every codec
 every_lossy_codec = pytest.mark.parametrize("codec", LOSSY, ids=lambda codec: codec.codec_id)
 bounded = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -32,7 +35,7 @@ def _one_thread():
 
 
 @pytest.mark.parametrize("name", kit.DISTRIBUTIONS)
-@pytest.mark.parametrize("codec", quick_for(CODECS[::3], CODECS), ids=lambda codec: codec.codec_id)
+@half_of_codecs
 def test_every_distribution(codec, name):
     """On every second shape, on the others with the next distribution and with the next codec; any other below."""
     turn = CODECS.index(codec) + list(kit.DISTRIBUTIONS).index(name)
@@ -40,14 +43,14 @@ def test_every_distribution(codec, name):
         kit.check_input(codec, kit.sample(name, shape))
 
 
-@every_codec
+@half_of_codecs
 @settings(bounded, max_examples=16)  # the most expensive ones, and every distribution is tested above
 @given(shape=any_shape, name=any_name, dtype=st.sampled_from(kit.FLOAT_DTYPES), seed=any_seed)
 def test_any_input(codec, shape, name, dtype, seed):
     kit.check_input(codec, kit.sample(name, shape, dtype, seed))
 
 
-@pytest.mark.parametrize("variant", quick_for({*VARIANTS} - {"lowrank_int4-energy"}, VARIANTS))
+@pytest.mark.parametrize("variant", quick_for([*VARIANTS][::3], VARIANTS))
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(shape=any_shape, name=any_name, dtype=st.sampled_from(kit.FLOAT_DTYPES), seed=any_seed)
 def test_options_on_any_input(variant, shape, name, dtype, seed):

@@ -153,7 +153,7 @@ def test_scaling_by_a_power_of_two_scales_the_result(codec_id):
         assert torch.equal(step(small, x)[1] * factor, step(large, x * factor)[1])
 
 
-@every_id
+@pytest.mark.parametrize("codec_id", quick_for(["binary", "int4"], IDS))
 def test_scales_follow_the_channels(codec_id):
     """After one frame of a new kind the error is what it is with scales made for the tensor itself."""
     session, before, after = opened(codec_id), torch.ones(136), torch.logspace(-2, 2, 136)

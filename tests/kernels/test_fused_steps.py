@@ -183,7 +183,7 @@ def test_encode_and_decode_take_the_same_kernels(spec, shape):
 
 
 @pytest.mark.parametrize(
-    ("codec_id", "dtype"), quick_rows([(codec_id, torch.bfloat16) for codec_id in CODECS], CODECS_AND_DTYPES)
+    ("codec_id", "dtype"), quick_rows([(codec_id, torch.bfloat16) for codec_id in CODECS[::2]], CODECS_AND_DTYPES)
 )
 def test_same_bytes_in_every_arrangement(codec_id, dtype):
     for seed, view in enumerate(VIEWS):
