@@ -16,9 +16,10 @@ RANK_WORKERS ?= 3
 # and not by torch.
 TORCH_TESTS ?= tests/group tests/exchange tests/lockstep tests/conformance tests/kernels/test_arguments_of_one.py \
 	$(addprefix --ignore=tests/group/lifecycle/test_,disagreement.py out_of_step.py refused_frames.py truth.py \
-	budget.py eviction.py eviction_attack.py offload.py) --ignore=tests/lockstep/test_relay.py \
-	$(addprefix --ignore=tests/exchange/test_,dropped.py forward.py own_chunk.py parts.py predicted.py rotation.py \
-	sizes.py targets.py transform_codec.py)
+	budget.py eviction.py eviction_attack.py offload.py snapshot.py check.py) --ignore=tests/group/test_host_path.py \
+	--ignore=tests/lockstep/test_relay.py \
+	$(addprefix --ignore=tests/exchange/test_,dropped.py forward.py many_sends.py own_chunk.py parts.py predicted.py \
+	rotation.py sizes.py targets.py transform_codec.py)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=

@@ -1,6 +1,6 @@
 """Every private name of torch that compactdist uses, and what differs between versions of torch.
 
-The suite runs on 2.11.0, 2.13.0 and 2.14.1 (``make test-torch``). ``(2.13)`` after a name says in which version's
+The suite runs on 2.11.0, 2.12.1, 2.13.0 and 2.14.1 (``make test-torch``). ``(2.13)`` after a name says in which version's
 source it was read; where another version has another name, the code says which.
 """
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch._C._dynamo.eval_frame import set_eval_frame as set_eval_frame
 from torch.distributed import distributed_c10d as c10d
 
-CHECKED_VERSIONS = ((2, 11), (2, 13), (2, 14))
+CHECKED_VERSIONS = ((2, 11), (2, 12), (2, 13), (2, 14))
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 """Major and minor version of torch."""
 

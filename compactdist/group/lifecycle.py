@@ -276,7 +276,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         self._plans.end_request(request.prefix)
         if not self._closed:
             self._engine.forget(request.prefix)
-            self._engine.stats.fold(request.prefix)
+            self._engine.stats.fold(request.prefix, "(ended requests)")
         _raise(error)
 
     def attach(

@@ -407,7 +407,7 @@ class GroupStats:
             with self._lock:
                 site.offloads += 1
 
-    def fold(self, prefix: str | None) -> None:
+    def fold(self, prefix: str | None, where: str = "(reset prefixes)") -> None:
         """Merge records that ``reset(prefix)`` made idle, so that a server's many keys do not pile up.
 
         Totals stay as they are. Folded records appear as one record per operation.
@@ -415,13 +415,13 @@ class GroupStats:
         Args:
             prefix: merge the records of all sites under this prefix. ``None``, for a full reset: merge those of the
                 sites that were not used since the full reset before; sites used in every request keep their records.
+            where: begins the names of the merged records of a prefix.
         """
         with self._lock:
             if prefix is None:
                 where = "(earlier requests)"
                 idle = [key for key, site in self._sites.items() if self._activity.get(key) == site.activity]
             else:
-                where = "(reset prefixes)"
                 idle = [key for key in self._sites if key.startswith(prefix + "/")]
             for key in idle:
                 site = self._sites.pop(key)

@@ -59,14 +59,14 @@ OLDER_NAMES = {
     "reduce_scatter_single": "_reduce_scatter_base",
     "reduce_scatter_single_coalesced": "reduce_scatter_tensor_coalesced",
 }
-"""Which method torch 2.11 calls where 2.13 calls another."""
+"""Which method torch 2.11 and 2.12 call where 2.13 calls another."""
 
-# What torch itself, or plain gloo, does otherwise in torch 2.11. Wrapped groups do the same in all versions.
+# What torch itself, or plain gloo, does otherwise before torch 2.13. Wrapped groups do the same in all versions.
 
-GLOO_HAS_ALL_TO_ALL = not BEFORE_2_13
+GLOO_HAS_ALL_TO_ALL = _torch.VERSION >= (2, 12)
 """Whether plain gloo has all_to_all of lists."""
 
-COALESCES_ASYNCHRONOUSLY = frozenset({"all_gather_single_coalesced"} if BEFORE_2_13 else ())
+COALESCES_ASYNCHRONOUSLY = frozenset({"all_gather_single_coalesced"} if _torch.VERSION < (2, 12) else ())
 """Calls of a coalescing manager that reach the group without options, hence as asynchronous ones."""
 
 PIPELINES_OPEN_LINKS = BEFORE_2_13

@@ -15,7 +15,7 @@ from tests.group.kit import NUMEL, data, exchanged, gathered
 from tests.group.spy_kit import SIZE, blank, blanks, right, row
 
 ops = torch.ops._c10d_functional
-# In torch 2.11 a group cannot see that a functional collective is differentiable: its forward is compressed.
+# Before torch 2.13 a group cannot see that a functional collective is differentiable: its forward is compressed.
 UNSEEN = _torch.VERSION < (2, 13)
 
 # --- functional collectives -------------------------------------------------------------------------------------------

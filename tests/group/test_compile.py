@@ -92,7 +92,7 @@ def unfit(g):
         return out + 1
 
     functions = {"asynchronous": asynchronous}
-    if _torch.VERSION >= (2, 13):  # before, Dynamo fails on a point-to-point call of any subclass of ProcessGroup
+    if _torch.VERSION >= (2, 12):  # before, Dynamo fails on a point-to-point call of any subclass of ProcessGroup
         functions |= {"batch": batch, "point_to_point": point_to_point}
     return functions
 

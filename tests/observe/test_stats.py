@@ -176,6 +176,9 @@ def test_folding_a_prefix_leaves_other_sites_and_the_totals_alone() -> None:
     stats.fold(None)
     assert totals(stats) == before
     assert list(stats.snapshot({}).sites) == ["(reset prefixes)/all_gather", "(earlier requests)/all_gather"]
+    send(stats, "request:7f3a/all_gather#0")
+    stats.fold("request:7f3a", "(ended requests)")
+    assert stats.snapshot({}).sites["(ended requests)/all_gather"].calls == 1
     stats.clear()
     assert stats.snapshot({}).sites == {}
 
