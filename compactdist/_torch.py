@@ -1,7 +1,7 @@
 """Every private name of torch that compactdist uses, and what differs between versions of torch.
 
-The suite runs on 2.11.0, 2.12.1, 2.13.0 and 2.14.1 (``make test-torch``). ``(2.13)`` after a name says in which version's
-source it was read; where another version has another name, the code says which.
+The suite runs on 2.11.0, 2.12.1, 2.13.0 and 2.14.1 (``make test-torch``). ``(2.13)`` after a name says in which
+version's source it was read; where another version has another name, the code says which.
 """
 
 from __future__ import annotations
