@@ -69,11 +69,11 @@ has_torch_function: Callable[[Any], bool] = torch._C._has_torch_function_unary
 
 
 _OLDER_NAMES = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
-"""Names of torch.distributed's functions in torch 2.11, by those of 2.13, which warns at the old ones."""
+"""Names of torch.distributed's functions before torch 2.13, by those of 2.13, which warns at the old ones."""
 
 
 def public_function(name: str) -> Any:
-    """torch.distributed's function of this name, in torch 2.11 under the name it has there.
+    """torch.distributed's function of this name, before torch 2.13 under the name it has there.
 
     Raises:
         AttributeError: this version of torch has none.
@@ -326,7 +326,7 @@ def register(wrapper: Any, inner: Any, name: str) -> None:
     ranks = {global_rank: i for i, global_rank in enumerate(dist.get_process_group_ranks(inner))}
     # without this prefix torch does not find the group by its tag, and permute_tensor makes another to learn a rank
     tag = f"user:{name}"
-    # torch 2.11 has the same function under another name
+    # before torch 2.13 the same function has another name
     enter = first_method(c10d, ("_register_pg_in_world", "_update_process_group_global_state"))
     enter(
         wrapper,

@@ -10,13 +10,14 @@ import pytest
 from compactdist.cli.baselines import BASELINES
 from compactdist.presets import PRESETS
 from tests.cli.kit import run_json
+from tests.quick import quick_for
 
 ROOT = Path(__file__).parents[2]
 TRACE = ROOT / "benchmarks" / "traces" / "digits_ring.safetensors"
 PHOTOS = ROOT / "benchmarks" / "traces" / "photos_dit.safetensors"
 
 
-@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("order", quick_for([1], [1, 2]))
 def test_figures(order: int) -> None:
     committed = json.loads((ROOT / "benchmarks" / "results" / f"evaluate_digits_order{order}.json").read_text())
     codecs = "binary", "int2", "int4", "int8"

@@ -15,9 +15,7 @@ CODECS = [codecs.get(codec_id) for codec_id in codecs.list()]
 LOSSY = [codec for codec in CODECS if not codec.lossless]
 VARIANTS = {name: codecs.get(spec) for name, spec in make_fixtures.VARIANTS.items()}
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.codec_id)
-half_of_codecs = pytest.mark.parametrize(
-    "codec", quick_for(CODECS[::2], CODECS), ids=lambda codec: codec.codec_id
-)  # with `make test`; with `make test-all` every codec
+half_of_codecs = pytest.mark.parametrize("codec", quick_for(CODECS[::2], CODECS), ids=lambda codec: codec.codec_id)
 every_lossy_codec = pytest.mark.parametrize("codec", LOSSY, ids=lambda codec: codec.codec_id)
 bounded = settings(max_examples=25, deadline=None, derandomize=True)
 

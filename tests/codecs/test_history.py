@@ -37,6 +37,7 @@ IDS = ("binary", "ternary", "int2", "int3", "int4", "int8", "fp8")
 VIEW = plain(2 * 70 * 136, 2, 136)
 CPU = torch.device("cpu")
 every_id = pytest.mark.parametrize("codec_id", IDS)
+some_ids = pytest.mark.parametrize("codec_id", quick_for(["binary", "int4"], IDS))
 
 
 def codec_of(codec_id: str):
@@ -71,7 +72,7 @@ def test_the_contract(codec_id):
     check_codec(codec_of(codec_id), examples=10)
 
 
-@pytest.mark.parametrize("codec_id", quick_for(["binary", "int4"], IDS))
+@some_ids
 def test_sessions_on_wide_matrices(codec_id):
     permuted = MatrixView(2 * 3 * 64 * 48, 2, 64, 144, axes=(2, 3, 64, 48), order=(0, 2, 1, 3))
     padded = MatrixView(70 * 130 - 5, 1, 70, 130)
@@ -124,7 +125,7 @@ def test_a_thin_stream_remembers_nothing():
     assert not session.remembers
 
 
-@pytest.mark.parametrize("codec_id", quick_for(["binary", "int4"], IDS))
+@some_ids
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(names=st.lists(st.sampled_from(sorted(DISTRIBUTIONS)), min_size=2, max_size=5), seed=st.integers(0, 2**31))
 def test_no_frame_adds_error_whatever_the_one_before_said(codec_id, names, seed):
@@ -145,7 +146,7 @@ def test_no_frame_adds_error_whatever_the_one_before_said(codec_id, names, seed)
         assert bool(((scales >= 0) & (scales <= 1)).all())
 
 
-@pytest.mark.parametrize("codec_id", quick_for(["binary", "int4"], IDS))
+@some_ids
 def test_scaling_by_a_power_of_two_scales_the_result(codec_id):
     small, large = opened(codec_id), opened(codec_id)
     for seed, factor in ((0, 2.0**-20), (1, 2.0**40), (2, 2.0**-60)):
@@ -153,7 +154,7 @@ def test_scaling_by_a_power_of_two_scales_the_result(codec_id):
         assert torch.equal(step(small, x)[1] * factor, step(large, x * factor)[1])
 
 
-@pytest.mark.parametrize("codec_id", quick_for(["binary", "int4"], IDS))
+@some_ids
 def test_scales_follow_the_channels(codec_id):
     """After one frame of a new kind the error is what it is with scales made for the tensor itself."""
     session, before, after = opened(codec_id), torch.ones(136), torch.logspace(-2, 2, 136)

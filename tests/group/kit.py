@@ -50,7 +50,7 @@ METHODS = (
 )
 """ProcessGroup's methods, old names and new."""
 
-BEFORE_2_13 = _torch.VERSION < (2, 13)
+BEFORE_2_12, BEFORE_2_13 = _torch.VERSION < (2, 12), _torch.VERSION < (2, 13)
 
 OLDER_NAMES = {
     "all_gather_single": "_allgather_base",
@@ -61,12 +61,12 @@ OLDER_NAMES = {
 }
 """Which method torch 2.11 and 2.12 call where 2.13 calls another."""
 
-# What torch itself, or plain gloo, does otherwise before torch 2.13. Wrapped groups do the same in all versions.
+# What torch itself, or plain gloo, does otherwise in older versions. Wrapped groups do the same in all of them.
 
-GLOO_HAS_ALL_TO_ALL = _torch.VERSION >= (2, 12)
+GLOO_HAS_ALL_TO_ALL = not BEFORE_2_12
 """Whether plain gloo has all_to_all of lists."""
 
-COALESCES_ASYNCHRONOUSLY = frozenset({"all_gather_single_coalesced"} if _torch.VERSION < (2, 12) else ())
+COALESCES_ASYNCHRONOUSLY = frozenset({"all_gather_single_coalesced"} if BEFORE_2_12 else ())
 """Calls of a coalescing manager that reach the group without options, hence as asynchronous ones."""
 
 PIPELINES_OPEN_LINKS = BEFORE_2_13

@@ -46,6 +46,7 @@ def test_interleaved_requests_get_what_each_gets_alone():
             held = g.stats().state_bytes
             requests["a"].end()
             assert g.stats().state_bytes == held // 2
+            assert g.stats().sites["(ended requests)/all_gather"].calls == 5
             with pytest.raises(ConfigError, match="has ended"):
                 requests["a"].resume()
             again = g.request("a")  # a new one of this name starts from a keyframe

@@ -61,7 +61,7 @@ def test_the_reference_copies_too() -> None:
 
 @pytest.mark.parametrize(
     ("codec_id", "scales"),
-    quick_rows([("int4", "block")], list(itertools.product(["int4", "int8"], ["token_channel", "block"]))),
+    quick_rows([("int4", "block")], itertools.product(["int4", "int8"], ["token_channel", "block"])),
 )
 def test_encoders_sum_up_what_they_write(codec_id: str, scales: str) -> None:
     for rows, channels in ((300, 64), (300, 96), (100, 77), (1, 70_000), (3, 5)):

@@ -140,24 +140,18 @@ def _both(spec: str | dict[str, Any] | Codec, x: Tensor, terms: tuple[Tensor, ..
         assert torch.equal(_bytes(in_place), _bytes(expected))
 
 
-ANY_CASE = {
-    "pair": st.sampled_from(FORMS_AND_DTYPES),
-    "view": st.sampled_from(VIEWS),
-    "kind": st.sampled_from(KINDS),
-    "terms": st.integers(0, 2),
-    "seed": st.integers(0, 1000),
-}
-
-
 @pytest.mark.slow
-@given(**ANY_CASE)
+@given(
+    pair=st.sampled_from(FORMS_AND_DTYPES),
+    view=st.sampled_from(VIEWS),
+    kind=st.sampled_from(KINDS),
+    terms=st.integers(0, 2),
+    seed=st.integers(0, 1000),
+)
 @pytest.mark.timeout(400)
 @settings(phases=[Phase.explicit, Phase.generate], deadline=None, max_examples=400)
 def test_same_bytes_as_the_reference(pair, view, kind, terms, seed):
-    _check_any(*pair, view, kind, terms, seed)
-
-
-def _check_any(spec, dtype, view, kind, terms, seed):
+    spec, dtype = pair
     g = torch.Generator().manual_seed(seed)
     change, size = _special(kind, view, g), 1 if kind == "gaussian" else 0.01
     base = _cast(torch.randn(view.numel, generator=g) * size, dtype) if terms else None

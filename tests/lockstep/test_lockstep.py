@@ -12,6 +12,7 @@ from compactdist.testing import act_like_nccl
 from tests.launch import run_ranks
 from tests.lockstep import compare
 from tests.lockstep.programs import Runner, programs
+from tests.quick import quick_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
@@ -68,7 +69,7 @@ UNSHRUNK = (Phase.explicit, Phase.generate)  # a failing run costs seconds: shri
 batches = st.lists(programs(), min_size=6, max_size=6)
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", quick_for([2], [2, 3]))
 @settings(max_examples=6, phases=UNSHRUNK)
 @given(batch=batches)
 def test_every_decoder_holds_what_its_encoder_holds(world_size, batch):

@@ -11,6 +11,7 @@ import compactdist
 from tests.launch import run_ranks
 from tests.lockstep import compare
 from tests.lockstep.programs import Runner, actions
+from tests.quick import quick_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
@@ -57,7 +58,7 @@ batches = st.lists(
 )
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", quick_for([2], [2, 3]))
 @settings(max_examples=4, phases=UNSHRUNK)
 @given(batch=batches)
 def test_raw_is_the_plain_group(world_size, batch):

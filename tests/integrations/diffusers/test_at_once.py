@@ -67,7 +67,7 @@ def must_be_at_once(events: list[str], attentions_per_step: int) -> None:
     assert events[agreed:] == a_step
 
 
-@pytest.mark.parametrize("model", ["flux", pytest.param("wan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", quick_for(["flux"], ["flux", "wan"]))
 def test_three_are_sent_before_one_is_waited_for(model: str) -> None:
     def body(rank: int, size: int) -> None:
         pipe, call_kwargs = parallel(model, "ulysses", size, steps=3)

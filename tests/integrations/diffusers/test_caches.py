@@ -18,6 +18,7 @@ import compactdist_diffusers
 from compactdist_diffusers import caches
 from tests.integrations.diffusers.kit import STEPS, parallel, relative_error
 from tests.launch import run_ranks
+from tests.quick import quick_for
 
 pytestmark = [pytest.mark.xdit, pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
 
@@ -62,7 +63,7 @@ def decided(noted: list[bool], size: int) -> list[list[bool]]:
     return everyones
 
 
-@pytest.mark.parametrize("route", ["ring", pytest.param("ulysses", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("route", quick_for(["ring"], ["ring", "ulysses"]))
 def test_ranks_that_part_skip_together(route: str) -> None:
     def body(rank: int, size: int) -> None:
         pipe, call_kwargs = cached(route, size)

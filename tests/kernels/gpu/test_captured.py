@@ -25,7 +25,7 @@ from compactdist.testing import act_like_nccl
 from tests.kernels.gpu.conftest import INTERPRETED
 from tests.kernels.gpu.recorded import Recorded, like_a_gpu, recording
 from tests.launch import run_ranks
-from tests.quick import quick_rows
+from tests.quick import quick_for, quick_rows
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="plays graphs on CPU tensors"),
@@ -734,7 +734,7 @@ def test_replays_are_counted_before_a_site_is_forgotten_whose_shapes_vary():
     on_ranks(body)
 
 
-@pytest.mark.parametrize("kind", ["ring", pytest.param("several all-gathers in one call", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", quick_for(["ring"], ["ring", "several all-gathers in one call"]))
 def test_captured_calls_of_a_batch_that_fails_use_no_ordinals(kind, monkeypatch):
     def body(rank):
         with both(rank, "int4:scales=block", kind) as (ours, plain):

@@ -13,6 +13,7 @@ from compactdist.kernels import use
 from compactdist.testing import act_like_nccl
 from tests.kernels.gpu.conftest import INTERPRETED
 from tests.launch import run_ranks
+from tests.quick import quick_for
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="plays three ranks on CPU tensors")
 
@@ -34,7 +35,7 @@ def _by_rotation(group: Any, rank: int, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("hop", [_by_messages, pytest.param(_by_rotation, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("hop", quick_for([_by_messages], [_by_messages, _by_rotation]))
 @pytest.mark.parametrize(
     "options",
     [{"order": "auto"}, {"codec": "rates:rungs=scalar", "target": "nmse_db=-30"}],
