@@ -15,8 +15,7 @@ from compactdist.codecs.topk import TopK, TopKInt4
 from compactdist.codecs.transform.coding import steps_table
 from compactdist.codecs.transform.on_device import spec_of
 from compactdist.codecs.transform.transform import Transform
-from compactdist.kernels.spec import BOARD_WORDS, CLOCK_WORDS, Allotment, MatrixView
-from compactdist.state.quantized_history import EightBits
+from compactdist.kernels.spec import BOARD_WORDS, CLOCK_WORDS, ROUNDED, ROUNDED_BLOCK, Allotment, EightBits, MatrixView
 from compactdist.wire import HEAD_PLACES, HEADER_NBYTES
 
 CAPABILITIES = (80, 89, 90, 100)
@@ -267,11 +266,10 @@ def history(numel: int, dtype: torch.dtype, form: EightBits, compiler: Any) -> N
         compiler: a :class:`Compiler`.
     """
     from compactdist.kernels.gpu.rounding import Rounding
-    from compactdist.state.quantized_history import BLOCK, CODES, LARGEST_CODE
 
-    values, scales = torch.zeros(numel, dtype=dtype), torch.zeros(-(-numel // BLOCK), dtype=torch.bfloat16)
-    codes = torch.zeros(numel, dtype=CODES[form])
+    values, scales = torch.zeros(numel, dtype=dtype), torch.zeros(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16)
+    codes = torch.zeros(numel, dtype=ROUNDED[form].codes)
     with compiling(compiler):
-        rounding = Rounding(numel, codes.dtype, LARGEST_CODE[form], torch.device("cpu"))
+        rounding = Rounding(numel, codes.dtype, torch.device("cpu"))
         rounding.quantize(values, codes, scales)
         rounding.dequantize(codes, scales, values)

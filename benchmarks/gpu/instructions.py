@@ -49,8 +49,8 @@ from benchmarks.gpu.machine_code import executed, listing
 from compactdist import codecs
 from compactdist.codecs.topk import TopK, TopKInt4
 from compactdist.codecs.transform.transform import Transform
+from compactdist.kernels.spec import EightBits
 from compactdist.state.matrix_view import plain
-from compactdist.state.quantized_history import EightBits
 
 ROWS, CHANNELS = 1088, 3072
 FRAMES = "frames"

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from compactdist.errors import CodecConfigError, PayloadError
-from compactdist.kernels import DeviceSteps
-from compactdist.kernels.spec import MatrixView
+from compactdist.kernels import DeviceSteps, restored
+from compactdist.kernels.spec import MatrixView, Term
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -219,6 +219,11 @@ class Session:
         self.payload_nbytes = codec.payload_nbytes(view.shape, torch.float32)
         self.checksum: int | None = None
 
+    @property
+    def takes_rounded(self) -> bool:
+        """Whether ``terms`` may be one tensor in eight bits (``kernels.spec.Rounded``), which then stands alone."""
+        return False
+
     @undisturbed
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
@@ -377,14 +382,15 @@ def tensors_in(move: Callable[[Callable[[Tensor], Tensor]], None]) -> list[Tenso
     return found
 
 
-def residual_of(x: Tensor, terms: Terms) -> Tensor:
+def residual_of(x: Tensor, terms: tuple[Term, ...]) -> Tensor:
     """``x`` less the sum of ``terms`` in float32; it may be ``x`` itself if there are no terms."""
     return x.float() - sum_of(terms) if terms else x.float()
 
 
-def sum_of(terms: Terms) -> Tensor:
+def sum_of(terms: tuple[Term, ...]) -> Tensor:
     """The sum of one or two terms in float32."""
-    return terms[0].float() if len(terms) == 1 else terms[0].float() + terms[1].float()
+    first = restored(terms[0]).float()
+    return first if len(terms) == 1 else first + restored(terms[1]).float()
 
 
 def add_up(terms: Terms, decoded: Tensor, out: Tensor) -> None:

@@ -162,6 +162,10 @@ class RatesSession(Session):
         self.payload_nbytes = self._inner.payload_nbytes
 
     @property
+    def takes_rounded(self) -> bool:
+        return self._inner.takes_rounded
+
+    @property
     def device_steps(self) -> DeviceSteps | None:
         return self._inner.device_steps
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from compactdist.kernels.queues import captures, queue_of, stream_of
-from compactdist.kernels.reference import components
+from compactdist.kernels.reference import components, rounding
 from compactdist.kernels.reference.checksum import weighted_sum
 from compactdist.kernels.reference.rotations import sweep
 from compactdist.kernels.reference.samples import is_far_larger
 from compactdist.kernels.sources import digest
-from compactdist.kernels.spec import ComponentSpec, FactorSpec, HeadPlaces, MatrixView, QuantizerSpec
+from compactdist.kernels.spec import ComponentSpec, FactorSpec, HeadPlaces, MatrixView, QuantizerSpec, Term
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -54,6 +54,7 @@ __all__ = [
     "history_steps_for",
     "picks_for",
     "queue_of",
+    "restored",
     "rotate",
     "rotate_on_device",
     "rounding_for",
@@ -272,13 +273,13 @@ class Frames(Protocol):
 
 
 class Rounding(Protocol):
-    """Rounds flat tensors of one size and dtype to eight bits, and back, as ``state/quantized_history.py`` says."""
+    """Rounds flat tensors of one size and dtype to ``spec.Rounded`` and back, as ``reference/rounding.py`` says."""
 
     def quantize(self, values: Tensor, codes: Tensor, scales: Tensor) -> None:
         """Write the codes ``[numel]`` and the bfloat16 scales ``[ceil(numel / 128)]`` of finite values."""
 
     def dequantize(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
-        """Write the values ``[numel]``, kept finite and rounded once to the dtype of ``out``."""
+        """Write the values ``[numel]``, kept finite and rounded once to the dtype of ``out``, which is contiguous."""
 
 
 class Picks(Protocol):
@@ -426,24 +427,39 @@ def device_component_steps_for(
     return component_steps.steps_of(spec, tables, view, dtype, device)
 
 
-def rounding_for(
-    numel: int, dtype: torch.dtype, codes: torch.dtype, largest: float, device: torch.device
-) -> Rounding | None:
-    """The kernels of a history of eight bits for each element; ``None`` where torch's operations are to be used.
+def rounding_for(numel: int, dtype: torch.dtype, codes: torch.dtype, device: torch.device) -> Rounding:
+    """What rounds tensors to eight bits for each element, and back.
 
     Args:
         numel: elements of the tensors.
         dtype: of the tensors.
-        codes: dtype of the codes, int8, or uint8 for the bits of an E4M3 float8.
-        largest: level of the largest magnitude of a block.
+        codes: dtype of the codes, see ``spec.RoundedForm``.
         device: of the tensors.
     """
-    if not _gpu_runs(device):
-        return None
-    from compactdist.kernels.gpu import rounding
+    made: Rounding | None = None
+    if _gpu_runs(device):
+        from compactdist.kernels.gpu import rounding as on_device
 
-    made: Rounding | None = rounding.rounding_of(numel, dtype, codes, largest, device)
-    return made
+        made = on_device.rounding_of(numel, dtype, codes, device)
+    elif device.type == "cpu" and cpu_runs(numel):
+        from compactdist.kernels.cpu import rounding_steps, steps
+
+        made = rounding_steps if dtype in steps.DTYPES else None
+    return rounding if made is None else made
+
+
+def restored(term: Term, out: Tensor | None = None) -> Tensor:
+    """The term as a tensor, flat ``[numel]`` of its dtype; a tensor as it is.
+
+    ``out``: contiguous; holds what is made of a rounded one.
+    """
+    if isinstance(term, Tensor):
+        return term
+    if out is None:
+        out = torch.empty(term.numel(), dtype=term.dtype, device=term.device)
+    if term.numel():
+        rounding_for(term.numel(), term.dtype, term.codes.dtype, term.device).dequantize(term.codes, term.scales, out)
+    return out
 
 
 def rotate(matrices: Tensor, basis: Tensor, sizes: Sequence[int], smallest: float) -> tuple[Tensor, Tensor]:
@@ -548,7 +564,7 @@ def checksum_for(nbytes: int, device: torch.device) -> Checksum:
     return steps.weighted_sum
 
 
-FarLarger = Callable[[Tensor, tuple[Tensor, ...]], bool]
+FarLarger = Callable[[Tensor, tuple[Term, ...]], bool]
 """Whether a flat tensor less the sum of its terms, one or two, is far larger than the tensor."""
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -30,17 +31,23 @@ __all__ = [
     "KINDS",
     "NOT_FINITE",
     "REFUSED",
+    "ROUNDED",
+    "ROUNDED_BLOCK",
     "SCALE_FORMS",
     "STEP_WORD",
     "TURN_WORD",
     "Allotment",
     "ComponentSpec",
+    "EightBits",
     "FactorSpec",
     "Float8",
     "HeadPlaces",
     "MatrixView",
     "QuantizerSpec",
+    "Rounded",
+    "RoundedForm",
     "ScaleForm",
+    "Term",
 ]
 
 CHECKSUM_WEIGHT = 0x9E3779B1
@@ -118,6 +125,82 @@ class Float8(NamedTuple):
 
 FLOAT8 = {"e4m3": Float8(3, 7, 0x7E), "e5m2": Float8(2, 15, 0x7B)}
 """The OCP 8-bit formats."""
+
+
+EightBits = Literal["int8", "fp8"]
+
+ROUNDED_BLOCK = 128
+"""Consecutive elements that share a scale: one outlier spoils the resolution of few neighbours, for 1/64 byte each."""
+
+
+class RoundedForm(NamedTuple):
+    """How a tensor is rounded to eight bits for each element.
+
+    Attributes:
+        codes: int8, whose level is the integer; or uint8, the bits of an E4M3 float8, whose level is its value in units
+            of its smallest subnormal, 2**-9.
+        largest: level that the largest magnitude of a block takes.
+    """
+
+    codes: torch.dtype
+    largest: float
+
+
+ROUNDED: dict[EightBits, RoundedForm] = {
+    "int8": RoundedForm(torch.int8, 127.0),
+    "fp8": RoundedForm(torch.uint8, FLOAT8["e4m3"].units),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A flat tensor in eight bits for each element.
+
+    Element i is ``level(codes[i]) * scales[i // 128]`` in float32, rounded once to ``dtype`` and kept finite.
+
+    Attributes:
+        codes: ``[numel]``, contiguous; see :class:`RoundedForm`.
+        scales: bfloat16 ``[ceil(numel / 128)]``, >= 0, contiguous.
+        dtype: of the tensor.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where codes and scales are."""
+        return self.codes.device
+
+    @property
+    def is_cpu(self) -> bool:
+        """As of a tensor."""
+        return self.codes.is_cpu
+
+    def numel(self) -> int:
+        """As of a tensor."""
+        return self.codes.numel()
+
+    def is_contiguous(self) -> bool:
+        """As of a tensor."""
+        return True
+
+    def contiguous(self) -> Rounded:
+        """As of a tensor."""
+        return self
+
+    def detach(self) -> Rounded:
+        """As of a tensor."""
+        return self
+
+    def data_ptr(self) -> int:
+        """Of the codes."""
+        return self.codes.data_ptr()
+
+
+Term = Tensor | Rounded
+"""What is expected, or one of two tensors whose sum is; a rounded one stands alone."""
 
 
 @dataclass(frozen=True)

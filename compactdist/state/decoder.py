@@ -352,9 +352,14 @@ class StreamDecoder(StreamState):
             queue = kernels.queue_of(frame.device)
         if queue != clock.queue:
             clock.follow(predictor, queue, form.session)
-        terms = self._terms_there(frame, frames) if predictor.adapts else predictor.terms()
-        numel, dtype = self.live
-        if terms and predictor.decodes_in_place:
+        rounds, (numel, dtype) = self._rounds and form.session.takes_rounded, self.live
+        if rounds:
+            terms = self.rounded_terms
+        else:
+            terms = self._terms_there(frame, frames) if predictor.adapts else predictor.terms()
+        if rounds:  # of a frame that is refused the kernels write the prediction
+            value = torch.empty(numel, dtype=dtype, device=frame.device)
+        elif terms and predictor.decodes_in_place:
             value = terms[0]
         else:  # a frame that is refused leaves the prediction in its place
             value = terms[0].clone() if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
@@ -472,8 +477,11 @@ class StreamDecoder(StreamState):
             )
         assert self.live is not None
         predictor, (numel, dtype) = self.predictor, self.live
-        terms = () if restarts else predictor.terms(coefficient)
-        if terms and predictor.decodes_in_place:
+        rounds, users = self._rounds and session.takes_rounded, into
+        terms = () if restarts else self.rounded_terms if rounds else predictor.terms(coefficient)
+        if rounds and into is not None:  # what is remembered is made from the user's tensor
+            value, into = into.view(-1), None
+        elif terms and predictor.decodes_in_place and not rounds:
             value = terms[0]
         else:
             value = torch.empty(numel, dtype=dtype, device=payload.device)
@@ -483,6 +491,7 @@ class StreamDecoder(StreamState):
         except FrameError:
             self._torn = False  # nothing was written
             raise
+        self.wrote = users is not None
         if restarts:
             predictor.clear()
         predictor.advance(value, terms)
@@ -501,7 +510,6 @@ class StreamDecoder(StreamState):
                 session.decode_twice(payload, terms, value, into)
         except PayloadError as error:
             raise FrameError(f"{self.where}: {error}. Nothing was applied; {RESET}") from None
-        self.wrote = into is not None
 
     def _take_key(
         self,
@@ -526,6 +534,7 @@ class StreamDecoder(StreamState):
             target = None if header.flags & NONFINITE else into
             view = self.keyframe_view(coded, numel, dtype, hint)
             self._decode(coded.open(view, dtype, payload.device), payload, (), value, target)
+            self.wrote = target is not None
             kept = value
         self.refused = bool(header.flags & NO_STATE)
         forgets = NO_STATE | (NONFINITE if coded is None else 0)

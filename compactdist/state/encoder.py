@@ -314,7 +314,8 @@ class StreamEncoder(StreamState):
         spares, place = self._spares or Spares(), (frame_nbytes or end, start, end, self.part)
         room = (spares.rooms.pop(place, None) if flat.is_cpu else None) or _room_for_frame(place, flat.device)
         frame, (payload,) = room.whole, room.views
-        terms = self.predictor.terms(coefficient)
+        rounds = self._rounds and session.takes_rounded
+        terms = self.rounded_terms if rounds else self.predictor.terms(coefficient)
         if terms and flat.is_cpu and form.is_far_larger(flat, terms if own is None else own.terms(coefficient)):
             terms, header = (), replace(form.head.header, flags=RESTART)
         value = None
@@ -411,7 +412,8 @@ class StreamEncoder(StreamState):
         if self.predictor.adapts:
             terms = say_coefficient(frames, flat, self.predictor, codec.at(self.rate_of(codec)))
         else:
-            terms = self.predictor.terms()
+            rounds = self._rounds and form.session.takes_rounded
+            terms = self.rounded_terms if rounds else self.predictor.terms()
         value = None
         if want_value or self._remembers or steers is not None:
             value = spares.take(flat, queue, self.part)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compactdist.codecs.base import Terms
 from compactdist.errors import ConfigError
+from compactdist.kernels.spec import Rounded, Term
 
 __all__ = [
     "DampedVelocity",
@@ -39,12 +40,17 @@ class Cell(Protocol):
         """The remembered tensor, flat ``[numel]`` in the stream's dtype; ``None`` when empty. May be overwritten."""
         ...
 
-    def put(self, value: Tensor, last: Tensor | None) -> Tensor | None:
+    @property
+    def rounded(self) -> Rounded | None:
+        """What is kept, if that is in eight bits; else ``None``."""
+        ...
+
+    def put(self, value: Tensor, last: Term | None) -> Tensor | None:
         """Remember ``value``.
 
         Args:
             value: flat ``[numel]``; belongs to the cell from now on.
-            last: what ``read`` returned for this frame; ``None`` if it was not called.
+            last: what ``read`` or ``rounded`` gave for this frame; ``None`` if neither was asked.
 
         Returns:
             A tensor of the same size that nobody needs any more, or ``None``.
@@ -86,15 +92,20 @@ class ExactCell:
         """The remembered tensor itself."""
         return self.value
 
-    def put(self, value: Tensor, last: Tensor | None) -> Tensor | None:
+    @property
+    def rounded(self) -> None:
+        """Nothing is kept in eight bits."""
+        return None
+
+    def put(self, value: Tensor, last: Term | None) -> Tensor | None:
         """Remember ``value``; returns the tensor kept before, or ``value`` if that was copied."""
-        last = self.value
-        if last is value:
+        before = self.value
+        if before is value:
             return None
-        if last is None or not self.stays:
+        if before is None or not self.stays:
             self.value = value
-            return last
-        last.copy_(value)
+            return before
+        before.copy_(value)
         return value
 
     def stay(self) -> None:
@@ -168,6 +179,11 @@ class Predictor(ABC):
                 float32 ``[]``, where the host does not know it.
         """
 
+    @property
+    def rounded(self) -> tuple[Rounded, ...]:
+        """The prediction as it is kept, where that is one tensor in eight bits; else empty."""
+        return ()
+
     def choose(self, x: Tensor, share: float) -> Tensor:
         """The coefficient to predict ``x``, flat ``[numel]``, with; 0 where the predictor does not adapt.
 
@@ -194,7 +210,7 @@ class Predictor(ABC):
 
         Args:
             value: the reconstruction.
-            terms: what :meth:`terms` gave for this frame; empty for a keyframe.
+            terms: what :meth:`terms` or :attr:`rounded` gave for this frame; empty for a keyframe.
 
         Returns:
             A tensor of the same size whose memory nobody needs any more, or ``None``.
@@ -275,6 +291,11 @@ class LastValue(Predictor):
     def terms(self, coefficient: float | Tensor = 0.0) -> Terms:
         base = self._base.read()
         return () if base is None else (base,)
+
+    @property
+    def rounded(self) -> tuple[Rounded, ...]:
+        kept = self._base.rounded
+        return () if kept is None else (kept,)
 
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
         return self._base.put(value, terms[0] if terms else None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -356,6 +356,7 @@ class StreamState:
         "_forms",
         "_keys",
         "_number",
+        "_rounds",
         "_unprepared",
         "clock",
         "config",
@@ -386,6 +387,7 @@ class StreamState:
         self.where = where
         self.part, self.parts = 0, 1
         self.predictor = config.new_predictor()
+        self._rounds = config.state != "exact" and config.predictor.copies == 1
         self.live: tuple[int, torch.dtype] | None = None
         self.sequence = 0
         self.digest = 0
@@ -409,6 +411,11 @@ class StreamState:
     @predictors.setter
     def predictors(self, given: tuple[Predictor, ...]) -> None:
         (self.predictor,) = given
+
+    @property
+    def rounded_terms(self) -> Terms:
+        """The prediction as it is kept in eight bits, for sessions that take that."""
+        return cast(Terms, self.predictor.rounded)
 
     @property
     def state_bytes(self) -> int:

@@ -57,6 +57,10 @@ class HistorySession(Session):
         self._chosen_under = kernels.choice.forced
         self._steps = kernels.history_steps_for(self.codec.spec, self.view, self.dtype, self.device)
 
+    @property
+    def takes_rounded(self) -> bool:
+        return True
+
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
     ) -> None:

@@ -245,6 +245,10 @@ class ScalarSession(Session):
         self._device_steps = cast(kernels.DeviceSteps, self._steps) if self._steps is not None and there else None
 
     @property
+    def takes_rounded(self) -> bool:
+        return True
+
+    @property
     def device_steps(self) -> kernels.DeviceSteps | None:
         if self._chosen_under is not kernels.choice.forced:
             self._choose()

@@ -3,8 +3,8 @@
 Blocks are consecutive in memory. They are coded in batches of up to sixteen, so that what is one value for a block, a
 chain of slow operations, is computed for all of them in one go. While a batch is read, the one before is coded and the
 one before that is written, block by block in turn: scales are there when they are needed, and memory has something to
-do all the time. The arithmetic is that of ``reference`` for sections of one row. The width of codes, and whether there
-is just ``one`` term, is compiled in.
+do all the time. The arithmetic is that of ``reference`` for sections of one row. The width of codes, and
+what terms there are, is compiled in.
 
 Steps are called as ``step(given, at, kept, count, have, sums)`` for each run of 64 elements of a block. ``at``: offset
 in x, terms, out and codes. ``kept``: offset in what is kept of the block. ``count``: elements of the block from there
@@ -21,6 +21,7 @@ from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import LINEAR
 from compactdist.kernels.cpu.checksum import sum_between
 from compactdist.kernels.cpu.elements import (
+    SOURCES,
     ask_for,
     bound_of,
     expected_at,
@@ -31,7 +32,6 @@ from compactdist.kernels.cpu.elements import (
     reaching,
     residual_at,
     search_of,
-    source_of,
     table_of,
     target_of,
 )
@@ -178,13 +178,13 @@ def _cleared(room: Pointer) -> Any:
     return room
 
 
-def block_signs(dtype: str, one: bool) -> Any:
+def block_signs(dtype: str, terms: int) -> Any:
     """A work over blocks: sign codes, scales, and what the receiver makes of them; ``BAD`` is set for unsafe ones."""
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
         wanted = args[_OUT] != 0
-        given, bytes_, scales = source_of(args, elements_at, one), bytes_at(args, _CODES), stored_scales(args)
+        given, bytes_, scales = source_of(args, elements_at), bytes_at(args, _CODES), stored_scales(args)
         codes, cs, room = (
             (given, target_of(args, elements_at), bytes_),
             stack_floats(16),
@@ -217,14 +217,14 @@ def block_signs(dtype: str, one: bool) -> Any:
     return body
 
 
-def block_nearest(dtype: str, one: bool, bits: int, borders: int) -> Any:
+def block_nearest(dtype: str, terms: int, bits: int, borders: int) -> Any:
     """The same for sign and magnitude."""
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
         wanted, table = args[_OUT] != 0, table_of(args)
         given, target, packed = (
-            source_of(args, elements_at, one),
+            source_of(args, elements_at),
             target_of(args, elements_at),
             bytes_at(args, _CODES),
         )
@@ -282,14 +282,14 @@ def block_nearest(dtype: str, one: bool, bits: int, borders: int) -> Any:
     return body
 
 
-def block_reaching(dtype: str, one: bool, kind: int) -> Any:
+def block_reaching(dtype: str, terms: int, kind: int) -> Any:
     """The same for integers and for float8; the bound is the level of the largest code."""
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
         wanted = args[_OUT] != 0
         given, target, packed = (
-            source_of(args, elements_at, one),
+            source_of(args, elements_at),
             target_of(args, elements_at),
             bytes_at(args, _CODES),
         )

@@ -71,6 +71,11 @@ BOUND, GRAIN, BORDERS, TABLE_SIZE = 48, 49, 50, 64
 borders are looked up; and the borders.
 """
 
+MANY_TERMS, ONE_TERM, TERM_IN_INT8, TERM_IN_FP8 = range(4)
+"""What loops are compiled for: any number of terms; one, the usual thing; one that is a ``spec.Rounded``, whose codes
+``BASE`` is the address of, and ``VELOCITY`` that of its scales.
+"""
+
 SIGN, NEAREST, TRITS, LINEAR, E4M3, E5M2 = range(6)
 """Kinds of codes. From ``LINEAR`` on, scales are such that the largest value takes the largest code."""
 

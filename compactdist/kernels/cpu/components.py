@@ -44,7 +44,7 @@ def take_in(dtype: str, kept: str) -> Any:
 
     def body(args: Any) -> int:
         row_at, (chunk_at, chunk_from, chunk_len, chunks), _, channels, numel, _ = offsets_in(args)
-        given, out, squares = source_of(args, elements_at, False), kept_at(args, _TURNED), floats_at(args, _ENERGIES)
+        given, out, squares = source_of(args, elements_at), kept_at(args, _TURNED), floats_at(args, _ENERGIES)
         width = args[_COMPONENTS]
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:
@@ -193,7 +193,7 @@ def put_out(dtype: str) -> Any:
 
     def body(args: Any) -> int:
         row_at, (chunk_at, chunk_from, chunk_len, chunks), rows, _, numel, _ = offsets_in(args)
-        given, outs, products = source_of(args, elements_at, False), elements_at(args, _OUT), floats_at(args, _TURNED)
+        given, outs, products = source_of(args, elements_at), elements_at(args, _OUT), floats_at(args, _TURNED)
         width, scales = args[_COMPONENTS], floats_at(args, _ROW_SCALES)
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:

@@ -28,7 +28,7 @@ from compactdist.kernels.cpu.simd.ints import (
 from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, types
 from compactdist.kernels.cpu.simd.memory import load_first, prefetch, rounded_for, sixteen_at, store_first, stream
 from compactdist.kernels.cpu.simd.packing import codes_at, signed_by
-from compactdist.kernels.cpu.simd.slots import floats_at
+from compactdist.kernels.cpu.simd.slots import bytes_at, floats_at, halves_at, signed_bytes_at
 from compactdist.kernels.cpu.simd.vectors import HOST, chosen, level_of, magnitude, zeros
 from compactdist.kernels.reference import LANES
 
@@ -45,10 +45,31 @@ _OUT, _OUT_STREAMS, _COPY, _COPY_STREAMS = call.OUT, call.OUT_STREAMS, call.COPY
 
 
 @inlined
-def source_of(args: Any, elements_at: Any, one: bool) -> Any:
-    """The source of a block; where there is just ``one`` term, the compiler is told."""
-    terms = 1 if one else args[_TERMS]
-    return elements_at(args, _X), elements_at(args, _BASE), elements_at(args, _VELOCITY), terms
+def source_of(args: Any, elements_at: Any) -> Any:
+    """The source of a block with any number of terms."""
+    return elements_at(args, _X), elements_at(args, _BASE), elements_at(args, _VELOCITY), args[_TERMS]
+
+
+@inlined
+def _source_of_one(args: Any, elements_at: Any) -> Any:
+    x = elements_at(args, _X)
+    return x, elements_at(args, _BASE), x, 1
+
+
+@inlined
+def _source_of_int8(args: Any, elements_at: Any) -> Any:
+    x = elements_at(args, _X)
+    return x, (signed_bytes_at(args, _BASE), halves_at(args, _VELOCITY), x), x, 1
+
+
+@inlined
+def _source_of_fp8(args: Any, elements_at: Any) -> Any:
+    x = elements_at(args, _X)
+    return x, (bytes_at(args, _BASE), halves_at(args, _VELOCITY), x), x, 1
+
+
+SOURCES = (source_of, _source_of_one, _source_of_int8, _source_of_fp8)
+"""By what terms a loop is compiled for, see ``call.py``."""
 
 
 @inlined
@@ -132,7 +153,7 @@ def put(expected: Any, change: Any, target: Any, at: int, have: int) -> None:
     A *target* is ``(out, streams)``: whether ``out`` begins a cache line and is written past the caches.
     """
     out, streams = target
-    _write(rounded_for(out, expected + change), out, streams, at, have)
+    write(rounded_for(out, expected + change), out, streams, at, have)
 
 
 @inlined
@@ -140,13 +161,14 @@ def put_twice(expected: Any, change: Any, target: Any, at: int, have: int) -> No
     """As ``put``, and the same values to a copy. A target is ``(out, streams, copies, copy, copy_streams)``."""
     out, streams, copies, copy, copy_streams = target
     value = rounded_for(out, expected + change)
-    _write(value, out, streams, at, have)
+    write(value, out, streams, at, have)
     if copies:
-        _write(value, copy, copy_streams, at, have)
+        write(value, copy, copy_streams, at, have)
 
 
 @inlined
-def _write(value: Any, out: Pointer, streams: Any, at: int, have: int) -> None:
+def write(value: Any, out: Pointer, streams: Any, at: int, have: int) -> None:
+    """What ``rounded_for`` made for ``out``; ``streams`` as of a target."""
     if have >= LANES and streams and at % LANES == 0:
         stream(value, out, at)
     else:

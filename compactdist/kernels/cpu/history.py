@@ -15,13 +15,13 @@ from compactdist.kernels.cpu.call import SIGN
 from compactdist.kernels.cpu.checksum import add_rest, sum_between
 from compactdist.kernels.cpu.elements import (
     AHEAD,
+    SOURCES,
     ask_for,
     bound_of,
     floats_from,
     grain_of,
     residual_at,
     search_of,
-    source_of,
     table_of,
     target_of,
 )
@@ -234,12 +234,12 @@ def _known(args: Any, signs: bool) -> Any:
     return signs, args[_OUT] != 0, grain_of(table), room_at(args, _NORMS_ROOM), bound_of(table), args[_WIDENING]
 
 
-def code_signs(dtype: str, one: bool) -> Any:
+def code_signs(dtype: str, terms: int) -> Any:
     """A work over tiles: signs, row scales, sums of squares by channel, and what the receiver makes of them."""
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
-        source, target = source_of(args, elements_at, one), target_of(args, elements_at)
+        source, target = source_of(args, elements_at), target_of(args, elements_at)
         given = source, target, bytes_at(args, _CODES), room_at(args, _C_ROOM), SIGN, 1, sixteen_at(table_of(args), 0)
         _for_tiles(_products, _zeros, _settle_signs, apply_step, _known(args, True), given, args, source)
         return 0
@@ -247,12 +247,13 @@ def code_signs(dtype: str, one: bool) -> Any:
     return body
 
 
-def code_nearest(dtype: str, one: bool, bits: int, borders: int, trits: bool) -> Any:
+def code_nearest(dtype: str, terms: int, bits: int, borders: int, trits: bool) -> Any:
     """The same for codes of the nearest magnitude and the sign."""
-    elements_at, settle = ELEMENTS_AT[dtype], _settle_trits if trits else _settle_nearest
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
+    settle = _settle_trits if trits else _settle_nearest
 
     def body(args: Any) -> int:
-        table, source = table_of(args), source_of(args, elements_at, one)
+        table, source = table_of(args), source_of(args, elements_at)
         given = (
             source,
             target_of(args, elements_at),
@@ -271,12 +272,12 @@ def code_nearest(dtype: str, one: bool, bits: int, borders: int, trits: bool) ->
     return body
 
 
-def code_reaching(dtype: str, one: bool, kind: int) -> Any:
+def code_reaching(dtype: str, terms: int, kind: int) -> Any:
     """The same for integers and float8."""
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
-        source = source_of(args, elements_at, one)
+        source = source_of(args, elements_at)
         given = (
             source,
             target_of(args, elements_at),

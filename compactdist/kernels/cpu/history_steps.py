@@ -14,7 +14,7 @@ from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.cpu.steps import DTYPES, Block, CpuSteps, Plan, plan_of
 from compactdist.kernels.reference import LANES
 from compactdist.kernels.reference.history import rows_apart
-from compactdist.kernels.spec import MatrixView, QuantizerSpec
+from compactdist.kernels.spec import MatrixView, QuantizerSpec, Term
 
 __all__ = ["CpuHistorySteps", "steps_of"]
 
@@ -22,14 +22,14 @@ __all__ = ["CpuHistorySteps", "steps_of"]
 class HistoryPlan(Plan):
     """As ``Plan``, for sections with wide rows."""
 
-    def encoder(self, one: bool) -> Block:
+    def encoder(self, terms: int) -> Block:
         at, dtype = self.sections, self.dtype
         if self.kind == SIGN:
-            body = address_of("history.code_signs", dtype, one)
+            body = address_of("history.code_signs", dtype, terms)
         elif self.kind >= LINEAR:
-            body = address_of("history.code_reaching", dtype, one, self.kind)
+            body = address_of("history.code_reaching", dtype, terms, self.kind)
         else:
-            body = address_of("history.code_nearest", dtype, one, self.bits, self.borders, self.kind == TRITS)
+            body = address_of("history.code_nearest", dtype, terms, self.bits, self.borders, self.kind == TRITS)
         tiles, runs = self.slots[call.TILES], -(-at.channels // LANES)
         works = {
             call.FIRST_PASS: Work(at.groups * tiles, at.elements, body),
@@ -75,7 +75,7 @@ class CpuHistorySteps:
     def encode(
         self,
         x: Tensor,
-        terms: tuple[Tensor, ...],
+        terms: tuple[Term, ...],
         out: Tensor | None,
         payload: Tensor,
         scales: tuple[Tensor, Tensor],
@@ -91,7 +91,7 @@ class CpuHistorySteps:
     def decode(
         self,
         payload: Tensor,
-        terms: tuple[Tensor, ...],
+        terms: tuple[Term, ...],
         out: Tensor,
         scales: tuple[Tensor, Tensor],
         *,

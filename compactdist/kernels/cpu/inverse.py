@@ -129,7 +129,7 @@ def put_out(dtype: str) -> Any:
 
     def body(args: Any) -> int:
         row_at, (chunk_at, chunk_from, chunk_len, chunks), rows, _, numel, _ = offsets_in(args)
-        given, outs, scales = source_of(args, elements_at, False), elements_at(args, _OUT), floats_at(args, _ROW_SCALES)
+        given, outs, scales = source_of(args, elements_at), elements_at(args, _OUT), floats_at(args, _ROW_SCALES)
         own, width, blocks = own_room(args, _FIRST_PASS), args[_COMPONENTS], args[_BLOCKS]
         levels, products = words_of(own), shifted_floats(own, blocks * args[_QUADS] * LANES)
         pitch = (blocks - 1) * width + (width + LANES - 1) // LANES * LANES

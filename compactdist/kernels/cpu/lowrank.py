@@ -42,7 +42,7 @@ def take_in(dtype: str) -> Any:
 
     def body(args: Any) -> int:
         row_at, (chunk_at, chunk_from, chunk_len, chunks), _, channels, numel, _ = offsets_in(args)
-        given, outs, squares = source_of(args, elements_at, False), rounded_at(args, _OUT), floats_at(args, _SQUARES)
+        given, outs, squares = source_of(args, elements_at), rounded_at(args, _OUT), floats_at(args, _SQUARES)
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:
             for row in range(lo, hi):
@@ -71,7 +71,7 @@ def add_product(dtype: str) -> Any:
     def body(args: Any) -> int:
         row_at, (chunk_at, chunk_from, chunk_len, chunks), rows, channels, numel, _ = offsets_in(args)
         rank, terms, smallest = args[_RANK], args[_TERMS], floats_at(args, _NUMBERS)[0]
-        given, outs, summed = source_of(args, elements_at, False), elements_at(args, _OUT), stack_floats(WIDTH)
+        given, outs, summed = source_of(args, elements_at), elements_at(args, _OUT), stack_floats(WIDTH)
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:
             for chunk in range(chunks):

@@ -6,9 +6,9 @@ the sums over channels that need it run at once. The second pass makes codes, an
 What both ends compute is in the order of ``reference`` to the bit, so ``fastmath`` is out of the question. Sixty-four
 elements are read before any is written, for the receiver's input and output may be the same memory.
 
-Each maker returns a loop for a dtype and a kind of code, and for whether there is ``one`` term, the usual thing, or any
-number. What is fixed is constant to the compiler, and the loop holds nothing that it does not need. Where 64 elements
-are left of a row, nothing asks how many there are. Where the address of ``out`` is 0, no reconstruction is wanted.
+Each maker returns a loop for a dtype and a kind of code, and for terms (``call.py``). What is fixed is constant to the
+compiler, and the loop holds nothing that it does not need. Where 64 elements are left of a row, nothing asks how many
+there are. Where the address of ``out`` is 0, no reconstruction is wanted.
 
 *Offsets* tell where matrix elements lie: ``(row_at, (chunk_at, chunk_from, chunk_len, chunks), rows, channels, numel,
 row_count)``, see ``offsets.py``. A *source* is ``(x, base, velocity, terms)``: pointers, of which the first
@@ -26,6 +26,7 @@ from compactdist.kernels.cpu.call import LINEAR
 from compactdist.kernels.cpu.checksum import sum_between
 from compactdist.kernels.cpu.elements import (
     AHEAD,
+    SOURCES,
     ask_for,
     ask_for_expected,
     change_of,
@@ -36,7 +37,6 @@ from compactdist.kernels.cpu.elements import (
     reaching,
     residual_at,
     search_of,
-    source_of,
     table_of,
     target_of,
 )
@@ -220,40 +220,40 @@ def _add_reach(given: Any, value: Any, inverse: Any, top: Any, none: Any, elemen
     return where(reach > top, reach, top), none
 
 
-def survey_signs(dtype: str) -> Any:
+def survey_signs(dtype: str, terms: int) -> Any:
     """A work over tiles: sums of magnitudes by row, of ``m * weight`` by channel, and sign codes."""
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
         offsets, one = offsets_in(args), room_at(args, _FIRST_ROOM)
         given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, fill_lanes(offsets), bytes_at(args, _CODES)
-        _for_tiles(_weight, _add_signs, given, args, source_of(args, elements_at, False), offsets, (one, one, False))
+        _for_tiles(_weight, _add_signs, given, args, source_of(args, elements_at), offsets, (one, one, False))
         return 0
 
     return body
 
 
-def survey_moments(dtype: str) -> Any:
+def survey_moments(dtype: str, terms: int) -> Any:
     """A work over tiles: sums of magnitudes by row, of ``m * weight`` and of ``m * m`` by channel."""
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
         offsets, to = offsets_in(args), (room_at(args, _FIRST_ROOM), room_at(args, _SECOND_ROOM), True)
         given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0, fill_lanes(offsets)
-        _for_tiles(_weight, _add_moments, given, args, source_of(args, elements_at, False), offsets, to)
+        _for_tiles(_weight, _add_moments, given, args, source_of(args, elements_at), offsets, to)
         return 0
 
     return body
 
 
-def survey_reach(dtype: str) -> Any:
+def survey_reach(dtype: str, terms: int) -> Any:
     """A work over tiles: bits of the largest magnitude by row, and the largest ``m / weight`` by channel."""
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
         offsets, one = offsets_in(args), room_at(args, _FIRST_ROOM)
         given = room_at(args, _STAT_ROOM), args[_WEIGHTED] != 0
-        _for_tiles(_inverse, _add_reach, given, args, source_of(args, elements_at, False), offsets, (one, one, False))
+        _for_tiles(_inverse, _add_reach, given, args, source_of(args, elements_at), offsets, (one, one, False))
         return 0
 
     return body
@@ -330,17 +330,17 @@ def apply_step(given: Any, weights: Any, at: int, channel: int, code: int, count
     put_twice(expected_at(source, at, have), change, target, at, have)
 
 
-def code_nearest(dtype: str, one: bool, bits: int, borders: int, trits: bool) -> Any:
+def code_nearest(dtype: str, terms: int, bits: int, borders: int, trits: bool) -> Any:
     """A work over rows: codes of the nearest magnitude and the sign, and what the receiver makes of them.
 
     Borders are a tuple, so that the search among them is unrolled.
     """
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
         table = table_of(args)
         given = (
-            source_of(args, elements_at, one),
+            source_of(args, elements_at),
             target_of(args, elements_at),
             bytes_at(args, _CODES),
             room_at(args, _C_ROOM),
@@ -357,13 +357,13 @@ def code_nearest(dtype: str, one: bool, bits: int, borders: int, trits: bool) ->
     return body
 
 
-def code_reaching(dtype: str, one: bool, kind: int) -> Any:
+def code_reaching(dtype: str, terms: int, kind: int) -> Any:
     """A work over rows: the nearest integer or float8 of ``m / (t * c)`` with the sign of the element."""
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
         given = (
-            source_of(args, elements_at, one),
+            source_of(args, elements_at),
             target_of(args, elements_at),
             bytes_at(args, _CODES),
             room_at(args, _C_ROOM),
@@ -379,12 +379,12 @@ def code_reaching(dtype: str, one: bool, kind: int) -> Any:
     return body
 
 
-def apply_codes(dtype: str, one: bool, kind: int, bits: int) -> Any:
+def apply_codes(dtype: str, terms: int, kind: int, bits: int) -> Any:
     """A work over rows: ``out = expected + change``, rounded, kept finite; ``change_of`` tells the kinds."""
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
-        source, t, levels = source_of(args, elements_at, one), room_at(args, _T_ROOM), sixteen_at(table_of(args), 0)
+        source, t, levels = source_of(args, elements_at), room_at(args, _T_ROOM), sixteen_at(table_of(args), 0)
         given = source, target_of(args, elements_at), bytes_at(args, _CODES), room_at(args, _C_ROOM), kind, bits, levels
         _for_rows(apply_step, given, args, offsets_in(args), (t, t))
         return 0

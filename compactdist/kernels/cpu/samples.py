@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from compactdist.kernels.cpu import call
-from compactdist.kernels.cpu.elements import ask_for, residual_at, source_of
+from compactdist.kernels.cpu.elements import SOURCES, ask_for, residual_at
 from compactdist.kernels.cpu.simd.jit import inlined
 from compactdist.kernels.cpu.simd.memory import load_first
 from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT
@@ -46,12 +46,12 @@ def _of_two(source: Any, first: int, numel: int) -> Any:
     return one[0] + two[0], one[1] + two[1]
 
 
-def far_larger(dtype: str) -> Any:
+def far_larger(dtype: str, terms: int) -> Any:
     """1 if the residual of the block's tensors is far larger than ``x``, else 0."""
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
-        source, numel = source_of(args, elements_at, False), args[_NUMEL]
+        source, numel = source_of(args, elements_at), args[_NUMEL]
         _ask_for_runs(source, numel)
         one, two = _of_two(source, 0, numel), _of_two(source, LANES, numel)
         residual, whole = folded(one[0] + two[0]), folded(one[1] + two[1])

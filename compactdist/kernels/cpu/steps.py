@@ -21,13 +21,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compactdist.kernels.cpu import call
-from compactdist.kernels.cpu.call import LINEAR, LITTLE, MUCH, NEAREST, RUN, SIGN, TRITS, Work
+from compactdist.kernels.cpu.call import (
+    LINEAR,
+    LITTLE,
+    MANY_TERMS,
+    MUCH,
+    NEAREST,
+    ONE_TERM,
+    RUN,
+    SIGN,
+    TERM_IN_FP8,
+    TERM_IN_INT8,
+    TRITS,
+    Work,
+)
 from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.offsets import Offsets, offsets_of, offsets_of_blocks
 from compactdist.kernels.reference import LANES, TILE_ROWS, samples
 from compactdist.kernels.reference.scales import LARGEST_OF_MEAN
 from compactdist.kernels.sections import Sections
-from compactdist.kernels.spec import KINDS, MatrixView, QuantizerSpec
+from compactdist.kernels.spec import KINDS, MatrixView, QuantizerSpec, Rounded, Term
 from compactdist.kernels.threads import team
 
 __all__ = ["DTYPES", "Block", "CpuSteps", "Samples", "scratch", "steps_of", "weighted_sum"]
@@ -129,31 +142,31 @@ class Plan(NamedTuple):
     own_size: int
     apart_at: int
 
-    def encoder(self, one: bool) -> Block:
-        """A block for encoding, with just ``one`` term or any number."""
+    def encoder(self, terms: int) -> Block:
+        """A block for encoding with terms of a kind, see ``call.py``."""
         at, dtype, sign = self.sections, self.dtype, self.kind == SIGN
         slots, works = self.slots | {call.ROW_WORDS: 0 if self.by_block and sign else self.row_words}, {}
         if self.by_block:
             if sign:
-                body = address_of("blocks.block_signs", dtype, one)
+                body = address_of("blocks.block_signs", dtype, terms)
             elif self.kind >= LINEAR:
-                body = address_of("blocks.block_reaching", dtype, one, self.kind)
+                body = address_of("blocks.block_reaching", dtype, terms, self.kind)
             else:
-                body = address_of("blocks.block_nearest", dtype, one, self.bits, self.borders)
+                body = address_of("blocks.block_nearest", dtype, terms, self.bits, self.borders)
             works[call.FIRST_PASS] = Work(self.offsets.row_at.size, at.elements, body)
         else:
             tiles = -(-at.rows // TILE_ROWS)
             survey = "signs" if sign else "reach" if self.kind >= LINEAR else "moments"
-            body = address_of(f"rows.survey_{survey}", dtype)
+            body = address_of(f"rows.survey_{survey}", dtype, MANY_TERMS if terms == ONE_TERM else terms)
             works[call.FIRST_PASS] = Work(at.groups * tiles, at.elements, body)
             runs, sums = -(-at.channels // LANES), at.groups * tiles * at.channels
             works[call.FOLD] = Work(at.groups * runs, sums, address_of("scales.fold_tiles"))
             if sign:
-                body = self._apply(one)
+                body = self._apply(terms)
             elif self.kind >= LINEAR:
-                body = address_of("rows.code_reaching", dtype, one, self.kind)
+                body = address_of("rows.code_reaching", dtype, terms, self.kind)
             else:
-                body = address_of("rows.code_nearest", dtype, one, self.bits, self.borders, self.kind == TRITS)
+                body = address_of("rows.code_nearest", dtype, terms, self.bits, self.borders, self.kind == TRITS)
             # backwards: the end is in a cache still
             works[call.SECOND_PASS] = Work(self.offsets.row_at.size, at.elements, body, True)
         if self.apart:
@@ -168,9 +181,9 @@ class Plan(NamedTuple):
         row_bits = self.sections.channels * self.bits
         return 0 if self.apart or row_bits % 32 else row_bits // 32
 
-    def decoder(self, one: bool) -> Block:
-        """A block for decoding, with just ``one`` term or any number."""
-        works = {call.SECOND_PASS: Work(self.offsets.row_at.size, self.sections.elements, self._apply(one))}
+    def decoder(self, terms: int) -> Block:
+        """A block for decoding with terms of a kind."""
+        works = {call.SECOND_PASS: Work(self.offsets.row_at.size, self.sections.elements, self._apply(terms))}
         if self.apart:
             works[call.APART_PASS] = self._apart("unpack")
         return Block(address_of(self.decoding), self.slots, works)
@@ -180,8 +193,10 @@ class Plan(NamedTuple):
         """The unit that decodes."""
         return "entries.decode_blocks" if self.by_block else "entries.decode_rows"
 
-    def _apply(self, one: bool) -> int:
-        return address_of("rows.apply_codes", self.dtype, one, NEAREST if self.kind == TRITS else self.kind, self.bits)
+    def _apply(self, terms: int) -> int:
+        return address_of(
+            "rows.apply_codes", self.dtype, terms, NEAREST if self.kind == TRITS else self.kind, self.bits
+        )
 
     def _apart(self, what: str) -> Work:
         at = self.sections
@@ -301,6 +316,11 @@ def _in_grains(borders: list[np.float32]) -> tuple[np.float32, tuple[np.float32,
     return grain, tuple(border * grain for border in borders)
 
 
+def kind_of(term: Rounded) -> int:
+    """What loops are compiled for that read it."""
+    return TERM_IN_INT8 if term.codes.dtype == torch.int8 else TERM_IN_FP8
+
+
 class CpuSteps:
     """The steps of one stream, see ``kernels.Steps``. One thread at a time may take one."""
 
@@ -327,14 +347,14 @@ class CpuSteps:
         self._sums = plan.row_words > 0
         self._signs = plan.kind == SIGN
         self.checksum: int | None = None
-        # compiled, or read from disk, when first needed; by whether there is just one term
-        self._encoders: list[Block | None] = [None, None]
-        self._decoders: list[Block | None] = [None, None]
+        # compiled, or read from disk, when first needed; by the kind of terms
+        self._encoders: list[Block | None] = [None] * 4
+        self._decoders: list[Block | None] = [None] * 4
 
     def encode(
         self,
         x: Tensor,
-        terms: tuple[Tensor, ...],
+        terms: tuple[Term, ...],
         out: Tensor | None,
         payload: Tensor,
         *,
@@ -359,9 +379,12 @@ class CpuSteps:
             if copy.dtype is not dtype or not copy.is_cpu or copy.numel() != numel or not copy.is_contiguous():
                 return False
             copy_at = copy.data_ptr()
-        block = self._encoders[count == 1]
+        kind, second_at = ONE_TERM if count == 1 else MANY_TERMS, terms[1].data_ptr() if count > 1 else 0
+        if count == 1 and isinstance(terms[0], Rounded):
+            kind, second_at = kind_of(terms[0]), terms[0].scales.data_ptr()
+        block = self._encoders[kind]
         if block is None:
-            block = self._encoders[count == 1] = self.plan.encoder(count == 1)
+            block = self._encoders[kind] = self.plan.encoder(kind)
         threads, plan, payload_at = torch.get_num_threads(), self.plan, payload.data_ptr()
         needed = plan.scratch_size + threads * plan.own_size
         if scratch.size < needed:
@@ -371,7 +394,7 @@ class CpuSteps:
             0,
             x.data_ptr(),
             terms[0].data_ptr() if count else 0,
-            terms[1].data_ptr() if count > 1 else 0,
+            second_at,
             count,
             out_at,
             payload_at,
@@ -392,7 +415,7 @@ class CpuSteps:
     def decode(
         self,
         payload: Tensor,
-        terms: tuple[Tensor, ...],
+        terms: tuple[Term, ...],
         out: Tensor,
         *,
         copy: Tensor | None = None,
@@ -410,9 +433,12 @@ class CpuSteps:
                 return False
         if payload.dtype is not torch.uint8 or payload.numel() != self._total_nbytes or not payload.is_contiguous():
             return False
-        block = self._decoders[count == 1]
+        kind, second_at = ONE_TERM if count == 1 else MANY_TERMS, terms[1].data_ptr() if count > 1 else 0
+        if count == 1 and isinstance(terms[0], Rounded):
+            kind, second_at = kind_of(terms[0]), terms[0].scales.data_ptr()
+        block = self._decoders[kind]
         if block is None:
-            block = self._decoders[count == 1] = self.plan.decoder(count == 1)
+            block = self._decoders[kind] = self.plan.decoder(kind)
         threads, plan, payload_at = torch.get_num_threads(), self.plan, payload.data_ptr()
         needed = plan.scratch_size + threads * plan.own_size
         if scratch.size < needed:
@@ -423,7 +449,7 @@ class CpuSteps:
             0,
             out_at,
             terms[0].data_ptr() if count else 0,
-            terms[1].data_ptr() if count > 1 else 0,
+            second_at,
             count,
             out_at,
             payload_at,
@@ -475,21 +501,23 @@ def weighted_sum(data: Tensor, copy: Tensor | None = None) -> int:
 class Samples:
     """Tells whether residuals of a stream are far larger than their tensors, see ``reference/samples.py``."""
 
-    __slots__ = ("_block", "_dtype", "_numel")
+    __slots__ = ("_blocks", "_dtype", "_numel")
 
     def __init__(self, numel: int, dtype: torch.dtype) -> None:
         self._numel = numel
         self._dtype = dtype
-        self._block: Block | None = None  # made when first needed: only a sender asks
+        self._blocks: dict[int, Block] = {}  # made when first needed: only a sender asks
 
-    def __call__(self, x: Tensor, terms: tuple[Tensor, ...]) -> bool:
+    def __call__(self, x: Tensor, terms: tuple[Term, ...]) -> bool:
         for one in (x, *terms):
             if one.dtype is not self._dtype or not one.is_cpu or one.numel() != self._numel or not one.is_contiguous():
                 return samples.is_far_larger(x, terms)
-        block, count = self._block, len(terms)
+        kind, count, second = MANY_TERMS, len(terms), terms[1].data_ptr() if len(terms) > 1 else 0
+        if count == 1 and isinstance(terms[0], Rounded):
+            kind, second = kind_of(terms[0]), terms[0].scales.data_ptr()
+        block = self._blocks.get(kind)
         if block is None:
-            unit = address_of("samples.far_larger", DTYPES[self._dtype])
-            block = self._block = Block(unit, {call.NUMEL: self._numel}, {})
-        second = terms[1].data_ptr() if count > 1 else 0
+            unit = address_of("samples.far_larger", DTYPES[self._dtype], kind)
+            block = self._blocks[kind] = Block(unit, {call.NUMEL: self._numel}, {})
         _DYNAMIC.pack_into(block.buffer, 0, x.data_ptr(), terms[0].data_ptr(), second, count, 0, 0, 0, 0, 1, 0, 0, 0, 0)
         return bool(block.run(block.address))

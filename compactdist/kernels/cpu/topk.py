@@ -63,7 +63,7 @@ def pick(dtype: str, m: int, halves: bool) -> Any:
     span = _BATCH * m
 
     def body(args: Any) -> int:
-        source, numel, runs = source_of(args, elements_at, False), args[_NUMEL], args[_RUNS]
+        source, numel, runs = source_of(args, elements_at), args[_NUMEL], args[_RUNS]
         places, kept, room, top = bytes_at(args, _CODES), kept_at(args, _LEVELS), stack_floats(span), _u32(0)
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:
@@ -100,7 +100,7 @@ def spread(dtype: str, m: int, halves: bool) -> Any:
     span = _BATCH * m
 
     def body(args: Any) -> int:
-        source, numel, runs = source_of(args, elements_at, False), args[_NUMEL], args[_RUNS]
+        source, numel, runs = source_of(args, elements_at), args[_NUMEL], args[_RUNS]
         target = elements_at(args, _OUT), args[_OUT_STREAMS] != 0
         places, kept, room = bytes_at(args, _CODES), kept_at(args, _LEVELS), stack_floats(span)
         lo, hi = next_part(args, _FIRST_PASS)

@@ -33,6 +33,7 @@ from compactdist.kernels.gpu.elements import (
     decode_ue5m3,
     divide_or_zero,
     expected,
+    float8_level,
     from_bits,
     inverse_or_zero,
     is_zero,
@@ -223,11 +224,7 @@ def level_of(code, table, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.c
     elif KIND == NEAREST:
         return tl.load(table + code)
     else:
-        size = tl.minimum(code & 0x7F, 0x7E if MANTISSA == 3 else 0x7B)
-        exponent = size >> MANTISSA
-        mantissa = (size & ((1 << MANTISSA) - 1)) + tl.where(exponent == 0, 0, 1 << MANTISSA)
-        power = from_bits((tl.maximum(exponent, 1) + 126) << 23)
-        return from_bits(bits_of(mantissa.to(tl.float32) * power) | ((code & 0x80) << 24))
+        return float8_level(code, MANTISSA)
 
 
 @triton.jit

@@ -16,6 +16,11 @@ import triton.language as tl
 from compactdist.kernels import reference
 from compactdist.kernels.reference import scales
 
+EIGHT_BITS = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}
+"""Numbers of terms that say: one, which is a ``spec.Rounded`` of a tensor of this dtype. Its codes are the base, and
+its scales are where the velocity would be."""
+_OF_BF16, _OF_F16 = tl.constexpr(EIGHT_BITS[torch.bfloat16]), tl.constexpr(EIGHT_BITS[torch.float16])
+
 CONSECUTIVE = tl.constexpr(0)
 """Rows lie one behind the other in memory."""
 EIGHTS = tl.constexpr(1)
@@ -112,12 +117,38 @@ def write_twice(target, copy, at, value, ok, COPIES: tl.constexpr):
 
 
 @triton.jit
+def float8_level(code, MANTISSA: tl.constexpr):
+    """The level of a float8, in units of its smallest subnormal."""
+    size = tl.minimum(code & 0x7F, 0x7E if MANTISSA == 3 else 0x7B)
+    exponent = size >> MANTISSA
+    mantissa = (size & ((1 << MANTISSA) - 1)) + tl.where(exponent == 0, 0, 1 << MANTISSA)
+    power = from_bits((tl.maximum(exponent, 1) + 126) << 23)
+    return from_bits(bits_of(mantissa.to(tl.float32) * power) | ((code & 0x80) << 24))
+
+
+@triton.jit
+def read_rounded(codes, scales, at, ok, TERMS: tl.constexpr):
+    """Elements of a ``spec.Rounded``; ``TERMS``: see ``EIGHT_BITS``."""
+    code = tl.load(codes + at, mask=ok, other=0)
+    level = code.to(tl.float32) if code.dtype == tl.int8 else float8_level(code.to(tl.int32), 3)
+    value = level * decode_bf16(tl.load(scales + at // 128, mask=ok, other=0).to(tl.int32))
+    if TERMS == _OF_BF16:
+        return from_bits(rounded_bf16(value).to(tl.int32) << 16)
+    elif TERMS == _OF_F16:
+        return clamped(value, _F16_MAX).to(tl.float16).to(tl.float32)
+    else:
+        return clamped(value, _F32_MAX)
+
+
+@triton.jit
 def expected(base, velocity, at, ok, TERMS: tl.constexpr):
-    """What both ends expect: nothing, ``base``, or ``base + velocity``, by the number of terms."""
+    """What both ends expect: nothing, ``base``, or ``base + velocity``, by the number of terms; see ``EIGHT_BITS``."""
     if TERMS == 0:
         return tl.zeros(at.shape, tl.float32)
     elif TERMS == 1:
         return read(base, at, ok)
+    elif TERMS > 2:
+        return read_rounded(base, velocity, at, ok, TERMS)
     else:
         return read(base, at, ok) + read(velocity, at, ok)
 
@@ -129,11 +160,14 @@ def add_change(
 ):  # fmt: skip
     """Write what was expected plus the decoded change, where ``inside``.
 
-    If ``CHECKED``, ``out`` is written only where the first of ``accepted`` is not 0. If ``COPIES``, ``copy`` gets the
-    values too, and NaN if ``CHECKED`` and the second of ``accepted`` is 0.
+    If ``CHECKED``, ``out`` is written only where the first of ``accepted`` is not 0; where what was expected is in
+    eight bits, ``out`` is other memory, and gets that where it is 0. If ``COPIES``, ``copy`` gets the values too, and
+    NaN if ``CHECKED`` and the second of ``accepted`` is 0.
     """
     there = inside
-    if CHECKED:
+    if CHECKED and TERMS > 2:
+        change = tl.where(is_zero(accepted), 0.0, change)
+    elif CHECKED:
         there = there & ~is_zero(accepted)
     value = expected(base, velocity, at, there, TERMS) + change
     write(out, at, value, there)

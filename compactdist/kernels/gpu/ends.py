@@ -9,8 +9,8 @@ from torch import Tensor
 
 from compactdist.kernels.gpu.frames import CHANGING, FrameKernels, changing_of, sums_of
 from compactdist.kernels.gpu.launch import Series, alignment_of, is_elsewhere
-from compactdist.kernels.gpu.launched import DECODING, ENCODING, LaunchedSteps, cut_out
-from compactdist.kernels.spec import HEAD_WORDS
+from compactdist.kernels.gpu.launched import DECODING, ENCODING, LaunchedSteps, cut_out, eight_bits
+from compactdist.kernels.spec import HEAD_WORDS, Rounded, Term
 
 if TYPE_CHECKING:
     from compactdist.kernels import DeviceSteps
@@ -64,8 +64,11 @@ class FrameEnds(FrameKernels):
         sums, flag = sums_of(device, stream)
         if not x.is_contiguous():
             x = x.contiguous()
-        base = terms[0] if terms else x
-        velocity = terms[1] if len(terms) > 1 else x
+        first: Term = terms[0] if terms else x
+        if isinstance(first, Rounded):
+            number, base, velocity = eight_bits(first)
+        else:
+            number, base, velocity = len(terms), first, terms[1] if len(terms) > 1 else x
         target = x if out is None else out
         second = target if copy is None else copy
         told = x.data_ptr(), base.data_ptr(), velocity.data_ptr(), target.data_ptr(), second.data_ptr()
@@ -74,7 +77,7 @@ class FrameEnds(FrameKernels):
         cuts = [at + cut.start for cut in steps.cuts] if steps.cuts else ()
         ours = *own_pointers, *cuts, frame.data_ptr(), sums.data_ptr(), clock.data_ptr()
         pointers = (*told[:4], at, flag.data_ptr(), told[4], *ours, *changing)
-        key = steps, len(terms), out is not None, copy is not None
+        key = steps, number, out is not None, copy is not None
         series = self._series.get(key) or self._sending(*key)
         try:
             if not series.repeat(pointers, aligned, stream):
@@ -136,8 +139,11 @@ class FrameEnds(FrameKernels):
             decoded = steps.decode(payload, terms, out, copy=copy, accepted=accepted)
             assert decoded, "the steps take what their stream holds"
             return True
-        base = terms[0] if terms else out
-        velocity = terms[1] if len(terms) > 1 else out
+        first: Term = terms[0] if terms else out
+        if isinstance(first, Rounded):
+            number, base, velocity = eight_bits(first)
+        else:
+            number, base, velocity = len(terms), first, terms[1] if len(terms) > 1 else out
         target = out if copy is None else copy
         told = base.data_ptr(), velocity.data_ptr(), out.data_ptr(), target.data_ptr()
         aligned, changing = alignment_of(told), changing_of(call)
@@ -146,7 +152,7 @@ class FrameEnds(FrameKernels):
         cuts = [at + cut.start for cut in steps.cuts] if steps.cuts else ()
         ours = accepted.data_ptr(), told[3], *own_pointers, *cuts, address, sums.data_ptr(), clock.data_ptr()
         pointers = (*told[:3], at, *ours, *changing)
-        key = steps, len(terms), copy is not None
+        key = steps, number, copy is not None
         series = self._series.get(key) or self._receiving(*key)
         if not series.repeat(pointers, aligned, stream):
             payload = frame[_HEADER_NBYTES:nbytes]

@@ -31,7 +31,7 @@ from compactdist.kernels.gpu.steps import (
     encode_codes_launch,
 )
 from compactdist.kernels.reference.history import FLOOR, rows_apart
-from compactdist.kernels.spec import MatrixView, QuantizerSpec
+from compactdist.kernels.spec import MatrixView, QuantizerSpec, Term
 
 __all__ = ["TritonHistorySteps", "steps_of"]
 
@@ -62,7 +62,7 @@ class TritonHistorySteps:
     def encode(
         self,
         x: Tensor,
-        terms: tuple[Tensor, ...],
+        terms: tuple[Term, ...],
         out: Tensor | None,
         payload: Tensor,
         scales: tuple[Tensor, Tensor],
@@ -75,7 +75,7 @@ class TritonHistorySteps:
     def decode(
         self,
         payload: Tensor,
-        terms: tuple[Tensor, ...],
+        terms: tuple[Term, ...],
         out: Tensor,
         scales: tuple[Tensor, Tensor],
         *,

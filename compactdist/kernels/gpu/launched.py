@@ -18,9 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compactdist.kernels.gpu.elements import EIGHT_BITS
 from compactdist.kernels.gpu.launch import Launch, alignment_of, on, stream_getter
+from compactdist.kernels.spec import Rounded, Term
 
-__all__ = ["DECODING", "ENCODING", "NOTHING", "Cut", "LaunchedSteps", "Own", "cut_out"]
+__all__ = ["DECODING", "ENCODING", "NOTHING", "Cut", "LaunchedSteps", "Own", "cut_out", "eight_bits"]
 
 ENCODING, DECODING = 7, 6
 """How much every encoding and decoding gives, before what is the steps' own."""
@@ -82,7 +84,7 @@ class LaunchedSteps:
         """All launches of an encoding, in order.
 
         Args:
-            terms: how many there are.
+            terms: how many there are, or what ``elements.EIGHT_BITS`` says.
             writes: ``out`` gets what the receiver will hold.
             copies: ``copy`` gets the same; only with ``writes``.
             lockstep: of a residual that is not finite, payload and ``out`` say what both ends can go on with.
@@ -93,7 +95,7 @@ class LaunchedSteps:
         """All launches of a decoding, in order.
 
         Args:
-            terms: how many there are.
+            terms: how many there are, or what ``elements.EIGHT_BITS`` says.
             checked: ``accepted`` is given.
             copies: ``copy`` is given.
         """
@@ -118,7 +120,7 @@ class LaunchedSteps:
     def encode(
         self,
         x: Tensor,
-        terms: tuple[Tensor, ...],
+        terms: tuple[Term, ...],
         out: Tensor | None,
         payload: Tensor,
         *,
@@ -149,8 +151,8 @@ class LaunchedSteps:
         device, written = self._device, payload
         if payload.data_ptr() % 16 or not payload.is_contiguous():
             written = torch.empty(self._payload_nbytes, dtype=torch.uint8, device=device)
-        source = _source(x, terms)
-        key = len(terms), out is not None, copy is not None, flag is not None
+        number, source = _source(x, terms)
+        key = number, out is not None, copy is not None, flag is not None
         launches = self._encodings.get(key)
         if launches is None:
             launches = self._encodings[key] = self.encoding(*key)
@@ -170,7 +172,7 @@ class LaunchedSteps:
     def decode(
         self,
         payload: Tensor,
-        terms: tuple[Tensor, ...],
+        terms: tuple[Term, ...],
         out: Tensor,
         *,
         copy: Tensor | None = None,
@@ -192,8 +194,8 @@ class LaunchedSteps:
             return False
         if payload.data_ptr() % 16 or not payload.is_contiguous():  # the middle of someone's buffer
             payload = payload.clone(memory_format=torch.contiguous_format)
-        _, base, velocity = _source(out, terms)
-        key = len(terms), accepted is not None, copy is not None
+        number, (_, base, velocity) = _source(out, terms)
+        key = number, accepted is not None, copy is not None
         launches = self._decodings.get(key)
         if launches is None:
             launches = self._decodings[key] = self.decoding(*key)
@@ -215,7 +217,7 @@ class LaunchedSteps:
         for launch in launches:
             launch(tensors, pointers, aligned, stream)
 
-    def _takes(self, tensors: Iterable[Tensor]) -> bool:
+    def _takes(self, tensors: Iterable[Term]) -> bool:
         kind = self._device.type
         for tensor in tensors:  # noqa: SIM110 - a generator costs a call for each tensor
             if tensor.dtype != self.dtype or tensor.device.type != kind:
@@ -223,8 +225,17 @@ class LaunchedSteps:
         return True
 
 
-def _source(x: Tensor, terms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """``(x, base, velocity)``, contiguous. A missing term repeats ``x``."""
-    first, *rest = [part if part.is_contiguous() else part.detach().contiguous() for part in (x, *terms)]
-    second, third, *_ = (*rest, first, first)
-    return first, second, third
+def eight_bits(term: Rounded) -> tuple[int, Tensor, Tensor]:
+    """The number of terms that kernels are told, and what they take for base and velocity."""
+    return EIGHT_BITS[term.dtype], term.codes, term.scales
+
+
+def _source(x: Tensor, terms: tuple[Term, ...]) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
+    """The number of terms that kernels are told, and ``(x, base, velocity)``, contiguous. A missing one is ``x``."""
+    x = x if x.is_contiguous() else x.detach().contiguous()
+    if terms and isinstance(terms[0], Rounded):
+        number, codes, scales = eight_bits(terms[0])
+        return number, (x, codes, scales)
+    rest = [part if part.is_contiguous() else part.detach().contiguous() for part in terms if isinstance(part, Tensor)]
+    first, second, *_ = (*rest, x, x)
+    return len(terms), (x, first, second)

@@ -1,5 +1,5 @@
-"""A history of eight bits for each element, made and read back in one launch each, as ``state/quantized_history.py``
-says, to the bit.
+"""A history of eight bits for each element, made and read back in one launch each, as
+``reference/rounding.py`` says, to the bit.
 
 A program has whole blocks of 128 elements, so that it knows their scales before it writes their codes. Nothing of the
 tensor's size is allocated, and the host reads nothing.
@@ -19,6 +19,7 @@ from compactdist.kernels.gpu.codes import FLOAT8, LINEAR, code_of, level_of
 from compactdist.kernels.gpu.elements import decode_bf16, encode_bf16, inverse_or_zero, read, storable_scale, write
 from compactdist.kernels.gpu.launch import Launch, Slot, run
 from compactdist.kernels.gpu.plan import DEVICE_TYPE, INTERPRETED, MOST_ELEMENTS
+from compactdist.kernels.spec import ROUNDED
 
 __all__ = ["Rounding", "rounding_of"]
 
@@ -26,6 +27,7 @@ _BLOCK = 128
 _BLOCKS = 64 if INTERPRETED else 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS = {torch.int8: LINEAR.value, torch.uint8: FLOAT8.value}
+_LARGEST = {form.codes: form.largest for form in ROUNDED.values()}
 
 
 @triton.jit
@@ -74,14 +76,13 @@ class Rounding:
     Args:
         numel: elements of every tensor, 1 or more; they are of one dtype.
         codes: dtype of the codes.
-        largest: level of the largest magnitude of a block.
         device: of the tensors.
     """
 
     __slots__ = ("_dequantize", "_device", "_quantize")
 
-    def __init__(self, numel: int, codes: torch.dtype, largest: float, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, numel: int, codes: torch.dtype, device: torch.device) -> None:
+        self._device, largest = device, _LARGEST[codes]
         grid = -(-numel // (_BLOCK * _BLOCKS))
         constants = {"KIND": _KINDS[codes], "BLOCKS": _BLOCKS, "num_warps": 4, "enable_fp_fusion": False}
         tensors = tuple(map(Slot, range(3)))
@@ -98,10 +99,8 @@ class Rounding:
 
 
 @lru_cache(maxsize=256)
-def rounding_of(
-    numel: int, dtype: torch.dtype, codes: torch.dtype, largest: float, device: torch.device
-) -> Rounding | None:
+def rounding_of(numel: int, dtype: torch.dtype, codes: torch.dtype, device: torch.device) -> Rounding | None:
     """As ``kernels.rounding_for``; ``None`` where there are no kernels for this device, dtype or size."""
     if device.type != DEVICE_TYPE or dtype not in _DTYPES or not 0 < numel <= MOST_ELEMENTS:
         return None
-    return Rounding(numel, codes, largest, device)
+    return Rounding(numel, codes, device)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from compactdist.kernels.reference.rounding import restored
 from compactdist.kernels.reference.rows import fold_sum
+from compactdist.kernels.spec import Term
 
 __all__ = ["NEAR", "RUN", "RUNS", "is_far_larger"]
 
@@ -20,14 +22,14 @@ NEAR = 0.25
 """A residual of which so much outweighs its tensor is not worth coding."""
 
 
-def is_far_larger(x: Tensor, terms: tuple[Tensor, ...]) -> bool:
+def is_far_larger(x: Tensor, terms: tuple[Term, ...]) -> bool:
     """Whether ``x`` less the sum of ``terms`` is more than four times as large as ``x``.
 
     Args:
         x: flat, float32, float16 or bfloat16.
         terms: one or two, flat, as large.
     """
-    samples = [_samples(one.detach()) for one in (x, *terms)]
+    samples = [_samples(restored(one).detach()) for one in (x, *terms)]
     residual = samples[0] - (samples[1] if len(terms) == 1 else samples[1] + samples[2])
     magnitudes = torch.stack([residual.abs(), samples[0].abs()])
     sums = magnitudes[:, 0].clone()

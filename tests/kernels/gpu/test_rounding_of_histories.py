@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compactdist.kernels import use
+from compactdist.kernels import restored, use
+from compactdist.kernels.spec import EightBits, Rounded
 from compactdist.state import ResidualDecoder, ResidualEncoder
-from compactdist.state.quantized_history import EightBits, Quantized, quantize
+from compactdist.state.quantized_history import quantize
 from tests.kernels.gpu import kit
 from tests.kernels.gpu.conftest import INTERPRETED
 
@@ -22,10 +23,10 @@ def _check(x: torch.Tensor, form: EightBits) -> None:
     """Of finite values: codes, scales and what is read back."""
     with use("reference"):
         expected = quantize(x, form, x.dtype)
-        values = expected.dequantize()
+        values = restored(expected)
     with use("gpu"):
         kept = quantize(x.to(kit.DEVICE), form, x.dtype)
-        read = kept.dequantize()
+        read = restored(kept)
     assert torch.equal(kit.raw(kept.codes), kit.raw(expected.codes))
     assert torch.equal(kit.raw(kept.scales), kit.raw(expected.scales))
     assert torch.equal(kit.raw(read), kit.raw(values))
@@ -62,9 +63,9 @@ def test_every_code_is_read_as_its_level(form: EightBits) -> None:
     scales = torch.tensor([2.0**-9, 3.0, 1e38, 2.0**-87], dtype=torch.bfloat16)
     for dtype in kit.DTYPES:
         with use("reference"):
-            expected = Quantized(codes, scales, dtype).dequantize()
+            expected = restored(Rounded(codes, scales, dtype))
         with use("gpu"):
-            read = Quantized(codes.to(kit.DEVICE), scales.to(kit.DEVICE), dtype).dequantize()
+            read = restored(Rounded(codes.to(kit.DEVICE), scales.to(kit.DEVICE), dtype))
         assert torch.equal(kit.raw(read), kit.raw(expected))
 
 
@@ -110,10 +111,10 @@ def test_nothing_is_made_but_the_results(form: EightBits) -> None:
     x = torch.randn(1280, dtype=torch.bfloat16)
     with use("gpu"):
         kept = quantize(x, form, x.dtype)
-        kept.dequantize()
+        restored(kept)
         with _interpreting_unseen(), _Made() as made:
             kept = quantize(x, form, x.dtype)
-            kept.dequantize()
+            restored(kept)
     assert made.nbytes == [1280, 20, 2560], "codes, scales, and what is read"
 
 

@@ -16,6 +16,19 @@ from compactdist.kernels.cpu.simd.vectors import FLOATS, INTS, full
 _MANTISSA_BITS, _BIAS, _SIGN = 23, 127, 0x80
 
 
+def levels_of(builder: Any, codes: Any, bits_kept: int, top: int) -> Any:
+    """The values of codes, ints below 256; those of infinity and NaN are as large as the largest."""
+    size = builder.and_(codes, full(_SIGN - 1, INTS))
+    size = builder.select(builder.icmp_unsigned("<", size, full(top, INTS)), size, full(top, INTS))
+    shifted = builder.shl(size, full(_MANTISSA_BITS - bits_kept, INTS))
+    normal = builder.add(shifted, full((_BIAS + bits_kept - 1) << _MANTISSA_BITS, INTS))
+    subnormal = builder.bitcast(builder.sitofp(size, FLOATS.of), INTS.of)
+    small = builder.icmp_unsigned("<", size, full(1 << bits_kept, INTS))
+    bits = builder.select(small, subnormal, normal)
+    sign = builder.shl(builder.and_(codes, full(_SIGN, INTS)), full(24, INTS))
+    return builder.bitcast(builder.or_(bits, sign), FLOATS.of)
+
+
 @intrinsic(prefer_literal=True)
 def float8_codes(typing_context: Any, values: Any, mantissa: Any, largest: Any) -> Any:
     """Codes, ints, of values not below 0: to nearest even, at most the largest one."""
@@ -39,18 +52,10 @@ def float8_codes(typing_context: Any, values: Any, mantissa: Any, largest: Any) 
 
 @intrinsic(prefer_literal=True)
 def float8_levels(typing_context: Any, codes: Any, mantissa: Any, largest: Any) -> Any:
-    """Values of codes, ints below 256; those of infinity and NaN are as large as the largest."""
+    """Values of codes, see ``levels_of``."""
     bits_kept, top = mantissa.literal_value, largest.literal_value
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        size = builder.and_(arguments[0], full(_SIGN - 1, INTS))
-        size = builder.select(builder.icmp_unsigned("<", size, full(top, INTS)), size, full(top, INTS))
-        shifted = builder.shl(size, full(_MANTISSA_BITS - bits_kept, INTS))
-        normal = builder.add(shifted, full((_BIAS + bits_kept - 1) << _MANTISSA_BITS, INTS))
-        subnormal = builder.bitcast(builder.sitofp(size, FLOATS.of), INTS.of)
-        small = builder.icmp_unsigned("<", size, full(1 << bits_kept, INTS))
-        bits = builder.select(small, subnormal, normal)
-        sign = builder.shl(builder.and_(arguments[0], full(_SIGN, INTS)), full(24, INTS))
-        return builder.bitcast(builder.or_(bits, sign), FLOATS.of)
+        return levels_of(builder, arguments[0], bits_kept, top)
 
     return FLOATS(codes, mantissa, largest), build

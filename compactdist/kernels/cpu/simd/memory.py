@@ -2,6 +2,9 @@
 
 Element types are those of the bits: float32 for itself, uint16 for bfloat16, int16 for float16. Where fewer than 64
 elements are left, lanes from there on read as zero and are not written.
+
+A tensor that was rounded to eight bits (``spec.Rounded``) is three pointers: to codes, int8 or uint8 for E4M3 float8;
+to scales, uint16; and one of the type of its elements, which is not read.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from typing import Any
 from llvmlite import ir
 
 from compactdist.kernels.cpu.simd.elements import narrow_f16, widen_f16
-from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, types
+from compactdist.kernels.cpu.simd.float8 import levels_of
+from compactdist.kernels.cpu.simd.jit import cgutils, inlined, intrinsic, signature, types
 from compactdist.kernels.cpu.simd.vectors import (
     AVX2,
     FLOATS,
@@ -29,11 +33,13 @@ from compactdist.kernels.cpu.simd.vectors import (
     unknown,
 )
 from compactdist.kernels.reference import LANES
+from compactdist.kernels.spec import FLOAT8, ROUNDED_BLOCK
 
 CACHE_LINE = 64
 """Bytes."""
 
-_byte, _i16, _i64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
+_byte, _i16, _i32, _i64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_E4M3 = FLOAT8["e4m3"]
 
 
 @intrinsic
@@ -214,7 +220,47 @@ def _within(builder: Any, bits: Any, largest: int) -> Any:
     return call(builder, f"llvm.umin.{name}", bits.type, bits, negative)
 
 
+def _load_rounded(pointers: Any, *count: Any) -> Any:
+    codes, _, elements = pointers.types
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        codes_at, scales_at, _ = cgutils.unpack_tuple(builder, arguments[0])
+        at, kind = arguments[1], ir.VectorType(_byte, LANES)
+        packed = read(builder, builder.gep(codes_at, [at]), kind, *arguments[2:])
+        if codes.dtype == types.int8:
+            levels = builder.sitofp(packed, FLOATS.of)
+        else:
+            levels = levels_of(builder, builder.zext(packed, INTS.of), _E4M3.mantissa_bits, _E4M3.largest_code)
+        value = builder.fmul(levels, _scales_from(builder, scales_at, at, *arguments[2:]))
+        return _widened(context, builder, elements.dtype, _narrowed(context, builder, elements.dtype, value))
+
+    return FLOATS(pointers, types.uintp, *count), build
+
+
+def _scales_from(builder: Any, scales: Any, at: Any, count: Any = None) -> Any:
+    """The scales of sixty-four elements, which are of one block or of two that follow one another."""
+    if count is None:
+        last = builder.add(at, ir.Constant(_i64, LANES - 1))
+    else:  # what is not there may lie far behind the last scale
+        some = builder.icmp_signed(">", count, ir.Constant(_i64, 0))
+        at = builder.select(some, at, ir.Constant(_i64, 0))
+        last = builder.select(some, builder.sub(builder.add(at, count), ir.Constant(_i64, 1)), at)
+    first, second = (_scale(builder, scales, builder.udiv(one, ir.Constant(_i64, ROUNDED_BLOCK))) for one in (at, last))
+    left = builder.sub(ir.Constant(_i64, ROUNDED_BLOCK), builder.and_(at, ir.Constant(_i64, ROUNDED_BLOCK - 1)))
+    lanes = ir.Constant(INTS.of, list(range(LANES)))
+    mask = builder.icmp_unsigned("<", lanes, spread(builder, builder.trunc(left, _i32), INTS))
+    return builder.select(mask, spread(builder, first, FLOATS), spread(builder, second, FLOATS))
+
+
+def _scale(builder: Any, scales: Any, block: Any) -> Any:
+    bits = builder.zext(builder.load(builder.gep(scales, [block])), _i32)
+    return builder.bitcast(builder.shl(bits, ir.Constant(_i32, 16)), ir.FloatType())
+
+
 def _load(typing_context: Any, pointer: Any, at: Any, *count: Any) -> Any:
+    if isinstance(pointer, types.BaseTuple):
+        return _load_rounded(pointer, *count)
+
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         kind = ir.VectorType(context.get_value_type(pointer.dtype), LANES)
         where = builder.gep(arguments[0], [arguments[1]])
@@ -312,11 +358,14 @@ def prefetch(typing_context: Any, pointer: Any, at: Any) -> Any:
     """Ask for the cache lines of sixty-four elements; they need not exist."""
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        line = 64 // context.get_abi_sizeof(context.get_value_type(pointer.dtype))
+        first, kind = arguments[0], pointer
+        if isinstance(pointer, types.BaseTuple):  # codes; there are few scales
+            first, kind = cgutils.unpack_tuple(builder, first)[0], pointer.types[0]
+        line = 64 // context.get_abi_sizeof(context.get_value_type(kind.dtype))
         numbers = [ir.Constant(ir.IntType(32), n) for n in (0, 3, 1)]  # to read, often, data
         for start in range(0, LANES, line):
             at = builder.add(arguments[1], ir.Constant(_i64, start))
-            where = builder.bitcast(builder.gep(arguments[0], [at]), _byte.as_pointer())
+            where = builder.bitcast(builder.gep(first, [at]), _byte.as_pointer())
             call(builder, "llvm.prefetch.p0", ir.VoidType(), where, *numbers)
         return context.get_dummy_value()
 

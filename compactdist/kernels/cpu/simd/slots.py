@@ -40,6 +40,8 @@ floats_at = _pointer_of("floats_at", types.float32)
 bytes_at = _pointer_of("bytes_at", types.uint8)
 words_at = _pointer_of("words_at", types.uint32)
 longs_at = _pointer_of("longs_at", types.int64)
+halves_at = _pointer_of("halves_at", types.uint16)
+signed_bytes_at = _pointer_of("signed_bytes_at", types.int8)
 _bf16_at = _pointer_of("bf16_at", types.uint16)
 _f16_at = _pointer_of("f16_at", types.int16)
 

@@ -1,0 +1,36 @@
+"""What rounds tensors to eight bits and back: tensors to blocks for the loops of ``rounding.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compactdist.kernels.cpu import call
+from compactdist.kernels.cpu.call import TERM_IN_FP8, TERM_IN_INT8, Work
+from compactdist.kernels.cpu.native import address_of
+from compactdist.kernels.cpu.products import run_alone
+from compactdist.kernels.cpu.simd.sixteen import COUNT
+from compactdist.kernels.cpu.steps import CACHE_LINE, DTYPES, STREAMED_NBYTES
+from compactdist.kernels.spec import ROUNDED_BLOCK
+
+__all__ = ["dequantize", "quantize"]
+
+
+def quantize(values: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """See ``kernels.Rounding``; ``values`` are of a dtype of ``DTYPES``."""
+    values = values.contiguous()
+    _run("quantize", values, codes, scales, {call.X: values.data_ptr(), call.CODES: codes.data_ptr()})
+
+
+def dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    """See ``kernels.Rounding``; ``out`` is of a dtype of ``DTYPES``."""
+    streams = out.nbytes >= STREAMED_NBYTES and out.data_ptr() % CACHE_LINE == 0
+    given = {call.X: out.data_ptr(), call.OUT: out.data_ptr(), call.OUT_STREAMS: int(streams)}
+    _run("dequantize", out, codes, scales, {**given, call.BASE: codes.data_ptr()})
+
+
+def _run(loop: str, exact: Tensor, codes: Tensor, scales: Tensor, given: dict[int, int]) -> None:
+    kind = TERM_IN_INT8 if codes.dtype == torch.int8 else TERM_IN_FP8
+    body = address_of(f"rounding.{loop}", DTYPES[exact.dtype], kind)
+    slots = {call.NUMEL: exact.numel(), call.VELOCITY: scales.data_ptr(), **given}
+    run_alone(Work(-(-exact.numel() // (COUNT * ROUNDED_BLOCK)), exact.numel(), body), slots)
