@@ -15,7 +15,16 @@ from compactdist.codecs.topk import TopK, TopKInt4
 from compactdist.codecs.transform.coding import steps_table
 from compactdist.codecs.transform.on_device import spec_of
 from compactdist.codecs.transform.transform import Transform
-from compactdist.kernels.spec import BOARD_WORDS, CLOCK_WORDS, ROUNDED, ROUNDED_BLOCK, Allotment, EightBits, MatrixView
+from compactdist.kernels.spec import (
+    BOARD_WORDS,
+    CLOCK_WORDS,
+    ROUNDED,
+    ROUNDED_BLOCK,
+    Allotment,
+    EightBits,
+    MatrixView,
+    Rounded,
+)
 from compactdist.wire import HEAD_PLACES, HEADER_NBYTES
 
 CAPABILITIES = (80, 89, 90, 100)
@@ -132,12 +141,16 @@ def _both(
     dtype: torch.dtype,
     payload_nbytes: int,
     compiler: Any,
-    terms: int,
+    terms: int | EightBits,
     for_encode: dict[str, Any],
     for_decode: dict[str, Any],
 ) -> tuple[list[Compiled], list[Compiled]]:
     """The launches of one encode and of one decode of zeros."""
-    x, out, *given = (torch.zeros(numel, dtype=dtype) for _ in range(2 + terms))
+    x, out = (torch.zeros(numel, dtype=dtype) for _ in range(2))
+    given: list[Any] = [torch.zeros_like(x) for _ in range(0 if isinstance(terms, str) else terms)]
+    if isinstance(terms, str):
+        scales = torch.zeros(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16)
+        given = [Rounded(torch.zeros(numel, dtype=ROUNDED[terms].codes), scales, dtype)]
     payload = torch.zeros(payload_nbytes, dtype=torch.uint8)
     before = len(compiler.launches)
     with compiling(compiler):
@@ -148,7 +161,13 @@ def _both(
 
 
 def step(
-    codec: Codec, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int = 1, copies: bool = False
+    codec: Codec,
+    view: MatrixView,
+    dtype: torch.dtype,
+    compiler: Any,
+    *,
+    terms: int | EightBits = 1,
+    copies: bool = False,
 ) -> tuple[list[Compiled], list[Compiled]]:
     """The launches of one encode and of one decode, as a group's steady call makes them.
 
@@ -157,7 +176,7 @@ def step(
         view: of its tensors.
         dtype: of its tensors.
         compiler: a :class:`Compiler`.
-        terms: of the prediction, 0 to 2.
+        terms: of the prediction, 0 to 2; or a form: one, which is a history in eight bits.
         copies: both write a second output, too.
     """
     from compactdist.kernels.gpu.steps import TritonSteps
@@ -171,7 +190,7 @@ def step(
 
 
 def history_step(
-    codec: Codec, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int = 1
+    codec: Codec, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int | EightBits = 1
 ) -> tuple[list[Compiled], list[Compiled]]:
     """As ``step``, for ``scales="token_history"``: of a frame that is not the first."""
     from compactdist.kernels.gpu.history_steps import TritonHistorySteps

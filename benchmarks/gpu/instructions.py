@@ -62,6 +62,8 @@ NAMES += [f"{codec} token_history" for codec in ("binary", "int2", "int4", "int8
 TRANSFORM = "transform"
 TOPK = {"topk": TopK(), "topk_int4": TopKInt4()}
 NAMES += [FRAMES, *HISTORIES, TRANSFORM, *TOPK]
+NAMES += ["int4 block, int8 history", "int4 token_channel, int8 history", "int2 block, fp8 history"]
+"""With a comma: the step of a stream that remembers in eight bits."""
 _WORDS = 1 << 20
 
 
@@ -106,9 +108,11 @@ def kernels(name: str, capability: int) -> dict[str, Compiled]:
     elif name in TOPK:
         both = one_of_m(TOPK[name], view, torch.bfloat16, compiler)
     else:
-        codec_id, scales = name.split()
+        of, _, remembers = name.partition(", ")
+        codec_id, scales = of.split()
         made = history_step if scales == "token_history" else step
-        both = made(codecs.get(codec_id, scales=scales), view, torch.bfloat16, compiler)
+        terms = HISTORIES[remembers] if remembers else 1
+        both = made(codecs.get(codec_id, scales=scales), view, torch.bfloat16, compiler, terms=terms)
     return {
         f"{name} {direction} {one.name}": one
         for direction, launches in zip(("encode", "decode"), both, strict=True)

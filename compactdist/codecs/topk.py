@@ -133,6 +133,10 @@ class _TopKSession(Session):
             self._choose()
         return self._device_steps
 
+    @property
+    def takes_rounded(self) -> bool:
+        return self.device_steps is not None
+
     @undisturbed
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None

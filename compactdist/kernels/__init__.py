@@ -275,8 +275,11 @@ class Frames(Protocol):
 class Rounding(Protocol):
     """Rounds flat tensors of one size and dtype to ``spec.Rounded`` and back, as ``reference/rounding.py`` says."""
 
-    def quantize(self, values: Tensor, codes: Tensor, scales: Tensor) -> None:
-        """Write the codes ``[numel]`` and the bfloat16 scales ``[ceil(numel / 128)]`` of finite values."""
+    def quantize(self, values: Tensor, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
+        """Write the codes ``[numel]`` and the bfloat16 scales ``[ceil(numel / 128)]`` of finite values.
+
+        With ``accepted``, uint8 ``[2]`` on the device, only where the first of it is not 0.
+        """
 
     def dequantize(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         """Write the values ``[numel]``, kept finite and rounded once to the dtype of ``out``, which is contiguous."""

@@ -17,6 +17,7 @@ from compactdist.state.board import Board
 from compactdist.state.host_copy import HostCopy
 from compactdist.state.key_ends import finite
 from compactdist.state.matrix_view import blocks
+from compactdist.state.quantized_history import quantize_if
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
 from compactdist.state.said import announced, expect_announcement, expect_coefficient
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, StreamConfig, StreamState
@@ -357,7 +358,7 @@ class StreamDecoder(StreamState):
             terms = self.rounded_terms
         else:
             terms = self._terms_there(frame, frames) if predictor.adapts else predictor.terms()
-        if rounds:  # of a frame that is refused the kernels write the prediction
+        if rounds:
             value = torch.empty(numel, dtype=dtype, device=frame.device)
         elif terms and predictor.decodes_in_place:
             value = terms[0]
@@ -371,7 +372,10 @@ class StreamDecoder(StreamState):
             return None
         self.header, self.checksum = form.head.header, None
         self.holds_values, self.wrote = frames.holds_values, into is not None
-        predictor.advance(value, terms)
+        if rounds:
+            quantize_if(frames.accepted, value, self.predictor.rounded[0])
+        else:
+            predictor.advance(value, terms)
         if form.session.remembers:
             self._commit(form.session)
         self.sequence += 1

@@ -333,7 +333,7 @@ class StreamEncoder(StreamState):
         exact = None if own is None else _own(flat)
         staged = Staged(
             frame, header, checksum, value, terms, exact,
-            session=session, room=room if flat.is_cpu else None, copied=copied, lends=copied,
+            session=session, room=room if flat.is_cpu else None, copied=copied, lends=copied or not want_value,
         )  # fmt: skip
         searches = not self._searched and not header.layout
         if searches:

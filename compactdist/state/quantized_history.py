@@ -28,6 +28,7 @@ __all__ = [
     "StateForm",
     "make_predictor",
     "quantize",
+    "quantize_if",
     "state_copy_nbytes",
 ]
 
@@ -47,11 +48,17 @@ def quantize(values: Tensor, form: EightBits, dtype: torch.dtype, into: Rounded 
     """
     numel, device, codes = values.numel(), values.device, ROUNDED[form].codes
     if into is None or into.numel() != numel or into.dtype != dtype or into.device != device:
-        scales = torch.empty(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16, device=device)
-        into = Rounded(torch.empty(numel, dtype=codes, device=device), scales, dtype)
+        made = torch.empty(numel, dtype=codes, device=device)
+        into = Rounded(made, torch.empty(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16, device=device), dtype)
     if numel:
         kernels.rounding_for(numel, values.dtype, codes, device).quantize(values, into.codes, into.scales)
     return into
+
+
+def quantize_if(accepted: Tensor, values: Tensor, into: Rounded) -> None:
+    """Round a flat tensor to the memory of one of its form, if a device's flag, uint8 ``[2]``, is not 0 at first."""
+    rounding = kernels.rounding_for(values.numel(), values.dtype, into.codes.dtype, values.device)
+    rounding.quantize(values, into.codes, into.scales, accepted)
 
 
 def state_copy_nbytes(form: StateForm, numel: int, dtype: torch.dtype) -> int:

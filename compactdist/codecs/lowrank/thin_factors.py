@@ -249,6 +249,10 @@ class LowRankSession(Session):
             self._choose()
         return self._device_steps
 
+    @property
+    def takes_rounded(self) -> bool:
+        return self.device_steps is not None
+
     @undisturbed
     def encode(
         self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, *, row_weights: Tensor | None = None
@@ -256,7 +260,7 @@ class LowRankSession(Session):
         steps = self.device_steps
         if steps is not None and row_weights is None and steps.encode(x.detach(), terms, out, payload):
             return
-        memory = dict(self._memory)  # entries are replaced, never written to
+        terms, memory = tuple(map(fused.restored, terms)), dict(self._memory)  # entries are replaced, never written to
         payload.copy_(self.codec.encode_difference(x, terms, self.view, memory, row_weights))
         if out is not None:
             self.decode(payload, terms, out)
@@ -269,6 +273,7 @@ class LowRankSession(Session):
             payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
             if out.is_contiguous() and steps.decode(payload, terms, out):
                 return
+            terms = tuple(map(fused.restored, terms))
         if not self.codec.add_decoded(payload, terms, self.view, out):
             super().decode(payload, terms, out)
 

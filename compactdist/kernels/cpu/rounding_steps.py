@@ -16,8 +16,10 @@ from compactdist.kernels.spec import ROUNDED_BLOCK
 __all__ = ["dequantize", "quantize"]
 
 
-def quantize(values: Tensor, codes: Tensor, scales: Tensor) -> None:
+def quantize(values: Tensor, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
     """See ``kernels.Rounding``; ``values`` are of a dtype of ``DTYPES``."""
+    if accepted is not None and not accepted[0]:
+        return
     values = values.contiguous()
     _run("quantize", values, codes, scales, {call.X: values.data_ptr(), call.CODES: codes.data_ptr()})
 

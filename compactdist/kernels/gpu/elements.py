@@ -160,14 +160,11 @@ def add_change(
 ):  # fmt: skip
     """Write what was expected plus the decoded change, where ``inside``.
 
-    If ``CHECKED``, ``out`` is written only where the first of ``accepted`` is not 0; where what was expected is in
-    eight bits, ``out`` is other memory, and gets that where it is 0. If ``COPIES``, ``copy`` gets the values too, and
-    NaN if ``CHECKED`` and the second of ``accepted`` is 0.
+    If ``CHECKED``, ``out`` is written only where the first of ``accepted`` is not 0. If ``COPIES``, ``copy`` gets the
+    values too, and NaN if ``CHECKED`` and the second of ``accepted`` is 0.
     """
     there = inside
-    if CHECKED and TERMS > 2:
-        change = tl.where(is_zero(accepted), 0.0, change)
-    elif CHECKED:
+    if CHECKED:
         there = there & ~is_zero(accepted)
     value = expected(base, velocity, at, there, TERMS) + change
     write(out, at, value, there)

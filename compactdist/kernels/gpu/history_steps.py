@@ -22,13 +22,13 @@ from compactdist.kernels.gpu.steps import (
     ROWS,
     SCRATCH,
     SOURCE,
-    TILES,
     UNROLL,
     WIDTH,
     TritonSteps,
     can_run,
     decoding_of,
     encode_codes_launch,
+    tiles_of,
 )
 from compactdist.kernels.reference.history import FLOOR, rows_apart
 from compactdist.kernels.spec import MatrixView, QuantizerSpec, Term
@@ -121,6 +121,7 @@ def _settle(plan: Plan, terms: int) -> list[Launch]:
     at, scratch, offsets = plan.sections, SCRATCH, (plan.offsets.row_at, plan.offsets.column_at)
     place = {"PLACE": plan.offsets.kind, "WHOLE": plan.whole_rows, "TERMS": terms, "num_warps": 1, **EXACT}
     size, weights, apart = (at.rows, at.channels, plan.numel), scratch.low, rows_apart(at.rows)
+    tiles = tiles_of(plan)
     launches = [
         Launch(
             history.take_scales, at.groups, (_C, scratch.inverse, weights, scratch.factors, at.channels),
@@ -135,9 +136,9 @@ def _settle(plan: Plan, terms: int) -> list[Launch]:
             _ENCODING, {"KIND": plan.kind, "WIDENING": plan.widening, "ROWS": ROWS, "UNROLL": UNROLL, **place},
         ),
         Launch(
-            history.sum_squares, at.groups * -(-plan.tiles // TILES) * plan.channel_blocks,
+            history.sum_squares, at.groups * -(-plan.tiles // tiles) * plan.channel_blocks,
             (*SOURCE, *offsets, scratch.first, *size, plan.tiles), _ENCODING,
-            {"TILES": TILES, "UNITS": UNITS_OF_TILE, "APART": apart, "UNROLL": min(UNROLL, 64 // apart), **place},
+            {"TILES": tiles, "UNITS": UNITS_OF_TILE, "APART": apart, "UNROLL": min(UNROLL, 64 // apart), **place},
         ),
     ]  # fmt: skip
     if plan.tiles > 64:

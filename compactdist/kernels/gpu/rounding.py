@@ -16,7 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from compactdist.kernels.gpu.codes import FLOAT8, LINEAR, code_of, level_of
-from compactdist.kernels.gpu.elements import decode_bf16, encode_bf16, inverse_or_zero, read, storable_scale, write
+from compactdist.kernels.gpu.elements import (
+    decode_bf16,
+    encode_bf16,
+    inverse_or_zero,
+    is_zero,
+    read,
+    storable_scale,
+    write,
+)
 from compactdist.kernels.gpu.launch import Launch, Slot, run
 from compactdist.kernels.gpu.plan import DEVICE_TYPE, INTERPRETED, MOST_ELEMENTS
 from compactdist.kernels.spec import ROUNDED
@@ -38,26 +46,33 @@ def _places(BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def quantize_history(values, codes, scales, numel, largest, KIND: tl.constexpr, BLOCKS: tl.constexpr):
+def quantize_history(
+    values, codes, scales, accepted, numel, largest, KIND: tl.constexpr, CHECKED: tl.constexpr, BLOCKS: tl.constexpr
+):
     """Codes and scales of ``BLOCKS`` blocks.
 
     Args:
         values: finite, flat ``[numel]``.
         codes: int8 or uint8 ``[numel]``.
         scales: bits of bfloat16, int16 ``[ceil(numel / 128)]``.
+        accepted: uint8.
         numel: elements.
         largest: level of the largest magnitude of a block.
         KIND: ``LINEAR`` for int8, ``FLOAT8`` for E4M3.
+        CHECKED: nothing is written where the first of ``accepted`` is 0.
         BLOCKS: of a program.
     """
     block, at = _places(BLOCKS)
     there = at < numel
+    taken = block * 128 < numel
+    if CHECKED:
+        taken = taken & ~is_zero(accepted)
     value = read(values, at, there)
     scale = storable_scale(tl.div_rn(tl.max(tl.abs(value), axis=1)[:, None], largest), True)
-    tl.store(scales + block, encode_bf16(scale).to(tl.int16), mask=block * 128 < numel)
+    tl.store(scales + block, encode_bf16(scale).to(tl.int16), mask=taken)
     level = value * inverse_or_zero(scale)  # its sign decides, not that of the value, which may have become zero
     code = code_of(level, tl.abs(level), 1.0, 1.0, scales, KIND, 8, 3)
-    tl.store(codes + at, code.to(codes.dtype.element_ty), mask=there)
+    tl.store(codes + at, code.to(codes.dtype.element_ty), mask=there & taken)
 
 
 @triton.jit
@@ -79,19 +94,22 @@ class Rounding:
         device: of the tensors.
     """
 
-    __slots__ = ("_dequantize", "_device", "_quantize")
+    __slots__ = ("_dequantize", "_device", "_quantize", "_quantize_if")
 
     def __init__(self, numel: int, codes: torch.dtype, device: torch.device) -> None:
         self._device, largest = device, _LARGEST[codes]
         grid = -(-numel // (_BLOCK * _BLOCKS))
         constants = {"KIND": _KINDS[codes], "BLOCKS": _BLOCKS, "num_warps": 4, "enable_fp_fusion": False}
-        tensors = tuple(map(Slot, range(3)))
-        self._quantize = Launch(quantize_history, grid, (*tensors, numel, largest), 3, constants)
-        self._dequantize = Launch(dequantize_history, grid, (*tensors, numel), 3, constants)
+        given = (*map(Slot, range(4)), numel, largest)
+        self._quantize, self._quantize_if = (
+            Launch(quantize_history, grid, given, 4, {"CHECKED": checked, **constants}) for checked in (False, True)
+        )
+        self._dequantize = Launch(dequantize_history, grid, (*map(Slot, range(3)), numel), 3, constants)
 
-    def quantize(self, values: Tensor, codes: Tensor, scales: Tensor) -> None:
+    def quantize(self, values: Tensor, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
         """Write the codes ``[numel]`` and the bfloat16 scales ``[ceil(numel / 128)]`` of flat, finite values."""
-        run(self._quantize, (values.contiguous(), codes, scales), self._device)
+        launch = self._quantize if accepted is None else self._quantize_if
+        run(launch, (values.contiguous(), codes, scales, codes if accepted is None else accepted), self._device)
 
     def dequantize(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         """Write the values, kept finite and rounded once to the dtype of ``out``, contiguous ``[numel]``."""

@@ -34,7 +34,6 @@ __all__ = [
     "ROWS",
     "SCRATCH",
     "SOURCE",
-    "TILES",
     "UNROLL",
     "WIDTH",
     "TritonSteps",
@@ -43,12 +42,18 @@ __all__ = [
     "encode_codes_launch",
     "encoding_of",
     "steps_of",
+    "tiles_of",
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXACT = {"enable_fp_fusion": False}
 # Sizes for 16-byte loads of bfloat16 on a GPU; the interpreter wants few programs of large blocks.
-ROWS, TILES, UNROLL, _UNITS, WIDTH, _BLOCKS = (128, 16, 1, 2048, 512, 128) if INTERPRETED else (4, 1, 8, 512, 32, 16)
+ROWS, _TILES, UNROLL, _UNITS, WIDTH, _BLOCKS = (128, 16, 1, 2048, 512, 128) if INTERPRETED else (4, 1, 8, 512, 32, 16)
+
+
+def tiles_of(plan: Plan) -> int:
+    """Tiles that a program sums up: no more than there are, as a power of two."""
+    return min(_TILES, 1 << (plan.tiles - 1).bit_length())
 
 
 def steps_of(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device: torch.device) -> TritonSteps | None:
@@ -148,19 +153,19 @@ def _settle_scales(plan: Plan, terms: int) -> list[Launch]:
     common = {"KIND": plan.kind, "PLACE": plan.offsets.kind, "WHOLE": plan.whole_rows, "TERMS": terms}
     common.update(UNROLL=UNROLL, num_warps=1, **EXACT)
     sums = scratch.first, scratch.energy, scratch.weight
-    scaled = {"ROW_SCALES": at.row_scale_count > 0}
+    scaled, tiles = {"ROW_SCALES": at.row_scale_count > 0}, tiles_of(plan)
     launches = [
         Launch(
             rows.row_statistics, at.groups * -(-at.rows // ROWS),
             (*SOURCE, *offsets, *statistics, REPORTED, *size), ENCODING, {"ROWS": ROWS, **common},
         ),
         Launch(
-            rows.tile_sums, at.groups * -(-plan.tiles // TILES) * plan.channel_blocks,
+            rows.tile_sums, at.groups * -(-plan.tiles // tiles) * plan.channel_blocks,
             (
                 *SOURCE, *offsets, *statistics, PAYLOAD, scratch.row_weights, *sums, at.row_scales_at, *size,
                 plan.tiles,
             ),
-            ENCODING, {"TILES": TILES, "UNITS": UNITS_OF_TILE, **scaled, **common},
+            ENCODING, {"TILES": tiles, "UNITS": UNITS_OF_TILE, **scaled, **common},
         ),
     ]  # fmt: skip
     if plan.tiles > 64:

@@ -23,11 +23,13 @@ _CPU_PART = ROUNDED_BLOCK << 9
 _LARGEST = {form.codes: form.largest for form in ROUNDED.values()}
 
 
-def quantize(values: Tensor, codes: Tensor, scales: Tensor) -> None:
+def quantize(values: Tensor, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
     """See ``kernels.Rounding``."""
     with torch.inference_mode():  # as below
         for elements, blocks in _parts(values):
-            codes[elements], scales[blocks] = _quantize(values[elements], codes.dtype)
+            made = _quantize(values[elements], codes.dtype)
+            for whole, part, new in ((codes, elements, made[0]), (scales, blocks, made[1])):
+                whole[part] = new if accepted is None else torch.where(accepted[0] != 0, new, whole[part])
 
 
 def dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> None:

@@ -14,7 +14,7 @@ from tests.kernels.gpu import kit
 
 ON_A_GPU = {
     "ROWS": 4,
-    "TILES": 1,
+    "_TILES": 1,
     "UNROLL": 8,
     "_UNITS": 512,
     "WIDTH": 32,
@@ -24,7 +24,7 @@ ON_A_GPU = {
 }
 SMALL = {
     "ROWS": 2,
-    "TILES": 4,
+    "_TILES": 4,
     "UNROLL": 2,
     "_UNITS": 128,
     "WIDTH": 64,
