@@ -52,7 +52,7 @@ def test_lowrank_takes_it_as_the_tensor_that_it_stands_for(form: EightBits) -> N
 @pytest.mark.parametrize("codec", ["int4", "binary:scales=block", "topk"])
 @pytest.mark.parametrize("form", rounded.FORMS)
 def test_frames_of_a_device(codec: str, form: EightBits, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor is made of a history, which stays where it is; a refused frame changes nothing, and the user gets NaN."""
+    """No tensor is made of a history, which stays where it is. A refused frame gives NaN, and moves nothing."""
     with use("gpu"):
         stream = Stream(codec, state=form)
         into = torch.empty(stream.view.numel, dtype=torch.bfloat16, device=kit.DEVICE)
