@@ -31,6 +31,14 @@ def test_kernels() -> None:
     assert kernels_cpu.table(stored("kernels_cpu.json")["lines"]) in PAGE
 
 
+def test_states_in_eight_bits() -> None:
+    lines, page = stored("state_forms.json")["lines"], (ROOT / "docs" / "concepts.md").read_text()
+    ratios = {form: [line["ratio"] for line in lines if line["state"] == form] for form in ("int8", "fp8")}
+    least, most = ({form: f"{choose(some):.2f}" for form, some in ratios.items()} for choose in (min, max))
+    assert f"both ends take {least['int8']} to {most['int8']} times as long" in page
+    assert f"with `fp8` {least['fp8']} to {most['fp8']} times" in page
+
+
 def test_lowrank() -> None:
     speed = stored("lowrank_speed.json")
     for stream in ("synthetic", "trace"):

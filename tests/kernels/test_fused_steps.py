@@ -420,7 +420,7 @@ from tests.kernels.test_fused_steps import _both, blocks, plain
 assert not any(HOST.values())
 views = {"token_channel": plain(70 * 264, 1, 264), "block": blocks(128 * 70 + 3)}
 for turn, (scales, view) in enumerate(views.items()):
-    for number, codec_id in enumerate(("binary", "int4", "int8")):  # by rows and by blocks the other way round
+    for number, codec_id in enumerate(("binary", "int4")):  # by rows and by blocks the other way round
         spec, dtype = {"id": codec_id, "scales": scales}, (torch.float16, torch.bfloat16)[(number + turn) % 2]
         base = torch.randn(view.numel, generator=torch.Generator().manual_seed(0)).to(dtype)
         x = base + torch.randn(view.numel, generator=torch.Generator().manual_seed(1)).to(dtype) / 8

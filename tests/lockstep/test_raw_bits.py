@@ -68,7 +68,7 @@ def test_raw_is_the_plain_group(world_size, batch):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("world_size", [2, 3])
-@settings(max_examples=12, phases=UNSHRUNK)
+@settings(max_examples=8, phases=UNSHRUNK)
 @given(batch=batches)
 def test_raw_is_the_plain_group_at_length(world_size, batch):
     run_ranks(body, world_size, args=(batch,), timeout=40)

@@ -92,4 +92,4 @@ def test_states_stay_equal_however_forwarding_comes_and_goes():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world_size", [3, 4])
 def test_at_length(world_size):
-    check(world_size, 1000 + world_size, programs=6, timeout=600)
+    check(world_size, 1000 + world_size, programs=4, timeout=600)

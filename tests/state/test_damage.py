@@ -158,9 +158,9 @@ def test_forged_frames():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_many_forged_frames():
-    """A tenth of what was run once by hand, ``fuzz(200_000, seed=2)``: five streams of each combination of options."""
-    refused, _ = fuzz(20_000, seed=3)
-    assert refused > 16_000
+    """A part of what was run once by hand, ``fuzz(200_000, seed=2)``: two streams of each combination of options."""
+    refused, _ = fuzz(10_000, seed=3)
+    assert refused > 8_000
 
 
 @pytest.mark.parametrize("what", ["state", "order", "damping", "keyframe", "codec"])

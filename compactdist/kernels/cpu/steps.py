@@ -183,7 +183,9 @@ class Plan(NamedTuple):
 
     def decoder(self, terms: int) -> Block:
         """A block for decoding with terms of a kind."""
-        works = {call.SECOND_PASS: Work(self.offsets.row_at.size, self.sections.elements, self._apply(terms))}
+        # backwards: the checksum has just read the payload, whose end is in a cache still
+        work = Work(self.offsets.row_at.size, self.sections.elements, self._apply(terms), True)
+        works = {call.SECOND_PASS: work}
         if self.apart:
             works[call.APART_PASS] = self._apart("unpack")
         return Block(address_of(self.decoding), self.slots, works)

@@ -268,8 +268,7 @@ def test_random_calls_under_a_small_budget():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nccl", [False, True])
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(("world_size", "nccl"), [(2, True), (3, False), (4, True)])
 def test_many_random_calls_under_a_small_budget(world_size, nccl):
     check(world_size, range(10, 12), 60, nccl=nccl)
 
