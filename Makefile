@@ -12,14 +12,17 @@ EXTRAS ?= xdit,cache-dit,bench,dev
 WORKERS ?= 2
 RANK_WORKERS ?= 3
 # `make test-torch TORCH=2.11.0`: what may differ between versions of torch and Triton, without the frameworks. What
-# a stream holds, which site has room for it, and what becomes of calls that do not fit together, is decided by bytes
-# and not by torch.
+# a stream holds, which site has room for it, what ranks agree on, and what becomes of calls that do not fit together,
+# is decided by bytes and not by torch.
 TORCH_TESTS ?= tests/group tests/exchange tests/lockstep tests/conformance tests/kernels/test_arguments_of_one.py \
 	$(addprefix --ignore=tests/group/lifecycle/test_,disagreement.py out_of_step.py refused_frames.py truth.py \
-	budget.py eviction.py eviction_attack.py offload.py snapshot.py check.py) --ignore=tests/group/test_host_path.py \
-	--ignore=tests/lockstep/test_relay.py \
-	$(addprefix --ignore=tests/exchange/test_,dropped.py forward.py many_sends.py own_chunk.py parts.py predicted.py \
-	rotation.py sizes.py targets.py transform_codec.py)
+	budget.py eviction.py eviction_attack.py offload.py snapshot.py check.py failures.py nonfinite.py parting.py \
+	steps.py) \
+	$(addprefix --ignore=tests/group/test_,host_path.py agreement.py environment.py identity.py progressive_start.py \
+	adaptive_order.py request.py shared_names.py vote.py) \
+	$(addprefix --ignore=tests/lockstep/test_,relay.py raw_bits.py) \
+	$(addprefix --ignore=tests/exchange/test_,dropped.py forward.py keyframe_sizes.py many_sends.py own_chunk.py \
+	parts.py plans.py predicted.py rotation.py sizes.py targets.py transform_codec.py)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=

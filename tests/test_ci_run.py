@@ -75,6 +75,13 @@ def test_without_time_it_says_that_they_were_not_run(tmp_path: Path) -> None:
         assert f"torch {version}: not run, for after 0 of 7 minutes 8 more may be needed" in said
 
 
+def test_a_version_between_two_others_is_left_out_once_it_is_late(tmp_path: Path) -> None:
+    """Bash counts on from the seconds that it is told have passed."""
+    asked, said, status = ci(tmp_path, SECONDS="2460")
+    assert (parts(asked)[0], status) == (MAIN + on("2.11.0", "2.14.1"), 0)
+    assert "torch 2.12.1: not run, for 41 minutes have passed, more than 40" in said
+
+
 def test_without_room_on_the_disk_each_is_installed_before_its_tests(tmp_path: Path) -> None:
     (tmp_path / "df").write_text("#!/bin/sh\necho Avail; echo 29G\n")
     (tmp_path / "df").chmod(0o755)

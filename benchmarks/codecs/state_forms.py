@@ -2,7 +2,7 @@
 
     python -m benchmarks.codecs.state_forms --json benchmarks/results/state_forms.json
 
-Frames of [4096, 3072] bfloat16 on a CPU, as a group makes and takes them. The sender encodes and remembers; the receiver
+Frames of [4096, 3072] bfloat16 on a CPU, as a group makes and takes them: a sender encodes and remembers, a receiver
 checks, decodes to the user's tensor and remembers. The lines of one codec take turns, frame by frame; medians. Bytes of
 state are those of one end.
 """

@@ -93,4 +93,4 @@ def test_a_residual_that_is_far_larger_is_noticed() -> None:
     ends, x = _Ends({"id": "binary"}, "int8"), torch.randn(1 << 15).bfloat16()
     ends.send(x, 0)
     ends.send(1e-3 * x, 1)
-    assert float((ends.into - 1e-3 * x).norm() / (1e-3 * x).norm()) < 0.5
+    assert float((ends.into - 1e-3 * x).norm() / (1e-3 * x).norm()) < 0.7

@@ -57,15 +57,14 @@ def check(compile_: Any, route: str, backend: str, *, late: bool = False, kept: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("route", ["ring", "ulysses"])
-def test_a_full_graph(route: str) -> None:
-    check(compile_whole, route, "eager")
+@pytest.mark.parametrize(("compile_", "route"), [(compile_in_place, "ring"), (compile_whole, "ulysses")])
+def test_a_full_graph(compile_: Any, route: str) -> None:
+    check(compile_, route, "eager")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("compile_", "route"), [(compile_in_place, "ring"), (compile_blocks, "ulysses")])
-def test_other_ways_to_compile(compile_: Any, route: str) -> None:
-    check(compile_, route, "aot_eager", kept=(2, 2) if compile_ is compile_blocks else (1, 1))
+def test_blocks_by_themselves() -> None:
+    check(compile_blocks, "ulysses", "aot_eager", kept=(2, 2))
 
 
 @pytest.mark.slow

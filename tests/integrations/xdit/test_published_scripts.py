@@ -27,7 +27,6 @@ CALL = ["--prompt", "cat", "--num_inference_steps", str(STEPS), "--seed", "1"]
 PICTURE = ["--height", "128", "--width", "128"]
 VIDEO = ["--height", "64", "--width", "64", "--num_frames", "9"]
 RING = ["--ring_degree", "2", "--attention_backend", "SDPA_FLASH"]
-ULYSSES = ["--ulysses_degree", "2", "--attention_backend", "SDPA"]
 # Script -> checkpoint, size, and forwards of the transformer: a request is run twice, CogVideoX's first with one step.
 EXAMPLES = {
     "flux": ("flux", PICTURE, 2 * STEPS),
@@ -74,35 +73,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_runner(home: Path, degrees: list[str], codec: str | None) -> tuple[np.ndarray, str]:
-    out = f"{codec}-{degrees[0].strip('-')}"
+def run_runner(home: Path, codec: str | None) -> tuple[np.ndarray, str]:
+    out = str(codec)
     (home / out).mkdir()
-    words = ["-m", "xfuser.runner", "--model", "FLUX.1-dev", *CALL, *PICTURE, *degrees]
+    words = ["-m", "xfuser.runner", "--model", "FLUX.1-dev", *CALL, *PICTURE, *RING]
     words += ["--max_sequence_length", "64", "--warmup_calls", "0", "--output_directory", out]
     shown = launch(home, words, codec)
     return picture(home / out), shown
 
 
-@pytest.fixture(scope="module")
-def uncompressed(home: Path) -> np.ndarray:
-    return run_runner(home, RING, None)[0]
-
-
 @pytest.mark.slow
-def test_runner_compressed(home: Path, uncompressed: np.ndarray) -> None:
+def test_runner_compressed(home: Path) -> None:
+    uncompressed, _ = run_runner(home, None)
     assert uncompressed.shape == (128, 128, 3)
     assert uncompressed.std() > 0.05, "a picture on which errors would not be seen"
-    drawn, shown = run_runner(home, RING, "int4")
+    drawn, shown = run_runner(home, "int4")
     assert shown.count(f"total: {STEPS * LAYERS} compressed and 0 passed-through calls") == 2, shown[-3000:]
     assert 0 < error(drawn, uncompressed) < 4e-2
-
-
-@pytest.mark.slow
-def test_runner_ulysses(home: Path, uncompressed: np.ndarray) -> None:
-    drawn, shown = run_runner(home, ULYSSES, "int4")
-    # queries, keys and values in one call, and the output
-    assert shown.count(f"total: {2 * STEPS * LAYERS} compressed and 0 passed-through calls") == 2, shown[-3000:]
-    assert 0 < error(drawn, uncompressed) < 8e-2
 
 
 @pytest.mark.slow
