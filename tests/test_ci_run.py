@@ -18,10 +18,13 @@ for word in $BROKEN; do
     [[ "$*" != *"$word"* ]] || exit 1
 done
 [[ -z $SLOW || "$*" != *"$SLOW"* ]] || exec /bin/sleep 50
-version=${3#TORCH=}
-mkdir -p "$VENV/bin" "$VENV-torch-$version/bin"
-ln -sf "$(type -P true)" "$VENV/bin/python"
-ln -sf "$(type -P true)" "$VENV-torch-$version/bin/python"
+case $2 in
+    venv) place=$VENV ;;
+    venv-torch) place=$VENV-torch-${3#TORCH=} ;;
+    *) exit 0 ;;
+esac
+mkdir -p "$place/bin"
+ln -sf "$(type -P true)" "$place/bin/python"
 """
 MAIN = ["venv", "test-all PYTEST_ARGS=--durations=40"]
 OTHERS = ["2.11.0", "2.14.1", "2.12.1"]

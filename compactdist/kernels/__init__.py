@@ -263,8 +263,8 @@ class Frames(Protocol):
         """
         ...
 
-    def has_sent(self, steps: DeviceSteps, terms: int, writes: bool, copies: bool) -> bool:
-        """Whether :meth:`send` was called with so many terms, with ``out`` and with ``copy``: all is compiled then."""
+    def has_sent(self, steps: DeviceSteps, terms: tuple[Tensor, ...], writes: bool, copies: bool) -> bool:
+        """Whether :meth:`send` was called with such terms, with ``out`` and with ``copy``: all is compiled then."""
         ...
 
     def repeats(self, steps: DeviceSteps) -> bool:

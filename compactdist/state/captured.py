@@ -36,8 +36,11 @@ _BY_CLOCK = 0, 0, 0, FROM_CLOCK, 0
 
 def unsuited(config: StreamConfig) -> str:
     """Why no frame of streams with this configuration can be captured; empty if some can."""
-    if config.state != "exact":
-        return f'state="{config.state}" makes tensors of its own between two frames; take state="exact"'
+    if config.state != "exact" and config.predictor.adapts:
+        return (
+            f'with state="{config.state}" and order="auto" two histories change places in every frame; take another '
+            'order, or state="exact"'
+        )
     if config.open_loop:
         return "with error_feedback=False the host makes every frame; leave error feedback on"
     return ""
@@ -89,7 +92,10 @@ def capture_seal(
     form, frames, steps, clock = _parts(encoder)
     head, nbytes = form.head, form.frame_nbytes
     flat, predictor = x.detach().reshape(-1), encoder.predictor
-    terms = say_coefficient(frames, flat, predictor, form.codec) if predictor.adapts else predictor.terms()
+    if encoder.expects_rounded(form.session):
+        terms = encoder.rounded_terms
+    else:
+        terms = say_coefficient(frames, flat, predictor, form.codec) if predictor.adapts else predictor.terms()
     frame = torch.empty(frame_nbytes, dtype=torch.uint8, device=x.device)
     if frame_nbytes > nbytes:
         frame[nbytes:].zero_()
@@ -98,7 +104,7 @@ def capture_seal(
         value = torch.empty(flat.numel(), dtype=flat.dtype, device=x.device)
     payload = frame[HEADER_NBYTES:nbytes]
     copies = copy is not None and value is not None
-    if not frames.has_sent(steps, len(terms), value is not None, copies) and value is not None:
+    if not frames.has_sent(steps, terms, value is not None, copies) and value is not None:
         # nothing can be compiled during a capture: the value is written twice if the calls before did that, else once
         copy, copies = torch.empty_like(value) if copy is None else None, False
     made = frames.send(steps, flat, terms, value, copy, frame, payload, clock.words, _BY_CLOCK, queue)
@@ -110,7 +116,7 @@ def capture_seal(
 
 
 def _remember(predictor: Predictor, value: Tensor, terms: Terms, goes_on: Tensor) -> None:
-    """Let the graph write to a history what it will hold after a frame of this value, unless the clock has ended."""
+    """Let the graph write to a history what it will hold after a frame of this value, if ``goes_on``, bool ``[]``."""
     for kept, now in zip(predictor.held, predictor.following(value, terms), strict=True):
         torch.where(goes_on, now, kept, out=kept)
 
@@ -128,9 +134,14 @@ def capture_check(decoder: StreamDecoder, frame: Tensor, into: Tensor | None, qu
     nbytes = form.frame_nbytes
     assert decoder.live is not None
     (numel, dtype), predictor = decoder.live, decoder.predictor
-    terms = predictor.terms(expect_coefficient(frames, frame, predictor)) if predictor.adapts else predictor.terms()
-    in_place = predictor.decodes_in_place
-    if terms:
+    in_place = predictor.decodes_in_place and decoder.config.state == "exact"
+    if rounds := decoder.expects_rounded(form.session):
+        terms = decoder.rounded_terms
+    else:
+        terms = predictor.terms(expect_coefficient(frames, frame, predictor)) if predictor.adapts else predictor.terms()
+    if rounds:
+        value = torch.empty(numel, dtype=dtype, device=frame.device)
+    elif terms:
         value = terms[0] if in_place else terms[0].clone()
     else:
         value = torch.zeros(numel, dtype=dtype, device=frame.device)
@@ -138,7 +149,7 @@ def capture_check(decoder: StreamDecoder, frame: Tensor, into: Tensor | None, qu
     made = frames.receive(steps, frame, nbytes, terms, value, direct, clock.words, _BY_CLOCK, queue)
     assert made, "frames that a device has checked are aligned"
     if terms and not in_place:
-        _remember(predictor, value, terms, clock.goes_on())
+        _remember(predictor, value, terms, clock.goes_on() & (frames.accepted[0] != 0))
     if into is not None and direct is None:
         into.copy_(torch.where(frames.holds_values, value, math.nan).view(into.shape))
 

@@ -57,6 +57,10 @@ class Cell(Protocol):
         """
         ...
 
+    def made_of(self, value: Tensor) -> tuple[Tensor, ...]:
+        """What ``held`` will hold once ``value`` is remembered, in memory of its own."""
+        ...
+
     def stay(self) -> None:
         """Keep what is kept where it is until it is forgotten: a CUDA graph that is captured knows its address."""
         ...
@@ -107,6 +111,10 @@ class ExactCell:
             return before
         before.copy_(value)
         return value
+
+    def made_of(self, value: Tensor) -> tuple[Tensor, ...]:
+        """The tensor."""
+        return (value,)
 
     def stay(self) -> None:
         """From now on copy into the memory of the remembered tensor."""
@@ -301,7 +309,7 @@ class LastValue(Predictor):
         return self._base.put(value, terms[0] if terms else None)
 
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
-        return (value,)
+        return self._base.made_of(value)
 
     def stay(self) -> None:
         self._base.stay()
@@ -369,7 +377,7 @@ class DampedVelocity(Predictor):
         return self._base.put(value, base)
 
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
-        return value, self._change(value, terms[0])
+        return self._base.made_of(value) + self._velocity.made_of(self._change(value, terms[0]))
 
     def _change(self, value: Tensor, base: Tensor | None) -> Tensor:
         if base is None:

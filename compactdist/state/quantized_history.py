@@ -99,13 +99,13 @@ class QuantizedCell:
         self._kept = quantize(value, self._form, value.dtype, self._kept)
         return value if isinstance(last, Rounded) else last
 
-    def stay(self) -> None:
-        """No call with such a history is captured.
+    def made_of(self, value: Tensor) -> tuple[Tensor, ...]:
+        """Its codes and scales."""
+        made = quantize(value, self._form, value.dtype)
+        return made.codes, made.scales
 
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("a history in eight bits is not captured")
+    def stay(self) -> None:
+        """What is kept stays where it is in any case, while size and dtype are the same."""
 
     def clear(self) -> None:
         """Forget."""

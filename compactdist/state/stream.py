@@ -412,6 +412,10 @@ class StreamState:
     def predictors(self, given: tuple[Predictor, ...]) -> None:
         (self.predictor,) = given
 
+    def expects_rounded(self, session: Session) -> bool:
+        """Whether the session gets the prediction as it is kept in eight bits."""
+        return self._rounds and session.takes_rounded
+
     @property
     def rounded_terms(self) -> Terms:
         """The prediction as it is kept in eight bits, for sessions that take that."""

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from compactdist.codecs.base import Session, tensors_in
 from compactdist.errors import CodecConfigError, NonFiniteError, PayloadError
+from compactdist.kernels import MIN_ELEMENTS, restored
 from compactdist.kernels.spec import MatrixView
+from compactdist.state.quantized_history import quantize
 from compactdist.testing.codec_checks import as_bytes, expect, expect_raises, surroundings
 from compactdist.testing.samples import DISTRIBUTIONS, sample
 
@@ -51,7 +53,8 @@ def check_session(
     The sender is disturbed on the way: it encodes frames that are rolled back, frames that the next one replaces
     without a rollback, and tensors with NaN. A twin that never saw them must send equal payloads. Between steps the
     memory of two ends is moved, and its old place spoilt; they must not notice. Two ends are replaced by new sessions
-    that take copies of their memory, as a restored snapshot does.
+    that take copies of their memory, as a restored snapshot does. A session that ``takes_rounded`` is given a term in
+    eight bits, too, and must make of it what it makes of the tensor.
 
     Args:
         codec: a codec with ``open``.
@@ -93,6 +96,8 @@ class _Stream:
             if step % 2:
                 self.twin, self.receiver = map(self.replaced, (self.twin, self.receiver))
         self.refuse_wrong_payloads(size)
+        if self.sender.takes_rounded and self.view.numel < MIN_ELEMENTS:  # above it, there would be kernels to compile
+            self.read_rounded(first)
 
     def draw(self, seed: int) -> Tensor:
         # At most a quarter of the largest value, so that no difference of two tensors leaves float32.
@@ -213,6 +218,17 @@ class _Stream:
             other.commit()
         second.take_memory(memory)
         return second
+
+    def read_rounded(self, x: Tensor) -> None:
+        """Both ends get a term as a history in eight bits has it, and two others the tensor that it stands for."""
+        rounded, made = quantize(self.bounded(0.9 * x.float()), "int8", self.dtype), []
+        for term in (rounded, restored(rounded)):
+            sender, receiver = (self.codec.open(self.view, self.dtype, self.device) for _ in range(2))
+            (out, payload), (got, _) = self.buffers(), self.buffers()
+            sender.encode(x, (term,), out, payload)
+            receiver.decode(payload, (term,), got)
+            made.append([as_bytes(one) for one in (payload, out, got)])
+        self.expect(all(map(torch.equal, *made)), "a term in eight bits gives other bits than the tensor it stands for")
 
     def refuse_wrong_payloads(self, size: int) -> None:
         out, payload = self.buffers()

@@ -3,8 +3,8 @@
 Blocks are consecutive in memory. They are coded in batches of up to sixteen, so that what is one value for a block, a
 chain of slow operations, is computed for all of them in one go. While a batch is read, the one before is coded and the
 one before that is written, block by block in turn: scales are there when they are needed, and memory has something to
-do all the time. The arithmetic is that of ``reference`` for sections of one row. The width of codes, and
-what terms there are, is compiled in.
+do all the time. The arithmetic is that of ``reference`` for sections of one row. The width of codes, and what terms
+there are, is compiled in.
 
 Steps are called as ``step(given, at, kept, count, have, sums)`` for each run of 64 elements of a block. ``at``: offset
 in x, terms, out and codes. ``kept``: offset in what is kept of the block. ``count``: elements of the block from there

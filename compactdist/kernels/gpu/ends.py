@@ -161,9 +161,10 @@ class FrameEnds(FrameKernels):
             series.begin(given + checked, pointers, aligned, stream)
         return True
 
-    def has_sent(self, steps: DeviceSteps, terms: int, writes: bool, copies: bool) -> bool:
+    def has_sent(self, steps: DeviceSteps, terms: tuple[Term, ...], writes: bool, copies: bool) -> bool:
         """See ``kernels.Frames``."""
-        return (steps, terms, writes, copies) in self._series
+        number = eight_bits(terms[0])[0] if terms and isinstance(terms[0], Rounded) else len(terms)
+        return (steps, number, writes, copies) in self._series
 
     def repeats(self, steps: DeviceSteps) -> bool:
         """See ``kernels.Frames``."""
