@@ -122,6 +122,7 @@ def _check_thin_factors(capability: int, dtype: torch.dtype, view: Any, rank: in
         fuses_nothing(decoding[0], capability, codec, MATRIX)
 
 
+@pytest.mark.slow
 def test_thin_factors_leave_no_rounding_open() -> None:
     _check_thin_factors(90, torch.bfloat16, plain(70 * 136, 1, 136), 5)
 
