@@ -80,6 +80,18 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return made
 
 
+def add_rounds(to: argparse.ArgumentParser, default: int, of: str = "rounds") -> None:
+    """Add ``--rounds`` and ``--threads``, for scripts that time this process's own work; :func:`begin` follows."""
+    to.add_argument("--rounds", type=int, default=default, help=f"{of} of each line (default {default})")
+    to.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: as many as torch takes")
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Compute on as many threads as asked for, unless the machine is busy."""
+    torch.set_num_threads(args.threads)
+    check_load(args.max_load)
+
+
 def check_load(limit: float) -> None:
     """End the script if the machine is busy: its numbers would be noise."""
     if limit < _LOAD:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import check_load, finish, parser, timed
+from benchmarks.common import add_rounds, begin, finish, parser, timed
 from compactdist import codecs, kernels
 from compactdist.codecs.base import Session
 from compactdist.kernels.cpu import call
@@ -79,11 +79,9 @@ def raw_keyframe(rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Print the lines, and write them where ``--json`` says."""
     made = parser(__doc__ or "")
-    made.add_argument("--rounds", type=int, default=16, help="rounds of each line (default 16)")
-    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: as many as torch takes")
+    add_rounds(made, 16)
     args = made.parse_args()
-    torch.set_num_threads(args.threads)
-    check_load(args.max_load)
+    begin(args)
     lines = [line(codec, scales, args.rounds) for codec in CODECS for scales in ("token_channel", "block")]
     lines.append(raw_keyframe(args.rounds))
     for one in lines:

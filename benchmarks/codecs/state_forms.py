@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import check_load, finish, parser, timed
+from benchmarks.common import add_rounds, begin, finish, parser, timed
 from compactdist import codecs
 from compactdist.codecs import Codec
 from compactdist.state import StreamConfig
@@ -91,11 +91,9 @@ def lines(spec: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     """Print the lines, and write them where ``--json`` says."""
     made = parser(__doc__ or "")
-    made.add_argument("--rounds", type=int, default=20, help="frames of each line (default 20)")
-    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: as many as torch takes")
+    add_rounds(made, 20, "frames")
     args = made.parse_args()
-    torch.set_num_threads(args.threads)
-    check_load(args.max_load)
+    begin(args)
     with torch.no_grad():
         found = [line for spec in CODECS for line in lines(spec, args.rounds)]
     for line in found:

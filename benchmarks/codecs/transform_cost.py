@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.codecs import moving
 from benchmarks.codecs.changing import tensors
-from benchmarks.common import check_load, finish, parser, timed
+from benchmarks.common import add_rounds, begin, finish, parser, timed
 from compactdist import codecs
 from compactdist.codecs.transform.basis import followed, rows_of
 from compactdist.codecs.transform.coding import Frame, Weights, decode, encode
@@ -122,13 +122,11 @@ def measured(rows: int, channels: int, bits: float, rounds: int) -> dict[str, An
 def main() -> None:
     """Print the lines, and write them where ``--json`` says."""
     made = parser(__doc__ or "")
-    made.add_argument("--rounds", type=int, default=11, help="rounds of each line (default 11)")
-    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: as many as torch takes")
+    add_rounds(made, 11)
     made.add_argument("--rows", type=int, nargs="+", default=[4096, 1088], help="(default 4096 1088)")
     made.add_argument("--bits", type=float, nargs="+", default=[1.0], help="(default 1)")
     args = made.parse_args()
-    torch.set_num_threads(args.threads)
-    check_load(args.max_load)
+    begin(args)
     lines = [measured(rows, 3072, bits, args.rounds) for rows in args.rows for bits in args.bits]
     for one in lines:
         print(

@@ -135,6 +135,12 @@ def _checks() -> tuple[dict[str, Any], dict[str, Any]]:
     return {"flag": torch.zeros(1, dtype=torch.int32)}, {"accepted": torch.ones(2, dtype=torch.uint8)}
 
 
+def _rounded(numel: int, dtype: torch.dtype, form: EightBits) -> Rounded:
+    """A history of zeros."""
+    scales = torch.zeros(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16)
+    return Rounded(torch.zeros(numel, dtype=ROUNDED[form].codes), scales, dtype)
+
+
 def _both(
     steps: Any,
     numel: int,
@@ -147,10 +153,11 @@ def _both(
 ) -> tuple[list[Compiled], list[Compiled]]:
     """The launches of one encode and of one decode of zeros."""
     x, out = (torch.zeros(numel, dtype=dtype) for _ in range(2))
-    given: list[Any] = [torch.zeros_like(x) for _ in range(0 if isinstance(terms, str) else terms)]
+    given: list[Any]
     if isinstance(terms, str):
-        scales = torch.zeros(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16)
-        given = [Rounded(torch.zeros(numel, dtype=ROUNDED[terms].codes), scales, dtype)]
+        given = [_rounded(numel, dtype, terms)]
+    else:
+        given = [torch.zeros_like(x) for _ in range(terms)]
     payload = torch.zeros(payload_nbytes, dtype=torch.uint8)
     before = len(compiler.launches)
     with compiling(compiler):
@@ -286,9 +293,8 @@ def history(numel: int, dtype: torch.dtype, form: EightBits, compiler: Any) -> N
     """
     from compactdist.kernels.gpu.rounding import Rounding
 
-    values, scales = torch.zeros(numel, dtype=dtype), torch.zeros(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16)
-    codes = torch.zeros(numel, dtype=ROUNDED[form].codes)
+    values, kept = torch.zeros(numel, dtype=dtype), _rounded(numel, dtype, form)
     with compiling(compiler):
-        rounding = Rounding(numel, codes.dtype, torch.device("cpu"))
-        rounding.quantize(values, codes, scales)
-        rounding.dequantize(codes, scales, values)
+        rounding = Rounding(numel, kept.codes.dtype, torch.device("cpu"))
+        rounding.quantize(values, kept.codes, kept.scales)
+        rounding.dequantize(kept.codes, kept.scales, values)

@@ -29,6 +29,7 @@ __all__ = [
     "FROM_HOST",
     "HEAD_WORDS",
     "KINDS",
+    "LARGEST_LEVEL",
     "NOT_FINITE",
     "REFUSED",
     "ROUNDED",
@@ -150,6 +151,8 @@ ROUNDED: dict[EightBits, RoundedForm] = {
     "int8": RoundedForm(torch.int8, 127.0),
     "fp8": RoundedForm(torch.uint8, FLOAT8["e4m3"].units),
 }
+LARGEST_LEVEL = {form.codes: form.largest for form in ROUNDED.values()}
+"""By the dtype of codes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,16 +135,14 @@ def capture_check(decoder: StreamDecoder, frame: Tensor, into: Tensor | None, qu
     assert decoder.live is not None
     (numel, dtype), predictor = decoder.live, decoder.predictor
     in_place = predictor.decodes_in_place and decoder.config.state == "exact"
-    if rounds := decoder.expects_rounded(form.session):
-        terms = decoder.rounded_terms
+    if decoder.expects_rounded(form.session):
+        terms, value = decoder.rounded_terms, torch.empty(numel, dtype=dtype, device=frame.device)
     else:
         terms = predictor.terms(expect_coefficient(frames, frame, predictor)) if predictor.adapts else predictor.terms()
-    if rounds:
-        value = torch.empty(numel, dtype=dtype, device=frame.device)
-    elif terms:
-        value = terms[0] if in_place else terms[0].clone()
-    else:
-        value = torch.zeros(numel, dtype=dtype, device=frame.device)
+        if terms:
+            value = terms[0] if in_place else terms[0].clone()
+        else:
+            value = torch.zeros(numel, dtype=dtype, device=frame.device)
     direct = into if into is not None and into.is_contiguous() else None
     made = frames.receive(steps, frame, nbytes, terms, value, direct, clock.words, _BY_CLOCK, queue)
     assert made, "frames that a device has checked are aligned"

@@ -355,15 +355,13 @@ class StreamDecoder(StreamState):
             clock.follow(predictor, queue, form.session)
         rounds, (numel, dtype) = self._rounds and form.session.takes_rounded, self.live
         if rounds:
-            terms = self.rounded_terms
+            terms, value = self.rounded_terms, torch.empty(numel, dtype=dtype, device=frame.device)
         else:
             terms = self._terms_there(frame, frames) if predictor.adapts else predictor.terms()
-        if rounds:
-            value = torch.empty(numel, dtype=dtype, device=frame.device)
-        elif terms and predictor.decodes_in_place:
-            value = terms[0]
-        else:  # a frame that is refused leaves the prediction in its place
-            value = terms[0].clone() if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
+            if terms and predictor.decodes_in_place:
+                value = terms[0]
+            else:  # a frame that is refused leaves the prediction in its place
+                value = terms[0].clone() if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
         rates = form.codec.rates
         if rates:
             expect_announcement(frames, frame, rates)

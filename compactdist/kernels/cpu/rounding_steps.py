@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from compactdist.kernels.cpu import call
-from compactdist.kernels.cpu.call import TERM_IN_FP8, TERM_IN_INT8, Work
+from compactdist.kernels.cpu.call import Work
 from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.cpu.products import run_alone
 from compactdist.kernels.cpu.simd.sixteen import COUNT
-from compactdist.kernels.cpu.steps import CACHE_LINE, DTYPES, STREAMED_NBYTES
+from compactdist.kernels.cpu.steps import CACHE_LINE, DTYPES, STREAMED_NBYTES, loops_for
 from compactdist.kernels.spec import ROUNDED_BLOCK
 
 __all__ = ["dequantize", "quantize"]
@@ -32,7 +31,6 @@ def dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 
 
 def _run(loop: str, exact: Tensor, codes: Tensor, scales: Tensor, given: dict[int, int]) -> None:
-    kind = TERM_IN_INT8 if codes.dtype == torch.int8 else TERM_IN_FP8
-    body = address_of(f"rounding.{loop}", DTYPES[exact.dtype], kind)
+    body = address_of(f"rounding.{loop}", DTYPES[exact.dtype], loops_for(codes))
     slots = {call.NUMEL: exact.numel(), call.VELOCITY: scales.data_ptr(), **given}
     run_alone(Work(-(-exact.numel() // (COUNT * ROUNDED_BLOCK)), exact.numel(), body), slots)

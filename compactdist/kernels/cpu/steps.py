@@ -43,7 +43,7 @@ from compactdist.kernels.sections import Sections
 from compactdist.kernels.spec import KINDS, MatrixView, QuantizerSpec, Rounded, Term
 from compactdist.kernels.threads import team
 
-__all__ = ["DTYPES", "Block", "CpuSteps", "Samples", "scratch", "steps_of", "weighted_sum"]
+__all__ = ["DTYPES", "Block", "CpuSteps", "Samples", "loops_for", "scratch", "steps_of", "weighted_sum"]
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """What the loops take."""
@@ -318,9 +318,9 @@ def _in_grains(borders: list[np.float32]) -> tuple[np.float32, tuple[np.float32,
     return grain, tuple(border * grain for border in borders)
 
 
-def _loops_for(term: Rounded) -> int:
-    """What loops are compiled for that read it, see ``call.py``."""
-    return TERM_IN_INT8 if term.codes.dtype == torch.int8 else TERM_IN_FP8
+def loops_for(codes: Tensor) -> int:
+    """What loops are compiled for that read or write the codes of a ``spec.Rounded``, see ``call.py``."""
+    return TERM_IN_INT8 if codes.dtype == torch.int8 else TERM_IN_FP8
 
 
 class CpuSteps:
@@ -383,7 +383,7 @@ class CpuSteps:
             copy_at = copy.data_ptr()
         kind, second_at = ONE_TERM if count == 1 else MANY_TERMS, terms[1].data_ptr() if count > 1 else 0
         if count == 1 and isinstance(terms[0], Rounded):
-            kind, second_at = _loops_for(terms[0]), terms[0].scales.data_ptr()
+            kind, second_at = loops_for(terms[0].codes), terms[0].scales.data_ptr()
         block = self._encoders[kind]
         if block is None:
             block = self._encoders[kind] = self.plan.encoder(kind)
@@ -437,7 +437,7 @@ class CpuSteps:
             return False
         kind, second_at = ONE_TERM if count == 1 else MANY_TERMS, terms[1].data_ptr() if count > 1 else 0
         if count == 1 and isinstance(terms[0], Rounded):
-            kind, second_at = _loops_for(terms[0]), terms[0].scales.data_ptr()
+            kind, second_at = loops_for(terms[0].codes), terms[0].scales.data_ptr()
         block = self._decoders[kind]
         if block is None:
             block = self._decoders[kind] = self.plan.decoder(kind)
@@ -516,7 +516,7 @@ class Samples:
                 return samples.is_far_larger(x, terms)
         kind, count, second = MANY_TERMS, len(terms), terms[1].data_ptr() if len(terms) > 1 else 0
         if count == 1 and isinstance(terms[0], Rounded):
-            kind, second = _loops_for(terms[0]), terms[0].scales.data_ptr()
+            kind, second = loops_for(terms[0].codes), terms[0].scales.data_ptr()
         block = self._blocks.get(kind)
         if block is None:
             unit = address_of("samples.far_larger", DTYPES[self._dtype], kind)

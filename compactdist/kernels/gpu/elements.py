@@ -15,10 +15,12 @@ import triton.language as tl
 
 from compactdist.kernels import reference
 from compactdist.kernels.reference import scales
+from compactdist.kernels.spec import ROUNDED_BLOCK
 
 EIGHT_BITS = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}
 """Numbers of terms that say: one, which is a ``spec.Rounded`` of a tensor of this dtype. Its codes are the base, and
 its scales are where the velocity would be."""
+_ROUNDED_BLOCK = tl.constexpr(ROUNDED_BLOCK)
 _OF_BF16, _OF_F16 = tl.constexpr(EIGHT_BITS[torch.bfloat16]), tl.constexpr(EIGHT_BITS[torch.float16])
 
 CONSECUTIVE = tl.constexpr(0)
@@ -131,7 +133,7 @@ def read_rounded(codes, scales, at, ok, TERMS: tl.constexpr):
     """Elements of a ``spec.Rounded``; ``TERMS``: see ``EIGHT_BITS``."""
     code = tl.load(codes + at, mask=ok, other=0)
     level = code.to(tl.float32) if code.dtype == tl.int8 else float8_level(code.to(tl.int32), 3)
-    value = level * decode_bf16(tl.load(scales + at // 128, mask=ok, other=0).to(tl.int32))
+    value = level * decode_bf16(tl.load(scales + at // _ROUNDED_BLOCK, mask=ok, other=0).to(tl.int32))
     if TERMS == _OF_BF16:
         return from_bits(rounded_bf16(value).to(tl.int32) << 16)
     elif TERMS == _OF_F16:

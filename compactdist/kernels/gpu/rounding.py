@@ -27,15 +27,13 @@ from compactdist.kernels.gpu.elements import (
 )
 from compactdist.kernels.gpu.launch import Launch, Slot, run
 from compactdist.kernels.gpu.plan import DEVICE_TYPE, INTERPRETED, MOST_ELEMENTS
-from compactdist.kernels.spec import ROUNDED
+from compactdist.kernels.spec import LARGEST_LEVEL, ROUNDED_BLOCK
 
 __all__ = ["Rounding", "rounding_of"]
 
-_BLOCK = 128
 _BLOCKS = 64 if INTERPRETED else 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS = {torch.int8: LINEAR.value, torch.uint8: FLOAT8.value}
-_LARGEST = {form.codes: form.largest for form in ROUNDED.values()}
 
 
 @triton.jit
@@ -97,8 +95,8 @@ class Rounding:
     __slots__ = ("_dequantize", "_device", "_quantize", "_quantize_if")
 
     def __init__(self, numel: int, codes: torch.dtype, device: torch.device) -> None:
-        self._device, largest = device, _LARGEST[codes]
-        grid = -(-numel // (_BLOCK * _BLOCKS))
+        self._device, largest = device, LARGEST_LEVEL[codes]
+        grid = -(-numel // (ROUNDED_BLOCK * _BLOCKS))
         constants = {"KIND": _KINDS[codes], "BLOCKS": _BLOCKS, "num_warps": 4, "enable_fp_fusion": False}
         given = (*map(Slot, range(4)), numel, largest)
         self._quantize, self._quantize_if = (

@@ -15,12 +15,11 @@ from torch.nn.functional import pad
 
 from compactdist.kernels.reference.codes import float8_codes, float8_levels, unpack_levels
 from compactdist.kernels.reference.scales import divide_or_zero, storable_scale
-from compactdist.kernels.spec import FLOAT8, ROUNDED, ROUNDED_BLOCK, Term
+from compactdist.kernels.spec import FLOAT8, LARGEST_LEVEL, ROUNDED_BLOCK, Term
 
 __all__ = ["dequantize", "quantize", "restored"]
 
 _CPU_PART = ROUNDED_BLOCK << 9
-_LARGEST = {form.codes: form.largest for form in ROUNDED.values()}
 
 
 def quantize(values: Tensor, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
@@ -59,7 +58,7 @@ def _quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes ``[numel]`` and scales ``[ceil(numel / 128)]``, which are bfloat16 values in float32."""
     blocks = _in_blocks(values.float())
     # A tensor: a GPU multiplies by the inverse of a divisor that is a number, and so rounds twice.
-    largest = torch.full((), _LARGEST[dtype], dtype=torch.float32, device=values.device)
+    largest = torch.full((), LARGEST_LEVEL[dtype], dtype=torch.float32, device=values.device)
     scales = storable_scale(blocks.abs().amax(1, keepdim=True) / largest, up=True)
     inverse = divide_or_zero(torch.ones_like(scales), scales)
     levels = (blocks * inverse).view(-1)[: values.numel()]
