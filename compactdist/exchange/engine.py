@@ -32,7 +32,7 @@ from compactdist.exchange.sampling import Samples
 from compactdist.exchange.work import Job, Outbox, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import GroupStats, PassReason
-from compactdist.state import KeysThere, Ledger, Offload, Room, Site, Staged, StateStore, StreamConfig
+from compactdist.state import Ledger, Offload, Room, Site, Staged, StateStore, StreamConfig
 from compactdist.wire import frame_in, from_raw
 
 if TYPE_CHECKING:
@@ -389,7 +389,7 @@ class Engine:
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             want_value=flight.plan.want_value,
             own_bytes=own_bytes,
-            foreseen=keyframe and self._keys_there(flight.plan.pattern) == "all",
+            foreseen=keyframe and self.keys_there and self._is_foreseen(flight.plan.pattern, x),
             hint=part.hint,
             queue=flight.queue,
             copy=flight.places[part.number] if flight.places else None,
@@ -628,7 +628,7 @@ class Engine:
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             foreseen=pattern.waits_for_earlier_calls,
             keyframe=keyframe,
-            keys_there=self._keys_there(pattern) if keyframe else "none",
+            keys_there=keyframe and self.keys_there,
             into=target if target is not None and target.device == data.device and target.is_contiguous() else None,
             queue=queue,
         )
@@ -638,11 +638,14 @@ class Engine:
             pattern.taken(self, flight, part)
         return value
 
-    def _keys_there(self, pattern: Pattern) -> KeysThere:
-        """The keyframes that a device may check: with a budget, a sender may have no room for a history."""
-        if self.ledger is not None:
-            return "none"
-        return "all" if pattern.collective else "coded"
+    @property
+    def keys_there(self) -> bool:
+        """Whether devices may check keyframes: with a budget, only the frame says that its sender has no room."""
+        return self.ledger is None
+
+    def _is_foreseen(self, pattern: Pattern, x: Tensor) -> bool:
+        """Whether the receivers of a tensor know the kind of its frame beforehand."""
+        return pattern.collective or self.link.needs_exact_sizes(x)
 
     # --- the rest of a group's life -----------------------------------------------------------------------------------
 

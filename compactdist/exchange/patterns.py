@@ -594,7 +594,7 @@ def in_parts(flight: Flight) -> Flight:
 
 def commit_messages(flight: Flight) -> None:
     """Commit the messages of a flight that was launched."""
-    if flight.passed is not None:
+    if flight.passed is not None and not flight.messages:  # the tensor travels in a frame that touches no history
         for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True):
             part.stream.commit(staged)  # type: ignore[union-attr,arg-type]
         return

@@ -34,7 +34,8 @@ class Send(OneMessage):
     """One stream per directed pair, tag and ordinal. A receiver on the CPU takes kind and size from the frame itself.
 
     A differentiable tensor, or one for which there is no state budget, travels as it is in a frame that touches no
-    history: the receiver cannot foresee either. Signature: (numel, dtype, device, source, target).
+    history: the receiver cannot foresee either. Where it must, and a keyframe of the tensor's own bytes is due, a
+    differentiable tensor is that keyframe. Signature: (numel, dtype, device, source, target).
     """
 
     op = "send"
@@ -63,14 +64,16 @@ class Send(OneMessage):
         return engine.arrivals.hold(engine.arrivals.found(flight.inputs[0]), engine.store)
 
     def stage(self, engine: Engine, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool) -> None:
-        if flight.passed is None:
-            accepts = not engine.link.needs_exact_sizes(x)
+        accepts = not engine.link.needs_exact_sizes(x)
+        assert part.codec is not None
+        own_bytes = keyframe and engine.config.keyframe_for(part.codec, part.numel, flight.plan.dtype) is None
+        is_expected = own_bytes and not accepts and engine.keys_there
+        if flight.passed is None or is_expected:
             stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=accepts, reserve=True)
-        if flight.passed is not None:
+        if flight.passed is not None and not is_expected:
             assert part.stream is not None
-            assert part.codec is not None
             staged = part.stream.stage_stateless(x, part.codec, step=flight.call.step, epoch=flight.call.epoch)
-            if engine.link.needs_exact_sizes(x):
+            if not accepts:
                 self._check_size(engine, flight, staged.frame.numel(), part.expected_nbytes(flight.call.warm))
             flight.staged.append(staged)
 

@@ -1,7 +1,7 @@
 """The residual loop: what both ends of a stream remember, and how they stay equal. Imports nothing distributed."""
 
 from compactdist.state.captured import capture_check, capture_seal, catch_up, not_captured, unsuited
-from compactdist.state.decoder import KeysThere, StreamDecoder
+from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Order, Predictor
 from compactdist.state.ledger import Ledger
@@ -28,7 +28,6 @@ __all__ = [
     "COMPRESSIBLE_DTYPES",
     "Captured",
     "DEFAULT_KEYFRAME",
-    "KeysThere",
     "MatrixView",
     "Met",
     "Order",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from compactdist.kernels import Frames
 from compactdist.kernels.spec import FROM_HOST, MatrixView
 from compactdist.state.board import Board
 from compactdist.state.host_copy import HostCopy
-from compactdist.state.key_ends import finite
+from compactdist.state.key_ends import remembered
 from compactdist.state.matrix_view import blocks
 from compactdist.state.quantized_history import quantize_if
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
@@ -41,11 +41,7 @@ from compactdist.wire import (
     unpack,
 )
 
-__all__ = ["KeysThere", "StreamDecoder"]
-
-KeysThere = Literal["none", "coded", "all"]
-"""Keyframes that a device may check. Only its header says that a keyframe's sender keeps no history, so none where that
-can be; and a frame that touches no history may come in place of one of the tensor's own bytes, which is as large."""
+__all__ = ["StreamDecoder"]
 
 _FLAGGED = (
     ": what the sender's tensor changed by held NaN or Inf; no output was written, and both ends keep their history. "
@@ -139,7 +135,7 @@ class StreamDecoder(StreamState):
         header: Header | None = None,
         foreseen: bool = False,
         keyframe: bool = False,
-        keys_there: KeysThere = "none",
+        keys_there: bool = False,
         into: Tensor | None = None,
         queue: int | None = None,
     ) -> Tensor:
@@ -157,7 +153,7 @@ class StreamDecoder(StreamState):
             header: of the frame, if the caller has read it.
             foreseen: no frame of another kind or size comes: a GPU checks it, and :attr:`holds_values` says the result.
             keyframe: what is foreseen is a keyframe.
-            keys_there: the keyframes that a device may check.
+            keys_there: a device may check keyframes: none says that its sender has no room for a history.
             into: contiguous, ``numel`` x ``dtype``, on the frame's device: gets what :attr:`wrote` is about, or NaN.
             queue: ``kernels.queue_of`` the frame's device, where the caller has asked.
 
@@ -174,7 +170,7 @@ class StreamDecoder(StreamState):
         if header is None:
             if keyframe or self.live != (numel, dtype) or self.keyframe_announced or form is None:
                 due = _Due(codec, numel, dtype, step, epoch, hint)
-                keys: KeysThere = "none" if refuse_state else keys_there
+                keys = keys_there and not refuse_state
                 value = self._take_first(frame, due, keyframe, foreseen, keys, into, queue)
             elif form.codec is codec and form.frame_nbytes <= frame.numel():
                 if form.frames is not None and foreseen and (self._looked or form.head.header.layout):
@@ -208,7 +204,7 @@ class StreamDecoder(StreamState):
         due: _Due,
         keyframe: bool,
         foreseen: bool,
-        keys_there: KeysThere,
+        keys_there: bool,
         into: Tensor | None,
         queue: int | None,
     ) -> Tensor | None:
@@ -216,9 +212,7 @@ class StreamDecoder(StreamState):
         to.
         """
         if keyframe:
-            if keys_there == "none":
-                return None
-            return self._take_key_there(frame, due, keys_there, into, queue)
+            return self._take_key_there(frame, due, into, queue) if keys_there else None
         codec = due.codec
         if not foreseen or self.clock is None or codec.lossless or self.is_fresh(due.numel, due.dtype):
             return None
@@ -390,16 +384,12 @@ class StreamDecoder(StreamState):
         self._coefficient = expect_coefficient(frames, frame, self.predictor)
         return self.predictor.terms(self._coefficient)
 
-    def _take_key_there(
-        self, frame: Tensor, due: _Due, keys_there: KeysThere, into: Tensor | None, queue: int | None
-    ) -> Tensor | None:
+    def _take_key_there(self, frame: Tensor, due: _Due, into: Tensor | None, queue: int | None) -> Tensor | None:
         """The value of a keyframe that the device checks and decodes; ``None``: the host has to."""
         codec, numel, dtype, step, epoch, hint = due
         keys, clock = self._keys_on(codec, numel, dtype, frame.device, hint), self.clock
         steps = None if keys is None else keys.steps
-        if keys is None or steps is None or clock is None or (keys.own_bytes and keys_there != "all"):
-            return None
-        if frame.numel() < keys.nbytes:
+        if keys is None or steps is None or clock is None or frame.numel() < keys.nbytes:
             return None
         self._end_graphs()
         queue = kernels.queue_of(frame.device) if queue is None else queue
@@ -526,9 +516,8 @@ class StreamDecoder(StreamState):
         numel, dtype = header.numel, header.dtype
         coded = None if header.is_raw_key else self.config.keyframe_for(codec, numel, dtype)
         if coded is None:
-            value = kept = from_raw(payload, numel, dtype)
-            if kernels.frames_for(payload.device) is not None and not header.flags & NONFINITE:
-                kept = finite(value)  # a sender on a device may have remembered that
+            value = from_raw(payload, numel, dtype)
+            kept = remembered(value, header.flags)
         elif header.flags & NONFINITE and not header.payload_nbytes:
             return None
         else:

@@ -16,12 +16,12 @@ from torch import Tensor
 from compactdist import kernels
 from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.kernels.spec import HeadPlaces, MatrixView
-from compactdist.wire import HEAD_PLACES, KEY, HeadTemplate, raw_nbytes
+from compactdist.wire import HEAD_PLACES, KEY, NONFINITE, HeadTemplate, raw_nbytes
 
 if TYPE_CHECKING:
     from compactdist.state.stream import StreamState
 
-__all__ = ["KeyEnds", "finite", "key_ends_of"]
+__all__ = ["KeyEnds", "finite", "key_ends_of", "remembered"]
 
 _UNFLAGGED = HEAD_PLACES._replace(NONFINITE=0)
 """A frame of the tensor's own bytes with the flag ``NONFINITE`` comes from a host, whose end has forgotten the
@@ -31,6 +31,15 @@ history: a device, which could not do so in time, must refuse it."""
 def finite(values: Tensor) -> Tensor:
     """What both ends remember of a keyframe of the tensor's own bytes: new memory, zero where it is not finite."""
     return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def remembered(values: Tensor, flags: int) -> Tensor:
+    """What both ends remember of a keyframe of the tensor's own bytes that a host looked into.
+
+    Without a flag it may come from a device, which remembers :func:`finite` values; with one it begins no history.
+    """
+    may_be_of_device = kernels.frames_for(values.device) is not None and not flags & NONFINITE
+    return finite(values) if may_be_of_device else values
 
 
 class KeyEnds:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compactdist.codecs.base import Codec
 from compactdist.kernels.spec import MatrixView
+from compactdist.state.key_ends import remembered
 from compactdist.state.matrix_view import plain
 from compactdist.state.stream import Staged
 from compactdist.wire import RESTART, Header, pack, raw_payload, seal, unpack_head
@@ -189,6 +190,8 @@ def pass_on(
     config, shared = encoder.config, encoder.relay is not None and encoder.relay.shared
     if config.remembers and not shared:
         value = _copy(x)
+        if header.is_raw_key:
+            value = remembered(value, header.flags)
         exact = _copy(x) if config.open_loop else None
     # under another codec than before both ends begin a session anew, also where that one remembers nothing
     form = None if shared or header.is_key else encoder.form(codec, x.device)

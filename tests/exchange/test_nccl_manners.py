@@ -21,10 +21,10 @@ from tests.launch import run_ranks
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch.*")
 
 
-def wrapped(*, delay=0.001, **options):
+def wrapped(codec="int8", *, delay=0.001, **options):
     """An inner group that acts like NCCL, and a wrapped group on it."""
     inner = act_like_nccl(dist.group.WORLD, delay=delay)
-    return inner, compactdist.wrap(inner, "int8", min_numel=64, **options)
+    return inner, compactdist.wrap(inner, codec, min_numel=64, **options)
 
 
 def nan(times=1, numel=NUMEL):
@@ -272,6 +272,31 @@ def test_a_send_of_unforeseen_size_is_refused_before_it_leaves():
                 g.recv(out := nan(), 0)
                 assert close(out, x)
         assert g.stats().compressed_calls == (3 if rank == 0 else 0)
+        g.close()
+
+    run_ranks(body, 2, timeout=40)
+
+
+@pytest.mark.parametrize("codec", ["int8", "raw"])
+def test_a_tensor_that_requires_grad_is_the_keyframe_of_its_own_bytes(codec):
+    """Sizes alone would not tell the receiver that a message touches no history."""
+
+    def body(rank, size):
+        _, g = wrapped(codec, keyframe="raw")
+        for t in range(4):
+            g.step()
+            x, requires_grad = data(0, seed=t), t == 0 or (codec == "raw" and t == 2)
+            if rank == 0:
+                g.send(x.clone().requires_grad_(requires_grad), 1)
+            else:
+                g.recv(out := nan(), 0)
+                assert close(out, x)
+                assert torch.equal(out, x) == (requires_grad or codec == "raw")
+        g.check()
+        stats = g.stats()
+        if rank == 0:
+            assert stats.passed_reasons == {"autograd": 1 + (codec == "raw")}
+            assert (stats.state_bytes > 0) == (codec == "int8")
         g.close()
 
     run_ranks(body, 2, timeout=40)

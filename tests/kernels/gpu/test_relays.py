@@ -65,3 +65,35 @@ def test_a_tensor_is_the_same_on_all_ranks_that_it_visits(hop, options):
         assert forwarded == (1 if "target" in options else STEPS)  # keyframes, and then residuals of other rates
         for (first, _), (_, second) in list(zip(seen, ranks[(rank + 1) % RANKS][0], strict=True))[:forwarded]:
             assert torch.equal(first, second)
+
+
+def test_who_passes_on_a_keyframe_that_is_not_finite_remembers_what_its_receiver_does():
+    def body(rank, world_size):
+        with use("gpu"):
+            inner = act_like_nccl(dist.group.WORLD)
+            group = compactdist.wrap(inner, "int8", keyframe="raw", warmup_steps=2, min_numel=64, find_layout=False)
+            got = []
+            for step in range(3):
+                x = torch.linspace(-1, 1, NUMEL) + 0.1 * step
+                if step == 1:
+                    x[3] = torch.nan
+                group.step()
+                with group.forwarding():
+                    if rank == 0:
+                        dist.send(x, group=group, group_dst=1)
+                    else:
+                        dist.recv(out := torch.empty_like(x), group=group, group_src=rank - 1)
+                        got.append(out)
+                    if rank == 1:  # in step 2 a tensor of its own
+                        dist.send(out if step < 2 else x, group=group, group_dst=2)
+            group.check()
+            forwarded = group.stats().forwarded
+            group.close()
+        return got, forwarded
+
+    first, *others = run_ranks(body, world_size=RANKS, timeout=100)
+    assert first == ([], 0)
+    assert [forwarded for _, forwarded in others] == [2, 0]
+    for (_, key, residual), _ in others:
+        assert key.isnan().nonzero().tolist() == [[3]]
+        assert (residual - torch.linspace(-0.8, 1.2, NUMEL)).abs().max() < 0.01
