@@ -72,17 +72,17 @@ def test_other_versions_of_torch_follow_while_there_is_time(tmp_path: Path) -> N
 
 
 def test_without_time_it_says_that_they_were_not_run(tmp_path: Path) -> None:
-    asked, said, status = ci(tmp_path, MINUTES="7")
+    asked, said, status = ci(tmp_path, MINUTES="2")
     assert (parts(asked)[0], status) == (MAIN, 0)
-    for version in OTHERS:
-        assert f"torch {version}: not run, for after 0 of 7 minutes 8 more may be needed" in said
+    for version in OTHERS[:2]:
+        assert f"torch {version}: not run, for after 0 of 2 minutes 3 more may be needed" in said
 
 
-def test_a_version_between_two_others_is_left_out_once_it_is_late(tmp_path: Path) -> None:
+def test_what_is_not_installed_yet_takes_longer(tmp_path: Path) -> None:
     """Bash counts on from the seconds that it is told have passed."""
-    asked, said, status = ci(tmp_path, SECONDS="2460")
+    asked, said, status = ci(tmp_path, SECONDS="2280")
     assert (parts(asked)[0], status) == (MAIN + on("2.11.0", "2.14.1"), 0)
-    assert "torch 2.12.1: not run, for 41 minutes have passed, more than 40" in said
+    assert "torch 2.12.1: not run, for after 38 of 45 minutes 8 more may be needed" in said
 
 
 def test_without_room_on_the_disk_each_is_installed_before_its_tests(tmp_path: Path) -> None:

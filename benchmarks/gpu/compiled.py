@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -51,15 +52,27 @@ class Compiled:
         programs: of the launch.
         warps: of a program.
         values: what the machine code gets, in order: an integer, a float, or a tensor for its address.
-        ptx, cubin: what Triton made of it.
+        compile: lets Triton compile it; once.
     """
 
     name: str
     programs: int
     warps: int
     values: tuple[Any, ...]
-    ptx: str
-    cubin: bytes
+    compile: Callable[[], Any]
+
+    @cached_property
+    def made(self) -> Any:
+        """Triton's compiled kernel."""
+        return self.compile()
+
+    @property
+    def ptx(self) -> str:
+        return str(self.made.asm["ptx"])
+
+    @property
+    def cubin(self) -> bytes:
+        return bytes(self.made.asm["cubin"])
 
 
 class Compiler:
@@ -67,10 +80,11 @@ class Compiler:
 
     Args:
         capability: of the GPU, 90 for ``sm_90``.
+        lazy: compile only what somebody looks at.
     """
 
-    def __init__(self, capability: int = 90) -> None:
-        self.capability = capability
+    def __init__(self, capability: int = 90, *, lazy: bool = False) -> None:
+        self.capability, self.lazy = capability, lazy
         self.launches: list[Compiled] = []
 
     @property
@@ -79,7 +93,7 @@ class Compiler:
         return {one.name: one.ptx for one in self.launches}
 
     def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int, **others: Any) -> Any:
-        """What Triton's dispatch is called with; returns Triton's compiled kernel."""
+        """What Triton's dispatch is called with; returns Triton's compiled kernel, unless that waits."""
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -102,10 +116,10 @@ class Compiler:
                 attributes[index,] = [["tt.divisibility", 16]]
             values.append(value)
         source = ASTSource(kernel, signature, constants, attributes)
-        made = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
-        code = made.asm["ptx"], made.asm["cubin"]
-        self.launches.append(Compiled(kernel.fn.__name__, grid[0], num_warps, tuple(values), *code))
-        return made
+        target = GPUTarget("cuda", self.capability, 32)
+        compile_it = partial(triton.compile, source, target=target, options=options)
+        self.launches.append(Compiled(kernel.fn.__name__, grid[0], num_warps, tuple(values), compile_it))
+        return None if self.lazy else self.launches[-1].made
 
 
 @contextmanager

@@ -62,11 +62,9 @@ def test_no_more_instructions_than_stored(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_no_more_instructions_than_stored_anywhere(capability: int) -> None:
-    """All kernels for sm_90; of the other three GPUs a third each, so that every kernel is compared for two."""
-    others = [other for other in CAPABILITIES if other != 90]
-    names = instructions.NAMES if capability == 90 else instructions.NAMES[others.index(capability) :: 3]
-    for name in names:
+def test_no_more_instructions_than_stored_elsewhere(capability: int) -> None:
+    """Every kernel for one of the GPUs: what makes it longer for one makes it longer for all."""
+    for name in instructions.NAMES[CAPABILITIES.index(capability) :: len(CAPABILITIES)]:
         if (name, capability) not in [(main, 90) for main in MAIN]:  # which the test above has compared
             _compare(name, capability)
 
@@ -77,6 +75,10 @@ def test_the_table_has_every_kernel_of_every_gpu() -> None:
         assert {re.sub(r" (encode|decode)?( ?\w+)$", "", key) for key in of} == set(instructions.NAMES)
         assert {key.split()[-2] for key in of} >= {"encode", "decode"}
     assert instructions.text(STORED) == FILE.read_text()
+
+
+def _never() -> None:
+    raise AssertionError("this kernel has its code")
 
 
 LOOP = """
@@ -99,7 +101,7 @@ kernel:
 
 
 def _walked(text: str, trips: int = 9) -> Executed:
-    kernel = Compiled("kernel", programs=4, warps=2, values=(trips,), ptx="", cubin=b"")
+    kernel = Compiled("kernel", programs=4, warps=2, values=(trips,), compile=_never)
     first, second = executed(kernel, parsed(text, 90, 8), program=2)
     assert first == second
     return first
