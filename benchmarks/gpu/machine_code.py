@@ -333,6 +333,8 @@ class _Warp:
             return 0
         if operand in ("PT", "UPT"):
             return 1
+        if re.match(r"U?R\d+$", operand):  # a bit of it is changed before all of it is written: any value would do
+            return self.held.get(operand, 0)
         return self.held.get(operand, _UNKNOWN)
 
     def _wide(self, operand: str) -> Value:

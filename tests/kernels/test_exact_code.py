@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.compiled import CAPABILITIES, Compiler, components, frames, one_of_m, step, thin_factors
+from benchmarks.gpu.compiled import (
+    CAPABILITIES,
+    Compiler,
+    compiling,
+    components,
+    frames,
+    one_of_m,
+    step,
+    thin_factors,
+)
 from compactdist import codecs
 from compactdist.codecs.lowrank.lowrank import LowRank
 from compactdist.codecs.lowrank.lowrank_int4 import LowRankInt4
@@ -20,6 +29,10 @@ from tests.quick import quick_for
 
 gpu = pytest.importorskip("compactdist.kernels.gpu.steps")
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from compactdist.kernels.gpu.elements import read, write  # noqa: E402
 
 pytestmark = pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
 VIEW = plain(32 * 256, 1, 256)
@@ -143,3 +156,20 @@ def test_frames_are_integers() -> None:
     frames(1 << 16, compiler)
     for one in compiler.launches:
         assert not re.search(r"\.(f16|bf16|f32|f64)\b", one.ptx), one.name
+
+
+@triton.jit
+def _to_float32_and_back(x, out, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    write(out, at, read(x, at, at < COUNT), at < COUNT)
+
+
+@pytest.mark.parametrize("count", [1, 32, 64, 1024])
+def test_bfloat16_is_converted_however_few_elements_a_thread_has(count: int) -> None:
+    """By twos where a thread has two: there in one instruction each."""
+    compiler, bits = Compiler(), torch.zeros(count, dtype=torch.int16)
+    with compiling(compiler):
+        _to_float32_and_back[(1,)](bits, bits, COUNT=count, num_warps=1, enable_fp_fusion=False)
+    ptx = compiler.launches[0].ptx
+    assert ("and.b32 %r" in ptx and "0xffff0000" in ptx) == (count >= 64)
+    assert ("cvt.rn.satfinite.bf16x2.f32" in ptx) == (count >= 64)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import num_threads
 
 from compactdist.kernels import reference
 from compactdist.kernels.reference import scales
@@ -45,9 +46,12 @@ _FROM_LOW = tl.constexpr(2.0**64)
 _ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, half to even
 
 
+COMPILED_FOR_NVIDIA = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
+
+
 def _rounds() -> bool:
     """Whether all GPUs here have the instruction that rounds to bfloat16; also where there is none to compile for."""
-    if triton.knobs.runtime.interpret or torch.version.hip is not None:
+    if not COMPILED_FOR_NVIDIA.value:
         return False
     return all(torch.cuda.get_device_capability(index) >= (8, 0) for index in range(torch.cuda.device_count()))
 
@@ -69,9 +73,20 @@ def from_bits(bits):
 def read(source, at, ok):
     value = tl.load(source + at, mask=ok, other=0)
     if value.dtype == tl.int16:
-        return from_bits(value.to(tl.int32) << 16)
+        return widened_bf16(value)
     else:
         return value.to(tl.float32)
+
+
+@triton.jit
+def widened_bf16(bits):
+    """The float32 of bfloat16's bits, int16."""
+    if COMPILED_FOR_NVIDIA and bits.numel >= 2 * num_threads():  # an instruction each; the compiler takes three for two
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [bits], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return from_bits(bits.to(tl.int32) << 16)
 
 
 @triton.jit
@@ -90,7 +105,7 @@ def to_nearest_bf16(bits):
 @triton.jit
 def rounded_bf16(value):
     """The bits of the nearest finite bfloat16, ties to even, int16. NaN stays one, of whatever bits."""
-    if _HARDWARE_ROUNDS:  # two at a time; what is too large, or rounds to infinity, becomes the largest
+    if _HARDWARE_ROUNDS and value.numel >= 2 * num_threads():  # what is too large, or rounds to it, becomes the largest
         return tl.inline_asm_elementwise(
             "cvt.rn.satfinite.bf16x2.f32 $0, $2, $1;", "=r,f,f", [value], dtype=tl.int16, is_pure=True, pack=2
         )
