@@ -419,12 +419,10 @@ from compactdist.kernels.cpu.simd.vectors import HOST
 from tests.kernels.test_fused_steps import _both, blocks, plain
 assert not any(HOST.values())
 views = {"token_channel": plain(70 * 264, 1, 264), "block": blocks(128 * 70 + 3)}
-for turn, (scales, view) in enumerate(views.items()):
-    for number, codec_id in enumerate(("binary", "int4")):  # by rows and by blocks the other way round
-        spec, dtype = {"id": codec_id, "scales": scales}, (torch.float16, torch.bfloat16)[(number + turn) % 2]
-        base = torch.randn(view.numel, generator=torch.Generator().manual_seed(0)).to(dtype)
-        x = base + torch.randn(view.numel, generator=torch.Generator().manual_seed(1)).to(dtype) / 8
-        _both(spec, x, (base,), view)
+for (scales, view), codec_id, dtype in zip(views.items(), ("int4", "binary"), (torch.float16, torch.bfloat16)):
+    base = torch.randn(view.numel, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = base + torch.randn(view.numel, generator=torch.Generator().manual_seed(1)).to(dtype) / 8
+    _both({"id": codec_id, "scales": scales}, x, (base,), view)
 """
     plain_processor = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, **plain_processor}, timeout=480)

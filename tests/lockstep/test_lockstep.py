@@ -86,7 +86,7 @@ def test_the_same_on_an_inner_group_with_nccls_manners(batch):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("nccl", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
-@settings(max_examples=10, phases=UNSHRUNK)
+@settings(max_examples=6, phases=UNSHRUNK)
 @given(batch=batches)
 def test_many_programs(world_size, nccl, batch):
     check(batch, world_size, nccl=nccl)

@@ -97,7 +97,7 @@ def test_any_sequence(options, sequence, seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=900)
+@settings(max_examples=500)
 @given(options=kit.stream_options(), sequence=actions, seed=st.integers(0, 2**32 - 1))
 def test_any_sequence_at_length(options, sequence, seed):
     run(options, sequence, seed)

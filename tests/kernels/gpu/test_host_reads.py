@@ -109,9 +109,7 @@ def test_no_collective_reads_in_a_keyframe_or_a_steady_step(codec, part):
     _reads_nothing(codec, dict(list(CALLS.items())[part::4]))
 
 
-@pytest.mark.parametrize(
-    "codec", ["topk", "topk_int4", "lowrank_int4:rank=2", "transform:block=8", "int2:scales=token_history"]
-)
+@pytest.mark.parametrize("codec", ["topk", "topk_int4", "lowrank_int4:rank=2", "int2:scales=token_history"])
 def test_other_codecs_read_nothing_either(codec):
     name = "all_gather_into_tensor"
     _reads_nothing(codec, {name: CALLS[name]})
