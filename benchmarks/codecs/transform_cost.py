@@ -30,9 +30,10 @@ from compactdist.state import plain
 CPU = torch.device("cpu")
 
 
-def opened(bits: float, rows: int, channels: int) -> TransformSession:
+def opened(bits: float, trellis: bool, rows: int, channels: int) -> TransformSession:
     """One end of a stream."""
-    session = codecs.get("transform", bits=bits).open(plain(rows * channels, 1, channels), torch.bfloat16, CPU)
+    codec = codecs.get("transform", bits=bits, trellis=trellis)
+    session = codec.open(plain(rows * channels, 1, channels), torch.bfloat16, CPU)
     assert isinstance(session, TransformSession)
     return session
 
@@ -70,15 +71,15 @@ def parts_of(session: TransformSession, x: Tensor, base: Tensor, out: Tensor, pa
     }
 
 
-def measured(rows: int, channels: int, bits: float, rounds: int) -> dict[str, Any]:
+def measured(rows: int, channels: int, bits: float, trellis: bool, rounds: int) -> dict[str, Any]:
     """One shape at one rate."""
     base, x, y = tensors(rows, channels, 3)
-    sender, receiver = opened(bits, rows, channels), opened(bits, rows, channels)
+    sender, receiver = (opened(bits, trellis, rows, channels) for _ in range(2))
     payload = torch.empty(sender.payload_nbytes, dtype=torch.uint8)
     held, out, beside = base.clone(), torch.empty_like(x), torch.empty_like(x)
 
     def first() -> None:
-        opened(bits, rows, channels).encode(x, (base,), out, payload)
+        opened(bits, trellis, rows, channels).encode(x, (base,), out, payload)
 
     first_ms = timed({"first": first}, 1)["first"]
     for value in (x, y):
@@ -109,6 +110,7 @@ def measured(rows: int, channels: int, bits: float, rounds: int) -> dict[str, An
     return {
         "shape": [rows, channels],
         "bits": bits,
+        "trellis": trellis,
         "chosen": len(sender._read(staged["frame"])[0].spread.block) / sender._layout.components,
         "moved_ms": moved,
         "step": sum(ms.values()) / moved,
@@ -125,9 +127,10 @@ def main() -> None:
     add_rounds(made, 11)
     made.add_argument("--rows", type=int, nargs="+", default=[4096, 1088], help="(default 4096 1088)")
     made.add_argument("--bits", type=float, nargs="+", default=[1.0], help="(default 1)")
+    made.add_argument("--trellis", action="store_true", help="choose levels along a trellis")
     args = made.parse_args()
     begin(args)
-    lines = [measured(rows, 3072, bits, args.rounds) for rows in args.rows for bits in args.bits]
+    lines = [measured(rows, 3072, bits, args.trellis, args.rounds) for rows in args.rows for bits in args.bits]
     for one in lines:
         print(
             f"{one['shape']} {one['bits']} bits: a step {one['step']:.1f} x moved ({one['moved_ms']:.2f} ms), "

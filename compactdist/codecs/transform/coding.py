@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compactdist import kernels
 from compactdist.codecs.shapes import padded_nbytes
+from compactdist.codecs.transform import trellis
 from compactdist.codecs.transform.depths import DEEPEST, PER_OCTAVE, allocate, borders, levels, outermost
 from compactdist.codecs.transform.products import LARGEST_SUM, LARGEST_WEIGHT
 from compactdist.kernels import reference
@@ -65,6 +66,7 @@ class Layout(NamedTuple):
         blocks: of equal width; the last may reach beyond the channels, with zeros there.
         width: channels of a block, even.
         planes: bits of all components together.
+        on_trellis: levels are those of ``trellis.py``.
     """
 
     rows: int
@@ -72,13 +74,14 @@ class Layout(NamedTuple):
     blocks: int
     width: int
     planes: int
+    on_trellis: bool = False
 
     @classmethod
-    def of(cls, rows: int, channels: int, bits: float, block: int) -> Layout:
+    def of(cls, rows: int, channels: int, bits: float, block: int, on_trellis: bool = False) -> Layout:
         blocks = max(1, -(-channels // block))
         width = -(-channels // blocks)
         width += width % 2
-        return cls(rows, channels, blocks, width, max(1, int(bits * channels + 1e-9)))
+        return cls(rows, channels, blocks, width, max(1, int(bits * channels + 1e-9)), on_trellis)
 
     @property
     def components(self) -> int:
@@ -137,8 +140,9 @@ def _row_table(device: torch.device) -> Tensor:
 
 
 @cache
-def _outermost_table(device: torch.device) -> Tensor:
-    return torch.tensor([outermost(depth) / 127 for depth in range(DEEPEST + 1)], dtype=torch.float32, device=device)
+def _outermost_table(device: torch.device, on_trellis: bool) -> Tensor:
+    reach, deepest = (trellis.outermost, trellis.DEEPEST) if on_trellis else (outermost, DEEPEST)
+    return torch.tensor([reach(depth) / 127 for depth in range(deepest + 1)], dtype=torch.float32, device=device)
 
 
 @cache
@@ -158,9 +162,9 @@ def amplitudes_of(codes: Tensor) -> Tensor:
     return _amplitude_table(codes.device)[codes.long()]
 
 
-def unit_levels_of(depths: Tensor) -> Tensor:
+def unit_levels_of(depths: Tensor, on_trellis: bool = False) -> Tensor:
     """What a level of 1 is in amplitudes, float32; 0 for a depth of 0."""
-    return _outermost_table(depths.device)[depths]
+    return _outermost_table(depths.device, on_trellis)[depths]
 
 
 def row_scales_of(codes: Tensor) -> Tensor:
@@ -176,17 +180,19 @@ class Spread(NamedTuple):
         counts: how many of them each block has.
         block: of each of them, int64 ``(S,)``.
         amplitudes: of all components, float32 ``(K,)``, relative to the largest.
+        on_trellis: levels are those of ``trellis.py``.
     """
 
     chosen: Chosen
     counts: list[int]
     block: Tensor
     amplitudes: Tensor
+    on_trellis: bool
 
     @classmethod
     def of(cls, codes: Tensor, layout: Layout) -> Spread:
         """``codes`` is uint8 ``(K,)``."""
-        depths = allocate(codes, layout.planes)
+        depths = allocate(codes, layout.planes, layout.on_trellis)
         places = depths.nonzero().view(-1)
         depths = depths[places]
         order = torch.argsort(depths, descending=True, stable=True)
@@ -194,13 +200,14 @@ class Spread(NamedTuple):
         planes[order] = depths[order].cumsum(0) - depths[order]
         block = places // layout.width
         counts: list[int] = torch.bincount(block, minlength=layout.blocks).tolist()
-        chosen = Chosen(places, depths, planes, steps_table(codes.device))
-        return cls(chosen, counts, block, amplitudes_of(codes))
+        table = trellis.search_table if layout.on_trellis else steps_table
+        chosen = Chosen(places, depths, planes, table(codes.device))
+        return cls(chosen, counts, block, amplitudes_of(codes), layout.on_trellis)
 
     @property
     def unit_levels(self) -> Tensor:
         """What a level of 1 is of each chosen component, float32 ``(S,)``, in units of the largest amplitude."""
-        return self.amplitudes[self.chosen.places] * unit_levels_of(self.chosen.depths)
+        return self.amplitudes[self.chosen.places] * unit_levels_of(self.chosen.depths, self.on_trellis)
 
 
 class Weights(NamedTuple):
@@ -275,7 +282,10 @@ def decode(payload: Tensor, layout: Layout, space: Tensor) -> Frame:
     scales, energies, row_codes, planes = payload.split(list(layout.sections))
     spread = Spread.of(energies[: layout.components], layout)
     out = space[: spread.block.numel()]
-    kernels.component_steps_for(out.numel(), payload.device).read(layout.planes_of(planes), spread.chosen, out)
+    bits, chosen = layout.planes_of(planes), spread.chosen
+    if layout.on_trellis:
+        bits, chosen = trellis.untangled(bits, chosen, layout.rows)
+    kernels.component_steps_for(out.numel(), payload.device).read(bits, chosen, out)
     gains = reference.decode_bf16(scales[4 : 4 + 2 * layout.blocks])
     pairs = torch.stack([row_codes & 15, row_codes >> 4], 1).view(-1)
     return Frame(spread, out, pairs[: layout.rows].long(), gains, scales[:4].clone().view(torch.float32)[0])
@@ -312,9 +322,13 @@ def encode(turned: Tensor, of_row: Tensor, exponent: int, layout: Layout, space:
     out = space[: spread.block.numel()]
     steps, rows = kernels.component_steps_for(out.numel(), device), row_scales_of(row_codes)
     of_level = spread.unit_levels * largest
-    deviation = spread.amplitudes[spread.chosen.places] * largest
-    inverses = torch.where(deviation > 0, 1 / deviation, torch.zeros_like(deviation))
-    energy, agreement = steps.choose(turned, spread.chosen, inverses, rows, layout.planes_of(planes), out)
+    unit = of_level if layout.on_trellis else spread.amplitudes[spread.chosen.places] * largest
+    inverses = torch.where(unit > 0, 1 / unit, torch.zeros_like(unit))
+    given = turned, spread.chosen, inverses, rows, layout.planes_of(planes), out
+    if layout.on_trellis:
+        energy, agreement = steps.choose_on_trellis(*given, trellis.stride_of(layout.rows))
+    else:
+        energy, agreement = steps.choose(*given)
 
     sums = torch.zeros(2, layout.blocks, dtype=torch.float64, device=device)
     exact = of_level.double()

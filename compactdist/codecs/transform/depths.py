@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compactdist.codecs.scalar.gaussian_levels import LOSS, MAGNITUDES
+from compactdist.codecs.transform import trellis
 
 __all__ = ["DEEPEST", "PER_OCTAVE", "allocate", "borders", "outermost", "levels"]
 
@@ -58,32 +59,34 @@ def borders(depth: int) -> tuple[float, ...]:
 
 
 @cache
-def _worth() -> list[int]:
+def _worth(on_trellis: bool = False) -> list[int]:
     """What the next bit of a component with 0, 1, ... bits is worth, in steps of an energy code; falling."""
-    loss = {**LOSS, 7: LOSS[6] / 4, 8: LOSS[6] / 16}
-    return [round(PER_OCTAVE * math.log2(loss[b] - loss[b + 1]) / 2) for b in range(DEEPEST)]
+    loss = trellis.LOSS if on_trellis else {**LOSS, 7: LOSS[6] / 4, 8: LOSS[6] / 16}
+    return [round(PER_OCTAVE * math.log2(loss[b] - loss[b + 1]) / 2) for b in range(len(loss) - 1)]
 
 
 @cache
-def _worth_on(device: torch.device) -> Tensor:
-    """The same, above the least, int64 ``(8,)``."""
-    worth = _worth()
+def _worth_on(device: torch.device, on_trellis: bool) -> Tensor:
+    """The same, above the least, int64 ``(8,)``, on a trellis ``(7,)``."""
+    worth = _worth(on_trellis)
     with torch.inference_mode(False):
         return torch.tensor([one - min(worth) for one in worth], dtype=torch.int64, device=device)
 
 
-def allocate(codes: Tensor, planes: int) -> Tensor:
+def allocate(codes: Tensor, planes: int, on_trellis: bool = False) -> Tensor:
     """Bits of each component. The host reads nothing.
 
     Args:
         codes: energy codes, uint8 ``(..., K)``.
-        planes: bits to give away in each row of them, at most ``8 K``. Of equal claims the component that comes first
-            has the right.
+        planes: bits to give away in each row of them, at most ``8 K``, on a trellis ``7 K``. Of equal claims the
+            component that comes first has the right.
+        on_trellis: levels are those of ``trellis.py``.
 
     Returns:
         int64 ``(..., K)``, 0 to 8, each row's sum ``planes``.
     """
-    worth, most = _worth_on(codes.device), 256 + max(_worth()) - min(_worth())
+    values = _worth(on_trellis)
+    worth, most = _worth_on(codes.device, on_trellis), 256 + max(values) - min(values)
     claims = (codes.long()[..., None] + worth).flatten(-2)
     counts = claims.new_zeros(*claims.shape[:-1], most).scatter_add_(-1, claims, torch.ones_like(claims))
     at_least = counts.flip(-1).cumsum(-1).flip(-1)
@@ -92,4 +95,4 @@ def allocate(codes: Tensor, planes: int) -> Tensor:
     above, at = claims > border, claims == border
     left = planes - above.sum(-1, keepdim=True)
     served = above | (at & (at.long().cumsum(-1) <= left))
-    return served.view(*codes.shape, DEEPEST).sum(-1)
+    return served.view(*codes.shape, len(values)).sum(-1)

@@ -39,7 +39,9 @@ __all__ = ["Received", "encode", "read", "spec_of", "steps_for"]
 
 
 def steps_for(layout: Layout, view: MatrixView, dtype: torch.dtype, device: torch.device) -> ComponentSteps | None:
-    """The kernels of a stream; ``None`` where ``coding.py`` is to be used."""
+    """The kernels of a stream; ``None`` where ``coding.py`` is to be used: none of them knows a trellis."""
+    if layout.on_trellis:
+        return None
     return device_component_steps_for(spec_of(layout), steps_table(device), view, dtype, device)
 
 

@@ -31,6 +31,7 @@ from compactdist.codecs.transform.coding import Frame, Layout, Spread, Weights, 
 from compactdist.codecs.transform.ends import put_out, residuals
 from compactdist.codecs.transform.on_device import Received, steps_for
 from compactdist.codecs.transform.products import Products, by_blocks
+from compactdist.codecs.transform.trellis import DEEPEST
 from compactdist.errors import CodecConfigError
 from compactdist.kernels import DeviceSteps
 from compactdist.kernels.spec import MatrixView
@@ -58,9 +59,14 @@ class Transform(Codec):
     that their product is exact in float32 (``products.py``). It is multiplied by unit, gain and largest amplitude, then
     by the row's scale.
 
+    With ``trellis`` a component has twice as many levels for its bits (``trellis.py``), 1 to 7. The lowest of its
+    planes moves through the trellis; the level follows from the other planes and from that plane's bits of the row and
+    of two before it. Neither end has kernels for a GPU.
+
     Args:
-        bits: for each element, on average, 0.05 to 8; the other sections come on top.
+        bits: for each element, on average, 0.05 to 8, with a trellis to 7; the other sections come on top.
         block: Channels to a block, at most; 2 to 512.
+        trellis: Choose levels along a trellis.
 
     Raises:
         CodecConfigError: An option is out of range.
@@ -74,16 +80,21 @@ class Transform(Codec):
         source="reverse water-filling (Cover and Thomas); rotations: Brent and Luk, SIAM J. Sci. Stat. Comput., 1985",
     )
 
-    def __init__(self, bits: float = 1.0, block: int = 128) -> None:
-        number = isinstance(bits, int | float) and not isinstance(bits, bool)
-        if not number or not 0.05 <= bits <= 8:
-            raise CodecConfigError(f"codec 'transform': bits must be a number from 0.05 to 8, got {bits!r}")
+    def __init__(self, bits: float = 1.0, block: int = 128, trellis: bool = False) -> None:
+        if not isinstance(trellis, bool):
+            raise CodecConfigError(f"codec 'transform': trellis must be true or false, got {trellis!r}")
+        number, most = isinstance(bits, int | float) and not isinstance(bits, bool), DEEPEST if trellis else 8
+        if not number or not 0.05 <= bits <= most:
+            where = " with a trellis" if trellis else ""
+            raise CodecConfigError(f"codec 'transform': bits must be a number from 0.05 to {most}{where}, got {bits!r}")
         self.bits = float(bits)
         self.block = check_integer("transform", "block", block, 2, 512)
+        self.trellis = trellis
 
     def get_config(self) -> dict[str, Any]:
-        """Return the bits, and the block if it is not the default."""
-        return {"bits": self.bits} | ({"block": self.block} if self.block != 128 else {})
+        """Return the bits, and the block and the trellis if they are not the default."""
+        block, trellis = {"block": self.block} if self.block != 128 else {}, {"trellis": True} if self.trellis else {}
+        return {"bits": self.bits} | block | trellis
 
     def memory_nbytes(self, view: MatrixView) -> int:
         """Return the bytes of the bases of all blocks."""
@@ -97,7 +108,7 @@ class Transform(Codec):
 
     def layout_of(self, shape: tuple[int, int, int]) -> Layout:
         """Return how each matrix ``(R, C)`` of ``(G, R, C)`` is cut into blocks, and the sections of its payload."""
-        return Layout.of(shape[1], shape[2], self.bits, self.block)
+        return Layout.of(shape[1], shape[2], self.bits, self.block, self.trellis)
 
     def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         check_dtype(self.codec_id, dtype)

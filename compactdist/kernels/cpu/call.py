@@ -35,13 +35,15 @@ how many rows are in the sums of squares. ``ROW_SCALE_COUNT`` counts bytes there
 U, V, RANK, NUMBERS, GAINS, SQUARES, LENGTH, REFITS, LEVELS, SCALES, NEAR = range(KIND, KIND + 11)
 """Of ``lowrank.py`` alone. ``NUMBERS``: float32 that a loop takes; which, it says."""
 
-COMPONENTS, PLACES, DEPTHS, PLANES, STEPS, TURNED, ROW_SCALES, ROW_INVERSES, INVERSES, ENERGIES, AGREEMENTS = range(
-    KIND, KIND + 11
-)
-"""Of ``components.py`` and ``inverse.py``, which says what it takes them for. ``COMPONENTS``: of all blocks, or how
-many are weighed; ``PLACES``, ``DEPTHS``, ``PLANES``: where the int64 stand that say which a component with bits is, its
-depth and its first plane; ``STEPS``: where the borders and levels of all depths are; ``TURNED``: where float32 of all
-components or levels are.
+(
+    COMPONENTS, PLACES, DEPTHS, PLANES, STEPS, TURNED, ROW_SCALES, ROW_INVERSES, INVERSES, ENERGIES, AGREEMENTS,
+    DECISIONS,
+) = range(KIND, KIND + 12)  # fmt: skip
+"""Of ``components.py``, ``trellis.py`` and ``inverse.py``, which says what it takes them for. ``COMPONENTS``: of all
+blocks, or how many are weighed; ``PLACES``, ``DEPTHS``, ``PLANES``: where the int64 stand that say which a component
+with bits is, its depth and its first plane; ``STEPS``: where the borders and levels of all depths are; ``TURNED``:
+where float32 of all components or levels are; ``DECISIONS``: room for four bits of each row of each component with
+bits.
 """
 
 HEIGHT = 16

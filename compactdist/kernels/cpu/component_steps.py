@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -14,11 +15,21 @@ from compactdist.kernels.cpu.native import address_of, has_feature
 from compactdist.kernels.cpu.products import expected_slots, placed, run_alone, supports
 from compactdist.kernels.cpu.steps import DTYPES
 from compactdist.kernels.offsets import offsets_of
-from compactdist.kernels.reference import LANES
+from compactdist.kernels.reference import LANES, components
 from compactdist.kernels.reference.components import Chosen
 from compactdist.kernels.spec import MatrixView
 
-__all__ = ["choose", "multiplies_bytes", "put_out", "put_out_bytes", "read", "supports", "take_in", "weigh"]
+__all__ = [
+    "choose",
+    "choose_on_trellis",
+    "multiplies_bytes",
+    "put_out",
+    "put_out_bytes",
+    "read",
+    "supports",
+    "take_in",
+    "weigh",
+]
 
 
 def take_in(x: Tensor, terms: tuple[Tensor, ...], view: MatrixView, out: Tensor) -> Tensor:
@@ -44,6 +55,34 @@ def choose(
     turned: Tensor, chosen: Chosen, inverses: Tensor, rows: Tensor, planes: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.components.choose``; sums may differ in their last bits."""
+    return _choose("components.choose", turned, chosen, inverses, rows, planes, out)
+
+
+def choose_on_trellis(
+    turned: Tensor, chosen: Chosen, inverses: Tensor, rows: Tensor, planes: Tensor, out: Tensor, stride: int
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.components.choose_on_trellis``, which takes courses of another stride than the loop's; of several
+    that lose as much this may take another, and sums may differ in their last bits.
+    """
+    if stride != LANES:
+        return components.choose_on_trellis(turned, chosen, inverses, rows, planes, out, stride)
+    costs = -(-out.shape[1] // LANES) * 4 * LANES
+    decisions = torch.empty(out.shape[0] * costs // 8, dtype=torch.uint8, device="cpu")
+    room = {call.DECISIONS: decisions.data_ptr()}
+    return _choose("trellis.choose", turned, chosen, inverses, rows, planes, out, room, own=costs)
+
+
+def _choose(
+    unit: str,
+    turned: Tensor,
+    chosen: Chosen,
+    inverses: Tensor,
+    rows: Tensor,
+    planes: Tensor,
+    out: Tensor,
+    room: Mapping[int, int] = MappingProxyType({}),
+    own: int = 0,
+) -> tuple[Tensor, Tensor]:
     energy, agreement = torch.empty(2, inverses.numel(), dtype=torch.float32, device="cpu")
     of_row = torch.where(rows > 0, 1 / rows, torch.zeros_like(rows))
     slots = _of_chosen(chosen, planes, out) | {
@@ -53,8 +92,9 @@ def choose(
         call.ROW_INVERSES: of_row.data_ptr(),
         call.ENERGIES: energy.data_ptr(),
         call.AGREEMENTS: agreement.data_ptr(),
+        **room,
     }
-    run_alone(Work(inverses.numel(), 2 * out.numel(), address_of("components.choose", DTYPES[turned.dtype])), slots)
+    run_alone(Work(inverses.numel(), 2 * out.numel(), address_of(unit, DTYPES[turned.dtype])), slots, own)
     return energy, agreement
 
 

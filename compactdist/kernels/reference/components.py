@@ -11,10 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["STRIDE", "Chosen", "choose", "read", "weigh"]
+__all__ = ["STRIDE", "Chosen", "choose", "choose_on_trellis", "course", "read", "weigh"]
 
 STRIDE = 256
 """float32 between the borders of a depth, in a table of all depths, and its levels."""
+
+_FAR = 1e20
+"""More than any course loses."""
 
 
 class Chosen(NamedTuple):
@@ -66,6 +69,90 @@ def choose(
         out[which] = _levels(codes, chosen.steps, depth)
         for bit in range(depth):
             planes[chosen.planes[which] + bit] = _packed((codes >> bit) & 1)
+    return _sums(turned, chosen, rows, out)
+
+
+def choose_on_trellis(
+    turned: Tensor, chosen: Chosen, inverses: Tensor, rows: Tensor, planes: Tensor, out: Tensor, stride: int
+) -> tuple[Tensor, Tensor]:
+    """As :func:`choose`, along the trellis of ``codecs/transform/trellis.py``.
+
+    Args:
+        turned: all components, float32 or bfloat16 ``(K, R)``.
+        chosen: which of them get bits; ``steps``: ``trellis.search_table``.
+        inverses: what makes levels of a chosen component of a row of scale 1, float32 ``(S,)``.
+        rows: their scales, float32 ``(R,)``; zero where there is nothing.
+        planes: as for :func:`choose`.
+        out: as for :func:`choose`.
+        stride: rows from one to the next of a course.
+    """
+    of_row = torch.where(rows > 0, 1 / rows, torch.zeros_like(rows))
+    for depth, which in chosen.classes():
+        given = (turned[chosen.places[which]].float() * inverses[which][:, None]) * of_row
+        subsets = chosen.steps[depth, 1, : 2 << depth].view(4, -1)
+        moves, numbers, out[which] = course(given, subsets, stride)
+        planes[chosen.planes[which]] = _packed(moves)
+        for bit in range(depth - 1):
+            planes[chosen.planes[which] + 1 + bit] = _packed((numbers >> bit) & 1)
+    return _sums(turned, chosen, rows, out)
+
+
+def course(given: Tensor, subsets: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The courses of components ``(S, R)`` round the trellis that lose least, with levels ``(4, n)``.
+
+    Returns:
+        ``(S, R)``: the bit that moves, uint8; the number of the level in its subset, uint8; the level, int8.
+    """
+    count, rows = given.shape
+    turns = -(-rows // stride)
+
+    def by_turns(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values, (0, turns * stride - rows)).view(count, turns, stride)
+
+    there, values = by_turns(torch.ones_like(given)), by_turns(given)
+    numbers = torch.stack([torch.bucketize(values, (s[1:] + s[:-1]) / 2, right=True) for s in subsets])
+    found = torch.stack([s[n] for s, n in zip(subsets, numbers, strict=True)])
+    costs = (values - found).square() * there
+    # from each state on, and back to it
+    apart = (1 - torch.eye(4, dtype=given.dtype, device=given.device)) * _FAR
+    ends = _passed(apart[:, :, None, None].expand(4, 4, count, stride), costs, None).diagonal().movedim(-1, 0).clone()
+    ends[1::2] += (1 - there[:, -1]) * _FAR  # the bit of a row that is not there is 0
+    state = ends.argmin(0)
+    decisions: list[Tensor] = []
+    _passed(apart[state].movedim(-1, 0)[None], costs, decisions)
+    moves, subset = torch.empty_like(values, dtype=torch.int64), torch.empty_like(values, dtype=torch.int64)
+    for turn in reversed(range(turns)):
+        before = decisions[turn].long().gather(0, state[None])[0]
+        now, last = state & 1, state >> 1
+        moves[:, turn], subset[:, turn] = now, 2 * (now ^ before) + last
+        state = last + 2 * before
+    chosen = moves, numbers.gather(0, subset[None])[0], found.gather(0, subset[None])[0]
+    moved, number, level = (one.reshape(count, -1)[:, :rows] for one in chosen)
+    return moved.to(torch.uint8), number.to(torch.uint8), level.to(torch.int8)
+
+
+def _passed(metrics: Tensor, costs: Tensor, decisions: list[Tensor] | None) -> Tensor:
+    """What courses to each state have lost after all turns.
+
+    A state is the bit of the last turn, and that of the turn before times two.
+
+    Args:
+        metrics: what they have lost before, ``(N, 4, S, stride)`` by state.
+        costs: of each subset ``(4, S, turns, stride)``.
+        decisions: receives of each turn whether a course came from the other of two states.
+    """
+    for turn in range(costs.shape[2]):
+        d0, d1, d2, d3 = costs[:, :, turn]
+        m0, m1, m2, m3 = metrics.unbind(1)
+        one = torch.stack([m0 + d0, m0 + d2, m1 + d1, m1 + d3], 1)
+        other = torch.stack([m2 + d2, m2 + d0, m3 + d3, m3 + d1], 1)
+        metrics = torch.minimum(one, other)
+        if decisions is not None:
+            decisions.append((one >= other)[0])
+    return metrics
+
+
+def _sums(turned: Tensor, chosen: Chosen, rows: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     scaled = out * rows
     return (scaled * scaled).sum(1), (scaled * turned[chosen.places].float()).sum(1)
 
