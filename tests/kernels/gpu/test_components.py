@@ -263,3 +263,15 @@ def test_a_basis_follows_where_few_or_no_components_got_bits():
         got = followed_at_once(*[type(one)(*[part.to(kit.DEVICE) for part in one]) for one in (held, learnt)])
     assert torch.equal(got.rows.cpu()[0], expected[0])
     assert torch.equal(got.energies.cpu()[0], expected[1])
+
+
+def test_a_trellis_has_no_kernels_and_the_same_bytes():
+    codec = codecs.get("transform", bits=2.0, trellis=True)
+    x = torch.randn(70, 24, generator=torch.Generator().manual_seed(0))
+    with use("reference"):
+        payload = codec.encode(x)
+        value = codec.decode(payload, x.shape, x.dtype)
+    with use("gpu"):
+        assert codec.open(plain(x.numel(), 1, 24), x.dtype, kit.DEVICE).device_steps is None
+        assert torch.equal(codec.encode(x.to(kit.DEVICE)).cpu(), payload)
+        assert torch.equal(codec.decode(payload.to(kit.DEVICE), x.shape, x.dtype).cpu(), value)
