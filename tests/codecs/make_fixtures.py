@@ -26,6 +26,7 @@ SPECS: dict[str, dict[str, Any]] = {
     **{codec_id: {"id": codec_id} for codec_id in ("binary", "int2", "int3", "int4", "int8", "raw", "ternary")},
     **{codec_id: {"id": codec_id} for codec_id in ("fp8", "topk", "topk_int4", "lowrank", "lowrank_int4")},
     "transform": {"id": "transform"},
+    "transform-trellis": {"id": "transform", "bits": 2.0, "trellis": True},
     "rates": {"id": "rates"},
     "rates-scalar": {"id": "rates", "rungs": "scalar"},
     "fp8-e5m2": {"id": "fp8", "format": "e5m2"},
