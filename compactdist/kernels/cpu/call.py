@@ -37,13 +37,13 @@ U, V, RANK, NUMBERS, GAINS, SQUARES, LENGTH, REFITS, LEVELS, SCALES, NEAR = rang
 
 (
     COMPONENTS, PLACES, DEPTHS, PLANES, STEPS, TURNED, ROW_SCALES, ROW_INVERSES, INVERSES, ENERGIES, AGREEMENTS,
-    DECISIONS,
-) = range(KIND, KIND + 12)  # fmt: skip
+    DECISIONS, THERE,
+) = range(KIND, KIND + 13)  # fmt: skip
 """Of ``components.py``, ``trellis.py`` and ``inverse.py``, which says what it takes them for. ``COMPONENTS``: of all
 blocks, or how many are weighed; ``PLACES``, ``DEPTHS``, ``PLANES``: where the int64 stand that say which a component
 with bits is, its depth and its first plane; ``STEPS``: where the borders and levels of all depths are; ``TURNED``:
 where float32 of all components or levels are; ``DECISIONS``: room for four bits of each row of each component with
-bits.
+bits; ``THERE``: where 64 float32 are, 1 for rows of the last turn that are there, else 0.
 """
 
 HEIGHT = 16

@@ -61,14 +61,45 @@ def choose(
 def choose_on_trellis(
     turned: Tensor, chosen: Chosen, inverses: Tensor, rows: Tensor, planes: Tensor, out: Tensor, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference.components.choose_on_trellis``, which takes courses of another stride than the loop's; of several
-    that lose as much this may take another, and sums may differ in their last bits.
+    """As ``reference.components.choose_on_trellis``; of several courses that lose as much this may take another, and
+    sums may differ in their last bits.
     """
-    if stride != LANES:
-        return components.choose_on_trellis(turned, chosen, inverses, rows, planes, out, stride)
+    length = out.shape[1]
+    if stride == LANES:
+        there = (torch.arange(LANES, device="cpu") < length - (length - 1) // LANES * LANES).float()
+        return _choose_in_lanes(turned, chosen, inverses, rows, planes, out, there)
+    beside, turns = LANES // stride, -(-length // stride)
+    there = ((turns - 1) * stride + torch.arange(stride, device="cpu") < length).float().repeat(beside)
+    of_row, ones = torch.where(rows > 0, 1 / rows, torch.zeros_like(rows)), rows.new_ones(turns * LANES)
+    for (
+        depth,
+        which,
+    ) in chosen.classes():  # eight components lie side by side, as one with courses as far apart as lanes
+        groups = -(-which.numel() // beside)
+        given = (turned[chosen.places[which]].float() * inverses[which][:, None]) * of_row
+        missing = turns * stride - length, groups * beside - which.numel()
+        lanes = torch.nn.functional.pad(given, (0, missing[0], 0, missing[1])).view(groups, beside, turns, stride)
+        lanes = lanes.transpose(1, 2).reshape(groups, turns * LANES)
+        levels = torch.empty(lanes.shape, dtype=torch.int8, device="cpu")
+        bits = torch.zeros(groups * depth, turns * beside, dtype=torch.uint8, device="cpu")
+        each = torch.arange(groups, device="cpu")
+        whole = Chosen(each, torch.full_like(each, depth), each * depth, chosen.steps)
+        _choose_in_lanes(lanes, whole, rows.new_ones(groups), ones, bits, levels, there)
+        back = levels.view(groups, turns, beside, stride).transpose(1, 2).reshape(groups * beside, turns * stride)
+        out[which] = back[: which.numel(), :length]
+        of_each = bits.view(groups, depth, turns, beside).permute(0, 3, 1, 2).reshape(groups * beside, depth, turns)
+        for bit in range(depth):
+            planes[chosen.planes[which] + bit] = of_each[: which.numel(), bit]
+    return components.sums(turned, chosen, rows, out)
+
+
+def _choose_in_lanes(
+    turned: Tensor, chosen: Chosen, inverses: Tensor, rows: Tensor, planes: Tensor, out: Tensor, there: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Along courses that are as far apart as lanes; ``there``: 1 for rows of the last turn that are there, else 0."""
     costs = -(-out.shape[1] // LANES) * 4 * LANES
     decisions = torch.empty(out.shape[0] * costs // 8, dtype=torch.uint8, device="cpu")
-    room = {call.DECISIONS: decisions.data_ptr()}
+    room = {call.DECISIONS: decisions.data_ptr(), call.THERE: there.data_ptr()}
     return _choose("trellis.choose", turned, chosen, inverses, rows, planes, out, room, own=costs)
 
 

@@ -30,7 +30,8 @@ from compactdist.kernels.reference import LANES
 from compactdist.kernels.reference.components import STRIDE
 
 _f32 = np.float32
-_FIRST_PASS, _OUT, _CODES, _ROWS, _DECISIONS = call.FIRST_PASS, call.OUT, call.CODES, call.ROWS, call.DECISIONS
+_FIRST_PASS, _OUT, _CODES, _ROWS = call.FIRST_PASS, call.OUT, call.CODES, call.ROWS
+_DECISIONS, _THERE = call.DECISIONS, call.THERE
 _PLACES, _DEPTHS, _PLANES = call.PLACES, call.DEPTHS, call.PLANES
 _STEPS, _TURNED, _ROW_SCALES, _ROW_INVERSES = call.STEPS, call.TURNED, call.ROW_SCALES, call.ROW_INVERSES
 _INVERSES, _ENERGIES, _AGREEMENTS = call.INVERSES, call.ENERGIES, call.AGREEMENTS
@@ -130,7 +131,7 @@ def choose(kept: str) -> Any:
         scales, row_inverses = floats_at(args, _ROW_SCALES), floats_at(args, _ROW_INVERSES)
         places, depths, first_planes = longs_at(args, _PLACES), longs_at(args, _DEPTHS), longs_at(args, _PLANES)
         ones, decisions = floats_at(args, _STEPS), bytes_at(args, _DECISIONS)
-        costs = own_room(args, _FIRST_PASS)
+        costs, every, last_rows = own_room(args, _FIRST_PASS), load(ones, 0), load(floats_at(args, _THERE), 0)
         stride, turns = (rows + 7) // 8 * 8, (rows + LANES - 1) // LANES
         lo, hi = next_part(args, _FIRST_PASS)
         while lo < hi:
@@ -142,13 +143,15 @@ def choose(kept: str) -> Any:
                     r, at = t * LANES, t * 4 * LANES
                     left = rows - r
                     value = (load_first(given, r, left) * inverse) * load_first(row_inverses, r, left)
-                    there = load_first(ones, 0, left)
+                    there = every
+                    if t == turns - 1:
+                        there = last_rows
                     store(_cost(value, table, count, 0, there), costs, at)
                     store(_cost(value, table, count, 1, there), costs, at + LANES)
                     store(_cost(value, table, count, 2, there), costs, at + 2 * LANES)
                     store(_cost(value, table, count, 3, there), costs, at + 3 * LANES)
                 one = _f32(1)
-                absent = where(load_first(ones, 0, rows - (turns - 1) * LANES) >= _f32(0.5), zeros(), _FAR)
+                absent = where(last_rows >= _f32(0.5), zeros(), _FAR)
                 least, state = _round(costs, turns, 0), zeros()
                 for s in range(1, 4):
                     metric = _round(costs, turns, s)
@@ -183,11 +186,9 @@ def choose(kept: str) -> Any:
                         where(mask_at(decisions, at + 2 * LANES, LANES), one, zeros()),
                         where(mask_at(decisions, at + 3 * LANES, LANES), one, zeros()),
                     )
-                    value, scale, there = (
-                        load_first(given, r, left),
-                        load_first(scales, r, left),
-                        load_first(ones, 0, left),
-                    )
+                    value, scale, there = load_first(given, r, left), load_first(scales, r, left), every
+                    if t == turns - 1:
+                        there = last_rows
                     deviation = (value * inverse) * load_first(row_inverses, r, left)
                     number, level = _level_of(deviation, table, count, (now - before) * (now - before), last)
                     size, half = (min(left, LANES) + 7) // 8 * 8, _f32(0.5)

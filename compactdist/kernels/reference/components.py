@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["STRIDE", "Chosen", "choose", "choose_on_trellis", "course", "read", "weigh"]
+__all__ = ["STRIDE", "Chosen", "choose", "choose_on_trellis", "course", "read", "sums", "weigh"]
 
 STRIDE = 256
 """float32 between the borders of a depth, in a table of all depths, and its levels."""
@@ -69,7 +69,7 @@ def choose(
         out[which] = _levels(codes, chosen.steps, depth)
         for bit in range(depth):
             planes[chosen.planes[which] + bit] = _packed((codes >> bit) & 1)
-    return _sums(turned, chosen, rows, out)
+    return sums(turned, chosen, rows, out)
 
 
 def choose_on_trellis(
@@ -94,7 +94,7 @@ def choose_on_trellis(
         planes[chosen.planes[which]] = _packed(moves)
         for bit in range(depth - 1):
             planes[chosen.planes[which] + 1 + bit] = _packed((numbers >> bit) & 1)
-    return _sums(turned, chosen, rows, out)
+    return sums(turned, chosen, rows, out)
 
 
 def course(given: Tensor, subsets: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +152,8 @@ def _passed(metrics: Tensor, costs: Tensor, decisions: list[Tensor] | None) -> T
     return metrics
 
 
-def _sums(turned: Tensor, chosen: Chosen, rows: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def sums(turned: Tensor, chosen: Chosen, rows: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`choose` returns of levels ``out``."""
     scaled = out * rows
     return (scaled * scaled).sum(1), (scaled * turned[chosen.places].float()).sum(1)
 
