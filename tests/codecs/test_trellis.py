@@ -16,7 +16,7 @@ from compactdist.codecs.transform.coding import Layout, decode, unit_levels_of
 from compactdist.codecs.transform.depths import allocate
 from compactdist.errors import CodecConfigError
 from compactdist.kernels.reference.components import course
-from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig
+from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig, plain
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.testing import check_codec
@@ -161,6 +161,28 @@ def test_both_ends_of_a_stream_go_on_together():
         got = receiver.decode(staged.frame, codec, x.numel(), x.dtype, step=step)
         assert torch.equal(sender.predictor.base, receiver.predictor.base)
         assert float((got.view(x.shape) - x).norm() / x.norm()) < 0.1
+
+
+@pytest.mark.parametrize("which", ["reference", "cpu"])
+@pytest.mark.parametrize("rows", [5, 300, 1100])
+def test_whoever_encodes_holds_what_is_decoded_whatever_the_values(rows, which):
+    """Rows that no energy was taken from, and components next to nothing, are far from any level."""
+    g = torch.Generator().manual_seed(rows)
+    for spread in (0, 4, 9, 18):
+        x = torch.randn(rows, 24, generator=g) * 10 ** (spread * (torch.rand(rows, 24, generator=g) - 0.5))
+        x[1::3] *= 1e-6
+        if spread == 0:
+            x[1::2] *= 1e13  # of more than 1,023 rows energies are those of every second
+        view = plain(x.numel(), 1, 24)
+        out, decoded = torch.empty(x.numel()), torch.empty(x.numel())
+        with kernels.use(which):
+            session = coded(2.5).open(view, x.dtype, x.device)
+            payload = torch.empty(session.payload_nbytes, dtype=torch.uint8)
+            session.encode(x.view(-1), (), out, payload)
+        with kernels.use("reference"):
+            coded(2.5).open(view, x.dtype, x.device).decode(payload, (), decoded)
+        assert torch.equal(out, decoded)
+        assert out.isfinite().all()
 
 
 def test_alone_and_after_a_keyframe():

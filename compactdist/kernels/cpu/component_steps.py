@@ -71,12 +71,10 @@ def choose_on_trellis(
     beside, turns = LANES // stride, -(-length // stride)
     there = ((turns - 1) * stride + torch.arange(stride, device="cpu") < length).float().repeat(beside)
     of_row, ones = torch.where(rows > 0, 1 / rows, torch.zeros_like(rows)), rows.new_ones(turns * LANES)
-    for (
-        depth,
-        which,
-    ) in chosen.classes():  # eight components lie side by side, as one with courses as far apart as lanes
+    # eight components lie side by side, as one with courses as far apart as lanes
+    for depth, which in chosen.classes():
         groups = -(-which.numel() // beside)
-        given = (turned[chosen.places[which]].float() * inverses[which][:, None]) * of_row
+        given = components.in_levels(turned, chosen.places[which], inverses[which], of_row)
         missing = turns * stride - length, groups * beside - which.numel()
         lanes = torch.nn.functional.pad(given, (0, missing[0], 0, missing[1])).view(groups, beside, turns, stride)
         lanes = lanes.transpose(1, 2).reshape(groups, turns * LANES)

@@ -27,7 +27,7 @@ from compactdist.kernels.cpu.simd.slots import (
 )
 from compactdist.kernels.cpu.simd.vectors import folded, where, zeros
 from compactdist.kernels.reference import LANES
-from compactdist.kernels.reference.components import STRIDE
+from compactdist.kernels.reference.components import FARTHEST, STRIDE
 
 _f32 = np.float32
 _FIRST_PASS, _OUT, _CODES, _ROWS = call.FIRST_PASS, call.OUT, call.CODES, call.ROWS
@@ -35,7 +35,14 @@ _DECISIONS, _THERE = call.DECISIONS, call.THERE
 _PLACES, _DEPTHS, _PLANES = call.PLACES, call.DEPTHS, call.PLANES
 _STEPS, _TURNED, _ROW_SCALES, _ROW_INVERSES = call.STEPS, call.TURNED, call.ROW_SCALES, call.ROW_INVERSES
 _INVERSES, _ENERGIES, _AGREEMENTS = call.INVERSES, call.ENERGIES, call.AGREEMENTS
-_FAR = _f32(1e20)
+_FARTHEST, _FAR = _f32(FARTHEST), _f32(1e20)
+
+
+@inlined
+def _held(value: Any) -> Any:
+    """Within ``FARTHEST``; NaN, too."""
+    value = where(value >= -_FARTHEST, value, zeros() - _FARTHEST)
+    return where(value >= _FARTHEST, zeros() + _FARTHEST, value)
 
 
 @inlined
@@ -142,7 +149,7 @@ def choose(kept: str) -> Any:
                 for t in range(turns):
                     r, at = t * LANES, t * 4 * LANES
                     left = rows - r
-                    value = (load_first(given, r, left) * inverse) * load_first(row_inverses, r, left)
+                    value = _held((load_first(given, r, left) * inverse) * load_first(row_inverses, r, left))
                     there = every
                     if t == turns - 1:
                         there = last_rows
@@ -189,7 +196,7 @@ def choose(kept: str) -> Any:
                     value, scale, there = load_first(given, r, left), load_first(scales, r, left), every
                     if t == turns - 1:
                         there = last_rows
-                    deviation = (value * inverse) * load_first(row_inverses, r, left)
+                    deviation = _held((value * inverse) * load_first(row_inverses, r, left))
                     number, level = _level_of(deviation, table, count, (now - before) * (now - before), last)
                     size, half = (min(left, LANES) + 7) // 8 * 8, _f32(0.5)
                     store_mask(now * there >= half, planes, plane * stride + r, size)

@@ -11,10 +11,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["STRIDE", "Chosen", "choose", "choose_on_trellis", "course", "read", "sums", "weigh"]
+__all__ = [
+    "FARTHEST",
+    "STRIDE",
+    "Chosen",
+    "choose",
+    "choose_on_trellis",
+    "course",
+    "in_levels",
+    "read",
+    "sums",
+    "weigh",
+]
 
 STRIDE = 256
 """float32 between the borders of a depth, in a table of all depths, and its levels."""
+
+FARTHEST = 512.0
+"""Values on a trellis are held to so many levels: the nearest level is the same, and what courses lose stays small."""
 
 _FAR = 1e20
 """More than any course loses."""
@@ -88,7 +102,7 @@ def choose_on_trellis(
     """
     of_row = torch.where(rows > 0, 1 / rows, torch.zeros_like(rows))
     for depth, which in chosen.classes():
-        given = (turned[chosen.places[which]].float() * inverses[which][:, None]) * of_row
+        given = in_levels(turned, chosen.places[which], inverses[which], of_row)
         subsets = chosen.steps[depth, 1, : 2 << depth].view(4, -1)
         moves, numbers, out[which] = course(given, subsets, stride)
         planes[chosen.planes[which]] = _packed(moves)
@@ -97,8 +111,16 @@ def choose_on_trellis(
     return sums(turned, chosen, rows, out)
 
 
+def in_levels(turned: Tensor, places: Tensor, inverses: Tensor, of_row: Tensor) -> Tensor:
+    """Components with these places in levels, held to ``FARTHEST``; see :func:`choose_on_trellis`."""
+    given = (turned[places].float() * inverses[:, None]) * of_row
+    return given.nan_to_num(nan=-FARTHEST).clamp(-FARTHEST, FARTHEST)
+
+
 def course(given: Tensor, subsets: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
     """The courses of components ``(S, R)`` round the trellis that lose least, with levels ``(4, n)``.
+
+    A course ends in the state that it begins in, for all others lose ``_FAR``: so a receiver reads the same levels.
 
     Returns:
         ``(S, R)``: the bit that moves, uint8; the number of the level in its subset, uint8; the level, int8.
