@@ -19,7 +19,7 @@ ROUNDS = 25
 COURSES, TURNS = 200, 500
 
 
-def _chosen(samples: torch.Tensor, ascending: torch.Tensor) -> torch.Tensor:
+def chosen(samples: torch.Tensor, ascending: torch.Tensor) -> torch.Tensor:
     """The number of each sample's level."""
     subsets = torch.stack([ascending[first::4] for first in range(4)])
     moves, numbers, _ = course(samples, subsets, 1)
@@ -32,7 +32,7 @@ def trained(samples: torch.Tensor, bits: int) -> torch.Tensor:
     positive = torch.tensor(MAGNITUDES[bits + 1])
     ascending = torch.cat([-positive.flip(0), positive])
     for _ in range(ROUNDS):
-        which = _chosen(samples, ascending).flatten()
+        which = chosen(samples, ascending).flatten()
         sums = torch.zeros_like(ascending).index_add_(0, which, samples.flatten())
         counts = torch.zeros_like(ascending).index_add_(0, which, torch.ones_like(samples).flatten())
         means = torch.where(counts > 0, sums / counts.clamp(min=1), ascending)
@@ -42,7 +42,7 @@ def trained(samples: torch.Tensor, bits: int) -> torch.Tensor:
 
 def loss_of(samples: torch.Tensor, ascending: torch.Tensor) -> float:
     """The mean square error that samples are left with."""
-    return float((samples - ascending[_chosen(samples, ascending)]).square().mean())
+    return float((samples - ascending[chosen(samples, ascending)]).square().mean())
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.testing import check_codec
 from tests.quick import quick_for
+from tools.trellis_levels import loss_of
 
 DEPTHS = range(1, trellis.DEEPEST + 1)
 bounded = settings(max_examples=25, deadline=None, derandomize=True)
@@ -114,11 +115,7 @@ def test_levels_lose_what_is_stored(depth):
     assert torch.equal(whole, -whole.flip(0))
     assert whole.max() == 127
     unit = float(unit_levels_of(torch.tensor([depth]), True))
-    subsets = torch.stack([whole[first::4] for first in range(4)]) * unit
-    moves, numbers, _ = course(samples, subsets, 1)
-    bits = moves.long()
-    subset = 2 * (bits ^ bits.roll(2, 1)) + bits.roll(1, 1)
-    loss = float((subsets[subset, numbers.long()] - samples).square().mean())
+    loss = loss_of(samples, whole * unit)
     assert loss == pytest.approx(trellis.LOSS[depth], rel=0.06)
     if depth in SCALAR_LOSS:
         assert loss < 0.9 * SCALAR_LOSS[depth]

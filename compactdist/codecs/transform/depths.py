@@ -47,8 +47,7 @@ def outermost(depth: int) -> float:
 @cache
 def levels(depth: int) -> tuple[int, ...]:
     """The level of each code, ``2**depth`` of them, ascending: -127 to 127."""
-    positive = [round(127 * one / outermost(depth)) for one in _magnitudes(depth)]
-    return (*(-one for one in reversed(positive)), *positive)
+    return trellis.whole(_magnitudes(depth))
 
 
 @cache

@@ -11,6 +11,7 @@ bits before its first turn are those of the last two, of rows that are not there
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from statistics import NormalDist
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from compactdist.kernels.reference.components import STRIDE, Chosen
 
-__all__ = ["DEEPEST", "LOSS", "levels", "outermost", "search_table", "stride_of", "untangled"]
+__all__ = ["DEEPEST", "LOSS", "levels", "outermost", "search_table", "stride_of", "untangled", "whole"]
 
 DEEPEST = 7
 """Most bits of a component: of more, levels would be finer than whole numbers up to 127."""
@@ -71,7 +72,12 @@ def outermost(depth: int) -> float:
 @cache
 def levels(depth: int) -> tuple[int, ...]:
     """All levels, ``2**(depth + 1)`` of them, ascending: -127 to 127."""
-    positive = [round(127 * one / outermost(depth)) for one in _magnitudes(depth)]
+    return whole(_magnitudes(depth))
+
+
+def whole(magnitudes: Sequence[float]) -> tuple[int, ...]:
+    """Ascending magnitudes and their negatives in whole numbers, the largest of which is 127."""
+    positive = [round(127 * one / magnitudes[-1]) for one in magnitudes]
     return (*(-one for one in reversed(positive)), *positive)
 
 

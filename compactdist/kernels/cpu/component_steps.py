@@ -70,7 +70,7 @@ def choose_on_trellis(
         return _choose_in_lanes(turned, chosen, inverses, rows, planes, out, there)
     beside, turns = LANES // stride, -(-length // stride)
     there = ((turns - 1) * stride + torch.arange(stride, device="cpu") < length).float().repeat(beside)
-    of_row, ones = torch.where(rows > 0, 1 / rows, torch.zeros_like(rows)), rows.new_ones(turns * LANES)
+    of_row, ones = components.inverses_of(rows), rows.new_ones(turns * LANES)
     # eight components lie side by side, as one with courses as far apart as lanes
     for depth, which in chosen.classes():
         groups = -(-which.numel() // beside)
@@ -113,7 +113,7 @@ def _choose(
     own: int = 0,
 ) -> tuple[Tensor, Tensor]:
     energy, agreement = torch.empty(2, inverses.numel(), dtype=torch.float32, device="cpu")
-    of_row = torch.where(rows > 0, 1 / rows, torch.zeros_like(rows))
+    of_row = components.inverses_of(rows)
     slots = _of_chosen(chosen, planes, out) | {
         call.TURNED: turned.data_ptr(),
         call.INVERSES: inverses.data_ptr(),

@@ -27,7 +27,7 @@ from compactdist.kernels.cpu.simd.slots import (
 )
 from compactdist.kernels.cpu.simd.vectors import folded, where, zeros
 from compactdist.kernels.reference import LANES
-from compactdist.kernels.reference.components import FARTHEST, STRIDE
+from compactdist.kernels.reference.components import FAR, FARTHEST, STRIDE
 
 _f32 = np.float32
 _FIRST_PASS, _OUT, _CODES, _ROWS = call.FIRST_PASS, call.OUT, call.CODES, call.ROWS
@@ -35,7 +35,7 @@ _DECISIONS, _THERE = call.DECISIONS, call.THERE
 _PLACES, _DEPTHS, _PLANES = call.PLACES, call.DEPTHS, call.PLANES
 _STEPS, _TURNED, _ROW_SCALES, _ROW_INVERSES = call.STEPS, call.TURNED, call.ROW_SCALES, call.ROW_INVERSES
 _INVERSES, _ENERGIES, _AGREEMENTS = call.INVERSES, call.ENERGIES, call.AGREEMENTS
-_FARTHEST, _FAR = _f32(FARTHEST), _f32(1e20)
+_FARTHEST, _FAR = _f32(FARTHEST), _f32(FAR)
 
 
 @inlined

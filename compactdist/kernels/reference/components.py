@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "FAR",
     "FARTHEST",
     "STRIDE",
     "Chosen",
@@ -19,6 +20,7 @@ __all__ = [
     "choose_on_trellis",
     "course",
     "in_levels",
+    "inverses_of",
     "read",
     "sums",
     "weigh",
@@ -30,7 +32,7 @@ STRIDE = 256
 FARTHEST = 512.0
 """Values on a trellis are held to so many levels: the nearest level is the same, and what courses lose stays small."""
 
-_FAR = 1e20
+FAR = 1e20
 """More than any course loses."""
 
 
@@ -71,7 +73,7 @@ def choose(
     Returns:
         Of levels times scales, for each chosen component: sums of squares, and of products with the component.
     """
-    of_row = torch.where(rows > 0, 1 / rows, torch.zeros_like(rows))
+    of_row = inverses_of(rows)
     for depth, which in chosen.classes():
         some = turned[chosen.places[which]].float()
         if depth == 1:  # of a sign no scale matters
@@ -100,7 +102,7 @@ def choose_on_trellis(
         out: as for :func:`choose`.
         stride: rows from one to the next of a course.
     """
-    of_row = torch.where(rows > 0, 1 / rows, torch.zeros_like(rows))
+    of_row = inverses_of(rows)
     for depth, which in chosen.classes():
         given = in_levels(turned, chosen.places[which], inverses[which], of_row)
         subsets = chosen.steps[depth, 1, : 2 << depth].view(4, -1)
@@ -109,6 +111,11 @@ def choose_on_trellis(
         for bit in range(depth - 1):
             planes[chosen.planes[which] + 1 + bit] = _packed((numbers >> bit) & 1)
     return sums(turned, chosen, rows, out)
+
+
+def inverses_of(rows: Tensor) -> Tensor:
+    """Of scales of rows; 0 of 0."""
+    return torch.where(rows > 0, 1 / rows, torch.zeros_like(rows))
 
 
 def in_levels(turned: Tensor, places: Tensor, inverses: Tensor, of_row: Tensor) -> Tensor:
@@ -120,7 +127,7 @@ def in_levels(turned: Tensor, places: Tensor, inverses: Tensor, of_row: Tensor) 
 def course(given: Tensor, subsets: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
     """The courses of components ``(S, R)`` round the trellis that lose least, with levels ``(4, n)``.
 
-    A course ends in the state that it begins in, for all others lose ``_FAR``: so a receiver reads the same levels.
+    A course ends in the state that it begins in, for all others lose ``FAR``: so a receiver reads the same levels.
 
     Returns:
         ``(S, R)``: the bit that moves, uint8; the number of the level in its subset, uint8; the level, int8.
@@ -136,9 +143,9 @@ def course(given: Tensor, subsets: Tensor, stride: int) -> tuple[Tensor, Tensor,
     found = torch.stack([s[n] for s, n in zip(subsets, numbers, strict=True)])
     costs = (values - found).square() * there
     # from each state on, and back to it
-    apart = (1 - torch.eye(4, dtype=given.dtype, device=given.device)) * _FAR
+    apart = (1 - torch.eye(4, dtype=given.dtype, device=given.device)) * FAR
     ends = _passed(apart[:, :, None, None].expand(4, 4, count, stride), costs, None).diagonal().movedim(-1, 0).clone()
-    ends[1::2] += (1 - there[:, -1]) * _FAR  # the bit of a row that is not there is 0
+    ends[1::2] += (1 - there[:, -1]) * FAR  # the bit of a row that is not there is 0
     state = ends.argmin(0)
     decisions: list[Tensor] = []
     _passed(apart[state].movedim(-1, 0)[None], costs, decisions)
