@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from compactdist.codecs.scalar.gaussian_levels import MAGNITUDES
-from compactdist.codecs.transform.trellis import DEEPEST, levels, outermost
+from compactdist.codecs.transform.trellis import TRELLIS
 from compactdist.kernels.reference.components import course
 
 ROUNDS = 25
@@ -48,12 +48,12 @@ def loss_of(samples: torch.Tensor, ascending: torch.Tensor) -> float:
 def main() -> None:
     """Print a line for each depth."""
     samples = torch.randn(COURSES, TURNS, generator=torch.Generator().manual_seed(0))
-    for bits in range(1, DEEPEST + 1):
+    for bits in range(1, TRELLIS.deepest + 1):
         if bits <= 4:
             ascending = trained(samples, bits)
             shown = ", ".join(f"{one:.6f}" for one in ascending[len(ascending) // 2 :].tolist())
         else:
-            ascending = torch.tensor(levels(bits)) * outermost(bits) / 127
+            ascending = torch.tensor(TRELLIS.whole(bits)) * TRELLIS.outermost(bits) / 127
             shown = "as they are"
         print(f"{bits} bits: loses {loss_of(samples, ascending):.5f}; levels {shown}")
 

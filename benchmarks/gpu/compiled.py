@@ -13,7 +13,7 @@ import torch
 from compactdist.codecs import Codec
 from compactdist.codecs.lowrank.thin_factors import LowRankCodec
 from compactdist.codecs.topk import TopK, TopKInt4
-from compactdist.codecs.transform.coding import steps_table
+from compactdist.codecs.transform.levels import steps_table
 from compactdist.codecs.transform.on_device import spec_of
 from compactdist.codecs.transform.transform import Transform
 from compactdist.kernels.spec import (
@@ -53,6 +53,7 @@ class Compiled:
         warps: of a program.
         values: what the machine code gets, in order: an integer, a float, or a tensor for its address.
         compile: lets Triton compile it; once.
+        known: numbers of values whose elements branches depend on.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Compiled:
     warps: int
     values: tuple[Any, ...]
     compile: Callable[[], Any]
+    known: tuple[int, ...] = ()
 
     @cached_property
     def made(self) -> Any:
@@ -81,10 +83,14 @@ class Compiler:
     Args:
         capability: of the GPU, 90 for ``sm_90``.
         lazy: compile only what somebody looks at.
+
+    Attributes:
+        known: tensors, as ``Compiled.known``.
     """
 
     def __init__(self, capability: int = 90, *, lazy: bool = False) -> None:
         self.capability, self.lazy = capability, lazy
+        self.known: tuple[torch.Tensor, ...] = ()
         self.launches: list[Compiled] = []
 
     @property
@@ -118,7 +124,10 @@ class Compiler:
         source = ASTSource(kernel, signature, constants, attributes)
         target = GPUTarget("cuda", self.capability, 32)
         compile_it = partial(triton.compile, source, target=target, options=options)
-        self.launches.append(Compiled(kernel.fn.__name__, grid[0], num_warps, tuple(values), compile_it))
+        known = {tensor.data_ptr() for tensor in self.known}
+        numbers = [n for n, one in enumerate(values) if isinstance(one, torch.Tensor) and one.data_ptr() in known]
+        made = Compiled(kernel.fn.__name__, grid[0], num_warps, tuple(values), compile_it, tuple(numbers))
+        self.launches.append(made)
         return None if self.lazy else self.launches[-1].made
 
 
@@ -226,7 +235,7 @@ def components(
     codec: Transform, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int = 1
 ) -> tuple[list[Compiled], list[Compiled]]:
     """As ``step``, for the transform codec. The launches of an encode are those that a decode has not: the sender
-    decodes what it sends. The last one is the sweep of a commit.
+    decodes what it sends. The last one is the sweep of a commit. Each component has all bits that there are.
     """
     from compactdist.kernels.gpu.component_steps import ComponentSteps
     from compactdist.kernels.gpu.rotations import sweep
@@ -235,9 +244,10 @@ def components(
     layout, groups = codec.layout_of(view.shape), view.groups
     blocks, n, count = layout.blocks, layout.width, layout.components
     spec = spec_of(layout)
-    steps = ComponentSteps(spec, steps_table(cpu), view, cpu)
-    whole = torch.zeros(groups, count, dtype=torch.int32)
-    allotment, of_rows = Allotment(whole, whole.clone()), torch.zeros(groups, layout.rows)
+    steps = ComponentSteps(spec, steps_table(layout.levels, cpu), view, cpu)
+    depths = torch.full((groups, count), layout.levels.deepest, dtype=torch.int32)
+    compiler.known = (depths,)
+    allotment, of_rows = Allotment(depths, torch.zeros_like(depths)), torch.zeros(groups, layout.rows)
     given, payload = torch.zeros(view.numel, dtype=dtype), torch.zeros(groups * layout.nbytes, dtype=torch.uint8)
     before = len(compiler.launches)
     with compiling(compiler):

@@ -13,7 +13,8 @@ Instructions that a predicate switches off are issued, and count; loops count by
 and root do not. Registers are those of a thread, spills the instructions that keep one in memory. Loads and stores are
 those of one thread to global memory, by their bits: ``4x128 1x16``. For frames an element is a 32-bit word of the
 payload, and the last program's header does not count. ``transform`` is at one bit, its elements have bits or none by
-what is sent, and all are counted as if they had all eight; its sender decodes, too. The sweep that turns its basis is
+what is sent, and all are counted as if they had all eight (seven along a trellis, whose kernel passes over components
+without); its sender decodes, too. The sweep that turns its basis is
 not counted, for its rounds depend on data.
 
 Of ``token_history`` no flag is given.
@@ -59,9 +60,9 @@ NAMES = [
     f"{codec} {scales}" for scales in ("block", "token_channel") for codec in ("binary", "int2", "int4", "int8", "fp8")
 ]
 NAMES += [f"{codec} token_history" for codec in ("binary", "int2", "int4", "int8", "fp8")]
-TRANSFORM = "transform"
+TRANSFORMS = {"transform": Transform(), "transform_trellis": Transform(trellis=True)}
 TOPK = {"topk": TopK(), "topk_int4": TopKInt4()}
-NAMES += [FRAMES, *HISTORIES, TRANSFORM, *TOPK]
+NAMES += [FRAMES, *HISTORIES, *TRANSFORMS, *TOPK]
 NAMES += ["int4 block, int8 history", "int4 token_channel, int8 history", "int2 block, fp8 history"]
 """With a comma: the step of a stream that remembers in eight bits."""
 _WORDS = 1 << 20
@@ -102,8 +103,8 @@ def kernels(name: str, capability: int) -> dict[str, Compiled]:
             history(ROWS * CHANNELS, torch.bfloat16, HISTORIES[name], compiler)
         return {f"{name} {one.name}": one for one in compiler.launches}
     view = plain(ROWS * CHANNELS, 1, CHANNELS)
-    if name == TRANSFORM:
-        both = components(Transform(), view, torch.bfloat16, compiler)
+    if name in TRANSFORMS:
+        both = components(TRANSFORMS[name], view, torch.bfloat16, compiler)
         assert both[1].pop().name == "sweep_matrices"
     elif name in TOPK:
         both = one_of_m(TOPK[name], view, torch.bfloat16, compiler)

@@ -1,9 +1,10 @@
 """Counts what a warp executes of a kernel's machine code, by following its control flow without a GPU.
 
 Integers that follow from the program's number, the thread's number and the kernel's arguments are computed, so branches
-and trips of loops that depend on them are those of the device. What comes from memory, or from floating-point
-arithmetic, is *data*: a forward branch that depends on data is taken, for it skips what is rare (the slow path of a
-division, what only the last program does). A branch that depends on an instruction that is not known here raises.
+and trips of loops that depend on them are those of the device. What comes from memory, but for tensors of
+``Compiled.known``, or from floating-point arithmetic, is *data*: a forward branch that depends on data is taken, for it
+skips what is rare (the slow path of a division, what only the last program does). A branch that depends on an
+instruction that is not known here raises.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ def _permuted(one: Instruction, a: int, chosen: int, b: int) -> int:
 _COMPUTED: dict[str, Callable[..., int]] = {
     "MOV": lambda one, a, *_: a,
     "IMAD": _multiplied,
-    "IADD3": lambda one, a, b, c, *_: a + b + c,
+    "IADD3": lambda one, a, b, c, *carries: a + b + c + sum(carries),
     "VIADD": lambda one, a, b: a + b,
     "IADD": lambda one, a, b: a + b,
     "SHF": _shifted,
@@ -257,8 +258,15 @@ _REGISTER, _PREDICATE = re.compile(r"U?R(\d+|Z)$"), re.compile(r"!?U?P(\d+|T)$")
 class _Warp:
     """The first thread of one warp of one program."""
 
-    def __init__(self, code: Listing, constants: Mapping[int, int], program: int, warp: int) -> None:
-        self.code, self.constants = code, constants
+    def __init__(
+        self,
+        code: Listing,
+        constants: Mapping[int, int],
+        memory: Mapping[int, torch.Tensor],
+        program: int,
+        warp: int,
+    ) -> None:
+        self.code, self.constants, self.memory = code, constants, memory
         self.special = {"SR_TID.X": 32 * warp, "SR_CTAID.X": program, "SR_LANEID": 0, "SRZ": 0, "SR_CgaCtaId": 0}
         self.held: dict[str, Value] = {}
         self.seen = Executed()
@@ -366,7 +374,9 @@ class _Warp:
             return
         targets, sources = one.split
         result = self._result(one, sources) if guard == 1 else _worst([guard])
-        upper = self._upper(one, sources) if one.base == "IMAD" and ".WIDE" in one.opcode else _UNKNOWN
+        beside = self._upper(one, sources) if one.base == "IMAD" and ".WIDE" in one.opcode else _UNKNOWN
+        if one.base == "IADD3":
+            beside = self._carried(sources)
         for number, target in enumerate(targets):
             made: Value = result if number == 0 else _DATA if result == _DATA else _UNKNOWN
             if one.base in ("LDC", "LDCU", "ULDC") and number and guard == 1:
@@ -376,8 +386,8 @@ class _Warp:
                 made = result if one.base == "CS2R" or number == 0 else _worst([result])
             elif one.base in _HAPPENED:
                 made = 1
-            elif number == 1 and guard == 1 and one.base == "IMAD":
-                made = upper
+            elif number == 1 and guard == 1 and one.base in ("IMAD", "IADD3"):
+                made = beside
             elif one.base == "LOP3" and isinstance(result, int):  # whether there is a bit, or else the last source
                 made = 1 if result else self.value(sources[-1])
             if target not in ("RZ", "URZ", "PT", "UPT"):
@@ -393,6 +403,8 @@ class _Warp:
             return self._predicates(sources[-1])
         if base in _HAPPENED:
             return 1
+        if base == "LDG":
+            return self._loaded(sources)
         values = [self.value(source) for source in sources]
         if base == "IMAD" and ".HI" in one.opcode:
             values[2] = self._wide(sources[2])
@@ -406,16 +418,30 @@ class _Warp:
         known = [value for value in values if isinstance(value, int)]
         if base == "MUFU" and "RCP" in one.opcode:
             return _bits(1 / _float(known[0])) if known[0] else _bits(float("inf"))
-        if base == "ISETP" and ".EX" not in one.opcode:
+        if base == "ISETP":
             return self._compared(one, known)
-        if base == "IADD3" and ".X" in one.opcode:
-            return _UNKNOWN
         if base not in _COMPUTED:
             return _UNKNOWN
         try:
             return _COMPUTED[base](one, *known) & _MASK
         except NotImplementedError:
             return _UNKNOWN
+
+    def _carried(self, sources: tuple[str, ...]) -> Value:
+        """What a sum carries to the upper half of one of 64 bits."""
+        values = [self.value(source) for source in sources]
+        known = [value for value in values if isinstance(value, int)]
+        return _worst(values) if len(known) < len(values) else sum(known) >> 32
+
+    def _loaded(self, sources: tuple[str, ...]) -> Value:
+        """What stands in a known tensor of 32-bit integers."""
+        found = re.search(r"\[(R\d+)\.64(?:\.U32)?(?:\+(-?0x[0-9a-f]+))?\]$", sources[0])
+        low = self.value(found[1]) if found else _UNKNOWN
+        if found is None or isinstance(low, str):
+            return _DATA
+        address = low + int(found[2] or "0", 16)
+        tensor = self.memory.get(address >> 24)
+        return _DATA if tensor is None else int(tensor.view(-1)[(address & 0xFFFFFF) // 4]) & _MASK
 
     def _upper(self, one: Instruction, sources: tuple[str, ...]) -> Value:
         """The high 32 bits of a product of 32-bit numbers, plus one of 64 bits."""
@@ -437,6 +463,8 @@ class _Warp:
             a, b = _signed(a), _signed(b)
         kind = one.opcode.removeprefix("U").split(".")[1]
         holds = _COMPARED[kind](a, b)
+        if ".EX" in one.opcode and a == b:  # upper halves, and then the result of the lower ones
+            holds = bool(values[3])
         return int(holds or bool(condition) if ".OR" in one.opcode else holds and bool(condition))
 
 
@@ -478,13 +506,15 @@ def executed(kernel: Compiled, code: Listing, program: int) -> list[Executed]:
         program: number of the program; the first and the last are special.
     """
     constants = dict.fromkeys((12, 880), kernel.programs)
-    at = _PARAMETERS_AT[code.capability]
+    at, memory = _PARAMETERS_AT[code.capability], dict[int, torch.Tensor]()
     for number, value in enumerate(kernel.values):
         if isinstance(value, torch.Tensor):
             at = -(-at // 8) * 8
             constants[at], constants[at + 4] = (number + 1) << 24, 0x7F00
+            if number in kernel.known:
+                memory[number + 1] = value
             at += 8
         else:
             constants[at] = _bits(value) if isinstance(value, float) else value & _MASK
             at += 4
-    return [_Warp(code, constants, program, warp).run() for warp in range(kernel.warps)]
+    return [_Warp(code, constants, memory, program, warp).run() for warp in range(kernel.warps)]

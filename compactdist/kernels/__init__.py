@@ -418,7 +418,8 @@ def device_component_steps_for(
 
     Args:
         spec: of the codec and view.
-        tables: borders and levels, as ``reference.components.Chosen.steps``, on the device.
+        tables: borders and levels, as ``reference.components.Chosen.steps``, on the device; along the trellis, of all
+            its levels.
         view: of the stream's flat tensors.
         dtype: of these tensors.
         device: of these tensors.

@@ -290,6 +290,7 @@ class ComponentSpec(NamedTuple):
         step: from one row that energies and correlations are taken from to the next.
         largest_weight: of a component's element, in whole numbers.
         largest_sum: of the magnitudes of weights of a channel, before they are rounded.
+        stride: rows from one to the next of a course along the trellis; 0: levels are chosen without one.
     """
 
     blocks: int
@@ -299,6 +300,7 @@ class ComponentSpec(NamedTuple):
     step: int
     largest_weight: int
     largest_sum: int
+    stride: int = 0
 
 
 class FactorSpec(NamedTuple):

@@ -18,7 +18,8 @@ from compactdist.cli.evaluate import play as play_trace
 from compactdist.codecs.transform import ends, products, transform
 from compactdist.codecs.transform.basis import first_basis, plain_basis, rows_of
 from compactdist.codecs.transform.coding import Layout, Spread, Weights
-from compactdist.codecs.transform.depths import DEEPEST, allocate, borders, levels
+from compactdist.codecs.transform.depths import allocate
+from compactdist.codecs.transform.levels import SCALAR
 from compactdist.codecs.transform.products import LARGEST_SUM, LARGEST_WEIGHT, Products, forward_dtype, gram
 from compactdist.config import Options
 from compactdist.errors import CodecConfigError, ConfigError
@@ -56,29 +57,29 @@ def moving(steps: int = STEPS, rows: int = 40, channels: int = 48) -> list[torch
 @given(codes=st.lists(st.integers(0, 255), min_size=1, max_size=60), share=st.floats(0, 1))
 def test_bits_are_given_to_the_strongest_claims(codes, share):
     given_codes = torch.tensor(codes, dtype=torch.uint8)
-    planes = round(share * DEEPEST * len(codes))
-    bits = allocate(given_codes, planes)
+    planes = round(share * SCALAR.deepest * len(codes))
+    bits = allocate(given_codes, planes, SCALAR)
     assert int(bits.sum()) == planes
     assert int(bits.min()) >= 0
-    assert int(bits.max()) <= DEEPEST
+    assert int(bits.max()) <= SCALAR.deepest
     order = sorted(range(len(codes)), key=lambda k: (-codes[k], k))
     assert [int(bits[k]) for k in order] == sorted((int(b) for b in bits), reverse=True)
 
 
 def test_a_bit_goes_where_it_is_worth_most():
     """Twice the amplitude is worth one bit more, give or take rounding."""
-    bits = allocate(torch.tensor([255, 247, 239, 231], dtype=torch.uint8), 10)
+    bits = allocate(torch.tensor([255, 247, 239, 231], dtype=torch.uint8), 10, SCALAR)
     assert bits.tolist() == [4, 3, 2, 1]
 
 
-@pytest.mark.parametrize("depth", range(1, DEEPEST + 1))
+@pytest.mark.parametrize("depth", range(1, SCALAR.deepest + 1))
 def test_levels_are_symmetric_whole_numbers(depth):
-    values = levels(depth)
+    values = SCALAR.whole(depth)
     assert len(values) == 2**depth
     assert values == tuple(sorted(values))
     assert values[-1] == 127
     assert all(a == -b for a, b in zip(values, reversed(values), strict=True))
-    assert len(borders(depth)) == len(values) - 1
+    assert len(SCALAR.borders(depth)) == len(values) - 1
 
 
 # ---- arithmetic that both ends share

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from compactdist import codecs, kernels
 from compactdist.codecs.scalar.gaussian_levels import LOSS as SCALAR_LOSS
 from compactdist.codecs.transform import trellis
-from compactdist.codecs.transform.coding import Layout, decode, unit_levels_of
+from compactdist.codecs.transform.coding import Layout, decode
 from compactdist.codecs.transform.depths import allocate
+from compactdist.codecs.transform.levels import unit_levels_of
+from compactdist.codecs.transform.trellis import TRELLIS
 from compactdist.errors import CodecConfigError
 from compactdist.kernels.reference.components import course
 from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig, plain
@@ -23,7 +25,7 @@ from compactdist.testing import check_codec
 from tests.quick import quick_for
 from tools.trellis_levels import loss_of
 
-DEPTHS = range(1, trellis.DEEPEST + 1)
+DEPTHS = range(1, TRELLIS.deepest + 1)
 bounded = settings(max_examples=25, deadline=None, derandomize=True)
 
 
@@ -42,7 +44,7 @@ def _read_slowly(planes: torch.Tensor, depth: int, first: int, rows: int) -> lis
     def move(turn: int, course_of: int) -> int:
         return bit(first, turn % turns * stride + course_of)
 
-    levels, subsets = [], [trellis.levels(depth)[which::4] for which in range(4)]
+    levels, subsets = [], [TRELLIS.whole(depth)[which::4] for which in range(4)]
     for row in range(rows):
         turn, course_of = divmod(row, stride)
         which = 2 * (move(turn, course_of) ^ move(turn - 2, course_of)) + move(turn - 1, course_of)
@@ -53,7 +55,7 @@ def _read_slowly(planes: torch.Tensor, depth: int, first: int, rows: int) -> lis
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 40, 102, 1023, 1024, 1090])
 def test_any_bits_are_read_as_the_format_says(rows):
-    layout = Layout.of(rows, 6, 3.0, 128, True)
+    layout = Layout.of(rows, 6, 3.0, 128, TRELLIS)
     g = torch.Generator().manual_seed(rows)
     payload = torch.randint(0, 256, (layout.nbytes,), generator=g, dtype=torch.uint8)
     scales, energies, _, planes = payload.split(list(layout.sections))
@@ -110,13 +112,13 @@ def test_it_is_better_by_what_the_literature_says(rows, bits):
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_levels_lose_what_is_stored(depth):
     samples = torch.randn(60, 300, generator=torch.Generator().manual_seed(1))
-    whole = torch.tensor(trellis.levels(depth), dtype=torch.float32)
+    whole = torch.tensor(TRELLIS.whole(depth), dtype=torch.float32)
     assert len(whole) == 2 ** (depth + 1)
     assert torch.equal(whole, -whole.flip(0))
     assert whole.max() == 127
-    unit = float(unit_levels_of(torch.tensor([depth]), True))
+    unit = float(unit_levels_of(torch.tensor([depth]), TRELLIS))
     loss = loss_of(samples, whole * unit)
-    assert loss == pytest.approx(trellis.LOSS[depth], rel=0.06)
+    assert loss == pytest.approx(TRELLIS.losses[depth], rel=0.06)
     if depth in SCALAR_LOSS:
         assert loss < 0.9 * SCALAR_LOSS[depth]
 
@@ -124,8 +126,8 @@ def test_levels_lose_what_is_stored(depth):
 def test_no_course_loses_less():
     """Of all courses round the trellis, tried one by one."""
     turns = 6
-    subsets = torch.tensor(trellis.levels(1), dtype=torch.float32).view(1, 4).T.contiguous() * float(
-        unit_levels_of(torch.tensor([1]), True)
+    subsets = torch.tensor(TRELLIS.whole(1), dtype=torch.float32).view(1, 4).T.contiguous() * float(
+        unit_levels_of(torch.tensor([1]), TRELLIS)
     )
     every = torch.tensor([[which >> turn & 1 for turn in range(turns)] for which in range(2**turns)])
     levels = subsets[2 * (every ^ every.roll(2, 1)) + every.roll(1, 1), 0]
@@ -140,10 +142,10 @@ def test_no_course_loses_less():
 @bounded
 @given(codes=st.lists(st.integers(0, 255), min_size=1, max_size=40), share=st.floats(0, 1))
 def test_no_component_gets_more_bits_than_a_trellis_has(codes, share):
-    planes = round(share * trellis.DEEPEST * len(codes))
-    bits = allocate(torch.tensor(codes, dtype=torch.uint8), planes, True)
+    planes = round(share * TRELLIS.deepest * len(codes))
+    bits = allocate(torch.tensor(codes, dtype=torch.uint8), planes, TRELLIS)
     assert int(bits.sum()) == planes
-    assert int(bits.max()) <= trellis.DEEPEST
+    assert int(bits.max()) <= TRELLIS.deepest
 
 
 def test_both_ends_of_a_stream_go_on_together():

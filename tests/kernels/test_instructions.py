@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -30,7 +32,7 @@ def _leave_no_rounding_open(name: str, kernels: dict[str, Compiled], capability:
         leaves_none_open(kernel, key)
         if " decode decode_" in key or kernel.name in ("spread_over_runs", "pick_of_runs"):
             fuses_nothing(kernel, capability, key)
-    if name == instructions.TRANSFORM:
+    if name in instructions.TRANSFORMS:
         multiplies_integers(list(kernels.values()), capability, name)
 
 
@@ -128,6 +130,33 @@ def test_a_product_has_64_bits(opcode: str, first: int) -> None:
     """Twice 2**31, or -2**31, is one 2**32, or less one, whose upper half is in the second register."""
     wide = LOOP.replace("IMAD.SHL.U32 R1, R0, 0x2, RZ", f"{opcode} R0, R0, 0x80000000, RZ")
     assert _walked(wide).instructions == 6 + (9 - first) * 3 + 2
+
+
+def test_sums_of_64_bits_carry() -> None:
+    """Two halves count down from three, below zero both change."""
+    halves = (
+        "UIADD3 UR8, UP0, UR8, -0x1, URZ ;\n        /*0072*/                   UIADD3.X UR9, UR9, -0x1, URZ, UP0, !UPT"
+    )
+    above = "ISETP.NE.U32.AND P1, PT, UR8, 0x1, PT ;\n        /*0082*/    ISETP.NE.U32.AND.EX P1, PT, UR9, RZ, PT, P1"
+    text = LOOP.replace("VIADD R1, R1, 0x1", halves).replace("ISETP.GE.AND P1, PT, R1, UR4, PT", above)
+    text = text.replace("IMAD.SHL.U32 R1, R0, 0x2, RZ", "UMOV UR8, 0x3").replace("@!P1 BRA", "@P1 BRA")
+    assert _walked(text).instructions == 6 + 2 * 5 + 2
+    below = text.replace("UR8, 0x1, PT", "UR8, 0xfffffffe, PT").replace("UR9, RZ, PT, P1", "UR9, 0xffffffff, PT, P1")
+    assert _walked(below).instructions == 6 + 5 * 5 + 2
+
+
+def test_what_stands_in_known_memory_is_followed() -> None:
+    """The number of the last trip is read from the second element of the program of four bytes each."""
+    read = "ULDC.64 UR4, c[0x0][0x210] ;\n        /*0018*/                   LDC.64 R8, c[0x0][0x210]"
+    loaded = "VIADD R1, R1, 0x1 ;\n        /*0078*/                   LDG.E R6, desc[UR6][R8.64+0x4]"
+    text = (
+        LOOP.replace("ULDC UR4, c[0x0][0x210]", read).replace("VIADD R1, R1, 0x1", loaded).replace("R1, UR4", "R1, R6")
+    )
+    last = torch.tensor([1, 9], dtype=torch.int32)
+    kernel = Compiled("kernel", programs=4, warps=1, values=(last,), compile=_never, known=(0,))
+    assert executed(kernel, parsed(text, 90, 8), program=2)[0].instructions == 7 + 5 * 4 + 2
+    with pytest.raises(RuntimeError, match="!P1 is data"):
+        executed(replace(kernel, known=()), parsed(text, 90, 8), program=2)
 
 
 @pytest.mark.parametrize(

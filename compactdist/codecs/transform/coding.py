@@ -18,10 +18,11 @@ from torch import Tensor
 from compactdist import kernels
 from compactdist.codecs.shapes import padded_nbytes
 from compactdist.codecs.transform import trellis
-from compactdist.codecs.transform.depths import DEEPEST, PER_OCTAVE, allocate, borders, levels, outermost
+from compactdist.codecs.transform.depths import PER_OCTAVE, allocate
+from compactdist.codecs.transform.levels import SCALAR, LevelSet, steps_table, unit_levels_of
 from compactdist.codecs.transform.products import LARGEST_SUM, LARGEST_WEIGHT
 from compactdist.kernels import reference
-from compactdist.kernels.reference.components import STRIDE, Chosen
+from compactdist.kernels.reference.components import Chosen
 
 __all__ = [
     "Frame",
@@ -34,8 +35,6 @@ __all__ = [
     "fitted",
     "row_scales_of",
     "sampled",
-    "steps_table",
-    "unit_levels_of",
     "write_scales",
 ]
 
@@ -66,7 +65,7 @@ class Layout(NamedTuple):
         blocks: of equal width; the last may reach beyond the channels, with zeros there.
         width: channels of a block, even.
         planes: bits of all components together.
-        on_trellis: levels are those of ``trellis.py``.
+        levels: that components are rounded to.
     """
 
     rows: int
@@ -74,14 +73,19 @@ class Layout(NamedTuple):
     blocks: int
     width: int
     planes: int
-    on_trellis: bool = False
+    levels: LevelSet = SCALAR
 
     @classmethod
-    def of(cls, rows: int, channels: int, bits: float, block: int, on_trellis: bool = False) -> Layout:
+    def of(cls, rows: int, channels: int, bits: float, block: int, levels: LevelSet = SCALAR) -> Layout:
         blocks = max(1, -(-channels // block))
         width = -(-channels // blocks)
         width += width % 2
-        return cls(rows, channels, blocks, width, max(1, int(bits * channels + 1e-9)), on_trellis)
+        return cls(rows, channels, blocks, width, max(1, int(bits * channels + 1e-9)), levels)
+
+    @property
+    def on_trellis(self) -> bool:
+        """Whether levels are chosen along a trellis."""
+        return self.levels == trellis.TRELLIS
 
     @property
     def components(self) -> int:
@@ -139,32 +143,9 @@ def _row_table(device: torch.device) -> Tensor:
     return torch.tensor([0.0, *powers[1:]], dtype=torch.float32, device=device)
 
 
-@cache
-def _outermost_table(device: torch.device, on_trellis: bool) -> Tensor:
-    reach, deepest = (trellis.outermost, trellis.DEEPEST) if on_trellis else (outermost, DEEPEST)
-    return torch.tensor([reach(depth) / 127 for depth in range(deepest + 1)], dtype=torch.float32, device=device)
-
-
-@cache
-def steps_table(device: torch.device) -> Tensor:
-    """As ``Chosen.steps``."""
-    steps = torch.zeros(DEEPEST + 1, 2, STRIDE, dtype=torch.float32, device="cpu")
-    steps[0] = 1
-    for depth in range(1, DEEPEST + 1):
-        steps[depth, 0, : 2**depth - 1] = torch.tensor(borders(depth), dtype=torch.float32, device="cpu")
-        whole = torch.tensor([0, *levels(depth)], dtype=torch.float32, device="cpu")
-        steps[depth, 1, : 2**depth] = torch.diff(whole)
-    return steps.to(device)
-
-
 def amplitudes_of(codes: Tensor) -> Tensor:
     """Of energy codes, relative to the largest, float32."""
     return _amplitude_table(codes.device)[codes.long()]
-
-
-def unit_levels_of(depths: Tensor, on_trellis: bool = False) -> Tensor:
-    """What a level of 1 is in amplitudes, float32; 0 for a depth of 0."""
-    return _outermost_table(depths.device, on_trellis)[depths]
 
 
 def row_scales_of(codes: Tensor) -> Tensor:
@@ -180,19 +161,19 @@ class Spread(NamedTuple):
         counts: how many of them each block has.
         block: of each of them, int64 ``(S,)``.
         amplitudes: of all components, float32 ``(K,)``, relative to the largest.
-        on_trellis: levels are those of ``trellis.py``.
+        levels: that components are rounded to.
     """
 
     chosen: Chosen
     counts: list[int]
     block: Tensor
     amplitudes: Tensor
-    on_trellis: bool
+    levels: LevelSet
 
     @classmethod
     def of(cls, codes: Tensor, layout: Layout) -> Spread:
         """``codes`` is uint8 ``(K,)``."""
-        depths = allocate(codes, layout.planes, layout.on_trellis)
+        depths = allocate(codes, layout.planes, layout.levels)
         places = depths.nonzero().view(-1)
         depths = depths[places]
         order = torch.argsort(depths, descending=True, stable=True)
@@ -200,14 +181,14 @@ class Spread(NamedTuple):
         planes[order] = depths[order].cumsum(0) - depths[order]
         block = places // layout.width
         counts: list[int] = torch.bincount(block, minlength=layout.blocks).tolist()
-        table = trellis.search_table if layout.on_trellis else steps_table
-        chosen = Chosen(places, depths, planes, table(codes.device))
-        return cls(chosen, counts, block, amplitudes_of(codes), layout.on_trellis)
+        device = codes.device
+        table = trellis.search_table(device) if layout.on_trellis else steps_table(layout.levels, device)
+        return cls(Chosen(places, depths, planes, table), counts, block, amplitudes_of(codes), layout.levels)
 
     @property
     def unit_levels(self) -> Tensor:
         """What a level of 1 is of each chosen component, float32 ``(S,)``, in units of the largest amplitude."""
-        return self.amplitudes[self.chosen.places] * unit_levels_of(self.chosen.depths, self.on_trellis)
+        return self.amplitudes[self.chosen.places] * unit_levels_of(self.chosen.depths, self.levels)
 
 
 class Weights(NamedTuple):

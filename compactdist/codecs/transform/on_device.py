@@ -22,13 +22,13 @@ from compactdist.codecs.transform.coding import (
     fitted,
     row_scales_of,
     sampled,
-    steps_table,
-    unit_levels_of,
     write_scales,
 )
 from compactdist.codecs.transform.depths import allocate
 from compactdist.codecs.transform.ends import MODERATE
+from compactdist.codecs.transform.levels import LevelSet, steps_table, unit_levels_of
 from compactdist.codecs.transform.products import LARGEST_SUM, LARGEST_WEIGHT, by_blocks
+from compactdist.codecs.transform.trellis import stride_of
 from compactdist.kernels import device_component_steps_for, reference
 from compactdist.kernels.spec import Allotment, ComponentSpec, MatrixView
 
@@ -39,21 +39,21 @@ __all__ = ["Received", "encode", "read", "spec_of", "steps_for"]
 
 
 def steps_for(layout: Layout, view: MatrixView, dtype: torch.dtype, device: torch.device) -> ComponentSteps | None:
-    """The kernels of a stream; ``None`` where ``coding.py`` is to be used: none of them knows a trellis."""
-    if layout.on_trellis:
-        return None
-    return device_component_steps_for(spec_of(layout), steps_table(device), view, dtype, device)
+    """The kernels of a stream; ``None`` where ``coding.py`` is to be used."""
+    return device_component_steps_for(spec_of(layout), steps_table(layout.levels, device), view, dtype, device)
 
 
 def spec_of(layout: Layout) -> ComponentSpec:
     """What the kernels are told."""
     planes_at, step = sum(layout.sections[:3]), sampled(layout.rows).step
-    return ComponentSpec(layout.blocks, layout.width, layout.nbytes, planes_at, step, LARGEST_WEIGHT, LARGEST_SUM)
+    stride = stride_of(layout.rows) if layout.on_trellis else 0
+    sizes = layout.blocks, layout.width, layout.nbytes
+    return ComponentSpec(*sizes, planes_at, step, LARGEST_WEIGHT, LARGEST_SUM, stride)
 
 
 def _allotted(codes: Tensor, layout: Layout) -> Allotment:
     """``codes`` is uint8 ``(G, K)``."""
-    depths = allocate(codes, layout.planes)
+    depths = allocate(codes, layout.planes, layout.levels)
     order = depths.argsort(dim=-1, descending=True, stable=True)
     in_order = depths.gather(-1, order)
     planes = torch.empty_like(depths).scatter_(-1, order, in_order.cumsum(-1) - in_order)
@@ -65,6 +65,7 @@ class Received(NamedTuple):
 
     Attributes:
         steps: of the stream.
+        levels: that components are rounded to.
         payload: uint8 ``(G * layout.nbytes,)``, contiguous.
         allotment: of its planes.
         amplitudes: of all components, float32 ``(G, K)``, relative to the largest.
@@ -74,6 +75,7 @@ class Received(NamedTuple):
     """
 
     steps: ComponentSteps
+    levels: LevelSet
     payload: Tensor
     allotment: Allotment
     amplitudes: Tensor
@@ -83,7 +85,7 @@ class Received(NamedTuple):
 
     def write(self, basis: Basis, terms: Terms, out: Tensor) -> None:
         """Write the sum of ``terms`` plus what was received to ``out``; see ``Session.decode``."""
-        units = self.amplitudes * unit_levels_of(self.allotment.depths)
+        units = self.amplitudes * unit_levels_of(self.allotment.depths, self.levels)
         high, low, steps = self.steps.weigh(basis.rows, units)
         weights = high, low, (steps * self.gains) * self.top
         self.steps.decode(self.payload, self.allotment, weights, self.rows, terms, out)
@@ -108,6 +110,7 @@ def read(steps: ComponentSteps, payload: Tensor, layout: Layout, groups: int) ->
     gains = reference.decode_bf16(scales[:, 4 : 4 + 2 * layout.blocks].contiguous())
     return Received(
         steps,
+        layout.levels,
         payload,
         _allotted(codes, layout),
         amplitudes_of(codes),
@@ -138,7 +141,7 @@ def encode(
         by_blocks(rows_of(rows), layout.blocks_of(matrix).mT, layout.components_of(one))
 
         def weigh(codes: Tensor, largest: Tensor, one: Tensor = one) -> Tensor:
-            depths = allocate(codes, layout.planes)
+            depths = allocate(codes, layout.planes, layout.levels)
             power = (amplitudes_of(codes) * largest).square()
             return torch.where((depths > 0) & (power > 0), 1 / power, 0.0) @ one.square()
 
@@ -146,11 +149,12 @@ def encode(
     row_codes, codes, largest = map(torch.stack, zip(*made, strict=True))
     largest = largest[:, None]
     allotment, amplitudes = _allotted(codes, layout), amplitudes_of(codes)
-    deviation = amplitudes * largest
-    inverses = torch.where(deviation > 0, 1 / deviation, 0.0)
+    of_level = amplitudes * unit_levels_of(allotment.depths, layout.levels) * largest
+    unit = of_level if layout.on_trellis else amplitudes * largest
+    inverses = torch.where(unit > 0, 1 / unit, 0.0)
     payload.zero_()
     energy, agreement = steps.choose(turned, allotment, inverses, row_scales_of(row_codes), payload)
-    exact = (amplitudes * unit_levels_of(allotment.depths) * largest).double()
+    exact = of_level.double()
     of_blocks = (view.groups, layout.blocks, -1)
     sums = (agreement * exact).view(of_blocks).sum(2), (energy * exact * exact).view(of_blocks).sum(2)
     top = largest.double() * torch.exp2(exponents[:, None].double())

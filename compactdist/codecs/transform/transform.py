@@ -29,9 +29,10 @@ from compactdist.codecs.transform.basis import (
 )
 from compactdist.codecs.transform.coding import Frame, Layout, Spread, Weights, decode, encode
 from compactdist.codecs.transform.ends import put_out, residuals
+from compactdist.codecs.transform.levels import SCALAR, LevelSet
 from compactdist.codecs.transform.on_device import Received, steps_for
 from compactdist.codecs.transform.products import Products, by_blocks
-from compactdist.codecs.transform.trellis import DEEPEST
+from compactdist.codecs.transform.trellis import TRELLIS
 from compactdist.errors import CodecConfigError
 from compactdist.kernels import DeviceSteps
 from compactdist.kernels.spec import MatrixView
@@ -55,13 +56,13 @@ class Transform(Codec):
        of each the lowest bit first; row r is bit ``r % 8`` of a byte.
 
     How many bits each component has follows from section 2 (``depths.allocate``). A code selects a whole number from
-    -127 to 127 (``depths.levels``), the basis times the amplitudes is rounded to whole numbers of up to 14 bits, so few
+    -127 to 127 (``levels.py``), the basis times the amplitudes is rounded to whole numbers of up to 14 bits, so few
     that their product is exact in float32 (``products.py``). It is multiplied by unit, gain and largest amplitude, then
     by the row's scale.
 
     With ``trellis`` a component has twice as many levels for its bits (``trellis.py``), 1 to 7. The lowest of its
     planes moves through the trellis; the level follows from the other planes and from that plane's bits of the row and
-    of two before it. Neither end has kernels for a GPU.
+    of two before it.
 
     Args:
         bits: for each element, on average, 0.05 to 8, with a trellis to 7; the other sections come on top.
@@ -83,7 +84,7 @@ class Transform(Codec):
     def __init__(self, bits: float = 1.0, block: int = 128, trellis: bool = False) -> None:
         if not isinstance(trellis, bool):
             raise CodecConfigError(f"codec 'transform': trellis must be true or false, got {trellis!r}")
-        number, most = isinstance(bits, int | float) and not isinstance(bits, bool), DEEPEST if trellis else 8
+        number, most = isinstance(bits, int | float) and not isinstance(bits, bool), _levels(trellis).deepest
         if not number or not 0.05 <= bits <= most:
             where = " with a trellis" if trellis else ""
             raise CodecConfigError(f"codec 'transform': bits must be a number from 0.05 to {most}{where}, got {bits!r}")
@@ -108,7 +109,7 @@ class Transform(Codec):
 
     def layout_of(self, shape: tuple[int, int, int]) -> Layout:
         """Return how each matrix ``(R, C)`` of ``(G, R, C)`` is cut into blocks, and the sections of its payload."""
-        return Layout.of(shape[1], shape[2], self.bits, self.block, self.trellis)
+        return Layout.of(shape[1], shape[2], self.bits, self.block, _levels(self.trellis))
 
     def payload_nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         check_dtype(self.codec_id, dtype)
@@ -355,6 +356,10 @@ class _DeviceSteps:
             with torch.inference_mode():
                 copy.copy_(values.view(copy.shape))
         return True
+
+
+def _levels(trellis: bool) -> LevelSet:
+    return TRELLIS if trellis else SCALAR
 
 
 def _after(basis: Basis, learnt: list[tuple[Spread, Tensor]]) -> Basis:

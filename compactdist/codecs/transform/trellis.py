@@ -11,7 +11,6 @@ bits before its first turn are those of the last two, of rows that are not there
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from statistics import NormalDist
@@ -19,12 +18,10 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from compactdist.codecs.transform.levels import LevelSet, steps_table
 from compactdist.kernels.reference.components import STRIDE, Chosen
 
-__all__ = ["DEEPEST", "LOSS", "levels", "outermost", "search_table", "stride_of", "untangled", "whole"]
-
-DEEPEST = 7
-"""Most bits of a component: of more, levels would be finer than whole numbers up to 127."""
+__all__ = ["TRELLIS", "search_table", "stride_of", "untangled"]
 
 _MAGNITUDES: dict[int, tuple[float, ...]] = {
     1: (0.397498, 1.189522),
@@ -36,9 +33,6 @@ _MAGNITUDES: dict[int, tuple[float, ...]] = {
     ),
 }  # fmt: skip
 """Positive levels by bits, for a unit Gaussian; trained as ``tools/trellis_levels.py`` does."""
-
-LOSS = {0: 1.0, 1: 0.315, 2: 0.0886, 3: 0.0244, 4: 0.00658, 5: 0.00169, 6: 0.00044, 7: 0.000128}
-"""What a unit Gaussian loses on average; ``tools/trellis_levels.py`` prints it."""
 
 _SPREAD = 1.5
 """Of many levels, how much wider than the Gaussian they are spread. Without a trellis the root of 3 would lose least
@@ -54,31 +48,19 @@ def stride_of(rows: int) -> int:
     return _WIDE if rows >= _LONG else _NARROW
 
 
-@cache
-def _magnitudes(depth: int) -> tuple[float, ...]:
-    if depth in _MAGNITUDES:
-        return _MAGNITUDES[depth]
+def _spread(depth: int) -> tuple[float, ...]:
     count = 1 << depth
     quantile = NormalDist().inv_cdf
     # rounded, for no two machines may differ
     return tuple(round(_SPREAD * quantile(0.5 + (i + 0.5) / (2 * count)), 6) for i in range(count))
 
 
-def outermost(depth: int) -> float:
-    """The outermost level, in standard deviations: what the level 127 stands for; 0 for no bits."""
-    return _magnitudes(depth)[-1] if depth else 0.0
-
-
-@cache
-def levels(depth: int) -> tuple[int, ...]:
-    """All levels, ``2**(depth + 1)`` of them, ascending: -127 to 127."""
-    return whole(_magnitudes(depth))
-
-
-def whole(magnitudes: Sequence[float]) -> tuple[int, ...]:
-    """Ascending magnitudes and their negatives in whole numbers, the largest of which is 127."""
-    positive = [round(127 * one / magnitudes[-1]) for one in magnitudes]
-    return (*(-one for one in reversed(positive)), *positive)
+TRELLIS = LevelSet(
+    "trellis",
+    tuple(_MAGNITUDES[depth] if depth in _MAGNITUDES else _spread(depth) for depth in range(1, 8)),
+    (1.0, 0.315, 0.0886, 0.0244, 0.00658, 0.00169, 0.00044, 0.000128),
+)
+"""Of more than 7 bits levels would be finer than whole numbers up to 127. ``tools/trellis_levels.py`` prints losses."""
 
 
 @cache
@@ -88,8 +70,8 @@ def search_table(device: torch.device) -> Tensor:
     """
     table = torch.zeros(9, 2, STRIDE, dtype=torch.float32, device="cpu")
     table[0] = 1
-    for depth in range(1, DEEPEST + 1):
-        subsets = [levels(depth)[first::4] for first in range(4)]
+    for depth in range(1, TRELLIS.deepest + 1):
+        subsets = [TRELLIS.whole(depth)[first::4] for first in range(4)]
         borders = [(a + b) / 2 for subset in subsets for a, b in pairwise(subset)]
         table[depth, 0, : len(borders)] = torch.tensor(borders, dtype=torch.float32, device="cpu")
         flat = torch.tensor(subsets, dtype=torch.float32, device="cpu").view(-1)
@@ -100,12 +82,9 @@ def search_table(device: torch.device) -> Tensor:
 @cache
 def _reading_table(device: torch.device) -> Tensor:
     """As ``Chosen.steps``, by one bit more than a component has: codes of two bits for the subset, then of levels."""
-    table = torch.zeros(9, 2, STRIDE, dtype=torch.float32, device="cpu")
+    table = steps_table(TRELLIS, device).roll(1, 0)
     table[0] = 1
-    for depth in range(1, DEEPEST + 1):
-        whole = torch.tensor([0, *levels(depth)], dtype=torch.float32, device="cpu")
-        table[depth + 1, 1, : 2 << depth] = torch.diff(whole)
-    return table.to(device)
+    return table
 
 
 def _turned(planes: Tensor, stride: int, turns: int) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from compactdist.kernels.gpu import components
+from compactdist.kernels.gpu import components, trellis
 from compactdist.kernels.gpu.launch import Launch, Slot, run
-from compactdist.kernels.gpu.plan import DEVICE_TYPE, MOST_ELEMENTS, offsets_on
+from compactdist.kernels.gpu.plan import DEVICE_TYPE, INTERPRETED, MOST_ELEMENTS, offsets_on
 from compactdist.kernels.gpu.rotations import LARGEST
 from compactdist.kernels.reference.components import STRIDE
 from compactdist.kernels.spec import Allotment, ComponentSpec, MatrixView
@@ -25,6 +25,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXACT = {"enable_fp_fusion": False}
 _ROWS, _COMPONENTS = 64, 32
 _SMALLEST_DOT, _LARGEST_TILE = 16, 128
+_COURSES = 4096 if INTERPRETED else 128
+"""Courses that one program follows."""
+
+_NOWHERE = 1e4
+"""A level that no value is near, for values are held to ``FARTHEST``."""
 
 
 @lru_cache(maxsize=256)
@@ -35,7 +40,7 @@ def steps_of(
 
     Args:
         spec: of the codec and view.
-        tables: borders and levels, as ``reference.components.Chosen.steps``.
+        tables: borders and levels, as ``reference.components.Chosen.steps``; along the trellis, of all its levels.
         view: of the stream's flat tensors.
         dtype: of these tensors.
         device: of these tensors.
@@ -48,13 +53,23 @@ def steps_of(
     return ComponentSteps(spec, tables, view, device)
 
 
-def _levels_of(tables: Tensor) -> Tensor:
-    """int8 ``(9, STRIDE)``, by depth and code; of depth 0 zeros."""
+def _levels_of(tables: Tensor, more: int) -> tuple[Tensor, Tensor]:
+    """int8 ``(9, STRIDE)``, by depth and code, which has ``more`` bits; of depth 0 zeros. Which of them there are."""
     levels = tables[:, 1].cumsum(-1)
     codes = torch.arange(STRIDE, device=tables.device)
-    there = codes < 2 ** torch.arange(len(levels), device=tables.device)[:, None]
+    there = codes < 2 ** (torch.arange(len(levels), device=tables.device) + more)[:, None]
     there[0] = False
-    return torch.where(there, levels, 0.0).to(torch.int8)
+    return torch.where(there, levels, 0.0).to(torch.int8), there
+
+
+def _near_and_below(levels: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """``levels`` and ``below`` as ``trellis.choose_on_trellis`` takes them."""
+    ends = (trellis.BEYOND, trellis.BEYOND)
+    near = torch.nn.functional.pad(torch.where(there, levels.float(), _NOWHERE), ends, value=_NOWHERE)
+    near[:, : trellis.BEYOND], near[0] = -_NOWHERE, 0
+    whole = torch.arange(-128, 128, device=levels.device)
+    below = ((levels[:, None] <= whole[:, None]) & there[:, None]).sum(-1)
+    return near, torch.minimum(below, (there.sum(-1) - 1).clamp(min=0)[:, None]).to(torch.uint8)
 
 
 class ComponentSteps:
@@ -62,10 +77,12 @@ class ComponentSteps:
 
     def __init__(self, spec: ComponentSpec, tables: Tensor, view: MatrixView, device: torch.device) -> None:
         self.spec = spec
-        self._levels, self._tables, self._view, self._device = _levels_of(tables), tables, view, device
+        self._tables, self._view, self._device = tables, view, device
+        self._levels, there = _levels_of(tables, int(spec.stride > 0))
+        self._course_tables = _near_and_below(self._levels, there) if spec.stride else ()
         self._offsets = offsets_on(view, device, look_up_all=True)
         along = min(_LARGEST_TILE, max(_SMALLEST_DOT, triton.next_power_of_2(spec.width)))
-        self._tiles = {"WIDTH": along, "PARTS": -(-spec.width // along)}
+        self._tiles = {"WIDTH": along, "PARTS": -(-spec.width // along), "BEHIND": spec.stride // 8}
         self._sampled = -(-view.rows // spec.step)
         self._planes = spec.nbytes, spec.planes_at, -(-view.rows // 8)
         self._launches: dict[Any, Launch] = {}
@@ -168,6 +185,8 @@ class ComponentSteps:
             Of levels times scales, for each component: sums of squares, and of products with the component, float32
             ``(G, K)``. They may differ in their last bits.
         """
+        if self.spec.stride:
+            return self._choose_on_trellis(turned, allotment, inverses, row_scales, payload)
         groups, count, rows = turned.shape
         tiles = -(-rows // _ROWS)
         sums = torch.empty(2, groups, tiles, count, dtype=torch.float32, device=self._device)
@@ -180,4 +199,24 @@ class ComponentSteps:
             self._launches["choose"] = Launch(components.choose_components, grid, arguments, len(given), constants)
         run(self._launches["choose"], given, self._device)
         energies, agreements = sums.sum(2)
+        return energies, agreements
+
+    def _choose_on_trellis(
+        self, turned: Tensor, allotment: Allotment, inverses: Tensor, row_scales: Tensor, payload: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`choose`; ``inverses`` are what makes levels."""
+        groups, count, rows = turned.shape
+        lanes = self.spec.stride
+        turns, beside = -(-rows // lanes), max(1, _COURSES // lanes)
+        energies, agreements = torch.empty(2, groups, count, dtype=torch.float32, device=self._device)
+        courses = torch.empty(groups * count * turns * lanes, dtype=torch.int32, device=self._device)
+        inverse = torch.where(row_scales > 0, 1 / row_scales, 0.0)
+        of_values = turned, inverses, row_scales, inverse
+        given = *of_values, payload, *allotment, *self._course_tables, courses, energies, agreements
+        if "choose" not in self._launches:
+            constants = {"COMPONENTS": beside, "LANES": lanes, "num_warps": 4, **_EXACT}
+            arguments = (*map(Slot, range(len(given))), rows, count, turns, *self._planes)
+            grid = groups * -(-count // beside)
+            self._launches["choose"] = Launch(trellis.choose_on_trellis, grid, arguments, len(given), constants)
+        run(self._launches["choose"], given, self._device)
         return energies, agreements

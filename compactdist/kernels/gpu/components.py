@@ -11,6 +11,8 @@ Arguments that several kernels share:
 * ``width``, ``blocks``: channels of a block, and blocks of a group;
 * ``depths``, ``planes``: of each component, its bits and its first plane, int32 ``(G, K)``;
 * ``levels``: int8 ``(9, 256)``, by depth and code; of depth 0 zeros;
+* ``BEHIND``: bytes of a plane from a row to the next one of its course along the trellis (``trellis.py``); 0 without
+  one. Codes have a bit more there;
 * ``payload``, ``nbytes``, ``planes_at``, ``plane_nbytes``: of all groups, bytes of a group, where in these its planes
   begin, and bytes of a plane.
 """
@@ -89,7 +91,42 @@ def _level(code, depth, levels):
 
 
 @triton.jit
-def _levels_of_bytes(payload, depth, plane, levels, first, plane_nbytes, BYTES: tl.constexpr, COMPONENTS: tl.constexpr):
+def _bytes_of(payload, bit: tl.constexpr, plane, depth, at, ok, plane_nbytes, BEHIND: tl.constexpr):
+    """Bytes with one bit of codes, int32.
+
+    Args:
+        plane, depth: of components.
+        at: which bytes of their planes.
+        ok: where there are any; broadcast with them.
+    """
+    if BEHIND == 0 or bit > 1:
+        number: tl.constexpr = bit if BEHIND == 0 else bit - 1
+        some = tl.load(payload + ((plane + number) * plane_nbytes + at), mask=(number < depth) & ok, other=0)
+        return some.to(tl.int32)
+    # a course is a ring; bits that are not there are 0
+    ring = tl.cdiv(plane_nbytes, BEHIND) * BEHIND
+    once = tl.where(at < BEHIND, at + ring, at) - BEHIND
+    first, ok = plane * plane_nbytes, (depth > 0) & ok
+    if bit == 0:
+        return tl.load(payload + (first + once), mask=ok & (once < plane_nbytes), other=0).to(tl.int32)
+    twice = tl.where(once < BEHIND, once + ring, once) - BEHIND
+    some = tl.load(payload + (first + at), mask=ok, other=0)
+    some ^= tl.load(payload + (first + twice), mask=ok & (twice < plane_nbytes), other=0)
+    return some.to(tl.int32)
+
+
+@triton.jit
+def _levels_of_bytes(
+    payload,
+    depth,
+    plane,
+    levels,
+    first,
+    plane_nbytes,
+    BYTES: tl.constexpr,
+    COMPONENTS: tl.constexpr,
+    BEHIND: tl.constexpr,
+):
     """Levels of ``8 * BYTES`` rows, int8 ``(8 * BYTES, COMPONENTS)``; anything where there is no row.
 
     Args:
@@ -99,10 +136,10 @@ def _levels_of_bytes(payload, depth, plane, levels, first, plane_nbytes, BYTES: 
     """
     at, lane = first + tl.arange(0, BYTES), tl.arange(0, 8)
     codes = tl.zeros((BYTES, 8, COMPONENTS), tl.int32)
+    there = (at < plane_nbytes)[:, None]
     for bit in tl.static_range(8):
-        there = (bit < depth)[None, :] & (at < plane_nbytes)[:, None]
-        some = tl.load(payload + (plane + bit)[None, :] * plane_nbytes + at[:, None], mask=there, other=0)
-        codes |= ((some.to(tl.int32)[:, None, :] >> lane[None, :, None]) & 1) << bit
+        some = _bytes_of(payload, bit, plane[None, :], depth[None, :], at[:, None], there, plane_nbytes, BEHIND)
+        codes |= ((some[:, None, :] >> lane[None, :, None]) & 1) << bit
     level = _level(codes, depth[None, None, :], levels)
     return tl.reshape(level, (8 * BYTES, COMPONENTS))
 
@@ -135,6 +172,7 @@ def decode_components(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
+    BEHIND: tl.constexpr,
 ):
     """``ROWS`` rows of ``WIDTH`` channels of a block: levels from planes, times weights, scaled, plus what is expected.
 
@@ -158,7 +196,8 @@ def decode_components(
         inside = component < width
         depth = tl.load(depths + of_block * width + component, mask=inside, other=0)
         plane = tl.load(planes + of_block * width + component, mask=inside, other=0)
-        level = _levels_of_bytes(first_plane, depth, plane, levels, tile * (ROWS // 8), plane_nbytes, ROWS // 8, 32)
+        byte = tile * (ROWS // 8)
+        level = _levels_of_bytes(first_plane, depth, plane, levels, byte, plane_nbytes, ROWS // 8, 32, BEHIND)
         at = (of_block * width + component)[:, None] * width + column
         ok = inside[:, None] & (column < width)
         upper = tl.dot(level, tl.load(high + at, mask=ok, other=0), upper, out_dtype=tl.int32)
@@ -180,7 +219,18 @@ def decode_components(
 
 @triton.jit
 def _evidence(
-    payload, order, depths, planes, levels, weight, row, first, width, plane_nbytes, COMPONENTS: tl.constexpr
+    payload,
+    order,
+    depths,
+    planes,
+    levels,
+    weight,
+    row,
+    first,
+    width,
+    plane_nbytes,
+    COMPONENTS: tl.constexpr,
+    BEHIND: tl.constexpr,
 ):
     """Levels of some rows times their weights, in whole numbers, int8 ``(COMPONENTS, rows)``.
 
@@ -195,10 +245,10 @@ def _evidence(
     depth = tl.load(depths + component, mask=place < width, other=0)
     plane = tl.load(planes + component, mask=place < width, other=0)
     codes = tl.zeros((COMPONENTS, row.shape[0]), tl.int32)
+    byte, counts = (row // 8)[None, :], (weight > 0)[None, :]
     for bit in tl.static_range(8):
-        at = (plane + bit)[:, None] * plane_nbytes + (row // 8)[None, :]
-        some = tl.load(payload + at, mask=(bit < depth)[:, None] & (weight > 0)[None, :], other=0)
-        codes |= ((some.to(tl.int32) >> (row % 8)[None, :]) & 1) << bit
+        some = _bytes_of(payload, bit, plane[:, None], depth[:, None], byte, counts, plane_nbytes, BEHIND)
+        codes |= ((some >> (row % 8)[None, :]) & 1) << bit
     level = _level(codes, depth[:, None], levels)
     return _rounded(level.to(tl.float32) * weight[None, :]).to(tl.int8)
 
@@ -221,6 +271,7 @@ def correlate(
     blocks,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
+    BEHIND: tl.constexpr,
 ):
     """Sums over rows of products of levels that are weighted by their row, of ``WIDTH`` and ``WIDTH`` components.
 
@@ -239,13 +290,14 @@ def correlate(
     total = tl.zeros((WIDTH, WIDTH), tl.int32)
     for start in range(0, sampled, 32):
         index = start + tl.arange(0, 32)
+        row = index * step
         weight = tl.load(weights + group * sampled + index, mask=index < sampled, other=0)
-        some = _evidence(source, order, depths, planes, levels, weight, index * step, first, width, plane_nbytes, WIDTH)
+        some = _evidence(source, order, depths, planes, levels, weight, row, first, width, plane_nbytes, WIDTH, BEHIND)
         if PARTS == 1:
             others = some
         else:
             others = _evidence(
-                source, order, depths, planes, levels, weight, index * step, second, width, plane_nbytes, WIDTH
+                source, order, depths, planes, levels, weight, row, second, width, plane_nbytes, WIDTH, BEHIND
             )
         total = tl.dot(some, tl.trans(others), total, out_dtype=tl.int32)
     row, column = first + tl.arange(0, WIDTH)[:, None], second + tl.arange(0, WIDTH)[None, :]

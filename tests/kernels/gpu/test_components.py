@@ -10,12 +10,13 @@ from compactdist import codecs
 from compactdist.codecs.scalar.quantized import finite_amax
 from compactdist.codecs.transform import on_device
 from compactdist.codecs.transform.basis import Learnt, followed, followed_at_once, plain_basis, rows_of
-from compactdist.codecs.transform.coding import Layout, Spread, Weights, steps_table
+from compactdist.codecs.transform.coding import Layout, Spread, Weights
+from compactdist.codecs.transform.levels import SCALAR, steps_table
 from compactdist.codecs.transform.on_device import spec_of
 from compactdist.codecs.transform.products import LARGEST_SUM, gram
 from compactdist.errors import NonFiniteError
 from compactdist.kernels import use
-from compactdist.kernels.gpu import component_steps, components, rotations
+from compactdist.kernels.gpu import component_steps, components, rotations, trellis
 from compactdist.kernels.gpu.launch import Launch
 from compactdist.kernels.reference.rotations import sweep
 from compactdist.kernels.spec import MatrixView
@@ -25,6 +26,7 @@ from compactdist.state.matrix_view import blocks, plain
 from tests.kernels.gpu import kit
 from tests.kernels.gpu.conftest import INTERPRETED
 from tests.kernels.gpu.test_host_reads import NoReads
+from tests.quick import quick_for
 
 CASES = {
     "one bit": (plain(20 * 4, 1, 4), torch.bfloat16, 1.0, 4, 1),
@@ -37,6 +39,13 @@ CASES = {
     "groups apart": (Hint("(b h s d) -> b s (h d)", b=2, h=2, d=4).resolve(2 * 2 * 9 * 4), torch.float16, 8.0, 8, 2),
     "a tail that is not there": (blocks(128 * 2 + 8), torch.float32, 1.5, 16, 1),
     "a wide block": (plain(40 * 24, 1, 24), torch.bfloat16, 0.7, 24, 1),
+}
+ON_A_TRELLIS = {
+    "short courses": (plain(70 * 12, 1, 12), torch.bfloat16, 1.0, 12, 1),
+    "a course of one turn": (plain(5 * 6, 1, 6), torch.float32, 2.5, 6, 2),
+    "long courses": (plain(1090 * 6, 1, 6), torch.bfloat16, 1.5, 6, 1),
+    "all bits": (plain(1024 * 4, 1, 4), torch.float32, 7.0, 4, 1),
+    "more components than a program takes": (plain(2 * 20 * 70, 2, 70), torch.float16, 0.4, 64, 1),
 }
 
 
@@ -52,9 +61,12 @@ def _values(view: MatrixView, dtype: torch.dtype, count: int) -> list[Tensor]:
     return values
 
 
-def _check_stream(view: MatrixView, dtype: torch.dtype, bits: float, block: int, terms: int, steps: int) -> None:
+def _check_stream(
+    view: MatrixView, dtype: torch.dtype, bits: float, block: int, terms: int, steps: int, trellis: bool = False
+) -> None:
     """A sender and a receiver with the kernels beside a sender with the reference; then all begin again."""
-    codec, values = codecs.get("transform", bits=bits, block=block), _values(view, dtype, steps + 1)
+    codec = codecs.get("transform", bits=bits, block=block, trellis=trellis)
+    values = _values(view, dtype, steps + 1)
     here = torch.device("cpu")
     reference, sender, receiver = (codec.open(view, dtype, device) for device in (here, kit.DEVICE, kit.DEVICE))
     base = values[0]
@@ -106,6 +118,13 @@ def test_payloads_tensors_and_bases_are_those_of_the_reference(launched):
     assert {*kernels, components.choose_components, rotations.sweep_matrices} == set(launched)
 
 
+@pytest.mark.parametrize("case", quick_for(["short courses"], list(ON_A_TRELLIS)))
+def test_along_a_trellis(case, launched):
+    _check_stream(*ON_A_TRELLIS[case], steps=3, trellis=True)
+    assert trellis.choose_on_trellis in launched
+    assert components.choose_components not in launched
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
@@ -142,10 +161,11 @@ def test_a_stream_goes_on_from_the_reference_and_back():
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the guard knows the interpreter's launches")
-def test_a_receiver_reads_nothing_and_a_sender_once():
+@pytest.mark.parametrize("on_trellis", [False, True])
+def test_a_receiver_reads_nothing_and_a_sender_once(on_trellis):
     view, dtype = plain(9 * 4, 1, 4), torch.bfloat16
     base, *values = _values(view, dtype, 3)
-    sender, receiver = (codecs.get("transform").open(view, dtype, kit.DEVICE) for _ in range(2))
+    sender, receiver = (codecs.get("transform", trellis=on_trellis).open(view, dtype, kit.DEVICE) for _ in range(2))
     payload, out, expected = torch.empty(sender.payload_nbytes, dtype=torch.uint8), torch.empty_like(base), base.clone()
     looked = []
     with use("gpu"), pytest.MonkeyPatch.context() as patch, NoReads(patch) as reads:
@@ -181,14 +201,15 @@ def test_what_is_not_finite_is_refused():
         session.encode(x.to(kit.DEVICE), (base.to(kit.DEVICE),), None, payload)
 
 
+@pytest.mark.parametrize("on_trellis", [False, True])
 @pytest.mark.parametrize("scale", [2.0**-40, 2.0**90])
-def test_residuals_beyond_what_can_be_squared(scale):
+def test_residuals_beyond_what_can_be_squared(scale, on_trellis):
     view = plain(9 * 6, 1, 6)
     base, x = (value * scale for value in _values(view, torch.float32, 2))
     results = []
     for kernels, device in (("reference", torch.device("cpu")), ("gpu", kit.DEVICE)):
         with use(kernels):
-            session = codecs.get("transform", bits=4).open(view, x.dtype, device)
+            session = codecs.get("transform", bits=4, trellis=on_trellis).open(view, x.dtype, device)
             payload = torch.empty(session.payload_nbytes, dtype=torch.uint8, device=device)
             made = torch.empty_like(x, device=device)
             session.encode(x.to(device), (base.to(device),), made, payload)
@@ -217,7 +238,7 @@ def test_weights_are_those_of_the_reference(n, flat):
     expected = Weights.of(rows_of(basis[0]), spread)
     units = torch.zeros(1, 2 * n)
     units[0, spread.chosen.places] = spread.unit_levels
-    steps = component_steps.ComponentSteps(spec_of(layout), steps_table(kit.DEVICE), view, kit.DEVICE)
+    steps = component_steps.ComponentSteps(spec_of(layout), steps_table(SCALAR, kit.DEVICE), view, kit.DEVICE)
     high, low, unit = steps.weigh(basis.to(kit.DEVICE), units.to(kit.DEVICE))
     whole = torch.zeros(2 * n, n)
     whole[spread.chosen.places] = expected.whole
@@ -263,15 +284,3 @@ def test_a_basis_follows_where_few_or_no_components_got_bits():
         got = followed_at_once(*[type(one)(*[part.to(kit.DEVICE) for part in one]) for one in (held, learnt)])
     assert torch.equal(got.rows.cpu()[0], expected[0])
     assert torch.equal(got.energies.cpu()[0], expected[1])
-
-
-def test_a_trellis_has_no_kernels_and_the_same_bytes():
-    codec = codecs.get("transform", bits=2.0, trellis=True)
-    x = torch.randn(70, 24, generator=torch.Generator().manual_seed(0))
-    with use("reference"):
-        payload = codec.encode(x)
-        value = codec.decode(payload, x.shape, x.dtype)
-    with use("gpu"):
-        assert codec.open(plain(x.numel(), 1, 24), x.dtype, kit.DEVICE).device_steps is None
-        assert torch.equal(codec.encode(x.to(kit.DEVICE)).cpu(), payload)
-        assert torch.equal(codec.decode(payload.to(kit.DEVICE), x.shape, x.dtype).cpu(), value)
