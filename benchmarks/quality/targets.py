@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality.targets --json benchmarks/results/targets.json
     python -m benchmarks.quality.targets --show benchmarks/results/targets.json
+    python -m benchmarks.quality.targets --rungs trellis --json benchmarks/results/targets_trellis.json
 
 Plays the committed traces, step by step and frame by frame, and a request whose prompt changes half-way: half of the
 steps of every site, then as many of another site of the trace. Of that request the error is also given without the one
@@ -24,6 +25,7 @@ from benchmarks.common import add_json, write_json
 from compactdist import codecs
 from compactdist.cli.evaluate import Played, Recorded, Setting, play_sites, recorded
 from compactdist.cli.score import Score
+from compactdist.codecs.rates import LADDERS
 from compactdist.observe.trace import Trace
 from compactdist.state import RateControl, StreamConfig, Target
 
@@ -100,11 +102,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_json(parser)
     parser.add_argument("--show", type=Path, help="print these results instead of measuring")
+    parser.add_argument("--rungs", choices=LADDERS, default="transform", help="of codec rates (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.show is not None:
         print(table(json.loads(arguments.show.read_text())))
         return
-    codec, config = codecs.get("rates"), StreamConfig(find_layout=False)
+    codec, config = codecs.get("rates", rungs=arguments.rungs), StreamConfig(find_layout=False)
     results: dict[str, Any] = {}
     for trace in ("digits_ring", "photos_dit"):
         entries = list(recorded(Trace(TRACES / f"{trace}.safetensors"), None, 1))

@@ -18,8 +18,10 @@ from compactdist.kernels.spec import MatrixView
 
 __all__ = ["LADDERS", "Rates"]
 
+_BITS = (0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6)
 LADDERS: dict[str, tuple[str, ...]] = {
-    "transform": tuple(f"transform:bits={bits}" for bits in (0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6)),
+    "transform": tuple(f"transform:bits={bits}" for bits in _BITS),
+    "trellis": tuple(f"transform:bits={bits},trellis=true" for bits in _BITS),
     "scalar": ("binary", "int2", "int3", "int4", "int8"),
 }
 """Ladders that have a name."""

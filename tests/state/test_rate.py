@@ -46,7 +46,7 @@ def play(encoder: ResidualEncoder, decoder: ResidualDecoder, xs: list[torch.Tens
     return rates
 
 
-@pytest.mark.parametrize("codec", ["rates", "rates:rungs=scalar"])
+@pytest.mark.parametrize("codec", ["rates", "rates:rungs=trellis", "rates:rungs=scalar"])
 @pytest.mark.parametrize(("order", "state"), [(1, "exact"), (2, "int8")])
 def test_an_error_is_met(codec, order, state):
     encoder, decoder = kit.pair(codec=codec, target="nmse_db=-26", order=order, state=state)

@@ -28,6 +28,7 @@ NUMEL, CHANNELS, STEPS = 7 * 64, 64, 5
 VIEW = plain(NUMEL, 1, CHANNELS)
 SMALL = plain(9 * 8, 1, 8)
 """Enough for a codec whose kernels the interpreter takes seconds for."""
+ON_A_TRELLIS = "transform:block=8,bits=2,trellis=true"
 PADDING = 32
 
 
@@ -120,7 +121,7 @@ def test_frames_are_those_that_the_host_makes(codec, options):
     _same_as_on_the_host(codec, options)
 
 
-@pytest.mark.parametrize("codec", ["topk", "topk_int4:m=5", "transform:block=8"])
+@pytest.mark.parametrize("codec", ["topk", "topk_int4:m=5", "transform:block=8", ON_A_TRELLIS])
 def test_frames_of_other_codecs_are_those_that_the_host_makes(codec):
     _same_as_on_the_host(codec, {"order": 2})
     _same_as_on_the_host(codec, {"order": "auto"})
@@ -129,7 +130,7 @@ def test_frames_of_other_codecs_are_those_that_the_host_makes(codec):
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU benchmarks.gpu.host counts what waits")
 @pytest.mark.parametrize(
     ("codec", "order"),
-    [*((codec, 1) for codec in ("int4", "topk", "topk_int4", "transform:block=8")), ("binary", "auto")],
+    [*((codec, 1) for codec in ("int4", "topk", "topk_int4", "transform:block=8", ON_A_TRELLIS)), ("binary", "auto")],
 )
 def test_both_ends_of_a_steady_frame_read_nothing(codec, order):
     stream = Stream(codec, order=order)
@@ -272,7 +273,7 @@ def test_a_left_out_frame_and_a_wrong_step_are_named():
 @pytest.mark.parametrize(
     ("codec", "order"),
     [(codec, order) for codec in ("int4", "int4:scales=block") for order in (1, 2)]
-    + [("topk", 1), ("transform:block=8", 1)],
+    + [("topk", 1), ("transform:block=8", 1), (ON_A_TRELLIS, 1)],
 )
 def test_what_is_not_finite_is_flagged_and_both_ends_go_on(codec, order):
     stream = Stream(codec, order=order)

@@ -31,7 +31,7 @@ READ_BY_TORCH = "all_gather_object"
 """torch itself reads how long the pickles are, and their bytes."""
 STEADY = 2
 """The step from which on nothing is compiled, searched or learnt."""
-TRANSFORMS = {"id": "rates", "rungs": ["transform:block=8,bits=1", "transform:block=8,bits=4"]}
+TRANSFORMS = {"id": "rates", "rungs": ["transform:block=8,bits=1,trellis=true", "transform:block=8,bits=4"]}
 
 
 class NoReads(TorchDispatchMode):
