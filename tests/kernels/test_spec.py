@@ -34,6 +34,14 @@ class WithZero(Uneven):
     magnitudes = (0.0, 0.5, 1.4, 2.5)
 
 
+class Eight(Uneven):
+    """Levels whose borders are far apart and near to one another."""
+
+    codec_id = "eight"
+    bits = 4
+    magnitudes = (0.0, 0.01, 0.05, 0.2, 0.6, 1.5, 3.0, 9.0)
+
+
 class Coarse(ScalarQuantizer):
     """Integers from -15 to 15."""
 

@@ -21,9 +21,11 @@ from compactdist.kernels.gpu.codes import (
     store_packed,
 )
 from compactdist.kernels.gpu.elements import (
+    F32_MAX,
     INFINITY_BITS,
     applied,
     bits_of,
+    clamped,
     decode_bf16,
     divide_or_zero,
     encode_bf16,
@@ -275,7 +277,8 @@ def encode_held_blocks(
         statistic = fold_blocks(tl.abs(value), BLOCKS, CHUNKS)
     factor, first = tl.full((BLOCKS,), 1.0, tl.float32), statistic
     finite = tl.full((BLOCKS,), 1, tl.int32)
-    if tl.min(is_plain(statistic).to(tl.int32), axis=0) == 0:
+    plain = tl.min(is_plain(statistic).to(tl.int32), axis=0)
+    if plain == 0:
         amax = largest_of_blocks(value, BLOCKS, CHUNKS)
         factor = scale_factor(statistic, from_bits(amax))
         if KIND == LINEAR or KIND == FLOAT8:
@@ -294,7 +297,7 @@ def encode_held_blocks(
 
     inverse_of = of_blocks(inverse_or_zero(c), BLOCKS, CHUNKS)
     if KIND == NEAREST:
-        size, index = nearest_of(magnitude * inverse_of, table, BITS)
+        size, index = nearest_of(magnitude, inverse_of, table, BITS)
         level = from_bits(bits_of(size) | bits_of(value) & -0x80000000)
         store_packed(payload, unit, packed_codes(bits_of(value), index, BITS), ok, section, BITS)
     else:
@@ -317,5 +320,8 @@ def encode_held_blocks(
     if WRITES:
         if not LOCKSTEP:
             there = there & unset
-        scale_of = of_blocks(decode_bf16(code_of_scale), BLOCKS, CHUNKS)
-        write_twice(out, copy, at, applied(before, scale_of, level), there, COPIES)
+        change = of_blocks(decode_bf16(code_of_scale), BLOCKS, CHUNKS) * level
+        if plain == 0:  # changes of plain blocks are far below what float32 holds
+            tl.debug_barrier()  # what may stand in for the branch, a choice for each element, takes three instructions
+            change = clamped(change, F32_MAX)
+        write_twice(out, copy, at, before + change, there, COPIES)

@@ -3,7 +3,8 @@
 A *unit* is eight consecutive codes, or the five trits of one byte. Tensors of codes are ``(units, 8)``, the first code
 of a unit in column 0.
 
-A *table* is float32: the level of every code, then the borders between the magnitudes.
+A *table* is float32, as ``plan.table_of`` makes it: the level of every code, then the borders between the magnitudes,
+and for eight of these what finds a border without a search.
 
 Below them are the kernels that write codes and reconstructions: the last pass of encoding, and decoding.
 Arguments that several kernels share:
@@ -89,12 +90,13 @@ def channel_scale(first, energy, weight, constant, KIND: tl.constexpr, WIDENING:
 
 
 @triton.jit
-def nearest_of(size, table, BITS: tl.constexpr):
-    """The magnitude that is nearest to ``size``, found by halves of the borders, and its number, int32.
+def nearest_of(value, inverse, table, BITS: tl.constexpr):
+    """The magnitude that is nearest to ``value * inverse``, neither negative, and its number, int32.
 
-    By signs of differences and by bits: a comparison for each element would want more predicates than a GPU has.
+    Of two and four by halves of the borders, by signs of differences and by bits: a comparison for each element would
+    want more predicates than a GPU has. Of eight by the one border that a value may lie on either side of.
     """
-    borders = table + (1 << BITS)
+    size, borders = value * inverse, table + (1 << BITS)
     if BITS == 2:
         low = below(tl.load(borders), size)
         return from_bits(chosen(low >> 31, _loaded(table + 1), _loaded(table))), sign_bit(low)
@@ -104,13 +106,11 @@ def nearest_of(size, table, BITS: tl.constexpr):
         index = appended(sign_bit(high), low)
         return found_in(table, index), index
     else:
-        top = below(tl.load(borders + 3), size)
-        upper = top >> 31
-        high = below(from_bits(chosen(upper, _loaded(borders + 5), _loaded(borders + 1))), size)
-        odd = chosen(high >> 31, _loaded(borders + 6), _loaded(borders + 4))
-        even = chosen(high >> 31, _loaded(borders + 2), _loaded(borders))
-        low = below(from_bits(chosen(upper, odd, even)), size)
-        index = appended(appended(sign_bit(top), high), low)
+        size = product_up_to_1(value, inverse * tl.load(borders + 7))
+        rounding = tl.load(borders + 8)  # adding it rounds to the number of a bucket, which then are its last bits
+        first = 10 - 2 * bits_of(rounding).to(tl.int64)
+        border, under = pair_in(borders + first, bits_of(size + rounding))
+        index = under + sign_bit(below(border, size))
         return found_in(table, index), index
 
 
@@ -141,6 +141,31 @@ def found_in(table, index):
         )  # fmt: skip
     else:
         return tl.load(table + index)
+
+
+@triton.jit
+def pair_in(table, number):
+    """The pair with this number, of a float32 and an int32, in a table of them from an even place on."""
+    if COMPILED_FOR_NVIDIA:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 at; mad.wide.u32 at, $2, 8, $3; ld.global.nc.v2.b32 {$0, $1}, [at]; }",
+            "=r,=r,r,l", [number, table], dtype=(tl.float32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        at = table + 2 * number.to(tl.int64)
+        return tl.load(at), _loaded(at + 1)
+
+
+@triton.jit
+def product_up_to_1(value, factor):
+    """``value * factor``, rounded once, held to 1; both not negative; 0 of NaN."""
+    if COMPILED_FOR_NVIDIA:
+        return tl.inline_asm_elementwise(
+            "mul.rn.sat.f32 $0, $1, $2;", "=f,f,f", [value, factor], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        product = value * factor
+        return tl.where(product < 1, product, tl.where(product == product, 1.0, 0.0))
 
 
 @triton.jit
@@ -210,7 +235,7 @@ def code_of(
         negative = tl.where(value < 0, 1, 0)
         size = magnitude * inverse_c * inverse_t
         if KIND == NEAREST:
-            _, index = nearest_of(size, table, BITS)
+            _, index = nearest_of(magnitude * inverse_c, inverse_t, table, BITS)
             return index | negative << (BITS - 1)
         elif KIND == TERNARY:
             return tl.where(size > 0.5, 1 + negative, 0)

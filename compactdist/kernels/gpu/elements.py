@@ -35,7 +35,7 @@ INFINITY_BITS = tl.constexpr(0x7F800000)
 _UE5M3_BIAS = tl.constexpr(reference.UE5M3_BIAS)
 _UE5M3_FIRST_NONZERO_BITS = tl.constexpr(reference.UE5M3_FIRST_NONZERO_BITS)
 _BF16_MAX_BITS = tl.constexpr(reference.BF16_MAX_BITS)
-_F32_MAX = tl.constexpr(3.4028234663852886e38)
+F32_MAX = tl.constexpr(3.4028234663852886e38)
 _BF16_MAX = tl.constexpr(3.3895313892515355e38)
 _F16_MAX = tl.constexpr(65504.0)
 _SMALLEST_SCALE = tl.constexpr(scales.SMALLEST_SCALE)
@@ -122,7 +122,7 @@ def write(target, at, value, ok):
     elif target.dtype.element_ty == tl.float16:
         tl.store(target + at, clamped(value, _F16_MAX).to(tl.float16), mask=ok)
     else:
-        tl.store(target + at, clamped(value, _F32_MAX), mask=ok)
+        tl.store(target + at, clamped(value, F32_MAX), mask=ok)
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def read_rounded(codes, scales, at, ok, TERMS: tl.constexpr):
     elif TERMS == _OF_F16:
         return clamped(value, _F16_MAX).to(tl.float16).to(tl.float32)
     else:
-        return clamped(value, _F32_MAX)
+        return clamped(value, F32_MAX)
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def magnitudes(x, base, velocity, at, ok, TERMS: tl.constexpr):
 @triton.jit
 def change_of(scale, level):
     """The decoded change, made finite."""
-    return clamped(scale * level, _F32_MAX)
+    return clamped(scale * level, F32_MAX)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from compactdist.kernels.gpu.elements import (
     CONSECUTIVE,
+    F32_MAX,
     INFINITY_BITS,
     add_change,
     bits_of,
@@ -41,7 +42,6 @@ FLOATS = tl.constexpr(0)
 HALVES = tl.constexpr(1)
 FOURS = tl.constexpr(2)
 
-_F32_MAX = tl.constexpr(3.4028234663852886e38)
 _SMALLEST_SUM = tl.constexpr(2.0**-30)
 _SMALLEST_GAIN = tl.constexpr(2.0**-87)
 
@@ -54,7 +54,7 @@ def element_of(factor, scales, table, component, at, ok, length, FORM: tl.conste
         pair = tl.load(factor + element // 2, mask=ok, other=0).to(tl.int32)
         level = tl.load(table + ((pair >> (4 * (element % 2))) & 15))
         scale = read(scales, component + 0 * at, ok)
-        return tl.where(ok, clamped(scale * level, _F32_MAX), 0.0)
+        return tl.where(ok, clamped(scale * level, F32_MAX), 0.0)
     else:
         return read(factor, element, ok)
 
@@ -107,7 +107,7 @@ def decode_product(
         u, u_scales, v, v_scales, table, group, row, column, rank, rank, rows, channels, ROWS, WIDTH, FORM
     )
     gain = read(gains, group + tl.zeros((1, 1), tl.int32), tl.full((1, 1), 1, tl.int1))
-    change = clamped(change * gain, _F32_MAX)
+    change = clamped(change * gain, F32_MAX)
     at, inside = places_of(group, row, column, row_at, column_at, rows, channels, numel, PLACE)
     add_change(base, velocity, out, accepted, copy, at, inside, change, TERMS, CHECKED, COPIES)
 
@@ -245,7 +245,7 @@ def write_product(
         row, column = tile * ROWS + tl.arange(0, ROWS)[:, None], part * WIDTH + tl.arange(0, WIDTH)[None, :]
         change = product_of(u, u, v, v, u, group, row, column, rank, stride, rows, channels, ROWS, WIDTH, FLOATS)
         gain = decode_bf16(_gain_bits(sums, largest, group, programs, tiles, PROGRAMS, TILES))
-        change = clamped(change * gain, _F32_MAX)
+        change = clamped(change * gain, F32_MAX)
         at, there = places_of(group, row, column, row_at, column_at, rows, channels, numel, PLACE)
         write_twice(out, copy, at, expected(base, velocity, at, there, TERMS) + change, there, COPIES)
 

@@ -10,7 +10,6 @@ bytes.
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from compactdist.kernels.gpu import lowrank, subspace
 from compactdist.kernels.gpu.launch import Launch, Slot
 from compactdist.kernels.gpu.launched import DECODING, ENCODING, Cut, LaunchedSteps, Own
-from compactdist.kernels.gpu.plan import INTERPRETED, MOST_ELEMENTS, floats_of, offsets_on
+from compactdist.kernels.gpu.plan import INTERPRETED, MOST_ELEMENTS, floats_of, offsets_on, table_of
 from compactdist.kernels.gpu.steps import EXACT, can_run
 from compactdist.kernels.sections import padded_nbytes
 from compactdist.kernels.spec import FactorSpec, MatrixView
@@ -140,11 +139,9 @@ def steps_of(spec: FactorSpec, view: MatrixView, dtype: torch.dtype, device: tor
 
 @lru_cache(maxsize=8)
 def _table_of(magnitudes: tuple[float, ...], device: torch.device) -> Tensor:
-    """Levels by code, then borders between magnitudes; one number where there are none."""
-    borders = [(low + high) / 2 for low, high in pairwise(magnitudes)]
-    return torch.tensor(
-        [*magnitudes, *(-one for one in magnitudes), *borders] or [0.0], dtype=torch.float32, device=device
-    )
+    table = table_of(magnitudes)
+    assert table is not None
+    return torch.tensor(table, dtype=torch.float32, device=device)
 
 
 _X, _BASE, _VELOCITY, _OUT, _PAYLOAD, _FLAG, _COPY = map(Slot, range(ENCODING))

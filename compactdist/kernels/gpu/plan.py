@@ -7,6 +7,7 @@ captured in a CUDA graph (Triton compiles in that first run, too).
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -45,6 +46,7 @@ MOST_ELEMENTS = 2**31 - 2**20
 """Kernels count in int32, and the last program of a pass may reach beyond the end."""
 
 _MOST_PLANS = 256
+_MOST_BUCKET_BITS = 12
 _here = threading.local()
 
 
@@ -106,9 +108,10 @@ class Plan:
 
 @lru_cache(maxsize=256)
 def plan_of(spec: QuantizerSpec, view: MatrixView, device: torch.device) -> Plan | None:
-    """The plan, or ``None`` where there are no kernels for so many elements, or for none."""
+    """The plan, or ``None`` where there are no kernels for so many elements, for none, or for such levels."""
     sections = spec.sections_of(view.shape)
-    if view.numel == 0 or sections.elements > MOST_ELEMENTS:
+    table = table_of(spec.magnitudes)
+    if view.numel == 0 or sections.elements > MOST_ELEMENTS or table is None:
         return None
     groups, rows, channels = view.shape
     blocks = sections.groups // groups
@@ -128,7 +131,7 @@ def plan_of(spec: QuantizerSpec, view: MatrixView, device: torch.device) -> Plan
         kind=KINDS[spec.kind],
         mantissa=FLOAT8[spec.kind].mantissa_bits if spec.kind in FLOAT8 else 0,
         widening=spec.roots,
-        table=torch.tensor(_table(spec), dtype=torch.float32, device=device),
+        table=torch.tensor(table, dtype=torch.float32, device=device),
         constant=_constant(spec),
         per=per,
         whole=whole,
@@ -145,11 +148,31 @@ def plan_of(spec: QuantizerSpec, view: MatrixView, device: torch.device) -> Plan
     )
 
 
-def _table(spec: QuantizerSpec) -> list[float]:
-    if spec.kind != "nearest":
-        return [0.0]
-    borders = [(low + high) / 2 for low, high in pairwise(spec.magnitudes)]
-    return [*spec.magnitudes, *(-level for level in spec.magnitudes), *borders]
+def table_of(magnitudes: Sequence[float]) -> list[float] | None:
+    """As the kernels of ``codes.py`` take it; a zero where there are no magnitudes.
+
+    Of eight magnitudes seven borders are followed by a power of two that brings all of them below 1, by a number that
+    rounds to a bucket where it is added, by a zero, and by a pair for each bucket: its border, or infinity, and how
+    many borders lie below it, an int32. Values of 1 and more are in the last bucket. No bucket has two borders;
+    ``None`` where they are so near to one another that it would take too many buckets.
+    """
+    borders = np.array([(low + high) / 2 for low, high in pairwise(magnitudes)], dtype=np.float32)
+    table = [*magnitudes, *(-level for level in magnitudes), *borders.tolist()] or [0.0]
+    if len(magnitudes) != 8:
+        return table
+    power = 2.0 ** -int(np.frexp(borders[-1])[1])
+    for bits in range(3, _MOST_BUCKET_BITS + 1):
+        rounding = np.float32(2.0 ** (23 - bits))
+        bucket = ((borders * np.float32(power) + rounding).view(np.int32) - rounding.view(np.int32)).tolist()
+        if len(set(bucket)) == len(bucket):
+            break
+    else:
+        return None
+    pairs = np.empty(((1 << bits) + 1, 2), dtype=np.float32)
+    pairs[:, 0] = np.inf
+    pairs[bucket, 0] = borders * np.float32(power)
+    pairs[:, 1] = np.searchsorted(bucket, np.arange(len(pairs))).astype(np.int32).view(np.float32)
+    return [*table, power, float(rounding), 0.0, *pairs.ravel().tolist()]
 
 
 def _constant(spec: QuantizerSpec) -> float:

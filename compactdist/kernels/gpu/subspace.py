@@ -248,9 +248,9 @@ def _store_fitted(factor, ok, table, values, codes, scales, row, at, length, FOR
         inverse = inverse_or_zero(scale)
         for _ in range(0, REFITS):
             inverse = inverse_or_zero(scale)
-            level, _index = nearest_of(size * inverse, table, 4)
+            level, _index = nearest_of(size, inverse, table, 4)
             scale = divide_or_zero(tl.sum(size * level, axis=1)[:, None], tl.sum(level * level, axis=1)[:, None])
-        level, index = nearest_of(size * inverse, table, 4)
+        level, index = nearest_of(size, inverse, table, 4)
         scale = storable_scale(tl.div_rn(scale, near), False)
         tl.store(scales + row + tl.zeros((1, 1), tl.int32), scale)
         tl.store(codes + row * length + at, (index + tl.where(factor < 0, 8, 0)).to(tl.float32), mask=ok)

@@ -29,6 +29,7 @@ import triton.language as tl
 from compactdist.kernels.gpu import elements
 from compactdist.kernels.gpu.codes import in_memory, store_packed
 from compactdist.kernels.gpu.elements import (
+    F32_MAX,
     INFINITY_BITS,
     add_change,
     bits_of,
@@ -50,7 +51,6 @@ __all__ = ["Runs"]
 _UNITS = 256 if INTERPRETED else 32
 _SMALLEST_BITS = tl.constexpr((127 - 118) << 23)
 _BF16_MAX_BITS = tl.constexpr(BF16_MAX_BITS)
-_F32_MAX = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def spread_over_runs(
     at, there = _elements_of(run, runs, per_group, length, total, where, M, WIDTH, ALIKE, WHOLE, PLACE)
     pair = tl.load(places + run // 2, mask=run < runs, other=0).to(tl.int32)
     place = (pair >> (4 * (run % 2))) & 15
-    value = clamped(read(kept, run, run < runs), _F32_MAX)
+    value = clamped(read(kept, run, run < runs), F32_MAX)
     change = tl.where(tl.arange(0, WIDTH)[None, :] == place, value, 0.0)
     add_change(base, velocity, out, accepted, copy, at, there, change, TERMS, CHECKED, COPIES)
 

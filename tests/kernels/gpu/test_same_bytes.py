@@ -8,11 +8,11 @@ import torch
 from compactdist import codecs
 from compactdist.kernels import steps_for, use
 from compactdist.kernels.gpu.steps import TritonSteps, steps_of
-from compactdist.state.matrix_view import plain
+from compactdist.state.matrix_view import blocks, plain
 from tests.codecs import kit as codec_kit
 from tests.kernels import test_zeros as zeros
 from tests.kernels.gpu import kit
-from tests.kernels.test_spec import Coarse, Uneven, WithZero
+from tests.kernels.test_spec import Coarse, Eight, Uneven, WithZero
 
 every_form = pytest.mark.parametrize("form", kit.FORMS, ids=kit.name_of)
 
@@ -56,6 +56,22 @@ def test_with_a_velocity(form):
     view = plain(2 * 3 * 80, 2, 80)
     base, velocity, change = (kit.draw("gaussian", view.numel, 80, seed).to(torch.bfloat16) for seed in range(3))
     kit.check_same(kit.get(form), base + velocity + 0.1 * change, (base, velocity / 4), view)
+
+
+@pytest.mark.parametrize("codec_id", ["int4", "fp8"])
+def test_a_change_beyond_float32(codec_id):
+    """The level above a value times its scale is held to the largest number, before what was expected is added."""
+    view, largest = blocks(128 * 64), torch.finfo(torch.float32).max
+    base, few = (
+        torch.full((view.numel,), -9.8e37),
+        torch.arange(128).repeat(64) < torch.arange(64).repeat_interleave(128),
+    )
+    x = torch.where(few, 2.4228e38, -6e37)
+    codec, held = codecs.get(codec_id, scales="block"), torch.empty_like(x)
+    kit.check_same(codec, x, (base,), view)
+    with use("reference"):
+        codec_kit.encode_residual(codec, x, (base,), view, held)
+    assert (held == largest + base).any()
 
 
 @every_form
@@ -156,5 +172,5 @@ def test_which_zero_comes_out(form):
 def test_a_codec_from_outside(scales):
     view = plain(66 * 72, 1, 72)
     base, change = kit.draw("gaussian", view.numel, 72).float(), kit.draw("L", view.numel, 72, 1).float()
-    for make in (Uneven, WithZero, Coarse):
+    for make in (Uneven, WithZero, Eight, Coarse):
         kit.check_same(make(scales=scales), base + change, (base,), view)
