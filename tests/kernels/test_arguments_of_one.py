@@ -79,8 +79,10 @@ def test_tensors_of_one_channel_compile(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("compiler", [_WithOnes(), Compiler()], ids=["all", "one channel and one row"])
-def test_kernels_of_components_compile_with_integers_equal_to_one(compiler):
-    components(Transform(), plain(1, 1, 1), torch.bfloat16, compiler)
-    expected = {"weigh_basis", "decode_components", "correlate", "choose_components", "sweep_matrices"}
-    assert set(compiler.ptx) == expected
+@pytest.mark.parametrize("trellis", [False, True])
+@pytest.mark.parametrize("make", [_WithOnes, Compiler], ids=["all", "one channel and one row"])
+def test_kernels_of_components_compile_with_integers_equal_to_one(make, trellis):
+    compiler = make()
+    components(Transform(trellis=trellis), plain(1, 1, 1), torch.bfloat16, compiler)
+    chooses = "choose_on_trellis" if trellis else "choose_components"
+    assert set(compiler.ptx) == {"weigh_basis", "decode_components", "correlate", chooses, "sweep_matrices"}

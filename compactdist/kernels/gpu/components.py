@@ -102,16 +102,16 @@ def _bytes_of(payload, bit: tl.constexpr, plane, depth, at, ok, plane_nbytes, BE
     if BEHIND == 0 or bit > 1:
         number: tl.constexpr = bit if BEHIND == 0 else bit - 1
         some = tl.load(payload + ((plane + number) * plane_nbytes + at), mask=(number < depth) & ok, other=0)
-        return some.to(tl.int32)
-    # a course is a ring; bits that are not there are 0
-    ring = tl.cdiv(plane_nbytes, BEHIND) * BEHIND
-    once = tl.where(at < BEHIND, at + ring, at) - BEHIND
-    first, ok = plane * plane_nbytes, (depth > 0) & ok
-    if bit == 0:
-        return tl.load(payload + (first + once), mask=ok & (once < plane_nbytes), other=0).to(tl.int32)
-    twice = tl.where(once < BEHIND, once + ring, once) - BEHIND
-    some = tl.load(payload + (first + at), mask=ok, other=0)
-    some ^= tl.load(payload + (first + twice), mask=ok & (twice < plane_nbytes), other=0)
+    else:  # a course is a ring; bits that are not there are 0
+        ring = tl.cdiv(plane_nbytes, BEHIND) * BEHIND
+        once = tl.where(at < BEHIND, at + ring, at) - BEHIND
+        first, ok = plane * plane_nbytes, (depth > 0) & ok
+        if bit == 0:
+            some = tl.load(payload + (first + once), mask=ok & (once < plane_nbytes), other=0)
+        else:
+            twice = tl.where(once < BEHIND, once + ring, once) - BEHIND
+            some = tl.load(payload + (first + at), mask=ok, other=0)
+            some ^= tl.load(payload + (first + twice), mask=ok & (twice < plane_nbytes), other=0)
     return some.to(tl.int32)
 
 

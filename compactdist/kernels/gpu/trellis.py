@@ -137,8 +137,9 @@ def choose_on_trellis(
             value = tl.load(given + row, mask=inside & there, other=0)
             of_row = tl.load(row_inverses + group * rows + row, mask=there, other=0)
             value = _held((value * inverse) * of_row)
-            whole = tl.minimum(tl.maximum(tl.floor(value), -128.0), 127.0).to(tl.int32)
-            number = tl.load(below + (depth * 256 + 128 + whole)).to(tl.int32)
+            # what is rounded up to a level here is at no distance from it
+            whole = tl.minimum(tl.maximum((value + 128.0).to(tl.int32), 0), 255)
+            number = tl.load(below + (depth * 256 + whole)).to(tl.int32)
             near = of_depth + number - 4
             e0, e1, e2, e3 = _cost(value, near, 0), _cost(value, near, 1), _cost(value, near, 2), _cost(value, near, 3)
             e0, e1, e2, e3 = _turned(e0, e1, e2, e3, number % 4)
