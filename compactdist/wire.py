@@ -439,6 +439,8 @@ def unpack(frame: Tensor, where: str) -> Header:
     Raises:
         FrameError: too short, not a frame, another version, a damaged header, or a payload that does not fit.
     """
+    if not isinstance(frame, Tensor):
+        raise FrameError(f"{where}: a frame is a 1-D uint8 tensor, got {type(frame).__name__}")
     if frame.dtype != torch.uint8 or frame.dim() != 1:
         raise FrameError(f"{where}: a frame is a 1-D uint8 tensor, got {frame.dtype} of shape {tuple(frame.shape)}")
     if frame.numel() < HEADER_NBYTES:

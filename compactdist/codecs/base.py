@@ -394,9 +394,10 @@ def sum_of(terms: tuple[Term, ...]) -> Tensor:
 
 
 def add_up(terms: Terms, decoded: Tensor, out: Tensor) -> None:
-    """Write the sum of ``terms`` plus ``decoded``, flat float32, kept finite and rounded once, to ``out``."""
-    total = decoded + (sum_of(terms) if terms else 0.0)  # without terms -0 becomes 0
-    limit = min(torch.finfo(out.dtype).max, torch.finfo(torch.float32).max)
+    """Write the sum of ``terms`` plus ``decoded``, flat float32, both kept finite and rounded once, to ``out``."""
+    largest = torch.finfo(torch.float32).max
+    total = decoded.clamp(-largest, largest) + (sum_of(terms) if terms else 0.0)  # without terms -0 becomes 0
+    limit = min(torch.finfo(out.dtype).max, largest)
     with torch.inference_mode():  # ``out`` may be an inference tensor, which can be written to in this mode only
         out.copy_(total.clamp(-limit, limit))
 

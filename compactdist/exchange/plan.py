@@ -21,7 +21,7 @@ from torch import Tensor
 from compactdist import _torch, codecs
 from compactdist.codecs import Codec
 from compactdist.config import Parts
-from compactdist.errors import ConfigError, FrameError, LayoutError
+from compactdist.errors import CodecConfigError, ConfigError, FrameError, LayoutError, UnknownCodecError
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import PassReason
 from compactdist.policy import PASS, Answer, CallInfo, Mode, Policy, Rules
@@ -404,11 +404,20 @@ class Chooser:
         return CallInfo(call.site, call.op, dtype, numel, max(call.step, 0), source, target)
 
     def ask(self, info: CallInfo) -> Any:
-        """The policy's answer, or the reason why it is not asked."""
+        """The policy's answer, or the reason why it is not asked.
+
+        Raises:
+            ConfigError: the policy did.
+        """
         if info.numel < self.min_numel or info.numel == 0:
             self.on_small(info.op, info.numel)
             return PassReason.SMALL
-        answer = None if self.policy is None else self.policy(info)
+        try:
+            answer = None if self.policy is None else self.policy(info)
+        except ConfigError as error:  # an Answer that cannot be
+            raise ConfigError(
+                f"{self.label}, site '{info.key}': the policy raised: {error}. Nothing was sent"
+            ) from error
         return copy.deepcopy(answer) if isinstance(answer, dict) else answer  # the function may change its dict later
 
     def choose(self, info: CallInfo, answer: Any) -> Codec | PassReason:
@@ -434,7 +443,12 @@ class Chooser:
         if isinstance(answer, str) and answer == PASS:
             return PassReason.POLICY
         if isinstance(answer, str | dict):
-            return codecs.get(answer)
+            try:
+                return codecs.get(answer)
+            except (UnknownCodecError, CodecConfigError) as error:
+                raise type(error)(
+                    f"{self.label}, site '{info.key}': the policy returned {answer!r}: {error}. Nothing was sent"
+                ) from None
         raise ConfigError(
             f"{self.label}, site '{info.key}': the policy returned {answer!r}; it must return a codec, 'pass', None or "
             "an Answer"
@@ -459,13 +473,18 @@ class Chooser:
         """The matrix view a layout hint gives for one directed message.
 
         Raises:
-            LayoutError: the hint does not fit the message.
+            LayoutError: the hint does not fit the message, or is none.
         """
         if self.layouts is None:
             return None
         layout = self.layouts(info)
         if layout is None:
             return None
+        if not isinstance(layout, Layout):
+            raise LayoutError(
+                f"{self.label}, site '{info.key}' ({info.op}): layouts returned {layout!r}; it must return a Layout or "
+                "None. Nothing was sent"
+            )
         try:
             return layout.resolve(info.numel)
         except LayoutError as error:

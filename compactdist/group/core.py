@@ -64,6 +64,15 @@ class GroupCore:
                 f"{self._engine.label}: the wrapped group was closed; wrap the inner group again, or use it as it is"
             )
 
+    def _refuse_unagreed(self) -> None:
+        """Refuse a collective of an epoch in which ranks could not agree: it would meet another one on the inner group.
+
+        Raises:
+            PlanMismatchError: there was such an agreement.
+        """
+        if self._agreement is not None:
+            self._agreement.refuse(self._keys.epoch)
+
     @property
     def inner(self) -> Any:
         """The group that was wrapped; use it for traffic that must not be compressed.
@@ -82,8 +91,10 @@ class GroupCore:
         stats.passed(op, reason, nbytes)
         if reason == PassReason.NO_STEP and stats.first_time(reason):
             self._warn_no_step(op)
-        if self._departures.busy and op not in ("send", "recv"):
-            self._departures.join()  # the inner group's collectives must not change their order
+        if op not in ("send", "recv"):
+            self._refuse_unagreed()
+            if self._departures.busy:
+                self._departures.join()  # the inner group's collectives must not change their order
         if not self._adopted and _torch.called_by_ddp():
             self._adopt_backends()
 
@@ -128,6 +139,8 @@ class GroupCore:
                 self._departures.join()
                 if plan.by_pair or publishes(plan.reason):
                     self._agree(call, plan)
+                else:
+                    self._refuse_unagreed()
             elif plan.reason is None and call.captured:
                 check_capture(engine, call, plan)  # before any agreement, in which others would wait for this rank
         except BaseException:

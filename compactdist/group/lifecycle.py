@@ -325,10 +325,13 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
                 ``explain()`` shows the sites' counts in one line from now on.
 
         Raises:
+            ConfigError: ``prefix`` is no name.
             FrameError, NonFiniteError, LateExchangeError: what a GPU, or a late frame, has met since the last step,
                 once everything is forgotten.
         """
         self._ready()
+        if prefix is not None:
+            check_name(prefix)
         error = self._settle(prefix)
         self._engine.forget(prefix)
         self._keys.heard_of(self._latest_epoch.read())
@@ -359,9 +362,11 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
 
         Raises:
             ConfigError: another ``how``; nothing was sent.
+            PlanMismatchError: ranks could not agree on a call since the last reset; nothing was sent.
             The inner group's error, where a rank does not vote within the group's timeout.
         """
         self._ready()
+        self._refuse_unagreed()
         self._departures.join()  # the inner group's collectives must not change their order
         return vote(self._inner, flag, how)
 
@@ -392,12 +397,14 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
 
         Raises:
             StateMismatchError: on every rank, naming sites and ranks.
+            PlanMismatchError: ranks could not agree on a call since the last reset; nothing was sent.
             FrameError, NonFiniteError, LateExchangeError: what a GPU, or a late frame, has met since the last step, on
                 the rank that met it; after all ranks have compared.
         """
         self._ready()
         if self._alone:
             return
+        self._refuse_unagreed()
         self._departures.join()
         error = self._settle()
         try:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Codec, Terms, residual_of
+from compactdist.codecs.base import Codec, Terms
 from compactdist.errors import ConfigError
+from compactdist.kernels import restored
 from compactdist.state.host_copy import HostCopy
 from compactdist.state.site_key import without_request
 
@@ -27,7 +28,12 @@ __all__ = ["STEERED", "Choice", "Measured", "Met", "RateControl", "StreamRate", 
 STEERED = "rates"
 """Id of the codec where a target is given and no codec."""
 
-_KINDS = {"nmse_db": "decibels, as -32", "bits": "a number above 0", "bytes_per_step": "a number above 0"}
+_MOST_DECIBELS = 300
+_KINDS = {
+    "nmse_db": "decibels from -300 to 300, as -32",
+    "bits": "a number above 0",
+    "bytes_per_step": "a number above 0",
+}
 _DB_PER_BIT = 6.02
 _FIRST_CHANGE = 0.03
 """Energy of the first residual over the tensor's, before any was seen."""
@@ -69,7 +75,8 @@ class Target:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ConfigError(f"target must begin with one of {', '.join(f'{kind}=' for kind in _KINDS)}, got '{self}'")
-        if not math.isfinite(self.value) or (self.kind != "nmse_db" and self.value <= 0):
+        decibels = self.kind == "nmse_db"
+        if not math.isfinite(self.value) or (abs(self.value) > _MOST_DECIBELS if decibels else self.value <= 0):
             raise ConfigError(f"target {self.kind}= takes {_KINDS[self.kind]}, got {self.value!r}")
 
     @classmethod
@@ -127,9 +134,9 @@ class Measured:
     @staticmethod
     def sums(x: Tensor, terms: Terms, value: Tensor) -> Tensor:
         """The sums of a tensor, its prediction and its reconstruction, all flat: float64 ``[3]`` on their device."""
-        exact = x.float()
-        residual = residual_of(x, terms)
-        return torch.stack([one.double().square().sum() for one in (exact, residual, exact - value.float())])
+        exact = x.double()  # differences of huge values leave float32
+        residual = exact - sum(restored(term).double() for term in terms)
+        return torch.stack([one.square().sum() for one in (exact, residual, exact - value.double())])
 
     @classmethod
     def of(cls, x: Tensor, terms: Terms, value: Tensor) -> Measured:

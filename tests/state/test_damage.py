@@ -195,3 +195,12 @@ def test_a_frame_made_against_another_history_is_refused():
         decoder.decode(other.encode(x))
     decoder.decode(encoder.encode(x))
     kit.check_in_step(encoder, decoder)
+
+
+@pytest.mark.parametrize("frame", ["a string", None, b"bytes"])
+def test_what_is_no_tensor_is_no_frame(frame):
+    encoder, decoder = kit.pair(codec="int4")
+    with pytest.raises(FrameError, match=rf"a frame is a 1-D uint8 tensor, got {type(frame).__name__}"):
+        decoder.decode(frame)
+    decoder.decode(encoder.encode(torch.randn(N)))
+    kit.check_in_step(encoder, decoder)

@@ -56,6 +56,25 @@ def test_an_error_is_met(codec, order, state):
     assert len(set(rates)) > 2  # the keyframe's 0, and several rates
 
 
+@pytest.mark.parametrize("target", ["nmse_db=-26", "bits=1.8"])
+def test_differences_beyond_float32_are_measured(target):
+    """Of signs that change the residual is up to 6e38, and it has an energy all the same."""
+    encoder, decoder = kit.pair(target=target)
+    g = torch.Generator().manual_seed(0)
+    sign = torch.randn(ROWS, CHANNELS, generator=g).sign()
+    play(encoder, decoder, [sign * 3e38 * (-1) ** step for step in range(4)])
+    play(encoder, decoder, values(1))
+    assert encoder.met is not None
+    assert math.isfinite(encoder.met.nmse_db)
+    assert len(encoder.encode(values(1)[-1])) < 3 * ROWS * CHANNELS / 8  # the highest rate has six bits
+
+
+@pytest.mark.parametrize("target", ["nmse_db=4000", "nmse_db=-4000", "bits=-1", "bits=inf"])
+def test_what_no_target_can_be(target):
+    with pytest.raises(ConfigError, match="decibels from -300 to 300"):
+        kit.pair(target=target)
+
+
 @pytest.mark.parametrize("target", ["bits=1.8", "bits=4", "bytes_per_step=900"])
 def test_a_size_is_met(target):
     encoder, decoder = kit.pair(target=target)

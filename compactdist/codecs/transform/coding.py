@@ -32,6 +32,7 @@ __all__ = [
     "amplitudes_of",
     "decode",
     "encode",
+    "finite_units",
     "fitted",
     "row_scales_of",
     "sampled",
@@ -223,6 +224,12 @@ def _rounded(scaled: Tensor, unit: Tensor, block: Tensor) -> Tensor:
     return torch.round(scaled / divisor[block][:, None])
 
 
+def finite_units(units: Tensor) -> Tensor:
+    """Units as both ends take them, whatever a payload says."""
+    largest = torch.finfo(torch.float32).max
+    return torch.nan_to_num(units, nan=0.0, posinf=largest, neginf=-largest)
+
+
 class Frame(NamedTuple):
     """What a payload says.
 
@@ -247,7 +254,7 @@ class Frame(NamedTuple):
 
     def units(self, weights: Weights) -> Tensor:
         """What a product of levels and weights of 1 is in each channel, of a row of scale 1, float32 ``(K,)``."""
-        return ((weights.unit * self.gains) * self.top).repeat_interleave(weights.whole.shape[1])
+        return finite_units((weights.unit * self.gains) * self.top).repeat_interleave(weights.whole.shape[1])
 
     def evidence(self) -> Tensor:
         """Levels of the sampled rows times their scale relative to the largest, int8 ``(S, R')``."""

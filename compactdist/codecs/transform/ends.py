@@ -17,9 +17,12 @@ from compactdist.codecs.room import room
 from compactdist.codecs.scalar.quantized import finite_amax
 from compactdist.codecs.transform.coding import Layout
 from compactdist.codecs.transform.products import Products, forward_dtype
+from compactdist.kernels.reference.components import LARGEST_UNIT
 from compactdist.kernels.spec import MatrixView
 
 __all__ = ["MODERATE", "put_out", "residuals"]
+
+_LARGEST = torch.finfo(torch.float32).max
 
 MODERATE = 30
 """Magnitudes within powers of two of this size can be squared and added up as they are."""
@@ -64,17 +67,19 @@ def residuals(x: Tensor, terms: Terms, view: MatrixView, layout: Layout) -> tupl
 def put_out(
     products: Sequence[Products], units: Tensor, rows: Tensor, terms: Terms, view: MatrixView, out: Tensor
 ) -> None:
-    """Write the sum of ``terms`` plus scaled products, kept finite and rounded once, to ``out``.
+    """Write the sum of ``terms`` plus scaled products, kept finite after each step and rounded once, to ``out``.
 
     Args:
         products: of each group.
-        units: what they are multiplied by first, float32 ``(G, K)``.
+        units: what they are multiplied by first, finite, float32 ``(G, K)``.
         rows: what they are multiplied by then, float32 ``(G, R)``.
         terms: as for ``Session.decode``.
         view: of ``out`` and the terms.
         out: may be the first of the terms.
     """
     steps = _compiled(out, *terms)
+    if steps is not None and float(units.abs().amax()) > LARGEST_UNIT:
+        steps = None
     if steps is not None and steps.multiplies_bytes():
         for group, (one, unit, scales) in enumerate(zip(products, units, rows, strict=True)):
             steps.put_out_bytes(*one, unit, scales, terms, view, group, out)
@@ -85,7 +90,8 @@ def put_out(
     if steps is not None:
         steps.put_out(matrix, units, rows, terms, view, out)
         return
-    matrix = (matrix * units[:, None]) * rows[:, :, None]
+    matrix += 0.0  # some products of one component only are -0, where whole numbers are 0
+    matrix.mul_(units[:, None]).clamp_(-_LARGEST, _LARGEST).mul_(rows[:, :, None])
     add_up(terms, view.to_flat(matrix[..., : view.channels]), out)
 
 

@@ -19,6 +19,7 @@ from compactdist.codecs.transform.basis import Basis, Learnt, rows_of
 from compactdist.codecs.transform.coding import (
     Layout,
     amplitudes_of,
+    finite_units,
     fitted,
     row_scales_of,
     sampled,
@@ -87,7 +88,7 @@ class Received(NamedTuple):
         """Write the sum of ``terms`` plus what was received to ``out``; see ``Session.decode``."""
         units = self.amplitudes * unit_levels_of(self.allotment.depths, self.levels)
         high, low, steps = self.steps.weigh(basis.rows, units)
-        weights = high, low, (steps * self.gains) * self.top
+        weights = high, low, finite_units((steps * self.gains) * self.top)
         self.steps.decode(self.payload, self.allotment, weights, self.rows, terms, out)
 
     def learnt(self) -> Learnt:

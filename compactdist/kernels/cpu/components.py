@@ -204,7 +204,8 @@ def put_out(dtype: str) -> Any:
                     from_unit, o = chunk_at[k], row * width + chunk_at[k]
                     for j in range(0, n, LANES):
                         have = min(n, numel - at) - j
-                        value = load_first(products, o + j, n - j) * load_first(units, from_unit + j, n - j)
+                        product = load_first(products, o + j, n - j) + _f32(0)  # not -0, see codecs/transform/ends.py
+                        value = product * load_first(units, from_unit + j, n - j)
                         put(expected_at(given, at + j, have), value * scale, (outs, False), at + j, have)
             lo, hi = next_part(args, _FIRST_PASS)
         return 0

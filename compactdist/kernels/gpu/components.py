@@ -23,10 +23,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compactdist.kernels.gpu.elements import CONSECUTIVE, expected, write
-from compactdist.kernels.reference.components import STRIDE
+from compactdist.kernels.gpu.elements import CONSECUTIVE, F32_MAX, clamped, expected, write
+from compactdist.kernels.reference.components import LARGEST_UNIT, STRIDE
 
 _STRIDE = tl.constexpr(STRIDE)
+_LARGEST_UNIT = tl.constexpr(LARGEST_UNIT)
 _ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to a whole number, half to even
 
 
@@ -179,7 +180,7 @@ def decode_components(
     Args:
         base, velocity, TERMS: as ``elements.expected`` takes them; ``out`` may be the memory of ``base``.
         high, low: limbs of weights, as ``weigh_basis`` writes them.
-        steps: what a product of 1 is, of a row of scale 1, float32 ``(G, M)``.
+        steps: what a product of 1 is, of a row of scale 1, finite, float32 ``(G, M)``.
         row_scales: float32 ``(G, R)``.
         row_at, column_at, PLACE: where rows and channels lie, as ``elements.in_rows`` takes them; not ``EIGHTS``.
         PARTS: how many times ``WIDTH`` covers a block.
@@ -205,8 +206,16 @@ def decode_components(
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     known = row < rows
     row = group * rows + tl.where(known, row, 0)
-    value = (upper * 128 + lower).to(tl.float32) * tl.load(steps + of_block + tl.zeros((1, 1), tl.int32))
-    value = value * tl.load(row_scales + row)
+    step = tl.load(steps + of_block)
+    scale = tl.load(row_scales + row)
+    value = (upper * 128 + lower).to(tl.float32) * step
+    if tl.abs(step) > _LARGEST_UNIT:
+        tl.debug_barrier()  # else it is no branch: all is computed, and one of two values taken
+        value = clamped(value, F32_MAX)
+    value = value * scale
+    if tl.abs(step) > _LARGEST_UNIT:
+        tl.debug_barrier()
+        value = clamped(value, F32_MAX)
     channel = block * width + column
     ok = known & (column < width) & (channel < channels)
     if PLACE == CONSECUTIVE:

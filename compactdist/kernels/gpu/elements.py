@@ -137,10 +137,10 @@ def write_twice(target, copy, at, value, ok, COPIES: tl.constexpr):
 def float8_level(code, MANTISSA: tl.constexpr):
     """The level of a float8, in units of its smallest subnormal."""
     size = tl.minimum(code & 0x7F, 0x7E if MANTISSA == 3 else 0x7B)
-    exponent = size >> MANTISSA
-    mantissa = (size & ((1 << MANTISSA) - 1)) + tl.where(exponent == 0, 0, 1 << MANTISSA)
-    power = from_bits((tl.maximum(exponent, 1) + 126) << 23)
-    return from_bits(bits_of(mantissa.to(tl.float32) * power) | ((code & 0x80) << 24))
+    # as a float32 its bits are a number that is 2**(126 + MANTISSA) times smaller, subnormal where it is
+    rest: tl.constexpr = 2.0**65 if MANTISSA == 3 else 2.0**64
+    magnitude = from_bits(size << (23 - MANTISSA)) * _FROM_LOW * rest
+    return from_bits(bits_of(magnitude) | ((code & 0x80) << 24))
 
 
 @triton.jit

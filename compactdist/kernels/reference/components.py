@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "FAR",
     "FARTHEST",
+    "LARGEST_UNIT",
     "STRIDE",
     "Chosen",
     "choose",
@@ -28,6 +29,9 @@ __all__ = [
 
 STRIDE = 256
 """float32 between the borders of a depth, in a table of all depths, and its levels."""
+
+LARGEST_UNIT = 2.0**100
+"""Up to this no product of levels and weights, below 2**24, leaves float32 where it is scaled: nothing is clamped."""
 
 FARTHEST = 512.0
 """Values on a trellis are held to so many levels: the nearest level is the same, and what courses lose stays small."""

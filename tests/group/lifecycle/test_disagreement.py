@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
+import torch
+import torch.distributed as td
 
 from compactdist import Layout
-from compactdist.errors import CompactDistError
+from compactdist.errors import CompactDistError, PlanMismatchError
 from tests.group.lifecycle import kit
 from tests.group.lifecycle.test_out_of_step import NEAR, exchange, tensor
 from tests.launch import run_ranks
@@ -184,3 +186,33 @@ def test_after_a_disagreement_a_reset_makes_every_call_right(op, when):
             dist.check()
 
     run_ranks(body, pg_timeout=20)
+
+
+def test_after_a_call_that_a_peer_does_not_make_no_collective_meets_another_one():
+    """Rank 1 has sent its frame when rank 0 gives up: what rank 0 sent next would meet it on the inner group."""
+    others = {
+        "check": lambda dist: dist.check(),
+        "agree": lambda dist: dist.agree(True),
+        "barrier": lambda dist: td.barrier(group=dist),
+        "what passes through": lambda dist: kit.gather(dist, torch.arange(4096)),
+        "a small one": lambda dist: kit.gather(dist, torch.ones(4)),
+    }
+
+    def body(rank, world):
+        with kit.wrap(codec="int8", agree_timeout=AGREE_TIMEOUT) as dist:
+            for step in range(3):
+                dist.step()
+                assert outcome(dist, "gather", rank, step) == "right"
+            dist.step()
+            if rank == 0:
+                with dist.key("extra"):
+                    assert outcome(dist, "gather", rank, 3).startswith("refused")
+                for call in others.values():
+                    with pytest.raises(PlanMismatchError, match=r"since the last reset\(\).* What happened then: "):
+                        call(dist)
+            else:
+                assert not outcome(dist, "gather", rank, 3).startswith("right")
+                return
+
+    outcomes = run_ranks(body, pg_timeout=INNER_TIMEOUT, timeout=50, expect_error=True)
+    assert all(o.ok for o in outcomes), [o.error_text for o in outcomes]

@@ -9,7 +9,17 @@ import torch
 import torch.distributed
 
 from compactdist import Layout
-from compactdist.errors import BadOutputError, CompactDistError, FrameError, LayoutError, PlanMismatchError
+from compactdist.errors import (
+    BadOutputError,
+    CodecConfigError,
+    CompactDistError,
+    ConfigError,
+    FrameError,
+    LayoutError,
+    PlanMismatchError,
+    UnknownCodecError,
+)
+from compactdist.policy import Answer
 from tests.group.lifecycle import kit
 from tests.group.lifecycle.test_out_of_step import NEAR, exchange, tensor
 from tests.launch import run_ranks
@@ -100,6 +110,45 @@ def test_a_call_that_raises_before_sending_leaves_no_trace(where):
             return kit.finish(dist)
 
     compare.check(run_ranks(body))
+
+
+def _sometimes(call):
+    return Answer("int4", "sometimes")
+
+
+@pytest.mark.parametrize(
+    ("answers", "error", "told"),
+    [
+        ({"layouts": lambda call: 5}, LayoutError, "layouts returned 5; it must return a Layout or None"),
+        ({"policy": lambda call: 7}, ConfigError, "the policy returned 7; it must return a codec"),
+        ({"policy": lambda call: "int9"}, UnknownCodecError, "the policy returned 'int9': .*did you mean"),
+        ({"policy": lambda call: "transform:bits=99"}, CodecConfigError, "returned 'transform:bits=99': .*from 0.05"),
+        ({"policy": _sometimes}, ConfigError, "the policy raised: .*'sometimes'"),
+    ],
+)
+def test_what_no_policy_and_no_layout_can_say(answers, error, told):
+    """The error names rank and site, and what comes after is right."""
+    wrong = [True]
+
+    def body(rank, world_size):
+        ((name, answer),) = answers.items()
+        with kit.wrap(**{name: lambda call: answer(call) if wrong[0] else None}) as dist:
+            dist.step()
+            with pytest.raises(error, match=rf"rank {rank}, site 'all_gather#0'.*{told}"):
+                kit.gather(dist, kit.tensor(rank))
+            wrong[0] = False
+            kit.gather(dist, kit.tensor(rank))
+            return kit.finish(dist)
+
+    compare.check(run_ranks(body))
+
+
+def test_a_reset_of_what_is_no_prefix():
+    def body(rank, world_size):
+        with kit.wrap() as dist, pytest.raises(ConfigError, match="a non-empty string without '#', got 5"):
+            dist.reset(5)
+
+    run_ranks(body)
 
 
 @pytest.mark.parametrize("op", ["gather", "send", "broadcast", "to all"])

@@ -218,6 +218,27 @@ def test_residuals_beyond_what_can_be_squared(scale, on_trellis):
     assert float((made.cpu().double() - x).norm()) < 0.3 * float((x.double() - base).norm())
 
 
+@pytest.mark.parametrize("on_trellis", [False, True])
+def test_any_payload_has_the_bits_of_the_reference(on_trellis):
+    """Gains that are no number, units and sums beyond float32, rows without a scale."""
+    view, g = plain(40 * 12, 1, 12), torch.Generator().manual_seed(0)
+    codec = codecs.get("transform", bits=2, block=12, trellis=on_trellis)
+    for number in range(6):
+        terms = tuple(torch.randn(view.numel, generator=g).sign() * 3e38 for _ in range(number % 3))
+        payload = torch.randint(0, 256, (codec.payload_nbytes(view.shape, torch.float32),), generator=g).byte()
+        payload[:4] = torch.tensor([3e38]).view(torch.uint8)
+        payload[4:6] = torch.tensor([0x7F80 + number // 3], dtype=torch.int16).view(torch.uint8)
+        results = []
+        for kernels, device in (("reference", torch.device("cpu")), ("gpu", kit.DEVICE)):
+            with use(kernels):
+                out = torch.empty(view.numel, device=device)
+                there = tuple(term.to(device) for term in terms)
+                codec.open(view, out.dtype, device).decode(payload.to(device), there, out)
+                results.append(out.cpu())
+        assert results[0].isfinite().all()
+        assert torch.equal(kit.raw(results[0]), kit.raw(results[1]))
+
+
 # ---- each kernel by itself
 
 
