@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,15 +13,13 @@ import torch
 from compactdist.codecs import Codec
 from compactdist.codecs.lowrank.thin_factors import LowRankCodec
 from compactdist.codecs.topk import TopK, TopKInt4
-from compactdist.codecs.transform.levels import steps_table
-from compactdist.codecs.transform.on_device import spec_of
+from compactdist.codecs.transform.on_device import spec_of, tables_of
 from compactdist.codecs.transform.transform import Transform
 from compactdist.kernels.spec import (
     BOARD_WORDS,
     CLOCK_WORDS,
     ROUNDED,
     ROUNDED_BLOCK,
-    Allotment,
     EightBits,
     MatrixView,
     Rounded,
@@ -53,7 +51,7 @@ class Compiled:
         warps: of a program.
         values: what the machine code gets, in order: an integer, a float, or a tensor for its address.
         compile: lets Triton compile it; once.
-        known: numbers of values whose elements branches depend on.
+        known: numbers of tensors among the values on which branches depend, and what all of their elements are.
     """
 
     name: str
@@ -61,7 +59,7 @@ class Compiled:
     warps: int
     values: tuple[Any, ...]
     compile: Callable[[], Any]
-    known: tuple[int, ...] = ()
+    known: Mapping[int, int] = field(default_factory=dict)
 
     @cached_property
     def made(self) -> Any:
@@ -85,12 +83,12 @@ class Compiler:
         lazy: compile only what somebody looks at.
 
     Attributes:
-        known: tensors, as ``Compiled.known``.
+        known: as ``Compiled.known``, by the parameter's name.
     """
 
     def __init__(self, capability: int = 90, *, lazy: bool = False) -> None:
         self.capability, self.lazy = capability, lazy
-        self.known: tuple[torch.Tensor, ...] = ()
+        self.known: Mapping[str, int] = {}
         self.launches: list[Compiled] = []
 
     @property
@@ -109,7 +107,7 @@ class Compiler:
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-        values = []
+        values, known = [], {}
         for index, parameter in enumerate(kernel.params):
             value = given[parameter.name]
             specialized = isinstance(value, int) and not parameter.do_not_specialize
@@ -120,13 +118,13 @@ class Compiler:
             signature[parameter.name] = _TYPES[value.dtype] if tensor else "fp32" if isinstance(value, float) else "i32"
             if tensor or (specialized and value % 16 == 0):
                 attributes[index,] = [["tt.divisibility", 16]]
+            if parameter.name in self.known:
+                known[len(values)] = self.known[parameter.name]
             values.append(value)
         source = ASTSource(kernel, signature, constants, attributes)
         target = GPUTarget("cuda", self.capability, 32)
         compile_it = partial(triton.compile, source, target=target, options=options)
-        known = {tensor.data_ptr() for tensor in self.known}
-        numbers = [n for n, one in enumerate(values) if isinstance(one, torch.Tensor) and one.data_ptr() in known]
-        made = Compiled(kernel.fn.__name__, grid[0], num_warps, tuple(values), compile_it, tuple(numbers))
+        made = Compiled(kernel.fn.__name__, grid[0], num_warps, tuple(values), compile_it, known)
         self.launches.append(made)
         return None if self.lazy else self.launches[-1].made
 
@@ -235,31 +233,27 @@ def components(
     codec: Transform, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int = 1
 ) -> tuple[list[Compiled], list[Compiled]]:
     """As ``step``, for the transform codec. The launches of an encode are those that a decode has not: the sender
-    decodes what it sends. The last one is the sweep of a commit. Each component has all bits that there are.
+    decodes what it sends. The last three are of a commit, a sweep between two others. Each component has all bits that
+    there are.
     """
     from compactdist.kernels.gpu.component_steps import ComponentSteps
-    from compactdist.kernels.gpu.rotations import sweep
 
     cpu = torch.device("cpu")
     layout, groups = codec.layout_of(view.shape), view.groups
-    blocks, n, count = layout.blocks, layout.width, layout.components
-    spec = spec_of(layout)
-    steps = ComponentSteps(spec, steps_table(layout.levels, cpu), view, cpu)
-    depths = torch.full((groups, count), layout.levels.deepest, dtype=torch.int32)
-    compiler.known = (depths,)
-    allotment, of_rows = Allotment(depths, torch.zeros_like(depths)), torch.zeros(groups, layout.rows)
+    n, count = layout.width, layout.components
+    steps = ComponentSteps(spec_of(layout), tables_of(layout.levels, cpu), view, cpu)
     given, payload = torch.zeros(view.numel, dtype=dtype), torch.zeros(groups * layout.nbytes, dtype=torch.uint8)
     before = len(compiler.launches)
+    compiler.known = {"depths": layout.levels.deepest}
     with compiling(compiler):
-        turned = torch.zeros(groups, count, layout.rows)
-        steps.choose(turned, allotment, torch.zeros(groups, count), of_rows, payload)
+        _, squares, exponents = steps.take_in(given, (given,) * terms, torch.zeros(1, dtype=torch.int32))
+        steps.encode(torch.zeros(groups, count, layout.rows), squares, exponents, payload)
         between = len(compiler.launches)
-        weights = steps.weigh(torch.zeros(groups, blocks, n, n, dtype=torch.int16), torch.zeros(groups, count))
-        steps.decode(payload, allotment, weights, of_rows, (given,) * terms, torch.zeros_like(given))
-        order = torch.zeros(groups, blocks, n, dtype=torch.int32)
-        steps.correlate(payload, allotment, order, of_rows[:, :: spec.step].contiguous())
-        matrices, sizes = torch.zeros(groups * blocks, n, n), torch.full((groups * blocks,), n, dtype=torch.int32)
-        sweep(matrices, matrices, sizes, 1e-4)
+        parts = steps.read(payload)
+        weights = steps.weigh(torch.zeros(groups, layout.blocks, n, n, dtype=torch.int16), parts.units)
+        steps.decode(payload, parts.allotment, weights, parts.rows, (given,) * terms, torch.zeros_like(given))
+        learnt, basis = steps.learnt(payload, parts), torch.zeros(groups, layout.blocks, n, n, dtype=torch.int16)
+        steps.followed(basis, torch.zeros(basis.shape[:3]), learnt)
     return compiler.launches[before:between], compiler.launches[between:]
 
 

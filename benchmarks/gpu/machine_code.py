@@ -156,9 +156,9 @@ def _float(bits: int) -> float:
     return float(struct.unpack("<f", struct.pack("<I", bits))[0])
 
 
-def _multiplied(one: Instruction, a: int, b: int, c: int) -> int:
+def _multiplied(one: Instruction, a: int, b: int, c: int, *carry: int) -> int:
     if ".HI" not in one.opcode:
-        return a * b + c
+        return a * b + c + sum(carry)
     product = a * b if ".U32" in one.opcode else _signed(a) * _signed(b)
     return (product + c) >> 32  # c is of 64 bits
 
@@ -262,7 +262,7 @@ class _Warp:
         self,
         code: Listing,
         constants: Mapping[int, int],
-        memory: Mapping[int, torch.Tensor],
+        memory: Mapping[int, int],
         program: int,
         warp: int,
     ) -> None:
@@ -434,14 +434,12 @@ class _Warp:
         return _worst(values) if len(known) < len(values) else sum(known) >> 32
 
     def _loaded(self, sources: tuple[str, ...]) -> Value:
-        """What stands in a known tensor of 32-bit integers."""
+        """What the elements of a known tensor of 32-bit integers are."""
         found = re.search(r"\[(R\d+)\.64(?:\.U32)?(?:\+(-?0x[0-9a-f]+))?\]$", sources[0])
         low = self.value(found[1]) if found else _UNKNOWN
         if found is None or isinstance(low, str):
             return _DATA
-        address = low + int(found[2] or "0", 16)
-        tensor = self.memory.get(address >> 24)
-        return _DATA if tensor is None else int(tensor.view(-1)[(address & 0xFFFFFF) // 4]) & _MASK
+        return self.memory.get(low + int(found[2] or "0", 16) >> 24, _DATA)
 
     def _upper(self, one: Instruction, sources: tuple[str, ...]) -> Value:
         """The high 32 bits of a product of 32-bit numbers, plus one of 64 bits."""
@@ -506,13 +504,13 @@ def executed(kernel: Compiled, code: Listing, program: int) -> list[Executed]:
         program: number of the program; the first and the last are special.
     """
     constants = dict.fromkeys((12, 880), kernel.programs)
-    at, memory = _PARAMETERS_AT[code.capability], dict[int, torch.Tensor]()
+    at, memory = _PARAMETERS_AT[code.capability], dict[int, int]()
     for number, value in enumerate(kernel.values):
         if isinstance(value, torch.Tensor):
             at = -(-at // 8) * 8
             constants[at], constants[at + 4] = (number + 1) << 24, 0x7F00
             if number in kernel.known:
-                memory[number + 1] = value
+                memory[number + 1] = kernel.known[number]
             at += 8
         else:
             constants[at] = _bits(value) if isinstance(value, float) else value & _MASK

@@ -22,7 +22,15 @@ from compactdist.kernels.reference.checksum import weighted_sum
 from compactdist.kernels.reference.rotations import sweep
 from compactdist.kernels.reference.samples import is_far_larger
 from compactdist.kernels.sources import digest
-from compactdist.kernels.spec import ComponentSpec, FactorSpec, HeadPlaces, MatrixView, QuantizerSpec, Term
+from compactdist.kernels.spec import (
+    ComponentSpec,
+    ComponentTables,
+    FactorSpec,
+    HeadPlaces,
+    MatrixView,
+    QuantizerSpec,
+    Term,
+)
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -56,7 +64,6 @@ __all__ = [
     "queue_of",
     "restored",
     "rotate",
-    "rotate_on_device",
     "rounding_for",
     "steps_for",
     "stream_of",
@@ -412,14 +419,13 @@ def frames_for(device: torch.device) -> Callable[[bytes, HeadPlaces, int, Tensor
 
 
 def device_component_steps_for(
-    spec: ComponentSpec, tables: Tensor, view: MatrixView, dtype: torch.dtype, device: torch.device
+    spec: ComponentSpec, tables: ComponentTables, view: MatrixView, dtype: torch.dtype, device: torch.device
 ) -> ComponentSteps | None:
     """The steps of a stream of components on a device that the host does not wait for; ``None`` where there are none.
 
     Args:
         spec: of the codec and view.
-        tables: borders and levels, as ``reference.components.Chosen.steps``, on the device; along the trellis, of all
-            its levels.
+        tables: of the codec, on the device.
         view: of the stream's flat tensors.
         dtype: of these tensors.
         device: of these tensors.
@@ -473,19 +479,11 @@ def rotate(matrices: Tensor, basis: Tensor, sizes: Sequence[int], smallest: floa
 
         return products.sweep(matrices, basis, sizes, smallest)
     if _gpu_runs(matrices.device) and min(sizes) == max(sizes) >= 4:
+        from compactdist.kernels.gpu import rotations
+
         same = torch.full((len(sizes),), sizes[0], dtype=torch.int32, device=matrices.device)
-        return rotate_on_device(matrices, basis, same, smallest)
+        return rotations.sweep(matrices, basis, same, smallest)
     return sweep(matrices, basis, sizes, smallest)
-
-
-def rotate_on_device(matrices: Tensor, basis: Tensor, sizes: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
-    """As :func:`rotate`, with sizes of at least 4, int32 ``(M,)``, that the host does not read.
-
-    Elements of matrices between rows that take part and others are zero.
-    """
-    from compactdist.kernels.gpu import rotations
-
-    return rotations.sweep(matrices, basis, sizes, smallest)
 
 
 def component_steps_for(numel: int, device: torch.device) -> ModuleType:

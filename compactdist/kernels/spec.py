@@ -285,8 +285,11 @@ class ComponentSpec(NamedTuple):
 
     Attributes:
         blocks, width: of a group, and channels of each, as many as it has components.
+        planes: bits of all components together.
         nbytes: of a group's payload.
-        planes_at: where in it planes of bits begin, one of ``ceil(rows / 8)`` bytes after another.
+        energies_at, rows_at, planes_at: where in it codes of components begin, half bytes of rows, and planes of bits,
+            one of ``ceil(rows / 8)`` bytes after another. Before them: the largest amplitude, float32, and gains of
+            blocks, bfloat16.
         step: from one row that energies and correlations are taken from to the next.
         largest_weight: of a component's element, in whole numbers.
         largest_sum: of the magnitudes of weights of a channel, before they are rounded.
@@ -295,12 +298,49 @@ class ComponentSpec(NamedTuple):
 
     blocks: int
     width: int
+    planes: int
     nbytes: int
+    energies_at: int
+    rows_at: int
     planes_at: int
     step: int
     largest_weight: int
     largest_sum: int
     stride: int = 0
+
+
+class ComponentTables(NamedTuple):
+    """Numbers of such a codec, on a stream's device.
+
+    Attributes:
+        steps: borders and levels, as ``reference.components.Chosen.steps``; along the trellis, of all its levels.
+        amplitudes: of each code of a component, float32 ``(256,)``, relative to the largest.
+        unit_levels: what a level of 1 is of each depth, in amplitudes, float32 ``(D + 1,)``.
+        worth: of the next bit of a component with 0, 1, ... bits, in codes, over the least, int32 ``(D,)``.
+        row_scales: of each code of a row, float32 ``(16,)``, ascending.
+        most: a claim to a bit is less than that.
+        row_slope: steps of a row's code to a factor of two of squares.
+        per_octave: steps of a component's code to a factor of two of amplitudes.
+        moderate: magnitudes within powers of two of this size are coded as they are.
+        smallest: amplitude that is not sent as 0.
+        share: of the newest frame in what a basis follows.
+        smallest_sweep: rows that a sweep turns at least.
+        smallest_angle: squared correlation that it leaves alone.
+    """
+
+    steps: Tensor
+    amplitudes: Tensor
+    unit_levels: Tensor
+    worth: Tensor
+    row_scales: Tensor
+    most: int
+    row_slope: float
+    per_octave: int
+    moderate: int
+    smallest: float
+    share: float
+    smallest_sweep: int
+    smallest_angle: float
 
 
 class FactorSpec(NamedTuple):

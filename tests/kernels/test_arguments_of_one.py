@@ -85,4 +85,6 @@ def test_kernels_of_components_compile_with_integers_equal_to_one(make, trellis)
     compiler = make()
     components(Transform(trellis=trellis), plain(1, 1, 1), torch.bfloat16, compiler)
     chooses = "choose_on_trellis" if trellis else "choose_components"
-    assert set(compiler.ptx) == {"weigh_basis", "decode_components", "correlate", chooses, "sweep_matrices"}
+    ends = {"allot", "read_rows", "weigh_basis", "decode_components", "order_components", "correlate"}
+    sender = {"largest_residuals", "take_in", "fit_rows", "component_powers", "weigh_rows", "write_scales", chooses}
+    assert set(compiler.ptx) == {*ends, *sender, "gather_basis", "sweep_matrices", "scatter_basis"}

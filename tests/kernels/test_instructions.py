@@ -146,17 +146,17 @@ def test_sums_of_64_bits_carry() -> None:
 
 
 def test_what_stands_in_known_memory_is_followed() -> None:
-    """The number of the last trip is read from the second element of the program of four bytes each."""
+    """The number of the last trip is read from the second element of a tensor."""
     read = "ULDC.64 UR4, c[0x0][0x210] ;\n        /*0018*/                   LDC.64 R8, c[0x0][0x210]"
     loaded = "VIADD R1, R1, 0x1 ;\n        /*0078*/                   LDG.E R6, desc[UR6][R8.64+0x4]"
     text = (
         LOOP.replace("ULDC UR4, c[0x0][0x210]", read).replace("VIADD R1, R1, 0x1", loaded).replace("R1, UR4", "R1, R6")
     )
-    last = torch.tensor([1, 9], dtype=torch.int32)
-    kernel = Compiled("kernel", programs=4, warps=1, values=(last,), compile=_never, known=(0,))
+    last = torch.zeros(2, dtype=torch.int32)
+    kernel = Compiled("kernel", programs=4, warps=1, values=(last,), compile=_never, known={0: 9})
     assert executed(kernel, parsed(text, 90, 8), program=2)[0].instructions == 7 + 5 * 4 + 2
     with pytest.raises(RuntimeError, match="!P1 is data"):
-        executed(replace(kernel, known=()), parsed(text, 90, 8), program=2)
+        executed(replace(kernel, known={}), parsed(text, 90, 8), program=2)
 
 
 @pytest.mark.parametrize(

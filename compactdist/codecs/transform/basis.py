@@ -17,31 +17,32 @@ from torch import Tensor
 
 from compactdist.codecs.transform.coding import Spread
 from compactdist.codecs.transform.products import gram
-from compactdist.kernels import rotate, rotate_on_device
+from compactdist.kernels import rotate
 from compactdist.kernels.reference.rotations import root
 
 __all__ = [
+    "ANGLE",
+    "SHARE",
+    "SMALLEST_SWEEP",
     "Basis",
-    "Learnt",
     "first_basis",
     "followed",
-    "followed_at_once",
     "memory_nbytes",
     "plain_basis",
     "rows_of",
 ]
 
 _FIRST_SWEEPS, _FIRST_ANGLE = 4, 1e-6
-_ANGLE = 1e-4
+ANGLE = 1e-4
 """Squared correlations that are smaller are left alone: rows as few as these show more where there is none."""
 
-_SHARE = 0.5
+SHARE = 0.5
 """Of the newest frame in the covariance."""
 
 _ONE = 32767
 """What an element of 1 is held as."""
 
-_SMALLEST_SWEEP = 4
+SMALLEST_SWEEP = 4
 """Components: kernels take no fewer. Zeros make up the number, and stay zeros."""
 
 _SMALLEST = 2.0**-100
@@ -102,7 +103,7 @@ def followed(rows: Tensor, energies: Tensor, spread: Spread, evidence: Tensor) -
         evidence: int8 ``(S, R')``, -127 to 127, what was decoded of those that got bits.
     """
     blocks, n = energies.shape
-    sizes = [max(_SMALLEST_SWEEP, count + count % 2) for count in spread.counts]
+    sizes = [max(SMALLEST_SWEEP, count + count % 2) for count in spread.counts]
     most, counts = max(sizes), torch.tensor(spread.counts, dtype=torch.int64, device=rows.device)
     # the chosen components of each block, one after another, and where that place is among those of all blocks
     first = counts.cumsum(0) - counts
@@ -113,63 +114,18 @@ def followed(rows: Tensor, energies: Tensor, spread: Spread, evidence: Tensor) -
         one[: len(some), : len(some)] = gram(some.float())
 
     amplitudes = spread.amplitudes
-    energies = (1 - _SHARE) * energies.reshape(-1) + _SHARE * (amplitudes * amplitudes)
+    energies = (1 - SHARE) * energies.reshape(-1) + SHARE * (amplitudes * amplitudes)
     norms = root(sums.diagonal(0, 1, 2))
     scaled = _spread_out(amplitudes[places], at, norms) / torch.where(norms > 0, norms, torch.ones_like(norms))
-    matrices = _SHARE * ((sums * scaled[:, :, None]) * scaled[:, None, :])
+    matrices = SHARE * ((sums * scaled[:, :, None]) * scaled[:, None, :])
     matrices.diagonal(0, 1, 2).copy_(_spread_out(energies[places], at, norms))
     turned = rows.new_zeros(blocks * most, n, dtype=torch.float32)
     turned[at] = rows.reshape(-1, n)[places].float()
-    matrices, turned = rotate(matrices, turned.view(blocks, most, n), sizes, _ANGLE)
+    matrices, turned = rotate(matrices, turned.view(blocks, most, n), sizes, ANGLE)
     energies[places] = matrices.diagonal(0, 1, 2).reshape(-1)[at]
     rows = rows.reshape(-1, n).clone()
     rows[places] = turned.reshape(-1, n)[at].round_().clamp_(-_ONE, _ONE).to(torch.int16)
     return rows.view(blocks, n, n), energies.view(blocks, n)
-
-
-class Learnt(NamedTuple):
-    """What a frame of all groups says of the components of each block, in shapes that depend on no value.
-
-    Attributes:
-        amplitudes: float32 ``(G, M, n)``.
-        order: those that got bits, then the others, both ascending, int64 ``(G, M, n)``.
-        counts: how many got bits, int64 ``(G, M)``.
-        sums: of products of the evidence of components in that order, whole numbers, float32 ``(G, M, n, n)``.
-    """
-
-    amplitudes: Tensor
-    order: Tensor
-    counts: Tensor
-    sums: Tensor
-
-
-def followed_at_once(basis: Basis, learnt: Learnt) -> Basis:
-    """The bits of :func:`followed`, of all groups, where the host is not to read how many components got bits."""
-    n = basis.energies.shape[-1]
-    order, counts = learnt.order.flatten(0, 1), learnt.counts.flatten()
-    rows, before = basis.rows.flatten(0, 1), basis.energies.flatten(0, 1)
-    amplitudes, sums = learnt.amplitudes.flatten(0, 1), learnt.sums.flatten(0, 1)
-    inside = torch.arange(n, device=rows.device) < counts[:, None]
-    energies = ((1 - _SHARE) * before + _SHARE * (amplitudes * amplitudes)).gather(1, order)
-    norms = root(sums.diagonal(0, 1, 2))
-    scaled = torch.where(inside, amplitudes.gather(1, order), 0.0)
-    scaled = scaled / torch.where(norms > 0, norms, torch.ones_like(norms))
-    matrices = _SHARE * ((sums * scaled[:, :, None]) * scaled[:, None, :])
-    matrices.diagonal(0, 1, 2).copy_(torch.where(inside, energies, 0.0))
-    across = order[:, :, None].expand(-1, -1, n)
-    held = rows.gather(1, across)
-    turned = torch.where(inside[:, :, None], held.float(), 0.0)
-    missing = max(0, _SMALLEST_SWEEP - n)
-    matrices = torch.nn.functional.pad(matrices, (0, missing, 0, missing))
-    turned = torch.nn.functional.pad(turned, (0, 0, 0, missing))
-    sizes = (counts + counts % 2).clamp(min=_SMALLEST_SWEEP).int()
-    matrices, turned = rotate_on_device(matrices, turned, sizes, _ANGLE)
-    energies = torch.where(inside, matrices.diagonal(0, 1, 2)[:, :n], energies)
-    held = torch.where(inside[:, :, None], turned[:, :n].round_().clamp_(-_ONE, _ONE).to(torch.int16), held)
-    return Basis(
-        torch.empty_like(rows).scatter_(1, across, held).view_as(basis.rows),
-        torch.empty_like(before).scatter_(1, order, energies).view_as(basis.energies),
-    )
 
 
 def _spread_out(values: Tensor, at: Tensor, like: Tensor) -> Tensor:

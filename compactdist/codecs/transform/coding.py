@@ -25,18 +25,19 @@ from compactdist.kernels import reference
 from compactdist.kernels.reference.components import Chosen
 
 __all__ = [
+    "ROW_SLOPE",
+    "SMALLEST_AMPLITUDE",
     "Frame",
     "Layout",
     "Spread",
     "Weights",
+    "amplitude_table",
     "amplitudes_of",
     "decode",
     "encode",
-    "finite_units",
-    "fitted",
     "row_scales_of",
+    "row_table",
     "sampled",
-    "write_scales",
 ]
 
 _LARGEST_CODE = 255
@@ -46,7 +47,10 @@ _ROW_STEPS, _ROW_CODES = 4, 16
 _ROW_POWER = 0.7
 """Rows are evened out in part: the scale of all of a row's components is what its strongest ones need."""
 
-_SMALLEST_AMPLITUDE = 2.0**-60
+ROW_SLOPE = _ROW_STEPS * _ROW_POWER / 2
+"""Steps of a row's code to a factor of two of the mean square of its components."""
+
+SMALLEST_AMPLITUDE = 2.0**-60
 """A residual whose largest amplitude is smaller decodes to zero: machines differ in subnormal numbers."""
 
 _SAMPLE = 512
@@ -132,26 +136,27 @@ class Layout(NamedTuple):
 
 
 @cache
-def _amplitude_table(device: torch.device) -> Tensor:
+def amplitude_table(device: torch.device) -> Tensor:
     """float32 ``(256,)``: relative to the largest; a component without energy has the code 0, which decodes to 0."""
     powers = [2.0 ** ((code - _LARGEST_CODE) / PER_OCTAVE) for code in range(_LARGEST_CODE + 1)]
     return torch.tensor([0.0, *powers[1:]], dtype=torch.float32, device=device)
 
 
 @cache
-def _row_table(device: torch.device) -> Tensor:
+def row_table(device: torch.device) -> Tensor:
+    """float32 ``(16,)``: of each code, ascending; that of 0 is 0."""
     powers = [2.0 ** ((code - _ROW_CODES // 2) / _ROW_STEPS) for code in range(_ROW_CODES)]
     return torch.tensor([0.0, *powers[1:]], dtype=torch.float32, device=device)
 
 
 def amplitudes_of(codes: Tensor) -> Tensor:
     """Of energy codes, relative to the largest, float32."""
-    return _amplitude_table(codes.device)[codes.long()]
+    return amplitude_table(codes.device)[codes.long()]
 
 
 def row_scales_of(codes: Tensor) -> Tensor:
     """float32, of the same shape."""
-    return _row_table(codes.device)[codes]
+    return row_table(codes.device)[codes]
 
 
 class Spread(NamedTuple):
@@ -224,7 +229,7 @@ def _rounded(scaled: Tensor, unit: Tensor, block: Tensor) -> Tensor:
     return torch.round(scaled / divisor[block][:, None])
 
 
-def finite_units(units: Tensor) -> Tensor:
+def _finite(units: Tensor) -> Tensor:
     """Units as both ends take them, whatever a payload says."""
     largest = torch.finfo(torch.float32).max
     return torch.nan_to_num(units, nan=0.0, posinf=largest, neginf=-largest)
@@ -254,7 +259,7 @@ class Frame(NamedTuple):
 
     def units(self, weights: Weights) -> Tensor:
         """What a product of levels and weights of 1 is in each channel, of a row of scale 1, float32 ``(K,)``."""
-        return finite_units((weights.unit * self.gains) * self.top).repeat_interleave(weights.whole.shape[1])
+        return _finite((weights.unit * self.gains) * self.top).repeat_interleave(weights.whole.shape[1])
 
     def evidence(self) -> Tensor:
         """Levels of the sampled rows times their scale relative to the largest, int8 ``(S, R')``."""
@@ -305,7 +310,7 @@ def encode(turned: Tensor, of_row: Tensor, exponent: int, layout: Layout, space:
         )
         return weighed
 
-    row_codes, codes, largest = fitted(turned, of_row, layout, weigh)
+    row_codes, codes, largest = _fitted(turned, of_row, layout, weigh)
     spread = Spread.of(codes, layout)
     out = space[: spread.block.numel()]
     steps, rows = kernels.component_steps_for(out.numel(), device), row_scales_of(row_codes)
@@ -322,11 +327,11 @@ def encode(turned: Tensor, of_row: Tensor, exponent: int, layout: Layout, space:
     exact = of_level.double()
     sums[0].index_add_(0, spread.block, agreement * exact)
     sums[1].index_add_(0, spread.block, energy * exact * exact)
-    gains, top = write_scales(payload, layout, (sums[0], sums[1]), largest.double() * 2.0**exponent, codes, row_codes)
+    gains, top = _write_scales(payload, layout, (sums[0], sums[1]), largest.double() * 2.0**exponent, codes, row_codes)
     return payload, Frame(spread, out, row_codes, gains, top)
 
 
-def write_scales(
+def _write_scales(
     payload: Tensor, layout: Layout, sums: tuple[Tensor, Tensor], top: Tensor, codes: Tensor, row_codes: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Write all sections but the planes.
@@ -345,7 +350,7 @@ def write_scales(
     scales, energies, of_rows, _ = payload.split(list(layout.sections))
     gains = reference.round_bf16(reference.divide_or_zero(sums[0].clamp(min=0), sums[1]).float())
     top = top.clamp(max=torch.finfo(torch.float32).max).float()
-    top = torch.where(top < _SMALLEST_AMPLITUDE, torch.zeros_like(top), top)
+    top = torch.where(top < SMALLEST_AMPLITUDE, torch.zeros_like(top), top)
     scales[:4] = top.view(1).view(torch.uint8)
     scales[4 : 4 + 2 * layout.blocks] = reference.encode_bf16(gains)
     energies[: layout.components] = codes
@@ -354,7 +359,7 @@ def write_scales(
     return gains, top
 
 
-def fitted(
+def _fitted(
     turned: Tensor, of_row: Tensor, layout: Layout, weigh: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row codes int64 ``(R,)``, energy codes uint8 ``(K,)`` and the largest amplitude ``()`` that fit components.
@@ -378,7 +383,7 @@ def fitted(
 
 def _row_codes_for(of_row: Tensor) -> Tensor:
     relative = of_row / of_row.mean().clamp(min=1e-30)
-    steps = torch.round(_ROW_STEPS * _ROW_POWER / 2 * torch.log2(relative.clamp(min=1e-30))) + _ROW_CODES // 2
+    steps = torch.round(ROW_SLOPE * torch.log2(relative.clamp(min=1e-30))) + _ROW_CODES // 2
     return torch.where(of_row > 0, steps.clamp(1, _ROW_CODES - 1), 0.0).long()
 
 

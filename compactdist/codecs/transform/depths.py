@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compactdist.codecs.transform.levels import LevelSet
 
-__all__ = ["PER_OCTAVE", "allocate"]
+__all__ = ["PER_OCTAVE", "allocate", "most_of", "worth_of"]
 
 PER_OCTAVE = 8
 """Steps of an energy code to a factor of two in amplitude."""
@@ -30,11 +30,17 @@ def _worth(levels: LevelSet) -> list[int]:
 
 
 @cache
-def _worth_on(device: torch.device, levels: LevelSet) -> Tensor:
-    """The same, above the least, int64 ``(levels.deepest,)``."""
+def worth_of(levels: LevelSet, device: torch.device) -> Tensor:
+    """What the next bit is worth, over the least, int64 ``(levels.deepest,)``."""
     worth = _worth(levels)
     with torch.inference_mode(False):
         return torch.tensor([one - min(worth) for one in worth], dtype=torch.int64, device=device)
+
+
+@cache
+def most_of(levels: LevelSet) -> int:
+    """Codes and what a bit is worth add up to less."""
+    return 256 + max(_worth(levels)) - min(_worth(levels))
 
 
 def allocate(codes: Tensor, planes: int, levels: LevelSet) -> Tensor:
@@ -49,8 +55,7 @@ def allocate(codes: Tensor, planes: int, levels: LevelSet) -> Tensor:
     Returns:
         int64 ``(..., K)``, 0 to ``levels.deepest``, each row's sum ``planes``.
     """
-    values = _worth(levels)
-    worth, most = _worth_on(codes.device, levels), 256 + max(values) - min(values)
+    worth, most = worth_of(levels, codes.device), most_of(levels)
     claims = (codes.long()[..., None] + worth).flatten(-2)
     counts = claims.new_zeros(*claims.shape[:-1], most).scatter_add_(-1, claims, torch.ones_like(claims))
     at_least = counts.flip(-1).cumsum(-1).flip(-1)
@@ -59,4 +64,4 @@ def allocate(codes: Tensor, planes: int, levels: LevelSet) -> Tensor:
     above, at = claims > border, claims == border
     left = planes - above.sum(-1, keepdim=True)
     served = above | (at & (at.long().cumsum(-1) <= left))
-    return served.view(*codes.shape, len(values)).sum(-1)
+    return served.view(*codes.shape, levels.deepest).sum(-1)

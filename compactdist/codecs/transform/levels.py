@@ -13,7 +13,7 @@ from torch import Tensor
 from compactdist.codecs.scalar.gaussian_levels import LOSS, MAGNITUDES
 from compactdist.kernels.reference.components import STRIDE
 
-__all__ = ["SCALAR", "LevelSet", "steps_table", "unit_levels_of", "whole"]
+__all__ = ["SCALAR", "LevelSet", "outermost_table", "steps_table", "unit_levels_of", "whole"]
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,12 @@ def steps_table(levels: LevelSet, device: torch.device) -> Tensor:
 
 
 @cache
-def _outermost_table(levels: LevelSet, device: torch.device) -> Tensor:
+def outermost_table(levels: LevelSet, device: torch.device) -> Tensor:
+    """What a level of 1 is in amplitudes, by depth, float32 ``(levels.deepest + 1,)``; 0 for none."""
     reach = [levels.outermost(depth) / 127 for depth in range(levels.deepest + 1)]
     return torch.tensor(reach, dtype=torch.float32, device=device)
 
 
 def unit_levels_of(depths: Tensor, levels: LevelSet) -> Tensor:
     """What a level of 1 is in amplitudes, float32; 0 for a depth of 0."""
-    return _outermost_table(levels, depths.device)[depths]
+    return outermost_table(levels, depths.device)[depths]

@@ -22,7 +22,6 @@ from compactdist.codecs.transform.basis import (
     Basis,
     first_basis,
     followed,
-    followed_at_once,
     memory_nbytes,
     plain_basis,
     rows_of,
@@ -198,8 +197,7 @@ class TransformSession(Session):
         if steps is None:
             return False
         basis = self._basis_for(terms)
-        on_device.encode(steps, basis, x, terms, self.view, self._layout, payload, flag)
-        self._receive(on_device.read(steps, payload, self._layout, self.view.groups), basis, terms, out)
+        self._receive(on_device.encode(steps, basis, x, terms, self._layout, payload, flag), basis, terms, out)
         return True
 
     @undisturbed
@@ -208,7 +206,7 @@ class TransformSession(Session):
         basis = self._basis_for(terms)
         steps = steps_for(self._layout, self.view, self.dtype, self.device)
         if steps is not None:
-            self._receive(on_device.read(steps, payload, self._layout, self.view.groups), basis, terms, out)
+            self._receive(on_device.read(steps, payload), basis, terms, out)
             return
         frames = self._read(payload)
         self._stage(basis, frames)
@@ -216,7 +214,7 @@ class TransformSession(Session):
 
     def _receive(self, received: Received, basis: Basis, terms: Terms, out: Tensor | None) -> None:
         """Stage what was received and, if ``out`` is given, write it, where the host does not wait."""
-        self._staged = partial(followed_at_once, basis, received.learnt())
+        self._staged = received.following(basis)
         if out is not None:
             received.write(basis, terms, out)
 
@@ -273,7 +271,7 @@ class TransformSession(Session):
             self._stage(basis, self._read(payload))
         else:
             payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
-            self._receive(on_device.read(steps, payload, self._layout, self.view.groups), basis, terms, None)
+            self._receive(on_device.read(steps, payload), basis, terms, None)
 
     def forget(self) -> None:
         with self._lock:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compactdist.kernels.gpu.elements import CONSECUTIVE, F32_MAX, clamped, expected, write
+from compactdist.kernels.gpu.elements import CONSECUTIVE, F32_MAX, clamped, decode_bf16, expected, write
 from compactdist.kernels.reference.components import LARGEST_UNIT, STRIDE
 
 _STRIDE = tl.constexpr(STRIDE)
@@ -180,7 +180,7 @@ def decode_components(
     Args:
         base, velocity, TERMS: as ``elements.expected`` takes them; ``out`` may be the memory of ``base``.
         high, low: limbs of weights, as ``weigh_basis`` writes them.
-        steps: what a product of 1 is, of a row of scale 1, finite, float32 ``(G, M)``.
+        steps: what a weight of 1 is, float32 ``(G, M)``, to be multiplied by gain and largest amplitude.
         row_scales: float32 ``(G, R)``.
         row_at, column_at, PLACE: where rows and channels lie, as ``elements.in_rows`` takes them; not ``EIGHTS``.
         PARTS: how many times ``WIDTH`` covers a block.
@@ -206,7 +206,10 @@ def decode_components(
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     known = row < rows
     row = group * rows + tl.where(known, row, 0)
-    step = tl.load(steps + of_block)
+    source = payload + group * nbytes
+    gain = decode_bf16(tl.load((source + 4 + 2 * block).to(tl.pointer_type(tl.int16))).to(tl.int32))
+    step = (tl.load(steps + of_block) * gain) * tl.load(source.to(tl.pointer_type(tl.float32)))
+    step = clamped(tl.where(step == step, step, 0.0), F32_MAX)  # whatever the payload says
     scale = tl.load(row_scales + row)
     value = (upper * 128 + lower).to(tl.float32) * step
     if tl.abs(step) > _LARGEST_UNIT:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compactdist.kernels.gpu.launch import Launch, Slot, run
 
-__all__ = ["LARGEST", "sweep"]
+__all__ = ["LARGEST", "sweep", "sweep_held"]
 
 LARGEST = 512
 """Rows of the largest matrix that a program takes."""
@@ -142,7 +142,12 @@ def sweep(matrices: Tensor, basis: Tensor, sizes: Tensor, smallest: float) -> tu
 
     Elements of matrices between rows that take part and others are zero.
     """
-    count, n, width = basis.shape
     held, rows = (torch.stack((one, one)) for one in (matrices, basis))
-    run(_launch(count, n, width, smallest, matrices.device), (held, rows, sizes), matrices.device)
+    sweep_held(held, rows, sizes, smallest)
     return held[0], rows[0]
+
+
+def sweep_held(held: Tensor, rows: Tensor, sizes: Tensor, smallest: float) -> None:
+    """The same of matrices ``held[0]`` and a basis ``rows[0]``, which are written over; the second of each is room."""
+    _, count, n, width = rows.shape
+    run(_launch(count, n, width, smallest, held.device), (held, rows, sizes), held.device)

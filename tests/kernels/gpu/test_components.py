@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compactdist import codecs
 from compactdist.codecs.scalar.quantized import finite_amax
 from compactdist.codecs.transform import on_device
-from compactdist.codecs.transform.basis import Learnt, followed, followed_at_once, plain_basis, rows_of
+from compactdist.codecs.transform.basis import Basis, followed, plain_basis, rows_of
 from compactdist.codecs.transform.coding import Layout, Spread, Weights
-from compactdist.codecs.transform.levels import SCALAR, steps_table
-from compactdist.codecs.transform.on_device import spec_of
+from compactdist.codecs.transform.levels import SCALAR
+from compactdist.codecs.transform.on_device import spec_of, tables_of
 from compactdist.codecs.transform.products import LARGEST_SUM, gram
 from compactdist.errors import NonFiniteError
 from compactdist.kernels import use
-from compactdist.kernels.gpu import component_steps, components, rotations, trellis
+from compactdist.kernels.gpu import allotment, component_steps, components, fitting, following, rotations, trellis
+from compactdist.kernels.gpu.component_steps import Learnt
 from compactdist.kernels.gpu.launch import Launch
 from compactdist.kernels.reference.rotations import sweep
 from compactdist.kernels.spec import MatrixView
@@ -49,6 +51,9 @@ ON_A_TRELLIS = {
 }
 
 
+KERNELS = (components.weigh_basis, components.decode_components, components.correlate)
+
+
 def _values(view: MatrixView, dtype: torch.dtype, count: int) -> list[Tensor]:
     g = torch.Generator().manual_seed(view.numel)
     mixed = torch.randn(3, view.channels, generator=g)
@@ -64,15 +69,16 @@ def _values(view: MatrixView, dtype: torch.dtype, count: int) -> list[Tensor]:
 def _check_stream(
     view: MatrixView, dtype: torch.dtype, bits: float, block: int, terms: int, steps: int, trellis: bool = False
 ) -> None:
-    """A sender and a receiver with the kernels beside a sender with the reference; then all begin again."""
+    """Senders and receivers with the kernels and with the reference; then all begin again."""
     codec = codecs.get("transform", bits=bits, block=block, trellis=trellis)
     values = _values(view, dtype, steps + 1)
     here = torch.device("cpu")
-    reference, sender, receiver = (codec.open(view, dtype, device) for device in (here, kit.DEVICE, kit.DEVICE))
+    devices = here, here, kit.DEVICE, kit.DEVICE
+    reference, receiver_here, sender, receiver = sessions = [codec.open(view, dtype, device) for device in devices]
     base = values[0]
     for step, x in enumerate(values[1:]):
         if step == 2:  # as if a keyframe had been sent
-            for session in (reference, sender, receiver):
+            for session in sessions:
                 session.forget()
         given = (base, base / 8)[:terms]
         there = tuple(term.to(kit.DEVICE, copy=True) for term in given)
@@ -84,18 +90,31 @@ def _check_stream(
         with use("gpu"):
             sender.encode(x.to(kit.DEVICE), there, out, made)
             if INTERPRETED:  # elsewhere another library multiplies, and the sender may choose other codes
-                assert torch.equal(made, payload)
-                assert torch.equal(kit.raw(out), kit.raw(expected))
+                _nearly_the_same(made, payload, view.groups)
             sender.rollback()
             sender.learn(payload.to(kit.DEVICE), there)
             sender.commit()
             receiver.decode(payload.to(kit.DEVICE), there, there[0])
             receiver.commit()
+        decoded = torch.empty_like(x)
+        with use("reference"):
+            receiver_here.decode(made.cpu(), given, decoded)
+            receiver_here.rollback()
+            receiver_here.learn(payload, given)
+            receiver_here.commit()
+        assert torch.equal(kit.raw(decoded), kit.raw(out))
         assert torch.equal(kit.raw(there[0]), kit.raw(expected))
-        for one, two, three in zip(*(s.shared_memory for s in (reference, sender, receiver)), strict=True):
-            assert torch.equal(kit.raw(two), kit.raw(one))
-            assert torch.equal(kit.raw(three), kit.raw(one))
+        for one, *others in zip(*(session.shared_memory for session in sessions), strict=True):
+            assert all(torch.equal(kit.raw(other), kit.raw(one)) for other in others)
         base = expected
+
+
+def _nearly_the_same(made: Tensor, payload: Tensor, groups: int) -> None:
+    """Sums in another order: the largest amplitude differs in its last bits, hardly any code does."""
+    made, payload = made.view(groups, -1), payload.view(groups, -1)
+    tops = [one[:, :4].contiguous().view(torch.float32) for one in (made, payload)]
+    assert torch.allclose(*tops, rtol=1e-5)
+    assert (made[:, 4:] != payload[:, 4:]).float().mean() < 0.001
 
 
 @pytest.fixture
@@ -114,8 +133,11 @@ def launched(monkeypatch):
 
 def test_payloads_tensors_and_bases_are_those_of_the_reference(launched):
     _check_stream(*CASES["one bit"], steps=2)
-    kernels = [components.weigh_basis, components.decode_components, components.correlate]
-    assert {*kernels, components.choose_components, rotations.sweep_matrices} == set(launched)
+    ends = [allotment.allot, allotment.read_rows, allotment.order_components, *KERNELS]
+    ends += [following.gather_basis, following.scatter_basis]
+    sender = [fitting.largest_residuals, fitting.take_in, fitting.fit_rows, fitting.component_powers]
+    sender += [fitting.weigh_rows, fitting.write_scales, components.choose_components]
+    assert {*ends, *sender, rotations.sweep_matrices} == set(launched)
 
 
 @pytest.mark.parametrize("case", quick_for(["short courses"], list(ON_A_TRELLIS)))
@@ -191,6 +213,51 @@ def test_a_receiver_reads_nothing_and_a_sender_once(on_trellis):
     assert len(looked) == len(values)
 
 
+class _Operations(TorchDispatchMode):
+    """Counts what torch launches, but for memory and views of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and not any(
+            word in str(func) for word in ("empty", "set_.source", "detach", "_unsafe_view")
+        ):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_trellis", [False, True])
+def test_a_steady_frame_is_some_launches(launched, on_trellis):
+    """Of the sender: zeros for the largest magnitude and the payload, a basis in float32, and its product."""
+    view, dtype = plain(70 * 12, 1, 12), torch.bfloat16
+    base, *values = _values(view, dtype, 4)
+    sender, receiver = (
+        codecs.get("transform", block=12, trellis=on_trellis).open(view, dtype, kit.DEVICE) for _ in range(2)
+    )
+    payload, out = torch.empty(sender.payload_nbytes, dtype=torch.uint8), torch.empty_like(base)
+    flag, counts = torch.zeros(1, dtype=torch.int32), []
+    with use("gpu"):
+        for x in values:
+            launched.clear()
+            with _Operations() as made:
+                assert sender.device_steps.encode(x, (base,), out, payload, flag=flag)
+                sender.commit()
+                sender.prepare()
+            counts.append((len(launched), made.seen))
+            launched.clear()
+            with _Operations() as made:
+                receiver.decode(payload, (base,), base)
+                receiver.commit()
+                receiver.prepare()
+            counts.append((len(launched), made.seen))
+    (sent, by_torch), (received, no_torch) = counts[-2:]
+    assert (sent, received) == (19, 9)
+    assert len(by_torch) <= 6, by_torch
+    assert not no_torch
+
+
 def test_what_is_not_finite_is_refused():
     view = plain(9 * 6, 1, 6)
     base, x = _values(view, torch.float32, 2)
@@ -259,7 +326,7 @@ def test_weights_are_those_of_the_reference(n, flat):
     expected = Weights.of(rows_of(basis[0]), spread)
     units = torch.zeros(1, 2 * n)
     units[0, spread.chosen.places] = spread.unit_levels
-    steps = component_steps.ComponentSteps(spec_of(layout), steps_table(SCALAR, kit.DEVICE), view, kit.DEVICE)
+    steps = component_steps.ComponentSteps(spec_of(layout), tables_of(SCALAR, kit.DEVICE), view, kit.DEVICE)
     high, low, unit = steps.weigh(basis.to(kit.DEVICE), units.to(kit.DEVICE))
     whole = torch.zeros(2 * n, n)
     whole[spread.chosen.places] = expected.whole
@@ -290,18 +357,19 @@ def test_a_basis_follows_where_few_or_no_components_got_bits():
     codes[[1, 3, 4, 17]] = torch.tensor([255, 250, 240, 251], dtype=torch.uint8)  # three, none and one
     layout = Layout.of(40, 3 * n, 0.3, n)
     spread = Spread.of(codes, layout)
-    counts, places = torch.tensor(spread.counts), spread.chosen.places
+    places = spread.chosen.places
     evidence = torch.randint(-127, 128, (len(places), 40), generator=g).to(torch.int8)
     held = plain_basis((1, 3), n, torch.device("cpu"))
     expected = followed(held.rows[0], held.energies[0], spread, evidence)
-    chosen = torch.zeros(3 * n, dtype=torch.bool)
-    chosen[places] = True
-    order = chosen.view(1, 3, n).logical_not().byte().argsort(dim=-1, stable=True)
+    view = plain(40 * 3 * n, 1, 3 * n)
+    steps = component_steps.ComponentSteps(spec_of(layout), tables_of(SCALAR, kit.DEVICE), view, kit.DEVICE)
+    depths = torch.zeros(1, 3 * n, dtype=torch.int32)
+    depths[0, places] = spread.chosen.depths.int()
     sums = torch.zeros(1, 3, n, n)
     for one, some in zip(sums[0], evidence.split(spread.counts), strict=True):
         one[: len(some), : len(some)] = gram(some.float())
-    learnt = Learnt(spread.amplitudes.view(1, 3, n), order, counts[None], sums)
-    with use("gpu"):
-        got = followed_at_once(*[type(one)(*[part.to(kit.DEVICE) for part in one]) for one in (held, learnt)])
+    learnt = Learnt(spread.amplitudes[None].to(kit.DEVICE), *steps.order(depths.to(kit.DEVICE)), sums.to(kit.DEVICE))
+    got = Basis(*steps.followed(*(part.to(kit.DEVICE) for part in held), learnt))
+    assert learnt.counts.tolist() == [spread.counts]
     assert torch.equal(got.rows.cpu()[0], expected[0])
     assert torch.equal(got.energies.cpu()[0], expected[1])
