@@ -55,11 +55,12 @@ def _fit_codes(source, powers, largest, components, per_octave, CHUNK: tl.conste
         component = start + tl.arange(0, CHUNK)
         most = tl.maximum(most, tl.load(powers + component, mask=component < components, other=0))
     power_of_most = tl.max(most, axis=0)
+    divisor = tl.maximum(power_of_most, 1e-30) + tl.zeros((CHUNK,), tl.float32)
     for start in range(0, components, CHUNK):
         component = start + tl.arange(0, CHUNK)
         ok = component < components
         power = tl.load(powers + component, mask=ok, other=0)
-        relative = tl.log2(tl.maximum(power / tl.maximum(power_of_most, 1e-30), 1e-30)) * 0.5
+        relative = tl.log2(tl.maximum(tl.div_rn(power, divisor), 1e-30)) * 0.5
         code = ((relative * per_octave + _LARGEST_CODE) + _ROUNDING) - _ROUNDING
         tl.store(source + component, tl.minimum(tl.maximum(code, 0.0), 255.0).to(tl.uint8), mask=ok)
     amplitude = tl.sqrt_rn(power_of_most)

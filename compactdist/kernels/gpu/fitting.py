@@ -156,12 +156,14 @@ def fit_rows(squares, payload, scale_of, scales, inverses, rows, parts, slope, n
     for start in range(0, rows, 2 * PAIRS):
         row = start + 2 * tl.arange(0, PAIRS)[:, None] + tl.arange(0, 2)[None, :]
         total += _squares_of(squares + of_group * parts, row, rows, parts)
-    mean = tl.maximum(tl.sum(tl.sum(total, axis=1), axis=0) / rows, 1e-30)
+    total = tl.sum(tl.sum(total, axis=1, keep_dims=True), axis=0, keep_dims=True)
+    mean = tl.maximum(tl.div_rn(total, tl.zeros((1, 1), tl.float32) + rows), 1e-30)
+    mean = tl.broadcast_to(mean, (PAIRS, 2))
     for start in range(0, rows, 2 * PAIRS):
         row = start + 2 * tl.arange(0, PAIRS)[:, None] + tl.arange(0, 2)[None, :]
         ok = row < rows
         square = _squares_of(squares + of_group * parts, row, rows, parts)
-        steps = tl.log2(tl.maximum(square / mean, 1e-30)) * slope
+        steps = tl.log2(tl.maximum(tl.div_rn(square, mean), 1e-30)) * slope
         code = tl.minimum(tl.maximum(((steps + _ROUNDING) - _ROUNDING) + 8.0, 1.0), 15.0).to(tl.int32)
         code = tl.where(square > 0, code, 0)
         scale = tl.load(scale_of + code)
@@ -204,7 +206,8 @@ def component_powers(
         at = (group * components + component)[:, None] * rows + row[None, :]
         value = tl.load(turned + at, mask=inside[:, None] & counts[None, :], other=0) * inverse[None, :]
         total += value * value
-    tl.store(powers + group * components + component, tl.sum(total, axis=1) / sampled, mask=inside)
+    power = tl.div_rn(tl.sum(total, axis=1), tl.zeros((COMPONENTS,), tl.float32) + sampled)
+    tl.store(powers + group * components + component, power, mask=inside)
 
 
 @triton.jit
