@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Received", "encode", "read", "spec_of", "steps_for", "tables_of"]
 
+_ALIGNED = 16
+"""Kernels take payloads whose address is a multiple of it."""
+
 
 def steps_for(layout: Layout, view: MatrixView, dtype: torch.dtype, device: torch.device) -> ComponentSteps | None:
     """The kernels of a stream; ``None`` where ``coding.py`` is to be used."""
@@ -87,19 +90,21 @@ class Received(NamedTuple):
     payload: Tensor
     parts: Parts
 
-    def write(self, basis: Basis, terms: Terms, out: Tensor) -> None:
-        """Write the sum of ``terms`` plus what was received to ``out``; see ``Session.decode``."""
-        weights = self.steps.weigh(basis.rows, self.parts.units)
-        self.steps.decode(self.payload, self.parts.allotment, weights, self.parts.rows, terms, out)
+    def write(self, basis: Basis, terms: Terms, out: Tensor, copy: Tensor | None, accepted: Tensor | None) -> None:
+        """Write the sum of ``terms`` plus what was received to ``out``; see ``kernels.DeviceSteps.decode``."""
+        weights, parts = self.steps.weigh(basis.rows, self.parts.units), self.parts
+        self.steps.decode(self.payload, parts.allotment, weights, parts.rows, terms, out, copy, accepted)
 
-    def following(self, basis: Basis) -> Callable[[], Basis]:
+    def following(self, basis: Basis, accepted: Tensor | None) -> Callable[[], Basis]:
         """What works out the basis after it, and does not need the payload any more."""
-        learnt = self.steps.learnt(self.payload, self.parts)
+        learnt = self.steps.learnt(self.payload, self.parts, accepted)
         return lambda: Basis(*self.steps.followed(*basis, learnt))
 
 
 def read(steps: ComponentSteps, payload: Tensor) -> Received:
     """What a payload says, uint8 ``(G * layout.nbytes,)``, contiguous."""
+    if payload.data_ptr() % _ALIGNED:
+        payload = payload.clone()
     return Received(steps, payload, steps.read(payload))
 
 
@@ -120,6 +125,10 @@ def encode(
     if flag is None:
         finite_amax(view.to_matrix(residual_of(x, terms)).abs(), view.numel)
         flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    if payload.data_ptr() % _ALIGNED:
+        received = encode(steps, basis, x, terms, layout, torch.empty_like(payload), flag)
+        payload.copy_(received.payload)
+        return received
     matrices, squares, exponents = steps.take_in(x, terms, flag)
     turned = torch.empty(view.groups, layout.components, layout.rows, dtype=torch.float32, device=x.device)
     for matrix, rows, one in zip(matrices, rows_of(basis.rows), turned, strict=True):

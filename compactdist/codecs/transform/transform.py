@@ -191,32 +191,56 @@ class TransformSession(Session):
             self._write(basis, frames, terms, out)
 
     @undisturbed
-    def encode_there(self, x: Tensor, terms: Terms, out: Tensor | None, payload: Tensor, flag: Tensor | None) -> bool:
+    def encode_there(
+        self,
+        x: Tensor,
+        terms: Terms,
+        out: Tensor | None,
+        payload: Tensor,
+        flag: Tensor | None,
+        copy: Tensor | None = None,
+    ) -> bool:
         """Encode where the host does not wait, but for what it costs to refuse without a ``flag``; whether it can."""
         steps = steps_for(self._layout, self.view, self.dtype, self.device)
         if steps is None:
             return False
         basis = self._basis_for(terms)
-        self._receive(on_device.encode(steps, basis, x, terms, self._layout, payload, flag), basis, terms, out)
+        self._receive(on_device.encode(steps, basis, x, terms, self._layout, payload, flag), basis, terms, out, copy)
+        return True
+
+    @undisturbed
+    def decode_there(
+        self, payload: Tensor, terms: Terms, out: Tensor, copy: Tensor | None, accepted: Tensor | None
+    ) -> bool:
+        """Decode where the host does not wait; see ``kernels.DeviceSteps.decode``."""
+        steps = steps_for(self._layout, self.view, self.dtype, self.device)
+        if steps is None:
+            return False
+        self._receive(on_device.read(steps, payload), self._basis_for(terms), terms, out, copy, accepted)
         return True
 
     @undisturbed
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
-        basis = self._basis_for(terms)
-        steps = steps_for(self._layout, self.view, self.dtype, self.device)
-        if steps is not None:
-            self._receive(on_device.read(steps, payload), basis, terms, out)
+        if self.decode_there(payload, terms, out, None, None):
             return
-        frames = self._read(payload)
+        basis, frames = self._basis_for(terms), self._read(payload)
         self._stage(basis, frames)
         self._write(basis, frames, terms, out)
 
-    def _receive(self, received: Received, basis: Basis, terms: Terms, out: Tensor | None) -> None:
+    def _receive(
+        self,
+        received: Received,
+        basis: Basis,
+        terms: Terms,
+        out: Tensor | None,
+        copy: Tensor | None = None,
+        accepted: Tensor | None = None,
+    ) -> None:
         """Stage what was received and, if ``out`` is given, write it, where the host does not wait."""
-        self._staged = received.following(basis)
+        self._staged = received.following(basis, accepted)
         if out is not None:
-            received.write(basis, terms, out)
+            received.write(basis, terms, out, copy, accepted)
 
     def _basis_for(self, terms: Terms) -> Basis:
         """The basis of the next frame. The first one follows from the prediction, which both ends hold."""
@@ -302,10 +326,7 @@ class TransformSession(Session):
 
 
 class _DeviceSteps:
-    """The steps of a session on a device, see ``kernels.DeviceSteps``.
-
-    Not all of them are kernels of this package, so they decode to memory of their own where a frame may be refused.
-    """
+    """The steps of a session on a device, see ``kernels.DeviceSteps``."""
 
     __slots__ = ("_session", "checksum")
 
@@ -323,13 +344,8 @@ class _DeviceSteps:
         copy: Tensor | None = None,
         flag: Tensor | None = None,
     ) -> bool:
-        done = self._session.encode_there(x, terms, out, payload, flag)
-        if done and copy is not None and out is not None:
-            with torch.inference_mode():  # ``copy`` may be an inference tensor
-                copy.copy_(out.view(copy.shape))
-        return done
+        return self._session.encode_there(x, terms, out, payload, flag, copy)
 
-    @undisturbed
     def decode(
         self,
         payload: Tensor,
@@ -339,21 +355,7 @@ class _DeviceSteps:
         copy: Tensor | None = None,
         accepted: Tensor | None = None,
     ) -> bool:
-        if accepted is None:
-            self._session.decode(payload, terms, out)
-            values = out
-        else:
-            taken, holds = accepted.bool().unbind()
-            decoded = torch.empty_like(out)
-            # of a frame that is refused the basis learns nothing, either
-            self._session.decode(torch.where(taken, payload, 0), terms, decoded)
-            with torch.inference_mode():  # ``out`` may be an inference tensor
-                out.copy_(torch.where(taken, decoded, out))
-            values = torch.where(holds, decoded, torch.nan)
-        if copy is not None:
-            with torch.inference_mode():
-                copy.copy_(values.view(copy.shape))
-        return True
+        return self._session.decode_there(payload, terms, out, copy, accepted)
 
 
 def _levels(trellis: bool) -> LevelSet:

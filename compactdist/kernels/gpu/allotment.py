@@ -194,12 +194,12 @@ def read_rows(
 
 
 @triton.jit
-def order_components(depths, order, counts, width, WIDTH: tl.constexpr):
+def order_components(depths, accepted, order, counts, width, CHECKED: tl.constexpr, WIDTH: tl.constexpr):
     """Of one block: the components that have bits, then the others, both ascending; and how many have.
 
     Args:
         order: int32 ``(G, M, n)``.
-        counts: int32 ``(G, M)``.
+        counts: int32 ``(G, M)``; -1 if ``CHECKED`` and the first of ``accepted`` is 0.
     """
     block, component = tl.program_id(0), tl.arange(0, WIDTH)
     ok = component < width
@@ -207,4 +207,6 @@ def order_components(depths, order, counts, width, WIDTH: tl.constexpr):
     count, number = tl.sum(chosen, axis=0), tl.cumsum(chosen, axis=0) - chosen
     place = tl.where(chosen == 1, number, count + component - number)
     tl.store(order + block * width + place, component, mask=ok)
+    if CHECKED:
+        count = tl.where(tl.load(accepted) == 0, -1, count)
     tl.store(counts + block, count)

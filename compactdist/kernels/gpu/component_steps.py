@@ -53,7 +53,8 @@ def steps_of(
     """
     if device.type != DEVICE_TYPE or dtype not in _DTYPES:
         return None
-    padded = view.groups * spec.blocks * spec.width * max(view.rows, spec.width)
+    rows = view.rows + -view.rows % max(1, spec.stride)
+    padded = view.groups * spec.blocks * spec.width * max(rows, spec.width)
     if max(padded, view.groups * spec.nbytes) > MOST_ELEMENTS or not LARGEST >= spec.width >= 2:
         return None
     return ComponentSteps(spec, tables, view, device)
@@ -233,6 +234,8 @@ class ComponentSteps:
         row_scales: Tensor,
         terms: tuple[Tensor, ...],
         out: Tensor,
+        copy: Tensor | None = None,
+        accepted: Tensor | None = None,
     ) -> None:
         """Write the sum of ``terms`` plus what a payload says, kept finite and rounded once, to ``out``.
 
@@ -243,37 +246,54 @@ class ComponentSteps:
             row_scales: float32 ``(G, R)``.
             terms: as many as there are, flat.
             out: flat, contiguous; may be the first of the terms.
+            copy: contiguous, receives the same.
+            accepted: uint8 ``[2]``: ``out`` is left as it is if the first is 0, ``copy`` gets NaN if the second is.
         """
         at, view = self.spec, self.view
         base, velocity, *_ = (*(term.contiguous() for term in terms), out, out)
         places = self._offsets.row_at, self._offsets.column_at
         self._launch(
-            ("decode", len(terms), out.dtype),
+            ("decode", len(terms), out.dtype, copy is None, accepted is None),
             components.decode_components,
             view.groups * -(-view.rows // _ROWS) * at.blocks * self._tiles["PARTS"],
-            (base, velocity, out, payload, *weights, *allotment, self._levels, row_scales, *places),
+            (
+                base,
+                velocity,
+                out,
+                payload if accepted is None else accepted,
+                out if copy is None else copy,
+                payload,
+                *weights,
+                *allotment,
+                self._levels,
+                row_scales,
+                *places,
+            ),
             (view.rows, view.channels, view.numel, at.width, at.blocks, *self._planes),
             warps=8,
             TERMS=len(terms),
             PLACE=self._offsets.kind,
             ROWS=_ROWS,
+            CHECKED=accepted is not None,
+            COPIES=copy is not None,
             **self._tiles,
         )
 
-    def order(self, depths: Tensor) -> tuple[Tensor, Tensor]:
+    def order(self, depths: Tensor, accepted: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Of each block the components that have bits, then the others, both ascending, int32 ``(G, M, n)``; how many
-        have, int32 ``(G, M)``.
+        have, int32 ``(G, M)``, or -1 where a frame is not ``accepted``.
         """
         groups, at = self.view.groups, self.spec
         order = torch.empty(groups, at.blocks, at.width, dtype=torch.int32, device=self._device)
         counts = torch.empty(groups, at.blocks, dtype=torch.int32, device=self._device)
         self._launch(
-            "order",
+            ("order", accepted is None),
             allotment.order_components,
             groups * at.blocks,
-            (depths, order, counts),
+            (depths, depths if accepted is None else accepted, order, counts),
             (at.width,),
             warps=1,
+            CHECKED=accepted is not None,
             WIDTH=triton.next_power_of_2(at.width),
         )
         return order, counts
@@ -303,9 +323,9 @@ class ComponentSteps:
         )
         return sums
 
-    def learnt(self, payload: Tensor, parts: Parts) -> Learnt:
-        """What a basis learns from a payload, which it does not need any more."""
-        order, counts = self.order(parts.allotment.depths)
+    def learnt(self, payload: Tensor, parts: Parts, accepted: Tensor | None = None) -> Learnt:
+        """What a basis learns from a payload, which it does not need any more: nothing if that is not ``accepted``."""
+        order, counts = self.order(parts.allotment.depths, accepted)
         return Learnt(parts.amplitudes, order, counts, self.correlate(payload, parts.allotment, order, parts.weights))
 
     def followed(self, rows: Tensor, energies: Tensor, learnt: Learnt) -> tuple[Tensor, Tensor]:

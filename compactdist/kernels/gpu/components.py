@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compactdist.kernels.gpu.elements import CONSECUTIVE, F32_MAX, clamped, decode_bf16, expected, write
+from compactdist.kernels.gpu.elements import CONSECUTIVE, F32_MAX, add_change, clamped, decode_bf16
 from compactdist.kernels.reference.components import LARGEST_UNIT, STRIDE
 
 _STRIDE = tl.constexpr(STRIDE)
@@ -150,6 +150,8 @@ def decode_components(
     base,
     velocity,
     out,
+    accepted,
+    copy,
     payload,
     high,
     low,
@@ -174,11 +176,14 @@ def decode_components(
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     BEHIND: tl.constexpr,
+    CHECKED: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     """``ROWS`` rows of ``WIDTH`` channels of a block: levels from planes, times weights, scaled, plus what is expected.
 
     Args:
         base, velocity, TERMS: as ``elements.expected`` takes them; ``out`` may be the memory of ``base``.
+        accepted, copy, CHECKED, COPIES: as ``elements.add_change`` takes them.
         high, low: limbs of weights, as ``weigh_basis`` writes them.
         steps: what a weight of 1 is, float32 ``(G, M)``, to be multiplied by gain and largest amplitude.
         row_scales: float32 ``(G, R)``.
@@ -226,7 +231,7 @@ def decode_components(
         ok = ok & (at < numel)
     else:
         at = tl.load(row_at + row) + tl.load(column_at + tl.where(channel < channels, channel, 0))
-    write(out, at, expected(base, velocity, at, ok, TERMS) + value, ok)
+    add_change(base, velocity, out, accepted, copy, at, ok, value, TERMS, CHECKED, COPIES)
 
 
 @triton.jit

@@ -3,7 +3,7 @@ does. A block's components are taken in the order of ``allotment.order_component
 
 Arguments that both kernels share, of blocks of ``n`` components; ``size`` is ``n``, or as many as the sweep takes:
 
-* ``order``, ``counts``: as ``order_components`` writes them;
+* ``order``, ``counts``: as ``order_components`` writes them; a count of -1 leaves all as it is;
 * ``rows``, ``energies``: of the basis, int16 ``(B, n, n)`` and float32 ``(B, n)``;
 * ``matrices``, ``turned``: for the sweep, float32 ``(B, size, size)`` and ``(B, size, n)``;
 * ``kept``: what energies are where nothing turns them, in that order, float32 ``(B, n)``.
@@ -63,7 +63,7 @@ def gather_basis(
     component = tl.load(order + block * n + place, mask=known, other=0)
     amplitude = tl.load(amplitudes + block * n + component, mask=known, other=0)
     before = tl.load(energies + block * n + component, mask=known, other=0)
-    energy = before * (1.0 - share) + (amplitude * amplitude) * share
+    energy = tl.where(count < 0, before, before * (1.0 - share) + (amplitude * amplitude) * share)
     tl.store(kept + block * n + place, energy, mask=known)
 
     mine = _scaled(amplitudes, sums, order, block, place, count, n)
@@ -80,7 +80,7 @@ def gather_basis(
     ok = (place < size)[:, None] & (other < n)[None, :]
     tl.store(turned + (block * size + place)[:, None] * n + other[None, :], held, mask=ok)
     if tile == 0:
-        tl.store(sizes + block, tl.maximum(count + count % 2, 4))
+        tl.store(sizes + block, tl.maximum(count + (count & 1), 4))
 
 
 @triton.jit

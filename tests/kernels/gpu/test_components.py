@@ -213,6 +213,22 @@ def test_a_receiver_reads_nothing_and_a_sender_once(on_trellis):
     assert len(looked) == len(values)
 
 
+def test_payloads_anywhere():
+    view = plain(9 * 6, 1, 6)
+    x, codec = _values(view, torch.float32, 1)[0].to(kit.DEVICE), codecs.get("transform", bits=2)
+    results = []
+    for start in (0, 1):
+        session = codec.open(view, x.dtype, kit.DEVICE)
+        payload = torch.empty(session.payload_nbytes + start, dtype=torch.uint8, device=kit.DEVICE)[start:]
+        out = torch.empty_like(x)
+        with use("gpu"):
+            session.encode(x, (), None, payload)
+            session.rollback()
+            session.decode(payload, (), out)
+        results.append((payload, out))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 class _Operations(TorchDispatchMode):
     """What torch launches, but for memory and views of it, and for what Triton's interpreter does for a launch."""
 
