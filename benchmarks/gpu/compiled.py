@@ -246,8 +246,8 @@ def components(
     before = len(compiler.launches)
     compiler.known = {"depths": layout.levels.deepest}
     with compiling(compiler):
-        _, squares, exponents = steps.take_in(given, (given,) * terms, torch.zeros(1, dtype=torch.int32))
-        steps.encode(torch.zeros(groups, count, layout.rows), squares, exponents, payload)
+        _, squares, exponents = steps.sender.take_in(given, (given,) * terms, torch.zeros(1, dtype=torch.int32))
+        steps.sender.encode(torch.zeros(groups, count, layout.rows), squares, exponents, payload)
         between = len(compiler.launches)
         parts = steps.read(payload)
         weights = steps.weigh(torch.zeros(groups, layout.blocks, n, n, dtype=torch.int16), parts.units)

@@ -35,7 +35,8 @@ from compactdist.kernels import device_component_steps_for
 from compactdist.kernels.spec import ComponentSpec, ComponentTables, MatrixView
 
 if TYPE_CHECKING:
-    from compactdist.kernels.gpu.component_steps import ComponentSteps, Parts
+    from compactdist.kernels.gpu.component_launches import Parts
+    from compactdist.kernels.gpu.component_steps import ComponentSteps
 
 __all__ = ["Received", "encode", "read", "spec_of", "steps_for", "tables_of"]
 
@@ -129,8 +130,8 @@ def encode(
         received = encode(steps, basis, x, terms, layout, torch.empty_like(payload), flag)
         payload.copy_(received.payload)
         return received
-    matrices, squares, exponents = steps.take_in(x, terms, flag)
+    matrices, squares, exponents = steps.sender.take_in(x, terms, flag)
     turned = torch.empty(view.groups, layout.components, layout.rows, dtype=torch.float32, device=x.device)
     for matrix, rows, one in zip(matrices, rows_of(basis.rows), turned, strict=True):
         by_blocks(rows, layout.blocks_of(matrix).mT, layout.components_of(one))
-    return Received(steps, payload, steps.encode(turned, squares, exponents, payload))
+    return Received(steps, payload, steps.sender.encode(turned, squares, exponents, payload))
