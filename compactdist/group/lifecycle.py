@@ -213,6 +213,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
             index: which step, for a pipeline whose ends run ahead of one another: both name the step that a message
                 belongs to. ``None``: the one after the last.
 
+        A call that raises has not begun the step: call it again to go on.
+
         Raises:
             ConfigError: a negative index, or a step inside the ``with`` block of another.
             FrameError, NonFiniteError: a GPU has met a frame that is not the expected one, or values that are not

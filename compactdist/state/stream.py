@@ -574,7 +574,9 @@ class StreamState:
     def _frames_on(self, device: torch.device, session: Session, head: HeadTemplate) -> kernels.Frames | None:
         """What seals or checks the frames of the form on the device, if a group looks at its board."""
         made, board = kernels.frames_for(device), self._board
-        if made is None or board is None or session.payload_nbytes % 4 or session.device_steps is None:
+        if made is None or board is None or self.config.open_loop:  # of which a sender's host makes the frames
+            return None
+        if session.payload_nbytes % 4 or session.device_steps is None:
             return None
         if self.clock is None:
             self.clock = DeviceClock(device)

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compactdist import kernels
 from compactdist.errors import LayoutError
 from compactdist.state import Layout, blocks, plain
+from tests.state import kit
 
 
 @st.composite
@@ -119,3 +121,30 @@ def test_equality_and_fingerprint():
     for other in (Layout("(a b) -> 1 a b", a=2), Layout("(a b) -> 1 b a", a=2, b=3)):
         assert other != one
         assert other.hint != one.hint
+
+
+@pytest.mark.parametrize("which", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        "binary",
+        "ternary",
+        "int2",
+        "int4",
+        "int8",
+        "fp8",
+        "int4:scales=block",
+        "int4:scales=token_history",
+        "topk",
+        "lowrank",
+    ],
+)
+def test_rows_of_one_channel_that_lie_apart(codec, which):
+    """A matrix that is no view of consecutive memory, of sizes that one way or the other of coding takes."""
+    for numel in (3200, 160000):
+        with kernels.use(which):
+            encoder, decoder = kit.pair(codec=codec, layout=Layout("(s h) -> h s 1", h=8))
+            for seed in range(3):
+                x = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+                assert decoder.decode(encoder.encode(x)).shape == x.shape
+                kit.check_in_step(encoder, decoder)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import compactdist
+from compactdist.errors import NonFiniteError
 from compactdist.kernels import use
 from compactdist.testing import act_like_nccl
 from tests.kernels.gpu.conftest import INTERPRETED
@@ -97,3 +98,30 @@ def test_who_passes_on_a_keyframe_that_is_not_finite_remembers_what_its_receiver
     for (_, key, residual), _ in others:
         assert key.isnan().nonzero().tolist() == [[3]]
         assert (residual - torch.linspace(-0.8, 1.2, NUMEL)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("keyframe", ["int8", "raw"])
+def test_hosts_make_and_check_what_is_coded_without_error_feedback(keyframe):
+    """A tensor that is not finite: both ends forget the history, and go on from a keyframe."""
+
+    def body(rank, world_size):
+        with use("gpu"):
+            inner = act_like_nccl(dist.group.WORLD)
+            options = {"min_numel": 64, "find_layout": False, "error_feedback": False, "keyframe": keyframe}
+            group, seen = compactdist.wrap(inner, "int4", **options), []
+            for step in range(7):
+                x, out = torch.linspace(-1, 1, NUMEL) + 0.01 * step + rank, torch.empty(2 * NUMEL)
+                if step == 3 and rank == 0:
+                    x[5] = torch.nan
+                group.step()
+                try:
+                    group.all_gather_into_tensor(out, x)
+                    seen.append(bool((out.view(2, -1)[1 - rank] - (x + 1 - 2 * rank)).abs().max() < 0.2))
+                except NonFiniteError:
+                    seen.append("not finite")
+            group.check()
+            group.close()
+        return seen
+
+    expected = [True, True, True, "not finite", True, True, True]
+    assert run_ranks(body, world_size=2, timeout=100) == [expected, expected]
