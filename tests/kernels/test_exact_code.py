@@ -74,16 +74,19 @@ def test_with_two_terms_and_of_every_dtype(capability: int) -> None:
         _check(FORMS[number], DTYPES[number % 3], 2, capability)
 
 
-def _check_components(capability: int, channels: int, dtype: torch.dtype) -> None:
-    compiler = Compiler(capability)
-    components(Transform(), plain(70 * channels, 1, channels), dtype, compiler, terms=2)
-    for one in compiler.launches:
+def _check_components(capability: int, channels: int, dtype: torch.dtype, *, trellis: bool = False) -> None:
+    compiler, view = Compiler(capability), plain(70 * channels, 1, channels)
+    encoding, decoding = components(Transform(trellis=trellis), view, dtype, compiler, terms=2)
+    for one in encoding:  # what a sender fits alone has logarithms
+        leaves_none_open(one, (channels, dtype), but_logarithms=one.name in ("fit_rows", "allot"))
+    for one in decoding:
         leaves_none_open(one, (channels, dtype))
     multiplies_integers(compiler.launches, capability, (channels, dtype))
 
 
 def test_components_multiply_integers_and_leave_no_rounding_open() -> None:
     _check_components(90, 32, torch.bfloat16)
+    _check_components(90, 32, torch.bfloat16, trellis=True)
 
 
 @pytest.mark.slow
