@@ -381,9 +381,9 @@ class MatrixView:
         return self.groups, self.rows, self.channels
 
     def to_matrix(self, flat: Tensor) -> Tensor:
-        """View or copy a flat ``[numel]`` tensor as ``(groups, rows, channels)``."""
+        """View or copy a flat ``[numel]`` tensor as ``(groups, rows, channels)``, contiguous."""
         if self.axes is not None:
-            return flat.view(self.axes).permute(self.order).reshape(self.shape)
+            return flat.view(self.axes).permute(self.order).reshape(self.shape).contiguous()
         missing = self.groups * self.rows * self.channels - self.numel
         return (pad(flat, (0, missing)) if missing else flat).view(self.shape)
 

@@ -53,7 +53,7 @@ def encode(values: Tensor, amax: Tensor, sections: Sections) -> Tensor:
     c = torch.where(worse, torch.zeros_like(c), c)
     a = torch.where(worse, _rounded(mean_v, factor), a)
     payload = torch.zeros(sections.total_nbytes, dtype=torch.uint8, device=v.device)
-    payload[: sections.codes_nbytes] = kernels.pack_codes(codes.to(torch.uint8).flatten(), sections.bits)
+    payload[: sections.codes_nbytes] = kernels.pack_codes(codes.to(torch.uint8).view(-1), sections.bits)
     c_bytes = kernels.encode_bf16(c / factor)
     payload[sections.channel_scales_at :][: c_bytes.numel()] = c_bytes
     a_bytes = kernels.encode_signed_bf16(a / factor)

@@ -171,7 +171,7 @@ class ScalarQuantizer(Codec):
         missing = sections.elements // groups - values.shape[1]
         if missing:
             values = torch.cat([values, values.new_zeros(groups, missing)], 1)
-        values = values.reshape(sections.groups, sections.rows, sections.channels)
+        values = values.view(sections.groups, sections.rows, sections.channels)
         magnitude = values.abs()
         return self._encode_matrices(values, magnitude, finite_amax(magnitude, elements), sections)
 

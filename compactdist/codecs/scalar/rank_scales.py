@@ -128,10 +128,10 @@ def encode(values: Tensor, magnitude: Tensor, amax: Tensor, sections: RankSectio
         gains.append(kernels.divide_or_zero((m * s).sum(), (s * s).sum()))
         u_parts.append(u)
         v_parts.append(v)
-    gain = kernels.round_bf16(torch.stack(gains)) / factor.flatten()
+    gain = kernels.round_bf16(torch.stack(gains)) / factor.view(-1)
     gain = torch.where(gain < _SMALLEST_GAIN, torch.zeros_like(gain), gain)
     payload = torch.zeros(sections.total_nbytes, dtype=torch.uint8, device=values.device)
-    payload[: sections.codes_nbytes] = kernels.pack_codes((values >= 0).flatten().to(torch.uint8), 1)
+    payload[: sections.codes_nbytes] = kernels.pack_codes((values >= 0).view(-1).to(torch.uint8), 1)
     payload[sections.gains_at :][: 2 * sections.groups] = kernels.encode_bf16(gain)
     for at, parts in ((sections.u_at, u_parts), (sections.v_at, v_parts)):
         data = kernels.encode_signed_bf16(torch.stack(parts))

@@ -51,7 +51,7 @@ def residuals(x: Tensor, terms: Terms, view: MatrixView, layout: Layout) -> tupl
             return out, squares, [0] * view.groups
     out = view.to_matrix(residual_of(x, terms))
     amax = finite_amax(out.abs(), view.numel).view(-1)
-    out, exponents = layout.padded(out.contiguous()), []
+    out, exponents = layout.padded(out), []
     if out.data_ptr() == x.data_ptr():  # the caller writes over it
         out = out.clone()
     for group, largest in enumerate(amax):

@@ -248,7 +248,7 @@ class TransformSession(Session):
         if self._basis is not None:
             return self._basis
         if terms:
-            prediction = self._layout.padded(self.view.to_matrix(sum_of(terms)).contiguous())
+            prediction = self._layout.padded(self.view.to_matrix(sum_of(terms)))
             return first_basis(self._layout.blocks_of(prediction))
         return plain_basis((self.view.groups, self._layout.blocks), self._layout.width, self.device)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from compactdist.kernels.gpu.elements import round_half_even
+
 RECEIVED = tl.constexpr(0)
 """Codes are there."""
 FITTED = tl.constexpr(1)
@@ -19,7 +21,6 @@ CODED = tl.constexpr(2)
 
 _NO_CODE = tl.constexpr(-(1 << 20))
 _LARGEST_CODE = tl.constexpr(255)
-_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to a whole number, half to even
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _fit_codes(source, powers, largest, components, per_octave, CHUNK: tl.conste
         ok = component < components
         power = tl.load(powers + component, mask=ok, other=0)
         relative = tl.log2(tl.maximum(tl.div_rn(power, divisor), 1e-30)) * 0.5
-        code = ((relative * per_octave + _LARGEST_CODE) + _ROUNDING) - _ROUNDING
+        code = round_half_even(relative * per_octave + _LARGEST_CODE)
         tl.store(source + component, tl.minimum(tl.maximum(code, 0.0), 255.0).to(tl.uint8), mask=ok)
     amplitude = tl.sqrt_rn(power_of_most)
     tl.store(largest, amplitude)

@@ -100,10 +100,8 @@ class ComponentSender(ComponentLaunches):
         """
         groups, rows = squares.shape
         payload.zero_()
-        room, fit = (
-            self._room_for_parts(),
-            _Fit(*(self._floats(groups, size) for size in (self._count, 1, self._count))),
-        )
+        room = self._room_for_parts()
+        fit = _Fit(*(self._floats(groups, size) for size in (self._count, 1, self._count)))
         scales, inverses = self._floats(2, groups, rows)
         of_rows = squares[:, None]
         for end in (allotment.FITTED, allotment.CODED):
@@ -112,8 +110,7 @@ class ComponentSender(ComponentLaunches):
             self._allot(payload, room, end, *fit)
             if end is allotment.FITTED:
                 of_rows = self._weighed_rows(turned, fit.factors)
-        choose = self._choose_on_trellis if self.spec.stride else self._choose
-        energies, agreements = choose(turned, Allotment(*room[:2]), fit.factors, (scales, inverses), payload)
+        energies, agreements = self._choose(turned, Allotment(*room[:2]), fit.factors, (scales, inverses), payload)
         self._write_scales(payload, energies, agreements, room[3], fit.largest, exponents)
         return self._with_rows(payload, room)
 
@@ -176,7 +173,7 @@ class ComponentSender(ComponentLaunches):
         rows: tuple[Tensor, Tensor],
         payload: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Write the planes of components; what ``reference.components.choose`` does.
+        """Write the planes of components; what ``reference.components.choose`` or ``choose_on_trellis`` does.
 
         Args:
             turned: float32 ``(G, K, R)``, contiguous.
@@ -190,44 +187,20 @@ class ComponentSender(ComponentLaunches):
             ``(G, tiles, K)``, over tiles of rows.
         """
         groups, count, length = turned.shape
-        tiles = -(-length // ROWS)
-        sums = self._floats(2, groups, tiles, count)
-        self._launch(
-            "choose",
-            components.choose_components,
-            groups * tiles * -(-count // _COMPONENTS),
-            (turned, inverses, *rows, payload, *allotment, self._tables.steps, self._levels, *sums),
-            (length, count, *self._planes),
-            COMPONENTS=_COMPONENTS,
-            ROWS=ROWS,
-        )
-        energies, agreements = sums
-        return energies, agreements
-
-    def _choose_on_trellis(
-        self,
-        turned: Tensor,
-        allotment: Allotment,
-        inverses: Tensor,
-        rows: tuple[Tensor, Tensor],
-        payload: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """As :meth:`_choose`; ``inverses`` are what makes levels."""
-        groups, count, length = turned.shape
-        lanes = self.spec.stride
-        turns, beside = -(-length // lanes), max(1, _COURSES // lanes)
-        sums = self._floats(2, groups, 1, count)
-        courses = torch.empty(groups * count * turns * lanes, dtype=torch.int32, device=self._device)
-        self._launch(
-            "choose",
-            trellis.choose_on_trellis,
-            groups * -(-count // beside),
-            (turned, inverses, *rows, payload, *allotment, *self._course_tables, courses, *sums),
-            (length, count, turns, *self._planes),
-            COMPONENTS=beside,
-            LANES=lanes,
-        )
-        energies, agreements = sums
+        given: tuple[Tensor, ...] = (turned, inverses, *rows, payload, *allotment)
+        numbers: tuple[int, ...]
+        if self.spec.stride:
+            lanes, tiles = self.spec.stride, 1
+            turns, beside = -(-length // lanes), max(1, _COURSES // lanes)
+            courses = torch.empty(groups * count * turns * lanes, dtype=torch.int32, device=self._device)
+            kernel, numbers = trellis.choose_on_trellis, (length, count, turns, *self._planes)
+            given, constants = (*given, *self._course_tables, courses), {"COMPONENTS": beside, "LANES": lanes}
+        else:
+            tiles, kernel, numbers = -(-length // ROWS), components.choose_components, (length, count, *self._planes)
+            given, constants = (*given, self._tables.steps, self._levels), {"COMPONENTS": _COMPONENTS, "ROWS": ROWS}
+        energies, agreements = self._floats(2, groups, tiles, count)
+        programs = groups * tiles * -(-count // constants["COMPONENTS"])
+        self._launch("choose", kernel, programs, (*given, energies, agreements), numbers, **constants)
         return energies, agreements
 
 

@@ -70,7 +70,7 @@ class ComponentSteps(ComponentLaunches):
         """What makes payloads of this stream."""
         return ComponentSender(self.spec, self._tables, self.view, self._device)
 
-    @property
+    @cached_property
     def _tiles(self) -> dict[str, int]:
         along = min(_LARGEST_TILE, max(_SMALLEST_DOT, triton.next_power_of_2(self.spec.width)))
         return {"WIDTH": along, "PARTS": -(-self.spec.width // along), "BEHIND": self.spec.stride // 8}

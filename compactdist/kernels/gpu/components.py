@@ -23,18 +23,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compactdist.kernels.gpu.elements import CONSECUTIVE, F32_MAX, add_change, clamped, decode_bf16
+from compactdist.kernels.gpu.elements import F32_MAX, add_change, clamped, decode_bf16, places_of, round_half_even
 from compactdist.kernels.reference.components import LARGEST_UNIT, STRIDE
 
 _STRIDE = tl.constexpr(STRIDE)
 _LARGEST_UNIT = tl.constexpr(LARGEST_UNIT)
-_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to a whole number, half to even
-
-
-@triton.jit
-def _rounded(value):
-    """To the nearest whole number, half to even, of a magnitude up to 2**22."""
-    return (value + _ROUNDING) - _ROUNDING
 
 
 @triton.jit
@@ -72,15 +65,15 @@ def weigh_basis(
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, width, ROWS):
         value, _, _ = _scaled(basis, units, block, start, width, ROWS, WIDTH)
-        sums += tl.abs(_rounded(tl.div_rn(value, tl.broadcast_to(divisor, (ROWS, WIDTH)))))
+        sums += tl.abs(round_half_even(tl.div_rn(value, tl.broadcast_to(divisor, (ROWS, WIDTH)))))
     total = tl.max(tl.sum(sums, axis=0, keep_dims=True), axis=1, keep_dims=True)  # whole numbers: in any order
     excess = tl.div_rn(total, tl.full((1, 1), 1.0, tl.float32) * largest_sum)
     step = step * tl.maximum(excess, 1.0)
     divisor = tl.where(step > 0, step, 1.0)
     for start in range(0, width, ROWS):
         value, at, ok = _scaled(basis, units, block, start, width, ROWS, WIDTH)
-        whole = _rounded(tl.div_rn(value, tl.broadcast_to(divisor, (ROWS, WIDTH))))
-        upper = _rounded(whole * 0.0078125)
+        whole = round_half_even(tl.div_rn(value, tl.broadcast_to(divisor, (ROWS, WIDTH))))
+        upper = round_half_even(whole * 0.0078125)
         tl.store(high + at, upper.to(tl.int8), mask=ok)
         tl.store(low + at, (whole - upper * 128.0).to(tl.int8), mask=ok)
     tl.store(steps + block + tl.zeros((1, 1), tl.int32), step)
@@ -209,13 +202,11 @@ def decode_components(
         upper = tl.dot(level, tl.load(high + at, mask=ok, other=0), upper, out_dtype=tl.int32)
         lower = tl.dot(level, tl.load(low + at, mask=ok, other=0), lower, out_dtype=tl.int32)
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-    known = row < rows
-    row = group * rows + tl.where(known, row, 0)
     source = payload + group * nbytes
     gain = decode_bf16(tl.load((source + 4 + 2 * block).to(tl.pointer_type(tl.int16))).to(tl.int32))
     step = (tl.load(steps + of_block) * gain) * tl.load(source.to(tl.pointer_type(tl.float32)))
     step = clamped(tl.where(step == step, step, 0.0), F32_MAX)  # whatever the payload says
-    scale = tl.load(row_scales + row)
+    scale = tl.load(row_scales + group * rows + row, mask=row < rows, other=0)
     value = (upper * 128 + lower).to(tl.float32) * step
     if tl.abs(step) > _LARGEST_UNIT:
         tl.debug_barrier()  # else it is no branch: all is computed, and one of two values taken
@@ -224,13 +215,8 @@ def decode_components(
     if tl.abs(step) > _LARGEST_UNIT:
         tl.debug_barrier()
         value = clamped(value, F32_MAX)
-    channel = block * width + column
-    ok = known & (column < width) & (channel < channels)
-    if PLACE == CONSECUTIVE:
-        at = row * channels + channel
-        ok = ok & (at < numel)
-    else:
-        at = tl.load(row_at + row) + tl.load(column_at + tl.where(channel < channels, channel, 0))
+    at, ok = places_of(group, row, block * width + column, row_at, column_at, rows, channels, numel, PLACE)
+    ok = ok & (column < width)
     add_change(base, velocity, out, accepted, copy, at, ok, value, TERMS, CHECKED, COPIES)
 
 
@@ -267,7 +253,7 @@ def _evidence(
         some = _bytes_of(payload, bit, plane[:, None], depth[:, None], byte, counts, plane_nbytes, BEHIND)
         codes |= ((some >> (row % 8)[None, :]) & 1) << bit
     level = _level(codes, depth[:, None], levels)
-    return _rounded(level.to(tl.float32) * weight[None, :]).to(tl.int8)
+    return round_half_even(level.to(tl.float32) * weight[None, :]).to(tl.int8)
 
 
 @triton.jit

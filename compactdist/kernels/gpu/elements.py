@@ -234,7 +234,7 @@ def magnitude_bits(value):
 
 @triton.jit
 def round_half_even(value):
-    """Of a value from 0 to 2**22."""
+    """Of a magnitude up to 2**22."""
     return (value + _ROUNDING) - _ROUNDING
 
 
@@ -338,6 +338,18 @@ def fold_tiles(sums, WIDTH: tl.constexpr):
 def is_zero(flag):
     """Of a flag in memory, ``(1, 1)``: the interpreter cannot mask blocks with a scalar."""
     return tl.load(flag + tl.zeros((1, 1), tl.int32)) == 0
+
+
+@triton.jit
+def places_of(group, row, column, row_at, column_at, rows, channels, numel, PLACE: tl.constexpr):
+    """Where the elements of ``row`` and ``column`` of a group lie in memory, and whether they do."""
+    ok = (row < rows) & (column < channels)
+    row = group * rows + tl.where(row < rows, row, 0)
+    if PLACE == CONSECUTIVE:
+        at = row * channels + column
+        return at, ok & (at < numel)
+    else:
+        return tl.load(row_at + row) + tl.load(column_at + tl.where(column < channels, column, 0)), ok
 
 
 @triton.jit

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from compactdist.kernels.gpu.elements import (
-    CONSECUTIVE,
     F32_MAX,
     INFINITY_BITS,
     bits_of,
@@ -19,11 +18,11 @@ from compactdist.kernels.gpu.elements import (
     expected,
     from_bits,
     magnitude_bits,
+    places_of,
     read,
+    round_half_even,
     to_nearest_bf16,
 )
-
-_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to a whole number, half to even
 
 
 @triton.jit
@@ -40,13 +39,8 @@ def _residual(
     TERMS: tl.constexpr,
     PLACE: tl.constexpr,
 ):
-    """Of some channels of a row of all groups; 0 where there is no element."""
-    ok = channel < channels
-    if PLACE == CONSECUTIVE:
-        at = row * channels + channel
-        ok = ok & (at < numel)
-    else:
-        at = tl.load(row_at + row) + tl.load(column_at + tl.where(ok, channel, 0))
+    """Of some channels of a row; 0 where there is no element. All groups are one here, a program to a row."""
+    at, ok = places_of(0, row, channel, row_at, column_at, tl.num_programs(0), channels, numel, PLACE)
     return tl.where(ok, read(x, at, ok) - expected(base, velocity, at, ok, TERMS), 0.0)
 
 
@@ -126,7 +120,7 @@ def take_in(
     tl.store(squares + row, tl.sum(total, axis=0))
     if row % rows == 0:
         tl.store(exponents + group, exponent)
-        tl.store(flag, 1, mask=bits_of(from_bits(tl.load(largest + group))) >= INFINITY_BITS)
+        tl.store(flag, 1, mask=finite == 0)
 
 
 @triton.jit
@@ -164,7 +158,7 @@ def fit_rows(squares, payload, scale_of, scales, inverses, rows, parts, slope, n
         ok = row < rows
         square = _squares_of(squares + of_group * parts, row, rows, parts)
         steps = tl.log2(tl.maximum(tl.div_rn(square, mean), 1e-30)) * slope
-        code = tl.minimum(tl.maximum(((steps + _ROUNDING) - _ROUNDING) + 8.0, 1.0), 15.0).to(tl.int32)
+        code = tl.minimum(tl.maximum(round_half_even(steps) + 8.0, 1.0), 15.0).to(tl.int32)
         code = tl.where(square > 0, code, 0)
         scale = tl.load(scale_of + code)
         inverse = tl.div_rn(tl.full((PAIRS, 2), 1.0, tl.float32), tl.where(scale > 0, scale, 1.0))

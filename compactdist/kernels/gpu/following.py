@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to a whole number, half to even
+from compactdist.kernels.gpu.elements import round_half_even
+
 _ONE = tl.constexpr(32767.0)
 
 
@@ -111,6 +112,6 @@ def scatter_basis(
     to = (block * n + component)[:, None] * n + channel[None, :]
     ok = known[:, None] & (channel < n)[None, :]
     value = tl.load(turned + (block * size + place)[:, None] * n + channel[None, :], mask=ok & inside[:, None], other=0)
-    value = tl.minimum(tl.maximum((value + _ROUNDING) - _ROUNDING, -_ONE), _ONE).to(tl.int16)
+    value = tl.minimum(tl.maximum(round_half_even(value), -_ONE), _ONE).to(tl.int16)
     held = tl.load(rows + to, mask=ok & (inside == 0)[:, None], other=0)
     tl.store(new_rows + to, tl.where(inside[:, None], value, held), mask=ok)

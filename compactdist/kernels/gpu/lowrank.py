@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from compactdist.kernels.gpu.elements import (
-    CONSECUTIVE,
     F32_MAX,
     INFINITY_BITS,
     add_change,
@@ -31,6 +30,7 @@ from compactdist.kernels.gpu.elements import (
     expected,
     from_bits,
     magnitude_bits,
+    places_of,
     power_of_two_near_inverse,
     read,
     rounded_bf16,
@@ -73,18 +73,6 @@ def product_of(
         right = element_of(v, v_scales, table, group * stride + k, column, column < channels, channels, FORM)
         total += left * right
     return tl.where(tl.abs(total) < _SMALLEST_SUM, 0.0, total)
-
-
-@triton.jit
-def places_of(group, row, column, row_at, column_at, rows, channels, numel, PLACE: tl.constexpr):
-    """Where the elements of ``row`` and ``column`` of a group lie in memory, and whether they do."""
-    ok = (row < rows) & (column < channels)
-    row = group * rows + tl.where(row < rows, row, 0)
-    if PLACE == CONSECUTIVE:
-        at = row * channels + column
-        return at, ok & (at < numel)
-    else:
-        return tl.load(row_at + row) + tl.load(column_at + tl.where(column < channels, column, 0)), ok
 
 
 @triton.jit

@@ -77,18 +77,18 @@ def pack(spec: QuantizerSpec, values: Tensor, size: Tensor) -> Tensor:
         size: their magnitudes in units of ``t * c``, the same shape; may be overwritten. Signs need none.
     """
     if spec.kind == "sign":
-        return codes.pack_codes((values >= 0).flatten().to(torch.uint8), 1)
+        return codes.pack_codes((values >= 0).view(-1).to(torch.uint8), 1)
     negative = (values < 0).to(torch.uint8)
     if spec.kind == "linear":
         size = size.round_().clamp_(max=spec.reach)
-        return torch.where(negative > 0, -size, size).to(torch.int8).flatten().view(torch.uint8)
+        return torch.where(negative > 0, -size, size).to(torch.int8).view(-1).view(torch.uint8)
     if spec.kind in FLOAT8:
-        return (codes.float8_codes(size, FLOAT8[spec.kind]) | (negative << 7)).flatten()
+        return (codes.float8_codes(size, FLOAT8[spec.kind]) | (negative << 7)).view(-1)
     if spec.kind == "trits":
-        return codes.pack_trits((size > 0.5).to(torch.uint8).mul_(negative.add_(1)).flatten())
+        return codes.pack_trits((size > 0.5).to(torch.uint8).mul_(negative.add_(1)).view(-1))
     borders = [(low + high) / 2 for low, high in pairwise(spec.magnitudes)]
     index = codes.count_above(size, borders)
-    return codes.pack_codes(negative.mul_(len(spec.magnitudes)).add_(index).flatten(), spec.bits)
+    return codes.pack_codes(negative.mul_(len(spec.magnitudes)).add_(index).view(-1), spec.bits)
 
 
 def _row_statistic(spec: QuantizerSpec, magnitude: Tensor) -> Tensor:

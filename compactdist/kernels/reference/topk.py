@@ -26,7 +26,7 @@ def in_runs(values: Tensor, m: int) -> Tensor:
 def pick(runs: Tensor) -> tuple[Tensor, Tensor]:
     """Places of the kept elements of ``(G, K, m)``, finite: 4 bits each, packed; and the elements, ``(G, K)``."""
     place = runs.abs().argmax(2, keepdim=True)
-    return pack_codes(place.to(torch.uint8).flatten(), 4), runs.gather(2, place).squeeze(2)
+    return pack_codes(place.to(torch.uint8).view(-1), 4), runs.gather(2, place).squeeze(2)
 
 
 def spread(places: Tensor, kept: Tensor, m: int) -> Tensor:
