@@ -44,6 +44,7 @@ __all__ = [
     "RESTART",
     "SHAPE",
     "SHAPE_NBYTES",
+    "STAND_IN",
     "STATELESS",
     "bytes_at",
     "coefficient_in",
@@ -94,7 +95,7 @@ class Field(NamedTuple):
 FIELDS = (
     Field("magic", "4s", "`CDF2`"),
     Field("version", "B", "2"),
-    Field("flags", "B", "1 keyframe, 2 shape block, 4 non-finite, 8 stateless, 16 no state, 32 restart"),
+    Field("flags", "B", "1 keyframe, 2 shape block, 4 non-finite, 8 stateless, 16 no state, 32 restart, 64 stand-in"),
     Field("dtype", "B", "0 float32, 1 float16, 2 bfloat16, 3 float64, then integers, bool, complex (`wire.DTYPES`)"),
     Field("dims", "B", "dimensions in the shape block, 0 without one"),
     Field("step", "i", "step of the call since the last reset, from 0; -1 outside of steps"),
@@ -104,7 +105,9 @@ FIELDS = (
     Field("parts", "H", "frames that make up one tensor, 1 or more"),
     Field("stream", "Q", "blake2b-64 of group name, site key and stream configuration"),
     Field("numel", "Q", "elements"),
-    Field("payload_nbytes", "Q", "payload bytes; padding to a common frame size is not counted"),
+    Field(
+        "payload_nbytes", "Q", "payload bytes, padding to a common frame size not counted; of a stand-in: what follows"
+    ),
     Field("groups", "I", "groups of the payload's matrix view"),
     Field("rows", "I", "rows of it"),
     Field("channels", "I", "channels of it"),
@@ -170,6 +173,8 @@ NO_STATE = 16
 """The sender has no memory budget for this site: from the next call on it passes through."""
 RESTART = 32
 """The payload codes the tensor itself, as a residual with a prediction of zero; the history starts anew from it."""
+STAND_IN = 64
+"""The frame is larger than the size that was agreed and follows in a message of its own; here is its header only."""
 
 HEAD_PLACES = HeadPlaces(
     FLAGS=_OFFSETS["flags"] // 4,
@@ -187,6 +192,7 @@ _FLAG_NAMES = {
     STATELESS: "stateless",
     NO_STATE: "no-state",
     RESTART: "restart",
+    STAND_IN: "stand-in",
 }
 
 _KNOWN_FLAGS = sum(_FLAG_NAMES)
@@ -446,7 +452,7 @@ def unpack(frame: Tensor, where: str) -> Header:
     if frame.numel() < HEADER_NBYTES:
         raise FrameError(f"{where}: {frame.numel()} bytes are too few for a frame ({HEADER_NBYTES}-byte header)")
     header = _parsed(bytes(frame[: HEADER_NBYTES + SHAPE_NBYTES].cpu().numpy()), where)
-    if header.nbytes + header.payload_nbytes > frame.numel():
+    if header.nbytes + header.payload_nbytes > frame.numel() and not header.flags & STAND_IN:
         raise FrameError(
             f"{where}: the frame is cut short: {frame.numel()} bytes for a payload of {header.payload_nbytes} bytes"
         )

@@ -28,19 +28,32 @@ def test_targets() -> None:
     assert targets.table(stored("targets.json")) in page("policy_and_layout.md")
 
 
+def test_targets_are_met_whether_a_change_is_announced_or_not() -> None:
+    """Within 0.31 dB and 1 %."""
+    off = {"nmse_db": 0.0, "bits": 0.0}
+    for rows in stored("targets.json").values():
+        for target, row in rows.items():
+            kind, asked = target.partition("=")[0], float(target.partition("=")[2])
+            off[kind] = max(off[kind], abs(row[kind] - asked) / (1 if kind == "nmse_db" else asked))
+    assert round(off["nmse_db"], 2) == 0.31
+    assert off["bits"] < 0.01
+    assert "errors are met within 0.31 dB and sizes within 1 %" in page("policy_and_layout.md")
+
+
 def test_targets_along_a_trellis() -> None:
-    """3 to 14 % fewer bits, or 0.8 to 1.5 dB less error."""
+    """3 to 14 % fewer bits, or 0.8 to 1.5 dB less error; sizes keep a large error where the prompt changes."""
     saved, gained = [], []
     for name, plain in stored("targets.json").items():
-        for target, row in plain.items() if "half-way" not in name else ():
+        for target, row in plain.items():
             other = stored("targets_trellis.json")[name][target]
             if target.startswith("bits"):
-                gained.append(row["nmse_db"] - other["nmse_db"])
+                gained += [] if "half-way" in name else [row["nmse_db"] - other["nmse_db"]]
             else:
                 saved.append(1 - other["bits"] / row["bits"])
     assert [round(100 * min(saved)), round(100 * max(saved))] == [3, 14]
     assert [round(min(gained), 1), round(max(gained), 1)] == [0.8, 1.5]
-    assert "3 to 14 % fewer bits, or 0.8 to 1.5 dB less error" in page("policy_and_layout.md")
+    said = "3 to 14 % fewer bits or, but for unannounced changes, 0.8 to 1.5 dB less error"
+    assert said in page("policy_and_layout.md")
 
 
 def test_adaptive_order() -> None:

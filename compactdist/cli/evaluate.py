@@ -254,12 +254,12 @@ def _play_frame(
     codec, hint, flat = setting.codec, entry.hint, entry.x[step].reshape(-1)
     warm_up = step < max(1, setting.config.warmup_steps)
     keyframe = warm_up or encoder.is_fresh(flat.numel(), flat.dtype)
-    staged = encoder.stage(flat, codec, keyframe=keyframe, step=step, want_value=True, hint=hint)
+    staged = encoder.stage(flat, codec, keyframe=keyframe, step=step, want_value=True, hint=hint, may_surprise=True)
     encoder.commit(staged)
     x_hat = decoder.decode(staged.frame, codec, flat.numel(), flat.dtype, step=step, hint=hint)
     _check_equal(encoder, decoder, staged.value, x_hat, f"{entry.site}, step {step}, codec {codec!r}")
     score.count(entry.site, step, flat, x_hat, staged.frame.numel(), keyframe=warm_up)
-    return Played(entry.site, step, flat, x_hat, staged.frame.numel(), keyframe, staged.header.rate)
+    return Played(entry.site, step, flat, x_hat, staged.frame.numel(), staged.header.is_key, staged.header.rate)
 
 
 def _check_equal(

@@ -22,6 +22,7 @@ from compactdist import _torch, kernels
 from compactdist.errors import BadOutputError, FrameError, NonFiniteError
 from compactdist.exchange import captured
 from compactdist.exchange.arrivals import Arrival, Arrivals
+from compactdist.exchange.behind import Behind
 from compactdist.exchange.forward import Message
 from compactdist.exchange.later import Later
 from compactdist.exchange.link import Link
@@ -32,7 +33,7 @@ from compactdist.exchange.sampling import Samples
 from compactdist.exchange.work import Job, Outbox, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import GroupStats, PassReason
-from compactdist.state import Ledger, Offload, Room, Site, Staged, StateStore, StreamConfig
+from compactdist.state import FrameFollows, Ledger, Offload, Room, Site, Staged, StateStore, StreamConfig
 from compactdist.wire import frame_in, from_raw
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Flight:
         refusing: peers with which no history will be kept.
         passed: why the message travels in a frame that touches no history; ``None`` for every other message.
         keyframes: whether all frames are keyframes.
+        surprises: frames follow their stand-ins.
         predicted: the call is answered with its prediction.
         work: work of the inner call.
         in_turn: the works of a tensor's parts, each to be waited for before it is decoded; ``None``: there is one work.
@@ -101,6 +103,7 @@ class Flight:
     refusing: frozenset[int] | set[int] = _NOBODY
     passed: PassReason | None = None
     keyframes: bool = True
+    surprises: bool = False
     predicted: bool = False
     work: Any = None
     in_turn: InTurn | None = None
@@ -158,6 +161,9 @@ class Engine:
         late_reads: how often a call waited for what a frame had announced that a device looked at.
         arrivals: frames that were received and may be passed on.
         late: exchanges whose calls were answered with a prediction.
+        behind: frames that follow their stand-ins.
+        may_surprise: senders of CPU tensors may send keyframes that nobody was told of: a target asks for an error, and
+            the receivers' hosts read what arrives.
         tap: called as ``tap(call, peer, tensor, view)`` right before a tensor is encoded or passed on. ``peer`` is the
             receiver's group rank (the sender's own where all ranks receive the tensor), ``view`` the matrix view of the
             layout hint. The tap must neither raise nor change anything.
@@ -183,10 +189,15 @@ class Engine:
     late_reads: int = 0
     arrivals: Arrivals = field(init=False)
     late: Late = field(init=False)
+    behind: Behind = field(init=False)
+    may_surprise: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.arrivals = Arrivals(self.forward)
         self.late = Late(self.label)
+        self.behind = Behind()
+        control = self.store.control
+        self.may_surprise = control is not None and control.target.kind == "nmse_db" and not self.link.exact_sizes
 
     # --- planning -----------------------------------------------------------------------------------------------------
 
@@ -371,7 +382,10 @@ class Engine:
         ``own_bytes``: a keyframe carries the tensor's own bytes, whatever codes the stream's keyframes, and is as large
         as they are.
         """
-        agreed = part.key_nbytes if keyframe else part.residual_nbytes
+        agreed: int | None = part.key_nbytes if keyframe else part.residual_nbytes
+        may_surprise = self.may_surprise and x.is_cpu
+        if own_bytes or (may_surprise and not flight.plan.pattern.collective):
+            agreed = None  # who receives takes a message of any size
         if self.tap is not None and not part.number:
             plan = flight.plan
             whole, hint = (flight.own_input, plan.hint) if plan.cuts else (x, part.hint)
@@ -385,7 +399,7 @@ class Engine:
             keyframe=keyframe,
             step=flight.call.step,
             epoch=flight.call.epoch,
-            frame_nbytes=None if own_bytes else agreed,
+            frame_nbytes=agreed,
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             want_value=flight.plan.want_value,
             own_bytes=own_bytes,
@@ -393,10 +407,13 @@ class Engine:
             hint=part.hint,
             queue=flight.queue,
             copy=flight.places[part.number] if flight.places else None,
+            may_surprise=may_surprise,
         )
         if failure is not None:
             flight.failure = flight.failure or failure
-        if not keyframe:
+        if staged.surprises:
+            flight.surprises |= staged.behind is not None
+        elif not keyframe:
             flight.keyframes = False
         flight.staged.append(staged)
         return staged
@@ -470,6 +487,8 @@ class Engine:
         except BaseException:
             self.withdraw(flight)
             raise
+        if flight.surprises:
+            self.behind.send(self, flight)
         if self.samples.every and flight.failure is None and flight.passed is None:
             self.samples.take(flight)
         if pattern.forwards:
@@ -549,14 +568,14 @@ class Engine:
                     if target is not None and part.numel:
                         if part.stream is None or not part.stream.wrote:
                             self._write(part, value, target)
-                        # what graphs write to the same tensor later comes in a frame that the host never sees
-                        passes_on = plan.pattern.forwards and plan.site.captured is None
-                        if part.codec is not None and passes_on and self.store.knows(plan.site):
-                            plan.pattern.remember(self, flight, part, target, data)
+                        if plan.pattern.forwards and part.codec is not None:
+                            self._remember(flight, part, target, flight.arrived[i])
                 except Exception as e:
                     error = self._met(e, error)
             for target, contiguous in flight.copies if may_write else ():
                 target.copy_(contiguous.view(target.shape))
+        if self.behind.sent:
+            self.behind.finished(flight)
         if ours:
             rooms = self.store.spares.rooms
             for room in flight.rooms:
@@ -572,6 +591,15 @@ class Engine:
             self._settle(offload, plan.site)
         if error is not None:
             raise error
+
+    def _remember(self, flight: Flight, part: Incoming, target: Tensor, frame: Tensor) -> None:
+        """Remember the frame that an output was written from, which may be passed on.
+
+        What graphs write to the same tensor later comes in a frame that the host never sees.
+        """
+        site = flight.plan.site
+        if site.captured is None and self.store.knows(site):
+            flight.plan.pattern.remember(self, flight, part, target, frame)
 
     def _met(self, error: Exception, first: Exception | None) -> Exception:
         """The first error of a call, once it has been noted which epoch another rank is in."""
@@ -617,21 +645,26 @@ class Engine:
         if pattern.forwards:
             self.arrivals.forget(plan.site, part.peer)
         keyframe = pattern.waits_for_earlier_calls and (flight.call.warm or part.fresh)
-        value = decoder.decode(
-            data,
-            part.codec,
-            part.numel,
-            plan.dtype,
-            step=flight.call.step,
-            epoch=flight.call.epoch,
-            hint=part.hint,
-            refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
-            foreseen=pattern.waits_for_earlier_calls,
-            keyframe=keyframe,
-            keys_there=keyframe and self.keys_there,
-            into=target if target is not None and target.device == data.device and target.is_contiguous() else None,
-            queue=queue,
-        )
+        try:
+            value = decoder.decode(
+                data,
+                part.codec,
+                part.numel,
+                plan.dtype,
+                step=flight.call.step,
+                epoch=flight.call.epoch,
+                hint=part.hint,
+                refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
+                foreseen=pattern.waits_for_earlier_calls,
+                keyframe=keyframe,
+                keys_there=keyframe and self.keys_there,
+                into=target if target is not None and target.device == data.device and target.is_contiguous() else None,
+                queue=queue,
+            )
+        except FrameFollows as follows:
+            frame = self.behind.fetch(self, follows.header, part.peer)
+            flight.arrived = [frame if one is data else one for one in flight.arrived]
+            return self._take(flight, part, frame, refused, target, queue)
         if decoder.refused:
             refused.add(Site.ALL if pattern.whole_site else part.peer)
         if pattern.receives_only:

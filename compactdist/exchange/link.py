@@ -116,13 +116,14 @@ class Link:
 
     Attributes:
         together: the group of calls that is open; ``None`` for none.
+        exact_sizes: messages of all tensors must be received at the size they are sent with.
     """
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         self.together: CallGroup | None = None
         self._done = Done()
-        self._exact_sizes = bool(getattr(inner, "exact_sizes", False))
+        self.exact_sizes = bool(getattr(inner, "exact_sizes", False))
         if inner is None:
             return
         self._all_gather = _torch.first_method(inner, _torch.ALL_GATHER_SINGLE)
@@ -133,7 +134,7 @@ class Link:
 
         gloo takes a shorter message, and only gloo carries CPU tensors.
         """
-        return self._exact_sizes or not x.is_cpu
+        return self.exact_sizes or not x.is_cpu
 
     def work_of(self, work: Any) -> Any:
         """What to wait for after an inner call that returned ``work``."""

@@ -20,6 +20,7 @@ from compactdist.state.matrix_view import blocks
 from compactdist.state.quantized_history import quantize_if
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
 from compactdist.state.said import announced, expect_announcement, expect_coefficient
+from compactdist.state.stand_in import FrameFollows
 from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, StreamConfig, StreamState
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
@@ -30,6 +31,7 @@ from compactdist.wire import (
     NO_STATE,
     NONFINITE,
     RESTART,
+    STAND_IN,
     STATELESS,
     Header,
     HeadTemplate,
@@ -54,7 +56,7 @@ _FLAGGED_KEY = (
 )
 
 _KINDS = KEY | STATELESS | RESTART
-_FLAGS_OF_KINDS = {0: NONFINITE, KEY: NONFINITE | NO_STATE, STATELESS: 0, RESTART: 0}
+_FLAGS_OF_KINDS = {0: NONFINITE, KEY: NONFINITE | NO_STATE, STATELESS: 0, RESTART: 0, KEY | RESTART: 0}
 """The kinds of frames, and the other flags that each may have; any other combination is refused."""
 
 
@@ -161,7 +163,7 @@ class StreamDecoder(StreamState):
             Flat ``[numel]`` tensor of ``dtype``; it may share memory with ``frame`` or the history: copy it out.
 
         Raises:
-            FrameError: the frame is not the expected one; nothing was applied.
+            FrameError, FrameFollows: the frame is not the expected one, or a stand-in for it; nothing was applied.
             NonFiniteError: the sender's tensor held NaN or Inf.
         """
         if self._announced is not None:
@@ -187,9 +189,12 @@ class StreamDecoder(StreamState):
 
         Raises:
             FrameError: as ``_check``.
+            FrameFollows: it is a stand-in for one.
         """
         try:
             header = header or unpack(frame, self.where)
+            if header.flags & STAND_IN and header.shape is None and frame.is_cpu:
+                raise FrameFollows(header)
             return header, self._check(frame, header, due)
         except FrameError:
             codec, tells_view = due.codec, not (self._looked or due.hint) and (header is None or header.next_groups > 0)
@@ -535,6 +540,8 @@ class StreamDecoder(StreamState):
             return value
         self.start(numel, dtype, hint)
         if self.config.remembers:
+            if header.flags & RESTART:
+                self.predictor.clear()
             self.predictor.advance(kept, ())
         self._torn = False
         self.digest = 0
@@ -612,7 +619,7 @@ class StreamDecoder(StreamState):
             return None, raw_nbytes(numel, dtype)
         if flags & NONFINITE and not header.payload_nbytes:
             return None, 0
-        if kind == KEY:
+        if kind & KEY:
             coded = self.config.keyframe_for(codec, numel, dtype)
             view = blocks(numel) if coded is None else self.keyframe_view(coded, numel, dtype, hint)
             return view, self.keyframe_nbytes(codec, numel, dtype, hint)

@@ -24,6 +24,7 @@ from compactdist.state.matrix_view import blocks
 from compactdist.state.rate import Choice, Measured, StreamRate
 from compactdist.state.relay import Relay, stop_sharing
 from compactdist.state.said import announce, say_coefficient
+from compactdist.state.stand_in import stand_in_for
 from compactdist.state.stream import Changes, Form, Room, Spares, Staged, StreamConfig, StreamState
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
@@ -160,6 +161,7 @@ class StreamEncoder(StreamState):
         row_weights: Tensor | None = None,
         own_bytes: bool = False,
         hint: MatrixView | None = None,
+        may_surprise: bool = False,
     ) -> Staged:
         """Make the next frame without changing any state.
 
@@ -176,6 +178,8 @@ class StreamEncoder(StreamState):
             row_weights: how much errors in each row matter, float ``(R,)`` or ``(G, R)``; for a codec that takes them.
             own_bytes: let a keyframe carry the tensor's own bytes, although the stream codes its keyframes.
             hint: matrix view that a layout hint gives the stream when it starts.
+            may_surprise: where a residual would miss the target by far, the receiver takes a keyframe that no frame
+                announced: one of any size or, with ``frame_nbytes``, a stand-in and then ``Staged.behind``.
 
         Returns:
             The frame; :meth:`commit` or :meth:`withdraw` it.
@@ -190,7 +194,8 @@ class StreamEncoder(StreamState):
                 flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, shape, own_bytes, hint
             )
         form = self._form_for(flat, codec)
-        return self._stage_residual(flat, codec, form, step, epoch, frame_nbytes, want_value, shape, row_weights)
+        staged = self._stage_residual(flat, codec, form, step, epoch, frame_nbytes, want_value, shape, row_weights)
+        return self._or_surprise(staged, flat, codec, step, epoch, frame_nbytes, shape) if may_surprise else staged
 
     def _stage_payload(
         self, x: Tensor, codec: Codec, payload: Tensor, frame_nbytes: int | None = None, **fields: Any
@@ -214,8 +219,9 @@ class StreamEncoder(StreamState):
         shape: tuple[int, ...] | None,
         own_bytes: bool,
         hint: MatrixView | None,
+        restarts: bool = False,
     ) -> Staged:
-        flags = KEY | (NO_STATE if refuse_state else 0)
+        flags = KEY | (NO_STATE if refuse_state else 0) | (RESTART if restarts else 0)
         keeps = self.config.remembers and not refuse_state
         coded = None if own_bytes else self.config.keyframe_for(codec, flat.numel(), flat.dtype)
         fields: dict[str, Any] = {"step": step, "epoch": epoch, "shape": shape}
@@ -344,6 +350,40 @@ class StreamEncoder(StreamState):
         else:
             self._seal(staged, step, epoch, shape)
         return staged
+
+    def _or_surprise(
+        self,
+        staged: Staged,
+        flat: Tensor,
+        codec: Codec,
+        step: int,
+        epoch: int,
+        frame_nbytes: int | None,
+        shape: tuple[int, ...] | None = None,
+    ) -> Staged:
+        """A residual's frame or, where it would miss the target by far, a keyframe in its place.
+
+        The rate of a residual is announced one frame ahead, so its size cannot follow from a tensor that changed
+        entirely since.
+        """
+        steers, measured, session = self.steers, staged.measured, staged.session
+        if steers is None or not isinstance(measured, Measured) or not steers.is_hopeless(measured):
+            return staged
+        head = HEADER_NBYTES if shape is None else HEADER_NBYTES + SHAPE_NBYTES
+        nbytes = head + self.keyframe_nbytes(codec, flat.numel(), flat.dtype)
+        fits = frame_nbytes is None or nbytes <= frame_nbytes
+        padded = frame_nbytes if fits else None
+        key = self._stage_key(flat, codec, step, epoch, padded, False, True, shape, False, None, restarts=True)
+        assert key.value is not None
+        if not Measured.of(flat, (), key.value).error < measured.error:
+            return staged
+        assert session is not None
+        session.rollback()
+        key.surprises = True
+        if not fits:
+            assert frame_nbytes is not None
+            key.frame, key.behind = stand_in_for(key.header, frame_nbytes, flat), key.frame
+        return key
 
     def _encoded(
         self,
@@ -514,6 +554,7 @@ class StreamEncoder(StreamState):
         hint: MatrixView | None = None,
         queue: int | None = None,
         copy: Tensor | None = None,
+        may_surprise: bool = False,
     ) -> tuple[Staged, NonFiniteError | None]:
         """As ``stage``, but a tensor that is not finite gives a flagged frame: peers wait for one of the agreed size.
 
@@ -542,6 +583,8 @@ class StreamEncoder(StreamState):
                 staged = self._stage_there(flat, form, form.frames, step, epoch, frame_nbytes, want_value, queue, copy)
             if staged is None:
                 staged = self._stage_residual(flat, codec, form, step, epoch, frame_nbytes, want_value, copy=copy)
+                if may_surprise and form.frames is None:  # else a device checks what arrives, and nobody looks
+                    staged = self._or_surprise(staged, flat, codec, step, epoch, frame_nbytes)
             return staged, None
         except NonFiniteError as error:
             # a traceback would keep the caller's tensors and works alive
@@ -574,7 +617,7 @@ class StreamEncoder(StreamState):
         header = staged.header
         flags = header.flags
         if self.steers is not None and self.steers.is_known and (staged.measured is not None or flags & KEY):
-            self.steers.sent(staged.measured, staged.frame.numel(), header.next_rate)
+            self.steers.sent(staged.measured, staged.wire_nbytes, header.next_rate)
         if flags & STATELESS:
             self.sequence += 1
             return

@@ -22,6 +22,7 @@ from compactdist.errors import ConfigError
 from compactdist.kernels import restored
 from compactdist.state.host_copy import HostCopy
 from compactdist.state.site_key import without_request
+from compactdist.wire import HEADER_NBYTES
 
 __all__ = ["STEERED", "Choice", "Measured", "Met", "RateControl", "StreamRate", "Target", "check_steered"]
 
@@ -35,6 +36,7 @@ _KINDS = {
     "bytes_per_step": "a number above 0",
 }
 _DB_PER_BIT = 6.02
+_KEYFRAME_DB = 4.0
 _FIRST_CHANGE = 0.03
 """Energy of the first residual over the tensor's, before any was seen."""
 _MARGIN = 1.12
@@ -45,6 +47,9 @@ _SETTLES_AFTER = 16
 """Residuals until errors above the target may make up for all that was gained before."""
 _HOPELESS = 6.0
 """Errors count as at most so many times the target when others make up for them."""
+_ANOTHER = 0.5
+"""Energy of a residual over its tensor's, above which the tensor does not go on from the one before. On the recorded
+traces, down to 4 steps, it is 0.48 at most, and 1.3 to 4.4 where a prompt changes."""
 _FORGET = 0.98
 """Weight of older steps beside those of one step later, in requests of many steps."""
 _LEARN, _LEARN_OTHERS = 0.6, 0.2
@@ -226,6 +231,7 @@ class StreamRate:
         self._loss: list[float] = []
         self._seen: set[int] = set()
         self._last: Measured | None = None
+        self._goes_on = False
         self._awaited: list[tuple[Hashable, HostCopy, int]] = []
         self._catching_up = threading.Lock()
         self.sums = _Sums()
@@ -329,8 +335,14 @@ class StreamRate:
             lower, mine = rate < self.rate, errors[self.rate - 1]
             if (lower and errors[rate - 1] * _MARGIN > allowed) or (not lower and mine <= allowed * _MARGIN):
                 rate = self.rate
-        again = not keyframe and errors[rate - 1] > allowed and self.sizes[rate - 1] >= key_nbytes
+        misses, fits = errors[rate - 1] > allowed, self.sizes[rate - 1] >= key_nbytes
+        again = not keyframe and misses and fits and self._keyframe_error(key_nbytes) < errors[rate - 1]
         return Choice(0 if rate == self.rate else rate, again)
+
+    def _keyframe_error(self, key_nbytes: int) -> float:
+        """About the NMSE of a keyframe of this size: within 3 dB what scalar quantizers leave of Gaussian values."""
+        bits = 8 * (key_nbytes - HEADER_NBYTES) / max(1, self.elements)
+        return float(10 ** ((_KEYFRAME_DB - _DB_PER_BIT * bits) / 10))
 
     def _allowed(self, asked: float, measured: Measured | None) -> float:
         """The NMSE that the next residual may have, so that it and those before it meet what is asked."""
@@ -355,6 +367,7 @@ class StreamRate:
             next_rate: the rate that it announces; 0: none.
         """
         self._control.counted(wire_bytes, self.elements, residual=measured is not None)
+        self._goes_on = measured is not None
         if measured is None:
             if not self.planned:
                 self._control.begun(self)
@@ -398,6 +411,16 @@ class StreamRate:
         if self._last is None:
             return measured.error
         return min(measured.error, _HOPELESS * asked * measured.energy)
+
+    def is_hopeless(self, measured: Measured) -> bool:
+        """Whether the tensor is another one than before, and its residual misses what is asked for by far.
+
+        Not right after a keyframe: tensors that have nothing to do with those before are better sent at a higher rate,
+        which is learnt from a residual.
+        """
+        asked = self._control.target.nmse
+        is_another = measured.residual > _ANOTHER * measured.energy
+        return self._goes_on and is_another and measured.error > _HOPELESS * asked * measured.energy
 
     def rest(self) -> None:
         """The stream sends nothing until it begins anew: no bytes are set aside for it."""

@@ -128,6 +128,7 @@ class ResidualEncoder:
             shape=tuple(x.shape),
             row_weights=row_weights,
             hint=hint,
+            may_surprise=True,
         )
         self._stream.commit(staged)
         self._frames += 1

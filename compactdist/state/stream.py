@@ -285,6 +285,8 @@ class Staged:
         lends: nobody needs ``value`` once it was copied into the history.
         spare: what ``value`` was copied from, which may be written to once the caller has it.
         goes_on: of a frame that a CUDA graph makes: bool ``[]`` on the device, the stream's clock has not ended.
+        behind: the frame itself, where ``frame`` is a stand-in for it; else ``None``.
+        surprises: a keyframe that nobody was told of.
     """
 
     frame: Tensor
@@ -304,6 +306,13 @@ class Staged:
     lends: bool = False
     spare: Tensor | None = None
     goes_on: Tensor | None = None
+    behind: Tensor | None = None
+    surprises: bool = False
+
+    @property
+    def wire_nbytes(self) -> int:
+        """Bytes that travel: of the frame, and of what follows it."""
+        return self.frame.numel() + (0 if self.behind is None else self.behind.numel())
 
 
 class Changes:

@@ -15,7 +15,7 @@ from compactdist.presets import with_steered_codec
 from compactdist.state import RateControl, ResidualDecoder, ResidualEncoder, StreamConfig, StreamDecoder, StreamEncoder
 from compactdist.state.rate import Measured, StreamRate, Target
 from compactdist.state.relay import same_state
-from compactdist.wire import payload_of, seal, unpack
+from compactdist.wire import KEY, STAND_IN, payload_of, seal, unpack
 from tests.state import kit
 
 ROWS, CHANNELS, STEPS = 48, 64, 24
@@ -86,20 +86,55 @@ def test_a_size_is_met(target):
     assert met.bytes_per_step == pytest.approx(met.bits * ROWS * CHANNELS / 8)
 
 
-def test_another_request_half_way():
-    """The tensors of another request: one frame is wrong, a restart or a keyframe, and the target is met again."""
+@pytest.mark.parametrize("order", [1, 2, "auto"])
+@pytest.mark.parametrize("keyframe", ["int8", "raw", "int4"])
+def test_another_request_half_way(order, keyframe):
+    """The tensors of another request: a keyframe that nobody was told of, and the target is met all the time."""
+    encoder, decoder = kit.pair(target="nmse_db=-26", order=order, keyframe=keyframe)
+    first, second = values(2), values(3)
+    errors, kinds = [], []
+    for x in (*first, *second):
+        frame = encoder.encode(x)
+        y = decoder.decode(frame)
+        kit.check_in_step(encoder, decoder)
+        kinds.append(unpack(frame, "here").is_key)
+        errors.append(float((y - x).square().sum() / x.square().sum()))
+    assert [at for at, is_key in enumerate(kinds) if is_key] == [0, len(first)]
+    if keyframe != "int4":  # whose error is near what is asked for
+        assert errors[len(first)] < 10**-2.6
+    settled = errors[len(first) + 1 :]
+    assert 10 * math.log10(sum(settled) / len(settled)) < -25
+    assert encoder.met.met < -25
+
+
+def test_a_keyframe_with_more_error_is_not_sent():
+    """A keyframe of one bit would lose more than a residual of its size, whether that misses the target or not."""
+    encoder, decoder = kit.pair(target="nmse_db=-26", keyframe="binary")
+    kinds = []
+    for x in (*values(2), *values(3)):
+        frame = encoder.encode(x)
+        decoder.decode(frame)
+        kit.check_in_step(encoder, decoder)
+        kinds.append(unpack(frame, "here").is_key)
+    assert sum(kinds) == 1
+
+
+def test_a_size_that_is_asked_for_is_kept():
+    encoder, decoder = kit.pair(target="bits=1.5")
+    sizes = []
+    for x in (*values(2), *values(3)):
+        frame = encoder.encode(x)
+        decoder.decode(frame)
+        sizes.append(frame.numel())
+    assert max(sizes[1:]) < sizes[0], "only the first frame is a keyframe"
+
+
+def test_a_stand_alone_stream_knows_no_stand_ins():
     encoder, decoder = kit.pair(target="nmse_db=-26")
-    play(encoder, decoder, values(2))
-    before = encoder._control._streams["stand-alone stream", 0].sums
-    first = replace(before)
-    rest = values(3)
-    play(encoder, decoder, rest[:2])
-    second = replace(encoder._control._streams["stand-alone stream", 0].sums)
-    play(encoder, decoder, rest[2:])
-    after = encoder._control._streams["stand-alone stream", 0].sums
-    assert second.error - first.error > first.error  # the cut: more than in all steps before
-    settled = 10 * math.log10((after.error - second.error) / (after.energy - second.energy))
-    assert settled < -25
+    frame = encoder.encode(values(2)[0])
+    seal(frame, replace(unpack(frame, "here"), flags=KEY | STAND_IN))
+    with pytest.raises(FrameError, match=r"wrong flags.*Nothing was applied"):
+        decoder.decode(frame)
 
 
 def test_a_keyframe_is_announced_where_a_residual_would_cost_more():
