@@ -27,7 +27,7 @@ from torch import Tensor
 
 from compactdist.errors import CodecConfigError, PayloadError
 from compactdist.kernels import DeviceSteps, restored
-from compactdist.kernels.spec import MatrixView, Term
+from compactdist.kernels.spec import MatrixView, MovingTerm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -208,6 +208,9 @@ class Session:
     remembers: ClassVar[bool] = False
     """Whether ``commit`` and ``rollback`` do anything; if not, callers may leave these calls out."""
 
+    takes_velocity: bool = False
+    """Whether the second of two terms on a CPU may be a ``kernels.spec.Velocity``."""
+
     prepares: ClassVar[bool] = False
     """Whether ``prepare`` does anything; if not, callers may leave it out."""
 
@@ -382,12 +385,12 @@ def tensors_in(move: Callable[[Callable[[Tensor], Tensor]], None]) -> list[Tenso
     return found
 
 
-def residual_of(x: Tensor, terms: tuple[Term, ...]) -> Tensor:
+def residual_of(x: Tensor, terms: tuple[MovingTerm, ...]) -> Tensor:
     """``x`` less the sum of ``terms`` in float32; it may be ``x`` itself if there are no terms."""
     return x.float() - sum_of(terms) if terms else x.float()
 
 
-def sum_of(terms: tuple[Term, ...]) -> Tensor:
+def sum_of(terms: tuple[MovingTerm, ...]) -> Tensor:
     """The sum of one or two terms in float32."""
     first = restored(terms[0]).float()
     return first if len(terms) == 1 else first + restored(terms[1]).float()

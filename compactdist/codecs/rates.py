@@ -168,6 +168,10 @@ class RatesSession(Session):
         return self._inner.takes_rounded
 
     @property
+    def takes_velocity(self) -> bool:  # type: ignore[override]
+        return self._inner.takes_velocity
+
+    @property
     def device_steps(self) -> DeviceSteps | None:
         return self._inner.device_steps
 

@@ -101,6 +101,8 @@ class _TopKSession(Session):
 
     __slots__ = ("_chosen_under", "_device_steps", "_steps")
 
+    takes_velocity = True
+
     codec: _OneOfM
 
     def __init__(self, codec: _OneOfM, view: MatrixView, dtype: torch.dtype, device: torch.device) -> None:

@@ -49,7 +49,7 @@ class Behind:
     @staticmethod
     def fetch(engine: Engine, header: Header, peer: int) -> Tensor:
         """The frame that a stand-in from a peer stands for; ``header``: what the stand-in says. It is waited for."""
-        frame = torch.empty(header.nbytes + header.payload_nbytes, dtype=torch.uint8)
+        frame = torch.empty(header.nbytes + header.payload_nbytes, dtype=torch.uint8, device="cpu")
         engine.link.receive(frame, peer, tag_of(header)).wait()
         return frame
 

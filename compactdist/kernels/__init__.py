@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compactdist.kernels.queues import captures, queue_of, stream_of
-from compactdist.kernels.reference import components, rounding
+from compactdist.kernels.reference import components, rounding, terms
 from compactdist.kernels.reference.checksum import weighted_sum
 from compactdist.kernels.reference.rotations import sweep
 from compactdist.kernels.reference.samples import is_far_larger
@@ -28,8 +28,9 @@ from compactdist.kernels.spec import (
     FactorSpec,
     HeadPlaces,
     MatrixView,
+    MovingTerm,
     QuantizerSpec,
-    Term,
+    Velocity,
 )
 
 if TYPE_CHECKING:
@@ -458,18 +459,32 @@ def rounding_for(numel: int, dtype: torch.dtype, codes: torch.dtype, device: tor
     return rounding if made is None else made
 
 
-def restored(term: Term, out: Tensor | None = None) -> Tensor:
+def restored(term: MovingTerm, out: Tensor | None = None) -> Tensor:
     """The term as a tensor, flat ``[numel]`` of its dtype; a tensor as it is.
 
-    ``out``: contiguous; holds what is made of a rounded one.
+    ``out``: contiguous; holds what is made of another term.
     """
     if isinstance(term, Tensor):
         return term
     if out is None:
         out = torch.empty(term.numel(), dtype=term.dtype, device=term.device)
-    if term.numel():
+    if not term.numel():
+        return out
+    if isinstance(term, Velocity):
+        _velocities_for(term).write_out(term, out)
+    else:
         rounding_for(term.numel(), term.dtype, term.codes.dtype, term.device).dequantize(term.codes, term.scales, out)
     return out
+
+
+def _velocities_for(term: Velocity) -> ModuleType:
+    """What writes out such a velocity: ``reference/terms.py``, or a compiled twin."""
+    if term.is_cpu and choice.forced != "gpu" and cpu_runs(term.numel()):
+        from compactdist.kernels.cpu import steps
+        from compactdist.kernels.cpu import velocities as compiled
+
+        return compiled if term.dtype in steps.DTYPES else terms
+    return terms
 
 
 def rotate(matrices: Tensor, basis: Tensor, sizes: Sequence[int], smallest: float) -> tuple[Tensor, Tensor]:
@@ -566,7 +581,7 @@ def checksum_for(nbytes: int, device: torch.device) -> Checksum:
     return steps.weighted_sum
 
 
-FarLarger = Callable[[Tensor, tuple[Term, ...]], bool]
+FarLarger = Callable[[Tensor, tuple[MovingTerm, ...]], bool]
 """Whether a flat tensor less the sum of its terms, one or two, is far larger than the tensor."""
 
 

@@ -44,11 +44,13 @@ __all__ = [
     "Float8",
     "HeadPlaces",
     "MatrixView",
+    "MovingTerm",
     "QuantizerSpec",
     "Rounded",
     "RoundedForm",
     "ScaleForm",
     "Term",
+    "Velocity",
 ]
 
 CHECKSUM_WEIGHT = 0x9E3779B1
@@ -202,7 +204,61 @@ class Rounded:
         return self.codes.data_ptr()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Velocity:
+    """What a tensor changed by since the one before it, times a coefficient: the second term of a prediction.
+
+    ``coefficient * clamp(base - previous)`` in float32, rounded once to ``dtype``; ``clamp`` keeps a difference within
+    what ``dtype`` holds. Where the coefficient is a tensor and 0, all is -0, which leaves a -0 that it is added to as
+    it is.
+
+    Attributes:
+        base, previous: flat ``[numel]``, contiguous, finite, of one dtype; ``base`` is the first term.
+        coefficient: in [-1, 1]. On a device also float32 ``[]``, where the host does not know it.
+    """
+
+    base: Tensor
+    previous: Tensor
+    coefficient: float | Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As of a tensor."""
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """As of a tensor."""
+        return self.base.device
+
+    @property
+    def is_cpu(self) -> bool:
+        """As of a tensor."""
+        return self.base.is_cpu
+
+    def numel(self) -> int:
+        """As of a tensor."""
+        return self.base.numel()
+
+    def data_ptr(self) -> int:
+        """Where ``previous`` is."""
+        return self.previous.data_ptr()
+
+    def is_contiguous(self) -> bool:
+        """As of a tensor."""
+        return True
+
+    def contiguous(self) -> Velocity:
+        """As of a tensor."""
+        return self
+
+    def detach(self) -> Velocity:
+        """As of a tensor."""
+        return self
+
+
 Term = Tensor | Rounded
+MovingTerm = Tensor | Rounded | Velocity
 """What is expected, or one of two tensors whose sum is; a rounded one stands alone."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from compactdist import kernels
 from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.errors import FrameError, NonFiniteError, PayloadError
 from compactdist.kernels import Frames
-from compactdist.kernels.spec import FROM_HOST, MatrixView
+from compactdist.kernels.spec import FROM_HOST, MatrixView, MovingTerm, Velocity
 from compactdist.state.board import Board
 from compactdist.state.host_copy import HostCopy
 from compactdist.state.key_ends import remembered
@@ -475,11 +475,16 @@ class StreamDecoder(StreamState):
         assert self.live is not None
         predictor, (numel, dtype) = self.predictor, self.live
         rounds, users = self._rounds and session.takes_rounded, into
-        terms = () if restarts else self.rounded_terms if rounds else predictor.terms(coefficient)
+        if restarts or not self._moves:
+            terms = () if restarts else self.rounded_terms if rounds else predictor.terms(coefficient)
+        else:
+            terms = self.moving_terms(session, coefficient)
         if rounds and into is not None:  # what is remembered is made from the user's tensor
             value, into = into.view(-1), None
         elif terms and predictor.decodes_in_place and not rounds:
             value = terms[0]
+        elif len(terms) > 1 and isinstance(velocity := cast(MovingTerm, terms[1]), Velocity):
+            value = velocity.previous  # which nobody needs after this frame
         else:
             value = torch.empty(numel, dtype=dtype, device=payload.device)
         self._torn = True

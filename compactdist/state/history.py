@@ -15,13 +15,17 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from compactdist import kernels
 from compactdist.codecs.base import Terms
 from compactdist.errors import ConfigError
-from compactdist.kernels.spec import Rounded, Term
+from compactdist.kernels.spec import MovingTerm, Rounded, Term, Velocity
 
 __all__ = [
     "DampedVelocity",
     "ExactCell",
+    "ExactDampedVelocity",
+    "ExactLastValue",
+    "LastTwo",
     "LastValue",
     "Memoryless",
     "Order",
@@ -187,6 +191,10 @@ class Predictor(ABC):
                 float32 ``[]``, where the host does not know it.
         """
 
+    def kept_terms(self, coefficient: float | Tensor = 0.0) -> tuple[MovingTerm, ...]:
+        """As :meth:`terms`; a second term may be a ``kernels.spec.Velocity`` of what is kept."""
+        return self.terms(coefficient)
+
     @property
     def rounded(self) -> tuple[Rounded, ...]:
         """The prediction as it is kept, where that is one tensor in eight bits; else empty."""
@@ -218,7 +226,7 @@ class Predictor(ABC):
 
         Args:
             value: the reconstruction.
-            terms: what :meth:`terms` or :attr:`rounded` gave for this frame; empty for a keyframe.
+            terms: what :meth:`terms`, :meth:`kept_terms` or :attr:`rounded` gave for this frame; empty for a keyframe.
 
         Returns:
             A tensor of the same size whose memory nobody needs any more, or ``None``.
@@ -380,11 +388,7 @@ class DampedVelocity(Predictor):
         return self._base.made_of(value) + self._velocity.made_of(self._change(value, terms[0]))
 
     def _change(self, value: Tensor, base: Tensor | None) -> Tensor:
-        if base is None:
-            return torch.zeros_like(value)
-        limit = torch.finfo(value.dtype).max
-        change = (value.float() - base.float()).clamp_(-limit, limit)
-        return (change * self._damping).to(value.dtype)
+        return torch.zeros_like(value) if base is None else kernels.restored(Velocity(value, base, self._damping))
 
     def stay(self) -> None:
         self._base.stay()
@@ -401,6 +405,78 @@ class DampedVelocity(Predictor):
     @property
     def held(self) -> tuple[Tensor, ...]:
         return self._base.held + self._velocity.held
+
+
+class LastTwo(Predictor):
+    """Keeps the last two reconstructions, from which it makes a velocity."""
+
+    copies = 2
+    __slots__ = ("_base", "_previous")
+
+    def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
+        self._base, self._previous = new_cell(), new_cell()
+
+    def terms(self, coefficient: float | Tensor = 0.0) -> Terms:
+        kept = self.kept_terms(coefficient)
+        return tuple(map(kernels.restored, kept))
+
+    @abstractmethod
+    def kept_terms(self, coefficient: float | Tensor = 0.0) -> tuple[MovingTerm, ...]: ...
+
+    def with_velocity(self, coefficient: float | Tensor | None) -> tuple[MovingTerm, ...]:
+        """The terms of a prediction with this coefficient; ``None``: without a velocity."""
+        base = self._base.read()
+        if base is None:
+            return ()
+        previous = None if coefficient is None else self._previous.read()
+        if coefficient is None or previous is None:
+            return (base,)
+        return base, Velocity(base, previous, coefficient)
+
+    def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
+        base = terms[0] if terms else self._base.read()
+        if base is None:
+            self._previous.put(value.clone(), None)  # no change yet
+            return self._base.put(value, None)
+        if isinstance(self._base, ExactCell) and self._base.stays:
+            self._previous.put(base, None)
+        else:
+            self._base, self._previous = self._previous, self._base
+        return self._base.put(value, base)
+
+    def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
+        return value, terms[0].clone()  # which is written to first
+
+    def stay(self) -> None:
+        self._base.stay()
+        self._previous.stay()
+
+    def clear(self) -> None:
+        self._base.clear()
+        self._previous.clear()
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        self._base.move(to)
+        self._previous.move(to)
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return self._base.held + self._previous.held
+
+
+class ExactDampedVelocity(LastTwo):
+    """Order 2 with exact tensors: the same predictions, made from the last two, which takes one pass less."""
+
+    number = 2
+    damped = True
+    __slots__ = ("_damping",)
+
+    def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
+        super().__init__(damping, new_cell)
+        self._damping = damping
+
+    def kept_terms(self, coefficient: float | Tensor = 0.0) -> tuple[MovingTerm, ...]:
+        return self.with_velocity(self._damping)
 
 
 PREDICTORS: tuple[type[Predictor], ...] = (Memoryless, LastValue, DampedVelocity)

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from compactdist import kernels
 from compactdist.kernels.spec import ROUNDED, ROUNDED_BLOCK, EightBits, Rounded, Term
-from compactdist.state.history import ExactCell, ExactLastValue, LastValue, Order, Predictor, predictor_class
+from compactdist.state.history import (
+    DampedVelocity,
+    ExactCell,
+    ExactDampedVelocity,
+    ExactLastValue,
+    LastValue,
+    Order,
+    Predictor,
+    predictor_class,
+)
 
 __all__ = [
     "STATE_FORMS",
@@ -127,4 +136,6 @@ def make_predictor(order: Order, damping: float, form: StateForm) -> Predictor:
     kind = predictor_class(order)
     if form != "exact":
         return kind(damping, functools.partial(QuantizedCell, form))
-    return ExactLastValue(damping, ExactCell) if kind is LastValue else kind(damping, ExactCell)
+    if kind is LastValue:
+        return ExactLastValue(damping, ExactCell)
+    return (ExactDampedVelocity if kind is DampedVelocity else kind)(damping, ExactCell)

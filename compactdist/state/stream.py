@@ -364,6 +364,7 @@ class StreamState:
         "_form",
         "_forms",
         "_keys",
+        "_moves",
         "_number",
         "_rounds",
         "_unprepared",
@@ -397,6 +398,7 @@ class StreamState:
         self.part, self.parts = 0, 1
         self.predictor = config.new_predictor()
         self._rounds = config.state != "exact" and config.predictor.copies == 1
+        self._moves = config.predictor.copies > 1
         self.live: tuple[int, torch.dtype] | None = None
         self.sequence = 0
         self.digest = 0
@@ -449,6 +451,12 @@ class StreamState:
     def known_form(self) -> Form | None:
         """What the last residual shared with those before it; ``None``: there is none since the stream changed."""
         return self._form
+
+    def moving_terms(self, session: Session, coefficient: float) -> Terms:
+        """The prediction of a predictor with a velocity, in the form that the session takes."""
+        if session.takes_velocity and session.device.type == "cpu":
+            return cast(Terms, self.predictor.kept_terms(coefficient))
+        return self.predictor.terms(coefficient)
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         """Keep what ``to`` makes of each tensor held by this end: the same bytes on another device."""

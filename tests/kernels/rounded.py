@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compactdist import codecs
 from compactdist.kernels import use
-from compactdist.kernels.reference import rounding
+from compactdist.kernels.reference import terms as terms_of
 from compactdist.kernels.spec import EightBits, MatrixView
 from compactdist.state.matrix_view import Layout, blocks, plain
 from compactdist.state.quantized_history import quantize
@@ -59,7 +59,7 @@ def steps(
         for step in range(1, 4):
             x = (base.float() + 0.2 * tensor(view.numel, torch.float32, step).to(device)).to(dtype)
             rounded = quantize(base, form, dtype)
-            term: Any = rounding.restored(rounded) if kernels == "restored" else rounded
+            term: Any = terms_of.restored(rounded) if kernels == "restored" else rounded
             outs = torch.full((4, view.numel), torch.nan, dtype=dtype, device=device)
             if step % 2:
                 ends[0].encode_twice(x, (term,), outs[0], outs[1], payload)

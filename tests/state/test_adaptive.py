@@ -15,7 +15,7 @@ from compactdist.cli.score import Score
 from compactdist.errors import ConfigError, FrameError
 from compactdist.observe.trace import Trace
 from compactdist.state import StreamConfig
-from compactdist.state.adaptive import _SAMPLES, _sample, _share
+from compactdist.state.adaptive import _SAMPLES, _sample
 from compactdist.state.quantized_history import make_predictor
 from tests.state import kit
 
@@ -129,12 +129,6 @@ def test_large_tensors_are_sampled_everywhere():
     assert int(sample.min()) < 1000
     assert int(sample.max()) > flat.numel() - 4000
     assert _sample(flat[:1000]).numel() == 1000
-
-
-def test_parts_of_a_share_make_the_whole():
-    base, previous = torch.randn(2, 100_003).bfloat16()
-    whole = ((base.float() - previous.float()) * 0.4375).bfloat16()
-    assert kit.same_bytes(_share(base, previous, 0.4375), whole)
 
 
 def test_what_it_costs_and_takes():

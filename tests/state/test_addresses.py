@@ -42,4 +42,4 @@ def test_until_then_the_last_values_memory_is_handed_back(order):
     given_back = [predictor.advance(value, predictor.terms()) for value in values]
     for step in range(2, 5):
         assert predictor.base is values[4]
-        assert given_back[step] is values[step - (2 if order == "auto" else 1)]
+        assert given_back[step] is values[step - (1 if order == 1 else 2)]

@@ -226,7 +226,7 @@ class LowRankSession(Session):
 
     __slots__ = ("_chosen_under", "_device_steps", "_memory", "_staged")
 
-    remembers = True
+    remembers = takes_velocity = True
 
     codec: LowRankCodec
 

@@ -37,6 +37,7 @@ class HistorySession(Session):
     )
 
     remembers: ClassVar[bool] = True
+    takes_velocity = True
 
     codec: ScalarQuantizer
 

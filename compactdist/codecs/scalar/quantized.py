@@ -231,6 +231,7 @@ class ScalarSession(Session):
 
     __slots__ = ("_chosen_under", "_device_steps", "_steps")
 
+    takes_velocity = True
     codec: ScalarQuantizer
 
     def __init__(self, codec: ScalarQuantizer, view: MatrixView, dtype: torch.dtype, device: torch.device) -> None:

@@ -145,7 +145,7 @@ class TransformSession(Session):
 
     __slots__ = ("_basis", "_layout", "_lock", "_next", "_staged")
 
-    remembers = prepares = True
+    remembers = prepares = takes_velocity = True
 
     codec: Transform
 

@@ -14,10 +14,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 (
-    X, BASE, VELOCITY, TERMS, OUT, PAYLOAD, CODES, OUT_STREAMS, THREADS, TEAM, SCRATCH, COPY, COPY_STREAMS, DYNAMIC,
-) = range(14)  # fmt: skip
-"""``CODES``: where loops write and read codes: in the payload, or in the scratch memory where they are packed apart.
-``COPY``: where ``out`` is written a second time; 0 for nowhere.
+    X, BASE, VELOCITY, TERMS, OUT, PAYLOAD, CODES, OUT_STREAMS, THREADS, TEAM, SCRATCH, COPY, COPY_STREAMS, FACTOR,
+    DYNAMIC,
+) = range(15)  # fmt: skip
+"""``TERMS``: how many terms there are; 3: two, the second a ``spec.Velocity``. Then ``VELOCITY`` is the address of its
+``previous``, and ``FACTOR`` has the bits of its coefficient. ``CODES``: where loops write and read codes: in the
+payload, or in the scratch memory where they are packed apart. ``COPY``: where ``out`` is written a second time; 0 for
+nowhere.
 """
 
 (

@@ -1,7 +1,8 @@
 """Steps on sixty-four elements at a time, from which the loops are made; compiled by Numba.
 
-A *source* is ``(x, base, velocity, terms)``, pointers, of which the first ``1 + terms`` are good. Elements from
-``have`` on are not there: they count as zero and are not written. ``have`` may be negative.
+A *source* is ``(x, base, velocity, terms, factor)``: pointers, of which the first ``1 + terms`` are good, and what
+``call.py`` says of terms. Elements from ``have`` on are not there: they count as zero and are not written. ``have`` may
+be negative.
 """
 
 from __future__ import annotations
@@ -26,9 +27,17 @@ from compactdist.kernels.cpu.simd.ints import (
     with_sign,
 )
 from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, types
-from compactdist.kernels.cpu.simd.memory import load_first, prefetch, rounded_for, sixteen_at, store_first, stream
+from compactdist.kernels.cpu.simd.memory import (
+    load_first,
+    prefetch,
+    rounded_for,
+    sixteen_at,
+    store_first,
+    stream,
+    velocity_for,
+)
 from compactdist.kernels.cpu.simd.packing import codes_at, signed_by
-from compactdist.kernels.cpu.simd.slots import bytes_at, floats_at, halves_at, signed_bytes_at
+from compactdist.kernels.cpu.simd.slots import bytes_at, float_in, floats_at, halves_at, signed_bytes_at
 from compactdist.kernels.cpu.simd.vectors import HOST, chosen, level_of, magnitude, zeros
 from compactdist.kernels.reference import LANES
 
@@ -41,31 +50,33 @@ _SEARCHES = HOST.get("avx512f", False)
 
 _X, _BASE, _VELOCITY, _TERMS, _TABLE = call.X, call.BASE, call.VELOCITY, call.TERMS, call.TABLE
 _BORDERS, _GRAIN, _BOUND = call.BORDERS, call.GRAIN, call.BOUND
+_FACTOR = call.FACTOR
 _OUT, _OUT_STREAMS, _COPY, _COPY_STREAMS = call.OUT, call.OUT_STREAMS, call.COPY, call.COPY_STREAMS
 
 
 @inlined
 def source_of(args: Any, elements_at: Any) -> Any:
     """The source of a block with any number of terms."""
-    return elements_at(args, _X), elements_at(args, _BASE), elements_at(args, _VELOCITY), args[_TERMS]
+    x, base, velocity = elements_at(args, _X), elements_at(args, _BASE), elements_at(args, _VELOCITY)
+    return x, base, velocity, args[_TERMS], float_in(args, _FACTOR)
 
 
 @inlined
 def _source_of_one(args: Any, elements_at: Any) -> Any:
     x = elements_at(args, _X)
-    return x, elements_at(args, _BASE), x, 1
+    return x, elements_at(args, _BASE), x, 1, _f32(0)
 
 
 @inlined
 def _source_of_int8(args: Any, elements_at: Any) -> Any:
     x = elements_at(args, _X)
-    return x, (signed_bytes_at(args, _BASE), halves_at(args, _VELOCITY), x), x, 1
+    return x, (signed_bytes_at(args, _BASE), halves_at(args, _VELOCITY), x), x, 1, _f32(0)
 
 
 @inlined
 def _source_of_fp8(args: Any, elements_at: Any) -> Any:
     x = elements_at(args, _X)
-    return x, (bytes_at(args, _BASE), halves_at(args, _VELOCITY), x), x, 1
+    return x, (bytes_at(args, _BASE), halves_at(args, _VELOCITY), x), x, 1, _f32(0)
 
 
 SOURCES = (source_of, _source_of_one, _source_of_int8, _source_of_fp8)
@@ -107,12 +118,15 @@ def floats_from(typing_context: Any, pointer: Any, at: Any, count: Any) -> Any:
 @inlined
 def expected_at(source: Any, at: int, have: int) -> Any:
     """What was expected: the sum of those of base and velocity that are there."""
-    _, base, velocity, terms = source
+    x, base, velocity, terms, factor = source
     if terms == 0:
         return zeros()
     one = load_first(base, at, have)
     if terms > 1:
-        one = one + load_first(velocity, at, have)
+        two = load_first(velocity, at, have)
+        if terms > 2:
+            two = velocity_for(x, one, two, factor)
+        one = one + two
     return one
 
 
@@ -125,7 +139,7 @@ def residual_at(source: Any, at: int, have: int) -> Any:
 @inlined
 def ask_for_expected(source: Any, at: int) -> None:
     """Ask for elements of base and velocity that are about to be needed, so that memory does not rest."""
-    _, base, velocity, terms = source
+    _, base, velocity, terms, _ = source
     if terms:
         prefetch(base, at)
     if terms > 1:

@@ -14,7 +14,7 @@ from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.cpu.steps import DTYPES, Block, CpuSteps, Plan, plan_of
 from compactdist.kernels.reference import LANES
 from compactdist.kernels.reference.history import rows_apart
-from compactdist.kernels.spec import MatrixView, QuantizerSpec, Term
+from compactdist.kernels.spec import MatrixView, MovingTerm, QuantizerSpec
 
 __all__ = ["CpuHistorySteps", "steps_of"]
 
@@ -75,7 +75,7 @@ class CpuHistorySteps:
     def encode(
         self,
         x: Tensor,
-        terms: tuple[Term, ...],
+        terms: tuple[MovingTerm, ...],
         out: Tensor | None,
         payload: Tensor,
         scales: tuple[Tensor, Tensor],
@@ -91,7 +91,7 @@ class CpuHistorySteps:
     def decode(
         self,
         payload: Tensor,
-        terms: tuple[Term, ...],
+        terms: tuple[MovingTerm, ...],
         out: Tensor,
         scales: tuple[Tensor, Tensor],
         *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import Work
 from compactdist.kernels.cpu.native import address_of
-from compactdist.kernels.cpu.steps import DTYPES, Block, scratch
+from compactdist.kernels.cpu.steps import DTYPES, Block, scratch, second_term
 from compactdist.kernels.offsets import WIDTH, Offsets, offsets_of
-from compactdist.kernels.spec import MatrixView
+from compactdist.kernels.spec import MatrixView, MovingTerm
 from compactdist.kernels.threads import team
 
 __all__ = [
@@ -167,10 +167,13 @@ def placed(offsets: Offsets) -> dict[int, int]:
     }
 
 
-def expected_slots(terms: tuple[Tensor, ...]) -> dict[int, int]:
-    """The slots of the terms of a prediction."""
-    slots = (call.BASE, call.VELOCITY)
-    return {call.TERMS: len(terms), **{slot: term.data_ptr() for slot, term in zip(slots, terms, strict=False)}}
+def expected_slots(terms: tuple[MovingTerm, ...]) -> dict[int, int]:
+    """The slots of the terms of a prediction, the first of which is a tensor."""
+    if not terms:
+        return {call.TERMS: 0}
+    first = cast(Tensor, terms[0])
+    second_at, number, factor = (0, 1, 0) if len(terms) == 1 else second_term(terms[1])
+    return {call.BASE: first.data_ptr(), call.VELOCITY: second_at, call.TERMS: number, call.FACTOR: factor}
 
 
 def run_alone(work: Work, slots: dict[int, int], own: int = 0) -> Block:

@@ -40,10 +40,20 @@ from compactdist.kernels.offsets import Offsets, offsets_of, offsets_of_blocks
 from compactdist.kernels.reference import LANES, TILE_ROWS, samples
 from compactdist.kernels.reference.scales import LARGEST_OF_MEAN
 from compactdist.kernels.sections import Sections
-from compactdist.kernels.spec import KINDS, MatrixView, QuantizerSpec, Rounded, Term
+from compactdist.kernels.spec import KINDS, MatrixView, MovingTerm, QuantizerSpec, Rounded, Velocity
 from compactdist.kernels.threads import team
 
-__all__ = ["DTYPES", "Block", "CpuSteps", "Samples", "loops_for", "scratch", "steps_of", "weighted_sum"]
+__all__ = [
+    "DTYPES",
+    "Block",
+    "CpuSteps",
+    "Samples",
+    "loops_for",
+    "scratch",
+    "second_term",
+    "steps_of",
+    "weighted_sum",
+]
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """What the loops take."""
@@ -58,6 +68,7 @@ CACHE_LINE = 64
 
 _MASK64 = (1 << 64) - 1
 _DYNAMIC = struct.Struct(f"={call.DYNAMIC}q")
+_FLOAT32 = struct.Struct("<f")
 _Entry = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
 
 
@@ -323,6 +334,15 @@ def loops_for(codes: Tensor) -> int:
     return TERM_IN_INT8 if codes.dtype == torch.int8 else TERM_IN_FP8
 
 
+def second_term(term: MovingTerm) -> tuple[int, int, int]:
+    """The slots of the second of two terms, see ``call.py``: what ``VELOCITY``, ``TERMS`` and ``FACTOR`` are."""
+    if isinstance(term, Velocity):
+        assert isinstance(term.coefficient, float)
+        return term.data_ptr(), 3, int.from_bytes(_FLOAT32.pack(term.coefficient), "little")
+    assert isinstance(term, Tensor)
+    return term.data_ptr(), 2, 0
+
+
 class CpuSteps:
     """The steps of one stream, see ``kernels.Steps``. One thread at a time may take one."""
 
@@ -356,7 +376,7 @@ class CpuSteps:
     def encode(
         self,
         x: Tensor,
-        terms: tuple[Term, ...],
+        terms: tuple[MovingTerm, ...],
         out: Tensor | None,
         payload: Tensor,
         *,
@@ -381,8 +401,10 @@ class CpuSteps:
             if copy.dtype is not dtype or not copy.is_cpu or copy.numel() != numel or not copy.is_contiguous():
                 return False
             copy_at = copy.data_ptr()
-        kind, second_at = ONE_TERM if count == 1 else MANY_TERMS, terms[1].data_ptr() if count > 1 else 0
-        if count == 1 and isinstance(terms[0], Rounded):
+        kind, second_at, factor = ONE_TERM if count == 1 else MANY_TERMS, 0, 0
+        if count > 1:
+            second_at, count, factor = second_term(terms[1])
+        elif count and isinstance(terms[0], Rounded):
             kind, second_at = loops_for(terms[0].codes), terms[0].scales.data_ptr()
         block = self._encoders[kind]
         if block is None:
@@ -395,7 +417,7 @@ class CpuSteps:
             block.buffer,
             0,
             x.data_ptr(),
-            terms[0].data_ptr() if count else 0,
+            terms[0].data_ptr() if terms else 0,
             second_at,
             count,
             out_at,
@@ -407,6 +429,7 @@ class CpuSteps:
             scratch.address,
             copy_at,
             self._out_streams and copy_at % CACHE_LINE == 0,
+            factor,
         )
         done = bool(block.run(block.address))
         # signs are summed up by the pass that writes ``out``, where scales belong to rows and channels
@@ -417,7 +440,7 @@ class CpuSteps:
     def decode(
         self,
         payload: Tensor,
-        terms: tuple[Term, ...],
+        terms: tuple[MovingTerm, ...],
         out: Tensor,
         *,
         copy: Tensor | None = None,
@@ -435,8 +458,10 @@ class CpuSteps:
                 return False
         if payload.dtype is not torch.uint8 or payload.numel() != self._total_nbytes or not payload.is_contiguous():
             return False
-        kind, second_at = ONE_TERM if count == 1 else MANY_TERMS, terms[1].data_ptr() if count > 1 else 0
-        if count == 1 and isinstance(terms[0], Rounded):
+        kind, second_at, factor = ONE_TERM if count == 1 else MANY_TERMS, 0, 0
+        if count > 1:
+            second_at, count, factor = second_term(terms[1])
+        elif count and isinstance(terms[0], Rounded):
             kind, second_at = loops_for(terms[0].codes), terms[0].scales.data_ptr()
         block = self._decoders[kind]
         if block is None:
@@ -450,7 +475,7 @@ class CpuSteps:
             block.buffer,
             0,
             out_at,
-            terms[0].data_ptr() if count else 0,
+            terms[0].data_ptr() if terms else 0,
             second_at,
             count,
             out_at,
@@ -462,6 +487,7 @@ class CpuSteps:
             scratch.address,
             copy_at,
             self._out_streams and copy_at % CACHE_LINE == 0,
+            factor,
         )
         return bool(block.run(block.address))
 
@@ -494,7 +520,7 @@ def weighted_sum(data: Tensor, copy: Tensor | None = None) -> int:
     block = sums.blocks[how] or sums.make(how)
     slots, words, threads = block.slots, nbytes >> 2, torch.get_num_threads()
     _DYNAMIC.pack_into(
-        block.buffer, 0, 0, 0, 0, 0, copy_at, data.data_ptr(), 0, streams, threads, team.address, 0, 0, 0
+        block.buffer, 0, 0, 0, 0, 0, copy_at, data.data_ptr(), 0, streams, threads, team.address, 0, 0, 0, 0
     )
     slots[call.WORDS], slots[_RUNS], slots[_WORK_WORDS] = words, -(-words // RUN), words
     return int(block.run(block.address)) & _MASK64
@@ -510,16 +536,19 @@ class Samples:
         self._dtype = dtype
         self._blocks: dict[int, Block] = {}  # made when first needed: only a sender asks
 
-    def __call__(self, x: Tensor, terms: tuple[Term, ...]) -> bool:
+    def __call__(self, x: Tensor, terms: tuple[MovingTerm, ...]) -> bool:
         for one in (x, *terms):
             if one.dtype is not self._dtype or not one.is_cpu or one.numel() != self._numel or not one.is_contiguous():
                 return samples.is_far_larger(x, terms)
-        kind, count, second = MANY_TERMS, len(terms), terms[1].data_ptr() if len(terms) > 1 else 0
-        if count == 1 and isinstance(terms[0], Rounded):
+        kind, count, second, factor = MANY_TERMS, len(terms), 0, 0
+        if count > 1:
+            second, count, factor = second_term(terms[1])
+        elif isinstance(terms[0], Rounded):
             kind, second = loops_for(terms[0].codes), terms[0].scales.data_ptr()
         block = self._blocks.get(kind)
         if block is None:
             unit = address_of("samples.far_larger", DTYPES[self._dtype], kind)
             block = self._blocks[kind] = Block(unit, {call.NUMEL: self._numel}, {})
-        _DYNAMIC.pack_into(block.buffer, 0, x.data_ptr(), terms[0].data_ptr(), second, count, 0, 0, 0, 0, 1, 0, 0, 0, 0)
+        given = x.data_ptr(), terms[0].data_ptr(), second, count
+        _DYNAMIC.pack_into(block.buffer, 0, *given, 0, 0, 0, 0, 1, 0, 0, 0, 0, factor)
         return bool(block.run(block.address))

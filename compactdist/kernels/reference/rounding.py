@@ -15,9 +15,9 @@ from torch.nn.functional import pad
 
 from compactdist.kernels.reference.codes import float8_codes, float8_levels, unpack_levels
 from compactdist.kernels.reference.scales import divide_or_zero, storable_scale
-from compactdist.kernels.spec import FLOAT8, LARGEST_LEVEL, ROUNDED_BLOCK, Term
+from compactdist.kernels.spec import FLOAT8, LARGEST_LEVEL, ROUNDED_BLOCK
 
-__all__ = ["dequantize", "quantize", "restored"]
+__all__ = ["dequantize", "quantize"]
 
 _CPU_PART = ROUNDED_BLOCK << 9
 
@@ -43,15 +43,6 @@ def dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> None:
                 levels = unpack_levels(some, float8_levels(FLOAT8["e4m3"]), 8, some.numel())
             whole = _in_blocks(levels) * scales[blocks].float().unsqueeze(1)
             out[elements] = whole.view(-1)[: some.numel()].clamp_(-limit, limit)
-
-
-def restored(term: Term) -> Tensor:
-    """The term as a tensor, flat ``[numel]`` of its dtype; a tensor as it is."""
-    if isinstance(term, Tensor):
-        return term
-    out = torch.empty(term.numel(), dtype=term.dtype, device=term.device)
-    dequantize(term.codes, term.scales, out)
-    return out
 
 
 def _quantize(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

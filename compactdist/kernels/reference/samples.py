@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compactdist.kernels.reference.rounding import restored
 from compactdist.kernels.reference.rows import fold_sum
-from compactdist.kernels.spec import Term
+from compactdist.kernels.reference.terms import restored
+from compactdist.kernels.spec import MovingTerm
 
 __all__ = ["NEAR", "RUN", "RUNS", "is_far_larger"]
 
@@ -22,7 +22,7 @@ NEAR = 0.25
 """A residual of which so much outweighs its tensor is not worth coding."""
 
 
-def is_far_larger(x: Tensor, terms: tuple[Term, ...]) -> bool:
+def is_far_larger(x: Tensor, terms: tuple[MovingTerm, ...]) -> bool:
     """Whether ``x`` less the sum of ``terms`` is more than four times as large as ``x``.
 
     Args:

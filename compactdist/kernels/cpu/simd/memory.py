@@ -9,6 +9,7 @@ to scales, uint16; and one of the type of its elements, which is not read.
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from llvmlite import ir
@@ -310,6 +311,24 @@ def rounded_for(typing_context: Any, pointer: Any, value: Any) -> Any:
         return _narrowed(context, builder, pointer.dtype, arguments[1])
 
     return signature(FLOATS if pointer.dtype == types.float32 else HALVES, pointer, FLOATS), build
+
+
+@intrinsic
+def velocity_for(typing_context: Any, pointer: Any, base: Any, previous: Any, factor: Any) -> Any:
+    """``spec.Velocity`` of sixty-four elements, rounded to the type of what ``pointer`` points to and widened again."""
+    element = pointer.dtype
+    limit = {types.float32: 0x7F7FFFFF, types.uint16: 0x7F7F0000, types.int16: 0x477FE000}[element]
+    largest = struct.unpack("<f", struct.pack("<I", limit))[0]
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        _, base, previous, factor = arguments
+        change = builder.fsub(base, previous)
+        for name, bound in (("llvm.minnum", largest), ("llvm.maxnum", -largest)):
+            change = call(builder, f"{name}.v{LANES}f32", FLOATS.of, change, full(bound, FLOATS))
+        value = builder.fmul(change, spread(builder, factor, FLOATS))
+        return _widened(context, builder, element, _narrowed(context, builder, element, value))
+
+    return FLOATS(pointer, FLOATS, FLOATS, types.float32), build
 
 
 @intrinsic

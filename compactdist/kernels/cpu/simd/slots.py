@@ -50,6 +50,16 @@ ELEMENTS_AT = {"float32": floats_at, "bfloat16": _bf16_at, "float16": _f16_at}
 
 
 @intrinsic
+def float_in(typing_context: Any, args: Any, slot: Any) -> Any:
+    """The float32 whose bits a slot holds."""
+
+    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.trunc(_slot(builder, *arguments), ir.IntType(32)), ir.FloatType())
+
+    return types.float32(_BLOCK, types.int64), build
+
+
+@intrinsic
 def room_at(typing_context: Any, args: Any, slot: Any) -> Any:
     """Float32 in the scratch memory, as far on as a slot says."""
 
