@@ -23,8 +23,9 @@ from compactdist.kernels.spec import (
     EightBits,
     MatrixView,
     Rounded,
+    Velocity,
 )
-from compactdist.wire import HEAD_PLACES, HEADER_NBYTES
+from compactdist.wire import COEFFICIENT_PLACE, HEAD_PLACES, HEADER_NBYTES
 
 CAPABILITIES = (80, 89, 90, 100)
 """A100, RTX 4090, H100 and H200, B200."""
@@ -33,6 +34,7 @@ _TYPES = {
     torch.int8: "*i8",
     torch.int16: "*i16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
     torch.int8: "*i8",
@@ -298,6 +300,25 @@ def frames(payload_nbytes: int, compiler: Any, *, stream: int = 3, call: tuple[i
         sums, flag = sums_of(board.device, None)
         kernels.launch(kernels.sealing, (frame, sums, clock, flag), (*call, 2, 2**64 - 1), None)
         kernels.launch(kernels.checking, (frame, sums, clock, kernels.accepted), (*call, 1, 0), None)
+
+
+def velocities(numel: int, dtype: torch.dtype, compiler: Any) -> None:
+    """Choose a velocity for a tensor, take it from a frame, and make it.
+
+    Args:
+        numel: elements.
+        dtype: of the tensors.
+        compiler: a :class:`Compiler`.
+    """
+    from compactdist.kernels.gpu.velocities import Rule, choose, expect, write_out
+    from compactdist.state.adaptive import samples_of
+
+    base, previous, coefficient = torch.zeros(numel, dtype=dtype), torch.zeros(numel, dtype=dtype), torch.zeros(())
+    frame, rule = torch.zeros(HEADER_NBYTES, dtype=torch.uint8), Rule(1.0, 16, 1.0)
+    with compiling(compiler):
+        write_out(Velocity(base, previous, coefficient), torch.empty_like(base))
+        choose((base, base, previous), samples_of(numel), rule, coefficient)
+        expect(frame, COEFFICIENT_PLACE.start, rule, coefficient)
 
 
 def history(numel: int, dtype: torch.dtype, form: EightBits, compiler: Any) -> None:

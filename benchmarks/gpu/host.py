@@ -64,6 +64,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "raw": {"codec": "raw"},
     **{name: {"codec": name} for name in ("binary", "int2", "int4", "int8")},
     **{f"{name} block": {"codec": f"{name}:scales=block"} for name in ("binary", "int2", "int4", "int8")},
+    **{f"int4, order {order}": {"codec": "int4", "order": order} for order in (2, "auto")},
 }
 
 

@@ -45,6 +45,7 @@ from benchmarks.gpu.compiled import (
     history_step,
     one_of_m,
     step,
+    velocities,
 )
 from benchmarks.gpu.machine_code import executed, listing
 from compactdist import codecs
@@ -55,6 +56,7 @@ from compactdist.state.matrix_view import plain
 
 ROWS, CHANNELS = 1088, 3072
 FRAMES = "frames"
+VELOCITY = "velocity"
 HISTORIES: dict[str, EightBits] = {"int8 history": "int8", "fp8 history": "fp8"}
 NAMES = [
     f"{codec} {scales}" for scales in ("block", "token_channel") for codec in ("binary", "int2", "int4", "int8", "fp8")
@@ -62,7 +64,7 @@ NAMES = [
 NAMES += [f"{codec} token_history" for codec in ("binary", "int2", "int4", "int8", "fp8")]
 TRANSFORMS = {"transform": Transform(), "transform_trellis": Transform(trellis=True)}
 TOPK = {"topk": TopK(), "topk_int4": TopKInt4()}
-NAMES += [FRAMES, *HISTORIES, *TRANSFORMS, *TOPK]
+NAMES += [FRAMES, *HISTORIES, VELOCITY, *TRANSFORMS, *TOPK]
 NAMES += ["int4 block, int8 history", "int4 token_channel, int8 history", "int2 block, fp8 history"]
 """With a comma: the step of a stream that remembers in eight bits."""
 _WORDS = 1 << 20
@@ -96,9 +98,11 @@ def _widths(counts: Counter[int]) -> str:
 def kernels(name: str, capability: int) -> dict[str, Compiled]:
     """The kernels of one name, by the rows of the table: ``{"int2 block decode decode_codes": kernel}``."""
     compiler = Compiler(capability)
-    if name == FRAMES or name in HISTORIES:
+    if name in (FRAMES, VELOCITY) or name in HISTORIES:
         if name == FRAMES:
             frames(4 * _WORDS, compiler)
+        elif name == VELOCITY:
+            velocities(ROWS * CHANNELS, torch.bfloat16, compiler)
         else:
             history(ROWS * CHANNELS, torch.bfloat16, HISTORIES[name], compiler)
         return {f"{name} {one.name}": one for one in compiler.launches}
@@ -148,7 +152,7 @@ def shown(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         for number, of in enumerate(found.values()):
             line = of[key]
             cells += [f"{line['instructions']:.1f}", f"{line['registers']}{'' if not line['spills'] else ' spills'}"]
-            if key.split()[0] != FRAMES and key.split()[1] != "history":
+            if key.split()[0] not in (FRAMES, VELOCITY) and key.split()[1] != "history":
                 sums.setdefault(key.rsplit(" ", 1)[0], [0.0] * len(found))[number] += line["instructions"]
         rows.append(cells)
     rows += [

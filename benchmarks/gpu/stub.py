@@ -103,7 +103,7 @@ def stub() -> Iterator[Stub]:
     """Stub launchers for all tensors of ``DEVICE``; restored afterwards."""
     from triton.runtime.jit import JITFunction
 
-    from compactdist.kernels.gpu import frames, launched, steps
+    from compactdist.kernels.gpu import frames, launch, launched, steps
 
     made = Stub()
 
@@ -115,6 +115,7 @@ def stub() -> Iterator[Stub]:
         patch.object(JITFunction, "run", lambda kernel, *args, **others: made.dispatch(kernel, *args, **others)),
         patch.object(steps, "DEVICE_TYPE", DEVICE.type),
         patch.object(launched, "stream_getter", lambda device: lambda index: STREAM),
+        patch.object(launch, "stream_getter", lambda device: lambda index: STREAM),
         patch.object(frames, "stream_getter", lambda device: lambda index: STREAM),
         patch.object(kernels, "queue_of", lambda device: STREAM),
         patch.object(torch.cuda, "current_device", lambda: 0),

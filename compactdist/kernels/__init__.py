@@ -57,6 +57,7 @@ __all__ = [
     "device_component_steps_for",
     "device_lowrank_steps_for",
     "device_topk_steps_for",
+    "device_velocities_for",
     "digest",
     "far_larger_for",
     "frames_for",
@@ -201,11 +202,13 @@ class Frames(Protocol):
         accepted: uint8 ``[2]``, the same tensor every time: whether it was the expected one; as ``holds_values``.
         template: uint8, the bytes before the payload that frames share. Where a frame says something of its own, an end
             writes that here before it sends or checks the frame.
+        views: of the template, by names that an end gives them; it makes each once.
     """
 
     holds_values: Tensor
     accepted: Tensor
     template: Tensor
+    views: dict[str, Tensor]
 
     def send(
         self,
@@ -479,12 +482,24 @@ def restored(term: MovingTerm, out: Tensor | None = None) -> Tensor:
 
 def _velocities_for(term: Velocity) -> ModuleType:
     """What writes out such a velocity: ``reference/terms.py``, or a compiled twin."""
+    on_device = device_velocities_for(term.numel(), term.dtype, term.device)
+    if on_device is not None:
+        return on_device
     if term.is_cpu and choice.forced != "gpu" and cpu_runs(term.numel()):
         from compactdist.kernels.cpu import steps
         from compactdist.kernels.cpu import velocities as compiled
 
         return compiled if term.dtype in steps.DTYPES else terms
     return terms
+
+
+def device_velocities_for(numel: int, dtype: torch.dtype, device: torch.device) -> ModuleType | None:
+    """What makes and chooses velocities of such tensors on a device, ``gpu/velocities.py``; ``None``: torch does."""
+    if not _gpu_runs(device):
+        return None
+    from compactdist.kernels.gpu import velocities
+
+    return velocities if velocities.supports(dtype, numel) else None
 
 
 def rotate(matrices: Tensor, basis: Tensor, sizes: Sequence[int], smallest: float) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compactdist import kernels
 from compactdist.kernels.spec import MovingTerm
 from compactdist.state.history import LastTwo
 
-__all__ = ["GRID", "LARGEST", "AdaptiveVelocity"]
+__all__ = ["GRID", "LARGEST", "AdaptiveVelocity", "samples_of"]
 
 GRID = 16
 """Coefficients are multiples of ``1 / GRID``; finer ones gain nothing that can be measured."""
@@ -24,11 +25,17 @@ LARGEST = 1.0
 _SAMPLES, _RUN = 1 << 16, 256
 
 
-def _sample(flat: Tensor) -> Tensor:
-    """At most 65,536 elements: all of a small tensor, else runs of 256 that lie evenly spaced; a view."""
+def samples_of(numel: int) -> tuple[int, int, int]:
+    """How many runs stand for a tensor, how far apart they begin, and how many elements they have."""
     runs = _SAMPLES // _RUN
-    gap = flat.numel() // runs
-    return flat if gap <= _RUN else flat[: runs * gap].view(runs, gap)[:, :_RUN]
+    gap = numel // runs
+    return (-(-numel // _RUN), _RUN, _RUN) if gap <= _RUN else (runs, gap, _RUN)
+
+
+def _sample(flat: Tensor) -> Tensor:
+    """At most 65,791 elements: all of a small tensor, else runs of 256 that lie evenly spaced; a view."""
+    runs, gap, _ = samples_of(flat.numel())
+    return flat if gap == _RUN else flat[: runs * gap].view(runs, gap)[:, :_RUN]
 
 
 class AdaptiveVelocity(LastTwo):
@@ -44,14 +51,20 @@ class AdaptiveVelocity(LastTwo):
     def kept_terms(self, coefficient: float | Tensor = 0.0) -> tuple[MovingTerm, ...]:
         return self.with_velocity(coefficient if isinstance(coefficient, Tensor) or coefficient else None)
 
-    def choose(self, x: Tensor, share: float) -> Tensor:
+    def choose(self, x: Tensor, share: float, out: Tensor | None = None) -> Tensor:
         """``share`` of the coefficient of least squares over samples of ``x``: a multiple of 1/16 in [-1, 1].
 
         0 where nothing changed, and for values that are not finite or too large to be squared.
         """
         base, previous = self._base.read(), self._previous.read()
         if base is None or previous is None or not x.numel():
-            return torch.zeros((), dtype=torch.float32, device=x.device)
+            return super().choose(x, share, out)
+        on_device = kernels.device_velocities_for(x.numel(), x.dtype, x.device)
+        if on_device is not None and x.dtype == base.dtype:
+            chosen = torch.empty((), dtype=torch.float32, device=x.device) if out is None else out
+            tensors, rule = (x.contiguous(), base, previous), on_device.Rule(share, GRID, LARGEST)
+            on_device.choose(tensors, samples_of(x.numel()), rule, chosen)
+            return chosen
         last = _sample(base).float()
         change = last - _sample(previous).float()
         products = (
@@ -61,10 +74,19 @@ class AdaptiveVelocity(LastTwo):
         best = (along / energy).clamp_(-LARGEST, LARGEST)
         chosen = best.mul_(share * GRID).round_().div_(GRID)
         usable = products.isfinite().all() & (energy > 0)
-        return torch.where(usable, chosen, 0.0).float() + 0.0  # -0 is 0
+        chosen = torch.where(usable, chosen, 0.0).float() + 0.0  # -0 is 0
+        return chosen if out is None else out.copy_(chosen)
 
     def accepted(self, coefficient: Tensor) -> Tensor:
         if not self._previous.held:
             return torch.zeros_like(coefficient)
         there = (coefficient.abs() <= LARGEST) & (coefficient * GRID == (coefficient * GRID).round())
         return torch.where(there, coefficient, 0.0)
+
+    def accept(self, frame: Tensor, at: int, out: Tensor) -> Tensor:
+        on_device = kernels.device_velocities_for(1, torch.float32, frame.device)
+        if on_device is None:
+            return super().accept(frame, at, out)
+        rule = on_device.Rule(1.0, GRID, LARGEST) if self._previous.held else None
+        on_device.expect(frame, at, rule, out)
+        return out

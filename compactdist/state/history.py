@@ -200,21 +200,27 @@ class Predictor(ABC):
         """The prediction as it is kept, where that is one tensor in eight bits; else empty."""
         return ()
 
-    def choose(self, x: Tensor, share: float) -> Tensor:
+    def choose(self, x: Tensor, share: float, out: Tensor | None = None) -> Tensor:
         """The coefficient to predict ``x``, flat ``[numel]``, with; 0 where the predictor does not adapt.
 
         Args:
             x: what is to be sent.
             share: how much of the coefficient that leaves the smallest residual to use, in (0, 1].
+            out: float32 ``[]``, where to write it.
 
         Returns:
             float32 ``[]`` on the device of ``x``; the host does not look at it.
         """
-        return torch.zeros((), dtype=torch.float32, device=x.device)
+        zero = torch.zeros((), dtype=torch.float32, device=x.device)
+        return zero if out is None else out.copy_(zero)
 
     def accepted(self, coefficient: Tensor) -> Tensor:
         """The coefficient that a residual's frame says, float32 ``[]``, if it may say that now; else 0."""
         return torch.zeros_like(coefficient)
+
+    def accept(self, frame: Tensor, at: int, out: Tensor) -> Tensor:
+        """Write what is :meth:`accepted` of the float32 in a frame, 1-D uint8, from byte ``at`` on to ``out``."""
+        return out.copy_(self.accepted(frame[at : at + 4].clone().view(torch.float32)[0]))
 
     def accepts(self, coefficient: float) -> bool:
         """The same on the host: whether a residual's frame may say this coefficient now."""

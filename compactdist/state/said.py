@@ -21,7 +21,10 @@ __all__ = ["announce", "announced", "coefficient_of", "expect_announcement", "ex
 
 def coefficient_of(frames: Frames) -> Tensor:
     """The coefficient that frames say: float32 ``[]`` of the template."""
-    return frames.template[COEFFICIENT_PLACE].view(torch.float32)[0]
+    view = frames.views.get("coefficient")
+    if view is None:
+        view = frames.views["coefficient"] = frames.template[COEFFICIENT_PLACE].view(torch.float32)[0]
+    return view
 
 
 def say_coefficient(frames: Frames, x: Tensor, predictor: Predictor, codec: Codec) -> Terms:
@@ -30,13 +33,12 @@ def say_coefficient(frames: Frames, x: Tensor, predictor: Predictor, codec: Code
     ``codec``: of the residual, at the rate in use.
     """
     coefficient = coefficient_of(frames)
-    return predictor.terms(coefficient.copy_(predictor.choose(x, codec.velocity_share)))
+    return predictor.terms(predictor.choose(x, codec.velocity_share, coefficient))
 
 
 def expect_coefficient(frames: Frames, frame: Tensor, predictor: Predictor) -> Tensor:
     """Let the template say the coefficient of a frame, 1-D uint8, if the frame may say it; returns it."""
-    coefficient = coefficient_of(frames)
-    return coefficient.copy_(predictor.accepted(frame[COEFFICIENT_PLACE].clone().view(torch.float32)[0]))
+    return predictor.accept(frame, COEFFICIENT_PLACE.start, coefficient_of(frames))
 
 
 def announce(frames: Frames, rate: int, keyframe: bool) -> None:

@@ -121,6 +121,48 @@ def test_a_steady_step_repeats_its_launches(codec):
     _on_a_fake_group(body)
 
 
+@pytest.mark.parametrize("order", [2, "auto"])
+def test_a_velocity_takes_launches(order):
+    """It was 15 and 79 operations of torch, nearly all of which are launches of their own."""
+    made, said = ["make_velocity"], ["weigh_run", "choose_coefficient"] if order == "auto" else []
+    expected = [
+        *said,
+        *made,
+        *KERNELS["int4"][:5],
+        *(["take_coefficient"] if said else []),
+        *made,
+        *KERNELS["int4"][5:],
+    ]
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operations.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    operations: list[str] = []
+
+    def body(patch):
+        from benchmarks.gpu.stub import DEVICE, stub
+
+        patch.setattr(torch.Tensor, "data_ptr", _address)
+        with (
+            stub() as device,
+            device.wrap(dist.group.WORLD, "int4", layouts=_matrix, min_numel=1, order=order) as group,
+        ):
+            for step in range(4):
+                x, out = (torch.empty(n * ROWS * CHANNELS, dtype=torch.bfloat16, device=DEVICE) for n in (1, 2))
+                device.recorded.clear()
+                operations.clear()
+                with Count():
+                    group.step()
+                    group.all_gather_into_tensor(out, x)
+                if step > 1:
+                    assert [one.name for one in device.launched] == expected
+                    assert set(operations) <= {"split", "empty", "clone", "zero_"}
+
+    _on_a_fake_group(body)
+
+
 @pytest.mark.parametrize(("codec", "most"), MOST_PYTHON_CALLS.items())
 def test_a_steady_call_crosses_few_methods(codec, most):
     def body(patch):

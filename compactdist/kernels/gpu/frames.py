@@ -262,9 +262,10 @@ class FrameKernels:
         holds_values: bool ``[1]`` on the device: whether the frame checked last was the expected one and held values.
         accepted: uint8 ``[2]``: whether it was the expected one, and whether it held values, too.
         template: uint8, ``head`` on the device: an end that writes to it sends, or expects, other bytes from then on.
+        views: of the template, as ``kernels.Frames`` says.
     """
 
-    __slots__ = ("accepted", "checking", "device", "holds_values", "sealing", "stream_of", "template")
+    __slots__ = ("accepted", "checking", "device", "holds_values", "sealing", "stream_of", "template", "views")
 
     def __init__(self, head: bytes, places: HeadPlaces, payload_nbytes: int, board: Tensor, stream: int) -> None:
         device = self.device = board.device
@@ -274,6 +275,7 @@ class FrameKernels:
             self.template = template.view(torch.uint8)
             self.accepted = torch.zeros(2, dtype=torch.uint8, device=device)
             self.holds_values = self.accepted[1:].view(torch.bool)
+        self.views: dict[str, Tensor] = {}
         count, given = payload_nbytes // 4, _GIVEN + len(_CHANGING)
         arguments = (*map(Slot, range(given)), template, board, count, stream)
         constants = {"WORDS": _WORDS, **places._asdict(), "num_warps": 4, "enable_fp_fusion": False}
