@@ -53,6 +53,7 @@ __all__ = [
     "checksum_for",
     "choice",
     "component_steps_for",
+    "cpu_velocities_for",
     "cpu_runs",
     "device_component_steps_for",
     "device_lowrank_steps_for",
@@ -485,12 +486,16 @@ def _velocities_for(term: Velocity) -> ModuleType:
     on_device = device_velocities_for(term.numel(), term.dtype, term.device)
     if on_device is not None:
         return on_device
-    if term.is_cpu and choice.forced != "gpu" and cpu_runs(term.numel()):
-        from compactdist.kernels.cpu import steps
-        from compactdist.kernels.cpu import velocities as compiled
+    return cpu_velocities_for(term.numel(), term.dtype, term.device) or terms
 
-        return compiled if term.dtype in steps.DTYPES else terms
-    return terms
+
+def cpu_velocities_for(numel: int, dtype: torch.dtype, device: torch.device) -> ModuleType | None:
+    """What weighs and writes out velocities of such tensors on a CPU, ``cpu/velocities.py``; ``None``: torch does."""
+    if device.type != "cpu" or choice.forced == "gpu" or not cpu_runs(numel):
+        return None
+    from compactdist.kernels.cpu import steps, velocities
+
+    return velocities if dtype in steps.DTYPES else None
 
 
 def device_velocities_for(numel: int, dtype: torch.dtype, device: torch.device) -> ModuleType | None:

@@ -7,6 +7,8 @@ the more of it they are, the smaller the share is.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,13 @@ def _sample(flat: Tensor) -> Tensor:
     return flat if gap == _RUN else flat[: runs * gap].view(runs, gap)[:, :_RUN]
 
 
+def _nearest(along: float, energy: float, share: float) -> float:
+    """The coefficient that a frame says, by two sums: ``share`` of their ratio; 0 where it is none."""
+    if not (energy > 0 and math.isfinite(energy) and math.isfinite(along)):
+        return 0.0
+    return round(max(-LARGEST, min(along / energy, LARGEST)) * (share * GRID)) / GRID
+
+
 class AdaptiveVelocity(LastTwo):
     """Predicts the last reconstruction plus ``coefficient * (last - the one before)``.
 
@@ -65,6 +74,11 @@ class AdaptiveVelocity(LastTwo):
             tensors, rule = (x.contiguous(), base, previous), on_device.Rule(share, GRID, LARGEST)
             on_device.choose(tensors, samples_of(x.numel()), rule, chosen)
             return chosen
+        on_cpu = kernels.cpu_velocities_for(x.numel(), x.dtype, x.device) if x.dtype == base.dtype else None
+        if on_cpu is not None:
+            along, energy = on_cpu.weigh(x.contiguous(), base, previous, samples_of(x.numel()))
+            chosen = torch.tensor(_nearest(along, energy, share), dtype=torch.float32, device=x.device)
+            return chosen if out is None else out.copy_(chosen)
         last = _sample(base).float()
         change = last - _sample(previous).float()
         products = (

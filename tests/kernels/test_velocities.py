@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from compactdist.kernels import restored, use
 from compactdist.kernels.cpu import velocities
 from compactdist.kernels.spec import MatrixView, Velocity
 from compactdist.state import StreamConfig, StreamDecoder, StreamEncoder
+from compactdist.state.adaptive import AdaptiveVelocity
+from compactdist.state.history import ExactCell
 from compactdist.state.matrix_view import blocks, plain
 from tests.kernels import rounded
 from tests.quick import quick_rows
@@ -119,3 +122,25 @@ def test_no_tensor_is_made_of_it(order: Any, codec: str, monkeypatch: pytest.Mon
         if step == 1:
             monkeypatch.setattr(kernels, "_velocities_for", None)
     assert len(places) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [300, 65_791, 65_793, 300_001])
+def test_a_sender_chooses_as_the_reference_does(dtype: torch.dtype, numel: int) -> None:
+    g = torch.Generator().manual_seed(numel)
+    x, change, noise = torch.randn(3, numel, generator=g)
+    for factor in (-1.7, -0.31, 0.0, 0.3, 0.93, math.inf):
+        steps = [x, x + 0.1 * change, x + 0.1 * change + 0.02 * noise]
+        steps[2] += 0.0 if math.isinf(factor) else 0.1 * factor * change
+        tensors = [one.to(dtype) for one in steps]
+        if math.isinf(factor):
+            tensors[2][0] = math.inf
+        predictor = AdaptiveVelocity(0.0, ExactCell)
+        predictor.advance(tensors[0], ())
+        predictor.advance(tensors[1], predictor.terms())
+        chosen = []
+        for which in ("reference", "cpu"):
+            with use(which):  # type: ignore[arg-type]
+                chosen.append(float(predictor.choose(tensors[2], 0.75)))
+        assert chosen[0] == chosen[1]
+        assert (chosen[0] == 0) == (factor == 0 or math.isinf(factor))

@@ -1,9 +1,10 @@
-"""A velocity by itself, ``spec.Velocity``, in a loop compiled by Numba."""
+"""A velocity by itself, ``spec.Velocity``, and the sums that choose its coefficient, in loops compiled by Numba."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from compactdist.kernels.cpu import call
@@ -11,16 +12,25 @@ from compactdist.kernels.cpu.call import Work
 from compactdist.kernels.cpu.elements import AHEAD, write
 from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.cpu.products import run_alone
-from compactdist.kernels.cpu.simd.memory import load_first, prefetch, rounded_for, settle_streams, velocity_for
-from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT, float_in, next_part
+from compactdist.kernels.cpu.simd.memory import (
+    load_first,
+    prefetch,
+    rounded_for,
+    settle_streams,
+    stack_floats,
+    store,
+    velocity_for,
+)
+from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT, doubles_at, float_in, next_part
 from compactdist.kernels.cpu.steps import CACHE_LINE, DTYPES, STREAMED_NBYTES, second_term
 from compactdist.kernels.reference import LANES
 from compactdist.kernels.spec import Velocity
 
-__all__ = ["write_out"]
+__all__ = ["weigh", "write_out"]
 
 _BASE, _VELOCITY, _FACTOR, _OUT, _OUT_STREAMS = call.BASE, call.VELOCITY, call.FACTOR, call.OUT, call.OUT_STREAMS
-_NUMEL, _FIRST_PASS = call.NUMEL, call.FIRST_PASS
+_NUMEL, _FIRST_PASS, _X = call.NUMEL, call.FIRST_PASS, call.X
+_RUNS, _DISTANCE, _LENGTH = call.ROWS, call.CHANNELS, call.ELEMENTS
 
 _RUN = 1024
 """Elements that one thread takes at a time, at least."""
@@ -46,6 +56,50 @@ def velocity(dtype: str) -> Any:
         return 0
 
     return body
+
+
+def weighing(dtype: str) -> Any:
+    """A work: over ``NUMEL`` samples, sums of products of what ``x`` and ``base`` changed by, and of squares."""
+    elements_at = ELEMENTS_AT[dtype]
+
+    def body(args: Any) -> int:
+        x, base, previous = elements_at(args, _X), elements_at(args, _BASE), elements_at(args, _VELOCITY)
+        sums, runs, distance, length = doubles_at(args, _OUT), args[_RUNS], args[_DISTANCE], args[_LENGTH]
+        numel, products, squares = args[_NUMEL], stack_floats(LANES), stack_floats(LANES)
+        one, two, three, four = 0.0, 0.0, 0.0, 0.0  # in turn, for each waits for the last sum
+        lo, hi = next_part(args, _FIRST_PASS)
+        while lo < hi:
+            for run in range(runs):
+                for at in range(run * distance, min(run * distance + length, numel), LANES):
+                    have = min(run * distance + length, numel) - at
+                    last = load_first(base, at, have)
+                    change = last - load_first(previous, at, have)
+                    store((load_first(x, at, have) - last) * change, products, 0)
+                    store(change * change, squares, 0)
+                    for lane in range(0, LANES, 2):
+                        one += products[lane]
+                        two += products[lane + 1]
+                        three += squares[lane]
+                        four += squares[lane + 1]
+            lo, hi = next_part(args, _FIRST_PASS)
+        sums[0] = one + two
+        sums[1] = three + four
+        return 0
+
+    return body
+
+
+def weigh(x: Tensor, base: Tensor, previous: Tensor, samples: tuple[int, int, int]) -> tuple[float, float]:
+    """The two sums over samples of flat, contiguous tensors of one dtype of ``DTYPES``.
+
+    ``samples``: how many runs there are, how far apart they begin, and how many elements they have.
+    """
+    runs, distance, length = samples
+    sums = np.zeros(2)
+    slots = {call.X: x.data_ptr(), call.BASE: base.data_ptr(), call.VELOCITY: previous.data_ptr()}
+    slots |= {call.NUMEL: x.numel(), _RUNS: runs, _DISTANCE: distance, _LENGTH: length, call.OUT: sums.ctypes.data}
+    run_alone(Work(1, 1, address_of("velocities.weighing", DTYPES[x.dtype])), slots)
+    return float(sums[0]), float(sums[1])
 
 
 def write_out(term: Velocity, out: Tensor) -> None:
