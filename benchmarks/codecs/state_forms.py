@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.common import add_rounds, begin, finish, parser, timed
 from compactdist import codecs
 from compactdist.codecs import Codec
-from compactdist.state import StreamConfig
+from compactdist.state import Order, StreamConfig
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.matrix_view import plain
@@ -37,8 +37,8 @@ CODECS: tuple[dict[str, Any], ...] = (
 class Stream:
     """Both ends of a stream, and two tensors that it sends in turn."""
 
-    def __init__(self, codec: Codec, state: StateForm) -> None:
-        config, self.codec = StreamConfig(find_layout=False, state=state), codec
+    def __init__(self, codec: Codec, state: StateForm, order: Order = 1) -> None:
+        config, self.codec = StreamConfig(order, find_layout=False, state=state), codec
         self.sender = StreamEncoder(config, 1, "sender", Spares())
         self.receiver = StreamDecoder(config, 1, "receiver")
         self.view, g = plain(ROWS * CHANNELS, 1, CHANNELS), torch.Generator().manual_seed(0)

@@ -209,7 +209,7 @@ class Session:
     """Whether ``commit`` and ``rollback`` do anything; if not, callers may leave these calls out."""
 
     takes_velocity: bool = False
-    """Whether the second of two terms on a CPU may be a ``kernels.spec.Velocity``."""
+    """Whether the second of two terms on a CPU may be a ``kernels.spec.Velocity``, and ``out`` its ``previous``."""
 
     prepares: ClassVar[bool] = False
     """Whether ``prepare`` does anything; if not, callers may leave it out."""
@@ -275,7 +275,7 @@ class Session:
         Args:
             payload: what ``encode`` wrote at the other end.
             terms: terms of the prediction, as for ``encode``.
-            out: flat, contiguous, of ``dtype``; may be the first of the terms.
+            out: flat, contiguous, of ``dtype``; may be the first of the terms, or the ``previous`` of a velocity.
 
         Raises:
             PayloadError: The payload is not uint8 of the expected length.

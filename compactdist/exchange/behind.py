@@ -1,17 +1,23 @@
 """Frames larger than the size that was agreed: each travels in a message of its own, behind a stand-in for it.
 
-The sender hands such messages to the inner group with the stand-ins, and waits for none of them. A receiver that finds
-a stand-in fetches the frame there and then. No other rank takes part, so it makes no difference in which order ranks
-wait for their calls.
+The sender hands such messages to the inner group with the stand-ins, and its callers wait for none of them. A receiver
+that finds a stand-in fetches the frame there and then. No other rank takes part, so it makes no difference in which
+order ranks wait for their calls, nor when.
 """
 
 from __future__ import annotations
 
+import atexit
+import logging
+import threading
+from collections import deque
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from compactdist.exchange.link import Link
 from compactdist.state.stand_in import tag_of
 from compactdist.wire import Header
 
@@ -20,42 +26,68 @@ if TYPE_CHECKING:
 
 __all__ = ["Behind"]
 
+_log = logging.getLogger("compactdist")
+_FOR_EVER = timedelta(days=30)
+"""gloo closes all connections of a group where a wait runs into its timeout."""
+_STOP_SECONDS = 5.0
+
 
 class Behind:
-    """The frames of one rank that follow their stand-ins, kept until all receivers must have them.
+    """The frames of one rank that follow their stand-ins, kept until their receivers have them.
 
-    gloo loses a message whose work is collected, and says that it was sent to a waiter only; who waited might wait for
-    a rank that waits for this one.
-
-    Attributes:
-        sent: of each site, by key: the flight that a frame belongs to, the frame, and its work.
+    gloo loses a message whose work is collected, and says to a waiter only that it was received. A thread waits, while
+    there are such messages: a caller who did might wait for a rank that waits for this one.
     """
 
     def __init__(self) -> None:
-        self.sent: dict[str, list[tuple[Flight, Tensor, Any]]] = {}
+        self._under_way: deque[tuple[Tensor, Any]] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        """Messages that may not have been received."""
+        return len(self._under_way)
 
     def send(self, engine: Engine, flight: Flight) -> None:
         """Send the frames that follow the stand-ins of a flight, which are on their way."""
-        plan = flight.plan
-        kept = self.sent.setdefault(plan.site.key, [])
-        for part, staged in zip(plan.outgoing, flight.staged, strict=True):
+        for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True):
             if staged is None or staged.behind is None:
                 continue
             peers = [part.peer] if part.peer != engine.rank else [r for r in range(engine.size) if r != engine.rank]
             for peer in peers:
-                kept.append((flight, staged.behind, engine.link.send(staged.behind, peer, tag_of(staged.header))))
+                self._keep(staged.behind, engine.link.send(staged.behind, peer, tag_of(staged.header)))
                 flight.wire_nbytes += staged.behind.numel()
 
     @staticmethod
-    def fetch(engine: Engine, header: Header, peer: int) -> Tensor:
+    def fetch(link: Link, header: Header, peer: int) -> Tensor:
         """The frame that a stand-in from a peer stands for; ``header``: what the stand-in says. It is waited for."""
         frame = torch.empty(header.nbytes + header.payload_nbytes, dtype=torch.uint8, device="cpu")
-        engine.link.receive(frame, peer, tag_of(header)).wait()
+        link.receive(frame, peer, tag_of(header)).wait()
         return frame
 
-    def finished(self, flight: Flight) -> None:
-        """A flight has arrived: its senders have decoded, and so fetched, what came at its site before."""
-        key = flight.plan.site.key
-        kept = [one for one in self.sent.pop(key, ()) if one[0] is flight]
-        if kept:
-            self.sent[key] = kept
+    def join(self, seconds: float) -> bool:
+        """Wait until all messages were received, at most so long; returns whether they were."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._under_way, seconds)
+
+    def _keep(self, frame: Tensor, work: Any) -> None:
+        with self._changed:
+            self._under_way.append((frame, work))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True, name="compactdist-behind")
+                self._thread.start()
+                atexit.register(self.join, _STOP_SECONDS)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._under_way[0][1].wait(_FOR_EVER)
+            except Exception as error:  # the group is gone, or a rank: calls say so, too
+                _log.debug("a frame behind a stand-in was not received: %s", error)
+            with self._changed:
+                self._under_way.popleft()
+                self._changed.notify_all()
+                if not self._under_way:
+                    self._thread = None
+                    atexit.unregister(self.join)
+                    return

@@ -73,6 +73,7 @@ class Flight:
         passed: why the message travels in a frame that touches no history; ``None`` for every other message.
         keyframes: whether all frames are keyframes.
         surprises: frames follow their stand-ins.
+        link: where frames are fetched that follow stand-ins, also once the group is closed; ``None``: there are none.
         predicted: the call is answered with its prediction.
         work: work of the inner call.
         in_turn: the works of a tensor's parts, each to be waited for before it is decoded; ``None``: there is one work.
@@ -104,6 +105,7 @@ class Flight:
     passed: PassReason | None = None
     keyframes: bool = True
     surprises: bool = False
+    link: Link | None = None
     predicted: bool = False
     work: Any = None
     in_turn: InTurn | None = None
@@ -487,8 +489,10 @@ class Engine:
         except BaseException:
             self.withdraw(flight)
             raise
-        if flight.surprises:
-            self.behind.send(self, flight)
+        if self.may_surprise:
+            flight.link = self.link
+            if flight.surprises:
+                self.behind.send(self, flight)
         if self.samples.every and flight.failure is None and flight.passed is None:
             self.samples.take(flight)
         if pattern.forwards:
@@ -574,8 +578,6 @@ class Engine:
                     error = self._met(e, error)
             for target, contiguous in flight.copies if may_write else ():
                 target.copy_(contiguous.view(target.shape))
-        if self.behind.sent:
-            self.behind.finished(flight)
         if ours:
             rooms = self.store.spares.rooms
             for room in flight.rooms:
@@ -662,7 +664,7 @@ class Engine:
                 queue=queue,
             )
         except FrameFollows as follows:
-            frame = self.behind.fetch(self, follows.header, part.peer)
+            frame = self.behind.fetch(flight.link or self.link, follows.header, part.peer)
             flight.arrived = [frame if one is data else one for one in flight.arrived]
             return self._take(flight, part, frame, refused, target, queue)
         if decoder.refused:

@@ -47,6 +47,7 @@ class Message:
         arrival: the arrival that may be passed on, held; ``None`` for none.
         accepts_unannounced_keyframe: whether the receiver takes a keyframe it does not expect, and one of the tensor's
             own bytes where it expects a coded one.
+        may_surprise: whether a keyframe that arrived, and that nobody was told of, may be passed on as such.
         may_begin: whether a keyframe that arrived may start this stream.
         hint: matrix view of the stream's layout hint.
 
@@ -84,6 +85,7 @@ class Message:
         keyframe_expected: bool,
         arrival: Arrival | None = None,
         accepts_unannounced_keyframe: bool = False,
+        may_surprise: bool = False,
         may_begin: bool = True,
         hint: MatrixView | None = None,
     ) -> None:
@@ -97,7 +99,7 @@ class Message:
         self.forwarded = self.forwards = self.begins = self.own_bytes = False
         relay = encoder.relay
         if relay is not None and relay.source is not None:
-            may = self._may_forward(relay, keyframe_expected, accepts_unannounced_keyframe)
+            may = self._may_forward(relay, keyframe_expected, accepts_unannounced_keyframe or may_surprise)
             self.forwards = may and self._is_untouched()
             if self.forwards:
                 return

@@ -25,7 +25,7 @@ from compactdist.exchange.predicted import at_once
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import PassReason
 from compactdist.policy import Rules
-from compactdist.state import Room, Site, state_nbytes
+from compactdist.state import Room, Site, put_behind, state_nbytes
 from compactdist.wire import raw_payload
 
 __all__ = [
@@ -545,6 +545,7 @@ def stage_message(
         keyframe_expected=keyframe,
         arrival=flight.arrival,
         accepts_unannounced_keyframe=accepts_unannounced_keyframe,
+        may_surprise=engine.may_surprise and x.is_cpu,
         may_begin=not (flight.refusing and engine.refuses(flight, part.peer)),
         hint=part.hint,
     )
@@ -561,6 +562,9 @@ def stage_message(
         if engine.tap is not None:
             engine.tap(flight.call, part.peer, x, part.hint)
         staged = message.pass_on(flight.call.step, flight.call.epoch)
+        if staged.header.is_key and not keyframe and not accepts_unannounced_keyframe:
+            put_behind(staged, part.residual_nbytes)
+            flight.surprises = True
         flight.staged.append(staged)
         flight.keyframes = flight.keyframes and staged.header.is_key
     else:

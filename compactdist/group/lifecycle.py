@@ -522,6 +522,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
     def _flush(self) -> None:
         try:
             self._engine.outbox.flush()
+            self._engine.behind.join(_FLUSH_SECONDS)
         except Exception as error:
             _log.warning("%s: closed, and then a send failed: %s", self._engine.label, str(error))
 

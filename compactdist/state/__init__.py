@@ -12,7 +12,7 @@ from compactdist.state.rate import STEERED, Met, RateControl, Target, check_stee
 from compactdist.state.replays import Captured, Replays
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
 from compactdist.state.snapshot import SavedStreams, load_streams, save_streams
-from compactdist.state.stand_in import FrameFollows
+from compactdist.state.stand_in import FrameFollows, put_behind
 from compactdist.state.store import Site, StateStore
 from compactdist.state.stream import (
     COMPRESSIBLE_DTYPES,
@@ -64,6 +64,7 @@ __all__ = [
     "load_streams",
     "not_captured",
     "plain",
+    "put_behind",
     "save_streams",
     "state_nbytes",
     "unsuited",

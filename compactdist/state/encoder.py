@@ -24,7 +24,7 @@ from compactdist.state.matrix_view import blocks
 from compactdist.state.rate import Choice, Measured, StreamRate
 from compactdist.state.relay import Relay, stop_sharing
 from compactdist.state.said import announce, say_coefficient
-from compactdist.state.stand_in import stand_in_for
+from compactdist.state.stand_in import put_behind
 from compactdist.state.stream import Changes, Form, Room, Spares, Staged, StreamConfig, StreamState
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
@@ -76,9 +76,18 @@ class StreamEncoder(StreamState):
             then expect it.
     """
 
-    lasting = (*StreamState.lasting, "_searched", "announce_keyframe")
+    lasting = (*StreamState.lasting, "_key_at", "_searched", "announce_keyframe")
 
-    __slots__ = ("_own_predictor", "_remembers", "_searched", "_spares", "announce_keyframe", "relay", "steers")
+    __slots__ = (
+        "_key_at",
+        "_own_predictor",
+        "_remembers",
+        "_searched",
+        "_spares",
+        "announce_keyframe",
+        "relay",
+        "steers",
+    )
 
     def __init__(
         self,
@@ -92,6 +101,7 @@ class StreamEncoder(StreamState):
     ) -> None:
         super().__init__(config, fingerprint, where, changes, board, unprepared)
         self.announce_keyframe = False
+        self._key_at = 0
         self._searched = not config.find_layout
         self.relay: Relay | None = None
         self.steers: StreamRate | None = None
@@ -367,25 +377,33 @@ class StreamEncoder(StreamState):
         """A residual's frame or, where it would miss the target by far, a keyframe in its place.
 
         The rate of a residual is announced one frame ahead, so its size cannot follow from a tensor that changed
-        entirely since.
+        entirely since. Not right after a keyframe: tensors that have nothing to do with those before are better sent at
+        a higher rate, which is learnt from a residual.
         """
         steers, measured, session = self.steers, staged.measured, staged.session
-        if steers is None or not isinstance(measured, Measured) or not steers.is_hopeless(measured):
+        if steers is None or not isinstance(measured, Measured) or self.sequence == self._key_at + 1:
             return staged
+        if not steers.is_hopeless(measured):
+            return staged
+        assert session is not None
         head = HEADER_NBYTES if shape is None else HEADER_NBYTES + SHAPE_NBYTES
         nbytes = head + self.keyframe_nbytes(codec, flat.numel(), flat.dtype)
         fits = frame_nbytes is None or nbytes <= frame_nbytes
         padded = frame_nbytes if fits else None
-        key = self._stage_key(flat, codec, step, epoch, padded, False, True, shape, False, None, restarts=True)
+        try:
+            key = self._stage_key(flat, codec, step, epoch, padded, False, True, shape, False, None, restarts=True)
+        except BaseException:
+            session.rollback()
+            raise
         assert key.value is not None
         if not Measured.of(flat, (), key.value).error < measured.error:
+            steers.rate = self.rate_of(codec)  # the residual's, not that of one after a keyframe
             return staged
-        assert session is not None
         session.rollback()
         key.surprises = True
         if not fits:
             assert frame_nbytes is not None
-            key.frame, key.behind = stand_in_for(key.header, frame_nbytes, flat), key.frame
+            put_behind(key, frame_nbytes)
         return key
 
     def _encoded(
@@ -630,7 +648,7 @@ class StreamEncoder(StreamState):
             return
         if flags & KEY:
             self.start(header.numel, header.dtype, staged.hint)
-            self.digest = 0
+            self.digest, self._key_at = 0, self.sequence
             if staged.there and self.clock is not None:
                 self.clock.begin()
             if self.relay is not None:
@@ -655,6 +673,8 @@ class StreamEncoder(StreamState):
             elif unused is not None and self._spares is not None:
                 self._spares.give(unused, queue, self.part)
         if self._own_predictor is not None and staged.exact is not None:
+            if flags & RESTART:
+                self._own_predictor.clear()
             self._own_predictor.advance(staged.exact, ())
         if staged.session is not None and staged.session.remembers:
             self._commit(staged.session)

@@ -231,7 +231,6 @@ class StreamRate:
         self._loss: list[float] = []
         self._seen: set[int] = set()
         self._last: Measured | None = None
-        self._goes_on = False
         self._awaited: list[tuple[Hashable, HostCopy, int]] = []
         self._catching_up = threading.Lock()
         self.sums = _Sums()
@@ -367,7 +366,6 @@ class StreamRate:
             next_rate: the rate that it announces; 0: none.
         """
         self._control.counted(wire_bytes, self.elements, residual=measured is not None)
-        self._goes_on = measured is not None
         if measured is None:
             if not self.planned:
                 self._control.begun(self)
@@ -413,14 +411,10 @@ class StreamRate:
         return min(measured.error, _HOPELESS * asked * measured.energy)
 
     def is_hopeless(self, measured: Measured) -> bool:
-        """Whether the tensor is another one than before, and its residual misses what is asked for by far.
-
-        Not right after a keyframe: tensors that have nothing to do with those before are better sent at a higher rate,
-        which is learnt from a residual.
-        """
+        """Whether the tensor is another one than before, and its residual misses what is asked for by far."""
         asked = self._control.target.nmse
         is_another = measured.residual > _ANOTHER * measured.energy
-        return self._goes_on and is_another and measured.error > _HOPELESS * asked * measured.energy
+        return is_another and measured.error > _HOPELESS * asked * measured.energy
 
     def rest(self) -> None:
         """The stream sends nothing until it begins anew: no bytes are set aside for it."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
+from compactdist.state.stream import Staged
 from compactdist.wire import STAND_IN, Header, empty_frame, hash64, seal
 
-__all__ = ["FrameFollows", "stand_in_for", "tag_of"]
+__all__ = ["FrameFollows", "put_behind", "tag_of"]
 
 _LEAST_TAG = 1 << 30
 
@@ -29,11 +28,11 @@ class FrameFollows(Exception):
         self.header = header
 
 
-def stand_in_for(header: Header, nbytes: int, like: Tensor) -> Tensor:
-    """A stand-in of ``nbytes`` for a frame with this header, 1-D uint8 on the device of ``like``."""
-    header = replace(header, flags=header.flags | STAND_IN)
-    frame, _ = empty_frame(header.nbytes, 0, nbytes, like.device)
-    return seal(frame, header)
+def put_behind(staged: Staged, nbytes: int) -> None:
+    """Put a staged frame behind a stand-in of ``nbytes``."""
+    header = replace(staged.header, flags=staged.header.flags | STAND_IN)
+    frame, _ = empty_frame(header.nbytes, 0, nbytes, staged.frame.device)
+    staged.frame, staged.behind = seal(frame, header), staged.frame
 
 
 def tag_of(header: Header) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from compactdist.codecs.base import Session, tensors_in
 from compactdist.errors import CodecConfigError, NonFiniteError, PayloadError
 from compactdist.kernels import MIN_ELEMENTS, restored
-from compactdist.kernels.spec import MatrixView
+from compactdist.kernels.spec import MatrixView, Velocity
 from compactdist.state.quantized_history import quantize
 from compactdist.testing.codec_checks import as_bytes, expect, expect_raises, surroundings
 from compactdist.testing.samples import DISTRIBUTIONS, sample
@@ -54,7 +54,8 @@ def check_session(
     without a rollback, and tensors with NaN. A twin that never saw them must send equal payloads. Between steps the
     memory of two ends is moved, and its old place spoilt; they must not notice. Two ends are replaced by new sessions
     that take copies of their memory, as a restored snapshot does. A session that ``takes_rounded`` is given a term in
-    eight bits, too, and must make of it what it makes of the tensor.
+    eight bits, too, and one that ``takes_velocity`` a velocity that is yet to be worked out, over whose older tensor it
+    decodes; of either it must make what it makes of the tensor.
 
     Args:
         codec: a codec with ``open``.
@@ -98,6 +99,8 @@ class _Stream:
         self.refuse_wrong_payloads(size)
         if self.sender.takes_rounded and self.view.numel < MIN_ELEMENTS:  # above it, there would be kernels to compile
             self.read_rounded(first)
+        if self.sender.takes_velocity and self.device.type == "cpu" and self.view.numel < MIN_ELEMENTS:
+            self.read_velocity(first)
 
     def draw(self, seed: int) -> Tensor:
         # At most a quarter of the largest value, so that no difference of two tensors leaves float32.
@@ -229,6 +232,21 @@ class _Stream:
             receiver.decode(payload, (term,), got)
             made.append([as_bytes(one) for one in (payload, out, got)])
         self.expect(all(map(torch.equal, *made)), "a term in eight bits gives other bits than the tensor it stands for")
+
+    def read_velocity(self, x: Tensor) -> None:
+        """Both ends get a velocity as a predictor keeps it, and two others the tensor that it stands for."""
+        base, previous, made = self.bounded(0.9 * x.float()), self.bounded(0.8 * x.float()), []
+        for kept in (True, False):
+            sender, receiver = (self.codec.open(self.view, self.dtype, self.device) for _ in range(2))
+            (out, payload), velocity = self.buffers(), Velocity(base, previous.clone(), 0.4375)
+            term = velocity if kept else restored(velocity)
+            got = velocity.previous if kept else self.buffers()[0]
+            sender.encode(x, (base, cast(Tensor, term)), out, payload)
+            receiver.decode(payload, (base, cast(Tensor, term)), got)
+            made.append([as_bytes(one) for one in (payload, out, got)])
+        self.expect(
+            all(map(torch.equal, *made)), "a velocity as it is kept gives other bits than the tensor it stands for"
+        )
 
     def refuse_wrong_payloads(self, size: int) -> None:
         out, payload = self.buffers()

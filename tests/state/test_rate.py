@@ -119,6 +119,44 @@ def test_a_keyframe_with_more_error_is_not_sent():
     assert sum(kinds) == 1
 
 
+def test_a_keyframe_that_is_not_sent_changes_no_rate(monkeypatch):
+    """It was counted as sent at the rate after a keyframe, and what that loses was learnt from it."""
+    encoder, decoder = kit.pair(target="nmse_db=-32", keyframe="int2")
+    stage_key, sent, made, counted = StreamEncoder._stage_key, StreamRate.sent, [], []
+
+    def noted(stream, *given, **others):
+        made.append(stage_key(stream, *given, **others))
+        return made[-1]
+
+    def counts(rate, *given):
+        counted.append((rate.rate, encoder._stream.rate_of(encoder.codec)))
+        sent(rate, *given)
+
+    monkeypatch.setattr(StreamEncoder, "_stage_key", noted)
+    monkeypatch.setattr(StreamRate, "sent", counts)
+    for step, (x, other) in enumerate(zip(values(2, 9), values(3, 9), strict=True)):
+        frame = encoder.encode(x if step < 5 else other)
+        decoder.decode(frame)
+        kit.check_in_step(encoder, decoder)
+        assert unpack(frame, "here").is_key == (step == 0)
+    assert len(made) == 2, "the one that was sent, and one that has more error than the residual"
+    assert all(one == other for one, other in counted[1:])
+
+
+@pytest.mark.parametrize("order", [1, 2, "auto"])
+def test_an_open_loop_goes_on_after_another_request(order):
+    """A sender predicted with a velocity across the change, which its receiver had forgotten."""
+    encoder, decoder = kit.pair(target="nmse_db=-26", codec="rates:rungs=scalar", order=order, error_feedback=False)
+    g, errors = torch.Generator().manual_seed(0), []
+    x = torch.randn(ROWS, CHANNELS, generator=g)
+    for step in range(10):
+        x = torch.randn(ROWS, CHANNELS, generator=g) if step == 5 else x
+        x = x + 0.05 * torch.randn(ROWS, CHANNELS, generator=g)
+        y = decoder.decode(encoder.encode(x))
+        errors.append(10 * math.log10(float((y - x).square().sum() / x.square().sum())))
+    assert max(errors[5:]) < -20
+
+
 def test_a_size_that_is_asked_for_is_kept():
     encoder, decoder = kit.pair(target="bits=1.5")
     sizes = []

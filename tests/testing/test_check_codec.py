@@ -17,7 +17,7 @@ from compactdist.codecs.base import Session as BaseSession
 from compactdist.codecs.base import add_up, residual_of
 from compactdist.codecs.shapes import padded_nbytes
 from compactdist.errors import CodecConfigError, CompactDistError, NonFiniteError, PayloadError
-from compactdist.kernels.spec import MatrixView, Rounded
+from compactdist.kernels.spec import MatrixView, Rounded, Velocity
 from compactdist.state import ResidualDecoder, ResidualEncoder
 from compactdist.testing import check_codec, codec_checks, sample
 from compactdist.testing.session_checks import VIEWS, check_session, check_sessions
@@ -228,6 +228,8 @@ class Session:
     def takes_rounded(self) -> bool:
         return False
 
+    takes_velocity = False
+
     def commit(self) -> None:
         self.last, self.staged = self.staged or self.last, 0.0
 
@@ -281,6 +283,10 @@ def another_out(self: Session, x: Tensor, terms: Any, out: Tensor | None, payloa
 
 def takes_codes_for_values(self: Session, terms: tuple[Any, ...]) -> Tensor:
     return Session.expected(self, tuple(term.codes if isinstance(term, Rounded) else term for term in terms))
+
+
+def takes_the_older_tensor_for_a_velocity(self: Session, terms: tuple[Any, ...]) -> Tensor:
+    return Session.expected(self, tuple(term.previous if isinstance(term, Velocity) else term for term in terms))
 
 
 def adds_into_a_term(self: Session, payload: Tensor, terms: Any, out: Tensor) -> None:
@@ -373,6 +379,10 @@ BAD_SESSIONS: dict[str, tuple[dict[str, Any], str]] = {
     "rollback": ({"rollback": forgets_to_roll_back}, "a frame that was not sent, out=None"),
     "out": ({"encode": another_out}, "decode gives other bits than encode's out"),
     "eight bits": ({"takes_rounded": True, "expected": takes_codes_for_values}, "in eight bits gives other bits"),
+    "velocity": (
+        {"takes_velocity": True, "expected": takes_the_older_tensor_for_a_velocity},
+        "a velocity as it is kept gives other bits",
+    ),
     "term": ({"decode": adds_into_a_term}, "changed x or a term|changed the next payload"),
     "output": ({"decode": reads_its_output}, "in place.* gives other bits|other bits than encode's out"),
     "nan": ({"encode": swallows_nan}, "must raise NonFiniteError, raised nothing"),
