@@ -39,6 +39,23 @@ def test_states_in_eight_bits() -> None:
     assert f"with `fp8` {least['fp8']} to {most['fp8']} times" in page
 
 
+def test_orders() -> None:
+    lines, page = stored("orders.json")["lines"], (ROOT / "docs" / "concepts.md").read_text()
+    exact = [line for line in lines if line["state"] == "exact" and not line["codec"].startswith("transform")]
+    two, auto = ({round(line["ratio"], 1) for line in exact if line["order"] == order} for order in (2, "auto"))
+    assert (two, auto) == ({1.5}, {1.6})
+    assert "1.5 times\nas long at order 2 as at order 1, and 1.6 times at" in page
+
+
+def test_presets_pay() -> None:
+    wins, page = stored("preset_cost.json")["wins"], (ROOT / "docs" / "concepts.md").read_text()
+    speeds = [round(win["below_mbit_per_s"]) for win in wins]
+    assert f"slow links, below {speeds[0]} Mbit/s for each thread" in page
+    assert f"slowest links, below {speeds[1]} Mbit/s for each thread" in page
+    assert f"on links faster than {speeds[2]} Mbit/s for each thread" in page
+    assert speeds[3] == 30
+
+
 def test_lowrank() -> None:
     speed = stored("lowrank_speed.json")
     for stream in ("synthetic", "trace"):
