@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import time
 from collections import deque
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -30,23 +31,27 @@ _log = logging.getLogger("compactdist")
 _FOR_EVER = timedelta(days=30)
 """gloo closes all connections of a group where a wait runs into its timeout."""
 _STOP_SECONDS = 5.0
+_STUCK_SECONDS = 10.0
 
 
 class Behind:
     """The frames of one rank that follow their stand-ins, kept until their receivers have them.
 
     gloo loses a message whose work is collected, and says to a waiter only that it was received. A thread waits, while
-    there are such messages: a caller who did might wait for a rank that waits for this one.
+    there are such messages: a caller who did might wait for a rank that waits for this one. A message that nobody
+    fetches, as its receiver has let go of the call, keeps that thread; another takes care of those after it.
     """
 
     def __init__(self) -> None:
-        self._under_way: deque[tuple[Tensor, Any]] = deque()
+        self._left: deque[tuple[Tensor, Any]] = deque()
+        self._under_way = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._waits_since = 0.0
 
     def __len__(self) -> int:
         """Messages that may not have been received."""
-        return len(self._under_way)
+        return self._under_way
 
     def send(self, engine: Engine, flight: Flight) -> None:
         """Send the frames that follow the stand-ins of a flight, which are on their way."""
@@ -72,22 +77,31 @@ class Behind:
 
     def _keep(self, frame: Tensor, work: Any) -> None:
         with self._changed:
-            self._under_way.append((frame, work))
-            if self._thread is None:
+            self._left.append((frame, work))
+            self._under_way += 1
+            if self._under_way == 1:
+                atexit.register(self.join, _STOP_SECONDS)
+            if self._thread is None or time.monotonic() - self._waits_since > _STUCK_SECONDS:
+                self._waits_since = time.monotonic()
                 self._thread = threading.Thread(target=self._run, daemon=True, name="compactdist-behind")
                 self._thread.start()
-                atexit.register(self.join, _STOP_SECONDS)
 
     def _run(self) -> None:
         while True:
+            with self._changed:
+                if self._thread is not threading.current_thread():
+                    return  # another has taken over
+                if not self._left:
+                    self._thread = None
+                    return
+                message, self._waits_since = self._left.popleft(), time.monotonic()
             try:
-                self._under_way[0][1].wait(_FOR_EVER)
+                message[1].wait(_FOR_EVER)
             except Exception as error:  # the group is gone, or a rank: calls say so, too
                 _log.debug("a frame behind a stand-in was not received: %s", error)
+            del message
             with self._changed:
-                self._under_way.popleft()
-                self._changed.notify_all()
+                self._under_way -= 1
                 if not self._under_way:
-                    self._thread = None
                     atexit.unregister(self.join)
-                    return
+                self._changed.notify_all()

@@ -217,6 +217,29 @@ def test_nothing_is_kept_of_a_request_that_ends_so():
     run_ranks(body, 2)
 
 
+def test_a_message_that_nobody_fetches_keeps_no_other(monkeypatch):
+    """Rank 1 drops the work of a call, and its history before it looked at the frame."""
+    monkeypatch.setattr("compactdist.exchange.behind._STUCK_SECONDS", 0.2)
+
+    def body(rank, size):
+        values, out = _values(rank), torch.empty(size * ROWS, CHANNELS)
+        with compactdist.wrap(target=f"nmse_db={TARGET}", min_numel=64) as dist:
+            for number in range(2):
+                for step in range(CHANGE + 1):
+                    with dist.step():
+                        work = dist.all_gather_into_tensor(out, values[step], async_op=True)
+                    if number or step < CHANGE or rank == 0:
+                        work.wait()
+                del work
+                dist.reset()
+                torch.distributed.barrier()
+                time.sleep(0.3)
+            assert len(dist._engine.behind) == (rank == 0)
+            dist._engine.behind.join = lambda seconds: True  # it would wait for that message
+
+    run_ranks(body, 2, timeout=30)
+
+
 def test_what_is_sent_on_untouched_goes_on_as_it_came():
     """A rotation of chunks around three ranks: the keyframe is passed on, and the frames after it, too."""
 
