@@ -31,23 +31,24 @@ _log = logging.getLogger("compactdist")
 _FOR_EVER = timedelta(days=30)
 """gloo closes all connections of a group where a wait runs into its timeout."""
 _STOP_SECONDS = 5.0
+_THREADS = 16
+"""As many messages are waited for at a time; more only where none of these has been received for a while."""
 _STUCK_SECONDS = 10.0
 
 
 class Behind:
     """The frames of one rank that follow their stand-ins, kept until their receivers have them.
 
-    gloo loses a message whose work is collected, and says to a waiter only that it was received. A thread waits, while
+    gloo loses a message whose work is collected, and says to a waiter only that it was received. Threads wait, while
     there are such messages: a caller who did might wait for a rank that waits for this one. A message that nobody
-    fetches, as its receiver has let go of the call, keeps that thread; another takes care of those after it.
+    fetches, as its receiver has let go of the call, keeps its thread, and no other message.
     """
 
     def __init__(self) -> None:
         self._left: deque[tuple[Tensor, Any]] = deque()
-        self._under_way = 0
+        self._under_way = self._threads = 0
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._waits_since = 0.0
+        self._began = 0.0
 
     def __len__(self) -> int:
         """Messages that may not have been received."""
@@ -81,20 +82,17 @@ class Behind:
             self._under_way += 1
             if self._under_way == 1:
                 atexit.register(self.join, _STOP_SECONDS)
-            if self._thread is None or time.monotonic() - self._waits_since > _STUCK_SECONDS:
-                self._waits_since = time.monotonic()
-                self._thread = threading.Thread(target=self._run, daemon=True, name="compactdist-behind")
-                self._thread.start()
+            if self._threads < _THREADS or time.monotonic() - self._began > _STUCK_SECONDS:
+                self._threads, self._began = self._threads + 1, time.monotonic()
+                threading.Thread(target=self._run, daemon=True, name="compactdist-behind").start()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                if self._thread is not threading.current_thread():
-                    return  # another has taken over
                 if not self._left:
-                    self._thread = None
+                    self._threads -= 1
                     return
-                message, self._waits_since = self._left.popleft(), time.monotonic()
+                message = self._left.popleft()
             try:
                 message[1].wait(_FOR_EVER)
             except Exception as error:  # the group is gone, or a rank: calls say so, too

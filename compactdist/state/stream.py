@@ -100,6 +100,8 @@ class StreamConfig:
             object.__setattr__(self, "damping", _DAMPING)
         if self.damping is not None and not 0 <= self.damping <= 1:
             raise ConfigError(f"damping must lie in [0, 1], got {self.damping!r}")
+        if self.damping is not None:
+            object.__setattr__(self, "damping", float(self.damping))
         if self.damping is not None and not self.predictor.damped:
             raise ConfigError(
                 f"damping={self.damping!r} damps the velocity of order 2, and order={self.order!r} takes none: use "
@@ -454,7 +456,7 @@ class StreamState:
 
     def moving_terms(self, session: Session, coefficient: float) -> Terms:
         """The prediction of a predictor with a velocity, in the form that the session takes."""
-        if session.takes_velocity and session.device.type == "cpu":
+        if session.takes_velocity and session.device.type == "cpu" and self.clock is None:  # and graphs know no address
             return cast(Terms, self.predictor.kept_terms(coefficient))
         return self.predictor.terms(coefficient)
 

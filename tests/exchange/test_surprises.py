@@ -217,8 +217,10 @@ def test_nothing_is_kept_of_a_request_that_ends_so():
     run_ranks(body, 2)
 
 
-def test_a_message_that_nobody_fetches_keeps_no_other(monkeypatch):
+@pytest.mark.parametrize("threads", [16, 1])
+def test_a_message_that_nobody_fetches_keeps_no_other(threads, monkeypatch):
     """Rank 1 drops the work of a call, and its history before it looked at the frame."""
+    monkeypatch.setattr("compactdist.exchange.behind._THREADS", threads)
     monkeypatch.setattr("compactdist.exchange.behind._STUCK_SECONDS", 0.2)
 
     def body(rank, size):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compactdist.state import StreamConfig
 from tests.state import kit
 
 
@@ -107,4 +108,14 @@ def test_an_empty_tensor_of_odd_strides_can_be_a_residual():
     encoder, decoder = kit.pair(codec="binary", warmup_steps=0)
     for x in (torch.zeros(0), torch.zeros(0, 2)[:, 1], torch.zeros(0)):
         assert decoder.decode(encoder.encode(x)).shape == (0,)
+        kit.check_in_step(encoder, decoder)
+
+
+@pytest.mark.parametrize("state", ["exact", "int8"])
+def test_damping_may_be_a_whole_number(state):
+    encoder, decoder = kit.pair(codec="int4", order=2, damping=1, state=state)
+    assert encoder.config == StreamConfig(2, 1.0, state=state)
+    x = torch.randn(128, 256)
+    for step in range(4):
+        decoder.decode(encoder.encode(x + 0.1 * step))
         kit.check_in_step(encoder, decoder)
