@@ -31,6 +31,21 @@ def test_kernels() -> None:
     assert kernels_cpu.table(stored("kernels_cpu.json")["lines"]) in PAGE
 
 
+def test_kernels_with_scales_from_the_frame_before() -> None:
+    lines = stored("kernels_cpu_history.json")["lines"]
+    assert kernels_cpu.table(lines) in PAGE
+    for codec, said in (
+        ("binary", "1.7 to 2.4 times"),
+        ("int8", "2.0 to 2.4 with"),
+        ("int2", "1.7 to 2.8 with"),
+        ("int4", "2.1 to 2.9 with"),
+    ):
+        of_two = [line for line in lines if line["codec"] == codec and line["threads"] == 2]
+        ratios = [line["encode_copies"] / line["moved_encode_copies"] for line in of_two]
+        assert said.startswith(f"{min(ratios):.1f} to {max(ratios):.1f} ")
+        assert said in PAGE
+
+
 def test_states_in_eight_bits() -> None:
     lines, page = stored("state_forms.json")["lines"], (ROOT / "docs" / "concepts.md").read_text()
     ratios = {form: [line["ratio"] for line in lines if line["state"] == form] for form in ("int8", "fp8")}

@@ -2,6 +2,7 @@
 
     python -m benchmarks.codecs.kernels_cpu --json benchmarks/results/kernels_cpu.json
     python -m benchmarks.codecs.kernels_cpu --show benchmarks/results/kernels_cpu.json
+    python -m benchmarks.codecs.kernels_cpu --scales token_history --json benchmarks/results/kernels_cpu_history.json
 
 For each case, codec and form of scales: a session's ``encode`` with payload and new base in memory of their own, and
 ``decode`` in place. The runs of one line take turns, every one next to a copy; medians of the ratios. Beside
@@ -146,12 +147,14 @@ def main() -> None:
     made = parser(__doc__ or "")
     made.add_argument("--rounds", type=int, default=12, help="samples of each (default 12)")
     made.add_argument("--show", type=Path, metavar="FILE", help="print stored results instead of measuring")
+    made.add_argument("--scales", choices=("token_channel", "block", "token_history"), help="of these alone")
     args = made.parse_args()
     if args.show is not None:
         print(table(json.loads(args.show.read_text())["lines"]))
         return
     check_load(args.max_load)
-    lines = [_line(spec, *case, args.rounds) for case, spec in itertools.product(CASES, FORMS)]
+    forms = [form for form in FORMS if args.scales in (None, form.get("scales", "token_channel"))]
+    lines = [_line(spec, *case, args.rounds) for case, spec in itertools.product(CASES, forms)]
     print(table(lines))
     finish(args.json, {"ranks": "none", "channels": CHANNELS, "rounds": args.rounds, "lines": lines})
 
