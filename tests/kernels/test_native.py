@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -160,3 +161,31 @@ def test_the_digest_needs_no_numba():
     assert re.fullmatch("[0-9a-f]{16}", digest)
     assert digest == kernels.digest()
     assert numba == "False"
+
+
+def test_threads_that_ask_at_once_get_one_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each got code of its own, and all but one's was let go of while it was called."""
+    made = []
+
+    def in_memory(data: bytes) -> native._Loaded:
+        time.sleep(0.02)
+        made.append(data)
+        return native._Loaded(object(), len(made))
+
+    monkeypatch.setattr(native, "_in_use", {})
+    monkeypatch.setattr(native, "_in_memory", in_memory)
+    monkeypatch.setattr(native, "_read", lambda path: b"code")
+    monkeypatch.setattr(native, "_compiled", lambda function: b"built")
+    start = threading.Barrier(4)
+
+    def ask(which: int) -> tuple[int, int]:
+        start.wait()
+        return native.address_of.__wrapped__("codes.unheard_of", 1), native.build(
+            test_threads_that_ask_at_once_get_one_code
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(ask, range(4)))
+    assert sorted(made) == [b"built", b"code"]
+    assert len(found) == 1
+    assert len(native._in_use) == 2

@@ -46,6 +46,10 @@ _EVERYWHERE = {"memset", "memcpy", "memmove"}
 """Functions that code may call: LLVM finds these in any process. One missing name leaves *no* call with an address."""
 _PATIENCE_S, _LOOK_S = 60.0, 0.02
 _lock = threading.RLock()
+_in_use: dict[object, _Loaded] = {}
+"""All code in memory. ``functools.cache`` would not do: of two threads that ask at once it keeps what one was given,
+and the other would go on to call code that is gone.
+"""
 
 
 class _Machine(NamedTuple):
@@ -118,9 +122,11 @@ def address_of(unit: str, *key: Any) -> int:
     return _loaded(unit, key).address
 
 
-@cache
 def _loaded(unit: str, key: tuple[Any, ...]) -> _Loaded:
     with _lock:
+        found = _in_use.get((unit, key))
+        if found is not None:
+            return found
         place = folder()
         name = "-".join([unit, *(str(int(part) if isinstance(part, bool) else part) for part in key)])
         path = None if place is None else place / f"{name}.o"
@@ -128,7 +134,8 @@ def _loaded(unit: str, key: tuple[Any, ...]) -> _Loaded:
         if data is None:
             with _turn(path):
                 data = (None if path is None else _read(path)) or _made(unit, key, path)
-        return _in_memory(data)
+        made = _in_use[unit, key] = _in_memory(data)
+        return made
 
 
 def _made(unit: str, key: tuple[Any, ...], path: Path | None) -> bytes:
@@ -178,13 +185,11 @@ def _locked(file: IO[bytes], byte: int) -> bool:
 
 def build(function: Any) -> int:
     """Compile a function of a block that is not part of the kernel room, for this process alone."""
-    return _built(function).address
-
-
-@cache
-def _built(function: Any) -> _Loaded:
     with _lock:
-        return _in_memory(_compiled(function))
+        found = _in_use.get(function)
+        if found is None:
+            found = _in_use[function] = _in_memory(_compiled(function))
+        return found.address
 
 
 def _compiled(function: Any) -> bytes:
