@@ -10,10 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from benchmarks.codecs.state_forms import CHANNELS, ROWS, Stream
-from benchmarks.common import add_rounds, begin, finish, parser, timed
+from benchmarks.codecs.state_forms import Stream, compared, measure
 from compactdist import codecs
 from compactdist.state import Order, StateForm
 
@@ -27,45 +24,22 @@ SETTINGS: tuple[tuple[str, StateForm], ...] = (
 """Codecs and forms of state."""
 
 
-def lines(codec: str, state: StateForm, rounds: int) -> list[dict[str, Any]]:
-    """The lines of one codec and state: milliseconds by order, and the ratio to order 1."""
-    streams = {order: Stream(codecs.get(codec), state, order) for order in ORDERS}
-    turns: dict[str, Any] = {}
-    for order, stream in streams.items():
-        turns |= {f"send {order}": stream.send, f"receive {order}": stream.receive}
-    ms = timed(turns, rounds)
-    plain = ms["send 1"] + ms["receive 1"]
-    return [
-        {
-            "codec": codec,
-            "state": state,
-            "order": order,
-            "send_ms": round(ms[f"send {order}"], 2),
-            "receive_ms": round(ms[f"receive {order}"], 2),
-            "ratio": round((ms[f"send {order}"] + ms[f"receive {order}"]) / plain, 2),
-        }
-        for order in ORDERS
-    ]
+def _lines(rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds by codec, state and order, and the ratio to order 1."""
+    found = []
+    for codec, state in SETTINGS:
+        streams = {order: Stream(codecs.get(codec), state, order) for order in ORDERS}
+        for order, line in compared(streams, rounds).items():
+            found.append({"codec": codec, "state": state, "order": order, **line})
+    return found
 
 
-def main() -> None:
-    """Print the lines, and write them where ``--json`` says."""
-    made = parser(__doc__ or "")
-    add_rounds(made, 20, "frames")
-    args = made.parse_args()
-    begin(args)
-    with torch.no_grad():
-        found = [line for setting in SETTINGS for line in lines(*setting, args.rounds)]
-    for line in found:
-        print(
-            f"{line['codec']:<19} {line['state']:<6} order {line['order']:<5} send {line['send_ms']:7.2f} ms   "
-            f"receive {line['receive_ms']:7.2f} ms   {line['ratio']:5.2f} x order 1"
-        )
-    finish(
-        args.json,
-        {"ranks": "none", "shape": [ROWS, CHANNELS], "threads": args.threads, "rounds": args.rounds, "lines": found},
+def _shown(line: dict[str, Any]) -> str:
+    return (
+        f"{line['codec']:<19} {line['state']:<6} order {line['order']:<5} send {line['send_ms']:7.2f} ms   "
+        f"receive {line['receive_ms']:7.2f} ms   {line['ratio']:5.2f} x order 1"
     )
 
 
 if __name__ == "__main__":
-    main()
+    measure(__doc__ or "", _lines, _shown)

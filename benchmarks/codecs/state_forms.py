@@ -9,6 +9,7 @@ state are those of one end.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -66,46 +67,63 @@ class Stream:
         return value
 
 
-def lines(spec: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
-    """The lines of one codec: milliseconds and bytes by form of state, and the ratio to an exact state."""
-    streams = {state: Stream(codecs.get(spec), state) for state in STATE_FORMS}
+def compared(streams: Mapping[Any, Stream], rounds: int) -> dict[Any, dict[str, float]]:
+    """Medians of what it takes to send and to receive a frame, by name, and the ratio to the first name's."""
     turns: dict[str, Any] = {}
-    for state, stream in streams.items():
-        turns |= {f"send {state}": stream.send, f"receive {state}": stream.receive}
+    for name, stream in streams.items():
+        turns |= {f"send {name}": stream.send, f"receive {name}": stream.receive}
     ms = timed(turns, rounds)
-    exact = ms["send exact"] + ms["receive exact"]
-    return [
-        {
-            "codec": spec["id"],
-            "scales": spec.get("scales", "token_channel"),
-            "state": state,
-            "send_ms": round(ms[f"send {state}"], 2),
-            "receive_ms": round(ms[f"receive {state}"], 2),
-            "ratio": round((ms[f"send {state}"] + ms[f"receive {state}"]) / exact, 2),
-            "state_bytes": stream.receiver.predictor.held_bytes,
+    both = {name: ms[f"send {name}"] + ms[f"receive {name}"] for name in streams}
+    first = next(iter(both.values()))
+    return {
+        name: {
+            "send_ms": round(ms[f"send {name}"], 2),
+            "receive_ms": round(ms[f"receive {name}"], 2),
+            "ratio": round(both[name] / first, 2),
         }
-        for state, stream in streams.items()
-    ]
+        for name in streams
+    }
 
 
-def main() -> None:
-    """Print the lines, and write them where ``--json`` says."""
-    made = parser(__doc__ or "")
+def measure(doc: str, lines: Callable[[int], list[dict[str, Any]]], shown: Callable[[dict[str, Any]], str]) -> None:
+    """Measure lines, print them, and write them where ``--json`` says.
+
+    Args:
+        doc: of the benchmark.
+        lines: measures all of them, in so many frames.
+        shown: what is printed of a line.
+    """
+    made = parser(doc)
     add_rounds(made, 20, "frames")
     args = made.parse_args()
     begin(args)
     with torch.no_grad():
-        found = [line for spec in CODECS for line in lines(spec, args.rounds)]
+        found = lines(args.rounds)
     for line in found:
-        print(
-            f"{line['codec']:>8} {line['scales']:<14} {line['state']:<6} send {line['send_ms']:7.2f} ms   "
-            f"receive {line['receive_ms']:7.2f} ms   {line['ratio']:5.2f} x exact   {line['state_bytes'] / 1e6:5.1f} MB"
-        )
+        print(shown(line))
     finish(
         args.json,
         {"ranks": "none", "shape": [ROWS, CHANNELS], "threads": args.threads, "rounds": args.rounds, "lines": found},
     )
 
 
+def _lines(rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds and bytes by codec and form of state, and the ratio to an exact state."""
+    found = []
+    for spec in CODECS:
+        streams = {state: Stream(codecs.get(spec), state) for state in STATE_FORMS}
+        for state, line in compared(streams, rounds).items():
+            about = {"codec": spec["id"], "scales": spec.get("scales", "token_channel"), "state": state}
+            found.append({**about, **line, "state_bytes": streams[state].receiver.predictor.held_bytes})
+    return found
+
+
+def _shown(line: dict[str, Any]) -> str:
+    return (
+        f"{line['codec']:>8} {line['scales']:<14} {line['state']:<6} send {line['send_ms']:7.2f} ms   "
+        f"receive {line['receive_ms']:7.2f} ms   {line['ratio']:5.2f} x exact   {line['state_bytes'] / 1e6:5.1f} MB"
+    )
+
+
 if __name__ == "__main__":
-    main()
+    measure(__doc__ or "", _lines, _shown)

@@ -55,7 +55,7 @@ class Behind:
         return self._under_way
 
     def send(self, engine: Engine, flight: Flight) -> None:
-        """Send the frames that follow the stand-ins of a flight, which are on their way."""
+        """Send the frames that follow the stand-ins of a flight, if there are any; these are on their way."""
         for part, staged in zip(flight.plan.outgoing, flight.staged, strict=True):
             if staged is None or staged.behind is None:
                 continue

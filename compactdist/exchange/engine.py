@@ -72,7 +72,6 @@ class Flight:
         refusing: peers with which no history will be kept.
         passed: why the message travels in a frame that touches no history; ``None`` for every other message.
         keyframes: whether all frames are keyframes.
-        surprises: frames follow their stand-ins.
         link: where frames are fetched that follow stand-ins, also once the group is closed; ``None``: there are none.
         predicted: the call is answered with its prediction.
         work: work of the inner call.
@@ -104,7 +103,6 @@ class Flight:
     refusing: frozenset[int] | set[int] = _NOBODY
     passed: PassReason | None = None
     keyframes: bool = True
-    surprises: bool = False
     link: Link | None = None
     predicted: bool = False
     work: Any = None
@@ -413,9 +411,7 @@ class Engine:
         )
         if failure is not None:
             flight.failure = flight.failure or failure
-        if staged.surprises:
-            flight.surprises |= staged.behind is not None
-        elif not keyframe:
+        if not keyframe and not staged.surprises:
             flight.keyframes = False
         flight.staged.append(staged)
         return staged
@@ -491,8 +487,7 @@ class Engine:
             raise
         if self.may_surprise:
             flight.link = self.link
-            if flight.surprises:
-                self.behind.send(self, flight)
+            self.behind.send(self, flight)
         if self.samples.every and flight.failure is None and flight.passed is None:
             self.samples.take(flight)
         if pattern.forwards:

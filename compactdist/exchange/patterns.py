@@ -564,7 +564,6 @@ def stage_message(
         staged = message.pass_on(flight.call.step, flight.call.epoch)
         if staged.header.is_key and not keyframe and not accepts_unannounced_keyframe:
             put_behind(staged, part.residual_nbytes)
-            flight.surprises = True
         flight.staged.append(staged)
         flight.keyframes = flight.keyframes and staged.header.is_key
     else:

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from compactdist.kernels.sections import Sections
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "BOARD_WORDS",
@@ -157,8 +160,26 @@ LARGEST_LEVEL = {form.codes: form.largest for form in ROUNDED.values()}
 """By the dtype of codes."""
 
 
+class _InPlaceOfATensor:
+    """What callers ask of a term that is none, as of a tensor: it lies together, and has no gradient."""
+
+    __slots__ = ()
+
+    def is_contiguous(self) -> bool:
+        """As of a tensor."""
+        return True
+
+    def contiguous(self) -> Self:
+        """As of a tensor."""
+        return self
+
+    def detach(self) -> Self:
+        """As of a tensor."""
+        return self
+
+
 @dataclass(frozen=True, slots=True)
-class Rounded:
+class Rounded(_InPlaceOfATensor):
     """A flat tensor in eight bits for each element.
 
     Element i is ``level(codes[i]) * scales[i // 128]`` in float32, rounded once to ``dtype`` and kept finite.
@@ -187,25 +208,13 @@ class Rounded:
         """As of a tensor."""
         return self.codes.numel()
 
-    def is_contiguous(self) -> bool:
-        """As of a tensor."""
-        return True
-
-    def contiguous(self) -> Rounded:
-        """As of a tensor."""
-        return self
-
-    def detach(self) -> Rounded:
-        """As of a tensor."""
-        return self
-
     def data_ptr(self) -> int:
         """Of the codes."""
         return self.codes.data_ptr()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Velocity:
+class Velocity(_InPlaceOfATensor):
     """What a tensor changed by since the one before it, times a coefficient: the second term of a prediction.
 
     ``coefficient * clamp(base - previous)`` in float32, rounded once to ``dtype``; ``clamp`` keeps a difference within
@@ -243,18 +252,6 @@ class Velocity:
     def data_ptr(self) -> int:
         """Where ``previous`` is."""
         return self.previous.data_ptr()
-
-    def is_contiguous(self) -> bool:
-        """As of a tensor."""
-        return True
-
-    def contiguous(self) -> Velocity:
-        """As of a tensor."""
-        return self
-
-    def detach(self) -> Velocity:
-        """As of a tensor."""
-        return self
 
 
 Term = Tensor | Rounded

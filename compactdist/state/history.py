@@ -192,7 +192,7 @@ class Predictor(ABC):
         """
 
     def kept_terms(self, coefficient: float | Tensor = 0.0) -> tuple[MovingTerm, ...]:
-        """As :meth:`terms`; a second term may be a ``kernels.spec.Velocity`` of what is kept."""
+        """As :meth:`terms`; a second term may be a ``kernels.spec.Velocity`` between tensors that are kept."""
         return self.terms(coefficient)
 
     @property
@@ -245,22 +245,30 @@ class Predictor(ABC):
         For frames that a CUDA graph captures. What is held may be written to in that order.
         """
 
-    @abstractmethod
-    def stay(self) -> None:
-        """Keep what is held where it is until :meth:`clear`: a CUDA graph that is captured knows the addresses."""
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Forget everything."""
-
-    @abstractmethod
-    def move(self, to: Callable[[Tensor], Tensor]) -> None:
-        """Keep what ``to`` makes of each tensor in ``held``, in that order: the same bytes elsewhere."""
-
     @property
     @abstractmethod
+    def cells(self) -> tuple[Cell, ...]:
+        """The places where tensors are kept."""
+
+    def stay(self) -> None:
+        """Keep what is held where it is until :meth:`clear`: a CUDA graph that is captured knows the addresses."""
+        for cell in self.cells:
+            cell.stay()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for cell in self.cells:
+            cell.clear()
+
+    def move(self, to: Callable[[Tensor], Tensor]) -> None:
+        """Keep what ``to`` makes of each tensor in ``held``, in that order: the same bytes elsewhere."""
+        for cell in self.cells:
+            cell.move(to)
+
+    @property
     def held(self) -> tuple[Tensor, ...]:
         """The tensors that are kept. Both ends of a stream keep the same bytes."""
+        return tuple([tensor for cell in self.cells for tensor in cell.held])
 
     @property
     def held_bytes(self) -> int:
@@ -286,17 +294,8 @@ class Memoryless(Predictor):
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
         return ()
 
-    def stay(self) -> None:
-        pass
-
-    def clear(self) -> None:
-        pass
-
-    def move(self, to: Callable[[Tensor], Tensor]) -> None:
-        pass
-
     @property
-    def held(self) -> tuple[Tensor, ...]:
+    def cells(self) -> tuple[Cell, ...]:
         return ()
 
 
@@ -325,18 +324,9 @@ class LastValue(Predictor):
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
         return self._base.made_of(value)
 
-    def stay(self) -> None:
-        self._base.stay()
-
-    def clear(self) -> None:
-        self._base.clear()
-
-    def move(self, to: Callable[[Tensor], Tensor]) -> None:
-        self._base.move(to)
-
     @property
-    def held(self) -> tuple[Tensor, ...]:
-        return self._base.held
+    def cells(self) -> tuple[Cell, ...]:
+        return (self._base,)
 
 
 class ExactLastValue(LastValue):
@@ -396,21 +386,9 @@ class DampedVelocity(Predictor):
     def _change(self, value: Tensor, base: Tensor | None) -> Tensor:
         return torch.zeros_like(value) if base is None else kernels.restored(Velocity(value, base, self._damping))
 
-    def stay(self) -> None:
-        self._base.stay()
-        self._velocity.stay()
-
-    def clear(self) -> None:
-        self._base.clear()
-        self._velocity.clear()
-
-    def move(self, to: Callable[[Tensor], Tensor]) -> None:
-        self._base.move(to)
-        self._velocity.move(to)
-
     @property
-    def held(self) -> tuple[Tensor, ...]:
-        return self._base.held + self._velocity.held
+    def cells(self) -> tuple[Cell, ...]:
+        return self._base, self._velocity
 
 
 class LastTwo(Predictor):
@@ -453,21 +431,9 @@ class LastTwo(Predictor):
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
         return value, terms[0].clone()  # which is written to first
 
-    def stay(self) -> None:
-        self._base.stay()
-        self._previous.stay()
-
-    def clear(self) -> None:
-        self._base.clear()
-        self._previous.clear()
-
-    def move(self, to: Callable[[Tensor], Tensor]) -> None:
-        self._base.move(to)
-        self._previous.move(to)
-
     @property
-    def held(self) -> tuple[Tensor, ...]:
-        return self._base.held + self._previous.held
+    def cells(self) -> tuple[Cell, ...]:
+        return self._base, self._previous
 
 
 class ExactDampedVelocity(LastTwo):

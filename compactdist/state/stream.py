@@ -98,15 +98,15 @@ class StreamConfig:
             raise ConfigError(f"state must be one of {', '.join(map(repr, STATE_FORMS))}, got {self.state!r}")
         if self.damping is None and self.predictor.damped:
             object.__setattr__(self, "damping", _DAMPING)
-        if self.damping is not None and not 0 <= self.damping <= 1:
-            raise ConfigError(f"damping must lie in [0, 1], got {self.damping!r}")
         if self.damping is not None:
+            if not 0 <= self.damping <= 1:
+                raise ConfigError(f"damping must lie in [0, 1], got {self.damping!r}")
+            if not self.predictor.damped:
+                raise ConfigError(
+                    f"damping={self.damping!r} damps the velocity of order 2, and order={self.order!r} takes none: use "
+                    "order=2, or leave damping out"
+                )
             object.__setattr__(self, "damping", float(self.damping))
-        if self.damping is not None and not self.predictor.damped:
-            raise ConfigError(
-                f"damping={self.damping!r} damps the velocity of order 2, and order={self.order!r} takes none: use "
-                "order=2, or leave damping out"
-            )
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps must be an integer >= 0, got {self.warmup_steps!r}")
         if self.keyframe is not None and self.keyframe.lossless:

@@ -17,8 +17,8 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -119,23 +119,28 @@ def address_of(unit: str, *key: Any) -> int:
         unit: module beside this one, a dot, and the maker in it.
         key: what the maker is called with: strings, integers and booleans.
     """
-    return _loaded(unit, key).address
+    return _kept((unit, key), partial(_code_of, unit, key))
 
 
-def _loaded(unit: str, key: tuple[Any, ...]) -> _Loaded:
+def _kept(key: object, code: Callable[[], bytes]) -> int:
+    """The address of the code in memory that stands under a key, which ``code`` gives the first time."""
     with _lock:
-        found = _in_use.get((unit, key))
-        if found is not None:
-            return found
-        place = folder()
-        name = "-".join([unit, *(str(int(part) if isinstance(part, bool) else part) for part in key)])
-        path = None if place is None else place / f"{name}.o"
-        data = None if path is None else _read(path)
-        if data is None:
-            with _turn(path):
-                data = (None if path is None else _read(path)) or _made(unit, key, path)
-        made = _in_use[unit, key] = _in_memory(data)
-        return made
+        found = _in_use.get(key)
+        if found is None:
+            found = _in_use[key] = _in_memory(code())
+        return found.address
+
+
+def _code_of(unit: str, key: tuple[Any, ...]) -> bytes:
+    """The code of a unit, from the cache or compiled now."""
+    place = folder()
+    name = "-".join([unit, *(str(int(part) if isinstance(part, bool) else part) for part in key)])
+    path = None if place is None else place / f"{name}.o"
+    data = None if path is None else _read(path)
+    if data is None:
+        with _turn(path):
+            data = (None if path is None else _read(path)) or _made(unit, key, path)
+    return data
 
 
 def _made(unit: str, key: tuple[Any, ...], path: Path | None) -> bytes:
@@ -185,11 +190,7 @@ def _locked(file: IO[bytes], byte: int) -> bool:
 
 def build(function: Any) -> int:
     """Compile a function of a block that is not part of the kernel room, for this process alone."""
-    with _lock:
-        found = _in_use.get(function)
-        if found is None:
-            found = _in_use[function] = _in_memory(_compiled(function))
-        return found.address
+    return _kept(function, partial(_compiled, function))
 
 
 def _compiled(function: Any) -> bytes:

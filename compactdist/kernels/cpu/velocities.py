@@ -59,7 +59,7 @@ def velocity(dtype: str) -> Any:
 
 
 def weighing(dtype: str) -> Any:
-    """A work: over ``NUMEL`` samples, sums of products of what ``x`` and ``base`` changed by, and of squares."""
+    """A work of one part: over samples, sums of products of what ``x`` and ``base`` changed by, and of squares."""
     elements_at = ELEMENTS_AT[dtype]
 
     def body(args: Any) -> int:
@@ -67,21 +67,18 @@ def weighing(dtype: str) -> Any:
         sums, runs, distance, length = doubles_at(args, _OUT), args[_RUNS], args[_DISTANCE], args[_LENGTH]
         numel, products, squares = args[_NUMEL], stack_floats(LANES), stack_floats(LANES)
         one, two, three, four = 0.0, 0.0, 0.0, 0.0  # in turn, for each waits for the last sum
-        lo, hi = next_part(args, _FIRST_PASS)
-        while lo < hi:
-            for run in range(runs):
-                for at in range(run * distance, min(run * distance + length, numel), LANES):
-                    have = min(run * distance + length, numel) - at
-                    last = load_first(base, at, have)
-                    change = last - load_first(previous, at, have)
-                    store((load_first(x, at, have) - last) * change, products, 0)
-                    store(change * change, squares, 0)
-                    for lane in range(0, LANES, 2):
-                        one += products[lane]
-                        two += products[lane + 1]
-                        three += squares[lane]
-                        four += squares[lane + 1]
-            lo, hi = next_part(args, _FIRST_PASS)
+        for run in range(runs):
+            end = min(run * distance + length, numel)
+            for at in range(run * distance, end, LANES):
+                last = load_first(base, at, end - at)
+                change = last - load_first(previous, at, end - at)
+                store((load_first(x, at, end - at) - last) * change, products, 0)
+                store(change * change, squares, 0)
+                for lane in range(0, LANES, 2):
+                    one += products[lane]
+                    two += products[lane + 1]
+                    three += squares[lane]
+                    four += squares[lane + 1]
         sums[0] = one + two
         sums[1] = three + four
         return 0

@@ -9,7 +9,6 @@ to scales, uint16; and one of the type of its elements, which is not read.
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 from llvmlite import ir
@@ -317,8 +316,8 @@ def rounded_for(typing_context: Any, pointer: Any, value: Any) -> Any:
 def velocity_for(typing_context: Any, pointer: Any, base: Any, previous: Any, factor: Any) -> Any:
     """``spec.Velocity`` of sixty-four elements, rounded to the type of what ``pointer`` points to and widened again."""
     element = pointer.dtype
-    limit = {types.float32: 0x7F7FFFFF, types.uint16: 0x7F7F0000, types.int16: 0x477FE000}[element]
-    largest = struct.unpack("<f", struct.pack("<I", limit))[0]
+    limits = {types.float32: "0x1.fffffep127", types.uint16: "0x1.fep127", types.int16: "0x1.ffcp15"}
+    largest = float.fromhex(limits[element])
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
         _, base, previous, factor = arguments
