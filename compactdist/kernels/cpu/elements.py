@@ -30,6 +30,7 @@ from compactdist.kernels.cpu.simd.jit import inlined, intrinsic, signature, type
 from compactdist.kernels.cpu.simd.memory import (
     load_first,
     prefetch,
+    prefetch_aside,
     rounded_for,
     sixteen_at,
     store_first,
@@ -151,6 +152,17 @@ def ask_for(source: Any, at: int) -> None:
     """The same, and for those of ``x``."""
     prefetch(source[0], at)
     ask_for_expected(source, at)
+
+
+@inlined
+def ask_early(source: Any, at: int) -> None:
+    """The same where a row is read twice before these elements are reached: they wait in the second cache."""
+    x, base, velocity, terms, _ = source
+    prefetch_aside(x, at)
+    if terms:
+        prefetch_aside(base, at)
+    if terms > 1:
+        prefetch_aside(velocity, at)
 
 
 @inlined

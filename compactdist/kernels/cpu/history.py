@@ -16,7 +16,7 @@ from compactdist.kernels.cpu.checksum import add_rest, sum_between
 from compactdist.kernels.cpu.elements import (
     AHEAD,
     SOURCES,
-    ask_for,
+    ask_early,
     bound_of,
     floats_from,
     grain_of,
@@ -85,7 +85,7 @@ def _row_scales(args: Any) -> Any:
 def _look_at(look: Any, found: Any, place: Any, at: int, left: int, count: int, have: int) -> Any:
     """Take notice of a run of 64 channels from ``left`` on, which begins at ``at`` in memory."""
     source, (c, inverse), (sums, s, adds), (signs, packed, code), (filled, values) = place
-    ask_for(source, at + AHEAD)
+    ask_early(source, at + AHEAD)
     value = residual_at(source, at, have)
     if signs:
         store_signs(value, packed, code + left, count)

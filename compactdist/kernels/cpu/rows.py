@@ -27,6 +27,7 @@ from compactdist.kernels.cpu.checksum import sum_between
 from compactdist.kernels.cpu.elements import (
     AHEAD,
     SOURCES,
+    ask_early,
     ask_for,
     ask_for_expected,
     change_of,
@@ -118,7 +119,7 @@ def _read_row(source: Any, at: int, chunks: Any, numel: int, values: Pointer) ->
         have = min(n, numel - start)
         whole = max(have, 0) // LANES * LANES
         for j in range(0, whole, LANES):
-            ask_for(source, start + j + AHEAD)
+            ask_early(source, start + j + AHEAD)
             value = residual_at(source, start + j, LANES)
             lanes, bits = lanes + magnitude(value), larger(bits, bits_of_magnitude(value))
             store(value, values, left + j)
@@ -179,7 +180,7 @@ def _for_tiles(settle: Any, add: Any, given: Any, args: Any, source: Any, offset
                 factor = settle(given, row, _read_row(source, row_at[row], chunks, numel, values), values, channels)
                 coming, element = row_at[min(row + 1, last)], row * channels
                 for j in range(0, whole, LANES):
-                    ask_for(source, coming + j)
+                    ask_early(source, coming + j)
                     _update(add, given, load(values, j), factor, sums, s + j, element + j, LANES)
                 if whole < channels:
                     count = channels - whole

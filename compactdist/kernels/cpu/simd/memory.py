@@ -371,23 +371,30 @@ def store_first(value: Any, pointer: Any, at: Any, count: int) -> None:
         _store_first(value, pointer, at, count)
 
 
-@intrinsic
-def prefetch(typing_context: Any, pointer: Any, at: Any) -> Any:
-    """Ask for the cache lines of sixty-four elements; they need not exist."""
+def _prefetching(locality: int) -> Any:
+    @intrinsic
+    def prefetch(typing_context: Any, pointer: Any, at: Any) -> Any:
+        def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+            first, kind = arguments[0], pointer
+            if isinstance(pointer, types.BaseTuple):  # codes; there are few scales
+                first, kind = cgutils.unpack_tuple(builder, first)[0], pointer.types[0]
+            line = 64 // context.get_abi_sizeof(context.get_value_type(kind.dtype))
+            numbers = [ir.Constant(ir.IntType(32), n) for n in (0, locality, 1)]  # to read, where to, data
+            for start in range(0, LANES, line):
+                at = builder.add(arguments[1], ir.Constant(_i64, start))
+                where = builder.bitcast(builder.gep(first, [at]), _byte.as_pointer())
+                call(builder, "llvm.prefetch.p0", ir.VoidType(), where, *numbers)
+            return context.get_dummy_value()
 
-    def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        first, kind = arguments[0], pointer
-        if isinstance(pointer, types.BaseTuple):  # codes; there are few scales
-            first, kind = cgutils.unpack_tuple(builder, first)[0], pointer.types[0]
-        line = 64 // context.get_abi_sizeof(context.get_value_type(kind.dtype))
-        numbers = [ir.Constant(ir.IntType(32), n) for n in (0, 3, 1)]  # to read, often, data
-        for start in range(0, LANES, line):
-            at = builder.add(arguments[1], ir.Constant(_i64, start))
-            where = builder.bitcast(builder.gep(first, [at]), _byte.as_pointer())
-            call(builder, "llvm.prefetch.p0", ir.VoidType(), where, *numbers)
-        return context.get_dummy_value()
+        return types.void(pointer, types.uintp), build
 
-    return types.void(pointer, types.uintp), build
+    return prefetch
+
+
+prefetch = _prefetching(3)
+"""Ask for the cache lines of sixty-four elements; they need not exist."""
+prefetch_aside = _prefetching(2)
+"""The same, into the second cache: the nearest one can wait for few lines at a time, and has others to hold."""
 
 
 @intrinsic
