@@ -68,7 +68,7 @@ class Options:
             their own bytes in any case.
         target: what the rates of the codec are chosen for: ``"nmse_db=-32"``, ``"bits=1.5"`` (of residual frames, for
             each element) or ``"bytes_per_step=2e6"`` (of the residual frames that this rank encodes); see
-            :class:`~compactdist.state.rate.Target`. It needs a codec with several rates, as ``rates``, which ``wrap``
+            :class:`~compactdist.state.target.Target`. It needs a codec with several rates, as ``rates``, which ``wrap``
             takes where no codec is named. Each rank chooses for what it sends, so ranks may differ.
         parts: in how many parts a large tensor of an all-gather travels, each a stream and an inner call of its own, so
             that one part is decoded while the next is on its way (:mod:`compactdist.exchange.parts`); 1: whole;

@@ -23,7 +23,8 @@ from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.matrix_view import plain
 from compactdist.state.quantized_history import STATE_FORMS, StateForm
-from compactdist.state.stream import Spares, Staged
+from compactdist.state.staged import Staged
+from compactdist.state.stream import Spares
 
 ROWS, CHANNELS = 4096, 3072
 CODECS: tuple[dict[str, Any], ...] = (

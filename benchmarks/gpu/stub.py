@@ -20,7 +20,7 @@ import torch
 import compactdist
 from compactdist import _torch, kernels
 from compactdist.exchange.engine import Engine, Flight
-from compactdist.exchange.patterns import AllGather
+from compactdist.exchange.patterns.all_gather import AllGather
 from compactdist.state import StreamDecoder, StreamEncoder
 from compactdist.state.board import _OnDevice
 

@@ -37,7 +37,7 @@ from compactdist.state import FrameFollows, Ledger, Offload, Room, Site, Staged,
 from compactdist.wire import frame_in, from_raw
 
 if TYPE_CHECKING:
-    from compactdist.exchange.patterns import Pattern
+    from compactdist.exchange.patterns.base import Pattern
 
 __all__ = ["Engine", "Flight", "Tap"]
 

@@ -28,7 +28,7 @@ from compactdist.policy import PASS, Answer, CallInfo, Mode, Policy, Rules
 from compactdist.state import COMPRESSIBLE_DTYPES, Layout, Site, StreamDecoder, StreamEncoder
 
 if TYPE_CHECKING:
-    from compactdist.exchange.patterns import Pattern
+    from compactdist.exchange.patterns.base import Pattern
 
 __all__ = [
     "AutogradRule",

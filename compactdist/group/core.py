@@ -15,7 +15,7 @@ from compactdist.exchange.captured import check_capture, error_of
 from compactdist.exchange.contiguous import contiguous, copy_back
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.later import Departures, Later
-from compactdist.exchange.patterns import Pattern
+from compactdist.exchange.patterns.base import Pattern
 from compactdist.exchange.plan import AutogradRule, Call, CallPlan, refusal
 from compactdist.exchange.work import FinishedWork, Job, PendingWork
 from compactdist.group.agreement import Agreement

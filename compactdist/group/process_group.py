@@ -19,9 +19,11 @@ from torch import Tensor
 from compactdist import _torch
 from compactdist.errors import BadOutputError, ConfigError
 from compactdist.exchange.engine import Flight
-from compactdist.exchange.patterns import ALL_GATHER, ALL_TO_ALL, BROADCAST, in_parts
+from compactdist.exchange.patterns.all_gather import ALL_GATHER, in_parts
+from compactdist.exchange.patterns.all_to_all import ALL_TO_ALL
+from compactdist.exchange.patterns.broadcast import BROADCAST
+from compactdist.exchange.patterns.point_to_point import RECEIVE, RECEIVE_EXACTLY, SEND, receive_any, stream_name
 from compactdist.exchange.plan import Call, CallPlan, refusal, under_autograd
-from compactdist.exchange.point_to_point import RECEIVE, RECEIVE_EXACTLY, SEND, receive_any, stream_name
 from compactdist.group.core import nbytes_of
 from compactdist.group.lifecycle import GroupLifecycle
 from compactdist.group.reductions import Reductions

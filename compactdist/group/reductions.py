@@ -16,9 +16,9 @@ from compactdist import _torch
 from compactdist.errors import BadOutputError, CaptureError, CompactDistError
 from compactdist.exchange.engine import Flight
 from compactdist.exchange.link import as_work
-from compactdist.exchange.patterns import Pattern
+from compactdist.exchange.patterns.base import Pattern
+from compactdist.exchange.patterns.reductions import ALL_REDUCE, ALL_REDUCE_SUMS, REDUCE_SCATTER, add_in_rank_order
 from compactdist.exchange.plan import Call
-from compactdist.exchange.reductions import ALL_REDUCE, ALL_REDUCE_SUMS, REDUCE_SCATTER, add_in_rank_order
 from compactdist.exchange.work import PendingWork
 from compactdist.group.core import GroupCore, nbytes_of
 from compactdist.observe.stats import PassReason

@@ -8,22 +8,22 @@ from compactdist.state.ledger import Ledger
 from compactdist.state.matrix_view import Layout, MatrixView, blocks, plain
 from compactdist.state.offload import STATE_OFFLOADS, Offload, StateOffload
 from compactdist.state.quantized_history import StateForm
-from compactdist.state.rate import STEERED, Met, RateControl, Target, check_steered
+from compactdist.state.rate import RateControl
 from compactdist.state.replays import Captured, Replays
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
 from compactdist.state.snapshot import SavedStreams, load_streams, save_streams
+from compactdist.state.staged import Staged
 from compactdist.state.stand_in import FrameFollows, put_behind
 from compactdist.state.store import Site, StateStore
-from compactdist.state.stream import (
+from compactdist.state.stream import Room, StreamState
+from compactdist.state.stream_config import (
     COMPRESSIBLE_DTYPES,
     DEFAULT_KEYFRAME,
-    Room,
-    Staged,
     StreamConfig,
-    StreamState,
     keyframe_codec,
     state_nbytes,
 )
+from compactdist.state.target import STEERED, Met, Target, check_steered
 
 __all__ = [
     "COMPRESSIBLE_DTYPES",

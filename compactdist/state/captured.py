@@ -19,14 +19,15 @@ from compactdist.kernels import DeviceSteps, Frames
 from compactdist.kernels.spec import FROM_CLOCK
 from compactdist.state.on_device import DeviceClock
 from compactdist.state.said import expect_coefficient, say_coefficient
-from compactdist.state.stream import Staged
+from compactdist.state.staged import Staged
 from compactdist.wire import HEADER_NBYTES
 
 if TYPE_CHECKING:
     from compactdist.state.decoder import StreamDecoder
     from compactdist.state.encoder import StreamEncoder
     from compactdist.state.history import Predictor
-    from compactdist.state.stream import Form, StreamConfig, StreamState
+    from compactdist.state.stream import Form, StreamState
+    from compactdist.state.stream_config import StreamConfig
 
 __all__ = ["capture_check", "capture_seal", "catch_up", "not_captured", "unsuited"]
 

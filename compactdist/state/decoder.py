@@ -21,7 +21,8 @@ from compactdist.state.quantized_history import quantize_if
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
 from compactdist.state.said import announced, expect_announcement, expect_coefficient
 from compactdist.state.stand_in import FrameFollows
-from compactdist.state.stream import COMPRESSIBLE_DTYPES, Changes, Form, StreamConfig, StreamState
+from compactdist.state.stream import Changes, Form, StreamState
+from compactdist.state.stream_config import COMPRESSIBLE_DTYPES, StreamConfig
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
     CHECKSUM_PLACE,

@@ -24,8 +24,10 @@ from compactdist.state.matrix_view import blocks
 from compactdist.state.rate import Choice, Measured, StreamRate
 from compactdist.state.relay import Relay, stop_sharing
 from compactdist.state.said import announce, say_coefficient
+from compactdist.state.staged import Staged
 from compactdist.state.stand_in import put_behind
-from compactdist.state.stream import Changes, Form, Room, Spares, Staged, StreamConfig, StreamState
+from compactdist.state.stream import Changes, Form, Room, Spares, StreamState
+from compactdist.state.stream_config import StreamConfig
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
     HEADER_NBYTES,

@@ -19,7 +19,7 @@ from compactdist.codecs.base import Codec
 from compactdist.kernels.spec import MatrixView
 from compactdist.state.key_ends import remembered
 from compactdist.state.matrix_view import plain
-from compactdist.state.stream import Staged
+from compactdist.state.staged import Staged
 from compactdist.wire import RESTART, Header, pack, raw_payload, seal, unpack_head
 
 if TYPE_CHECKING:

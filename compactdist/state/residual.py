@@ -16,8 +16,9 @@ from compactdist.state.encoder import StreamEncoder
 from compactdist.state.history import Order
 from compactdist.state.matrix_view import Layout
 from compactdist.state.quantized_history import StateForm
-from compactdist.state.rate import STEERED, Met, RateControl, Target, check_steered
-from compactdist.state.stream import COMPRESSIBLE_DTYPES, DEFAULT_KEYFRAME, StreamConfig, keyframe_codec
+from compactdist.state.rate import RateControl
+from compactdist.state.stream_config import COMPRESSIBLE_DTYPES, DEFAULT_KEYFRAME, StreamConfig, keyframe_codec
+from compactdist.state.target import STEERED, Met, Target, check_steered
 from compactdist.wire import stream_fingerprint, unpack
 
 __all__ = ["ResidualDecoder", "ResidualEncoder"]
@@ -59,7 +60,7 @@ class ResidualEncoder:
         keyframe: codes keyframes; ``"raw"``: they carry the tensor's own bytes, so the first value arrives exactly.
         target: ``"nmse_db=-32"``, ``"bits=1.5"`` or ``"bytes_per_step=2e6"`` (a frame is a step here): the error or the
             size of residual frames that the rates of the codec are chosen for; see
-            :class:`~compactdist.state.rate.Target`.
+            :class:`~compactdist.state.target.Target`.
 
     Raises:
         ConfigError, UnknownCodecError: bad arguments.

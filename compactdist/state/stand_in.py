@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compactdist.state.stream import Staged
+from compactdist.state.staged import Staged
 from compactdist.wire import STAND_IN, Header, empty_frame, hash64, seal
 
 __all__ = ["FrameFollows", "put_behind", "tag_of"]

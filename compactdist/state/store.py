@@ -14,7 +14,8 @@ from compactdist.state.offload import Offload
 from compactdist.state.offloaded import Offloaded, Queues
 from compactdist.state.rate import RateControl
 from compactdist.state.replays import Replays
-from compactdist.state.stream import Changes, Spares, StreamConfig, StreamState
+from compactdist.state.stream import Changes, Spares, StreamState
+from compactdist.state.stream_config import StreamConfig
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import stream_fingerprint
 

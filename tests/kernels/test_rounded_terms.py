@@ -14,7 +14,7 @@ from compactdist.state import ResidualEncoder
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.matrix_view import blocks
-from compactdist.state.stream import StreamConfig
+from compactdist.state.stream_config import StreamConfig
 from tests.kernels import rounded
 from tests.quick import quick_rows
 

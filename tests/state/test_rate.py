@@ -13,8 +13,9 @@ from compactdist.config import Options
 from compactdist.errors import ConfigError, FrameError
 from compactdist.presets import with_steered_codec
 from compactdist.state import RateControl, ResidualDecoder, ResidualEncoder, StreamConfig, StreamDecoder, StreamEncoder
-from compactdist.state.rate import Measured, StreamRate, Target
+from compactdist.state.rate import Measured, StreamRate
 from compactdist.state.relay import same_state
+from compactdist.state.target import Target
 from compactdist.wire import KEY, STAND_IN, payload_of, seal, unpack
 from tests.state import kit
 

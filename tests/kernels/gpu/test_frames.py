@@ -18,7 +18,8 @@ from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.matrix_view import plain
 from compactdist.state.quantized_history import make_predictor
-from compactdist.state.stream import Spares, StreamConfig
+from compactdist.state.stream import Spares
+from compactdist.state.stream_config import StreamConfig
 from compactdist.wire import HEADER_NBYTES
 from tests.kernels.gpu import kit
 from tests.kernels.gpu.conftest import INTERPRETED

@@ -16,8 +16,9 @@ from compactdist import codecs
 from compactdist.errors import FrameError
 from compactdist.kernels import use
 from compactdist.state.host_copy import HostCopy
-from compactdist.state.rate import Choice, RateControl, Target
+from compactdist.state.rate import Choice, RateControl
 from compactdist.state.said import announce
+from compactdist.state.target import Target
 from compactdist.testing import act_like_nccl
 from compactdist.wire import COEFFICIENT_PLACE
 from tests.kernels.gpu import kit

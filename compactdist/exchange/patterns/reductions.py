@@ -20,7 +20,8 @@ from torch import Tensor
 
 from compactdist.exchange.arrivals import Arrival
 from compactdist.exchange.engine import Engine, Flight
-from compactdist.exchange.patterns import AllGather, AllToAll
+from compactdist.exchange.patterns.all_gather import AllGather
+from compactdist.exchange.patterns.all_to_all import AllToAll
 from compactdist.exchange.plan import Call, CallPlan, Incoming
 from compactdist.observe.stats import PassReason
 from compactdist.policy import Answer

@@ -14,7 +14,8 @@ from compactdist.codecs import Codec
 from compactdist.errors import UnforeseenSizeError
 from compactdist.exchange.arrivals import Arrival
 from compactdist.exchange.engine import Engine, Flight
-from compactdist.exchange.patterns import OneMessage, commit_messages, stage_message
+from compactdist.exchange.patterns.base import OneMessage
+from compactdist.exchange.patterns.messages import commit_messages, stage_message
 from compactdist.exchange.plan import Call, CallPlan, Incoming, Outgoing
 from compactdist.exchange.work import Job, drain
 from compactdist.kernels.spec import MatrixView
