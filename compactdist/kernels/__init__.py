@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
@@ -40,6 +41,7 @@ from compactdist.kernels.spec import (
     MatrixView,
     MovingTerm,
     QuantizerSpec,
+    Rounded,
     Velocity,
 )
 
@@ -77,6 +79,7 @@ __all__ = [
     "queue_of",
     "restored",
     "rotate",
+    "round_off",
     "rounding_for",
     "steps_for",
     "stream_of",
@@ -244,10 +247,28 @@ def restored(term: MovingTerm, out: Tensor | None = None) -> Tensor:
     if not term.numel():
         return out
     if isinstance(term, Velocity):
-        _velocities_for(term).write_out(term, out)
+        exact = replace(term, base=restored(term.base), previous=restored(term.previous))
+        _velocities_for(exact).write_out(exact, out)
     else:
         rounding_for(term.numel(), term.dtype, term.codes.dtype, term.device).dequantize(term.codes, term.scales, out)
     return out
+
+
+def round_off(values: Tensor | Velocity, codes: Tensor, scales: Tensor) -> None:
+    """Round a flat, finite tensor to eight bits for each element: to a ``Rounded`` with these codes and scales.
+
+    A velocity whose ``previous`` is in eight bits is worked out on the way, where there are kernels for it.
+    """
+    if isinstance(values, Velocity):
+        numel, dtype, device = values.numel(), values.dtype, values.device
+        if isinstance(values.previous, Rounded) and cpu_velocities_for(numel, dtype, device) is not None:
+            from compactdist.kernels.cpu import rounding_steps
+
+            rounding_steps.quantize_velocity(values, codes, scales)
+            return
+        values = restored(values)
+    if values.numel():
+        rounding_for(values.numel(), values.dtype, codes.dtype, values.device).quantize(values, codes, scales)
 
 
 def _velocities_for(term: Velocity) -> ModuleType:

@@ -213,6 +213,9 @@ class Rounded(_InPlaceOfATensor):
         return self.codes.data_ptr()
 
 
+Term = Tensor | Rounded
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Velocity(_InPlaceOfATensor):
     """What a tensor changed by since the one before it, times a coefficient: the second term of a prediction.
@@ -222,12 +225,13 @@ class Velocity(_InPlaceOfATensor):
     it is.
 
     Attributes:
-        base, previous: flat ``[numel]``, contiguous, finite, of one dtype; ``base`` is the first term.
+        base, previous: flat ``[numel]``, contiguous, finite, of one dtype; ``base`` is the first term. On a CPU they
+            may be in eight bits.
         coefficient: in [-1, 1]. On a device also float32 ``[]``, where the host does not know it.
     """
 
-    base: Tensor
-    previous: Tensor
+    base: Term
+    previous: Term
     coefficient: float | Tensor
 
     @property
@@ -254,9 +258,10 @@ class Velocity(_InPlaceOfATensor):
         return self.previous.data_ptr()
 
 
-Term = Tensor | Rounded
 MovingTerm = Tensor | Rounded | Velocity
-"""What is expected, or one of two tensors whose sum is; a rounded one stands alone."""
+"""What is expected, or one of two tensors whose sum is. One in eight bits stands alone; on a CPU also beside another
+such, or beside a velocity between two such.
+"""
 
 
 @dataclass(frozen=True)

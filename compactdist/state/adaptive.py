@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compactdist import kernels
 from compactdist.kernels.spec import MovingTerm
-from compactdist.state.history import LastTwo
+from compactdist.state.history import LastTwo, kept_in
 
 __all__ = ["GRID", "LARGEST", "AdaptiveVelocity", "samples_of"]
 
@@ -57,28 +57,29 @@ class AdaptiveVelocity(LastTwo):
     adapts = True
     __slots__ = ()
 
-    def kept_terms(self, coefficient: float | Tensor = 0.0) -> tuple[MovingTerm, ...]:
-        return self.with_velocity(coefficient if isinstance(coefficient, Tensor) or coefficient else None)
+    def kept_terms(self, coefficient: float | Tensor = 0.0, *, rounded: bool = False) -> tuple[MovingTerm, ...]:
+        return self.with_velocity(coefficient if isinstance(coefficient, Tensor) or coefficient else None, rounded)
 
     def choose(self, x: Tensor, share: float, out: Tensor | None = None) -> Tensor:
         """``share`` of the coefficient of least squares over samples of ``x``: a multiple of 1/16 in [-1, 1].
 
         0 where nothing changed, and for values that are not finite or too large to be squared.
         """
-        base, previous = self._base.read(), self._previous.read()
+        on_cpu = kernels.cpu_velocities_for(x.numel(), x.dtype, x.device)
+        base, previous = (kept_in(cell, rounded=on_cpu is not None) for cell in (self._base, self._previous))
         if base is None or previous is None or not x.numel():
             return super().choose(x, share, out)
+        if on_cpu is not None and x.dtype == base.dtype:
+            along, energy = on_cpu.weigh(x.contiguous(), base, previous, samples_of(x.numel()))
+            chosen = torch.tensor(_nearest(along, energy, share), dtype=torch.float32, device=x.device)
+            return chosen if out is None else out.copy_(chosen)
+        base, previous = kernels.restored(base), kernels.restored(previous)
         on_device = kernels.device_velocities_for(x.numel(), x.dtype, x.device)
         if on_device is not None and x.dtype == base.dtype:
             chosen = torch.empty((), dtype=torch.float32, device=x.device) if out is None else out
             tensors, rule = (x.contiguous(), base, previous), on_device.Rule(share, GRID, LARGEST)
             on_device.choose(tensors, samples_of(x.numel()), rule, chosen)
             return chosen
-        on_cpu = kernels.cpu_velocities_for(x.numel(), x.dtype, x.device) if x.dtype == base.dtype else None
-        if on_cpu is not None:
-            along, energy = on_cpu.weigh(x.contiguous(), base, previous, samples_of(x.numel()))
-            chosen = torch.tensor(_nearest(along, energy, share), dtype=torch.float32, device=x.device)
-            return chosen if out is None else out.copy_(chosen)
         last = _sample(base).float()
         change = last - _sample(previous).float()
         products = (

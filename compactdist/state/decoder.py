@@ -480,12 +480,12 @@ class StreamDecoder(StreamState):
             terms = () if restarts else self.rounded_terms if rounds else predictor.terms(coefficient)
         else:
             terms = self.moving_terms(session, coefficient)
-        if rounds and into is not None:  # what is remembered is made from the user's tensor
+        if self._keeps_copies and into is not None:  # what is remembered is made from the user's tensor
             value, into = into.view(-1), None
         elif terms and predictor.decodes_in_place and not rounds:
             value = terms[0]
-        elif len(terms) > 1 and isinstance(velocity := cast(MovingTerm, terms[1]), Velocity):
-            value = velocity.previous  # which nobody needs after this frame
+        elif not self._keeps_copies and len(terms) > 1 and isinstance(velocity := cast(MovingTerm, terms[1]), Velocity):
+            value = cast(Tensor, velocity.previous)  # which nobody needs after this frame
         else:
             value = torch.empty(numel, dtype=dtype, device=payload.device)
         self._torn = True

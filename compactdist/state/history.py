@@ -31,6 +31,7 @@ __all__ = [
     "Order",
     "PREDICTORS",
     "Predictor",
+    "kept_in",
     "predictor_class",
 ]
 
@@ -49,11 +50,11 @@ class Cell(Protocol):
         """What is kept, if that is in eight bits; else ``None``."""
         ...
 
-    def put(self, value: Tensor, last: Term | None) -> Tensor | None:
+    def put(self, value: Tensor | Velocity, last: Term | None) -> Tensor | None:
         """Remember ``value``.
 
         Args:
-            value: flat ``[numel]``; belongs to the cell from now on.
+            value: flat ``[numel]``; belongs to the cell from now on. A velocity is remembered as the tensor that it is.
             last: what ``read`` or ``rounded`` gave for this frame; ``None`` if neither was asked.
 
         Returns:
@@ -105,9 +106,9 @@ class ExactCell:
         """Nothing is kept in eight bits."""
         return None
 
-    def put(self, value: Tensor, last: Term | None) -> Tensor | None:
+    def put(self, value: Tensor | Velocity, last: Term | None) -> Tensor | None:
         """Remember ``value``; returns the tensor kept before, or ``value`` if that was copied."""
-        before = self.value
+        before, value = self.value, kernels.restored(value)
         if before is value:
             return None
         if before is None or not self.stays:
@@ -143,6 +144,12 @@ class ExactCell:
     def held(self) -> tuple[Tensor, ...]:
         """The tensor, if there is one."""
         return () if self.value is None else (self.value,)
+
+
+def kept_in(cell: Cell, rounded: bool) -> Term | None:
+    """What a cell keeps, as a tensor, or with ``rounded`` in eight bits where it is so kept; ``None`` when empty."""
+    kept = cell.rounded if rounded else None
+    return cell.read() if kept is None else kept
 
 
 class Predictor(ABC):
@@ -191,8 +198,11 @@ class Predictor(ABC):
                 float32 ``[]``, where the host does not know it.
         """
 
-    def kept_terms(self, coefficient: float | Tensor = 0.0) -> tuple[MovingTerm, ...]:
-        """As :meth:`terms`; a second term may be a ``kernels.spec.Velocity`` between tensors that are kept."""
+    def kept_terms(self, coefficient: float | Tensor = 0.0, *, rounded: bool = False) -> tuple[MovingTerm, ...]:
+        """As :meth:`terms`; a second term may be a ``kernels.spec.Velocity`` between tensors that are kept.
+
+        ``rounded``: what is kept in eight bits is given as it is.
+        """
         return self.terms(coefficient)
 
     @property
@@ -375,16 +385,20 @@ class DampedVelocity(Predictor):
         base, velocity = self._base.read(), self._velocity.read()
         return () if base is None or velocity is None else (base, velocity)
 
+    def kept_terms(self, coefficient: float | Tensor = 0.0, *, rounded: bool = False) -> tuple[MovingTerm, ...]:
+        base, velocity = (self._base.rounded, self._velocity.rounded) if rounded else (None, None)
+        return self.terms(coefficient) if base is None or velocity is None else (base, velocity)
+
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
         base = terms[0] if terms else self._base.read()
         self._velocity.put(self._change(value, base), None)
         return self._base.put(value, base)
 
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
-        return self._base.made_of(value) + self._velocity.made_of(self._change(value, terms[0]))
+        return self._base.made_of(value) + self._velocity.made_of(kernels.restored(self._change(value, terms[0])))
 
-    def _change(self, value: Tensor, base: Tensor | None) -> Tensor:
-        return torch.zeros_like(value) if base is None else kernels.restored(Velocity(value, base, self._damping))
+    def _change(self, value: Tensor, base: Term | None) -> Tensor | Velocity:
+        return torch.zeros_like(value) if base is None else Velocity(value, base, self._damping)
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -405,14 +419,14 @@ class LastTwo(Predictor):
         return tuple(map(kernels.restored, kept))
 
     @abstractmethod
-    def kept_terms(self, coefficient: float | Tensor = 0.0) -> tuple[MovingTerm, ...]: ...
+    def kept_terms(self, coefficient: float | Tensor = 0.0, *, rounded: bool = False) -> tuple[MovingTerm, ...]: ...
 
-    def with_velocity(self, coefficient: float | Tensor | None) -> tuple[MovingTerm, ...]:
+    def with_velocity(self, coefficient: float | Tensor | None, rounded: bool) -> tuple[MovingTerm, ...]:
         """The terms of a prediction with this coefficient; ``None``: without a velocity."""
-        base = self._base.read()
+        base = kept_in(self._base, rounded)
         if base is None:
             return ()
-        previous = None if coefficient is None else self._previous.read()
+        previous = None if coefficient is None else kept_in(self._previous, rounded)
         if coefficient is None or previous is None:
             return (base,)
         return base, Velocity(base, previous, coefficient)
@@ -447,8 +461,8 @@ class ExactDampedVelocity(LastTwo):
         super().__init__(damping, new_cell)
         self._damping = damping
 
-    def kept_terms(self, coefficient: float | Tensor = 0.0) -> tuple[MovingTerm, ...]:
-        return self.with_velocity(self._damping)
+    def kept_terms(self, coefficient: float | Tensor = 0.0, *, rounded: bool = False) -> tuple[MovingTerm, ...]:
+        return self.with_velocity(self._damping, rounded)
 
 
 PREDICTORS: tuple[type[Predictor], ...] = (Memoryless, LastValue, DampedVelocity)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compactdist import kernels
-from compactdist.kernels.spec import ROUNDED, ROUNDED_BLOCK, EightBits, Rounded, Term
+from compactdist.kernels.spec import ROUNDED, ROUNDED_BLOCK, EightBits, Rounded, Term, Velocity
 from compactdist.state.history import (
     DampedVelocity,
     ExactCell,
@@ -46,11 +46,11 @@ STATE_FORMS: tuple[StateForm, ...] = ("exact", "int8", "fp8")
 
 
 @torch.no_grad()
-def quantize(values: Tensor, form: EightBits, dtype: torch.dtype, into: Rounded | None = None) -> Rounded:
+def quantize(values: Tensor | Velocity, form: EightBits, dtype: torch.dtype, into: Rounded | None = None) -> Rounded:
     """Round a flat, finite tensor to eight bits for each element, as ``kernels/reference/rounding.py`` says.
 
     Args:
-        values: flat ``[numel]``, any compressible dtype.
+        values: flat ``[numel]``, any compressible dtype; or a velocity.
         form: ``"int8"``: 127 equal steps to each side; ``"fp8"``: E4M3, a constant relative error over six decades.
         dtype: of the tensor that it stands for.
         into: of the same form, whose memory is written to if size, dtype and device are the same.
@@ -59,8 +59,7 @@ def quantize(values: Tensor, form: EightBits, dtype: torch.dtype, into: Rounded 
     if into is None or into.numel() != numel or into.dtype != dtype or into.device != device:
         made = torch.empty(numel, dtype=codes, device=device)
         into = Rounded(made, torch.empty(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16, device=device), dtype)
-    if numel:
-        kernels.rounding_for(numel, values.dtype, codes, device).quantize(values, into.codes, into.scales)
+    kernels.round_off(values, into.codes, into.scales)
     return into
 
 
@@ -99,14 +98,16 @@ class QuantizedCell:
         """The rounded tensor, in new memory."""
         return None if self._kept is None else kernels.restored(self._kept)
 
-    def put(self, value: Tensor, last: Term | None) -> Tensor | None:
+    def put(self, value: Tensor | Velocity, last: Term | None) -> Tensor | None:
         """Remember a rounded copy of ``value``.
 
         Returns:
             ``last``, a copy that ``read`` made and nobody needs now; ``value``, where ``last`` is what is kept.
         """
         self._kept = quantize(value, self._form, value.dtype, self._kept)
-        return value if isinstance(last, Rounded) else last
+        if isinstance(last, Rounded):
+            return value if isinstance(value, Tensor) else None
+        return last
 
     def made_of(self, value: Tensor) -> tuple[Tensor, ...]:
         """Its codes and scales."""

@@ -168,6 +168,7 @@ class StreamState:
         "_changes",
         "_form",
         "_forms",
+        "_keeps_copies",
         "_keys",
         "_moves",
         "_number",
@@ -204,6 +205,7 @@ class StreamState:
         self.predictor = config.new_predictor()
         self._rounds = config.state != "exact" and config.predictor.copies == 1
         self._moves = config.predictor.copies > 1
+        self._keeps_copies = config.state != "exact" and config.remembers
         self.live: tuple[int, torch.dtype] | None = None
         self.sequence = 0
         self.digest = 0
@@ -260,7 +262,7 @@ class StreamState:
     def moving_terms(self, session: Session, coefficient: float) -> Terms:
         """The prediction of a predictor with a velocity, in the form that the session takes."""
         if session.takes_velocity and session.device.type == "cpu" and self.clock is None:  # and graphs know no address
-            return cast(Terms, self.predictor.kept_terms(coefficient))
+            return cast(Terms, self.predictor.kept_terms(coefficient, rounded=session.takes_rounded))
         return self.predictor.terms(coefficient)
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Session, tensors_in
+from compactdist.codecs.base import Session, Terms, tensors_in
 from compactdist.errors import CodecConfigError, NonFiniteError, PayloadError
 from compactdist.kernels import MIN_ELEMENTS, restored
 from compactdist.kernels.spec import MatrixView, Velocity
@@ -101,6 +101,8 @@ class _Stream:
             self.read_rounded(first)
         if self.sender.takes_velocity and self.device.type == "cpu" and self.view.numel < MIN_ELEMENTS:
             self.read_velocity(first)
+            if self.sender.takes_rounded:
+                self.read_rounded_pairs(first)
 
     def draw(self, seed: int) -> Tensor:
         # At most a quarter of the largest value, so that no difference of two tensors leaves float32.
@@ -240,13 +242,28 @@ class _Stream:
             sender, receiver = (self.codec.open(self.view, self.dtype, self.device) for _ in range(2))
             (out, payload), velocity = self.buffers(), Velocity(base, previous.clone(), 0.4375)
             term = velocity if kept else restored(velocity)
-            got = velocity.previous if kept else self.buffers()[0]
+            got = cast(Tensor, velocity.previous) if kept else self.buffers()[0]
             sender.encode(x, (base, cast(Tensor, term)), out, payload)
             receiver.decode(payload, (base, cast(Tensor, term)), got)
             made.append([as_bytes(one) for one in (payload, out, got)])
         self.expect(
             all(map(torch.equal, *made)), "a velocity as it is kept gives other bits than the tensor it stands for"
         )
+
+    def read_rounded_pairs(self, x: Tensor) -> None:
+        """The same with both terms, or with a velocity's two tensors, as histories in eight bits have them."""
+        base, previous = (quantize(self.bounded(f * x.float()), "int8", self.dtype) for f in (0.9, 0.8))
+        for second in (previous, Velocity(base, previous, 0.4375)):
+            made = []
+            for terms in ((base, second), (restored(base), restored(second))):
+                sender, receiver = (self.codec.open(self.view, self.dtype, self.device) for _ in range(2))
+                (out, payload), (got, _) = self.buffers(), self.buffers()
+                sender.encode(x, cast(Terms, terms), out, payload)
+                receiver.decode(payload, cast(Terms, terms), got)
+                made.append([as_bytes(one) for one in (payload, out, got)])
+            self.expect(
+                all(map(torch.equal, *made)), "two terms in eight bits give other bits than the tensors they stand for"
+            )
 
     def refuse_wrong_payloads(self, size: int) -> None:
         out, payload = self.buffers()

@@ -11,7 +11,7 @@ TAKEN = {"digest", "part", "parts", "predictor", "_own_predictor", "relay", "_fo
 
 MADE_AGAIN = {
     "config", "fingerprint", "where", "_changes", "_board", "_unprepared", "_number", "_remembers", "_moves",
-    "_rounds",
+    "_keeps_copies", "_rounds",
     "_spares", "steers", "_forms", "_keys", "clock",
 }  # fmt: skip
 """By the store, from the group's options and the stream's place, or when the next frame needs it."""

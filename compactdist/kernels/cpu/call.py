@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 (
     X, BASE, VELOCITY, TERMS, OUT, PAYLOAD, CODES, OUT_STREAMS, THREADS, TEAM, SCRATCH, COPY, COPY_STREAMS, FACTOR,
-    DYNAMIC,
-) = range(15)  # fmt: skip
+    SECOND, SECOND_SCALES, DYNAMIC,
+) = range(17)  # fmt: skip
 """``TERMS``: how many terms there are; 3: two, the second a ``spec.Velocity``. Then ``VELOCITY`` is the address of its
 ``previous``, and ``FACTOR`` has the bits of its coefficient. ``CODES``: where loops write and read codes: in the
 payload, or in the scratch memory where they are packed apart. ``COPY``: where ``out`` is written a second time; 0 for
-nowhere.
+nowhere. ``SECOND``, ``SECOND_SCALES``: of two terms in eight bits, see ``TWO_IN_INT8``.
 """
 
 (
@@ -58,8 +58,8 @@ WORDS = KIND
 RUN = 1024
 """Words of a checksum that one thread takes at a time."""
 
-FIRST_PASS, FOLD, SECOND_PASS, APART_PASS = range(56, 88, 8)
-SIZE = 88
+FIRST_PASS, FOLD, SECOND_PASS, APART_PASS = range(64, 96, 8)
+SIZE = 96
 
 TAKEN, WORKERS, COUNT, PARTS, BACKWARDS, BODY, WORK_ELEMENTS = range(7)
 
@@ -76,9 +76,10 @@ BOUND, GRAIN, BORDERS, TABLE_SIZE = 48, 49, 50, 64
 borders are looked up; and the borders.
 """
 
-MANY_TERMS, ONE_TERM, TERM_IN_INT8, TERM_IN_FP8 = range(4)
+MANY_TERMS, ONE_TERM, TERM_IN_INT8, TERM_IN_FP8, TWO_IN_INT8, TWO_IN_FP8 = range(6)
 """What loops are compiled for: any number of terms; one, the usual thing; one that is a ``spec.Rounded``, whose codes
-``BASE`` is the address of, and ``VELOCITY`` that of its scales.
+``BASE`` is the address of, and ``VELOCITY`` that of its scales; two, of which the first is one, and ``SECOND`` and
+``SECOND_SCALES`` the same of the second, or of the ``previous`` of a velocity.
 """
 
 SIGN, NEAREST, TRITS, LINEAR, E4M3, E5M2 = range(6)

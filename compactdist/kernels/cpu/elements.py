@@ -51,7 +51,7 @@ _SEARCHES = HOST.get("avx512f", False)
 
 _X, _BASE, _VELOCITY, _TERMS, _TABLE = call.X, call.BASE, call.VELOCITY, call.TERMS, call.TABLE
 _BORDERS, _GRAIN, _BOUND = call.BORDERS, call.GRAIN, call.BOUND
-_FACTOR = call.FACTOR
+_FACTOR, _SECOND, _SECOND_SCALES = call.FACTOR, call.SECOND, call.SECOND_SCALES
 _OUT, _OUT_STREAMS, _COPY, _COPY_STREAMS = call.OUT, call.OUT_STREAMS, call.COPY, call.COPY_STREAMS
 
 
@@ -80,7 +80,23 @@ def _source_of_fp8(args: Any, elements_at: Any) -> Any:
     return x, (bytes_at(args, _BASE), halves_at(args, _VELOCITY), x), x, 1, _f32(0)
 
 
-SOURCES = (source_of, _source_of_one, _source_of_int8, _source_of_fp8)
+@inlined
+def _source_of_two_int8(args: Any, elements_at: Any) -> Any:
+    x = elements_at(args, _X)
+    base = signed_bytes_at(args, _BASE), halves_at(args, _VELOCITY), x
+    second = signed_bytes_at(args, _SECOND), halves_at(args, _SECOND_SCALES), x
+    return x, base, second, args[_TERMS], float_in(args, _FACTOR)
+
+
+@inlined
+def _source_of_two_fp8(args: Any, elements_at: Any) -> Any:
+    x = elements_at(args, _X)
+    base = bytes_at(args, _BASE), halves_at(args, _VELOCITY), x
+    second = bytes_at(args, _SECOND), halves_at(args, _SECOND_SCALES), x
+    return x, base, second, args[_TERMS], float_in(args, _FACTOR)
+
+
+SOURCES = (source_of, _source_of_one, _source_of_int8, _source_of_fp8, _source_of_two_int8, _source_of_two_fp8)
 """By what terms a loop is compiled for, see ``call.py``."""
 
 

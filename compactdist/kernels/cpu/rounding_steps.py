@@ -9,10 +9,10 @@ from compactdist.kernels.cpu.call import Work
 from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.cpu.products import run_alone
 from compactdist.kernels.cpu.simd.sixteen import COUNT
-from compactdist.kernels.cpu.steps import CACHE_LINE, DTYPES, STREAMED_NBYTES, loops_for
-from compactdist.kernels.spec import ROUNDED_BLOCK
+from compactdist.kernels.cpu.steps import CACHE_LINE, DTYPES, STREAMED_NBYTES, loops_for, second_term
+from compactdist.kernels.spec import ROUNDED_BLOCK, Rounded, Velocity
 
-__all__ = ["dequantize", "quantize"]
+__all__ = ["dequantize", "quantize", "quantize_velocity"]
 
 
 def quantize(values: Tensor, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
@@ -20,17 +20,29 @@ def quantize(values: Tensor, codes: Tensor, scales: Tensor, accepted: Tensor | N
     if accepted is not None and not accepted[0]:
         return
     values = values.contiguous()
-    _run("quantize", values, codes, scales, {call.X: values.data_ptr(), call.CODES: codes.data_ptr()})
+    made = {call.X: values.data_ptr(), call.CODES: codes.data_ptr(), call.SECOND_SCALES: scales.data_ptr()}
+    _run("quantize", values, codes, made)
+
+
+def quantize_velocity(values: Velocity, codes: Tensor, scales: Tensor) -> None:
+    """As :func:`quantize`, of a velocity between a tensor and one in the form of the codes."""
+    base, kept, (_, _, factor) = values.base, values.previous, second_term(values)
+    assert isinstance(base, Tensor)
+    assert isinstance(kept, Rounded)
+    base = base.contiguous()
+    made = {call.X: base.data_ptr(), call.CODES: codes.data_ptr(), call.SECOND_SCALES: scales.data_ptr()}
+    held = {call.BASE: kept.codes.data_ptr(), call.VELOCITY: kept.scales.data_ptr(), call.FACTOR: factor}
+    _run("quantize_velocity", base, codes, made | held)
 
 
 def dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """See ``kernels.Rounding``; ``out`` is of a dtype of ``DTYPES``."""
     streams = out.nbytes >= STREAMED_NBYTES and out.data_ptr() % CACHE_LINE == 0
     given = {call.X: out.data_ptr(), call.OUT: out.data_ptr(), call.OUT_STREAMS: int(streams)}
-    _run("dequantize", out, codes, scales, {**given, call.BASE: codes.data_ptr()})
+    _run("dequantize", out, codes, given | {call.BASE: codes.data_ptr(), call.VELOCITY: scales.data_ptr()})
 
 
-def _run(loop: str, exact: Tensor, codes: Tensor, scales: Tensor, given: dict[int, int]) -> None:
+def _run(loop: str, exact: Tensor, codes: Tensor, given: dict[int, int]) -> None:
     body = address_of(f"rounding.{loop}", DTYPES[exact.dtype], loops_for(codes))
-    slots = {call.NUMEL: exact.numel(), call.VELOCITY: scales.data_ptr(), **given}
-    run_alone(Work(-(-exact.numel() // (COUNT * ROUNDED_BLOCK)), exact.numel(), body), slots)
+    parts = -(-exact.numel() // (COUNT * ROUNDED_BLOCK))
+    run_alone(Work(parts, exact.numel(), body), {call.NUMEL: exact.numel(), **given})

@@ -33,6 +33,8 @@ from compactdist.kernels.cpu.call import (
     TERM_IN_FP8,
     TERM_IN_INT8,
     TRITS,
+    TWO_IN_FP8,
+    TWO_IN_INT8,
     Work,
 )
 from compactdist.kernels.cpu.native import address_of
@@ -329,8 +331,10 @@ def _in_grains(borders: list[np.float32]) -> tuple[np.float32, tuple[np.float32,
     return grain, tuple(border * grain for border in borders)
 
 
-def loops_for(codes: Tensor) -> int:
-    """What loops are compiled for that read or write the codes of a ``spec.Rounded``, see ``call.py``."""
+def loops_for(codes: Tensor, count: int = 1) -> int:
+    """What loops are compiled for that read or write the codes of one ``spec.Rounded``, or read two: ``call.py``."""
+    if count > 1:
+        return TWO_IN_INT8 if codes.dtype == torch.int8 else TWO_IN_FP8
     return TERM_IN_INT8 if codes.dtype == torch.int8 else TERM_IN_FP8
 
 
@@ -341,6 +345,14 @@ def second_term(term: MovingTerm) -> tuple[int, int, int]:
         return term.data_ptr(), 3, int.from_bytes(_FLOAT32.pack(term.coefficient), "little")
     assert isinstance(term, Tensor)
     return term.data_ptr(), 2, 0
+
+
+def second_rounded(term: MovingTerm) -> tuple[int, int, int, int]:
+    """The slots of a second term in eight bits: what ``TERMS``, ``FACTOR``, ``SECOND`` and ``SECOND_SCALES`` are."""
+    _, number, factor = second_term(term) if isinstance(term, Velocity) else (0, 2, 0)
+    kept = term.previous if isinstance(term, Velocity) else term
+    assert isinstance(kept, Rounded)
+    return number, factor, kept.codes.data_ptr(), kept.scales.data_ptr()
 
 
 class CpuSteps:
@@ -370,8 +382,8 @@ class CpuSteps:
         self._signs = plan.kind == SIGN
         self.checksum: int | None = None
         # compiled, or read from disk, when first needed; by the kind of terms
-        self._encoders: list[Block | None] = [None] * 4
-        self._decoders: list[Block | None] = [None] * 4
+        self._encoders: list[Block | None] = [None] * 6
+        self._decoders: list[Block | None] = [None] * 6
 
     def encode(
         self,
@@ -401,11 +413,13 @@ class CpuSteps:
             if copy.dtype is not dtype or not copy.is_cpu or copy.numel() != numel or not copy.is_contiguous():
                 return False
             copy_at = copy.data_ptr()
-        kind, second_at, factor = ONE_TERM if count == 1 else MANY_TERMS, 0, 0
-        if count > 1:
+        kind, second_at, factor, codes_at, scales_at = ONE_TERM if count == 1 else MANY_TERMS, 0, 0, 0, 0
+        if count and isinstance(terms[0], Rounded):
+            kind, second_at = loops_for(terms[0].codes, count), terms[0].scales.data_ptr()
+            if count > 1:
+                count, factor, codes_at, scales_at = second_rounded(terms[1])
+        elif count > 1:
             second_at, count, factor = second_term(terms[1])
-        elif count and isinstance(terms[0], Rounded):
-            kind, second_at = loops_for(terms[0].codes), terms[0].scales.data_ptr()
         block = self._encoders[kind]
         if block is None:
             block = self._encoders[kind] = self.plan.encoder(kind)
@@ -430,6 +444,8 @@ class CpuSteps:
             copy_at,
             self._out_streams and copy_at % CACHE_LINE == 0,
             factor,
+            codes_at,
+            scales_at,
         )
         done = bool(block.run(block.address))
         # signs are summed up by the pass that writes ``out``, where scales belong to rows and channels
@@ -458,11 +474,13 @@ class CpuSteps:
                 return False
         if payload.dtype is not torch.uint8 or payload.numel() != self._total_nbytes or not payload.is_contiguous():
             return False
-        kind, second_at, factor = ONE_TERM if count == 1 else MANY_TERMS, 0, 0
-        if count > 1:
+        kind, second_at, factor, codes_at, scales_at = ONE_TERM if count == 1 else MANY_TERMS, 0, 0, 0, 0
+        if count and isinstance(terms[0], Rounded):
+            kind, second_at = loops_for(terms[0].codes, count), terms[0].scales.data_ptr()
+            if count > 1:
+                count, factor, codes_at, scales_at = second_rounded(terms[1])
+        elif count > 1:
             second_at, count, factor = second_term(terms[1])
-        elif count and isinstance(terms[0], Rounded):
-            kind, second_at = loops_for(terms[0].codes), terms[0].scales.data_ptr()
         block = self._decoders[kind]
         if block is None:
             block = self._decoders[kind] = self.plan.decoder(kind)
@@ -488,6 +506,8 @@ class CpuSteps:
             copy_at,
             self._out_streams and copy_at % CACHE_LINE == 0,
             factor,
+            codes_at,
+            scales_at,
         )
         return bool(block.run(block.address))
 
@@ -520,7 +540,7 @@ def weighted_sum(data: Tensor, copy: Tensor | None = None) -> int:
     block = sums.blocks[how] or sums.make(how)
     slots, words, threads = block.slots, nbytes >> 2, torch.get_num_threads()
     _DYNAMIC.pack_into(
-        block.buffer, 0, 0, 0, 0, 0, copy_at, data.data_ptr(), 0, streams, threads, team.address, 0, 0, 0, 0
+        block.buffer, 0, 0, 0, 0, 0, copy_at, data.data_ptr(), 0, streams, threads, team.address, 0, 0, 0, 0, 0, 0
     )
     slots[call.WORDS], slots[_RUNS], slots[_WORK_WORDS] = words, -(-words // RUN), words
     return int(block.run(block.address)) & _MASK64
@@ -540,15 +560,17 @@ class Samples:
         for one in (x, *terms):
             if one.dtype is not self._dtype or not one.is_cpu or one.numel() != self._numel or not one.is_contiguous():
                 return samples.is_far_larger(x, terms)
-        kind, count, second, factor = MANY_TERMS, len(terms), 0, 0
-        if count > 1:
+        kind, count, second, factor, codes_at, scales_at = MANY_TERMS, len(terms), 0, 0, 0, 0
+        if isinstance(terms[0], Rounded):
+            kind, second = loops_for(terms[0].codes, count), terms[0].scales.data_ptr()
+            if count > 1:
+                count, factor, codes_at, scales_at = second_rounded(terms[1])
+        elif count > 1:
             second, count, factor = second_term(terms[1])
-        elif isinstance(terms[0], Rounded):
-            kind, second = loops_for(terms[0].codes), terms[0].scales.data_ptr()
         block = self._blocks.get(kind)
         if block is None:
             unit = address_of("samples.far_larger", DTYPES[self._dtype], kind)
             block = self._blocks[kind] = Block(unit, {call.NUMEL: self._numel}, {})
         given = x.data_ptr(), terms[0].data_ptr(), second, count
-        _DYNAMIC.pack_into(block.buffer, 0, *given, 0, 0, 0, 0, 1, 0, 0, 0, 0, factor)
+        _DYNAMIC.pack_into(block.buffer, 0, *given, 0, 0, 0, 0, 1, 0, 0, 0, 0, factor, codes_at, scales_at)
         return bool(block.run(block.address))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import Work
-from compactdist.kernels.cpu.elements import AHEAD, write
+from compactdist.kernels.cpu.elements import AHEAD, SOURCES, write
 from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.cpu.products import run_alone
 from compactdist.kernels.cpu.simd.memory import (
@@ -22,9 +22,9 @@ from compactdist.kernels.cpu.simd.memory import (
     velocity_for,
 )
 from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT, doubles_at, float_in, next_part
-from compactdist.kernels.cpu.steps import CACHE_LINE, DTYPES, STREAMED_NBYTES, second_term
+from compactdist.kernels.cpu.steps import CACHE_LINE, DTYPES, STREAMED_NBYTES, loops_for, second_term
 from compactdist.kernels.reference import LANES
-from compactdist.kernels.spec import Velocity
+from compactdist.kernels.spec import Rounded, Term, Velocity
 
 __all__ = ["weigh", "write_out"]
 
@@ -58,12 +58,12 @@ def velocity(dtype: str) -> Any:
     return body
 
 
-def weighing(dtype: str) -> Any:
+def weighing(dtype: str, terms: int) -> Any:
     """A work of one part: over samples, sums of products of what ``x`` and ``base`` changed by, and of squares."""
-    elements_at = ELEMENTS_AT[dtype]
+    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
 
     def body(args: Any) -> int:
-        x, base, previous = elements_at(args, _X), elements_at(args, _BASE), elements_at(args, _VELOCITY)
+        x, base, previous, _, _ = source_of(args, elements_at)
         sums, runs, distance, length = doubles_at(args, _OUT), args[_RUNS], args[_DISTANCE], args[_LENGTH]
         numel, products, squares = args[_NUMEL], stack_floats(LANES), stack_floats(LANES)
         one, two, three, four = 0.0, 0.0, 0.0, 0.0  # in turn, for each waits for the last sum
@@ -86,16 +86,20 @@ def weighing(dtype: str) -> Any:
     return body
 
 
-def weigh(x: Tensor, base: Tensor, previous: Tensor, samples: tuple[int, int, int]) -> tuple[float, float]:
-    """The two sums over samples of flat, contiguous tensors of one dtype of ``DTYPES``.
+def weigh(x: Tensor, base: Term, previous: Term, samples: tuple[int, int, int]) -> tuple[float, float]:
+    """The two sums over samples of flat, contiguous tensors of one dtype of ``DTYPES``, the last two in one form.
 
     ``samples``: how many runs there are, how far apart they begin, and how many elements they have.
     """
     runs, distance, length = samples
     sums = np.zeros(2)
     slots = {call.X: x.data_ptr(), call.BASE: base.data_ptr(), call.VELOCITY: previous.data_ptr()}
+    kind = call.MANY_TERMS
+    if isinstance(base, Rounded) and isinstance(previous, Rounded):
+        slots |= {call.VELOCITY: base.scales.data_ptr(), call.SECOND_SCALES: previous.scales.data_ptr()}
+        slots[call.SECOND], kind = previous.data_ptr(), loops_for(base.codes, 2)
     slots |= {call.NUMEL: x.numel(), _RUNS: runs, _DISTANCE: distance, _LENGTH: length, call.OUT: sums.ctypes.data}
-    run_alone(Work(1, 1, address_of("velocities.weighing", DTYPES[x.dtype])), slots)
+    run_alone(Work(1, 1, address_of("velocities.weighing", DTYPES[x.dtype], kind)), slots)
     return float(sums[0]), float(sums[1])
 
 

@@ -8,7 +8,7 @@ A sender's sums are in an order of their own: what it chooses, its frame says.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import triton
@@ -148,11 +148,12 @@ def supports(dtype: torch.dtype, numel: int) -> bool:
 
 def write_out(term: Velocity, out: Tensor) -> None:
     """Write a velocity to ``out``, contiguous ``[numel]`` of its dtype, which may be ``previous``."""
+    base, previous = cast(Tensor, term.base), cast(Tensor, term.previous)
     given = isinstance(term.coefficient, Tensor)
-    coefficient = term.coefficient if isinstance(term.coefficient, Tensor) else term.base
+    coefficient = term.coefficient if isinstance(term.coefficient, Tensor) else base
     factor = 0.0 if given else term.coefficient
     launch = _making(term.numel(), term.dtype, factor, given)
-    run(launch, (term.base, term.previous, coefficient, out), term.device)
+    run(launch, (base, previous, coefficient, out), term.device)
 
 
 def choose(tensors: tuple[Tensor, Tensor, Tensor], samples: tuple[int, int, int], rule: Rule, out: Tensor) -> None:

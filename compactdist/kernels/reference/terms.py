@@ -15,13 +15,14 @@ _CPU_PART = 1 << 17
 
 def write_out(term: Velocity, out: Tensor) -> None:
     """Write a velocity to ``out``, ``[numel]`` of its dtype, which may be ``previous``."""
+    base, previous = restored(term.base), restored(term.previous)
     limit, coefficient = torch.finfo(term.dtype).max, term.coefficient
     step = _CPU_PART if out.is_cpu else max(1, out.numel())  # what the caches hold between the steps
     with torch.inference_mode():  # an ``out`` made in this mode can be written to in this mode only
         for start in range(0, out.numel(), step):
             part = slice(start, start + step)
             # two roundings on every device: nothing is contracted
-            change = (term.base[part].float() - term.previous[part].float()).clamp_(-limit, limit).mul_(coefficient)
+            change = (base[part].float() - previous[part].float()).clamp_(-limit, limit).mul_(coefficient)
             out[part] = torch.where(coefficient == 0, -0.0, change) if isinstance(coefficient, Tensor) else change
 
 
