@@ -230,6 +230,7 @@ class Engine:
             or (self.chooser.policy is not None and plan.answers != pattern.answers(self, call, signature))
         ):
             plan = pattern.plan(self, call, signature)
+            plan.was_compressed = plan.reason is not None and known is not None and known.reason is None
         if plan.changes != site.changes.count:
             if site.refused and plan.reason is None:
                 plan.reason = pattern.reason_if_refused(plan)

@@ -276,6 +276,7 @@ class CallPlan:
         dtype: of the tensors.
         answers: the policy's answer for each directed message, in the pattern's order.
         reason: why the call passes through; ``None`` if it is compressed.
+        was_compressed: although this call passes through, the one before it at its site did not.
         outgoing, incoming: the parts, in the order of the tensors handed to the engine.
         by_pair: a part's size and codec are known to its two ends only.
         alike: although ``by_pair``, all ranks see the policy answer alike, so that a change of answers is seen by all.
@@ -307,6 +308,7 @@ class CallPlan:
     dtype: torch.dtype
     answers: tuple[Any, ...] = ()
     reason: PassReason | None = None
+    was_compressed: bool = False
     outgoing: list[Outgoing] = field(default_factory=list)
     incoming: list[Incoming] = field(default_factory=list)
     by_pair: bool = False

@@ -21,8 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from compactdist.errors import PlanMismatchError, PlanTimeoutError
+from compactdist.observe.stats import PassReason
 
-__all__ = ["Agreement", "Subject"]
+__all__ = ["PASSES", "Agreement", "Subject"]
 
 _log = logging.getLogger("compactdist")
 _PAUSE_OF_A_RANK, _LONGEST_PAUSE, _SHARE = 0.00005, 0.05, 0.125
@@ -38,6 +39,8 @@ _MOST_LEFT = 8
 """Keys of ended agreements that a rank leaves in the store before it takes the time to remove them."""
 
 _DONE, _VETO, _GONE = "done", "veto", "gone"  # the latter two with what, or who, it was
+PASSES = "passes through"
+"""The fact ``tensor`` of a call that is not compressed; the fact ``codec`` says why."""
 _OPEN = "open"
 """Never written: ``compare_set`` answers with what it expected where there is no such key."""
 
@@ -346,7 +349,10 @@ class Agreement:
 
 
 def _shown(facts: Mapping[str, Any]) -> str:
-    return f"site '{facts.get('site')}', step {facts.get('step')}"
+    shown = f"site '{facts.get('site')}', step {facts.get('step')}"
+    if facts.get("tensor") == PASSES:
+        shown += f", which passes through here: {PassReason.explained(facts['codec'])}"
+    return shown
 
 
 def _cause(ours: Mapping[str, Any], theirs: Mapping[str, Any], rank: int) -> str:

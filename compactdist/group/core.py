@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -126,8 +127,7 @@ class GroupCore:
         counted_as = "recv" if pattern.receives_only else pattern.op
         reason = refusal(engine.size, tensor, keys.engaged, autograd)
         if reason is not None:
-            if reason == PassReason.AUTOGRAD and pattern.collective:
-                self._agree_on_autograd(pattern, site)
+            self._agree_to_pass(pattern, site, reason, tensor.dtype)
             self._pass(counted_as, reason, nbytes)
             return None
         call = keys.take(site, pattern.op)
@@ -137,7 +137,7 @@ class GroupCore:
             plan = engine.plan(pattern, call, signature)
             if plan.reason is not None and pattern.collective:
                 self._departures.join()
-                if plan.by_pair or publishes(plan.reason):
+                if plan.by_pair or plan.was_compressed or publishes(plan.reason):
                     self._agree(call, plan)
                 else:
                     self._refuse_unagreed()
@@ -167,16 +167,31 @@ class GroupCore:
                 "an earlier call has not been finished; wait for its work, or make the call uncaptured, first",
             )
 
-    def _agree_on_autograd(self, pattern: Pattern, site: str) -> None:
-        """Other ranks may be about to compress this call: they cannot see that its tensor requires grad here."""
-        if self._agreement is None or _torch.graph_task() != -1:
+    def _agree_to_pass(self, pattern: Pattern, site: str, reason: PassReason, what: object) -> None:
+        """Agree that a call passes through in a place where ranks last compressed one.
+
+        Other ranks may be about to do that again: they cannot see that the tensor requires grad here, or that it is of
+        another dtype. Without an agreement their frames would meet the plain call. Calls of another kind that come
+        before a compressed one in every step are agreed on in the first.
+
+        Args:
+            pattern: of the call.
+            site: the part of the site key between prefix and ordinal.
+            reason: why the call passes through.
+            what: tells the call from a compressed one of the site, unless it requires grad.
+        """
+        if self._agreement is None or not pattern.collective or _torch.graph_task() != -1:
             return
-        call = self._keys.take(site, pattern.op)
-        self._keys.give_back(call)
-        self._departures.join()
+        if reason not in (PassReason.AUTOGRAD, PassReason.DTYPE, PassReason.OP):
+            return
+        self._departures.join()  # of which all ranks have agreed on what they are
+        call = self._keys.peek(site, pattern.op)
         if self._plans.passes(call):
             return
-        self._agree(call, None, PassReason.AUTOGRAD)
+        if reason != PassReason.AUTOGRAD:
+            self._agree(replace(call, site=f"{call.site} ({what})"), None, reason)
+            return
+        self._agree(call, None, reason)
         known = self._engine.store.find(call.site)
         if known is not None:
             known.plan = None  # compressing again needs an agreement

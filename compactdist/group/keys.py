@@ -239,6 +239,14 @@ class KeyBook:
             "calls"
         )
 
+    def peek(self, site: str, op: str) -> Call:
+        """The call that :meth:`take` would give now. Its ordinal stays unused, and nothing is refused."""
+        prefixes = self._prefixes
+        counter = f"{prefixes.text}/{site}" if prefixes.text else site
+        clock = prefixes.clock or self._clock
+        n = clock.counts.get(counter, 0)
+        return Call(f"{counter}#{n}", op, clock.step, self.epoch, 0 <= clock.step < self._warmup_steps)
+
     def give_back(self, call: Call) -> None:
         """Undo ``take`` for a call that failed before it sent anything."""
         counter, _, n = call.site.rpartition("#")

@@ -12,14 +12,12 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from compactdist.exchange.plan import Call, CallPlan, Incoming, Part
-from compactdist.group.agreement import Subject
+from compactdist.group.agreement import PASSES, Subject
 from compactdist.observe.stats import PassReason
 from compactdist.state.site_key import without_request
 from compactdist.wire import MASK64, hash64
 
 __all__ = ["AgreedPlans", "publishes"]
-
-_PASSES = "passes through"
 
 MOST_CHANGES = 8
 """A site whose tensors change more often than that between two resets passes through until the next one."""
@@ -83,7 +81,7 @@ class AgreedPlans:
     def passes(self, call: Call) -> bool:
         """Whether the site is unknown, or known to pass through."""
         known = self._known.get(without_request(call.site)[1])
-        return known is None or known.tensor == _PASSES
+        return known is None or known.tensor == PASSES
 
     def subject(self, call: Call, plan: CallPlan | None, reason: str = "") -> Subject | None:
         """What must be agreed on before a call; ``None``: nothing.
@@ -141,7 +139,7 @@ def _token(plan: CallPlan | None, reason: str) -> _Token:
         own = ", ".join(sorted(answers)) + _evictions(plan)
         return _Token(f"chunks of {plan.dtype}", "by pair", own)
     if plan is None or plan.reason is not None:
-        return _Token(_PASSES, reason or str(plan.reason if plan is not None else ""))
+        return _Token(PASSES, reason or str(plan.reason if plan is not None else ""))
     numel = plan.signature[0]
     part = plan.parts[0]
     parts = f" in parts of {', '.join(map(str, plan.cuts))}" if plan.cuts else ""

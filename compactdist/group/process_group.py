@@ -183,6 +183,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         self._ready()
         reason = refusal(self._engine.size, whole, self._keys.engaged, "tensor")
         if reason is not None:
+            self._agree_to_pass(ALL_TO_ALL, "all_to_all", reason, whole.dtype)
             self._pass("all_to_all", reason, nbytes)
         return reason is not None
 

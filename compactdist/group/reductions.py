@@ -29,12 +29,14 @@ __all__ = ["Reductions"]
 class Reductions(GroupCore):
     """The reductions of :class:`~compactdist.group.process_group.CompressedProcessGroup`."""
 
-    def _reduces(self, op: str, opts: Any, nbytes: float, x: Tensor) -> bool:
+    def _reduces(self, pattern: Pattern, op: str, opts: Any, nbytes: float, x: Tensor) -> bool:
         """Whether a reduction of ``x`` may be compressed; otherwise it is counted as passed through."""
         asked = self._engine.chooser.policy is not None and x.numel() > 0
         alone = self._engine.link.together is None  # two legs cannot be issued together
         if asked and alone and x.layout is torch.strided and _adds_up(opts):
             return True
+        if asked:
+            self._agree_to_pass(pattern, op, PassReason.OP, "another reduction")
         self._pass(op, PassReason.OP, nbytes)
         return False
 
@@ -71,7 +73,7 @@ class Reductions(GroupCore):
         """The work of a compressed reduce-scatter; ``None``: it passes through, and was counted."""
         size = self._engine.size
         nbytes = (size - 1) / size * x.nbytes
-        if not self._reduces("reduce_scatter", opts, nbytes, x):
+        if not self._reduces(REDUCE_SCATTER, "reduce_scatter", opts, nbytes, x):
             return None
         if output.numel() * size != x.numel() or output.dtype != x.dtype:
             raise BadOutputError(
@@ -92,7 +94,7 @@ class Reductions(GroupCore):
         """The work of a compressed all-reduce of ``x`` in place; ``None``: it passes through, and was counted."""
         size = self._engine.size
         nbytes = 2 * (size - 1) / size * nbytes_of((x,))
-        if not self._reduces("all_reduce", opts, nbytes, x):
+        if not self._reduces(ALL_REDUCE, "all_reduce", opts, nbytes, x):
             return None
         flat = x.detach().reshape(-1)
         each = -(-flat.numel() // size)
