@@ -1,6 +1,6 @@
 """``compactdist plan``: which preset or codec is the fastest for a model's messages on a link, and whether any is.
 
-Bytes and memory are those of :func:`compactdist.estimate`; with a trace, errors are measured on it. Encoding and
+Bytes and memory are those of ``dist.estimate``; with a trace, errors are measured on it. Encoding and
 decoding are measured on this machine. Everything else is arithmetic, for each rank::
 
     link(bytes) = bytes / speed                     # no latency, each direction by itself

@@ -75,6 +75,7 @@ def wrap(
     if _torch.is_non_member(group):
         return group
     if isinstance(group, CompressedProcessGroup):
+        group._ready()  # a closed one is not wrapped any more
         raise ConfigError(f"{group!r} is wrapped already: wrap group.inner, or unwrap() it first")
     if not isinstance(group, dist.ProcessGroup):
         raise ConfigError(f"wrap() takes a torch.distributed.ProcessGroup or None, got {type(group).__name__}")

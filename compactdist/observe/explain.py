@@ -141,7 +141,7 @@ def _passed(group: GroupLifecycle) -> _Lines:
         sent_as = "send" if op == "recv" else op  # both ends of a message know it by one operation
         if sent_as in sizes:
             numel = " to ".join(map(str, dict.fromkeys(sizes[sent_as])))
-            details[str(PassReason.SMALL)] = f"{numel} elements, and min_numel is {least}"
+            details[str(PassReason.SMALL)] = f"{numel} elements" + (f", and min_numel is {least}" if least else "")
         lines.append(f"  {count} x {op}: {reason} ({PassReason.explained(reason, details)})")
     return lines
 

@@ -62,6 +62,8 @@ def test_every_use_says_that_it_is_closed():
         g = compactdist.wrap(codec="int8", min_numel=64)
         g.step()
         g.close()
+        with pytest.raises(ClosedGroupError, match="was closed; wrap the inner group again"):
+            compactdist.wrap(g)
         for what, call in {**_by_torch(g, rank, size), **_by_name(g, rank, size)}.items():
             try:
                 with pytest.raises(ClosedGroupError, match=SAID):
