@@ -74,9 +74,7 @@ def wrap(
         group = _torch.default_group()
     if _torch.is_non_member(group):
         return group
-    if isinstance(group, CompressedProcessGroup):
-        group._ready()  # a closed one is not wrapped any more
-        raise ConfigError(f"{group!r} is wrapped already: wrap group.inner, or unwrap() it first")
+    _refuse_wrapped(group)
     if not isinstance(group, dist.ProcessGroup):
         raise ConfigError(f"wrap() takes a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if not _torch.is_registered(group):
@@ -89,6 +87,12 @@ def wrap(
         _torch.patch_batch_isend_irecv(lambda g: isinstance(g, CompressedProcessGroup))
     _log.info("%r wraps '%s'", wrapped, group.group_name)
     return wrapped
+
+
+def _refuse_wrapped(group: Any) -> None:
+    if isinstance(group, CompressedProcessGroup):
+        group._ready()  # a closed one is not wrapped any more
+        raise ConfigError(f"{group!r} is wrapped already: wrap group.inner, or unwrap() it first")
 
 
 def _name(group: Any, turn: int) -> str:
