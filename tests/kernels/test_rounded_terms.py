@@ -10,7 +10,7 @@ import torch
 from compactdist import kernels
 from compactdist.kernels.cpu import rounding_steps
 from compactdist.kernels.spec import EightBits
-from compactdist.state import ResidualEncoder
+from compactdist.state import Order, ResidualEncoder
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.matrix_view import blocks
@@ -48,8 +48,8 @@ def test_last_blocks(numel: int) -> None:
 class _Ends:
     """Both ends of a stream of a group, the receiver writing to a user's tensor."""
 
-    def __init__(self, codec: dict[str, Any], form: EightBits) -> None:
-        self.config = StreamConfig(find_layout=False, state=form)
+    def __init__(self, codec: dict[str, Any] | str, form: EightBits, order: Order = 1) -> None:
+        self.config = StreamConfig(order, find_layout=False, state=form)
         self.codec = ResidualEncoder(codec).codec
         self.sender = StreamEncoder(self.config, 1, "here")
         self.receiver = StreamDecoder(self.config, 1, "here")
