@@ -321,6 +321,21 @@ def velocities(numel: int, dtype: torch.dtype, compiler: Any) -> None:
         expect(frame, COEFFICIENT_PLACE.start, rule, coefficient)
 
 
+def measured(numel: int, dtype: torch.dtype, compiler: Any) -> None:
+    """Sum up what a sender measures of a frame that is predicted from one tensor.
+
+    Args:
+        numel: elements.
+        dtype: of the tensors.
+        compiler: a :class:`Compiler`.
+    """
+    from compactdist.kernels.gpu.energies import energies
+
+    x = torch.zeros(numel, dtype=dtype)
+    with compiling(compiler):
+        energies(x, (x,), x)
+
+
 def history(numel: int, dtype: torch.dtype, form: EightBits, compiler: Any) -> None:
     """Round a history to eight bits for each element, and read it.
 

@@ -43,6 +43,7 @@ from benchmarks.gpu.compiled import (
     frames,
     history,
     history_step,
+    measured,
     one_of_m,
     step,
     velocities,
@@ -57,6 +58,7 @@ from compactdist.state.matrix_view import plain
 ROWS, CHANNELS = 1088, 3072
 FRAMES = "frames"
 VELOCITY = "velocity"
+MEASURED = "measured"
 HISTORIES: dict[str, EightBits] = {"int8 history": "int8", "fp8 history": "fp8"}
 NAMES = [
     f"{codec} {scales}" for scales in ("block", "token_channel") for codec in ("binary", "int2", "int4", "int8", "fp8")
@@ -64,7 +66,7 @@ NAMES = [
 NAMES += [f"{codec} token_history" for codec in ("binary", "int2", "int4", "int8", "fp8")]
 TRANSFORMS = {"transform": Transform(), "transform_trellis": Transform(trellis=True)}
 TOPK = {"topk": TopK(), "topk_int4": TopKInt4()}
-NAMES += [FRAMES, *HISTORIES, VELOCITY, *TRANSFORMS, *TOPK]
+NAMES += [FRAMES, *HISTORIES, VELOCITY, MEASURED, *TRANSFORMS, *TOPK]
 NAMES += ["int4 block, int8 history", "int4 token_channel, int8 history", "int2 block, fp8 history"]
 """With a comma: the step of a stream that remembers in eight bits."""
 _WORDS = 1 << 20
@@ -98,11 +100,13 @@ def _widths(counts: Counter[int]) -> str:
 def kernels(name: str, capability: int) -> dict[str, Compiled]:
     """The kernels of one name, by the rows of the table: ``{"int2 block decode decode_codes": kernel}``."""
     compiler = Compiler(capability)
-    if name in (FRAMES, VELOCITY) or name in HISTORIES:
+    if name in (FRAMES, VELOCITY, MEASURED) or name in HISTORIES:
         if name == FRAMES:
             frames(4 * _WORDS, compiler)
         elif name == VELOCITY:
             velocities(ROWS * CHANNELS, torch.bfloat16, compiler)
+        elif name == MEASURED:
+            measured(ROWS * CHANNELS, torch.bfloat16, compiler)
         else:
             history(ROWS * CHANNELS, torch.bfloat16, HISTORIES[name], compiler)
         return {f"{name} {one.name}": one for one in compiler.launches}
@@ -152,7 +156,7 @@ def shown(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         for number, of in enumerate(found.values()):
             line = of[key]
             cells += [f"{line['instructions']:.1f}", f"{line['registers']}{'' if not line['spills'] else ' spills'}"]
-            if key.split()[0] not in (FRAMES, VELOCITY) and key.split()[1] != "history":
+            if key.split()[0] not in (FRAMES, VELOCITY, MEASURED) and key.split()[1] != "history":
                 sums.setdefault(key.rsplit(" ", 1)[0], [0.0] * len(found))[number] += line["instructions"]
         rows.append(cells)
     rows += [

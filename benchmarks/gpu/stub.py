@@ -21,7 +21,7 @@ import compactdist
 from compactdist import _torch, kernels
 from compactdist.exchange.engine import Engine, Flight
 from compactdist.exchange.patterns.all_gather import AllGather
-from compactdist.state import StreamDecoder, StreamEncoder
+from compactdist.state import StreamDecoder, StreamEncoder, host_copy
 from compactdist.state.board import _OnDevice
 
 DEVICE = torch.device("meta", 0)
@@ -78,7 +78,7 @@ class Stub:
         """In place of the inner group's call; NCCL returns ``None``, too."""
         self.gathers += 1
 
-    def wrap(self, inner: Any, codec: str, **settings: Any) -> Any:
+    def wrap(self, inner: Any, codec: str | None = None, **settings: Any) -> Any:
         """A wrapped group whose streams begin as after a keyframe, and whose inner all-gathers are recorded."""
         made: Any = compactdist.wrap(inner, codec, warmup_steps=0, **settings)
         made._engine.link._all_gather = self.gather
@@ -103,7 +103,7 @@ def stub() -> Iterator[Stub]:
     """Stub launchers for all tensors of ``DEVICE``; restored afterwards."""
     from triton.runtime.jit import JITFunction
 
-    from compactdist.kernels.gpu import frames, launch, launched, steps
+    from compactdist.kernels.gpu import component_steps, frames, launch, launched, rounding, steps
 
     made = Stub()
 
@@ -113,7 +113,7 @@ def stub() -> Iterator[Stub]:
 
     patches = [
         patch.object(JITFunction, "run", lambda kernel, *args, **others: made.dispatch(kernel, *args, **others)),
-        patch.object(steps, "DEVICE_TYPE", DEVICE.type),
+        *[patch.object(module, "DEVICE_TYPE", DEVICE.type) for module in (steps, rounding, component_steps)],
         patch.object(launched, "stream_getter", lambda device: lambda index: STREAM),
         patch.object(launch, "stream_getter", lambda device: lambda index: STREAM),
         patch.object(frames, "stream_getter", lambda device: lambda index: STREAM),
@@ -123,6 +123,7 @@ def stub() -> Iterator[Stub]:
         patch.object(_torch, "is_capturing", bool),
         patch.object(kernels.choice, "forced", "gpu"),
         patch.object(AllGather, "refuse", refuse),
+        patch.object(host_copy, "copy_to_host", lambda tensor: torch.ones(tensor.shape, dtype=tensor.dtype)),
         patch.object(_OnDevice, "look", lambda self, wait: None),
     ]
     with ExitStack() as entered:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
-
 from compactdist.observe.stats import GroupStats
 from compactdist.state.host_copy import HostCopy
 from compactdist.wire import KEY, NONFINITE
@@ -32,7 +30,7 @@ class Samples:
     def __init__(self, every: int, stats: GroupStats) -> None:
         self.every = every
         self._stats = stats
-        self._unread: list[tuple[Call, HostCopy]] = []
+        self._unread: list[tuple[Call, HostCopy, bool]] = []
 
     def take(self, flight: Flight) -> None:
         """Measure the frames of a flight whose turn it is.
@@ -49,11 +47,8 @@ class Samples:
             if staged.value is None or staged.header.flags & NONFINITE or (message is not None and message.forwards):
                 continue
             if (part.stream.sequence + 1) % self.every == 0:
-                flat = x.detach().reshape(-1).double()
-                error, energy = (staged.value.double() - flat).square().sum(), flat.square().sum()
-                is_key = bool(staged.header.flags & KEY)
-                residual = torch.full_like(error, math.nan) if is_key else part.stream.residual_energy(x)
-                self._unread.append((call, HostCopy(torch.stack([error, energy, residual]))))
+                copy = HostCopy(part.stream.energies(x, staged))
+                self._unread.append((call, copy, bool(staged.header.flags & KEY)))
                 if not staged.there:
                     self.read()
 
@@ -63,13 +58,13 @@ class Samples:
         What this call's site measured before is read even where there are no steps, or it would pile up.
         """
         left = []
-        for call, copy in self._unread:
+        for call, copy, is_key in self._unread:
             if besides is not None and _is_beside(call, besides):
-                left.append((call, copy))
+                left.append((call, copy, is_key))
                 continue
-            error, energy, residual = copy.read()
+            energy, residual, error = copy.read()
             if math.isfinite(error):  # else the tensor was not finite, which only the device knew
-                self._stats.error(call.site, call.op, error, energy, residual)
+                self._stats.error(call.site, call.op, error, energy, math.nan if is_key else residual)
         self._unread = left
 
 

@@ -30,6 +30,7 @@ from compactdist.kernels.protocols import (
 from compactdist.kernels.queues import captures, queue_of, stream_of
 from compactdist.kernels.reference import components, rounding, terms
 from compactdist.kernels.reference.checksum import weighted_sum
+from compactdist.kernels.reference.energies import energies as reference_energies
 from compactdist.kernels.reference.rotations import sweep
 from compactdist.kernels.reference.samples import is_far_larger
 from compactdist.kernels.sources import digest
@@ -72,6 +73,7 @@ __all__ = [
     "device_topk_steps_for",
     "device_velocities_for",
     "digest",
+    "energies",
     "far_larger_for",
     "frames_for",
     "history_steps_for",
@@ -295,6 +297,33 @@ def device_velocities_for(numel: int, dtype: torch.dtype, device: torch.device) 
     from compactdist.kernels.gpu import velocities
 
     return velocities if velocities.supports(dtype, numel) else None
+
+
+def energies(x: Tensor, terms: tuple[MovingTerm, ...], value: Tensor) -> Tensor:
+    """Sums of squares of a tensor, of what it differs by from its prediction, and of what its reconstruction loses.
+
+    Args:
+        x: flat ``[numel]``.
+        terms: of the prediction.
+        value: the reconstruction, flat, of the same dtype.
+
+    Returns:
+        float64 ``[3]`` on the device of ``x``, for which the host does not wait. Rounded otherwise on each device: only
+        a sender may go by it.
+    """
+    numel, dtype, device = x.numel(), x.dtype, x.device
+    if _gpu_runs(device) and not any(isinstance(term, Velocity) for term in terms):
+        from compactdist.kernels.gpu import energies as on_device
+
+        if on_device.supports(dtype, numel):
+            return on_device.energies(x, terms, value)
+    elif device.type == "cpu" and choice.forced != "gpu" and cpu_runs(numel):
+        from compactdist.kernels.cpu import energies as on_cpu
+        from compactdist.kernels.cpu import steps
+
+        if dtype in steps.DTYPES:
+            return on_cpu.energies(x, terms, value)
+    return reference_energies(x, terms, value)
 
 
 def rotate(matrices: Tensor, basis: Tensor, sizes: Sequence[int], smallest: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -484,7 +483,7 @@ class StreamEncoder(StreamState):
         call = step, epoch, self.sequence, clock.source, self.digest
         if not frames.send(steps, flat, terms, value, copy, room.whole, room.views[0], clock.words, call, queue):
             return None
-        measured = None if steers is None or value is None else HostCopy(Measured.sums(flat, terms, value))
+        measured = None if steers is None or value is None else HostCopy(kernels.energies(flat, terms, value))
         return Staged(
             room.whole, header, 0, value, terms,
             session=form.session, there=True, measured=measured, room=room, copied=copy is not None,
@@ -531,12 +530,15 @@ class StreamEncoder(StreamState):
             return 0
         return self._steered(self.steers, codec, flat, step, epoch, codec.start_rate, hint=hint, keyframe=True).rate
 
-    def residual_energy(self, x: Tensor) -> Tensor:
-        """Sum of squares of what ``x`` differs by from its prediction, float64 ``[]``; NaN without a prediction."""
-        terms = (self.predictor if self._own_predictor is None else self._own_predictor).terms()
-        if not terms:
-            return torch.full((), math.nan, dtype=torch.float64, device=x.device)
-        return residual_of(x.detach().reshape(-1), terms).double().square().sum()
+    def energies(self, x: Tensor, staged: Staged) -> Tensor:
+        """Sums of squares of a tensor, its residual and its frame's error, as ``kernels.energies`` has them.
+
+        A frame that is no residual has the tensor's own sum in the residual's place.
+        """
+        assert staged.value is not None
+        own = self._own_predictor
+        terms = own.terms() if own is not None and staged.terms else staged.terms
+        return kernels.energies(x.detach().reshape(-1), terms, staged.value)
 
     def _search(self, staged: Staged, residual: Tensor) -> None:
         """Look for a better matrix view in the first residual; its frame announces what was found."""

@@ -13,11 +13,10 @@ import threading
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from compactdist import kernels
 from compactdist.codecs.base import Terms
-from compactdist.kernels import restored
 from compactdist.state.host_copy import HostCopy
 from compactdist.state.site_key import without_request
 from compactdist.state.target import Met, Target
@@ -64,17 +63,10 @@ class Measured:
     residual: float
     error: float
 
-    @staticmethod
-    def sums(x: Tensor, terms: Terms, value: Tensor) -> Tensor:
-        """The sums of a tensor, its prediction and its reconstruction, all flat: float64 ``[3]`` on their device."""
-        exact = x.double()  # differences of huge values leave float32
-        residual = exact - sum(restored(term).double() for term in terms)
-        return torch.stack([one.square().sum() for one in (exact, residual, exact - value.double())])
-
     @classmethod
     def of(cls, x: Tensor, terms: Terms, value: Tensor) -> Measured:
-        """The same, known to the host, which waits for a device."""
-        return cls(*cls.sums(x, terms, value).tolist())
+        """The sums of a tensor, its prediction and its reconstruction, all flat; the host waits for a device."""
+        return cls(*kernels.energies(x, terms, value).tolist())
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import Work
 from compactdist.kernels.cpu.native import address_of
-from compactdist.kernels.cpu.steps import DTYPES, Block, scratch, second_term
+from compactdist.kernels.cpu.steps import DTYPES, Block, scratch, second_rounded, second_term
 from compactdist.kernels.offsets import WIDTH, Offsets, offsets_of
-from compactdist.kernels.spec import MatrixView, MovingTerm
+from compactdist.kernels.spec import MatrixView, MovingTerm, Rounded
 from compactdist.kernels.threads import team
 
 __all__ = [
@@ -168,10 +168,15 @@ def placed(offsets: Offsets) -> dict[int, int]:
 
 
 def expected_slots(terms: tuple[MovingTerm, ...]) -> dict[int, int]:
-    """The slots of the terms of a prediction, the first of which is a tensor."""
+    """The slots of the terms of a prediction, for loops compiled for ``loops_of`` these."""
     if not terms:
         return {call.TERMS: 0}
-    first = cast(Tensor, terms[0])
+    if isinstance(first := terms[0], Rounded):
+        slots = {call.BASE: first.codes.data_ptr(), call.VELOCITY: first.scales.data_ptr(), call.TERMS: 1}
+        if len(terms) > 1:
+            of_second = call.TERMS, call.FACTOR, call.SECOND, call.SECOND_SCALES
+            slots |= zip(of_second, second_rounded(terms[1]), strict=True)
+        return slots
     second_at, number, factor = (0, 1, 0) if len(terms) == 1 else second_term(terms[1])
     return {call.BASE: first.data_ptr(), call.VELOCITY: second_at, call.TERMS: number, call.FACTOR: factor}
 

@@ -51,7 +51,9 @@ __all__ = [
     "CpuSteps",
     "Samples",
     "loops_for",
+    "loops_of",
     "scratch",
+    "second_rounded",
     "second_term",
     "steps_of",
     "weighted_sum",
@@ -336,6 +338,13 @@ def loops_for(codes: Tensor, count: int = 1) -> int:
     if count > 1:
         return TWO_IN_INT8 if codes.dtype == torch.int8 else TWO_IN_FP8
     return TERM_IN_INT8 if codes.dtype == torch.int8 else TERM_IN_FP8
+
+
+def loops_of(terms: tuple[MovingTerm, ...]) -> int:
+    """What loops are compiled for that read these terms, see ``call.py``."""
+    if terms and isinstance(terms[0], Rounded):
+        return loops_for(terms[0].codes, len(terms))
+    return ONE_TERM if len(terms) == 1 else MANY_TERMS
 
 
 def second_term(term: MovingTerm) -> tuple[int, int, int]:

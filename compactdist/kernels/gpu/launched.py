@@ -151,7 +151,7 @@ class LaunchedSteps:
         device, written = self._device, payload
         if payload.data_ptr() % 16 or not payload.is_contiguous():
             written = torch.empty(self._payload_nbytes, dtype=torch.uint8, device=device)
-        number, source = _source(x, terms)
+        number, source = source_of(x, terms)
         key = number, out is not None, copy is not None, flag is not None
         launches = self._encodings.get(key)
         if launches is None:
@@ -194,7 +194,7 @@ class LaunchedSteps:
             return False
         if payload.data_ptr() % 16 or not payload.is_contiguous():  # the middle of someone's buffer
             payload = payload.clone(memory_format=torch.contiguous_format)
-        number, (_, base, velocity) = _source(out, terms)
+        number, (_, base, velocity) = source_of(out, terms)
         key = number, accepted is not None, copy is not None
         launches = self._decodings.get(key)
         if launches is None:
@@ -230,7 +230,7 @@ def eight_bits(term: Rounded) -> tuple[int, Tensor, Tensor]:
     return EIGHT_BITS[term.dtype], term.codes, term.scales
 
 
-def _source(x: Tensor, terms: tuple[Term, ...]) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
+def source_of(x: Tensor, terms: tuple[Term, ...]) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
     """The number of terms that kernels are told, and ``(x, base, velocity)``, contiguous. A missing one is ``x``."""
     x = x if x.is_contiguous() else x.detach().contiguous()
     if terms and isinstance(terms[0], Rounded):

@@ -1,0 +1,79 @@
+"""Sums of squares by which a sender judges a frame, ``reference/energies.py``, in one launch and one addition."""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compactdist.kernels.gpu.elements import expected, read
+from compactdist.kernels.gpu.launch import Launch, Slot, run
+from compactdist.kernels.gpu.launched import source_of
+from compactdist.kernels.gpu.plan import INTERPRETED, MOST_ELEMENTS
+from compactdist.kernels.spec import MovingTerm, Term
+
+__all__ = ["energies", "supports"]
+
+_BLOCK, _BLOCKS = (1 << 14, 2) if INTERPRETED else (1 << 10, 8)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def sum_squares(
+    x, base, velocity, value, sums, numel, TERMS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Sums over ``BLOCKS`` blocks.
+
+    Args:
+        x: flat ``[numel]``.
+        base: see ``elements.expected``.
+        velocity: as ``base``.
+        value: the reconstruction, as ``x``.
+        sums: float64 ``[programs, 3]``.
+        numel: elements.
+        TERMS: see ``elements.expected``.
+        BLOCKS: of a program.
+        BLOCK: elements of a block.
+    """
+    program = tl.program_id(0)
+    energy = tl.zeros((BLOCK,), tl.float64)
+    residual, error = energy, energy
+    for block in range(BLOCKS):
+        at = (program * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
+        there = at < numel
+        exact = read(x, at, there).to(tl.float64)  # differences of huge values leave float32
+        changed = exact - expected(base, velocity, at, there, TERMS).to(tl.float64)
+        lost = exact - read(value, at, there).to(tl.float64)
+        energy += exact * exact
+        residual += changed * changed
+        error += lost * lost
+    tl.store(sums + 3 * program, tl.sum(energy, axis=0))
+    tl.store(sums + 3 * program + 1, tl.sum(residual, axis=0))
+    tl.store(sums + 3 * program + 2, tl.sum(error, axis=0))
+
+
+def supports(dtype: torch.dtype, numel: int) -> bool:
+    """Whether there are kernels for such tensors of a device that has kernels."""
+    return dtype in _DTYPES and 0 < numel <= MOST_ELEMENTS
+
+
+@lru_cache(maxsize=256)
+def _summing(numel: int, dtype: torch.dtype, codes: torch.dtype, terms: int) -> Launch:
+    """The launch for tensors of a dtype; ``codes``: of what is given for the base."""
+    grid = -(-numel // (_BLOCKS * _BLOCK))
+    constants = {"TERMS": terms, "BLOCKS": _BLOCKS, "BLOCK": _BLOCK, "num_warps": 4, "enable_fp_fusion": False}
+    return Launch(sum_squares, grid, (*map(Slot, range(5)), numel), 5, constants)
+
+
+def energies(x: Tensor, terms: tuple[MovingTerm, ...], value: Tensor) -> Tensor:
+    """See ``kernels.energies``; none of the terms is a velocity."""
+    number, source = source_of(x, cast(tuple[Term, ...], terms))
+    launch = _summing(x.numel(), x.dtype, source[1].dtype, number)
+    sums = torch.empty((launch.grid, 3), dtype=torch.float64, device=x.device)
+    run(launch, (*source, value.contiguous(), sums), x.device)
+    return sums.sum(0)
