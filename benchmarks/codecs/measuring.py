@@ -2,8 +2,8 @@
 
     python -m benchmarks.codecs.measuring --json benchmarks/results/measuring.json
 
-Tensors of 3072 channels, bfloat16 on a CPU, a prediction from one tensor. ``encode`` is ``int4`` by row and channel, with
-its reconstruction; ``measure`` what ``kernels.energies`` runs, ``torch`` the same in torch's operations, as its
+Tensors of 3072 channels, bfloat16 on a CPU, a prediction from one tensor. ``encode`` is ``int4`` by row and channel,
+with its reconstruction; ``measure`` what ``kernels.energies`` runs, ``torch`` the same in torch's operations, as its
 reference has it. All take turns; medians.
 """
 
@@ -46,14 +46,10 @@ def main() -> None:
     begin(args)
     lines = [_line(rows, args.rounds) for rows in ROWS]
     for line in lines:
-        print(
-            f"[{line['rows']}, {CHANNELS}]  encode {line['encode_ms']:7.2f} ms   measure {line['measure_ms']:7.2f} ms   "
-            f"by torch {line['torch_ms']:7.2f} ms"
-        )
-    finish(
-        args.json,
-        {"ranks": "none", "channels": CHANNELS, "threads": args.threads, "rounds": args.rounds, "lines": lines},
-    )
+        ms = "   ".join(f"{name} {line[f'{name}_ms']:7.2f} ms" for name in ("encode", "measure", "torch"))
+        print(f"[{line['rows']}, {CHANNELS}]  {ms}")
+    about = {"ranks": "none", "channels": CHANNELS, "threads": args.threads, "rounds": args.rounds}
+    finish(args.json, {**about, "lines": lines})
 
 
 if __name__ == "__main__":
