@@ -86,6 +86,7 @@ __all__ = [
     "steps_for",
     "stream_of",
     "use",
+    "write_sum",
 ]
 
 MIN_ELEMENTS = 1 << 14
@@ -297,6 +298,22 @@ def device_velocities_for(numel: int, dtype: torch.dtype, device: torch.device) 
     from compactdist.kernels.gpu import velocities
 
     return velocities if velocities.supports(dtype, numel) else None
+
+
+def write_sum(terms: tuple[MovingTerm, ...], out: Tensor) -> None:
+    """Write the sum of one or two terms to ``out``, flat and contiguous, kept finite and rounded once."""
+    if out.is_cpu and choice.forced != "gpu" and cpu_runs(out.numel()):
+        from compactdist.kernels.cpu import steps
+        from compactdist.kernels.cpu import terms as on_cpu
+
+        if out.dtype in steps.DTYPES:
+            on_cpu.write_sum(terms, out)
+            return
+    total = restored(terms[0])
+    if len(terms) > 1:
+        limit = torch.finfo(out.dtype).max
+        total = total.float().add(restored(terms[1])).clamp_(-limit, limit)
+    out.copy_(total)
 
 
 def energies(x: Tensor, terms: tuple[MovingTerm, ...], value: Tensor) -> Tensor:

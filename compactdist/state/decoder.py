@@ -272,18 +272,21 @@ class StreamDecoder(StreamState):
         self._looked = True
         return value
 
-    def predicted(self) -> Tensor:
-        """What the history says the next residual's tensor will be, flat ``[numel]``; may share memory with it.
+    def predict(self, out: Tensor) -> None:
+        """Write what the history says the next residual's tensor will be to ``out``, of its size, dtype and device.
 
-        Float32 where two terms are added up, within the range of the stream's dtype. A sender that chooses a
-        coefficient for each frame has not said the next one: the last one's stands for it. The stream must be live.
+        A sender that chooses a coefficient for each frame has not said the next one: the last one's stands for it. The
+        stream must be live.
         """
-        assert self.live is not None
-        terms = self.predictor.terms(self._said_last() if self.predictor.adapts else 0.0)
-        if len(terms) < 2:
-            return terms[0]
-        limit = torch.finfo(self.live[1]).max
-        return terms[0].float().add(terms[1]).clamp_(-limit, limit)
+        predictor, coefficient = self.predictor, self._said_last() if self.predictor.adapts else 0.0
+        there = out.is_cpu and self.clock is None
+        terms = predictor.kept_terms(coefficient, rounded=True) if there else predictor.terms(coefficient)
+        if out.is_contiguous():
+            kernels.write_sum(terms, out.view(-1))
+        else:
+            made = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+            kernels.write_sum(terms, made.view(-1))
+            out.copy_(made)
 
     def _said_last(self) -> float | Tensor:
         """The coefficient in the last frame; 0 where that was a keyframe, or said one that no longer holds."""

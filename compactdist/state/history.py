@@ -328,6 +328,9 @@ class LastValue(Predictor):
         kept = self._base.rounded
         return () if kept is None else (kept,)
 
+    def kept_terms(self, coefficient: float | Tensor = 0.0, *, rounded: bool = False) -> tuple[MovingTerm, ...]:
+        return (rounded and self.rounded) or self.terms(coefficient)
+
     def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
         return self._base.put(value, terms[0] if terms else None)
 

@@ -11,14 +11,12 @@ import numpy as np
 
 from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import E4M3, LINEAR, TERM_IN_INT8
-from compactdist.kernels.cpu.elements import AHEAD, SOURCES, ask_for, ask_for_expected, expected_at, reaching, write
+from compactdist.kernels.cpu.elements import AHEAD, SOURCES, ask_for, reaching
 from compactdist.kernels.cpu.scales import over, storable
 from compactdist.kernels.cpu.simd.ints import bits_of_magnitude, larger
 from compactdist.kernels.cpu.simd.jit import inlined
 from compactdist.kernels.cpu.simd.memory import (
     load_first,
-    rounded_for,
-    settle_streams,
     stack_floats,
     store,
     velocity_for,
@@ -99,25 +97,6 @@ def quantize_velocity(dtype: str, terms: int) -> Any:
     def body(args: Any) -> int:
         x, base, none, _, _ = source_of(args, elements_at)
         _round(args, _velocities, (x, base, none, 1, float_in(args, _FACTOR)), kind, bits, steps)
-        return 0
-
-    return body
-
-
-def dequantize(dtype: str, terms: int) -> Any:
-    """A work over batches of sixteen blocks: ``out`` becomes the only term, in the form that ``terms`` says."""
-    elements_at, source_of = ELEMENTS_AT[dtype], SOURCES[terms]
-
-    def body(args: Any) -> int:
-        source, numel = source_of(args, elements_at), args[_NUMEL]
-        out, streams = elements_at(args, _OUT), args[_OUT_STREAMS] != 0
-        lo, hi = next_part(args, _FIRST_PASS)
-        while lo < hi:
-            for at in range(lo * COUNT * _BLOCK, min(hi * COUNT * _BLOCK, numel), LANES):
-                ask_for_expected(source, at + AHEAD)
-                write(rounded_for(out, expected_at(source, at, numel - at)), out, streams, at, numel - at)
-            lo, hi = next_part(args, _FIRST_PASS)
-        settle_streams()
         return 0
 
     return body

@@ -9,7 +9,8 @@ from compactdist.kernels.cpu.call import Work
 from compactdist.kernels.cpu.native import address_of
 from compactdist.kernels.cpu.products import run_alone
 from compactdist.kernels.cpu.simd.sixteen import COUNT
-from compactdist.kernels.cpu.steps import CACHE_LINE, DTYPES, STREAMED_NBYTES, loops_for, second_term
+from compactdist.kernels.cpu.steps import DTYPES, loops_for, second_term
+from compactdist.kernels.cpu.terms import write_sum
 from compactdist.kernels.spec import ROUNDED_BLOCK, Rounded, Velocity
 
 __all__ = ["dequantize", "quantize", "quantize_velocity"]
@@ -37,9 +38,7 @@ def quantize_velocity(values: Velocity, codes: Tensor, scales: Tensor) -> None:
 
 def dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """See ``kernels.Rounding``; ``out`` is of a dtype of ``DTYPES``."""
-    streams = out.nbytes >= STREAMED_NBYTES and out.data_ptr() % CACHE_LINE == 0
-    given = {call.X: out.data_ptr(), call.OUT: out.data_ptr(), call.OUT_STREAMS: int(streams)}
-    _run("dequantize", out, codes, given | {call.BASE: codes.data_ptr(), call.VELOCITY: scales.data_ptr()})
+    write_sum((Rounded(codes, scales, out.dtype),), out)
 
 
 def _run(loop: str, exact: Tensor, codes: Tensor, given: dict[int, int]) -> None:
