@@ -282,6 +282,9 @@ _CHECKED = struct.Struct(f"<{(HEADER_NBYTES - 8) // 4}I8x{SHAPE_NBYTES // 4}I")
 _CHECKED_WEIGHTS = [weight(at // 4) for at in range(0, HEADER_NBYTES + SHAPE_NBYTES, 4) if not 120 <= at < 128]
 
 
+RESET = "call reset() on all ranks to start again from keyframes"
+
+
 def _header_sum(raw: bytes) -> int:
     """The checksum of a header, with or without a shape block behind it."""
     words = _CHECKED.unpack(raw.ljust(_CHECKED.size, b"\0"))
@@ -454,7 +457,8 @@ def unpack(frame: Tensor, where: str) -> Header:
     header = _parsed(bytes(frame[: HEADER_NBYTES + SHAPE_NBYTES].cpu().numpy()), where)
     if header.nbytes + header.payload_nbytes > frame.numel() and not header.flags & STAND_IN:
         raise FrameError(
-            f"{where}: the frame is cut short: {frame.numel()} bytes for a payload of {header.payload_nbytes} bytes"
+            f"{where}: the frame is cut short: {frame.numel()} bytes for a payload of {header.payload_nbytes} bytes. "
+            f"Nothing was applied; {RESET}"
         )
     return header
 
@@ -470,7 +474,7 @@ def _parsed(raw: bytes, where: str) -> Header:
     if values["magic"] != MAGIC:
         raise FrameError(
             f"{where}: what arrived is not a compactdist frame (it starts with {values['magic']!r}); the peer probably "
-            "sent it uncompressed. Use the same wrapped group and policy on both ends"
+            f"sent it uncompressed. Use the same wrapped group and policy on both ends, then {RESET}"
         )
     if values["version"] != VERSION:
         raise FrameError(
@@ -480,7 +484,9 @@ def _parsed(raw: bytes, where: str) -> Header:
     block = raw[HEADER_NBYTES:] if has_shape else b""
     intact = _header_sum(raw[:HEADER_NBYTES] + block) == values["header_checksum"]
     if not intact or (has_shape and len(block) < SHAPE_NBYTES):
-        raise FrameError(f"{where}: the frame's header is damaged (its checksum does not match); nothing was applied")
+        raise FrameError(
+            f"{where}: the frame's header is damaged (its checksum does not match). Nothing was applied; {RESET}"
+        )
     unknown = flags & ~_KNOWN_FLAGS or any(values["reserved"]) or any(values["reserved_2"])
     if unknown or values["dtype"] >= len(DTYPES) or dims > (MAX_DIMS if has_shape else 0):
         raise FrameError(
@@ -494,6 +500,12 @@ def _parsed(raw: bytes, where: str) -> Header:
         shape=tuple(_SHAPE_STRUCT.unpack(block)[:dims]) if has_shape else None,
         **{name: values[name] for name in _PLAIN},
     )
+
+
+def is_intact(head: bytes) -> bool:
+    """Whether these bytes begin with a header without a shape whose checksum is right."""
+    checksum = dict(zip((field.name for field in FIELDS), _STRUCT.unpack_from(head), strict=True))["header_checksum"]
+    return bool(_header_sum(head[:HEADER_NBYTES]) == checksum)
 
 
 def differences(got: bytes, expected: bytes) -> list[tuple[str, object, object]]:

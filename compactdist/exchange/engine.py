@@ -482,6 +482,8 @@ class Engine:
         plan = flight.plan
         pattern = plan.pattern
         try:
+            if self.link.opened is not None:
+                self.link.refuse_others()
             pattern.transfer(self, flight)
         except BaseException:
             self.withdraw(flight)

@@ -52,6 +52,7 @@ class CallGroup(_torch.Work):
         jobs: what is to be decoded, in the order of the calls.
         results: the calls' output tensors.
         ended: the calls have been issued.
+        thread, name: of the thread that makes the calls.
     """
 
     def __init__(self) -> None:
@@ -59,6 +60,7 @@ class CallGroup(_torch.Work):
         self.jobs: list[Any] = []
         self.results: list[Tensor] = []
         self.ended = False
+        self.thread, self.name = threading.get_ident(), threading.current_thread().name
         self._work: Any = None
         self._error: BaseException | None = None
         self._lock = threading.Lock()
@@ -115,19 +117,39 @@ class Link:
         inner: the group that frames travel on; ``None`` once the wrapped group is closed: then no call can be made.
 
     Attributes:
-        together: the group of calls that is open; ``None`` for none.
+        opened: the group of calls that is open; ``None`` for none.
         exact_sizes: messages of all tensors must be received at the size they are sent with.
     """
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self.together: CallGroup | None = None
+        self.opened: CallGroup | None = None
         self._done = Done()
         self.exact_sizes = bool(getattr(inner, "exact_sizes", False))
         if inner is None:
             return
         self._all_gather = _torch.first_method(inner, _torch.ALL_GATHER_SINGLE)
         self._all_to_all = _torch.first_method(inner, _torch.ALL_TO_ALL_SINGLE)
+
+    @property
+    def together(self) -> CallGroup | None:
+        """The group of calls that this thread has opened; ``None`` for none."""
+        opened = self.opened
+        return opened if opened is not None and opened.thread == threading.get_ident() else None
+
+    def refuse_others(self) -> None:
+        """Refuse a call that would be issued with the group of calls that another thread has opened.
+
+        Raises:
+            CallGroupError: there is one.
+        """
+        opened = self.opened
+        if opened is not None and opened.thread != threading.get_ident():
+            raise CallGroupError(
+                f"thread {opened.name!r} has a group of calls (a coalescing manager) open on this process group, and "
+                f"thread {threading.current_thread().name!r} makes a call, which the inner group would issue with "
+                "those: end the group of calls first, or give each thread a process group of its own. Nothing was sent"
+            )
 
     def needs_exact_sizes(self, x: Tensor) -> bool:
         """Whether messages of such tensors must be received at the size they are sent with, as on NCCL.
@@ -138,8 +160,9 @@ class Link:
 
     def work_of(self, work: Any) -> Any:
         """What to wait for after an inner call that returned ``work``."""
-        if self.together is not None:
-            return self.together
+        opened = self.opened
+        if opened is not None and opened.thread == threading.get_ident():
+            return opened
         return self._done if work is None else work
 
     def begin_together(self, device: torch.device) -> CallGroup:
@@ -149,14 +172,15 @@ class Link:
             CallGroupError: one is open.
             RuntimeError: the inner group cannot group calls (gloo).
         """
-        if self.together is not None:
+        self.refuse_others()
+        if self.opened is not None:
             raise CallGroupError(
                 "a group of calls (a coalescing manager) was begun inside another, or after one that an error left "
                 "open: end the first one before you begin the next"
             )
         _torch.inner_call(self._inner, _torch.START_COALESCING, device)
-        self.together = CallGroup()
-        return self.together
+        made = self.opened = CallGroup()
+        return made
 
     def end_together(self, device: torch.device) -> CallGroup:
         """End the group of calls, which issues them.
@@ -165,7 +189,8 @@ class Link:
             CallGroupError: none is open.
             Whatever the inner group raises; then waiting for the calls raises it, too.
         """
-        together, self.together = self.together, None
+        self.refuse_others()
+        together, self.opened = self.opened, None
         if together is None:
             raise CallGroupError("a group of calls (a coalescing manager) was ended that was not begun")
         try:

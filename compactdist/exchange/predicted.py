@@ -12,6 +12,7 @@ else looks at histories is next used.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,7 @@ class Late:
     def __init__(self, label: str) -> None:
         self._label = label
         self._jobs: dict[str, tuple[Call, Job]] = {}
+        self._lock = threading.Lock()
         self.used = False
 
     def add(self, call: Call, job: Job) -> None:
@@ -125,10 +127,10 @@ class Late:
 
     def look_at(self, site: str) -> None:
         """Raise the error of the site's last exchange, once. The exchange is done."""
-        if self._jobs.get(site) is not None:
-            call, job = self._jobs.pop(site)
-            if job.error is not None:
-                raise self._told(call, job.error)
+        with self._lock:
+            call, job = self._jobs.pop(site, (None, None))
+        if call is not None and job is not None and job.error is not None:
+            raise self._told(call, job.error)
 
     def poll(self) -> None:
         """Decode what has arrived, without waiting, and raise the first error."""
@@ -172,10 +174,12 @@ class Late:
         """Forget exchanges that are done; the first error among theirs, the others logged."""
         errors = []
         for call, job in done:
-            if self._jobs.get(call.site, (None, None))[1] is job:
-                del self._jobs[call.site]
-                if job.error is not None:
-                    errors.append(self._told(call, job.error))
+            with self._lock:  # threads that ask for statistics look here as well
+                taken = self._jobs.get(call.site, (None, None))[1] is job
+                if taken:
+                    del self._jobs[call.site]
+            if taken and job.error is not None:
+                errors.append(self._told(call, job.error))
         for error in errors[1:]:
             _log.error("%s", str(error))
         return errors[0] if errors else None

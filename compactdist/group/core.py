@@ -419,7 +419,8 @@ class GroupCore:
 
     def _settled(self, job: Job, opts: Any, result: list[Tensor]) -> Any:
         """The work of one job; a synchronous call is finished first, unless it is part of a group of calls."""
-        together = self._engine.link.together
+        link = self._engine.link
+        together = None if link.opened is None else link.together
         if together is not None:
             together.results += result
         if getattr(opts, "asyncOp", True):
@@ -431,6 +432,7 @@ class GroupCore:
 
     def _work(self, parts: Sequence[Any], result: list[Tensor]) -> PendingWork:
         """A work that waits for several jobs and inner works."""
-        if self._engine.link.together is not None:
-            self._engine.link.together.results += result
+        together = self._engine.link.together
+        if together is not None:
+            together.results += result
         return PendingWork(parts, result, self._future_pool)

@@ -480,7 +480,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         for attachment in self._attachments:
             attachment.detach()
         for site in self._engine.store.sites():
-            if site.pending and all(job.is_ready() for job in site.pending):
+            pending = tuple(site.pending)  # other threads may be waiting for some of them
+            if pending and all(job.is_ready() for job in pending):
                 drain(site)
         self._departures.close(_FLUSH_SECONDS)
         flusher = threading.Thread(target=self._flush, daemon=True, name="compactdist-flush")

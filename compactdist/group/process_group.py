@@ -375,15 +375,16 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             parts = dict(zip(order, self._ship(calls), strict=True))
             return [self._work([parts[i]], [op.tensor]) for i, op in enumerate(p2p_op_list)]
         link = self._engine.link
-        together = link.begin_together(device)
-        try:
+        with self._engine.lock:  # the inner group would issue what other threads hand it together with these
+            together = link.begin_together(device)
             try:
-                self._ship(calls)
-            finally:  # also if a call fails, for an open group would hold up all later calls
-                link.end_together(device)
-        except BaseException:
-            self._undo_captured(flights.values(), together.jobs)
-            raise
+                try:
+                    self._ship(calls)
+                finally:  # also if a call fails, for an open group would hold up all later calls
+                    link.end_together(device)
+            except BaseException:
+                self._undo_captured(flights.values(), together.jobs)
+                raise
         return [self._work([*together.jobs, together], [op.tensor for op in p2p_op_list])]
 
     # --- passed through, counted with the bytes their best algorithm sends --------------------------------------------
@@ -507,7 +508,8 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         """
         self._ready()
         self._departures.join()
-        self._engine.link.begin_together(device)
+        with self._engine.lock:  # while another thread's batch is issued
+            self._engine.link.begin_together(device)
 
     @override
     def end_coalescing(self, device: Any) -> Any:

@@ -78,7 +78,7 @@ class Snapshots:
         self._departures.join()
         self._meet_errors()
         for site in self._engine.store.sites():
-            if not all(job.dropped for job in site.pending):
+            if not all(job.dropped for job in tuple(site.pending)):
                 raise ConfigError(
                     f"{self._engine.label}, site '{site.key}': snapshot() while a call has not been waited for, whose "
                     "history is about to change: wait for its work first, on all ranks"

@@ -16,8 +16,8 @@ from torch import Tensor
 from compactdist import kernels
 from compactdist.errors import CaptureError, CompactDistError, FrameError, NonFiniteError
 from compactdist.kernels.spec import BOARD_WORDS, ENDED_CLOCK, NOT_FINITE
-from compactdist.state.remedies import remedy_of
-from compactdist.wire import HEADER_NBYTES, KEY, differences, flags_in, step_in
+from compactdist.state.remedies import RESET, remedy_of
+from compactdist.wire import HEADER_NBYTES, KEY, differences, flags_in, is_intact, step_in
 
 __all__ = ["Board"]
 
@@ -132,6 +132,12 @@ class Board:
                 f"{where}: in step {step_in(got)} what the tensor changed by held NaN or Inf. Receivers got NaN, the "
                 "history stayed as it was on all ranks, and later calls were coded against it. Find the source of the "
                 "NaN, or let the site pass through"
+            )
+        if not is_intact(got):
+            return FrameError(
+                f"{where}: what arrived in step {step_in(expected)} has a damaged header (its checksum does not match) "
+                "or is no compactdist frame, as where its sender let the call pass through. Nothing was applied, the "
+                f"output of that call holds NaN; {RESET}"
             )
         wrong: list[tuple[str, Any, Any]] = differences(got, expected)
         name, theirs, ours = wrong[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from compactdist import wire
+
 __all__ = ["RESET", "SAME_CONFIG", "SAME_ORDER", "SAME_STEPS", "remedy_of"]
 
-RESET = "call reset() on all ranks to start again from keyframes"
-SAME_CONFIG = "wrap the group with the same configuration on every rank"
+RESET = wire.RESET
+SAME_CONFIG = "wrap the group with the same configuration on every rank; then " + RESET
 SAME_ORDER = (
     "make the calls of a step in the same order on both ends, or name them with key(), and wrap groups in the same "
     "order on every rank; then " + RESET

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from types import MethodType
 
@@ -13,6 +14,8 @@ import torch.distributed._functional_collectives as funcol
 import compactdist
 from compactdist import Answer, Options, Rule
 from compactdist.errors import ConfigError, FrameError, LateExchangeError, NonFiniteError
+from compactdist.exchange.plan import Call
+from compactdist.exchange.predicted import Late
 from compactdist.testing import Fault, act_like_nccl, inject, remove
 from compactdist.wire import HEADER_NBYTES
 from tests.group.kit import NUMEL, data
@@ -369,3 +372,42 @@ def test_ranks_compare_the_mode():
     assert Options(mode="predict-now").fingerprint() != Options().fingerprint()
     rules = [Rule("int4", op="all_gather", mode=mode) for mode in (None, "predict-now")]
     assert len({Options(policy=rule).fingerprint()["policy"] for rule in rules}) == 2
+
+
+def test_threads_that_look_at_late_exchanges_at_once():
+    """As a step and ``stats()`` in a thread that monitors do: each exchange is forgotten once."""
+
+    class Slow(dict):
+        def get(self, *given):
+            found = super().get(*given)
+            time.sleep(0.005)  # time for another thread to look at the same
+            return found
+
+    class Done:
+        error, done, late = None, True, False
+
+        def poll(self):
+            return True
+
+        def finish_late(self):
+            pass
+
+    late, errors = Late("a group"), []
+    late._jobs = Slow()
+
+    def look(what):
+        try:
+            what()
+        except BaseException as error:
+            errors.append(error)
+
+    for _ in range(5):
+        late.add(Call("k/all_gather#0", "all_gather", 1, 0, False), Done())
+        looks = (late.poll, late.settle, lambda: late.look_at("k/all_gather#0"))
+        threads = [threading.Thread(target=look, args=(what,)) for what in looks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert not late._jobs
+    assert not errors
