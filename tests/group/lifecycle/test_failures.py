@@ -192,7 +192,14 @@ def test_a_damaged_frame_names_site_rank_and_remedy(op):
                 with pytest.raises(FrameError) as caught:
                     call(dist, rank, 2)
                 text = str(caught.value)
-                for word in ("damaged", "rank 1", "rank 0", kit.keys_of(dist)[0], "nothing was applied"):
+                for word in (
+                    "damaged",
+                    "rank 1",
+                    "rank 0",
+                    kit.keys_of(dist)[0],
+                    "Nothing was applied",
+                    "call reset()",
+                ):
                     assert word in text, (word, text)
                 now = compare.of_group(dist)
                 for key, site in held["sites"].items():

@@ -82,7 +82,7 @@ def guarded(monkeypatch):
     guard(StreamEncoder, "stage_or_flag")
     guard(StreamEncoder, "commit")
     guard(StreamDecoder, "decode")
-    guard(StreamDecoder, "predicted")
+    guard(StreamDecoder, "predict")
 
 
 def every_collective(dist, rank: int, t: int, name: str) -> list[torch.Tensor]:
