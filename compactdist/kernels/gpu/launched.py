@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compactdist.kernels.gpu.elements import EIGHT_BITS
 from compactdist.kernels.gpu.launch import Launch, alignment_of, on, stream_getter
+from compactdist.kernels.reference.terms import restored
 from compactdist.kernels.spec import Rounded, Term
 
 __all__ = ["DECODING", "ENCODING", "NOTHING", "Cut", "LaunchedSteps", "Own", "cut_out", "eight_bits"]
@@ -231,8 +232,13 @@ def eight_bits(term: Rounded) -> tuple[int, Tensor, Tensor]:
 
 
 def source_of(x: Tensor, terms: tuple[Term, ...]) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
-    """The number of terms that kernels are told, and ``(x, base, velocity)``, contiguous. A missing one is ``x``."""
+    """The number of terms that kernels are told, and ``(x, base, velocity)``, contiguous. A missing one is ``x``.
+
+    Two terms that are no tensors, as streams of CPU tensors have them, are made such.
+    """
     x = x if x.is_contiguous() else x.detach().contiguous()
+    if len(terms) > 1 and not isinstance(terms[1], Tensor):
+        terms = tuple(map(restored, terms))
     if terms and isinstance(terms[0], Rounded):
         number, codes, scales = eight_bits(terms[0])
         return number, (x, codes, scales)
