@@ -128,9 +128,9 @@ class Late:
     def look_at(self, site: str) -> None:
         """Raise the error of the site's last exchange, once. The exchange is done."""
         with self._lock:
-            call, job = self._jobs.pop(site, (None, None))
-        if call is not None and job is not None and job.error is not None:
-            raise self._told(call, job.error)
+            found = self._jobs.pop(site, None)
+        if found is not None and found[1].error is not None:
+            raise self._told(found[0], found[1].error)
 
     def poll(self) -> None:
         """Decode what has arrived, without waiting, and raise the first error."""

@@ -250,8 +250,9 @@ def restored(term: MovingTerm, out: Tensor | None = None) -> Tensor:
     if not term.numel():
         return out
     if isinstance(term, Velocity):
-        exact = replace(term, base=restored(term.base), previous=restored(term.previous))
-        _velocities_for(exact).write_out(exact, out)
+        if isinstance(term.previous, Rounded):
+            term = replace(term, base=restored(term.base), previous=restored(term.previous))
+        _velocities_for(term).write_out(term, out)
     else:
         rounding_for(term.numel(), term.dtype, term.codes.dtype, term.device).dequantize(term.codes, term.scales, out)
     return out
@@ -284,11 +285,20 @@ def _velocities_for(term: Velocity) -> ModuleType:
 
 def cpu_velocities_for(numel: int, dtype: torch.dtype, device: torch.device) -> ModuleType | None:
     """What weighs and writes out velocities of such tensors on a CPU, ``cpu/velocities.py``; ``None``: torch does."""
-    if device.type != "cpu" or choice.forced == "gpu" or not cpu_runs(numel):
+    if not _cpu_loops_take(numel, dtype, device):
         return None
-    from compactdist.kernels.cpu import steps, velocities
+    from compactdist.kernels.cpu import velocities
 
-    return velocities if dtype in steps.DTYPES else None
+    return velocities
+
+
+def _cpu_loops_take(numel: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether loops on a CPU that stand alone take such tensors."""
+    if device.type != "cpu" or choice.forced == "gpu" or not cpu_runs(numel):
+        return False
+    from compactdist.kernels.cpu import steps
+
+    return dtype in steps.DTYPES
 
 
 def device_velocities_for(numel: int, dtype: torch.dtype, device: torch.device) -> ModuleType | None:
@@ -302,13 +312,11 @@ def device_velocities_for(numel: int, dtype: torch.dtype, device: torch.device) 
 
 def write_sum(terms: tuple[MovingTerm, ...], out: Tensor) -> None:
     """Write the sum of one or two terms to ``out``, flat and contiguous, kept finite and rounded once."""
-    if out.is_cpu and choice.forced != "gpu" and cpu_runs(out.numel()):
-        from compactdist.kernels.cpu import steps
+    if _cpu_loops_take(out.numel(), out.dtype, out.device):
         from compactdist.kernels.cpu import terms as on_cpu
 
-        if out.dtype in steps.DTYPES:
-            on_cpu.write_sum(terms, out)
-            return
+        on_cpu.write_sum(terms, out)
+        return
     total = restored(terms[0])
     if len(terms) > 1:
         limit = torch.finfo(out.dtype).max
@@ -329,17 +337,15 @@ def energies(x: Tensor, terms: tuple[MovingTerm, ...], value: Tensor) -> Tensor:
         a sender may go by it.
     """
     numel, dtype, device = x.numel(), x.dtype, x.device
-    if _gpu_runs(device) and not any(isinstance(term, Velocity) for term in terms):
+    if _gpu_runs(device):
         from compactdist.kernels.gpu import energies as on_device
 
         if on_device.supports(dtype, numel):
             return on_device.energies(x, terms, value)
-    elif device.type == "cpu" and choice.forced != "gpu" and cpu_runs(numel):
+    elif _cpu_loops_take(numel, dtype, device):
         from compactdist.kernels.cpu import energies as on_cpu
-        from compactdist.kernels.cpu import steps
 
-        if dtype in steps.DTYPES:
-            return on_cpu.energies(x, terms, value)
+        return on_cpu.energies(x, terms, value)
     return reference_energies(x, terms, value)
 
 

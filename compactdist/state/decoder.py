@@ -487,8 +487,12 @@ class StreamDecoder(StreamState):
             value, into = into.view(-1), None
         elif terms and predictor.decodes_in_place and not rounds:
             value = terms[0]
-        elif not self._keeps_copies and len(terms) > 1 and isinstance(velocity := cast(MovingTerm, terms[1]), Velocity):
-            value = cast(Tensor, velocity.previous)  # which nobody needs after this frame
+        elif (
+            len(terms) > 1
+            and isinstance(velocity := cast(MovingTerm, terms[1]), Velocity)
+            and isinstance(velocity.previous, Tensor)
+        ):
+            value = velocity.previous  # which nobody needs after this frame
         else:
             value = torch.empty(numel, dtype=dtype, device=payload.device)
         self._torn = True

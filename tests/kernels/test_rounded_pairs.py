@@ -15,7 +15,7 @@ from compactdist.kernels.spec import EightBits, Velocity
 from compactdist.state.adaptive import samples_of
 from compactdist.state.quantized_history import quantize
 from tests.kernels import rounded
-from tests.kernels.test_rounded_terms import EVERY, _Ends
+from tests.kernels.test_rounded_terms import EVERY, Ends
 from tests.kernels.test_velocities import extreme
 from tests.quick import quick_rows
 
@@ -79,7 +79,7 @@ def test_a_coefficient_is_chosen_from_codes(form: EightBits) -> None:
 @pytest.mark.parametrize(("codec", "form"), [("int4", "int8"), ("rates:rungs=scalar", "fp8")])
 def test_no_tensor_is_made_of_them(order: Any, codec: str, form: EightBits, monkeypatch: pytest.MonkeyPatch) -> None:
     """In steady streams; what is kept stays in the memory that it has."""
-    ends, g = _Ends(codec, form, order), torch.Generator().manual_seed(0)
+    ends, g = Ends(codec, form, order), torch.Generator().manual_seed(0)
     x, change = torch.randn(2, 1 << 15, generator=g)
     places = set()
     for step in range(6):

@@ -45,7 +45,7 @@ def test_last_blocks(numel: int) -> None:
     rounded.check({"id": "int4", "scales": "block"}, blocks(numel), torch.bfloat16, "fp8", "cpu", CPU)
 
 
-class _Ends:
+class Ends:
     """Both ends of a stream of a group, the receiver writing to a user's tensor."""
 
     def __init__(self, codec: dict[str, Any] | str, form: EightBits, order: Order = 1) -> None:
@@ -71,7 +71,7 @@ class _Ends:
     ("codec", "form"), quick_rows([(row[0], row[2]) for row in QUICK], [(row[0], row[2]) for row in SEVERAL]), ids=str
 )
 def test_no_tensor_is_made_of_it(codec: dict[str, Any], form: EightBits, monkeypatch: pytest.MonkeyPatch) -> None:
-    ends, x = _Ends(codec, form), torch.randn(1 << 15).bfloat16()
+    ends, x = Ends(codec, form), torch.randn(1 << 15).bfloat16()
     ends.send(x, 0)
 
     def refuse(*args: Any) -> None:
@@ -86,14 +86,14 @@ def test_no_tensor_is_made_of_it(codec: dict[str, Any], form: EightBits, monkeyp
 
 
 def test_codecs_that_cannot_read_it_get_a_tensor() -> None:
-    ends, x = _Ends({"id": "topk"}, "int8"), torch.randn(1 << 15).bfloat16()
+    ends, x = Ends({"id": "topk"}, "int8"), torch.randn(1 << 15).bfloat16()
     for step in range(3):
         ends.send((x.float() + 0.1 * step).bfloat16(), step)
 
 
 def test_a_residual_that_is_far_larger_is_noticed() -> None:
     """Samples of the history are read as they are, too: a tensor that has become small is sent as a restart."""
-    ends, x = _Ends({"id": "binary"}, "int8"), torch.randn(1 << 15).bfloat16()
+    ends, x = Ends({"id": "binary"}, "int8"), torch.randn(1 << 15).bfloat16()
     ends.send(x, 0)
     ends.send(1e-3 * x, 1)
     assert float((ends.into - 1e-3 * x).norm() / (1e-3 * x).norm()) < 0.7

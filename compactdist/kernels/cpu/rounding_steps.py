@@ -7,7 +7,7 @@ from torch import Tensor
 from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import Work
 from compactdist.kernels.cpu.native import address_of
-from compactdist.kernels.cpu.products import run_alone
+from compactdist.kernels.cpu.products import expected_slots, run_alone
 from compactdist.kernels.cpu.simd.sixteen import COUNT
 from compactdist.kernels.cpu.steps import DTYPES, loops_for, second_term
 from compactdist.kernels.cpu.terms import write_sum
@@ -32,8 +32,7 @@ def quantize_velocity(values: Velocity, codes: Tensor, scales: Tensor) -> None:
     assert isinstance(kept, Rounded)
     base = base.contiguous()
     made = {call.X: base.data_ptr(), call.CODES: codes.data_ptr(), call.SECOND_SCALES: scales.data_ptr()}
-    held = {call.BASE: kept.codes.data_ptr(), call.VELOCITY: kept.scales.data_ptr(), call.FACTOR: factor}
-    _run("quantize_velocity", base, codes, made | held)
+    _run("quantize_velocity", base, codes, made | expected_slots((kept,)) | {call.FACTOR: factor})
 
 
 def dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> None:

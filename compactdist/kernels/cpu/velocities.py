@@ -11,7 +11,7 @@ from compactdist.kernels.cpu import call
 from compactdist.kernels.cpu.call import Work
 from compactdist.kernels.cpu.elements import AHEAD, SOURCES, write
 from compactdist.kernels.cpu.native import address_of
-from compactdist.kernels.cpu.products import run_alone
+from compactdist.kernels.cpu.products import expected_slots, run_alone
 from compactdist.kernels.cpu.simd.memory import (
     load_first,
     prefetch,
@@ -22,9 +22,9 @@ from compactdist.kernels.cpu.simd.memory import (
     velocity_for,
 )
 from compactdist.kernels.cpu.simd.slots import ELEMENTS_AT, doubles_at, float_in, next_part
-from compactdist.kernels.cpu.steps import CACHE_LINE, DTYPES, STREAMED_NBYTES, loops_for, second_term
+from compactdist.kernels.cpu.steps import CACHE_LINE, DTYPES, STREAMED_NBYTES, loops_of, second_term
 from compactdist.kernels.reference import LANES
-from compactdist.kernels.spec import Rounded, Term, Velocity
+from compactdist.kernels.spec import Term, Velocity
 
 __all__ = ["weigh", "write_out"]
 
@@ -93,13 +93,9 @@ def weigh(x: Tensor, base: Term, previous: Term, samples: tuple[int, int, int]) 
     """
     runs, distance, length = samples
     sums = np.zeros(2)
-    slots = {call.X: x.data_ptr(), call.BASE: base.data_ptr(), call.VELOCITY: previous.data_ptr()}
-    kind = call.MANY_TERMS
-    if isinstance(base, Rounded) and isinstance(previous, Rounded):
-        slots |= {call.VELOCITY: base.scales.data_ptr(), call.SECOND_SCALES: previous.scales.data_ptr()}
-        slots[call.SECOND], kind = previous.data_ptr(), loops_for(base.codes, 2)
+    slots = {call.X: x.data_ptr(), **expected_slots((base, previous))}
     slots |= {call.NUMEL: x.numel(), _RUNS: runs, _DISTANCE: distance, _LENGTH: length, call.OUT: sums.ctypes.data}
-    run_alone(Work(1, 1, address_of("velocities.weighing", DTYPES[x.dtype], kind)), slots)
+    run_alone(Work(1, 1, address_of("velocities.weighing", DTYPES[x.dtype], loops_of((base, previous)))), slots)
     return float(sums[0]), float(sums[1])
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import cast
 
 import torch
 import triton
@@ -15,7 +14,7 @@ from compactdist.kernels.gpu.elements import expected, read
 from compactdist.kernels.gpu.launch import Launch, Slot, run
 from compactdist.kernels.gpu.launched import source_of
 from compactdist.kernels.gpu.plan import INTERPRETED, MOST_ELEMENTS
-from compactdist.kernels.spec import MovingTerm, Term
+from compactdist.kernels.spec import MovingTerm
 
 __all__ = ["energies", "supports"]
 
@@ -64,15 +63,15 @@ def supports(dtype: torch.dtype, numel: int) -> bool:
 
 @lru_cache(maxsize=256)
 def _summing(numel: int, dtype: torch.dtype, codes: torch.dtype, terms: int) -> Launch:
-    """The launch for tensors of a dtype; ``codes``: of what is given for the base."""
+    """The launch for tensors of a dtype; ``codes``: dtype of the base, or of its codes."""
     grid = -(-numel // (_BLOCKS * _BLOCK))
     constants = {"TERMS": terms, "BLOCKS": _BLOCKS, "BLOCK": _BLOCK, "num_warps": 4, "enable_fp_fusion": False}
     return Launch(sum_squares, grid, (*map(Slot, range(5)), numel), 5, constants)
 
 
 def energies(x: Tensor, terms: tuple[MovingTerm, ...], value: Tensor) -> Tensor:
-    """See ``kernels.energies``; none of the terms is a velocity."""
-    number, source = source_of(x, cast(tuple[Term, ...], terms))
+    """See ``kernels.energies``."""
+    number, source = source_of(x, terms)
     launch = _summing(x.numel(), x.dtype, source[1].dtype, number)
     sums = torch.empty((launch.grid, 3), dtype=torch.float64, device=x.device)
     run(launch, (*source, value.contiguous(), sums), x.device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from compactdist.kernels.gpu.elements import EIGHT_BITS
 from compactdist.kernels.gpu.launch import Launch, alignment_of, on, stream_getter
 from compactdist.kernels.reference.terms import restored
-from compactdist.kernels.spec import Rounded, Term
+from compactdist.kernels.spec import MovingTerm, Rounded, Term
 
 __all__ = ["DECODING", "ENCODING", "NOTHING", "Cut", "LaunchedSteps", "Own", "cut_out", "eight_bits"]
 
@@ -231,7 +231,7 @@ def eight_bits(term: Rounded) -> tuple[int, Tensor, Tensor]:
     return EIGHT_BITS[term.dtype], term.codes, term.scales
 
 
-def source_of(x: Tensor, terms: tuple[Term, ...]) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
+def source_of(x: Tensor, terms: tuple[MovingTerm, ...]) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
     """The number of terms that kernels are told, and ``(x, base, velocity)``, contiguous. A missing one is ``x``.
 
     Two terms that are no tensors, as streams of CPU tensors have them, are made such.
