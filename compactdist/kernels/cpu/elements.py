@@ -68,33 +68,26 @@ def _source_of_one(args: Any, elements_at: Any) -> Any:
     return x, elements_at(args, _BASE), x, 1, _f32(0)
 
 
-@inlined
-def _source_of_int8(args: Any, elements_at: Any) -> Any:
-    x = elements_at(args, _X)
-    return x, (signed_bytes_at(args, _BASE), halves_at(args, _VELOCITY), x), x, 1, _f32(0)
+def _sources_in(codes_at: Any) -> tuple[Any, Any]:
+    """The sources of one term in eight bits and of two, whose codes ``codes_at`` gives."""
+
+    @inlined
+    def source_of_rounded(args: Any, elements_at: Any) -> Any:
+        x = elements_at(args, _X)
+        return x, (codes_at(args, _BASE), halves_at(args, _VELOCITY), x), x, 1, _f32(0)
+
+    @inlined
+    def source_of_two(args: Any, elements_at: Any) -> Any:
+        x = elements_at(args, _X)
+        base = codes_at(args, _BASE), halves_at(args, _VELOCITY), x
+        second = codes_at(args, _SECOND), halves_at(args, _SECOND_SCALES), x
+        return x, base, second, args[_TERMS], float_in(args, _FACTOR)
+
+    return source_of_rounded, source_of_two
 
 
-@inlined
-def _source_of_fp8(args: Any, elements_at: Any) -> Any:
-    x = elements_at(args, _X)
-    return x, (bytes_at(args, _BASE), halves_at(args, _VELOCITY), x), x, 1, _f32(0)
-
-
-@inlined
-def _source_of_two_int8(args: Any, elements_at: Any) -> Any:
-    x = elements_at(args, _X)
-    base = signed_bytes_at(args, _BASE), halves_at(args, _VELOCITY), x
-    second = signed_bytes_at(args, _SECOND), halves_at(args, _SECOND_SCALES), x
-    return x, base, second, args[_TERMS], float_in(args, _FACTOR)
-
-
-@inlined
-def _source_of_two_fp8(args: Any, elements_at: Any) -> Any:
-    x = elements_at(args, _X)
-    base = bytes_at(args, _BASE), halves_at(args, _VELOCITY), x
-    second = bytes_at(args, _SECOND), halves_at(args, _SECOND_SCALES), x
-    return x, base, second, args[_TERMS], float_in(args, _FACTOR)
-
+_source_of_int8, _source_of_two_int8 = _sources_in(signed_bytes_at)
+_source_of_fp8, _source_of_two_fp8 = _sources_in(bytes_at)
 
 SOURCES = (source_of, _source_of_one, _source_of_int8, _source_of_fp8, _source_of_two_int8, _source_of_two_fp8)
 """By what terms a loop is compiled for, see ``call.py``."""

@@ -11,13 +11,12 @@ from typing import Any
 from llvmlite import ir
 
 from compactdist.kernels.cpu.simd.jit import intrinsic, types
-from compactdist.kernels.cpu.simd.vectors import FLOATS, HOST, Vector, call, full, part
+from compactdist.kernels.cpu.simd.vectors import FLOATS, HOST, Vector, call, full, one_of_all, part
 from compactdist.kernels.reference import LANES
 
 _COUNT = 16
 
-_double, _i32 = ir.DoubleType(), ir.IntType(32)
-DOUBLES = Vector("doubles", _double, _COUNT)
+DOUBLES = Vector("doubles", ir.DoubleType(), _COUNT)
 
 
 def _add_square(builder: Any, sums: Any, value: Any) -> Any:
@@ -68,10 +67,6 @@ def total_of(typing_context: Any, sums: Any) -> Any:
     """The sum of all lanes."""
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        (sums,), half = arguments, _COUNT // 2
-        while half:
-            sums = builder.fadd(part(builder, sums, range(half)), part(builder, sums, range(half, 2 * half)))
-            half //= 2
-        return builder.extract_element(sums, ir.Constant(_i32, 0))
+        return one_of_all(builder, arguments[0], builder.fadd)
 
     return types.float64(DOUBLES), build

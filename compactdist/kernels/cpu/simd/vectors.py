@@ -215,13 +215,18 @@ def folded(typing_context: Any, x: Any) -> Any:
     """The sum of all lanes: upper half onto lower, until one is left, as in the reference."""
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        (sums,), half = arguments, LANES // 2
-        while half:
-            sums = builder.fadd(part(builder, sums, range(half)), part(builder, sums, range(half, 2 * half)))
-            half //= 2
-        return builder.extract_element(sums, ir.Constant(_i32, 0))
+        return one_of_all(builder, arguments[0], builder.fadd)
 
     return types.float32(FLOATS), build
+
+
+def one_of_all(builder: Any, lanes: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """All lanes combined: upper half with lower, until one is left."""
+    half = lanes.type.count // 2
+    while half:
+        lanes = combine(part(builder, lanes, range(half)), part(builder, lanes, range(half, 2 * half)))
+        half //= 2
+    return builder.extract_element(lanes, ir.Constant(_i32, 0))
 
 
 @intrinsic

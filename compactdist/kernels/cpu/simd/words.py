@@ -10,7 +10,7 @@ from typing import Any
 from llvmlite import ir
 
 from compactdist.kernels.cpu.simd.jit import intrinsic, types
-from compactdist.kernels.cpu.simd.vectors import INTS, Vector, full, part, spread
+from compactdist.kernels.cpu.simd.vectors import INTS, Vector, full, one_of_all, part, spread
 from compactdist.kernels.reference import LANES
 from compactdist.kernels.spec import CHECKSUM_WEIGHT
 
@@ -74,10 +74,6 @@ def all_of(typing_context: Any, sums: Any) -> Any:
     """The sum of all lanes."""
 
     def build(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        (sums,), half = arguments, SUMS.of.count // 2
-        while half:
-            sums = builder.add(part(builder, sums, range(half)), part(builder, sums, range(half, 2 * half)))
-            half //= 2
-        return builder.extract_element(sums, ir.Constant(_i32, 0))
+        return one_of_all(builder, arguments[0], builder.add)
 
     return types.uint64(SUMS), build
