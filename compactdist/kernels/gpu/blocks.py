@@ -83,7 +83,10 @@ def inside_block(start, groups, channels, BLOCKS: tl.constexpr):
 def encode_blocks(
     x,
     base,
-    velocity,
+    second,
+    base_scales,
+    second_scales,
+    coefficient,
     out,
     copy,
     payload,
@@ -132,13 +135,14 @@ def encode_blocks(
             there are no row scales between them.
         LOCKSTEP: Write the reconstruction also if something is not finite. Otherwise the flag is right beforehand.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     where = (channels, blocks, pad, matrix_channels, numel, row_at, column_at)
     unset = is_zero(flag)
     sums, low_sums = tl.zeros((BLOCKS, 64), tl.float32), tl.zeros((BLOCKS, 64), tl.float32)
     most = tl.zeros((BLOCKS, 64), tl.int32)
     for start in range(0, channels, 64):
         _, _, at, there = chunk_of_blocks(start, groups, where, WHOLE, PADDED, PLACE, BLOCKS)
-        m = tl.reshape(magnitudes(x, base, velocity, at, there, TERMS), (BLOCKS, 64))
+        m = tl.reshape(magnitudes(x, terms, at, there, TERMS), (BLOCKS, 64))
         most = tl.maximum(most, magnitude_bits(m))
         sums += m
         low_sums += lowered(m)
@@ -153,7 +157,7 @@ def encode_blocks(
     if KIND == NEAREST or KIND == TERNARY:
         for start in range(0, channels, 64):
             _, _, at, there = chunk_of_blocks(start, groups, where, WHOLE, PADDED, PLACE, BLOCKS)
-            m = tl.reshape(magnitudes(x, base, velocity, at, there, TERMS) * factor_of, (BLOCKS, 64))
+            m = tl.reshape(magnitudes(x, terms, at, there, TERMS) * factor_of, (BLOCKS, 64))
             energies += m * m
     if KIND == LINEAR or KIND == FLOAT8:
         first = statistic * factor
@@ -168,7 +172,7 @@ def encode_blocks(
         products, squares = tl.zeros((BLOCKS, 64), tl.float32), tl.zeros((BLOCKS, 64), tl.float32)
         for start in range(0, channels, 64):
             _, _, at, there = chunk_of_blocks(start, groups, where, WHOLE, PADDED, PLACE, BLOCKS)
-            m = magnitudes(x, base, velocity, at, there, TERMS) * factor_of
+            m = magnitudes(x, terms, at, there, TERMS) * factor_of
             level = level_of(code_of(m, m, inverse_of, one, table, KIND, BITS, MANTISSA), table, KIND, BITS, MANTISSA)
             level = tl.where(inside_block(start, groups, channels, BLOCKS), level, 0.0)
             products += tl.reshape(m * level, (BLOCKS, 64))
@@ -195,7 +199,7 @@ def encode_blocks(
         scale_of = tl.reshape(tl.broadcast_to(scale[:, None], (BLOCKS, 8)), (8 * BLOCKS, 1))
         for start in range(0, channels, 64):
             unit, ok, at, there = chunk_of_blocks(start, groups, where, WHOLE, PADDED, PLACE, BLOCKS)
-            before = expected(base, velocity, at, there, TERMS)
+            before = expected(terms, at, there, TERMS)
             value = read(x, at, there) - before
             code = code_of(value, tl.abs(value) * factor_of, inverse_of, one, table, KIND, BITS, MANTISSA)
             store_codes(payload, unit, code, ok, section, KIND, BITS)
@@ -255,7 +259,8 @@ def largest_of_blocks(value, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def encode_held_blocks(
-    x, base, velocity, out, copy, payload, flag, reported, table, row_at, column_at,
+    x, base, second, base_scales, second_scales, coefficient,
+    out, copy, payload, flag, reported, table, row_at, column_at,
     groups, codes_end, section, scales_end, total, blocks, pad, matrix_channels, numel, constant,
     KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, WIDENING: tl.constexpr,
     PADDED: tl.constexpr, PLACE: tl.constexpr, TERMS: tl.constexpr, WRITES: tl.constexpr, COPIES: tl.constexpr,
@@ -266,10 +271,11 @@ def encode_held_blocks(
     Blocks are held in registers. What only extreme values need (factors, sums of lowered magnitudes, a look for what is
     not finite) is done if one of the program's blocks has such values.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     where = (64 * CHUNKS, blocks, pad, matrix_channels, numel, row_at, column_at)
     unset = is_zero(flag)
     unit, ok, at, there = units_of_blocks(groups, where, PADDED, PLACE, BLOCKS, CHUNKS)
-    before = expected(base, velocity, at, there, TERMS)
+    before = expected(terms, at, there, TERMS)
     value = (read(x, at, there) - before) + 0.0  # not -0.0, so that its sign is a bit
     if KIND == LINEAR or KIND == FLOAT8:
         statistic = from_bits(largest_of_blocks(value, BLOCKS, CHUNKS))

@@ -14,7 +14,8 @@ Arguments that several kernels share:
   ``in_memory`` takes them;
 * ``PER``: elements of a unit, 8 or 5;
 * ``PER_GROUP``: one channel scale for a group; ``ROW_SCALES``: rows have scales, of a byte or, if ``WIDE``, of two;
-* ``base``, ``velocity``, ``TERMS``: as ``elements.expected`` takes them; ``out`` may be the memory of ``base``.
+* ``base``, ``second``, ``base_scales``, ``second_scales``, ``coefficient``, ``TERMS``: as ``elements.expected`` takes
+  them; ``out`` may be the memory of ``base`` or ``second``.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -416,7 +417,10 @@ def scale_number(element, step, row, group, channels, WHOLE: tl.constexpr, PER_G
 def encode_codes(
     x,
     base,
-    velocity,
+    second,
+    base_scales,
+    second_scales,
+    coefficient,
     out,
     copy,
     payload,
@@ -459,13 +463,14 @@ def encode_codes(
         LOCKSTEP: Write the reconstruction also if something is not finite.
         BY_BLOCK: Scales by block: what is not finite is marked by the scale of its block, not by the flag.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None]
     element, step, known = elements_of(unit, elements, PER, WHOLE)
     row = element // channels
     group = row // rows
     where = (channels, blocks, pad, matrix_channels, numel, row_at, column_at)
     at, there = in_memory(element, step, known, group, where, WHOLE, PADDED, PLACE)
-    before = expected(base, velocity, at, there, TERMS)
+    before = expected(terms, at, there, TERMS)
     value = read(x, at, there) - before
     scale_at = scale_number(element, step, row, group, channels, WHOLE, PER_GROUP)
     t = row_scale(payload + section, row, known, ROW_SCALES)
@@ -486,7 +491,10 @@ def encode_codes(
 @triton.jit
 def decode_codes(
     base,
-    velocity,
+    second,
+    base_scales,
+    second_scales,
+    coefficient,
     out,
     payload,
     accepted,
@@ -524,6 +532,7 @@ def decode_codes(
     ``CHECKED`` and ``COPIES`` as for ``elements.add_change``. Channel scales are those of the payload, or, if ``HELD``,
     those at ``held``, float32.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None]
     element, step, known = elements_of(unit, elements, PER, WHOLE)
     row = element // channels
@@ -540,4 +549,4 @@ def decode_codes(
     scale = row_scale(payload + section, row, known, ROW_SCALES) * c
     level = level_of(code, table, KIND, BITS, MANTISSA)
     change = change_of(scale, level)
-    add_change(base, velocity, out, accepted, copy, at, there, change, TERMS, CHECKED, COPIES)
+    add_change(terms, out, accepted, copy, at, there, change, TERMS, CHECKED, COPIES)

@@ -13,7 +13,8 @@ from torch import Tensor
 from compactdist.kernels.gpu import allotment, components, fitting, trellis
 from compactdist.kernels.gpu.component_launches import ROWS, ComponentLaunches, Parts
 from compactdist.kernels.gpu.plan import INTERPRETED
-from compactdist.kernels.spec import Allotment, ComponentSpec, ComponentTables, MatrixView
+from compactdist.kernels.gpu.terms import source_of
+from compactdist.kernels.spec import Allotment, ComponentSpec, ComponentTables, MatrixView, MovingTerm
 
 __all__ = ["ComponentSender"]
 
@@ -46,12 +47,12 @@ class ComponentSender(ComponentLaunches):
         super().__init__(spec, tables, view, device)
         self._course_tables = _near_and_below(self._levels, self._there) if spec.stride else ()
 
-    def take_in(self, x: Tensor, terms: tuple[Tensor, ...], flag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def take_in(self, x: Tensor, terms: tuple[MovingTerm, ...], flag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``x`` less the sum of ``terms`` over powers of two, as matrices; zeros if it is not finite.
 
         Args:
             x: flat, contiguous.
-            terms: as many as there are, flat.
+            terms: of the prediction, flat.
             flag: int32 ``[1]``, set to 1 if a residual is not finite.
 
         Returns:
@@ -59,14 +60,14 @@ class ComponentSender(ComponentLaunches):
             exponents of the powers, int32 ``(G,)``.
         """
         view = self.view
-        base, velocity, *_ = (*(term.contiguous() for term in terms), x, x)
-        given = x, base, velocity, self._offsets.row_at, self._offsets.column_at
+        number, source = source_of(terms, x)
+        given = x, *source, self._offsets.row_at, self._offsets.column_at
         largest = torch.zeros(view.groups, dtype=torch.int32, device=self._device)
-        constants = {"TERMS": len(terms), "PLACE": self._offsets.kind}
+        constants = {"TERMS": number, "PLACE": self._offsets.kind}
         numbers, programs = (view.rows, view.channels, view.numel), view.groups * view.rows
         chunk = min(1024, triton.next_power_of_2(self._count))
         self._launch(
-            ("largest", len(terms), x.dtype),
+            ("largest", number, x.dtype),
             fitting.largest_residuals,
             programs,
             (*given, largest),
@@ -77,7 +78,7 @@ class ComponentSender(ComponentLaunches):
         matrix, squares = self._floats(view.groups, view.rows, self._count), self._floats(view.groups, view.rows)
         exponents = torch.empty(view.groups, dtype=torch.int32, device=self._device)
         self._launch(
-            ("take in", len(terms), x.dtype),
+            ("take in", number, x.dtype),
             fitting.take_in,
             programs,
             (*given, largest, matrix, squares, exponents, flag),

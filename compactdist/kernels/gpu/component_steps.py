@@ -16,7 +16,8 @@ from compactdist.kernels.gpu.component_launches import ROWS, ComponentLaunches, 
 from compactdist.kernels.gpu.component_sender import ComponentSender
 from compactdist.kernels.gpu.plan import DEVICE_TYPE, MOST_ELEMENTS
 from compactdist.kernels.gpu.rotations import LARGEST, sweep_held
-from compactdist.kernels.spec import Allotment, ComponentSpec, ComponentTables, MatrixView
+from compactdist.kernels.gpu.terms import source_of
+from compactdist.kernels.spec import Allotment, ComponentSpec, ComponentTables, MatrixView, MovingTerm
 
 __all__ = ["ComponentSteps", "Learnt", "steps_of"]
 
@@ -112,7 +113,7 @@ class ComponentSteps(ComponentLaunches):
         allotment: Allotment,
         weights: tuple[Tensor, Tensor, Tensor],
         row_scales: Tensor,
-        terms: tuple[Tensor, ...],
+        terms: tuple[MovingTerm, ...],
         out: Tensor,
         copy: Tensor | None = None,
         accepted: Tensor | None = None,
@@ -124,21 +125,20 @@ class ComponentSteps(ComponentLaunches):
             allotment: of its planes.
             weights: as :meth:`weigh` returns them.
             row_scales: float32 ``(G, R)``.
-            terms: as many as there are, flat.
+            terms: of the prediction, flat.
             out: flat, contiguous; may be the first of the terms.
             copy: contiguous, receives the same.
             accepted: uint8 ``[2]``: ``out`` is left as it is if the first is 0, ``copy`` gets NaN if the second is.
         """
         at, view = self.spec, self.view
-        base, velocity, *_ = (*(term.contiguous() for term in terms), out, out)
+        number, source = source_of(terms, out)
         places = self._offsets.row_at, self._offsets.column_at
         self._launch(
-            ("decode", len(terms), out.dtype, copy is None, accepted is None),
+            ("decode", number, out.dtype, copy is None, accepted is None),
             components.decode_components,
             view.groups * -(-view.rows // ROWS) * at.blocks * self._tiles["PARTS"],
             (
-                base,
-                velocity,
+                *source,
                 out,
                 payload if accepted is None else accepted,
                 out if copy is None else copy,
@@ -151,7 +151,7 @@ class ComponentSteps(ComponentLaunches):
             ),
             (view.rows, view.channels, view.numel, at.width, at.blocks, *self._planes),
             warps=8,
-            TERMS=len(terms),
+            TERMS=number,
             PLACE=self._offsets.kind,
             ROWS=ROWS,
             CHECKED=accepted is not None,

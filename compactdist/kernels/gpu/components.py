@@ -141,7 +141,10 @@ def _levels_of_bytes(
 @triton.jit
 def decode_components(
     base,
-    velocity,
+    second,
+    base_scales,
+    second_scales,
+    coefficient,
     out,
     accepted,
     copy,
@@ -175,7 +178,8 @@ def decode_components(
     """``ROWS`` rows of ``WIDTH`` channels of a block: levels from planes, times weights, scaled, plus what is expected.
 
     Args:
-        base, velocity, TERMS: as ``elements.expected`` takes them; ``out`` may be the memory of ``base``.
+        base, second, base_scales, second_scales, coefficient, TERMS: as ``elements.expected`` takes them; ``out`` may
+            be the memory of ``base`` or ``second``.
         accepted, copy, CHECKED, COPIES: as ``elements.add_change`` takes them.
         high, low: limbs of weights, as ``weigh_basis`` writes them.
         steps: what a weight of 1 is, float32 ``(G, M)``, to be multiplied by gain and largest amplitude.
@@ -183,6 +187,7 @@ def decode_components(
         row_at, column_at, PLACE: where rows and channels lie, as ``elements.in_rows`` takes them; not ``EIGHTS``.
         PARTS: how many times ``WIDTH`` covers a block.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     tiles = tl.cdiv(rows, ROWS)
     part, block = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS % blocks
     tile, group = tl.program_id(0) // PARTS // blocks % tiles, tl.program_id(0) // PARTS // blocks // tiles
@@ -217,7 +222,7 @@ def decode_components(
         value = clamped(value, F32_MAX)
     at, ok = places_of(group, row, block * width + column, row_at, column_at, rows, channels, numel, PLACE)
     ok = ok & (column < width)
-    add_change(base, velocity, out, accepted, copy, at, ok, value, TERMS, CHECKED, COPIES)
+    add_change(terms, out, accepted, copy, at, ok, value, TERMS, CHECKED, COPIES)
 
 
 @triton.jit

@@ -18,11 +18,13 @@ from compactdist.kernels import reference
 from compactdist.kernels.reference import scales
 from compactdist.kernels.spec import ROUNDED_BLOCK
 
-EIGHT_BITS = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}
-"""Numbers of terms that say: one, which is a ``spec.Rounded`` of a tensor of this dtype. Its codes are the base, and
-its scales are where the velocity would be."""
+ROUNDED, TWO_ROUNDED, MOVING, MOVING_ROUNDED = 10, 20, 30, 40
+"""Numbers of terms that are more than a number, plus that of a dtype in ``DTYPES``. One ``spec.Rounded`` of a tensor of
+this dtype; two of them; a tensor and a ``spec.Velocity`` between it and another; the same of two ``spec.Rounded``."""
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ROUNDED, _TWO_ROUNDED, _MOVING = tl.constexpr(ROUNDED), tl.constexpr(TWO_ROUNDED), tl.constexpr(MOVING)
+_OF_BF16, _OF_F16 = tl.constexpr(DTYPES[torch.bfloat16]), tl.constexpr(DTYPES[torch.float16])
 _ROUNDED_BLOCK = tl.constexpr(ROUNDED_BLOCK)
-_OF_BF16, _OF_F16 = tl.constexpr(EIGHT_BITS[torch.bfloat16]), tl.constexpr(EIGHT_BITS[torch.float16])
 
 CONSECUTIVE = tl.constexpr(0)
 """Rows lie one behind the other in memory."""
@@ -144,37 +146,79 @@ def float8_level(code, MANTISSA: tl.constexpr):
 
 
 @triton.jit
-def read_rounded(codes, scales, at, ok, TERMS: tl.constexpr):
-    """Elements of a ``spec.Rounded``; ``TERMS``: see ``EIGHT_BITS``."""
-    code = tl.load(codes + at, mask=ok, other=0)
-    level = code.to(tl.float32) if code.dtype == tl.int8 else float8_level(code.to(tl.int32), 3)
-    value = level * decode_bf16(tl.load(scales + at // _ROUNDED_BLOCK, mask=ok, other=0).to(tl.int32))
-    if TERMS == _OF_BF16:
+def rounded_to(value, DTYPE: tl.constexpr):
+    """``value`` kept within what a dtype holds, rounded once to it, to nearest even; as float32."""
+    if DTYPE == _OF_BF16:
         return from_bits(rounded_bf16(value).to(tl.int32) << 16)
-    elif TERMS == _OF_F16:
+    elif DTYPE == _OF_F16:
         return clamped(value, _F16_MAX).to(tl.float16).to(tl.float32)
     else:
         return clamped(value, F32_MAX)
 
 
 @triton.jit
-def expected(base, velocity, at, ok, TERMS: tl.constexpr):
-    """What both ends expect: nothing, ``base``, or ``base + velocity``, by the number of terms; see ``EIGHT_BITS``."""
+def within(value, DTYPE: tl.constexpr):
+    """``value`` kept within what a dtype holds."""
+    return clamped(value, _BF16_MAX if DTYPE == _OF_BF16 else _F16_MAX if DTYPE == _OF_F16 else F32_MAX)
+
+
+@triton.jit
+def read_rounded(codes, scales, at, ok, DTYPE: tl.constexpr):
+    """Elements of a ``spec.Rounded`` of a dtype, see ``DTYPES``."""
+    code = tl.load(codes + at, mask=ok, other=0)
+    level = code.to(tl.float32) if code.dtype == tl.int8 else float8_level(code.to(tl.int32), 3)
+    value = level * decode_bf16(tl.load(scales + at // _ROUNDED_BLOCK, mask=ok, other=0).to(tl.int32))
+    return rounded_to(value, DTYPE)
+
+
+@triton.jit
+def velocity_of(last, previous, coefficient, DTYPE: tl.constexpr):
+    """Elements of a ``spec.Velocity``; ``coefficient``: where it is in memory, float32."""
+    factor = tl.load(coefficient)
+    return rounded_to(tl.where(factor == 0, -0.0, within(last - previous, DTYPE) * factor), DTYPE)
+
+
+@triton.jit
+def expected(terms, at, ok, TERMS: tl.constexpr):
+    """What both ends expect: the sum of no, one or two terms.
+
+    Args:
+        terms: ``(base, second, base_scales, second_scales, coefficient)``: the first term, or its codes; the second, or
+            its codes, or, where that is a velocity, what it goes out from; the scales of such codes; the velocity's
+            coefficient, float32. What there is not is not read.
+        at: where elements lie.
+        ok: whether they do.
+        TERMS: how many terms there are, if they are tensors; else see ``ROUNDED``.
+    """
+    base, second, base_scales, second_scales, coefficient = terms
     if TERMS == 0:
         return tl.zeros(at.shape, tl.float32)
     elif TERMS == 1:
         return read(base, at, ok)
-    elif TERMS > 2:
-        return read_rounded(base, velocity, at, ok, TERMS)
+    elif TERMS == 2:
+        return read(base, at, ok) + read(second, at, ok)
     else:
-        return read(base, at, ok) + read(velocity, at, ok)
+        DTYPE: tl.constexpr = TERMS % 10
+        FORM: tl.constexpr = TERMS - TERMS % 10
+        if FORM == _MOVING:
+            last = read(base, at, ok)
+        else:
+            last = read_rounded(base, base_scales, at, ok, DTYPE)
+        if FORM == _ROUNDED:
+            return last
+        elif FORM == _TWO_ROUNDED:
+            return last + read_rounded(second, second_scales, at, ok, DTYPE)
+        elif FORM == _MOVING:
+            return last + velocity_of(last, read(second, at, ok), coefficient, DTYPE)
+        else:
+            previous = read_rounded(second, second_scales, at, ok, DTYPE)
+            return last + velocity_of(last, previous, coefficient, DTYPE)
 
 
 @triton.jit
 def add_change(
-    base, velocity, out, accepted, copy, at, inside, change,
-    TERMS: tl.constexpr, CHECKED: tl.constexpr, COPIES: tl.constexpr,
-):  # fmt: skip
+    terms, out, accepted, copy, at, inside, change, TERMS: tl.constexpr, CHECKED: tl.constexpr, COPIES: tl.constexpr
+):
     """Write what was expected plus the decoded change, where ``inside``.
 
     If ``CHECKED``, ``out`` is written only where the first of ``accepted`` is not 0. If ``COPIES``, ``copy`` gets the
@@ -183,7 +227,7 @@ def add_change(
     there = inside
     if CHECKED:
         there = there & ~is_zero(accepted)
-    value = expected(base, velocity, at, there, TERMS) + change
+    value = expected(terms, at, there, TERMS) + change
     write(out, at, value, there)
     if COPIES:
         if CHECKED:
@@ -192,9 +236,9 @@ def add_change(
 
 
 @triton.jit
-def magnitudes(x, base, velocity, at, ok, TERMS: tl.constexpr):
+def magnitudes(x, terms, at, ok, TERMS: tl.constexpr):
     """Magnitudes of the residual, zero where there is no element."""
-    return tl.abs(read(x, at, ok) - expected(base, velocity, at, ok, TERMS))
+    return tl.abs(read(x, at, ok) - expected(terms, at, ok, TERMS))
 
 
 @triton.jit

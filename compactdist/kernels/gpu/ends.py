@@ -9,8 +9,9 @@ from torch import Tensor
 
 from compactdist.kernels.gpu.frames import CHANGING, FrameKernels, changing_of, sums_of
 from compactdist.kernels.gpu.launch import Series, alignment_of, is_elsewhere
-from compactdist.kernels.gpu.launched import DECODING, ENCODING, LaunchedSteps, cut_out, eight_bits
-from compactdist.kernels.spec import HEAD_WORDS, Rounded, Term
+from compactdist.kernels.gpu.launched import TO_DECODE, TO_ENCODE, LaunchedSteps, cut_out
+from compactdist.kernels.gpu.terms import number_of, source_of
+from compactdist.kernels.spec import HEAD_WORDS, MovingTerm
 
 if TYPE_CHECKING:
     from compactdist.kernels import DeviceSteps
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["FrameEnds"]
 
 _HEADER_NBYTES = 4 * HEAD_WORDS
-_FLAG, _ACCEPTED = ENCODING - 2, DECODING - 2
+_FLAG, _ACCEPTED = TO_ENCODE.flag.number, TO_DECODE.accepted.number
 """What the last launch of a sender, or the first of a receiver, shares with those of the steps."""
 
 
@@ -64,24 +65,20 @@ class FrameEnds(FrameKernels):
         sums, flag = sums_of(device, stream)
         if not x.is_contiguous():
             x = x.contiguous()
-        first: Term = terms[0] if terms else x
-        if isinstance(first, Rounded):
-            number, base, velocity = eight_bits(first)
-        else:
-            number, base, velocity = len(terms), first, terms[1] if len(terms) > 1 else x
+        number, source = source_of(terms, x)
         target = x if out is None else out
         second = target if copy is None else copy
-        told = x.data_ptr(), base.data_ptr(), velocity.data_ptr(), target.data_ptr(), second.data_ptr()
+        told = x.data_ptr(), *[one.data_ptr() for one in source], target.data_ptr(), second.data_ptr()
         aligned, changing = alignment_of(told), changing_of(call)  # our own buffers are aligned
         at = payload.data_ptr()
         cuts = [at + cut.start for cut in steps.cuts] if steps.cuts else ()
         ours = *own_pointers, *cuts, frame.data_ptr(), sums.data_ptr(), clock.data_ptr()
-        pointers = (*told[:4], at, flag.data_ptr(), told[4], *ours, *changing)
+        pointers = (*told[:-1], at, flag.data_ptr(), told[-1], *ours, *changing)
         key = steps, number, out is not None, copy is not None
         series = self._series.get(key) or self._sending(*key)
         try:
             if not series.repeat(pointers, aligned, stream):
-                given = x, base, velocity, target, payload, flag, second
+                given = x, *source, target, payload, flag, second
                 sealed: tuple[Any, ...] = *own, *cut_out(payload, steps.cuts), frame, sums, clock, *changing
                 series.begin(given + sealed, pointers, aligned, stream)
         except BaseException:
@@ -139,32 +136,27 @@ class FrameEnds(FrameKernels):
             decoded = steps.decode(payload, terms, out, copy=copy, accepted=accepted)
             assert decoded, "the steps take what their stream holds"
             return True
-        first: Term = terms[0] if terms else out
-        if isinstance(first, Rounded):
-            number, base, velocity = eight_bits(first)
-        else:
-            number, base, velocity = len(terms), first, terms[1] if len(terms) > 1 else out
+        number, source = source_of(terms, out)
         target = out if copy is None else copy
-        told = base.data_ptr(), velocity.data_ptr(), out.data_ptr(), target.data_ptr()
+        told = *[one.data_ptr() for one in source], out.data_ptr(), target.data_ptr()
         aligned, changing = alignment_of(told), changing_of(call)
         at = address + _HEADER_NBYTES
         own, own_pointers = steps.to_decode(stream)
         cuts = [at + cut.start for cut in steps.cuts] if steps.cuts else ()
-        ours = accepted.data_ptr(), told[3], *own_pointers, *cuts, address, sums.data_ptr(), clock.data_ptr()
-        pointers = (*told[:3], at, *ours, *changing)
+        ours = accepted.data_ptr(), told[-1], *own_pointers, *cuts, address, sums.data_ptr(), clock.data_ptr()
+        pointers = (*told[:-1], at, *ours, *changing)
         key = steps, number, copy is not None
         series = self._series.get(key) or self._receiving(*key)
         if not series.repeat(pointers, aligned, stream):
             payload = frame[_HEADER_NBYTES:nbytes]
-            given = base, velocity, out, payload, accepted, target
+            given = *source, out, payload, accepted, target
             checked: tuple[Any, ...] = *own, *cut_out(payload, steps.cuts), frame, sums, clock, *changing
             series.begin(given + checked, pointers, aligned, stream)
         return True
 
-    def has_sent(self, steps: DeviceSteps, terms: tuple[Term, ...], writes: bool, copies: bool) -> bool:
+    def has_sent(self, steps: DeviceSteps, terms: tuple[MovingTerm, ...], writes: bool, copies: bool) -> bool:
         """See ``kernels.Frames``."""
-        number = eight_bits(terms[0])[0] if terms and isinstance(terms[0], Rounded) else len(terms)
-        return (steps, number, writes, copies) in self._series
+        return (steps, number_of(terms), writes, copies) in self._series
 
     def repeats(self, steps: DeviceSteps) -> bool:
         """See ``kernels.Frames``."""

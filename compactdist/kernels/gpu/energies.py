@@ -12,8 +12,8 @@ from torch import Tensor
 
 from compactdist.kernels.gpu.elements import expected, read
 from compactdist.kernels.gpu.launch import Launch, Slot, run
-from compactdist.kernels.gpu.launched import source_of
 from compactdist.kernels.gpu.plan import INTERPRETED, MOST_ELEMENTS
+from compactdist.kernels.gpu.terms import TERMS, source_of
 from compactdist.kernels.spec import MovingTerm
 
 __all__ = ["energies", "supports"]
@@ -24,14 +24,18 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def sum_squares(
-    x, base, velocity, value, sums, numel, TERMS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+    x, base, second, base_scales, second_scales, coefficient, value, sums, numel,
+    TERMS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over ``BLOCKS`` blocks.
 
     Args:
         x: flat ``[numel]``.
         base: see ``elements.expected``.
-        velocity: as ``base``.
+        second: likewise.
+        base_scales: likewise.
+        second_scales: likewise.
+        coefficient: likewise.
         value: the reconstruction, as ``x``.
         sums: float64 ``[programs, 3]``.
         numel: elements.
@@ -39,6 +43,7 @@ def sum_squares(
         BLOCKS: of a program.
         BLOCK: elements of a block.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     program = tl.program_id(0)
     energy = tl.zeros((BLOCK,), tl.float64)
     residual, error = energy, energy
@@ -46,7 +51,7 @@ def sum_squares(
         at = (program * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
         there = at < numel
         exact = read(x, at, there).to(tl.float64)  # differences of huge values leave float32
-        changed = exact - expected(base, velocity, at, there, TERMS).to(tl.float64)
+        changed = exact - expected(terms, at, there, TERMS).to(tl.float64)
         lost = exact - read(value, at, there).to(tl.float64)
         energy += exact * exact
         residual += changed * changed
@@ -66,13 +71,15 @@ def _summing(numel: int, dtype: torch.dtype, codes: torch.dtype, terms: int) -> 
     """The launch for tensors of a dtype; ``codes``: dtype of the base, or of its codes."""
     grid = -(-numel // (_BLOCKS * _BLOCK))
     constants = {"TERMS": terms, "BLOCKS": _BLOCKS, "BLOCK": _BLOCK, "num_warps": 4, "enable_fp_fusion": False}
-    return Launch(sum_squares, grid, (*map(Slot, range(5)), numel), 5, constants)
+    given = 1 + TERMS + 2
+    return Launch(sum_squares, grid, (*map(Slot, range(given)), numel), given, constants)
 
 
 def energies(x: Tensor, terms: tuple[MovingTerm, ...], value: Tensor) -> Tensor:
     """See ``kernels.energies``."""
-    number, source = source_of(x, terms)
-    launch = _summing(x.numel(), x.dtype, source[1].dtype, number)
+    x = x.contiguous()
+    number, source = source_of(terms, x)
+    launch = _summing(x.numel(), x.dtype, source[0].dtype, number)
     sums = torch.empty((launch.grid, 3), dtype=torch.float64, device=x.device)
-    run(launch, (*source, value.contiguous(), sums), x.device)
+    run(launch, (x, *source, value.contiguous(), sums), x.device)
     return sums.sum(0)

@@ -28,8 +28,7 @@ from compactdist.kernels.gpu.elements import (
 @triton.jit
 def _residual(
     x,
-    base,
-    velocity,
+    terms,
     row_at,
     column_at,
     row,
@@ -41,14 +40,17 @@ def _residual(
 ):
     """Of some channels of a row; 0 where there is no element. All groups are one here, a program to a row."""
     at, ok = places_of(0, row, channel, row_at, column_at, tl.num_programs(0), channels, numel, PLACE)
-    return tl.where(ok, read(x, at, ok) - expected(base, velocity, at, ok, TERMS), 0.0)
+    return tl.where(ok, read(x, at, ok) - expected(terms, at, ok, TERMS), 0.0)
 
 
 @triton.jit
 def largest_residuals(
     x,
     base,
-    velocity,
+    second,
+    base_scales,
+    second_scales,
+    coefficient,
     row_at,
     column_at,
     largest,
@@ -60,11 +62,12 @@ def largest_residuals(
     CHUNK: tl.constexpr,
 ):
     """The bits of the largest magnitude of each group, int32 ``(G,)``, zeros before; one row of one."""
+    terms = (base, second, base_scales, second_scales, coefficient)
     row = tl.program_id(0)
     most = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, channels, CHUNK):
         channel = start + tl.arange(0, CHUNK)
-        value = _residual(x, base, velocity, row_at, column_at, row, channel, channels, numel, TERMS, PLACE)
+        value = _residual(x, terms, row_at, column_at, row, channel, channels, numel, TERMS, PLACE)
         most = tl.maximum(most, magnitude_bits(value))
     tl.atomic_max(largest + row // rows, tl.max(most, axis=0))
 
@@ -73,7 +76,10 @@ def largest_residuals(
 def take_in(
     x,
     base,
-    velocity,
+    second,
+    base_scales,
+    second_scales,
+    coefficient,
     row_at,
     column_at,
     largest,
@@ -99,6 +105,7 @@ def take_in(
         exponents: int32 ``(G,)``, receives those of the powers; 0 where magnitudes are within 2 to ``moderate``.
         flag: int32, set to 1 where something is not finite.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     row = tl.program_id(0)
     group = row // rows
     bits = tl.load(largest + group)
@@ -109,12 +116,12 @@ def take_in(
     exponent = tl.where(bits == 0, 0, (scaled >> 23) - tl.where(tiny, 190, 126))
     exponent = tl.where((exponent <= moderate) & (exponent >= -moderate), 0, exponent)
     half = (-exponent) >> 1
-    first, second = from_bits((half + 127) << 23), from_bits((127 - exponent - half) << 23)
+    power, rest = from_bits((half + 127) << 23), from_bits((127 - exponent - half) << 23)
     total = tl.zeros((CHUNK,), tl.float32)
     for start in range(0, components, CHUNK):
         channel = start + tl.arange(0, CHUNK)
-        value = _residual(x, base, velocity, row_at, column_at, row, channel, channels, numel, TERMS, PLACE)
-        value = tl.where(finite, value, 0.0) * first * second
+        value = _residual(x, terms, row_at, column_at, row, channel, channels, numel, TERMS, PLACE)
+        value = tl.where(finite, value, 0.0) * power * rest
         total += value * value
         tl.store(matrix + row * components + channel, value, mask=channel < components)
     tl.store(squares + row, tl.sum(total, axis=0))

@@ -61,7 +61,10 @@ def take_scales(c, inverse, weights, factors, channels):
 def settle_rows(
     x,
     base,
-    velocity,
+    second,
+    base_scales,
+    second_scales,
+    coefficient,
     row_at,
     column_at,
     c,
@@ -87,6 +90,7 @@ def settle_rows(
     Args:
         largest: int32 ``(G,)``, the bits; zeros before.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     parts = tl.cdiv(rows, ROWS)
     group = tl.program_id(0) // parts
     local = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
@@ -99,7 +103,7 @@ def settle_rows(
         for step in tl.static_range(UNROLL):
             unit = start // 8 + 8 * step + first_unit
             at, ok = in_rows(row3, inside, unit, row_at, column_at, channels, numel, PLACE, WHOLE)
-            m = magnitudes(x, base, velocity, at, ok, TERMS)
+            m = magnitudes(x, terms, at, ok, TERMS)
             column = 8 * unit + lane
             if KIND == LINEAR or KIND == FLOAT8:
                 over = tl.load(inverse + group * channels + column, mask=column < channels, other=0)
@@ -125,7 +129,10 @@ def settle_rows(
 def sum_squares(
     x,
     base,
-    velocity,
+    second,
+    base_scales,
+    second_scales,
+    coefficient,
     row_at,
     column_at,
     first,
@@ -146,6 +153,7 @@ def sum_squares(
     Args:
         first: float32 ``(G, tiles, C)``.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     blocks, parts = tl.cdiv(channels, 8 * UNITS), tl.cdiv(tiles, TILES)
     block = tl.program_id(0) % blocks
     first_tile = tl.program_id(0) // blocks % parts * TILES
@@ -159,7 +167,7 @@ def sum_squares(
             inside = local3 < rows
             row3 = group * rows + tl.where(inside, local3, 0)
             at, ok = in_rows(row3, inside, unit, row_at, column_at, channels, numel, PLACE, WHOLE)
-            m = magnitudes(x, base, velocity, at, ok, TERMS)
+            m = magnitudes(x, terms, at, ok, TERMS)
             sums += m * m
     at = (group * tiles + tile) * channels + 8 * unit + lane
     tl.store(first + at, sums, mask=(tile < tiles) & (8 * unit + lane < channels))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compactdist.kernels.gpu import codes, history, scales
 from compactdist.kernels.gpu.launch import Launch, Slot
-from compactdist.kernels.gpu.launched import DECODING, Own
+from compactdist.kernels.gpu.launched import DECODING, TO_DECODE, Own
 from compactdist.kernels.gpu.plan import UNITS_OF_TILE, Plan, plan_of
 from compactdist.kernels.gpu.steps import (
     ENCODING,
@@ -31,7 +31,7 @@ from compactdist.kernels.gpu.steps import (
     tiles_of,
 )
 from compactdist.kernels.reference.history import FLOOR, rows_apart
-from compactdist.kernels.spec import MatrixView, QuantizerSpec, Term
+from compactdist.kernels.spec import MatrixView, MovingTerm, QuantizerSpec
 
 __all__ = ["TritonHistorySteps", "steps_of"]
 
@@ -62,7 +62,7 @@ class TritonHistorySteps:
     def encode(
         self,
         x: Tensor,
-        terms: tuple[Term, ...],
+        terms: tuple[MovingTerm, ...],
         out: Tensor | None,
         payload: Tensor,
         scales: tuple[Tensor, Tensor],
@@ -75,7 +75,7 @@ class TritonHistorySteps:
     def decode(
         self,
         payload: Tensor,
-        terms: tuple[Term, ...],
+        terms: tuple[MovingTerm, ...],
         out: Tensor,
         scales: tuple[Tensor, Tensor],
         *,
@@ -112,7 +112,7 @@ class _Steps(TritonSteps):
         plan, c, after = self.plan, Slot(DECODING), Slot(DECODING + 1)
         return [
             decoding_of(plan, terms, checked, copies, held=c, given=_DECODING),
-            _next_scales(plan, Slot(3), c, after, _DECODING),
+            _next_scales(plan, TO_DECODE.payload, c, after, _DECODING),
         ]
 
 

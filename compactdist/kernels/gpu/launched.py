@@ -2,9 +2,9 @@
 
 All launches of one encoding get the same arguments, and so do those of one decoding. First what every stream gives:
 
-* encoding: x, base, velocity, out, payload, flag, copy (a missing term, or ``out``, repeats ``x``, and a missing
-  ``copy`` repeats ``out``);
-* decoding: base, velocity, out, payload, accepted, copy (a missing term, or ``copy``, repeats ``out``);
+* encoding: x, the terms as ``elements.expected`` takes them, out, payload, flag, copy (what is missing of the terms, or
+  ``out``, repeats ``x``, and a missing ``copy`` repeats ``out``);
+* decoding: the terms, out, payload, accepted, copy (what is missing repeats ``out``);
 
 then memory of the steps' own, and then the sections of the payload whose addresses they ask for.
 """
@@ -18,15 +18,51 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compactdist.kernels.gpu.elements import EIGHT_BITS
-from compactdist.kernels.gpu.launch import Launch, alignment_of, on, stream_getter
-from compactdist.kernels.reference.terms import restored
-from compactdist.kernels.spec import MovingTerm, Rounded, Term
+from compactdist.kernels.gpu.launch import Launch, Slot, alignment_of, on, stream_getter
+from compactdist.kernels.gpu.terms import TERMS, source_of
+from compactdist.kernels.spec import MovingTerm
 
-__all__ = ["DECODING", "ENCODING", "NOTHING", "Cut", "LaunchedSteps", "Own", "cut_out", "eight_bits"]
+__all__ = [
+    "DECODING",
+    "ENCODING",
+    "NOTHING",
+    "TO_DECODE",
+    "TO_ENCODE",
+    "Cut",
+    "Decoding",
+    "Encoding",
+    "LaunchedSteps",
+    "Own",
+    "cut_out",
+]
 
-ENCODING, DECODING = 7, 6
-"""How much every encoding and decoding gives, before what is the steps' own."""
+
+class Encoding(NamedTuple):
+    """What every encoding gives, by slots."""
+
+    x: Slot
+    terms: tuple[Slot, ...]
+    out: Slot
+    payload: Slot
+    flag: Slot
+    copy: Slot
+
+
+class Decoding(NamedTuple):
+    """What every decoding gives, by slots."""
+
+    terms: tuple[Slot, ...]
+    out: Slot
+    payload: Slot
+    accepted: Slot
+    copy: Slot
+
+
+_of_terms = tuple(map(Slot, range(1 + TERMS)))
+TO_ENCODE = Encoding(_of_terms[0], _of_terms[1:], *(Slot(1 + TERMS + number) for number in range(4)))
+TO_DECODE = Decoding(_of_terms[:-1], *(Slot(TERMS + number) for number in range(4)))
+ENCODING, DECODING = TO_ENCODE.copy.number + 1, TO_DECODE.copy.number + 1
+"""How much that is, before what is the steps' own."""
 
 
 class Own(NamedTuple):
@@ -85,7 +121,7 @@ class LaunchedSteps:
         """All launches of an encoding, in order.
 
         Args:
-            terms: how many there are, or what ``elements.EIGHT_BITS`` says.
+            terms: how many there are, or what ``elements.ROUNDED`` says.
             writes: ``out`` gets what the receiver will hold.
             copies: ``copy`` gets the same; only with ``writes``.
             lockstep: of a residual that is not finite, payload and ``out`` say what both ends can go on with.
@@ -96,7 +132,7 @@ class LaunchedSteps:
         """All launches of a decoding, in order.
 
         Args:
-            terms: how many there are, or what ``elements.EIGHT_BITS`` says.
+            terms: how many there are, or what ``elements.ROUNDED`` says.
             checked: ``accepted`` is given.
             copies: ``copy`` is given.
         """
@@ -121,7 +157,7 @@ class LaunchedSteps:
     def encode(
         self,
         x: Tensor,
-        terms: tuple[Term, ...],
+        terms: tuple[MovingTerm, ...],
         out: Tensor | None,
         payload: Tensor,
         *,
@@ -152,7 +188,8 @@ class LaunchedSteps:
         device, written = self._device, payload
         if payload.data_ptr() % 16 or not payload.is_contiguous():
             written = torch.empty(self._payload_nbytes, dtype=torch.uint8, device=device)
-        number, source = source_of(x, terms)
+        x = x if x.is_contiguous() else x.detach().contiguous()
+        number, source = source_of(terms, x)
         key = number, out is not None, copy is not None, flag is not None
         launches = self._encodings.get(key)
         if launches is None:
@@ -161,8 +198,8 @@ class LaunchedSteps:
             stream = None if self._stream_of is None else self._stream_of(device.index)
             own = self.to_encode(stream, flag is not None)
             reported = self.flag_in(own) if flag is None else flag
-            target = source[0] if out is None else out
-            given = (*source, target, written, reported, target if copy is None else copy)
+            target = x if out is None else out
+            given = (x, *source, target, written, reported, target if copy is None else copy)
             self._launch(launches, given, own, written, stream)
         if flag is None and int(reported):
             return False
@@ -173,7 +210,7 @@ class LaunchedSteps:
     def decode(
         self,
         payload: Tensor,
-        terms: tuple[Term, ...],
+        terms: tuple[MovingTerm, ...],
         out: Tensor,
         *,
         copy: Tensor | None = None,
@@ -195,13 +232,13 @@ class LaunchedSteps:
             return False
         if payload.data_ptr() % 16 or not payload.is_contiguous():  # the middle of someone's buffer
             payload = payload.clone(memory_format=torch.contiguous_format)
-        number, (_, base, velocity) = source_of(out, terms)
+        number, source = source_of(terms, out)
         key = number, accepted is not None, copy is not None
         launches = self._decodings.get(key)
         if launches is None:
             launches = self._decodings[key] = self.decoding(*key)
         checked, second = payload if accepted is None else accepted, out if copy is None else copy
-        given = base, velocity, out, payload, checked, second
+        given = *source, out, payload, checked, second
         with on(self._device):
             stream = None if self._stream_of is None else self._stream_of(self._device.index)
             self._launch(launches, given, self.to_decode(stream), payload, stream)
@@ -218,30 +255,9 @@ class LaunchedSteps:
         for launch in launches:
             launch(tensors, pointers, aligned, stream)
 
-    def _takes(self, tensors: Iterable[Term]) -> bool:
+    def _takes(self, tensors: Iterable[MovingTerm]) -> bool:
         kind = self._device.type
         for tensor in tensors:  # noqa: SIM110 - a generator costs a call for each tensor
             if tensor.dtype != self.dtype or tensor.device.type != kind:
                 return False
         return True
-
-
-def eight_bits(term: Rounded) -> tuple[int, Tensor, Tensor]:
-    """The number of terms that kernels are told, and what they take for base and velocity."""
-    return EIGHT_BITS[term.dtype], term.codes, term.scales
-
-
-def source_of(x: Tensor, terms: tuple[MovingTerm, ...]) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
-    """The number of terms that kernels are told, and ``(x, base, velocity)``, contiguous. A missing one is ``x``.
-
-    Two terms that are no tensors, as streams of CPU tensors have them, are made such.
-    """
-    x = x if x.is_contiguous() else x.detach().contiguous()
-    if len(terms) > 1 and not isinstance(terms[1], Tensor):
-        terms = tuple(map(restored, terms))
-    if terms and isinstance(terms[0], Rounded):
-        number, codes, scales = eight_bits(terms[0])
-        return number, (x, codes, scales)
-    rest = [part if part.is_contiguous() else part.detach().contiguous() for part in terms if isinstance(part, Tensor)]
-    first, second, *_ = (*rest, x, x)
-    return len(terms), (x, first, second)

@@ -3,7 +3,8 @@ measured against the residual by the sender, which then writes gain and factors 
 
 Arguments that several kernels share:
 
-* ``base``, ``velocity``, ``TERMS``: as ``elements.expected`` takes them; ``out`` may be the memory of ``base``;
+* ``base``, ``second``, ``base_scales``, ``second_scales``, ``coefficient``, ``TERMS``: as ``elements.expected`` takes
+  them; ``out`` may be the memory of ``base`` or ``second``;
 * ``row_at``, ``column_at``, ``PLACE``: where rows and channels lie, as ``elements.in_rows`` takes them; not ``EIGHTS``;
 * ``rank``, ``rows``, ``channels``, ``numel``: components; of the tensor's matrices; of its memory;
 * ``u``, ``v``: the factors, ``(G, stride, R)`` and ``(G, stride, C)``, of which the first ``rank`` rows of a group
@@ -77,7 +78,8 @@ def product_of(
 
 @triton.jit
 def decode_product(
-    base, velocity, out, accepted, copy, gains, u, u_scales, v, v_scales, table, row_at, column_at,
+    base, second, base_scales, second_scales, coefficient,
+    out, accepted, copy, gains, u, u_scales, v, v_scales, table, row_at, column_at,
     rank, rows, channels, numel,
     TERMS: tl.constexpr, CHECKED: tl.constexpr, COPIES: tl.constexpr, PLACE: tl.constexpr, FORM: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -87,6 +89,7 @@ def decode_product(
     Args:
         gains: of the groups, bits of bfloat16.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     parts, tiles = tl.cdiv(channels, WIDTH), tl.cdiv(rows, ROWS)
     part, tile = tl.program_id(0) % parts, tl.program_id(0) // parts % tiles
     group = tl.program_id(0) // parts // tiles
@@ -97,7 +100,7 @@ def decode_product(
     gain = read(gains, group + tl.zeros((1, 1), tl.int32), tl.full((1, 1), 1, tl.int1))
     change = clamped(change * gain, F32_MAX)
     at, inside = places_of(group, row, column, row_at, column_at, rows, channels, numel, PLACE)
-    add_change(base, velocity, out, accepted, copy, at, inside, change, TERMS, CHECKED, COPIES)
+    add_change(terms, out, accepted, copy, at, inside, change, TERMS, CHECKED, COPIES)
 
 
 @triton.jit
@@ -116,7 +119,8 @@ def factor_of(largest, group, tiles, TILES: tl.constexpr):
 
 @triton.jit
 def compare_product(
-    x, base, velocity, u, v, largest, sums, row_at, column_at, rank, stride, rows, channels, numel, tiles, programs,
+    x, base, second, base_scales, second_scales, coefficient,
+    u, v, largest, sums, row_at, column_at, rank, stride, rows, channels, numel, tiles, programs,
     TERMS: tl.constexpr, PLACE: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Sums of the scaled residual times the product, and of the product's squares, over every ``programs``-th tile.
@@ -126,6 +130,7 @@ def compare_product(
         largest, tiles, TILES: as ``factor_of`` takes them.
         sums: float32 ``(G, 2, programs)``.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     group, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     factor = factor_of(largest, group, tiles, TILES)
     parts = tl.cdiv(channels, WIDTH)
@@ -134,7 +139,7 @@ def compare_product(
         row = number // parts * ROWS + tl.arange(0, ROWS)[:, None]
         column = number % parts * WIDTH + tl.arange(0, WIDTH)[None, :]
         at, ok = places_of(group, row, column, row_at, column_at, rows, channels, numel, PLACE)
-        value = (read(x, at, ok) - expected(base, velocity, at, ok, TERMS)) * factor
+        value = (read(x, at, ok) - expected(terms, at, ok, TERMS)) * factor
         made = product_of(u, u, v, v, u, group, row, column, rank, stride, rows, channels, ROWS, WIDTH, FLOATS)
         made = tl.where(ok, made, 0.0)
         agreement += value * made
@@ -198,7 +203,8 @@ def _factor_bytes(at, values, codes, scales, scales_at, groups, rank, stride, le
 
 @triton.jit
 def write_product(
-    base, velocity, out, copy, payload, u, u_codes, u_scales, v, v_codes, v_scales, largest, sums, row_at, column_at,
+    base, second, base_scales, second_scales, coefficient,
+    out, copy, payload, u, u_codes, u_scales, v, v_codes, v_scales, largest, sums, row_at, column_at,
     groups, rank, stride, rows, channels, numel, tiles, programs, packs, u_at, u_scales_at, v_at, v_scales_at, total,
     TERMS: tl.constexpr, PLACE: tl.constexpr, FORM: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr,
     BYTES: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -214,6 +220,7 @@ def write_product(
         u_at, v_at, total: where the factors' sections begin in the payload, and its length.
         u_scales_at, v_scales_at: where in them scales begin.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     if tl.program_id(0) < packs:
         byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)[None, :]
         found = _factor_bytes(
@@ -235,12 +242,13 @@ def write_product(
         gain = decode_bf16(_gain_bits(sums, largest, group, programs, tiles, PROGRAMS, TILES))
         change = clamped(change * gain, F32_MAX)
         at, there = places_of(group, row, column, row_at, column_at, rows, channels, numel, PLACE)
-        write_twice(out, copy, at, expected(base, velocity, at, there, TERMS) + change, there, COPIES)
+        write_twice(out, copy, at, expected(terms, at, there, TERMS) + change, there, COPIES)
 
 
 @triton.jit
 def take_residual(
-    x, base, velocity, matrix, largest, flag, row_at, column_at, rows, channels, numel,
+    x, base, second, base_scales, second_scales, coefficient,
+    matrix, largest, flag, row_at, column_at, rows, channels, numel,
     TERMS: tl.constexpr, PLACE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """``ROWS`` rows of the residual, and their largest magnitude, infinite if one is not finite; sets the flag then.
@@ -249,6 +257,7 @@ def take_residual(
         matrix: receives it, ``(G, R, C)``, float32 or, if ``HALF``, bits of bfloat16; 0 where it is not finite.
         largest: float32 ``(G, tiles of rows)``.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     tiles = tl.cdiv(rows, ROWS)
     group, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
@@ -256,7 +265,7 @@ def take_residual(
     for start in range(0, channels, WIDTH):
         column = start + tl.arange(0, WIDTH)[None, :]
         at, ok = places_of(group, row, column, row_at, column_at, rows, channels, numel, PLACE)
-        value = read(x, at, ok) - expected(base, velocity, at, ok, TERMS)
+        value = read(x, at, ok) - expected(terms, at, ok, TERMS)
         most = tl.maximum(most, magnitude_bits(value))
         value = tl.where(magnitude_bits(value) < INFINITY_BITS, value, 0.0)
         to = (group * rows + row) * channels + column

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compactdist.kernels.gpu import lowrank, subspace
 from compactdist.kernels.gpu.launch import Launch, Slot
-from compactdist.kernels.gpu.launched import DECODING, ENCODING, Cut, LaunchedSteps, Own
+from compactdist.kernels.gpu.launched import DECODING, ENCODING, TO_DECODE, TO_ENCODE, Cut, LaunchedSteps, Own
 from compactdist.kernels.gpu.plan import INTERPRETED, MOST_ELEMENTS, floats_of, offsets_on, table_of
 from compactdist.kernels.gpu.steps import EXACT, can_run
 from compactdist.kernels.sections import padded_nbytes
@@ -144,7 +144,6 @@ def _table_of(magnitudes: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(table, dtype=torch.float32, device=device)
 
 
-_X, _BASE, _VELOCITY, _OUT, _PAYLOAD, _FLAG, _COPY = map(Slot, range(ENCODING))
 _SCRATCH = _Scratch(*map(Slot, range(ENCODING, ENCODING + len(_Scratch._fields))))
 _HELD, _CALLS, _NEXT_HELD, _NEXT_CALLS = (Slot(ENCODING + len(_Scratch._fields) + number) for number in range(4))
 _GIVEN = ENCODING + len(_Scratch._fields) + 4
@@ -211,11 +210,11 @@ class LowRankSteps(LaunchedSteps):
         return Own((*scratch, *self.memory), (*pointers, *held))
 
     def decoding(self, terms: int, checked: bool, copies: bool) -> list[Launch]:
-        base, velocity, out, _, accepted, copy = map(Slot, range(DECODING))
+        given = TO_DECODE
         sections = map(Slot, range(DECODING, DECODING + 5))
         arguments = (
-            base, velocity, out, accepted, copy, *sections, self._table, *self._places, self._sizes.rank,
-            self._view.rows, self._view.channels, self._view.numel,
+            *given.terms, given.out, given.accepted, given.copy, *sections, self._table, *self._places,
+            self._sizes.rank, self._view.rows, self._view.channels, self._view.numel,
         )  # fmt: skip
         constants = {"TERMS": terms, "CHECKED": checked, "COPIES": copies, "FORM": self._form, **self._tile}
         return [Launch(lowrank.decode_product, self._tiles, arguments, DECODING + 5, constants)]
@@ -257,7 +256,7 @@ class LowRankSteps(LaunchedSteps):
 
     def _take(self, terms: int) -> Launch:
         view, at = self._view, _SCRATCH
-        arguments = _X, _BASE, _VELOCITY, at.matrix, at.largest, _FLAG, *self._places
+        arguments = TO_ENCODE.x, *TO_ENCODE.terms, at.matrix, at.largest, TO_ENCODE.flag, *self._places
         constants = {**self._tile, "TERMS": terms, "HALF": self._sizes.large, "ROWS": _TAKEN_ROWS, "WIDTH": 256}
         numbers = view.rows, view.channels, view.numel
         return self._encode(lowrank.take_residual, view.groups * self._sizes.tiles, (*arguments, *numbers), constants)
@@ -319,12 +318,12 @@ class LowRankSteps(LaunchedSteps):
         view, sizes, at = self._view, self._sizes, _SCRATCH
         constants = {**self._tile, "TERMS": terms, "TILES": self._search["TILES"]}
         size = sizes.rank, sizes.p, view.rows, view.channels, view.numel, sizes.tiles, sizes.comparisons
-        compared = _X, _BASE, _VELOCITY, at.left, at.right, at.largest, at.sums, *self._places, *size
+        compared = TO_ENCODE.x, *TO_ENCODE.terms, at.left, at.right, at.largest, at.sums, *self._places, *size
         packs = -(-sizes.nbytes // _BYTES)
         written = (
-            _BASE, _VELOCITY, _OUT, _COPY, _PAYLOAD, at.left, at.left_codes, at.left_scales, at.right, at.right_codes,
-            at.right_scales, at.largest, at.sums, *self._places, view.groups, *size, packs, sizes.u_at,
-            sizes.u_scales_at, sizes.v_at, sizes.v_scales_at, sizes.nbytes,
+            *TO_ENCODE.terms, TO_ENCODE.out, TO_ENCODE.copy, TO_ENCODE.payload, at.left, at.left_codes, at.left_scales,
+            at.right, at.right_codes, at.right_scales, at.largest, at.sums, *self._places, view.groups, *size, packs,
+            sizes.u_at, sizes.u_scales_at, sizes.v_at, sizes.v_scales_at, sizes.nbytes,
         )  # fmt: skip
         own = {"FORM": self._form, "PROGRAMS": triton.next_power_of_2(sizes.comparisons), "BYTES": _BYTES}
         own["COPIES"] = copies

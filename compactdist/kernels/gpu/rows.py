@@ -33,7 +33,10 @@ from compactdist.kernels.gpu.elements import (
 def row_statistics(
     x,
     base,
-    velocity,
+    second,
+    base_scales,
+    second_scales,
+    coefficient,
     row_at,
     column_at,
     statistic,
@@ -57,6 +60,7 @@ def row_statistics(
     Args:
         largest: int32 ``(G, 3)``, the bits; zeros before.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     parts = tl.cdiv(rows, ROWS)
     group = tl.program_id(0) // parts
     local = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
@@ -69,7 +73,7 @@ def row_statistics(
         for step in tl.static_range(UNROLL):
             unit = start // 8 + 8 * step + first_unit
             at, ok = in_rows(row3, inside, unit, row_at, column_at, channels, numel, PLACE, WHOLE)
-            m = magnitudes(x, base, velocity, at, ok, TERMS)
+            m = magnitudes(x, terms, at, ok, TERMS)
             most = tl.maximum(most, magnitude_bits(m))
             if not (KIND == LINEAR or KIND == FLOAT8):
                 sums += m
@@ -134,7 +138,10 @@ def settle_rows(
 def tile_sums(
     x,
     base,
-    velocity,
+    second,
+    base_scales,
+    second_scales,
+    coefficient,
     row_at,
     column_at,
     statistic,
@@ -169,6 +176,7 @@ def tile_sums(
         weight: float32 ``(G, tiles, blocks of channels)``: each block of channels has a copy of its own.
         row_scales_at: Where row codes go in the payload.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     blocks, parts = tl.cdiv(channels, 8 * UNITS), tl.cdiv(tiles, TILES)
     block = tl.program_id(0) % blocks
     first_tile = tl.program_id(0) // blocks % parts * TILES
@@ -189,7 +197,7 @@ def tile_sums(
             inside = local3 < rows
             row3 = group * rows + tl.where(inside, local3, 0)
             at, ok = in_rows(row3, inside, unit, row_at, column_at, channels, numel, PLACE, WHOLE)
-            m = magnitudes(x, base, velocity, at, ok, TERMS) * factor
+            m = magnitudes(x, terms, at, ok, TERMS) * factor
             if ROW_SCALES:
                 w = tl.load(row_weights + row3, mask=inside, other=0)
             else:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compactdist.kernels.gpu import blocks, codes, launched, rows, scales
 from compactdist.kernels.gpu.launch import Launch, Slot
-from compactdist.kernels.gpu.launched import DECODING, LaunchedSteps, Own
+from compactdist.kernels.gpu.launched import DECODING, TO_DECODE, TO_ENCODE, LaunchedSteps, Own
 from compactdist.kernels.gpu.plan import DEVICE_TYPE, INTERPRETED, UNITS_OF_TILE, Plan, Scratch, plan_of, scratch_of
 from compactdist.kernels.spec import MatrixView, QuantizerSpec
 
@@ -73,8 +73,8 @@ def can_run(dtype: torch.dtype, device: torch.device) -> bool:
 _HELD = 128 if INTERPRETED else 8
 
 # What an encoding gives to its launches: these and then the parts of the scratch memory.
-_X, _BASE, _VELOCITY, _OUT, PAYLOAD, REPORTED, _COPY = map(Slot, range(launched.ENCODING))
-SOURCE = _X, _BASE, _VELOCITY
+PAYLOAD, REPORTED, _OUT, _COPY = TO_ENCODE.payload, TO_ENCODE.flag, TO_ENCODE.out, TO_ENCODE.copy
+SOURCE = TO_ENCODE.x, *TO_ENCODE.terms
 ENCODING = launched.ENCODING + len(Scratch._fields)
 """How much that is."""
 SCRATCH: Any = Scratch(*map(Slot, range(launched.ENCODING, ENCODING)))  # type: ignore[arg-type]
@@ -121,13 +121,13 @@ def _units(plan: Plan) -> dict[str, Any]:
 def decoding_of(
     plan: Plan, terms: int, checked: bool, copies: bool, *, held: Slot | None = None, given: int = DECODING
 ) -> Launch:
-    """Of ``(base, velocity, out, payload, accepted, copy)``.
+    """Of what every decoding gives.
 
     ``held``: where channel scales are, if not in the payload.
     """
     at = plan.sections
     arguments = (
-        *map(Slot, range(DECODING)), Slot(3) if held is None else held,
+        *TO_DECODE.terms, *TO_DECODE[1:], TO_DECODE.payload if held is None else held,
         plan.table, plan.offsets.row_at, plan.offsets.column_at,
         at.rows, at.channels, at.elements, at.row_scales_at, at.channel_scales_at,
         plan.blocks, plan.pad, plan.matrix_channels, plan.numel,

@@ -5,7 +5,8 @@ value. Of equal magnitudes the lowest place counts, whatever the order in which 
 
 Arguments that both kernels share:
 
-* ``base``, ``velocity``, ``TERMS``: as ``elements.expected`` takes them; ``out`` may be the memory of ``base``;
+* ``base``, ``second``, ``base_scales``, ``second_scales``, ``coefficient``, ``TERMS``: as ``elements.expected`` takes
+  them; ``out`` may be the memory of ``base`` or ``second``;
 * ``places``: uint8, the section of places;
 * ``kept``: of the runs, bits of bfloat16 (int16) or float32;
 * ``runs``, ``per_group``: of all groups, and of each;
@@ -86,7 +87,8 @@ def _bf16_of(bits):
 
 @triton.jit
 def pick_of_runs(
-    x, base, velocity, out, places, kept, flag, copy, row_at, column_at,
+    x, base, second, base_scales, second_scales, coefficient,
+    out, places, kept, flag, copy, row_at, column_at,
     runs, per_group, length, total, section, kept_count, channels, numel,
     M: tl.constexpr, WIDTH: tl.constexpr, ALIKE: tl.constexpr, WHOLE: tl.constexpr, PLACE: tl.constexpr,
     TERMS: tl.constexpr, WRITES: tl.constexpr, COPIES: tl.constexpr, UNITS: tl.constexpr,
@@ -100,11 +102,12 @@ def pick_of_runs(
         kept_count: numbers of ``kept``, alignment included; not more than ``2 * section``.
         WRITES: write what ``spread_over_runs`` will give to ``out``; COPIES: to ``copy``, too.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     run = tl.program_id(0) * (8 * UNITS) + tl.arange(0, 8 * UNITS)[:, None]
     lane = tl.arange(0, WIDTH)[None, :]
     where = (channels, 1, 0, channels, numel, row_at, column_at)
     at, there = _elements_of(run, runs, per_group, length, total, where, M, WIDTH, ALIKE, WHOLE, PLACE)
-    before = expected(base, velocity, at, there, TERMS)
+    before = expected(terms, at, there, TERMS)
     value = read(x, at, there) - before
     size = magnitude_bits(value)
     top = tl.max(size, axis=1)[:, None]
@@ -128,7 +131,8 @@ def pick_of_runs(
 
 @triton.jit
 def spread_over_runs(
-    base, velocity, out, places, kept, accepted, copy, row_at, column_at,
+    base, second, base_scales, second_scales, coefficient,
+    out, places, kept, accepted, copy, row_at, column_at,
     runs, per_group, length, total, channels, numel,
     M: tl.constexpr, WIDTH: tl.constexpr, ALIKE: tl.constexpr, WHOLE: tl.constexpr, PLACE: tl.constexpr,
     TERMS: tl.constexpr, CHECKED: tl.constexpr, COPIES: tl.constexpr, UNITS: tl.constexpr,
@@ -137,6 +141,7 @@ def spread_over_runs(
 
     ``CHECKED`` and ``COPIES`` as for ``elements.add_change``.
     """
+    terms = (base, second, base_scales, second_scales, coefficient)
     run = tl.program_id(0) * (8 * UNITS) + tl.arange(0, 8 * UNITS)[:, None]
     where = (channels, 1, 0, channels, numel, row_at, column_at)
     at, there = _elements_of(run, runs, per_group, length, total, where, M, WIDTH, ALIKE, WHOLE, PLACE)
@@ -144,7 +149,7 @@ def spread_over_runs(
     place = (pair >> (4 * (run % 2))) & 15
     value = clamped(read(kept, run, run < runs), F32_MAX)
     change = tl.where(tl.arange(0, WIDTH)[None, :] == place, value, 0.0)
-    add_change(base, velocity, out, accepted, copy, at, there, change, TERMS, CHECKED, COPIES)
+    add_change(terms, out, accepted, copy, at, there, change, TERMS, CHECKED, COPIES)
 
 
 class Runs:
@@ -179,7 +184,7 @@ class Runs:
     def pick(
         self, slots: tuple[Slot, ...], given: int, kept_count: int, terms: int, *, writes: bool, copies: bool
     ) -> Launch:
-        """Of ``(x, base, velocity, out, places, kept, flag, copy)``, in a call that gives so much; see
+        """Of ``(x, *terms, out, places, kept, flag, copy)``, in a call that gives so much; see
         ``pick_of_runs``.
         """
         numbers = *self._sizes, self.section, kept_count, *self._numbers
@@ -187,7 +192,7 @@ class Runs:
         return self._launch(pick_of_runs, slots, given, numbers, self.section // 4, **constants)
 
     def spread(self, slots: tuple[Slot, ...], given: int, terms: int, *, checked: bool, copies: bool) -> Launch:
-        """Of ``(base, velocity, out, places, kept, accepted, copy)``; see ``spread_over_runs``."""
+        """Of ``(*terms, out, places, kept, accepted, copy)``; see ``spread_over_runs``."""
         numbers = *self._sizes, *self._numbers
         constants = {"TERMS": terms, "CHECKED": checked, "COPIES": copies}
         return self._launch(spread_over_runs, slots, given, numbers, -(-self.count // 8), **constants)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from compactdist.kernels.gpu.launch import Launch, Slot
-from compactdist.kernels.gpu.launched import DECODING, ENCODING, NOTHING, Cut, LaunchedSteps, Own
+from compactdist.kernels.gpu.launched import DECODING, ENCODING, NOTHING, TO_DECODE, TO_ENCODE, Cut, LaunchedSteps, Own
 from compactdist.kernels.gpu.plan import MOST_ELEMENTS, floats_of
 from compactdist.kernels.gpu.steps import TritonSteps, can_run
 from compactdist.kernels.gpu.steps import steps_of as quantizer_steps_of
@@ -73,35 +73,35 @@ class TopKSteps(LaunchedSteps):
         self._room = -(-self._kept_count // 4) * 4
 
     def encoding(self, terms: int, writes: bool, copies: bool, lockstep: bool) -> list[Launch]:
-        x, base, velocity, out, payload, flag, copy = map(Slot, range(ENCODING))
+        x, terms_of, out, payload, flag, copy = TO_ENCODE
         values, runs = self._values, self._runs
         if values is None:
             section = Slot(ENCODING)
-            of_pick = x, base, velocity, out, payload, section, flag, copy
+            of_pick = x, *terms_of, out, payload, section, flag, copy
             return [runs.pick(of_pick, ENCODING + 1, self._kept_count, terms, writes=writes, copies=copies)]
         found, back = Slot(ENCODING), Slot(ENCODING + 1)
         coding = values.encoding(0, writes, False, lockstep)
         scratch = range(ENCODING + 2, ENCODING + 2 + coding[0].given - ENCODING)
         section, given = Slot(scratch.stop), scratch.stop + 1
-        common = found, found, found, back, section, flag, back
+        common = *[found] * (1 + len(terms_of)), back, section, flag, back
         numbers = [*(slot.number for slot in common), *scratch]
-        of_pick = x, base, velocity, x, payload, found, flag, x
+        of_pick = x, *terms_of, x, payload, found, flag, x
         launches = [runs.pick(of_pick, given, self._kept_count, terms, writes=False, copies=False)]
         launches += [launch.renumbered(numbers, given) for launch in coding]
         if writes:
-            of_spread = base, velocity, out, payload, back, payload, copy
+            of_spread = *terms_of, out, payload, back, payload, copy
             launches.append(runs.spread(of_spread, given, terms, checked=False, copies=copies))
         return launches
 
     def decoding(self, terms: int, checked: bool, copies: bool) -> list[Launch]:
-        base, velocity, out, payload, accepted, copy = map(Slot, range(DECODING))
+        terms_of, out, payload, accepted, copy = TO_DECODE
         values, runs = self._values, self._runs
         if values is None:
-            of_spread = base, velocity, out, payload, Slot(DECODING), accepted, copy
+            of_spread = *terms_of, out, payload, Slot(DECODING), accepted, copy
             return [runs.spread(of_spread, DECODING + 1, terms, checked=checked, copies=copies)]
         back, section, given = Slot(DECODING), Slot(DECODING + 1), DECODING + 2
-        numbers = [slot.number for slot in (back, back, back, section, section, back)]
-        of_spread = base, velocity, out, payload, back, accepted, copy
+        numbers = [slot.number for slot in (*[back] * len(terms_of), back, section, section, back)]
+        of_spread = *terms_of, out, payload, back, accepted, copy
         return [
             *[launch.renumbered(numbers, given) for launch in values.decoding(0, False, False)],
             runs.spread(of_spread, given, terms, checked=checked, copies=copies),
