@@ -317,7 +317,7 @@ def velocities(numel: int, dtype: torch.dtype, compiler: Any) -> None:
     frame, rule = torch.zeros(HEADER_NBYTES, dtype=torch.uint8), Rule(1.0, 16, 1.0)
     with compiling(compiler):
         write_out(Velocity(base, previous, coefficient), torch.empty_like(base))
-        choose((base, base, previous), samples_of(numel), rule, coefficient)
+        choose(base, (base, previous), samples_of(numel), rule, coefficient)
         expect(frame, COEFFICIENT_PLACE.start, rule, coefficient)
 
 
@@ -349,6 +349,6 @@ def history(numel: int, dtype: torch.dtype, form: EightBits, compiler: Any) -> N
 
     values, kept = torch.zeros(numel, dtype=dtype), _rounded(numel, dtype, form)
     with compiling(compiler):
-        rounding = Rounding(numel, kept.codes.dtype, torch.device("cpu"))
+        rounding = Rounding(numel, dtype, kept.codes.dtype, torch.device("cpu"))
         rounding.quantize(values, kept.codes, kept.scales)
         rounding.dequantize(kept.codes, kept.scales, values)

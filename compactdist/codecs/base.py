@@ -209,7 +209,7 @@ class Session:
     """Whether ``commit`` and ``rollback`` do anything; if not, callers may leave these calls out."""
 
     takes_velocity: bool = False
-    """Whether the second of two terms on a CPU may be a ``kernels.spec.Velocity``, and ``out`` its ``previous``.
+    """Whether the second of two terms may be a ``kernels.spec.Velocity``, and ``out`` its ``previous``.
 
     Where a session also :attr:`takes_rounded`, all tensors of two terms may be in eight bits.
     """

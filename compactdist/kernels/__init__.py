@@ -28,7 +28,8 @@ from compactdist.kernels.protocols import (
     Steps,
 )
 from compactdist.kernels.queues import captures, queue_of, stream_of
-from compactdist.kernels.reference import components, rounding, terms
+from compactdist.kernels.reference import components, terms
+from compactdist.kernels.reference import rounding as reference_rounding
 from compactdist.kernels.reference.checksum import weighted_sum
 from compactdist.kernels.reference.energies import energies as reference_energies
 from compactdist.kernels.reference.rotations import sweep
@@ -235,7 +236,7 @@ def rounding_for(numel: int, dtype: torch.dtype, codes: torch.dtype, device: tor
         from compactdist.kernels.cpu import rounding_steps, steps
 
         made = rounding_steps if dtype in steps.DTYPES else None
-    return rounding if made is None else made
+    return reference_rounding if made is None else made
 
 
 def restored(term: MovingTerm, out: Tensor | None = None) -> Tensor:
@@ -258,21 +259,24 @@ def restored(term: MovingTerm, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def round_off(values: Tensor | Velocity, codes: Tensor, scales: Tensor) -> None:
+def round_off(values: Tensor | Velocity, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
     """Round a flat, finite tensor to eight bits for each element: to a ``Rounded`` with these codes and scales.
 
     A velocity whose ``previous`` is in eight bits is worked out on the way, where there are kernels for it.
-    """
-    if isinstance(values, Velocity):
-        numel, dtype, device = values.numel(), values.dtype, values.device
-        if isinstance(values.previous, Rounded) and cpu_velocities_for(numel, dtype, device) is not None:
-            from compactdist.kernels.cpu import rounding_steps
 
-            rounding_steps.quantize_velocity(values, codes, scales)
-            return
+    Args:
+        values: flat ``[numel]``.
+        codes: as ``Rounding.quantize`` takes them.
+        scales: likewise.
+        accepted: likewise.
+    """
+    if not values.numel():
+        return
+    numel, dtype, device = values.numel(), values.dtype, values.device
+    rounding = rounding_for(numel, dtype, codes.dtype, device)
+    if isinstance(values, Velocity) and (rounding is reference_rounding or isinstance(values.previous, Tensor)):
         values = restored(values)
-    if values.numel():
-        rounding_for(values.numel(), values.dtype, codes.dtype, values.device).quantize(values, codes, scales)
+    rounding.quantize(values, codes, scales, accepted)
 
 
 def _velocities_for(term: Velocity) -> ModuleType:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from compactdist.kernels.spec import MovingTerm
+from compactdist.kernels.spec import MovingTerm, Velocity
 
 __all__ = ["Checksum", "DeviceSteps", "FarLarger", "Frames", "HistorySteps", "Picks", "Rounding", "Steps"]
 
@@ -220,10 +220,16 @@ class Frames(Protocol):
 class Rounding(Protocol):
     """Rounds flat tensors of one size and dtype to ``spec.Rounded`` and back, as ``reference/rounding.py`` says."""
 
-    def quantize(self, values: Tensor, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
+    def quantize(
+        self, values: Tensor | Velocity, codes: Tensor, scales: Tensor, accepted: Tensor | None = None
+    ) -> None:
         """Write the codes ``[numel]`` and the bfloat16 scales ``[ceil(numel / 128)]`` of finite values.
 
-        With ``accepted``, uint8 ``[2]`` on the device, only where the first of it is not 0.
+        Args:
+            values: flat; for kernels other than the reference also a velocity between a tensor and a ``Rounded``.
+            codes: as ``spec.RoundedForm`` says.
+            scales: of runs of 128 elements.
+            accepted: uint8 ``[2]`` on the device: nothing is written where the first of it is 0.
         """
 
     def dequantize(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:

@@ -65,21 +65,22 @@ class AdaptiveVelocity(LastTwo):
 
         0 where nothing changed, and for values that are not finite or too large to be squared.
         """
-        on_cpu = kernels.cpu_velocities_for(x.numel(), x.dtype, x.device)
-        base, previous = (kept_in(cell, rounded=on_cpu is not None) for cell in (self._base, self._previous))
+        given = x.numel(), x.dtype, x.device
+        on_cpu, on_device = kernels.cpu_velocities_for(*given), kernels.device_velocities_for(*given)
+        rounded = on_cpu is not None or on_device is not None
+        base, previous = (kept_in(cell, rounded=rounded) for cell in (self._base, self._previous))
         if base is None or previous is None or not x.numel():
             return super().choose(x, share, out)
         if on_cpu is not None and x.dtype == base.dtype:
             along, energy = on_cpu.weigh(x.contiguous(), base, previous, samples_of(x.numel()))
             chosen = torch.tensor(_nearest(along, energy, share), dtype=torch.float32, device=x.device)
             return chosen if out is None else out.copy_(chosen)
-        base, previous = kernels.restored(base), kernels.restored(previous)
-        on_device = kernels.device_velocities_for(x.numel(), x.dtype, x.device)
         if on_device is not None and x.dtype == base.dtype:
             chosen = torch.empty((), dtype=torch.float32, device=x.device) if out is None else out
-            tensors, rule = (x.contiguous(), base, previous), on_device.Rule(share, GRID, LARGEST)
-            on_device.choose(tensors, samples_of(x.numel()), rule, chosen)
+            rule = on_device.Rule(share, GRID, LARGEST)
+            on_device.choose(x.contiguous(), (base, previous), samples_of(x.numel()), rule, chosen)
             return chosen
+        base, previous = kernels.restored(base), kernels.restored(previous)
         last = _sample(base).float()
         change = last - _sample(previous).float()
         products = (

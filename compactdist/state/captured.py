@@ -93,10 +93,8 @@ def capture_seal(
     form, frames, steps, clock = _parts(encoder)
     head, nbytes = form.head, form.frame_nbytes
     flat, predictor = x.detach().reshape(-1), encoder.predictor
-    if encoder.expects_rounded(form.session):
-        terms = encoder.rounded_terms
-    else:
-        terms = say_coefficient(frames, flat, predictor, form.codec) if predictor.adapts else predictor.terms()
+    coefficient = say_coefficient(frames, flat, predictor, form.codec) if predictor.adapts else 0.0
+    terms = encoder.terms_for(form.session, coefficient)
     frame = torch.empty(frame_nbytes, dtype=torch.uint8, device=x.device)
     if frame_nbytes > nbytes:
         frame[nbytes:].zero_()
@@ -136,14 +134,9 @@ def capture_check(decoder: StreamDecoder, frame: Tensor, into: Tensor | None, qu
     assert decoder.live is not None
     (numel, dtype), predictor = decoder.live, decoder.predictor
     in_place = predictor.decodes_in_place and decoder.config.state == "exact"
-    if decoder.expects_rounded(form.session):
-        terms, value = decoder.rounded_terms, torch.empty(numel, dtype=dtype, device=frame.device)
-    else:
-        terms = predictor.terms(expect_coefficient(frames, frame, predictor)) if predictor.adapts else predictor.terms()
-        if terms:
-            value = terms[0] if in_place else terms[0].clone()
-        else:
-            value = torch.zeros(numel, dtype=dtype, device=frame.device)
+    coefficient = expect_coefficient(frames, frame, predictor) if predictor.adapts else 0.0
+    terms = decoder.terms_for(form.session, coefficient)
+    value = terms[0] if terms and in_place else torch.empty(numel, dtype=dtype, device=frame.device)
     direct = into if into is not None and into.is_contiguous() else None
     made = frames.receive(steps, frame, nbytes, terms, value, direct, clock.words, _BY_CLOCK, queue)
     assert made, "frames that a device has checked are aligned"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,11 @@ from compactdist import kernels
 from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.errors import FrameError, NonFiniteError, PayloadError
 from compactdist.kernels import Frames
-from compactdist.kernels.spec import FROM_HOST, MatrixView, MovingTerm, Velocity
+from compactdist.kernels.spec import FROM_HOST, MatrixView
 from compactdist.state.board import Board
 from compactdist.state.host_copy import HostCopy
 from compactdist.state.key_ends import remembered
 from compactdist.state.matrix_view import blocks
-from compactdist.state.quantized_history import quantize_if
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
 from compactdist.state.said import announced, expect_announcement, expect_coefficient
 from compactdist.state.stand_in import FrameFollows
@@ -356,15 +355,21 @@ class StreamDecoder(StreamState):
             queue = kernels.queue_of(frame.device)
         if queue != clock.queue:
             clock.follow(predictor, queue, form.session)
-        rounds, (numel, dtype) = self._rounds and form.session.takes_rounded, self.live
-        if rounds:
-            terms, value = self.rounded_terms, torch.empty(numel, dtype=dtype, device=frame.device)
+        numel, dtype = self.live
+        if predictor.adapts:  # a coefficient that no frame may say now is not expected, so that the frame is refused
+            self._coefficient = expect_coefficient(frames, frame, predictor)
+            terms = self.terms_for(form.session, self._coefficient)
         else:
-            terms = self._terms_there(frame, frames) if predictor.adapts else predictor.terms()
-            if terms and predictor.decodes_in_place:
-                value = terms[0]
-            else:  # a frame that is refused leaves the prediction in its place
-                value = terms[0].clone() if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
+            terms = predictor.terms() if self._plain else self.terms_for(form.session)
+        room = predictor.spare(terms)
+        if room is not None:
+            value = room
+        elif terms and isinstance(terms[0], Tensor):  # a frame that is refused leaves the prediction in its place
+            value = terms[0].clone()
+        elif terms:  # and what is kept in eight bits stays as it is
+            value = torch.empty(numel, dtype=dtype, device=frame.device)
+        else:
+            value = torch.zeros(numel, dtype=dtype, device=frame.device)
         rates = form.codec.rates
         if rates:
             expect_announcement(frames, frame, rates)
@@ -373,10 +378,7 @@ class StreamDecoder(StreamState):
             return None
         self.header, self.checksum = form.head.header, None
         self.holds_values, self.wrote = frames.holds_values, into is not None
-        if rounds:
-            quantize_if(frames.accepted, value, self.predictor.rounded[0])
-        else:
-            predictor.advance(value, terms)
+        predictor.advance(value, terms, frames.accepted)
         if form.session.remembers:
             self._commit(form.session)
         self.sequence += 1
@@ -384,14 +386,6 @@ class StreamDecoder(StreamState):
         if rates:
             self._ask_announcement(frames)
         return value
-
-    def _terms_there(self, frame: Tensor, frames: Frames) -> Terms:
-        """The terms of a frame's prediction; its coefficient is taken from it on the device.
-
-        A coefficient that no frame may say now is not expected, so that the frame is refused.
-        """
-        self._coefficient = expect_coefficient(frames, frame, self.predictor)
-        return self.predictor.terms(self._coefficient)
 
     def _take_key_there(self, frame: Tensor, due: _Due, into: Tensor | None, queue: int | None) -> Tensor | None:
         """The value of a keyframe that the device checks and decodes; ``None``: the host has to."""
@@ -479,22 +473,18 @@ class StreamDecoder(StreamState):
         assert self.live is not None
         predictor, (numel, dtype) = self.predictor, self.live
         rounds, users = self._rounds and session.takes_rounded, into
+        spare: Tensor | None = None
         if restarts or not self._moves:
             terms = () if restarts else self.rounded_terms if rounds else predictor.terms(coefficient)
         else:
             terms = self.moving_terms(session, coefficient)
+            spare = predictor.spare(terms)
         if self._keeps_copies and into is not None:  # what is remembered is made from the user's tensor
             value, into = into.view(-1), None
         elif terms and predictor.decodes_in_place and not rounds:
             value = terms[0]
-        elif (
-            len(terms) > 1
-            and isinstance(velocity := cast(MovingTerm, terms[1]), Velocity)
-            and isinstance(velocity.previous, Tensor)
-        ):
-            value = velocity.previous  # which nobody needs after this frame
         else:
-            value = torch.empty(numel, dtype=dtype, device=payload.device)
+            value = torch.empty(numel, dtype=dtype, device=payload.device) if spare is None else spare
         self._torn = True
         try:
             self._decode(session, payload, terms, value, into)

@@ -471,11 +471,10 @@ class StreamEncoder(StreamState):
             choice = self._steered(steers, codec, flat, step, epoch, self.rate_of(codec))
             header = replace(header, next_rate=choice.rate, next_kind=int(choice.keyframe))
             announce(frames, choice.rate, choice.keyframe)
+        coefficient: float | Tensor = 0.0
         if self.predictor.adapts:
-            terms = say_coefficient(frames, flat, self.predictor, codec.at(self.rate_of(codec)))
-        else:
-            rounds = self._rounds and form.session.takes_rounded
-            terms = self.rounded_terms if rounds else self.predictor.terms()
+            coefficient = say_coefficient(frames, flat, self.predictor, codec.at(self.rate_of(codec)))
+        terms = self.predictor.terms() if self._plain else self.terms_for(form.session, coefficient)
         value = None
         if want_value or self._remembers or steers is not None:
             value = spares.take(flat, queue, self.part)

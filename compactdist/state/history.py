@@ -50,19 +50,20 @@ class Cell(Protocol):
         """What is kept, if that is in eight bits; else ``None``."""
         ...
 
-    def put(self, value: Tensor | Velocity, last: Term | None) -> Tensor | None:
+    def put(self, value: Tensor | Velocity, last: Term | None, accepted: Tensor | None = None) -> Tensor | None:
         """Remember ``value``.
 
         Args:
             value: flat ``[numel]``; belongs to the cell from now on. A velocity is remembered as the tensor that it is.
             last: what ``read`` or ``rounded`` gave for this frame; ``None`` if neither was asked.
+            accepted: as for :meth:`Predictor.advance`.
 
         Returns:
             A tensor of the same size that nobody needs any more, or ``None``.
         """
         ...
 
-    def made_of(self, value: Tensor) -> tuple[Tensor, ...]:
+    def made_of(self, value: Tensor | Velocity) -> tuple[Tensor, ...]:
         """What ``held`` will hold once ``value`` is remembered, in memory of its own."""
         ...
 
@@ -106,7 +107,7 @@ class ExactCell:
         """Nothing is kept in eight bits."""
         return None
 
-    def put(self, value: Tensor | Velocity, last: Term | None) -> Tensor | None:
+    def put(self, value: Tensor | Velocity, last: Term | None, accepted: Tensor | None = None) -> Tensor | None:
         """Remember ``value``; returns the tensor kept before, or ``value`` if that was copied."""
         before, value = self.value, kernels.restored(value)
         if before is value:
@@ -117,9 +118,9 @@ class ExactCell:
         before.copy_(value)
         return value
 
-    def made_of(self, value: Tensor) -> tuple[Tensor, ...]:
+    def made_of(self, value: Tensor | Velocity) -> tuple[Tensor, ...]:
         """The tensor."""
-        return (value,)
+        return (kernels.restored(value),)
 
     def stay(self) -> None:
         """From now on copy into the memory of the remembered tensor."""
@@ -236,13 +237,23 @@ class Predictor(ABC):
         """The same on the host: whether a residual's frame may say this coefficient now."""
         return bool(self.accepted(torch.tensor(coefficient, dtype=torch.float32, device="cpu")) == coefficient)
 
+    def spare(self, terms: tuple[MovingTerm, ...]) -> Tensor | None:
+        """Memory for the reconstruction that nobody needs after the frame, flat ``[numel]``: a tensor of the terms, or
+        what a velocity among them goes out from; ``None`` where there is none.
+
+        ``terms``: what :meth:`kept_terms` gave for this frame.
+        """
+        return None
+
     @abstractmethod
-    def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
+    def advance(self, value: Tensor, terms: Terms, accepted: Tensor | None = None) -> Tensor | None:
         """Remember ``value``, flat ``[numel]``; it belongs to the predictor from now on.
 
         Args:
             value: the reconstruction.
             terms: what :meth:`terms`, :meth:`kept_terms` or :attr:`rounded` gave for this frame; empty for a keyframe.
+            accepted: uint8 ``[2]`` on the device: where the first of it is 0, what is kept in eight bits stays, and a
+                tensor holds what it did before the frame was decoded to it.
 
         Returns:
             A tensor of the same size whose memory nobody needs any more, or ``None``.
@@ -298,7 +309,7 @@ class Memoryless(Predictor):
     def terms(self, coefficient: float | Tensor = 0.0) -> Terms:
         return ()
 
-    def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
+    def advance(self, value: Tensor, terms: Terms, accepted: Tensor | None = None) -> Tensor | None:
         return None
 
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
@@ -331,8 +342,11 @@ class LastValue(Predictor):
     def kept_terms(self, coefficient: float | Tensor = 0.0, *, rounded: bool = False) -> tuple[MovingTerm, ...]:
         return (rounded and self.rounded) or self.terms(coefficient)
 
-    def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
-        return self._base.put(value, terms[0] if terms else None)
+    def spare(self, terms: tuple[MovingTerm, ...]) -> Tensor | None:
+        return terms[0] if terms and isinstance(terms[0], Tensor) else None
+
+    def advance(self, value: Tensor, terms: Terms, accepted: Tensor | None = None) -> Tensor | None:
+        return self._base.put(value, terms[0] if terms else None, accepted)
 
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
         return self._base.made_of(value)
@@ -356,7 +370,7 @@ class ExactLastValue(LastValue):
         base = self._cell.value
         return () if base is None else (base,)
 
-    def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
+    def advance(self, value: Tensor, terms: Terms, accepted: Tensor | None = None) -> Tensor | None:
         cell = self._cell
         last = cell.value
         if last is value:
@@ -392,13 +406,13 @@ class DampedVelocity(Predictor):
         base, velocity = (self._base.rounded, self._velocity.rounded) if rounded else (None, None)
         return self.terms(coefficient) if base is None or velocity is None else (base, velocity)
 
-    def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
+    def advance(self, value: Tensor, terms: Terms, accepted: Tensor | None = None) -> Tensor | None:
         base = terms[0] if terms else self._base.read()
-        self._velocity.put(self._change(value, base), None)
-        return self._base.put(value, base)
+        self._velocity.put(self._change(value, base), None, accepted)
+        return self._base.put(value, base, accepted)
 
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
-        return self._base.made_of(value) + self._velocity.made_of(kernels.restored(self._change(value, terms[0])))
+        return self._base.made_of(value) + self._velocity.made_of(self._change(value, terms[0]))
 
     def _change(self, value: Tensor, base: Term | None) -> Tensor | Velocity:
         return torch.zeros_like(value) if base is None else Velocity(value, base, self._damping)
@@ -434,16 +448,25 @@ class LastTwo(Predictor):
             return (base,)
         return base, Velocity(base, previous, coefficient)
 
-    def advance(self, value: Tensor, terms: Terms) -> Tensor | None:
+    @property
+    def _stays(self) -> bool:
+        return isinstance(self._base, ExactCell) and self._base.stays
+
+    def spare(self, terms: tuple[MovingTerm, ...]) -> Tensor | None:
+        if len(terms) < 2 or self._stays or not isinstance(velocity := terms[1], Velocity):
+            return None
+        return velocity.previous if isinstance(velocity.previous, Tensor) else None
+
+    def advance(self, value: Tensor, terms: Terms, accepted: Tensor | None = None) -> Tensor | None:
         base = terms[0] if terms else self._base.read()
         if base is None:
             self._previous.put(value.clone(), None)  # no change yet
             return self._base.put(value, None)
-        if isinstance(self._base, ExactCell) and self._base.stays:
+        if self._stays:
             self._previous.put(base, None)
         else:
             self._base, self._previous = self._previous, self._base
-        return self._base.put(value, base)
+        return self._base.put(value, base, accepted)
 
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
         return value, terms[0].clone()  # which is written to first

@@ -37,7 +37,6 @@ __all__ = [
     "StateForm",
     "make_predictor",
     "quantize",
-    "quantize_if",
     "state_copy_nbytes",
 ]
 
@@ -46,7 +45,13 @@ STATE_FORMS: tuple[StateForm, ...] = ("exact", "int8", "fp8")
 
 
 @torch.no_grad()
-def quantize(values: Tensor | Velocity, form: EightBits, dtype: torch.dtype, into: Rounded | None = None) -> Rounded:
+def quantize(
+    values: Tensor | Velocity,
+    form: EightBits,
+    dtype: torch.dtype,
+    into: Rounded | None = None,
+    accepted: Tensor | None = None,
+) -> Rounded:
     """Round a flat, finite tensor to eight bits for each element, as ``kernels/reference/rounding.py`` says.
 
     Args:
@@ -54,19 +59,17 @@ def quantize(values: Tensor | Velocity, form: EightBits, dtype: torch.dtype, int
         form: ``"int8"``: 127 equal steps to each side; ``"fp8"``: E4M3, a constant relative error over six decades.
         dtype: of the tensor that it stands for.
         into: of the same form, whose memory is written to if size, dtype and device are the same.
+        accepted: uint8 ``[2]`` on the device: that memory stays as it is where the first of it is 0.
     """
     numel, device, codes = values.numel(), values.device, ROUNDED[form].codes
     if into is None or into.numel() != numel or into.dtype != dtype or into.device != device:
         made = torch.empty(numel, dtype=codes, device=device)
-        into = Rounded(made, torch.empty(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16, device=device), dtype)
-    kernels.round_off(values, into.codes, into.scales)
+        into, accepted = (
+            Rounded(made, torch.empty(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16, device=device), dtype),
+            None,
+        )
+    kernels.round_off(values, into.codes, into.scales, accepted)
     return into
-
-
-def quantize_if(accepted: Tensor, values: Tensor, into: Rounded) -> None:
-    """Round a flat tensor to the memory of one of its form, if a device's flag, uint8 ``[2]``, is not 0 at first."""
-    rounding = kernels.rounding_for(values.numel(), values.dtype, into.codes.dtype, values.device)
-    rounding.quantize(values, into.codes, into.scales, accepted)
 
 
 def state_copy_nbytes(form: StateForm, numel: int, dtype: torch.dtype) -> int:
@@ -98,18 +101,18 @@ class QuantizedCell:
         """The rounded tensor, in new memory."""
         return None if self._kept is None else kernels.restored(self._kept)
 
-    def put(self, value: Tensor | Velocity, last: Term | None) -> Tensor | None:
-        """Remember a rounded copy of ``value``.
+    def put(self, value: Tensor | Velocity, last: Term | None, accepted: Tensor | None = None) -> Tensor | None:
+        """Remember a rounded copy of ``value``, unless it was not ``accepted``.
 
         Returns:
             ``last``, a copy that ``read`` made and nobody needs now; ``value``, where ``last`` is what is kept.
         """
-        self._kept = quantize(value, self._form, value.dtype, self._kept)
+        self._kept = quantize(value, self._form, value.dtype, self._kept, accepted)
         if isinstance(last, Rounded):
             return value if isinstance(value, Tensor) else None
         return last
 
-    def made_of(self, value: Tensor) -> tuple[Tensor, ...]:
+    def made_of(self, value: Tensor | Velocity) -> tuple[Tensor, ...]:
         """Its codes and scales."""
         made = quantize(value, self._form, value.dtype)
         return made.codes, made.scales

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compactdist.codecs.base import Codec, Terms
+from compactdist.codecs.base import Codec
 from compactdist.kernels import Frames
 from compactdist.state.history import Predictor
 from compactdist.state.host_copy import HostCopy
@@ -27,13 +27,12 @@ def coefficient_of(frames: Frames) -> Tensor:
     return view
 
 
-def say_coefficient(frames: Frames, x: Tensor, predictor: Predictor, codec: Codec) -> Terms:
-    """Choose the coefficient that ``x``, flat, is predicted with, and let frames say it; the terms of the prediction.
+def say_coefficient(frames: Frames, x: Tensor, predictor: Predictor, codec: Codec) -> Tensor:
+    """Choose the coefficient that ``x``, flat, is predicted with, and let frames say it; returns it.
 
     ``codec``: of the residual, at the rate in use.
     """
-    coefficient = coefficient_of(frames)
-    return predictor.terms(predictor.choose(x, codec.velocity_share, coefficient))
+    return predictor.choose(x, codec.velocity_share, coefficient_of(frames))
 
 
 def expect_coefficient(frames: Frames, frame: Tensor, predictor: Predictor) -> Tensor:

@@ -172,6 +172,7 @@ class StreamState:
         "_keys",
         "_moves",
         "_number",
+        "_plain",
         "_rounds",
         "_unprepared",
         "clock",
@@ -205,6 +206,7 @@ class StreamState:
         self.predictor = config.new_predictor()
         self._rounds = config.state != "exact" and config.predictor.copies == 1
         self._moves = config.predictor.copies > 1
+        self._plain = not (self._rounds or self._moves)
         self._keeps_copies = config.state != "exact" and config.remembers
         self.live: tuple[int, torch.dtype] | None = None
         self.sequence = 0
@@ -229,10 +231,6 @@ class StreamState:
     @predictors.setter
     def predictors(self, given: tuple[Predictor, ...]) -> None:
         (self.predictor,) = given
-
-    def expects_rounded(self, session: Session) -> bool:
-        """Whether the session gets the prediction as it is kept in eight bits."""
-        return self._rounds and session.takes_rounded
 
     @property
     def rounded_terms(self) -> Terms:
@@ -259,11 +257,17 @@ class StreamState:
         """What the last residual shared with those before it; ``None``: there is none since the stream changed."""
         return self._form
 
-    def moving_terms(self, session: Session, coefficient: float) -> Terms:
+    def moving_terms(self, session: Session, coefficient: float | Tensor) -> Terms:
         """The prediction of a predictor with a velocity, in the form that the session takes."""
-        if session.takes_velocity and session.device.type == "cpu" and self.clock is None:  # and graphs know no address
+        if session.takes_velocity:
             return cast(Terms, self.predictor.kept_terms(coefficient, rounded=session.takes_rounded))
         return self.predictor.terms(coefficient)
+
+    def terms_for(self, session: Session, coefficient: float | Tensor = 0.0) -> Terms:
+        """The prediction of the next residual, in the form that the session takes."""
+        if self._moves:
+            return self.moving_terms(session, coefficient)
+        return self.rounded_terms if self._rounds and session.takes_rounded else self.predictor.terms(coefficient)
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         """Keep what ``to`` makes of each tensor held by this end: the same bytes on another device."""

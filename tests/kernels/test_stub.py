@@ -37,7 +37,7 @@ KERNELS = {
         "spread_over_runs",
     ],
 }
-MOST_PYTHON_CALLS = {"int4": 56, "int4:scales=block": 56}
+MOST_PYTHON_CALLS = {"int4": 60, "int4:scales=block": 60}
 """Of the package's own functions, in one steady call: a count, which no load of the machine changes."""
 SEALED_AT = 4
 """Where seal_frame and check_frame have step, epoch and sequence, then which digest, among their arguments."""
@@ -123,16 +123,9 @@ def test_a_steady_step_repeats_its_launches(codec):
 
 @pytest.mark.parametrize("order", [2, "auto"])
 def test_a_velocity_takes_launches(order):
-    """It was 15 and 79 operations of torch, nearly all of which are launches of their own."""
-    made, said = ["make_velocity"], ["weigh_run", "choose_coefficient"] if order == "auto" else []
-    expected = [
-        *said,
-        *made,
-        *KERNELS["int4"][:5],
-        *(["take_coefficient"] if said else []),
-        *made,
-        *KERNELS["int4"][5:],
-    ]
+    """Kernels work it out as they read: only what a frame says of it is a launch of its own."""
+    said = ["weigh_run", "choose_coefficient"] if order == "auto" else []
+    expected = [*said, *KERNELS["int4"][:5], *(["take_coefficient"] if said else []), *KERNELS["int4"][5:]]
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -158,6 +158,11 @@ class TransformSession(Session):
         self._lock = threading.Lock()
 
     @property
+    def takes_rounded(self) -> bool:
+        """On a device, whose kernels read terms in eight bits."""
+        return steps_for(self._layout, self.view, self.dtype, self.device) is not None
+
+    @property
     def device_steps(self) -> DeviceSteps | None:
         return None if steps_for(self._layout, self.view, self.dtype, self.device) is None else _DeviceSteps(self)
 

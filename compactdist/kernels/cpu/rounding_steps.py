@@ -11,28 +11,25 @@ from compactdist.kernels.cpu.products import expected_slots, run_alone
 from compactdist.kernels.cpu.simd.sixteen import COUNT
 from compactdist.kernels.cpu.steps import DTYPES, loops_for, second_term
 from compactdist.kernels.cpu.terms import write_sum
-from compactdist.kernels.spec import ROUNDED_BLOCK, Rounded, Velocity
+from compactdist.kernels.spec import ROUNDED_BLOCK, Rounded, Term, Velocity
 
-__all__ = ["dequantize", "quantize", "quantize_velocity"]
+__all__ = ["dequantize", "quantize"]
 
 
-def quantize(values: Tensor, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
+def quantize(values: Tensor | Velocity, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
     """See ``kernels.Rounding``; ``values`` are of a dtype of ``DTYPES``."""
     if accepted is not None and not accepted[0]:
         return
-    values = values.contiguous()
-    made = {call.X: values.data_ptr(), call.CODES: codes.data_ptr(), call.SECOND_SCALES: scales.data_ptr()}
-    _run("quantize", values, codes, made)
-
-
-def quantize_velocity(values: Velocity, codes: Tensor, scales: Tensor) -> None:
-    """As :func:`quantize`, of a velocity between a tensor and one in the form of the codes."""
-    base, kept, (_, _, factor) = values.base, values.previous, second_term(values)
-    assert isinstance(base, Tensor)
-    assert isinstance(kept, Rounded)
-    base = base.contiguous()
-    made = {call.X: base.data_ptr(), call.CODES: codes.data_ptr(), call.SECOND_SCALES: scales.data_ptr()}
-    _run("quantize_velocity", base, codes, made | expected_slots((kept,)) | {call.FACTOR: factor})
+    loop, given = "quantize", dict[int, int]()
+    exact: Term | Velocity = values
+    if isinstance(values, Velocity):
+        kept, (_, _, factor) = values.previous, second_term(values)
+        assert isinstance(kept, Rounded)
+        loop, given, exact = "quantize_velocity", expected_slots((kept,)) | {call.FACTOR: factor}, values.base
+    assert isinstance(exact, Tensor)
+    exact = exact.contiguous()
+    made = {call.X: exact.data_ptr(), call.CODES: codes.data_ptr(), call.SECOND_SCALES: scales.data_ptr()}
+    _run(loop, exact, codes, made | given)
 
 
 def dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> None:

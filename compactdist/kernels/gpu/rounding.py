@@ -17,22 +17,25 @@ from torch import Tensor
 
 from compactdist.kernels.gpu.codes import FLOAT8, LINEAR, code_of, level_of
 from compactdist.kernels.gpu.elements import (
+    DTYPES,
     decode_bf16,
     encode_bf16,
     inverse_or_zero,
     is_zero,
     read,
+    read_rounded,
+    rounded_to,
     storable_scale,
+    within,
     write,
 )
 from compactdist.kernels.gpu.launch import Launch, Slot, run
 from compactdist.kernels.gpu.plan import DEVICE_TYPE, INTERPRETED, MOST_ELEMENTS
-from compactdist.kernels.spec import LARGEST_LEVEL, ROUNDED_BLOCK
+from compactdist.kernels.spec import LARGEST_LEVEL, ROUNDED_BLOCK, Rounded, Term, Velocity
 
 __all__ = ["Rounding", "rounding_of"]
 
 _BLOCKS = 64 if INTERPRETED else 8
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS = {torch.int8: LINEAR.value, torch.uint8: FLOAT8.value}
 
 
@@ -45,17 +48,23 @@ def _places(BLOCKS: tl.constexpr):
 
 @triton.jit
 def quantize_history(
-    values, codes, scales, accepted, numel, largest, KIND: tl.constexpr, CHECKED: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """Codes and scales of ``BLOCKS`` blocks.
+    values, base, base_scales, codes, scales, accepted, numel, largest, factor,
+    MOVES: tl.constexpr, DTYPE: tl.constexpr, KIND: tl.constexpr, CHECKED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of ``BLOCKS`` blocks of values or, if ``MOVES``, of a velocity (``spec.Velocity``) to them.
 
     Args:
         values: finite, flat ``[numel]``.
+        base: what the velocity goes out from, as ``codes``.
+        base_scales: as ``scales``.
         codes: int8 or uint8 ``[numel]``.
         scales: bits of bfloat16, int16 ``[ceil(numel / 128)]``.
         accepted: uint8.
         numel: elements.
         largest: level of the largest magnitude of a block.
+        factor: the velocity's coefficient.
+        MOVES: there is a velocity; else ``base``, ``base_scales`` and ``factor`` are not looked at.
+        DTYPE: of the values, see ``elements.DTYPES``.
         KIND: ``LINEAR`` for int8, ``FLOAT8`` for E4M3.
         CHECKED: nothing is written where the first of ``accepted`` is 0.
         BLOCKS: of a program.
@@ -66,6 +75,8 @@ def quantize_history(
     if CHECKED:
         taken = taken & ~is_zero(accepted)
     value = read(values, at, there)
+    if MOVES:
+        value = rounded_to(within(value - read_rounded(base, base_scales, at, there, DTYPE), DTYPE) * factor, DTYPE)
     scale = storable_scale(tl.div_rn(tl.max(tl.abs(value), axis=1)[:, None], largest), True)
     tl.store(scales + block, encode_bf16(scale).to(tl.int16), mask=taken)
     level = value * inverse_or_zero(scale)  # its sign decides, not that of the value, which may have become zero
@@ -87,27 +98,48 @@ class Rounding:
     """Rounds tensors of one size to eight bits and back.
 
     Args:
-        numel: elements of every tensor, 1 or more; they are of one dtype.
+        numel: elements of every tensor, 1 or more.
+        dtype: of every tensor.
         codes: dtype of the codes.
         device: of the tensors.
     """
 
-    __slots__ = ("_dequantize", "_device", "_quantize", "_quantize_if")
+    __slots__ = ("_dequantize", "_device", "_dtype", "_given", "_quantizing")
 
-    def __init__(self, numel: int, codes: torch.dtype, device: torch.device) -> None:
-        self._device, largest = device, LARGEST_LEVEL[codes]
+    def __init__(self, numel: int, dtype: torch.dtype, codes: torch.dtype, device: torch.device) -> None:
+        self._device, self._dtype = device, DTYPES[dtype]
         grid = -(-numel // (ROUNDED_BLOCK * _BLOCKS))
         constants = {"KIND": _KINDS[codes], "BLOCKS": _BLOCKS, "num_warps": 4, "enable_fp_fusion": False}
-        given = (*map(Slot, range(4)), numel, largest)
-        self._quantize, self._quantize_if = (
-            Launch(quantize_history, grid, given, 4, {"CHECKED": checked, **constants}) for checked in (False, True)
-        )
+        self._given = grid, (*map(Slot, range(6)), numel, LARGEST_LEVEL[codes]), constants
+        self._quantizing: dict[tuple[float | None, bool], Launch] = {}
         self._dequantize = Launch(dequantize_history, grid, (*map(Slot, range(3)), numel), 3, constants)
 
-    def quantize(self, values: Tensor, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
-        """Write the codes ``[numel]`` and the bfloat16 scales ``[ceil(numel / 128)]`` of flat, finite values."""
-        launch = self._quantize if accepted is None else self._quantize_if
-        run(launch, (values.contiguous(), codes, scales, codes if accepted is None else accepted), self._device)
+    def quantize(
+        self, values: Tensor | Velocity, codes: Tensor, scales: Tensor, accepted: Tensor | None = None
+    ) -> None:
+        """Write the codes ``[numel]`` and the bfloat16 scales ``[ceil(numel / 128)]`` of flat, finite values.
+
+        A velocity is one between a tensor and what has codes of the same form.
+        """
+        base, base_scales = codes, scales
+        target: Term | Velocity = values
+        factor: float | Tensor | None = None
+        if isinstance(values, Velocity):
+            target, factor = values.base, values.coefficient
+            assert isinstance(values.previous, Rounded)
+            base, base_scales = values.previous.codes, values.previous.scales
+        assert isinstance(target, Tensor)
+        assert not isinstance(factor, Tensor)
+        launch = self._quantizing.get((factor, accepted is not None)) or self._made(factor, accepted is not None)
+        flag = codes if accepted is None else accepted
+        run(launch, (target.contiguous(), base, base_scales, codes, scales, flag), self._device)
+
+    def _made(self, factor: float | None, checked: bool) -> Launch:
+        grid, arguments, constants = self._given
+        own = {"MOVES": factor is not None, "DTYPE": self._dtype, "CHECKED": checked}
+        made = Launch(quantize_history, grid, (*arguments, factor or 0.0), 6, {**own, **constants})
+        self._quantizing[factor, checked] = made
+        return made
 
     def dequantize(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         """Write the values, kept finite and rounded once to the dtype of ``out``, contiguous ``[numel]``."""
@@ -117,6 +149,6 @@ class Rounding:
 @lru_cache(maxsize=256)
 def rounding_of(numel: int, dtype: torch.dtype, codes: torch.dtype, device: torch.device) -> Rounding | None:
     """As ``kernels.rounding_for``; ``None`` where there are no kernels for this device, dtype or size."""
-    if device.type != DEVICE_TYPE or dtype not in _DTYPES or not 0 < numel <= MOST_ELEMENTS:
+    if device.type != DEVICE_TYPE or dtype not in DTYPES or not 0 < numel <= MOST_ELEMENTS:
         return None
-    return Rounding(numel, codes, device)
+    return Rounding(numel, dtype, codes, device)

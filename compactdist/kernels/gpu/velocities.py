@@ -15,15 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactdist.kernels.gpu.elements import clamped, from_bits, read, round_half_even, write
+from compactdist.kernels.gpu.elements import DTYPES, clamped, from_bits, read, read_rounded, round_half_even, write
 from compactdist.kernels.gpu.launch import Launch, Slot, run
 from compactdist.kernels.gpu.plan import INTERPRETED, MOST_ELEMENTS
-from compactdist.kernels.spec import Velocity
+from compactdist.kernels.spec import Rounded, Term, Velocity
 
 __all__ = ["Rule", "choose", "expect", "supports", "write_out"]
 
 _BLOCK = 1 << (14 if INTERPRETED else 11)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXACT = {"enable_fp_fusion": False}
 
 
@@ -55,24 +54,35 @@ def make_velocity(
 
 
 @triton.jit
-def weigh_run(x, base, previous, sums, numel, distance, RUN: tl.constexpr):
+def weigh_run(
+    x, base, previous, base_scales, previous_scales, sums, numel, distance,
+    IN_EIGHT_BITS: tl.constexpr, DTYPE: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
     """Sums over the run of this program, by which ``choose_coefficient`` chooses.
 
     Args:
         x: flat ``[numel]``.
-        base: as ``x``.
-        previous: as ``x``.
+        base: as ``x``, or codes of as many elements.
+        previous: as ``base``.
+        base_scales: of codes.
+        previous_scales: likewise.
         sums: float64 ``[runs, 2]``; gets the sum of products of what ``x`` and ``base`` changed by, and the sum of
             squares of the latter.
         numel: elements.
         distance: between the beginnings of two runs.
+        IN_EIGHT_BITS: there are codes.
+        DTYPE: of the tensors, see ``elements.DTYPES``.
         RUN: elements of a run.
     """
     run_number = tl.program_id(0)
     at = run_number * distance + tl.arange(0, RUN)
     there = at < numel
-    last = read(base, at, there)
-    change = last - read(previous, at, there)
+    if IN_EIGHT_BITS:
+        last = read_rounded(base, base_scales, at, there, DTYPE)
+        change = last - read_rounded(previous, previous_scales, at, there, DTYPE)
+    else:
+        last = read(base, at, there)
+        change = last - read(previous, at, there)
     along = (read(x, at, there) - last) * change
     tl.store(sums + 2 * run_number, tl.sum(along.to(tl.float64), axis=0))
     tl.store(sums + 2 * run_number + 1, tl.sum((change * change).to(tl.float64), axis=0))
@@ -143,7 +153,7 @@ class Rule(NamedTuple):
 
 def supports(dtype: torch.dtype, numel: int) -> bool:
     """Whether there are kernels for such tensors of a device that has kernels."""
-    return dtype in _DTYPES and 0 < numel <= MOST_ELEMENTS
+    return dtype in DTYPES and 0 < numel <= MOST_ELEMENTS
 
 
 def write_out(term: Velocity, out: Tensor) -> None:
@@ -156,19 +166,27 @@ def write_out(term: Velocity, out: Tensor) -> None:
     run(launch, (base, previous, coefficient, out), term.device)
 
 
-def choose(tensors: tuple[Tensor, Tensor, Tensor], samples: tuple[int, int, int], rule: Rule, out: Tensor) -> None:
+def choose(x: Tensor, kept: tuple[Term, Term], samples: tuple[int, int, int], rule: Rule, out: Tensor) -> None:
     """Write the coefficient that a frame says to ``out``.
 
     Args:
-        tensors: what is to be sent, the last reconstruction and the one before, flat, contiguous, of one dtype.
+        x: what is to be sent, flat, contiguous.
+        kept: the last reconstruction and the one before, of the same dtype; both tensors, or both in eight bits.
         samples: how many runs stand for a tensor, how far apart they begin, how many elements they have.
         rule: of the coefficient.
         out: float32 ``[]``.
     """
-    x, base, previous = tensors
+    base, previous = kept
+    if isinstance(base, Rounded):
+        assert isinstance(previous, Rounded)
+        given = base.codes, previous.codes, base.scales, previous.scales
+    else:
+        assert isinstance(previous, Tensor)
+        given = base, previous, x, x
     sums = torch.empty(2 * samples[0], dtype=torch.float64, device=x.device)
-    weighing, choosing = _choosing(x.numel(), samples, rule)
-    run(weighing, (x, base, previous, sums), x.device)
+    form = None if isinstance(base, Tensor) else base.codes.dtype
+    weighing, choosing = _choosing(x.numel(), x.dtype, form, samples, rule)
+    run(weighing, (x, *given, sums), x.device)
     run(choosing, (sums, out), x.device)
 
 
@@ -192,12 +210,16 @@ def _making(numel: int, dtype: torch.dtype, factor: float, given: bool) -> Launc
 
 
 @lru_cache(maxsize=256)
-def _choosing(numel: int, samples: tuple[int, int, int], rule: Rule) -> tuple[Launch, Launch]:
+def _choosing(
+    numel: int, dtype: torch.dtype, codes: torch.dtype | None, samples: tuple[int, int, int], rule: Rule
+) -> tuple[Launch, Launch]:
+    """``codes``: of what is kept, if that is in eight bits."""
     runs, distance, length = samples
-    weighing = (*map(Slot, range(4)), numel, distance)
+    weighing = (*map(Slot, range(6)), numel, distance)
+    kept = {"IN_EIGHT_BITS": codes is not None, "DTYPE": DTYPES[dtype]}
     choosing = (Slot(0), Slot(1), runs, rule.share, float(rule.grid), 1 / rule.grid, rule.largest)
     return (
-        Launch(weigh_run, runs, weighing, 4, {"RUN": length, "num_warps": 1, **_EXACT}),
+        Launch(weigh_run, runs, weighing, 6, {**kept, "RUN": length, "num_warps": 1, **_EXACT}),
         Launch(choose_coefficient, 1, choosing, 2, {"RUNS": triton.next_power_of_2(runs), "num_warps": 4, **_EXACT}),
     )
 

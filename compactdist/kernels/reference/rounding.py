@@ -15,15 +15,16 @@ from torch.nn.functional import pad
 
 from compactdist.kernels.reference.codes import float8_codes, float8_levels, unpack_levels
 from compactdist.kernels.reference.scales import divide_or_zero, storable_scale
-from compactdist.kernels.spec import FLOAT8, LARGEST_LEVEL, ROUNDED_BLOCK
+from compactdist.kernels.spec import FLOAT8, LARGEST_LEVEL, ROUNDED_BLOCK, Velocity
 
 __all__ = ["dequantize", "quantize"]
 
 _CPU_PART = ROUNDED_BLOCK << 9
 
 
-def quantize(values: Tensor, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
+def quantize(values: Tensor | Velocity, codes: Tensor, scales: Tensor, accepted: Tensor | None = None) -> None:
     """See ``kernels.Rounding``."""
+    assert isinstance(values, Tensor)
     with torch.inference_mode():  # as below
         for elements, blocks in _parts(values):
             made = _quantize(values[elements], codes.dtype)
