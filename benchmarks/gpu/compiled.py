@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -158,6 +158,10 @@ def _checks() -> tuple[dict[str, Any], dict[str, Any]]:
     return {"flag": torch.zeros(1, dtype=torch.int32)}, {"accepted": torch.ones(2, dtype=torch.uint8)}
 
 
+Given = int | Literal["int8", "fp8", "velocity", "int8 velocity", "fp8 velocity"]
+"""So many tensors; a history in eight bits; a tensor and a velocity between it and another; two histories likewise."""
+
+
 def _rounded(numel: int, dtype: torch.dtype, form: EightBits) -> Rounded:
     """A history of zeros."""
     scales = torch.zeros(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16)
@@ -170,17 +174,21 @@ def _both(
     dtype: torch.dtype,
     payload_nbytes: int,
     compiler: Any,
-    terms: int | EightBits,
+    terms: Given,
     for_encode: dict[str, Any],
     for_decode: dict[str, Any],
 ) -> tuple[list[Compiled], list[Compiled]]:
     """The launches of one encode and of one decode of zeros."""
     x, out = (torch.zeros(numel, dtype=dtype) for _ in range(2))
     given: list[Any]
-    if isinstance(terms, str):
+    if isinstance(terms, int):
+        given = [torch.zeros_like(x) for _ in range(terms)]
+    elif terms in ROUNDED:
         given = [_rounded(numel, dtype, terms)]
     else:
-        given = [torch.zeros_like(x) for _ in range(terms)]
+        form: Any = terms.removesuffix("velocity").strip()
+        base, previous = (_rounded(numel, dtype, form) if form else torch.zeros_like(x) for _ in range(2))
+        given = [base, Velocity(base, previous, torch.zeros(()))]
     payload = torch.zeros(payload_nbytes, dtype=torch.uint8)
     before = len(compiler.launches)
     with compiling(compiler):
@@ -196,7 +204,7 @@ def step(
     dtype: torch.dtype,
     compiler: Any,
     *,
-    terms: int | EightBits = 1,
+    terms: Given = 1,
     copies: bool = False,
 ) -> tuple[list[Compiled], list[Compiled]]:
     """The launches of one encode and of one decode, as a group's steady call makes them.
@@ -206,7 +214,7 @@ def step(
         view: of its tensors.
         dtype: of its tensors.
         compiler: a :class:`Compiler`.
-        terms: of the prediction, 0 to 2; or a form: one, which is a history in eight bits.
+        terms: of the prediction, see ``Given``.
         copies: both write a second output, too.
     """
     from compactdist.kernels.gpu.steps import TritonSteps
@@ -220,7 +228,7 @@ def step(
 
 
 def history_step(
-    codec: Codec, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: int | EightBits = 1
+    codec: Codec, view: MatrixView, dtype: torch.dtype, compiler: Any, *, terms: Given = 1
 ) -> tuple[list[Compiled], list[Compiled]]:
     """As ``step``, for ``scales="token_history"``: of a frame that is not the first."""
     from compactdist.kernels.gpu.history_steps import TritonHistorySteps

@@ -68,7 +68,13 @@ TRANSFORMS = {"transform": Transform(), "transform_trellis": Transform(trellis=T
 TOPK = {"topk": TopK(), "topk_int4": TopKInt4()}
 NAMES += [FRAMES, *HISTORIES, VELOCITY, MEASURED, *TRANSFORMS, *TOPK]
 NAMES += ["int4 block, int8 history", "int4 token_channel, int8 history", "int2 block, fp8 history"]
-"""With a comma: the step of a stream that remembers in eight bits."""
+NAMES += [
+    "int4 block, velocity",
+    "int4 token_channel, velocity",
+    "int4 block, int8 velocity",
+    "int2 block, fp8 velocity",
+]
+"""With a comma: the step of a stream that remembers in eight bits, that predicts with a velocity, or both."""
 _WORDS = 1 << 20
 
 
@@ -120,7 +126,7 @@ def kernels(name: str, capability: int) -> dict[str, Compiled]:
         of, _, remembers = name.partition(", ")
         codec_id, scales = of.split()
         made = history_step if scales == "token_history" else step
-        terms = HISTORIES[remembers] if remembers else 1
+        terms: Any = HISTORIES.get(remembers, remembers or 1)
         both = made(codecs.get(codec_id, scales=scales), view, torch.bfloat16, compiler, terms=terms)
     return {
         f"{name} {direction} {one.name}": one

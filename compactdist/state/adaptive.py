@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compactdist import kernels
 from compactdist.kernels.spec import MovingTerm
-from compactdist.state.history import LastTwo, kept_in
+from compactdist.state.history import LastTwo
 
 __all__ = ["GRID", "LARGEST", "AdaptiveVelocity", "samples_of"]
 
@@ -60,26 +60,27 @@ class AdaptiveVelocity(LastTwo):
     def kept_terms(self, coefficient: float | Tensor = 0.0, *, rounded: bool = False) -> tuple[MovingTerm, ...]:
         return self.with_velocity(coefficient if isinstance(coefficient, Tensor) or coefficient else None, rounded)
 
-    def choose(self, x: Tensor, share: float, out: Tensor | None = None) -> Tensor:
+    def choose(self, x: Tensor, share: float, out: Tensor | None = None, queue: int | None = None) -> Tensor:
         """``share`` of the coefficient of least squares over samples of ``x``: a multiple of 1/16 in [-1, 1].
 
         0 where nothing changed, and for values that are not finite or too large to be squared.
         """
-        given = x.numel(), x.dtype, x.device
-        on_cpu, on_device = kernels.cpu_velocities_for(*given), kernels.device_velocities_for(*given)
-        rounded = on_cpu is not None or on_device is not None
-        base, previous = (kept_in(cell, rounded=rounded) for cell in (self._base, self._previous))
-        if base is None or previous is None or not x.numel():
+        numel, dtype, device = x.numel(), x.dtype, x.device
+        on_device = kernels.device_velocities_for(numel, dtype, device)
+        on_cpu = None if on_device is not None else kernels.cpu_velocities_for(numel, dtype, device)
+        rounded = not (on_device is None and on_cpu is None)
+        base, previous = self._base.kept(rounded), self._previous.kept(rounded)
+        if base is None or previous is None or not numel:
             return super().choose(x, share, out)
-        if on_cpu is not None and x.dtype == base.dtype:
-            along, energy = on_cpu.weigh(x.contiguous(), base, previous, samples_of(x.numel()))
-            chosen = torch.tensor(_nearest(along, energy, share), dtype=torch.float32, device=x.device)
-            return chosen if out is None else out.copy_(chosen)
-        if on_device is not None and x.dtype == base.dtype:
-            chosen = torch.empty((), dtype=torch.float32, device=x.device) if out is None else out
+        if on_device is not None and dtype == base.dtype:
+            chosen = torch.empty((), dtype=torch.float32, device=device) if out is None else out
             rule = on_device.Rule(share, GRID, LARGEST)
-            on_device.choose(x.contiguous(), (base, previous), samples_of(x.numel()), rule, chosen)
+            on_device.choose(x.contiguous(), (base, previous), samples_of(numel), rule, chosen, queue)
             return chosen
+        if on_cpu is not None and dtype == base.dtype:
+            along, energy = on_cpu.weigh(x.contiguous(), base, previous, samples_of(numel))
+            chosen = torch.tensor(_nearest(along, energy, share), dtype=torch.float32, device=device)
+            return chosen if out is None else out.copy_(chosen)
         base, previous = kernels.restored(base), kernels.restored(previous)
         last = _sample(base).float()
         change = last - _sample(previous).float()
@@ -99,10 +100,10 @@ class AdaptiveVelocity(LastTwo):
         there = (coefficient.abs() <= LARGEST) & (coefficient * GRID == (coefficient * GRID).round())
         return torch.where(there, coefficient, 0.0)
 
-    def accept(self, frame: Tensor, at: int, out: Tensor) -> Tensor:
+    def accept(self, frame: Tensor, at: int, out: Tensor, queue: int | None = None) -> Tensor:
         on_device = kernels.device_velocities_for(1, torch.float32, frame.device)
         if on_device is None:
-            return super().accept(frame, at, out)
+            return super().accept(frame, at, out, queue)
         rule = on_device.Rule(1.0, GRID, LARGEST) if self._previous.held else None
-        on_device.expect(frame, at, rule, out)
+        on_device.expect(frame, at, rule, out, queue)
         return out

@@ -37,11 +37,6 @@ _BY_CLOCK = 0, 0, 0, FROM_CLOCK, 0
 
 def unsuited(config: StreamConfig) -> str:
     """Why no frame of streams with this configuration can be captured; empty if some can."""
-    if config.state != "exact" and config.predictor.adapts:
-        return (
-            f'with state="{config.state}" and order="auto" two histories change places in every frame; take another '
-            'order, or state="exact"'
-        )
     if config.open_loop:
         return "with error_feedback=False the host makes every frame; leave error feedback on"
     return ""
@@ -93,7 +88,7 @@ def capture_seal(
     form, frames, steps, clock = _parts(encoder)
     head, nbytes = form.head, form.frame_nbytes
     flat, predictor = x.detach().reshape(-1), encoder.predictor
-    coefficient = say_coefficient(frames, flat, predictor, form.codec) if predictor.adapts else 0.0
+    coefficient = say_coefficient(frames, flat, predictor, form.codec, queue) if predictor.adapts else 0.0
     terms = encoder.terms_for(form.session, coefficient)
     frame = torch.empty(frame_nbytes, dtype=torch.uint8, device=x.device)
     if frame_nbytes > nbytes:
@@ -134,7 +129,7 @@ def capture_check(decoder: StreamDecoder, frame: Tensor, into: Tensor | None, qu
     assert decoder.live is not None
     (numel, dtype), predictor = decoder.live, decoder.predictor
     in_place = predictor.decodes_in_place and decoder.config.state == "exact"
-    coefficient = expect_coefficient(frames, frame, predictor) if predictor.adapts else 0.0
+    coefficient = expect_coefficient(frames, frame, predictor, queue) if predictor.adapts else 0.0
     terms = decoder.terms_for(form.session, coefficient)
     value = terms[0] if terms and in_place else torch.empty(numel, dtype=dtype, device=frame.device)
     direct = into if into is not None and into.is_contiguous() else None

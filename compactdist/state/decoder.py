@@ -357,7 +357,7 @@ class StreamDecoder(StreamState):
             clock.follow(predictor, queue, form.session)
         numel, dtype = self.live
         if predictor.adapts:  # a coefficient that no frame may say now is not expected, so that the frame is refused
-            self._coefficient = expect_coefficient(frames, frame, predictor)
+            self._coefficient = expect_coefficient(frames, frame, predictor, queue)
             terms = self.terms_for(form.session, self._coefficient)
         else:
             terms = predictor.terms() if self._plain else self.terms_for(form.session)

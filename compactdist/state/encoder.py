@@ -473,7 +473,7 @@ class StreamEncoder(StreamState):
             announce(frames, choice.rate, choice.keyframe)
         coefficient: float | Tensor = 0.0
         if self.predictor.adapts:
-            coefficient = say_coefficient(frames, flat, self.predictor, codec.at(self.rate_of(codec)))
+            coefficient = say_coefficient(frames, flat, self.predictor, codec.at(self.rate_of(codec)), queue)
         terms = self.predictor.terms() if self._plain else self.terms_for(form.session, coefficient)
         value = None
         if want_value or self._remembers or steers is not None:

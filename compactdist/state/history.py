@@ -31,7 +31,6 @@ __all__ = [
     "Order",
     "PREDICTORS",
     "Predictor",
-    "kept_in",
     "predictor_class",
 ]
 
@@ -45,9 +44,8 @@ class Cell(Protocol):
         """The remembered tensor, flat ``[numel]`` in the stream's dtype; ``None`` when empty. May be overwritten."""
         ...
 
-    @property
-    def rounded(self) -> Rounded | None:
-        """What is kept, if that is in eight bits; else ``None``."""
+    def kept(self, rounded: bool) -> Term | None:
+        """What is kept: as :meth:`read`, or with ``rounded`` in eight bits where it is so kept."""
         ...
 
     def put(self, value: Tensor | Velocity, last: Term | None, accepted: Tensor | None = None) -> Tensor | None:
@@ -55,7 +53,7 @@ class Cell(Protocol):
 
         Args:
             value: flat ``[numel]``; belongs to the cell from now on. A velocity is remembered as the tensor that it is.
-            last: what ``read`` or ``rounded`` gave for this frame; ``None`` if neither was asked.
+            last: what ``read`` or ``kept`` gave for this frame; ``None`` if neither was asked.
             accepted: as for :meth:`Predictor.advance`.
 
         Returns:
@@ -102,10 +100,9 @@ class ExactCell:
         """The remembered tensor itself."""
         return self.value
 
-    @property
-    def rounded(self) -> None:
-        """Nothing is kept in eight bits."""
-        return None
+    def kept(self, rounded: bool) -> Tensor | None:
+        """The remembered tensor itself: nothing is kept in eight bits."""
+        return self.value
 
     def put(self, value: Tensor | Velocity, last: Term | None, accepted: Tensor | None = None) -> Tensor | None:
         """Remember ``value``; returns the tensor kept before, or ``value`` if that was copied."""
@@ -145,12 +142,6 @@ class ExactCell:
     def held(self) -> tuple[Tensor, ...]:
         """The tensor, if there is one."""
         return () if self.value is None else (self.value,)
-
-
-def kept_in(cell: Cell, rounded: bool) -> Term | None:
-    """What a cell keeps, as a tensor, or with ``rounded`` in eight bits where it is so kept; ``None`` when empty."""
-    kept = cell.rounded if rounded else None
-    return cell.read() if kept is None else kept
 
 
 class Predictor(ABC):
@@ -211,13 +202,14 @@ class Predictor(ABC):
         """The prediction as it is kept, where that is one tensor in eight bits; else empty."""
         return ()
 
-    def choose(self, x: Tensor, share: float, out: Tensor | None = None) -> Tensor:
+    def choose(self, x: Tensor, share: float, out: Tensor | None = None, queue: int | None = None) -> Tensor:
         """The coefficient to predict ``x``, flat ``[numel]``, with; 0 where the predictor does not adapt.
 
         Args:
             x: what is to be sent.
             share: how much of the coefficient that leaves the smallest residual to use, in (0, 1].
             out: float32 ``[]``, where to write it.
+            queue: ``kernels.queue_of`` the device, where the caller has asked.
 
         Returns:
             float32 ``[]`` on the device of ``x``; the host does not look at it.
@@ -229,8 +221,11 @@ class Predictor(ABC):
         """The coefficient that a residual's frame says, float32 ``[]``, if it may say that now; else 0."""
         return torch.zeros_like(coefficient)
 
-    def accept(self, frame: Tensor, at: int, out: Tensor) -> Tensor:
-        """Write what is :meth:`accepted` of the float32 in a frame, 1-D uint8, from byte ``at`` on to ``out``."""
+    def accept(self, frame: Tensor, at: int, out: Tensor, queue: int | None = None) -> Tensor:
+        """Write what is :meth:`accepted` of the float32 in a frame, 1-D uint8, from byte ``at`` on to ``out``.
+
+        ``queue``: as for :meth:`choose`.
+        """
         return out.copy_(self.accepted(frame[at : at + 4].clone().view(torch.float32)[0]))
 
     def accepts(self, coefficient: float) -> bool:
@@ -336,8 +331,8 @@ class LastValue(Predictor):
 
     @property
     def rounded(self) -> tuple[Rounded, ...]:
-        kept = self._base.rounded
-        return () if kept is None else (kept,)
+        kept = self._base.kept(True)
+        return (kept,) if isinstance(kept, Rounded) else ()
 
     def kept_terms(self, coefficient: float | Tensor = 0.0, *, rounded: bool = False) -> tuple[MovingTerm, ...]:
         return (rounded and self.rounded) or self.terms(coefficient)
@@ -403,8 +398,8 @@ class DampedVelocity(Predictor):
         return () if base is None or velocity is None else (base, velocity)
 
     def kept_terms(self, coefficient: float | Tensor = 0.0, *, rounded: bool = False) -> tuple[MovingTerm, ...]:
-        base, velocity = (self._base.rounded, self._velocity.rounded) if rounded else (None, None)
-        return self.terms(coefficient) if base is None or velocity is None else (base, velocity)
+        base, velocity = self._base.kept(rounded), self._velocity.kept(rounded)
+        return () if base is None or velocity is None else (base, velocity)
 
     def advance(self, value: Tensor, terms: Terms, accepted: Tensor | None = None) -> Tensor | None:
         base = terms[0] if terms else self._base.read()
@@ -426,10 +421,11 @@ class LastTwo(Predictor):
     """Keeps the last two reconstructions, from which it makes a velocity."""
 
     copies = 2
-    __slots__ = ("_base", "_previous")
+    __slots__ = ("_base", "_previous", "_stays")
 
     def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
         self._base, self._previous = new_cell(), new_cell()
+        self._stays = False  # both where they are; else they change places with every frame
 
     def terms(self, coefficient: float | Tensor = 0.0) -> Terms:
         kept = self.kept_terms(coefficient)
@@ -440,17 +436,21 @@ class LastTwo(Predictor):
 
     def with_velocity(self, coefficient: float | Tensor | None, rounded: bool) -> tuple[MovingTerm, ...]:
         """The terms of a prediction with this coefficient; ``None``: without a velocity."""
-        base = kept_in(self._base, rounded)
+        base = self._base.kept(rounded)
         if base is None:
             return ()
-        previous = None if coefficient is None else kept_in(self._previous, rounded)
+        previous = None if coefficient is None else self._previous.kept(rounded)
         if coefficient is None or previous is None:
             return (base,)
         return base, Velocity(base, previous, coefficient)
 
-    @property
-    def _stays(self) -> bool:
-        return isinstance(self._base, ExactCell) and self._base.stays
+    def stay(self) -> None:
+        self._stays = True
+        super().stay()
+
+    def clear(self) -> None:
+        self._stays = False
+        super().clear()
 
     def spare(self, terms: tuple[MovingTerm, ...]) -> Tensor | None:
         if len(terms) < 2 or self._stays or not isinstance(velocity := terms[1], Velocity):
@@ -463,13 +463,14 @@ class LastTwo(Predictor):
             self._previous.put(value.clone(), None)  # no change yet
             return self._base.put(value, None)
         if self._stays:
-            self._previous.put(base, None)
+            for kept, now in zip(self._previous.held, self._base.held, strict=True):
+                kept.copy_(now)
         else:
             self._base, self._previous = self._previous, self._base
         return self._base.put(value, base, accepted)
 
     def following(self, value: Tensor, terms: Terms) -> tuple[Tensor, ...]:
-        return value, terms[0].clone()  # which is written to first
+        return self._base.made_of(value) + tuple([one.clone() for one in self._base.held])  # which are written to first
 
     @property
     def cells(self) -> tuple[Cell, ...]:

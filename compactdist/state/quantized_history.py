@@ -44,7 +44,6 @@ StateForm = Literal["exact", "int8", "fp8"]
 STATE_FORMS: tuple[StateForm, ...] = ("exact", "int8", "fp8")
 
 
-@torch.no_grad()
 def quantize(
     values: Tensor | Velocity,
     form: EightBits,
@@ -64,10 +63,8 @@ def quantize(
     numel, device, codes = values.numel(), values.device, ROUNDED[form].codes
     if into is None or into.numel() != numel or into.dtype != dtype or into.device != device:
         made = torch.empty(numel, dtype=codes, device=device)
-        into, accepted = (
-            Rounded(made, torch.empty(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16, device=device), dtype),
-            None,
-        )
+        scales = torch.empty(-(-numel // ROUNDED_BLOCK), dtype=torch.bfloat16, device=device)
+        into, accepted = Rounded(made, scales, dtype), None
     kernels.round_off(values, into.codes, into.scales, accepted)
     return into
 
@@ -80,7 +77,7 @@ def state_copy_nbytes(form: StateForm, numel: int, dtype: torch.dtype) -> int:
 class QuantizedCell:
     """Remembers a tensor in eight bits for each element, in the same memory from frame to frame.
 
-    ``read`` gives a new tensor each time; kernels that know how read ``rounded`` itself.
+    ``read`` gives a new tensor each time; kernels that know how read what is ``kept``.
 
     Args:
         form: ``"int8"`` or ``"fp8"``.
@@ -92,10 +89,9 @@ class QuantizedCell:
         self._form: EightBits = form
         self._kept: Rounded | None = None
 
-    @property
-    def rounded(self) -> Rounded | None:
-        """What is kept. It changes with the next frame."""
-        return self._kept
+    def kept(self, rounded: bool) -> Term | None:
+        """What is kept, which changes with the next frame; without ``rounded`` as :meth:`read`."""
+        return self._kept if rounded else self.read()
 
     def read(self) -> Tensor | None:
         """The rounded tensor, in new memory."""

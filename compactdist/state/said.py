@@ -27,17 +27,20 @@ def coefficient_of(frames: Frames) -> Tensor:
     return view
 
 
-def say_coefficient(frames: Frames, x: Tensor, predictor: Predictor, codec: Codec) -> Tensor:
+def say_coefficient(frames: Frames, x: Tensor, predictor: Predictor, codec: Codec, queue: int) -> Tensor:
     """Choose the coefficient that ``x``, flat, is predicted with, and let frames say it; returns it.
 
-    ``codec``: of the residual, at the rate in use.
+    ``codec``: of the residual, at the rate in use; ``queue``: ``kernels.queue_of`` the device.
     """
-    return predictor.choose(x, codec.velocity_share, coefficient_of(frames))
+    return predictor.choose(x, codec.velocity_share, coefficient_of(frames), queue)
 
 
-def expect_coefficient(frames: Frames, frame: Tensor, predictor: Predictor) -> Tensor:
-    """Let the template say the coefficient of a frame, 1-D uint8, if the frame may say it; returns it."""
-    return predictor.accept(frame, COEFFICIENT_PLACE.start, coefficient_of(frames))
+def expect_coefficient(frames: Frames, frame: Tensor, predictor: Predictor, queue: int) -> Tensor:
+    """Let the template say the coefficient of a frame, 1-D uint8, if the frame may say it; returns it.
+
+    ``queue``: ``kernels.queue_of`` the device.
+    """
+    return predictor.accept(frame, COEFFICIENT_PLACE.start, coefficient_of(frames), queue)
 
 
 def announce(frames: Frames, rate: int, keyframe: bool) -> None:

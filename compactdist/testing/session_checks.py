@@ -99,7 +99,7 @@ class _Stream:
         self.refuse_wrong_payloads(size)
         if self.sender.takes_rounded and self.view.numel < MIN_ELEMENTS:  # above it, there would be kernels to compile
             self.read_rounded(first)
-        if self.sender.takes_velocity and self.device.type == "cpu" and self.view.numel < MIN_ELEMENTS:
+        if self.sender.takes_velocity and self.view.numel < MIN_ELEMENTS:
             self.read_velocity(first)
             if self.sender.takes_rounded:
                 self.read_rounded_pairs(first)

@@ -11,6 +11,7 @@ from torch import Tensor
 from compactdist import codecs, kernels
 from compactdist.kernels import restored, use
 from compactdist.kernels.cpu import rounding_steps, velocities
+from compactdist.kernels.reference import rounding as reference_rounding
 from compactdist.kernels.spec import EightBits, Velocity
 from compactdist.state.adaptive import samples_of
 from compactdist.state.quantized_history import quantize
@@ -87,6 +88,6 @@ def test_no_tensor_is_made_of_them(order: Any, codec: str, form: EightBits, monk
         places |= {held.data_ptr() for held in ends.receiver.predictor.held}
         if step == 1:
             monkeypatch.setattr(rounding_steps, "dequantize", None)
-            monkeypatch.setattr(kernels.rounding, "dequantize", None)
+            monkeypatch.setattr(reference_rounding, "dequantize", None)
             monkeypatch.setattr(kernels, "_velocities_for", None)
     assert len(places) == 4  # codes and scales of two tensors

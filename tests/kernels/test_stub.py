@@ -358,7 +358,6 @@ def test_a_capture_compiles_nothing_where_it_is_over_its_input_and_the_calls_bef
 
 PREDICTS = [Rule(op="all_gather", codec="int4", mode="predict-now")]
 REFUSED = {
-    "state": ({"state": "int8", "order": "auto"}, 'or state="exact"'),
     "open loop": ({"error_feedback": False}, "leave error feedback on"),
     "parts": ({"parts": 2}, "parts=1"),
     "budget": ({"state_budget_bytes": 1 << 40}, "without a budget"),

@@ -10,7 +10,7 @@ TAKEN = {"digest", "part", "parts", "predictor", "_own_predictor", "relay", "_fo
 """By ``save_streams``, besides what ``lasting`` lists; of ``_form`` codec and memory, from which it is made again."""
 
 MADE_AGAIN = {
-    "config", "fingerprint", "where", "_changes", "_board", "_unprepared", "_number", "_remembers", "_moves",
+    "config", "fingerprint", "where", "_changes", "_board", "_unprepared", "_number", "_remembers", "_moves", "_plain",
     "_keeps_copies", "_rounds",
     "_spares", "steers", "_forms", "_keys", "clock",
 }  # fmt: skip

@@ -158,8 +158,9 @@ def rounded_to(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def within(value, DTYPE: tl.constexpr):
-    """``value`` kept within what a dtype holds."""
-    return clamped(value, _BF16_MAX if DTYPE == _OF_BF16 else _F16_MAX if DTYPE == _OF_F16 else F32_MAX)
+    """``value``, not NaN, kept within what a dtype holds."""
+    limit: tl.constexpr = _BF16_MAX if DTYPE == _OF_BF16 else _F16_MAX if DTYPE == _OF_F16 else F32_MAX
+    return tl.minimum(tl.maximum(value, -limit), limit)
 
 
 @triton.jit

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from compactdist.kernels.gpu.frames import CHANGING, FrameKernels, changing_of, sums_of
-from compactdist.kernels.gpu.launch import Series, alignment_of, is_elsewhere
+from compactdist.kernels.gpu.launch import ADDRESS, Series, alignment_of, is_elsewhere
 from compactdist.kernels.gpu.launched import TO_DECODE, TO_ENCODE, LaunchedSteps, cut_out
 from compactdist.kernels.gpu.terms import number_of, source_of
 from compactdist.kernels.spec import HEAD_WORDS, MovingTerm
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["FrameEnds"]
 
 _HEADER_NBYTES = 4 * HEAD_WORDS
-_ADDRESS = methodcaller("data_ptr")
 _FLAG, _ACCEPTED = TO_ENCODE.flag.number, TO_DECODE.accepted.number
 """What the last launch of a sender, or the first of a receiver, shares with those of the steps."""
 
@@ -70,7 +68,7 @@ class FrameEnds(FrameKernels):
         number, source = source_of(terms, x)
         target = x if out is None else out
         second = target if copy is None else copy
-        told = x.data_ptr(), *map(_ADDRESS, source), target.data_ptr(), second.data_ptr()
+        told = x.data_ptr(), *map(ADDRESS, source), target.data_ptr(), second.data_ptr()
         aligned, changing = alignment_of(told), changing_of(call)  # our own buffers are aligned
         at = payload.data_ptr()
         cuts = [at + cut.start for cut in steps.cuts] if steps.cuts else ()
@@ -140,7 +138,7 @@ class FrameEnds(FrameKernels):
             return True
         number, source = source_of(terms, out)
         target = out if copy is None else copy
-        told = *map(_ADDRESS, source), out.data_ptr(), target.data_ptr()
+        told = *map(ADDRESS, source), out.data_ptr(), target.data_ptr()
         aligned, changing = alignment_of(told), changing_of(call)
         at = address + _HEADER_NBYTES
         own, own_pointers = steps.to_decode(stream)

@@ -11,18 +11,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from operator import itemgetter
+from operator import itemgetter, methodcaller
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-__all__ = ["Aligned", "Launch", "Series", "Slot", "alignment_of", "is_elsewhere", "on", "run", "stream_getter"]
+__all__ = [
+    "ADDRESS",
+    "Aligned",
+    "Launch",
+    "Series",
+    "Slot",
+    "alignment_of",
+    "is_elsewhere",
+    "on",
+    "run",
+    "stream_getter",
+]
 
 Aligned = bool | tuple[bool, ...]
 """``True``: all pointers are multiples of 16. Otherwise which of them are."""
 
+
+ADDRESS = methodcaller("data_ptr")
+"""Of a tensor: a call of C, where a comprehension would be one of Python."""
 
 _NOTHING = nullcontext()
 # For AMD's devices Triton compiles other code by the size of a tensor, too: there every launch is dispatched.
@@ -201,13 +215,24 @@ class Series:
             ]
 
 
-def run(launch: Launch, tensors: tuple[Tensor, ...], device: torch.device) -> None:
-    """Launch once on the current stream of a device; all slots are tensors."""
-    pointers = tuple([tensor.data_ptr() for tensor in tensors])
-    with on(device):
+def run(launch: Launch | Series, tensors: tuple[Tensor, ...], device: torch.device, queue: int | None = None) -> None:
+    """Launch once on the current stream of a device; all slots are tensors.
+
+    ``queue``: ``kernels.queue_of`` the device, where the caller has asked.
+    """
+    if is_elsewhere(device):
+        with torch.cuda.device(device):
+            run(launch, tensors, device, queue)
+        return
+    pointers, stream = tuple(map(ADDRESS, tensors)), None if device.type == "cpu" else queue
+    if queue is None:
         getter = stream_getter(device)
         stream = None if getter is None else getter(torch.cuda.current_device())
-        launch(tensors, pointers, alignment_of(pointers), stream)
+    aligned = alignment_of(pointers)
+    if isinstance(launch, Launch):
+        launch(tensors, pointers, aligned, stream)
+    elif not launch.repeat(pointers, aligned, stream):
+        launch.begin(tensors, pointers, aligned, stream)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compactdist.kernels.gpu.elements import DTYPES, clamped, from_bits, read, read_rounded, round_half_even, write
-from compactdist.kernels.gpu.launch import Launch, Slot, run
+from compactdist.kernels.gpu.launch import Launch, Series, Slot, run
 from compactdist.kernels.gpu.plan import INTERPRETED, MOST_ELEMENTS
 from compactdist.kernels.spec import Rounded, Term, Velocity
 
@@ -166,7 +166,14 @@ def write_out(term: Velocity, out: Tensor) -> None:
     run(launch, (base, previous, coefficient, out), term.device)
 
 
-def choose(x: Tensor, kept: tuple[Term, Term], samples: tuple[int, int, int], rule: Rule, out: Tensor) -> None:
+def choose(
+    x: Tensor,
+    kept: tuple[Term, Term],
+    samples: tuple[int, int, int],
+    rule: Rule,
+    out: Tensor,
+    queue: int | None = None,
+) -> None:
     """Write the coefficient that a frame says to ``out``.
 
     Args:
@@ -175,6 +182,7 @@ def choose(x: Tensor, kept: tuple[Term, Term], samples: tuple[int, int, int], ru
         samples: how many runs stand for a tensor, how far apart they begin, how many elements they have.
         rule: of the coefficient.
         out: float32 ``[]``.
+        queue: as for ``launch.run``.
     """
     base, previous = kept
     if isinstance(base, Rounded):
@@ -185,12 +193,10 @@ def choose(x: Tensor, kept: tuple[Term, Term], samples: tuple[int, int, int], ru
         given = base, previous, x, x
     sums = torch.empty(2 * samples[0], dtype=torch.float64, device=x.device)
     form = None if isinstance(base, Tensor) else base.codes.dtype
-    weighing, choosing = _choosing(x.numel(), x.dtype, form, samples, rule)
-    run(weighing, (x, *given, sums), x.device)
-    run(choosing, (sums, out), x.device)
+    run(_choosing(x.numel(), x.dtype, form, samples, rule), (x, *given, sums, out), x.device, queue)
 
 
-def expect(frame: Tensor, at: int, rule: Rule | None, out: Tensor) -> None:
+def expect(frame: Tensor, at: int, rule: Rule | None, out: Tensor, queue: int | None = None) -> None:
     """Write the coefficient that a frame says to ``out``; 0 where it is one that a frame may not say.
 
     Args:
@@ -198,8 +204,9 @@ def expect(frame: Tensor, at: int, rule: Rule | None, out: Tensor) -> None:
         at: where the coefficient's four bytes begin.
         rule: of the coefficient; ``None``: only 0 may be said.
         out: float32 ``[]``.
+        queue: as for ``launch.run``.
     """
-    run(_taking(at, rule), (frame, out), frame.device)
+    run(_taking(at, rule), (frame, out), frame.device, queue)
 
 
 @lru_cache(maxsize=256)
@@ -212,15 +219,22 @@ def _making(numel: int, dtype: torch.dtype, factor: float, given: bool) -> Launc
 @lru_cache(maxsize=256)
 def _choosing(
     numel: int, dtype: torch.dtype, codes: torch.dtype | None, samples: tuple[int, int, int], rule: Rule
-) -> tuple[Launch, Launch]:
-    """``codes``: of what is kept, if that is in eight bits."""
+) -> Series:
+    """Of ``(x, base, previous, base_scales, previous_scales, sums, out)``.
+
+    ``codes``: of what is kept, if that is in eight bits.
+    """
     runs, distance, length = samples
     weighing = (*map(Slot, range(6)), numel, distance)
     kept = {"IN_EIGHT_BITS": codes is not None, "DTYPE": DTYPES[dtype]}
-    choosing = (Slot(0), Slot(1), runs, rule.share, float(rule.grid), 1 / rule.grid, rule.largest)
-    return (
-        Launch(weigh_run, runs, weighing, 6, {**kept, "RUN": length, "num_warps": 1, **_EXACT}),
-        Launch(choose_coefficient, 1, choosing, 2, {"RUNS": triton.next_power_of_2(runs), "num_warps": 4, **_EXACT}),
+    choosing = (Slot(5), Slot(6), runs, rule.share, float(rule.grid), 1 / rule.grid, rule.largest)
+    return Series(
+        [
+            Launch(weigh_run, runs, weighing, 7, {**kept, "RUN": length, "num_warps": 1, **_EXACT}),
+            Launch(
+                choose_coefficient, 1, choosing, 7, {"RUNS": triton.next_power_of_2(runs), "num_warps": 4, **_EXACT}
+            ),
+        ]
     )
 
 

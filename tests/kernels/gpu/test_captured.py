@@ -256,6 +256,7 @@ CASES = {
     "int3": {"order": 2},
     "int2": {"state": "int8"},
     "int8:scales=block": {"state": "fp8", "order": 2},
+    "int4": {"state": "int8", "order": "auto"},
 }
 
 
