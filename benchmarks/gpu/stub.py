@@ -50,6 +50,10 @@ class _Kernel:
         self.run = run
 
 
+_recorded: list[tuple[str, int, tuple[Any, ...]]] = []
+"""One for all stubs of a process: launches are kept by the caches of ``kernels.gpu``, which outlast a stub."""
+
+
 class Stub:
     """What went through Triton's dispatch, and what went to a launcher.
 
@@ -62,7 +66,8 @@ class Stub:
 
     def __init__(self) -> None:
         self.dispatched: list[str] = []
-        self.recorded: list[tuple[str, int, tuple[Any, ...]]] = []
+        self.recorded = _recorded
+        self.recorded.clear()
         self.gathers = 0
 
     @property

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from compactdist import kernels
 from compactdist.kernels.cpu import rounding_steps
+from compactdist.kernels.reference import rounding as reference_rounding
 from compactdist.kernels.spec import EightBits
 from compactdist.state import Order, ResidualEncoder
 from compactdist.state.decoder import StreamDecoder
@@ -78,7 +78,7 @@ def test_no_tensor_is_made_of_it(codec: dict[str, Any], form: EightBits, monkeyp
         raise AssertionError("a history was made a tensor")
 
     monkeypatch.setattr(rounding_steps, "dequantize", refuse)
-    monkeypatch.setattr(kernels.rounding, "dequantize", refuse)
+    monkeypatch.setattr(reference_rounding, "dequantize", refuse)
     at = [[held.data_ptr() for held in end.predictor.held] for end in (ends.sender, ends.receiver)]
     for step in range(1, 4):
         ends.send((x.float() + 0.1 * step * torch.randn(x.numel())).bfloat16(), step)
