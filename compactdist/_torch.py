@@ -430,9 +430,23 @@ def all_gather_single(inner: Any, output: Any, input: Any, opts: Any = None) -> 
     return inner_call(inner, ALL_GATHER_SINGLE, output, input, opts or options("AllgatherOptions"))
 
 
-def all_to_all_single(inner: Any, output: Any, input: Any, out: list[int], into: list[int], opts: Any = None) -> Any:
+def all_to_all_single(
+    inner: Any, output: Any, input: Any, arriving: list[int], leaving: list[int], opts: Any = None
+) -> Any:
     """The inner group's single-tensor all-to-all under either name; splits in elements of dimension 0."""
-    return inner_call(inner, ALL_TO_ALL_SINGLE, output, input, out, into, opts or options("AllToAllOptions"))
+    return inner_call(inner, ALL_TO_ALL_SINGLE, output, input, arriving, leaving, opts or options("AllToAllOptions"))
+
+
+def allreduce_options(opts: Any, op: Any, timeout: Any) -> Any:
+    """Of ProcessGroup's forms of an all-reduce: ``opts`` may be the reduction, as a second argument is there."""
+    if opts is not None and type(opts).__name__ == "AllreduceOptions":
+        return opts
+    made, op = options("AllreduceOptions"), opts if op is None else op
+    if op is not None:
+        made.reduceOp = op
+    if timeout is not None:
+        made.timeout = timeout
+    return made
 
 
 def supports_coalescing(group: Any, device: torch.device) -> bool:

@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -28,7 +28,7 @@ from compactdist.state import (
 )
 from compactdist.wire import VERSION
 
-__all__ = ["DEFAULT_MIN_NUMEL", "Options", "Parts"]
+__all__ = ["DEFAULT_MIN_NUMEL", "Options", "Parts", "Settings"]
 
 DEFAULT_MIN_NUMEL = 1024
 
@@ -36,6 +36,31 @@ Parts = int | Literal["auto"]
 _MOST_PARTS = (1 << 16) - 1  # what a frame's header can say
 
 Layouts = Mapping[str, Layout] | Callable[[CallInfo], "Layout | None"] | None
+
+
+class Settings(TypedDict, total=False):
+    """Keywords of ``wrap`` beside ``codec``: fields of :class:`Options`, which says what they mean."""
+
+    policy: Policy | Sequence[Rule] | Rule | None
+    warmup_steps: int
+    order: Order
+    damping: float | None
+    error_feedback: bool | None
+    local: Literal["reconstructed", "exact"]
+    mode: Mode
+    min_numel: int
+    layouts: Layouts
+    find_layout: bool
+    state: StateForm
+    keyframe: str | dict[str, Any] | Codec
+    target: str | Target | None
+    parts: Parts
+    forward: bool
+    state_budget_bytes: int | None
+    state_offload: StateOffload | None
+    sample_errors_every: int
+    agree: Literal["plans", "off"]
+    agree_timeout: float | None
 
 
 @dataclass(frozen=True)

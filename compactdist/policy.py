@@ -120,8 +120,9 @@ class Rule:
     Attributes:
         codec: a codec, or ``"pass"``; ``None``: the group's own.
         key: glob over the key (``*`` crosses slashes), e.g. ``"*attn*"``.
-        op: ``"all_gather"``, ``"all_to_all"``, ``"send"`` or ``"broadcast"``, else ``wrap`` refuses; ``None`` for any.
-        dtype: ``None`` for any.
+        op: ``"all_gather"``, ``"all_to_all"``, ``"send"``, ``"broadcast"``, ``"all_reduce"`` or ``"reduce_scatter"``,
+            else ``wrap`` refuses; ``None`` for any. The last two are compressed only where a rule names a codec.
+        dtype: a torch dtype or its name, such as ``"bfloat16"``; ``None`` for any.
         min_numel, max_numel: inclusive bounds on elements.
         first_step, last_step: inclusive bounds on the step since reset.
         between: pairs of group ranks, ``((0, 4), (1, 5))``: messages between the two ranks of a pair, either way;
@@ -135,7 +136,7 @@ class Rule:
     codec: CodecLike | None
     key: str = "*"
     op: str | None = None
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     min_numel: int = 0
     max_numel: int | None = None
     first_step: int = 0
@@ -145,6 +146,15 @@ class Rule:
     _resolved: Codec | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.key, str):
+            raise ConfigError(f"a rule's key is a glob over keys, such as '*attn*', got {self.key!r}")
+        object.__setattr__(self, "dtype", _dtype_of(self.dtype))
+        for name in ("min_numel", "max_numel", "first_step", "last_step"):
+            bound = getattr(self, name)
+            open_ended = bound is None and name in ("max_numel", "last_step")
+            if not open_ended and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 0):
+                none = " or None" if name in ("max_numel", "last_step") else ""
+                raise ConfigError(f"a rule's {name} is a whole number from 0 on{none}, got {bound!r}")
         if self.max_numel is not None and self.max_numel < self.min_numel:
             raise ConfigError(f"rule matches nothing: max_numel {self.max_numel} < min_numel {self.min_numel}")
         if self.last_step is not None and self.last_step < self.first_step:
@@ -190,6 +200,13 @@ class Rule:
         return chosen if self.mode is None else Answer(chosen, self.mode)
 
 
+def _dtype_of(given: object) -> torch.dtype | None:
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if (found is None and given is None) or isinstance(found, torch.dtype):
+        return found
+    raise ConfigError(f"a rule's dtype is one of torch's, or its name, such as 'bfloat16'; got {given!r}")
+
+
 def _is_pair(pair: object) -> bool:
     if not isinstance(pair, list | tuple) or len(pair) != 2 or pair[0] == pair[1]:
         return False
@@ -200,15 +217,21 @@ class Rules:
     """The first matching rule decides; without one the group's own codec does.
 
     >>> policy = Rules(Rule("pass", key="*norm*"), Rule("int8", last_step=3))
+
+    Attributes:
+        rules: in order.
+        decided: which of them, by number, have decided some call.
     """
 
     def __init__(self, *rules: Rule) -> None:
         self.rules = rules
+        self.decided: set[int] = set()
 
     def __call__(self, call: CallInfo) -> CodecLike | Answer | None:
         """The first matching rule's answer, or ``None``."""
-        for rule in self.rules:
+        for number, rule in enumerate(self.rules):
             if rule.matches(call):
+                self.decided.add(number)
                 return rule.result
         return None
 
@@ -252,11 +275,6 @@ def rules_from_json(text: str) -> list[Rule]:
         raise ConfigError("rules are a JSON list of objects, one for each rule")
     rules = []
     for entry in entries:
-        dtype = entry.get("dtype")
-        if dtype is not None:
-            entry["dtype"] = getattr(torch, str(dtype), None)
-            if not isinstance(entry["dtype"], torch.dtype):
-                raise ConfigError(f"a rule's dtype is one of torch's, as 'bfloat16', got {dtype!r}")
         try:
             rules.append(Rule(**entry))
         except TypeError as error:

@@ -1,6 +1,6 @@
 """Options of ``wrap`` by intent: ``wrap(preset="small")``.
 
-Every preset sets the same options, so that one replaces another whole. What is given beside a preset goes before it.
+Every preset sets the same options, so that one replaces another whole. What is given beside a preset overrides it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def expand(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings: options by name, ``preset`` among them or not.
 
     Returns:
-        Options without ``preset``; those of ``settings`` go before those of the preset.
+        Options without ``preset``; those of ``settings`` override those of the preset.
 
     Raises:
         ConfigError: no such preset.

@@ -186,7 +186,7 @@ HEAD_PLACES = HeadPlaces(
 """Where kernels write what differs between the headers of a stream."""
 
 _FLAG_NAMES = {
-    KEY: "key",
+    KEY: "keyframe",
     SHAPE: "shape",
     NONFINITE: "nonfinite",
     STATELESS: "stateless",

@@ -52,14 +52,15 @@ class Samples:
                 if not staged.there:
                     self.read()
 
-    def read(self, besides: Call | None = None) -> None:
-        """Count what was measured, but for other sites' calls of this call's epoch and step; waits for devices.
+    def read(self, besides: Call | None = None, *, wait: bool = True) -> None:
+        """Count what was measured, but for other sites' calls of this call's epoch and step; waits for devices, unless
+        told not to.
 
         What this call's site measured before is read even where there are no steps, or it would pile up.
         """
         left = []
         for call, copy, is_key in self._unread:
-            if besides is not None and _is_beside(call, besides):
+            if (besides is not None and _is_beside(call, besides)) or not (wait or copy.is_there):
                 left.append((call, copy, is_key))
                 continue
             energy, residual, error = copy.read()

@@ -1,6 +1,6 @@
 """Options of ``wrap`` from environment variables: ``COMPACTDIST_`` and the option's name in capitals.
 
-Each option has one, ``timeout`` included. What a program gives to ``wrap`` goes before the environment, and a log line
+Each option has one, ``timeout`` included. What a program gives to ``wrap`` overrides the environment, and a log line
 says so where the two differ.
 """
 
@@ -169,7 +169,7 @@ def warn_overruled(environment: Mapping[str, Any], given: Mapping[str, Any]) -> 
         else:
             said = f"{name}={told!r} of {_PREFIX}PRESET={environment['preset']!r}"
         _log.warning(
-            "%s has no effect on this group: the program (or its adapter) gives %s=%r to wrap(), which goes before "
+            "%s has no effect on this group: the program (or its adapter) gives %s=%r to wrap(), which overrides "
             "the environment. Unset the variable, or leave %s out of the program",
             said,
             name,

@@ -374,20 +374,25 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
 
     # --- what it can tell ---------------------------------------------------------------------------------------------
 
-    def stats(self) -> Stats:
+    def stats(self, *, wait: bool = True) -> Stats:
         """Totals and per-site counters of this rank.
 
+        Args:
+            wait: for GPUs and late frames, and raise what they met since the last step, once. ``False`` is for a thread
+                that watches a server: it waits for nothing and leaves every error to the thread that makes calls; what
+                GPUs have measured or replayed by CUDA graphs since, is not counted yet.
+
         Raises:
-            FrameError, NonFiniteError, LateExchangeError: what a GPU, or a late frame, has met since the last step;
-                both are waited for.
+            FrameError, NonFiniteError, LateExchangeError: what a GPU, or a late frame, has met, with ``wait``.
         """
-        self._meet_errors()
+        if wait:
+            self._meet_errors()
         store = self._engine.store
         with self._engine.lock:
-            self._engine.samples.read()
+            self._engine.samples.read(wait=wait)
         made = self._engine.stats.snapshot(self._engine.state_bytes(), store.rates(), store.offloaded_bytes())
         control, late = store.control, self._engine.late_reads
-        target = None if control is None else control.met().to_dict()
+        target = None if control is None else control.met(wait=wait).to_dict()
         late += 0 if control is None else control.late
         return replace(made, target=target, late_reads=late, late_preparations=store.unprepared.late)
 
@@ -429,9 +434,12 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         if store.control is not None:
             store.control.late = 0
 
-    def explain(self) -> str:
-        """A table: per call site what was sent, with which codec, how wrong, and why calls passed through."""
-        return explain(self)
+    def explain(self, *, wait: bool = True) -> str:
+        """A table: per call site what was sent, with which codec, how wrong, and why calls passed through.
+
+        ``wait`` and errors: as for :meth:`stats`.
+        """
+        return explain(self, wait=wait)
 
     def estimate(
         self,

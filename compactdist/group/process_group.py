@@ -108,7 +108,10 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         return self._hand_on(partial(_torch.all_gather_single, self.inner), output, x, opts)
 
     all_gather_single = shared_name(_gather_single, "all_gather_single")
-    _allgather_base = override(_gather_single)
+
+    @override
+    def _allgather_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
+        return self._gather_single(output, input, opts)
 
     def _together(
         self, flights: Sequence[Flight | None], plain: Sequence[Callable[[], Any]], result: list[Tensor]
@@ -131,9 +134,9 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         return flights
 
     @override
-    def all_gather_single_coalesced(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
+    def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         """Several single-tensor all-gathers in one call; functional collectives come here, even with one tensor."""
-        calls = list(zip(output_tensors, input_tensors, strict=True))
+        calls = list(zip(outputs, inputs, strict=True))
         plain = [partial(self._gather_plainly, output, x, opts) for output, x in calls]
         return self._together(self._flights(calls, opts), plain, [output for output, _ in calls])
 
@@ -220,15 +223,17 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             )
         return list(tensor.detach().split(list(splits)))
 
-    def _to_all_single(self, output: Tensor, x: Tensor, out: Any, into: Any, opts: Any) -> Any:
-        known = into and len(into) == self._engine.size
-        own = into[self._engine.rank] / max(1, sum(into)) if known else 1 / self._engine.size
+    def _to_all_single(self, output: Tensor, x: Tensor, arriving: Any, leaving: Any, opts: Any) -> Any:
+        """``arriving``, ``leaving``: sizes of the output's and the input's chunks along dimension 0; none: even."""
+        arriving, leaving = arriving or (), leaving or ()
+        known = leaving and len(leaving) == self._engine.size
+        own = leaving[self._engine.rank] / max(1, sum(leaving)) if known else 1 / self._engine.size
         if not self._passes_all_to_all(x, (1 - own) * x.nbytes):
-            outputs, inputs = self._chunks(output, out or (), "output"), self._chunks(x, into or (), "input")
-            work = self._exchange(outputs, inputs, opts, [output], even=not out and not into)
+            outputs, inputs = self._chunks(output, arriving, "output"), self._chunks(x, leaving, "input")
+            work = self._exchange(outputs, inputs, opts, [output], even=not arriving and not leaving)
             if work is not None:
                 return work
-        return self._hand_on(partial(_torch.all_to_all_single, self.inner), output, x, out or (), into or (), opts)
+        return self._hand_on(partial(_torch.all_to_all_single, self.inner), output, x, arriving, leaving, opts)
 
     @shared_name
     def all_to_all_single(
@@ -243,15 +248,23 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         return self._to_all_single(output_tensor, input_tensor, output_split_sizes, input_split_sizes, opts)
 
     @override
-    def alltoall_base(self, output: Tensor, x: Tensor, out: Any = (), into: Any = (), opts: Any = None) -> Any:
+    def alltoall_base(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: Any = (),
+        input_split_sizes: Any = (),
+        opts: Any = None,
+    ) -> Any:
         """The name of ``all_to_all_single`` before torch 2.13."""
-        return self._to_all_single(output, x, out, into, opts)
+        return self._to_all_single(output, input, output_split_sizes, input_split_sizes, opts)
 
     # --- broadcast --------------------------------------------------------------------------------------------------
 
     @shared_name
-    def broadcast(self, tensors: Any, opts: Any) -> Any:
+    def broadcast(self, tensors: Any, opts: Any = None) -> Any:
         """The tensor of group rank ``opts.rootRank`` to all ranks; the root's own is left as it is."""
+        opts = opts or _torch.options("BroadcastOptions")
         x, root, engine = tensors[0], opts.rootRank, self._engine
         nbytes = (engine.size - 1) * x.nbytes if engine.rank == root else 0
         if len(tensors) == 1:
@@ -308,19 +321,19 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         return Flight(plan, call, (), (x,), None, tag=tag)
 
     @shared_name
-    def send(self, tensors: Any, dst: int, tag: int = 0) -> Any:
-        """``tensors``: a list of one tensor; ``dst``: group rank."""
-        flight = self._send_flight(tensors[0], dst, tag) if len(tensors) == 1 else None
+    def send(self, tensors: Any, dstRank: int, tag: int = 0) -> Any:
+        """``tensors``: a list of one tensor; ``dstRank``: group rank."""
+        flight = self._send_flight(tensors[0], dstRank, tag) if len(tensors) == 1 else None
         if flight is None:
-            return self._hand_on(self.inner.send, tensors, dst, tag, writes=False)
+            return self._hand_on(self.inner.send, tensors, dstRank, tag, writes=False)
         return self._fly(flight, list(tensors))
 
     @shared_name
-    def recv(self, tensors: Any, src: int, tag: int = 0) -> Any:
-        """``tensors``: a list of one tensor; ``src``: group rank."""
-        flight = self._receive_flight(tensors[0], src, tag) if len(tensors) == 1 else None
+    def recv(self, tensors: Any, srcRank: int, tag: int = 0) -> Any:
+        """``tensors``: a list of one tensor; ``srcRank``: group rank."""
+        flight = self._receive_flight(tensors[0], srcRank, tag) if len(tensors) == 1 else None
         if flight is None:
-            return self._receive_plainly(tensors, src, tag)
+            return self._receive_plainly(tensors, srcRank, tag)
         return self._fly(flight, list(tensors))
 
     @override
@@ -393,9 +406,15 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         return (self._engine.size - 1) / self._engine.size
 
     @override
-    def allreduce(self, tensors: Any, opts: Any = None) -> Any:
-        """The sum (or mean) over ranks, in place; compressed where the policy names a codec."""
-        opts = opts or _torch.options("AllreduceOptions")
+    def allreduce(
+        self, tensors: Any = (), opts: Any = None, timeout: Any = None, *, tensor: Any = None, op: Any = None
+    ) -> Any:
+        """The sum (or mean) over ranks, in place; compressed where the policy names a codec.
+
+        ProcessGroup's three forms: tensors and options, tensors, ``op`` and ``timeout``, or one tensor and these.
+        """
+        tensors = [one] if isinstance(one := tensors if tensor is None else tensor, Tensor) else one
+        opts = _torch.allreduce_options(opts, op, timeout)
         if len(tensors) == 1:
             work = self._reduce_to_all(tensors[0], opts)
             if work is not None:
@@ -412,8 +431,9 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         return self._hand_on(self.inner.allreduce_coalesced, tensors, options)
 
     @shared_name
-    def reduce(self, tensors: Any, opts: Any) -> Any:
+    def reduce(self, tensors: Any, opts: Any = None) -> Any:
         """Passes through."""
+        opts = opts or _torch.options("ReduceOptions")
         self._pass("reduce", PassReason.OP, nbytes_of(tensors))
         return self._hand_on(self.inner.reduce, tensors, opts, writes=opts.rootRank == self._engine.rank)
 
@@ -440,24 +460,25 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         return self._reduce_scatter_one(output_tensor, input_tensor, opts)
 
     @override
-    def _reduce_scatter_base(self, output_tensor: Any, input_tensor: Any, opts: Any = None) -> Any:
-        return self._reduce_scatter_one(output_tensor, input_tensor, opts)
+    def _reduce_scatter_base(self, outputTensor: Any, inputTensor: Any, opts: Any = None) -> Any:
+        return self._reduce_scatter_one(outputTensor, inputTensor, opts)
 
     @override
-    def reduce_scatter_single_coalesced(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
+    def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         """One tensor is as in ``reduce_scatter_single``, several pass through; functional collectives come here."""
         options = opts or _torch.options("ReduceScatterOptions")
-        if len(input_tensors) == 1:
-            return self._reduce_scatter_one(output_tensors[0], input_tensors[0], options)
-        self._pass("reduce_scatter", PassReason.OP, self._share() * nbytes_of(input_tensors))
+        if len(inputs) == 1:
+            return self._reduce_scatter_one(outputs[0], inputs[0], options)
+        self._pass("reduce_scatter", PassReason.OP, self._share() * nbytes_of(inputs))
         scatter = _torch.first_method(self.inner, _torch.REDUCE_SCATTER_COALESCED)
-        return self._hand_on(scatter, output_tensors, input_tensors, options)
+        return self._hand_on(scatter, outputs, inputs, options)
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     @shared_name
-    def gather(self, output_tensors: Any, input_tensors: Any, opts: Any) -> Any:
+    def gather(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
         """Passes through."""
+        opts = opts or _torch.options("GatherOptions")
         self._pass("gather", PassReason.OP, 0 if opts.rootRank == self._engine.rank else nbytes_of(input_tensors))
         return self._hand_on(self.inner.gather, output_tensors, input_tensors, opts)
 
@@ -471,8 +492,9 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
     gather_into_tensor = shared_name(_gather_to_root, "gather_into_tensor")
 
     @shared_name
-    def scatter(self, output_tensors: Any, input_tensors: Any, opts: Any) -> Any:
+    def scatter(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
         """Passes through."""
+        opts = opts or _torch.options("ScatterOptions")
         sent = sum(nbytes_of(t) for t in input_tensors) - (nbytes_of(output_tensors) if input_tensors else 0)
         self._pass("scatter", PassReason.OP, sent)
         return self._hand_on(self.inner.scatter, output_tensors, input_tensors, opts)

@@ -24,7 +24,7 @@ from compactdist.errors import ConfigError
 __all__ = ["TorchDistributedAPI", "shared_name"]
 
 
-_PG_KEYWORDS = {"tensors", "output_tensors", "input_tensors", "opts", "device"}
+_PG_KEYWORDS = {"tensors", "output_tensors", "input_tensors", "outputTensor", "inputTensor", "opts", "device"}
 # timedelta: monitored_barrier(timeout, ...); a list, too: split_group([ranks]); device: get_backend(device)
 _PG_FIRST = (list, tuple, timedelta, torch.device)
 

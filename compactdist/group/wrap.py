@@ -7,20 +7,23 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from compactdist import _torch
 from compactdist.codecs import Codec
-from compactdist.config import Options
+from compactdist.config import Options, Settings
 from compactdist.errors import ClosedGroupError, ConfigError, NotInitializedError
 from compactdist.group.agree import agree
 from compactdist.group.environment import settings_from_environment, warn_overruled
 from compactdist.group.lifecycle import check_rules
 from compactdist.group.process_group import CompressedProcessGroup
 from compactdist.presets import expand, settled
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["unwrap", "unwrap_mesh", "wrap", "wrap_mesh"]
 
@@ -35,26 +38,23 @@ def wrap(
     preset: str | None = None,
     options: Options | None = None,
     timeout: timedelta | float | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> Any:
     """Wrap a process group so that it sends compressed residuals.
 
     Collective: every rank of the group calls it, in the same order for all groups. Ranks compare configuration and
     versions through the store before anything is sent (not on torch's fake group, whose ranks never meet). An option
     that is not given is taken from the environment (``COMPACTDIST_CODEC=int4``;
-    :mod:`compactdist.group.environment`), else it has the default of :class:`Options`. One that is given goes before
-    the environment; where the two differ, a warning is logged.
+    :mod:`compactdist.group.environment`), else it has the default of :class:`Options`. One that is given
+    overrides the environment; where the two differ, a warning is logged.
 
     Args:
         group: the group to wrap; ``None``: the default group. A rank outside the group gets ``group`` itself back.
         codec: see :class:`Options`.
-        preset: a name of :mod:`compactdist.presets`; options that are given beside it go before its own.
+        preset: a name of :mod:`compactdist.presets`; options that are given beside it override its own.
         options: all options at once, instead of ``codec``, ``preset``, ``settings`` and the environment.
         timeout: how long to wait for the other ranks, seconds or timedelta; 60 s by default.
-        **settings: other fields of :class:`Options`: ``policy``, ``warmup_steps``, ``order``, ``damping``, ``mode``,
-            ``local``, ``error_feedback``, ``min_numel``, ``layouts``, ``find_layout``, ``state``, ``keyframe``,
-            ``target``, ``parts``, ``forward``, ``state_budget_bytes``, ``state_offload``, ``sample_errors_every``,
-            ``agree``, ``agree_timeout``.
+        **settings: other fields of :class:`Options`; :class:`~compactdist.config.Settings` lists them.
 
     Returns:
         A :class:`CompressedProcessGroup`: a registered ProcessGroup that also carries torch.distributed's API. The

@@ -42,7 +42,7 @@ def _columns(sites: Sequence[SiteStats]) -> list[_Column]:
     columns: list[_Column] = [
         ("", "codec", lambda site: site.codec or "-"),
         ("", "calls", lambda site: str(site.calls)),
-        ("", "key", lambda site: str(site.keyframes)),
+        ("key-", "frames", lambda site: str(site.keyframes)),
         ("raw", raw, raw_cell),
         ("wire", wire, wire_cell),
         ("", "ratio", lambda site: _number(site.ratio)),
@@ -162,7 +162,7 @@ def _waited(group: GroupLifecycle, sites: Sequence[SiteStats]) -> _Lines:
 
 
 def _unmet(group: GroupLifecycle, sites: Sequence[SiteStats]) -> _Lines:
-    """Rules and layout hints for keys that no call site has: a misspelt one would have no effect without a word.
+    """Rules and layout hints that have no effect: of keys that no call site has, and rules that decided no call.
 
     Nothing is said once records were merged, or receives passed through, of which no record holds the key.
     """
@@ -173,17 +173,26 @@ def _unmet(group: GroupLifecycle, sites: Sequence[SiteStats]) -> _Lines:
     if not keys or hidden:
         return []
     options = group.options
-    rules = options.policy_function.rules if isinstance(options.policy_function, Rules) else ()
+    policy = options.policy_function if isinstance(options.policy_function, Rules) else Rules()
+    rules = policy.rules
     globs = [("a rule of the policy", rule.key) for rule in rules]
     globs += [("a layout hint", glob) for glob in options.layouts or ()] if isinstance(options.layouts, Mapping) else []
-    return [
+    unmet = {glob for _, glob in globs if not any(fnmatch.fnmatchcase(key, glob) for key in keys)}
+    lines = [
         f"{what} is for key={glob!r}, which no call site counted here has; with dist.key('...') names them"
         for what, glob in dict.fromkeys(globs)
-        if not any(fnmatch.fnmatchcase(key, glob) for key in keys)
+        if glob in unmet
     ]
+    lines += [
+        f"rule {number + 1} of the policy, for key={rule.key!r}, decided no call so far: its other conditions fit "
+        "none, or a rule before it decided them"
+        for number, rule in enumerate(rules)
+        if number not in policy.decided and rule.key not in unmet and rule.first_step <= group._keys.step
+    ]
+    return lines
 
 
-def explain(group: GroupLifecycle) -> str:
+def explain(group: GroupLifecycle, *, wait: bool = True) -> str:
     """Per call site: calls, codec, bytes, ratio, error; then why calls passed through; then totals.
 
     Lines are no longer than the terminal is wide, or 80 characters where there is none. ``fwd`` counts calls that
@@ -193,7 +202,7 @@ def explain(group: GroupLifecycle) -> str:
     call, header and scales included; the ratio is over all calls, keyframes included; NMSE is over the sampled calls
     (``sample_errors_every``).
     """
-    stats = group.stats()
+    stats = group.stats(wait=wait)
     engine, keys = group._engine, group._keys
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     steps = "no" if keys.step < 0 else keys.step + 1

@@ -268,13 +268,18 @@ class StreamRate:
                 self._learn(measured, self.rate)
         self.rate = next_rate or self.rate
 
-    def catch_up(self, besides: Hashable = None, *, asked: bool = False) -> None:
+    def catch_up(self, besides: Hashable = None, *, asked: bool = False, wait: bool = True) -> None:
         """Learn what was measured on a device, of frames of other steps than ``besides``.
 
-        ``asked``: somebody wants to know now, and waits. Otherwise what has not come so far is late.
+        Args:
+            besides: a step; ``None``: none.
+            asked: somebody wants to know now, and waits. Otherwise what has not come so far is late.
+            wait: also for what has not come so far; else that is left for later.
         """
         with self._catching_up:  # whoever asks what was met may come while a request ends in another thread
             while self._awaited and (besides is None or self._awaited[0][0] != besides):
+                if not (wait or self._awaited[0][1].is_there):
+                    return
                 _, copy, rate = self._awaited.pop(0)
                 self._control.late += not (asked or copy.is_there)
                 measured = Measured(*copy.read())
@@ -423,10 +428,10 @@ class RateControl:
                 ended.catch_up(asked=True)
                 self._forgotten += ended.sums
 
-    def met(self) -> Met:
-        """What came of the target since the last reset; waits for what devices have measured."""
+    def met(self, *, wait: bool = True) -> Met:
+        """What came of the target since the last reset; waits for what devices have measured, unless told not to."""
         for stream in tuple(self._streams.values()):
-            stream.catch_up(asked=True)
+            stream.catch_up(asked=True, wait=wait)
         sums = self._sums()
         error, energy, wire, elements = sums.error, sums.energy, sums.wire_bytes, sums.elements
         nmse_db = (10 * math.log10(error / energy) if error else -math.inf) if energy else math.nan

@@ -30,13 +30,13 @@ class Handle:
         """The wrapped groups by name; after `disable()` those of the time before."""
         return self._groups()
 
-    def stats(self) -> dict[str, compactdist.Stats]:
-        """The statistics of every wrapped group, by its name."""
-        return {name: group.stats() for name, group in self.groups.items()}
+    def stats(self, *, wait: bool = True) -> dict[str, compactdist.Stats]:
+        """The statistics of every wrapped group, by its name; ``wait`` as for a group's ``stats``."""
+        return {name: group.stats(wait=wait) for name, group in self.groups.items()}
 
-    def explain(self) -> str:
-        """A table for every wrapped group: what it sent at each call site."""
-        return "\n\n".join(f"{name}\n{group.explain()}" for name, group in self.groups.items())
+    def explain(self, *, wait: bool = True) -> str:
+        """A table for every wrapped group: what it sent at each call site; ``wait`` as for a group's ``stats``."""
+        return "\n\n".join(f"{name}\n{group.explain(wait=wait)}" for name, group in self.groups.items())
 
     def disable(self) -> None:
         """Give the framework its own groups and functions back. Calling it again does nothing."""

@@ -43,9 +43,9 @@ class Handle(compactdist_common.Handle):
         """
         self._clock.new_request("new_request()")
 
-    def explain(self) -> str:
+    def explain(self, *, wait: bool = True) -> str:
         """How many steps and requests began, and a table for each group of the messages at every call site."""
-        return f"{self._clock}\n\n{super().explain()}"
+        return f"{self._clock}\n\n{super().explain(wait=wait)}"
 
 
 def enable(

@@ -41,10 +41,10 @@ class Handle(compactdist_common.Handle):
         self.pipe = unwrapped(session.pipe)
         self.method = session.method
 
-    def explain(self) -> str:
+    def explain(self, *, wait: bool = True) -> str:
         """A table of call sites for each route, and how often the parallel method did what."""
         method = "" if self.method is None else self.method.describe()
-        return "\n\n".join(filter(None, (super().explain(), method)))
+        return "\n\n".join(filter(None, (super().explain(wait=wait), method)))
 
 
 def enable(

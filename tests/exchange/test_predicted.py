@@ -236,6 +236,8 @@ def test_a_transport_that_fails_late_is_named():
             named = (
                 r"rank 1, site 'all_gather#0': the exchange of step 1, which was answered with its prediction, failed"
             )
+            assert g.stats(wait=False).compressed_calls == 2  # as a thread that watches asks: it takes no error away
+            assert "all_gather#0" in g.explain(wait=False)
             with pytest.raises(LateExchangeError, match=named):
                 g.stats()
         g.close()

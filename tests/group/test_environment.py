@@ -183,7 +183,7 @@ def test_the_program_goes_first_and_the_log_says_so(caplog):
         warn_overruled(environment, {"codec": "int2", "order": 2})
         (text,) = caplog.messages
     assert text.startswith("COMPACTDIST_CODEC='int4' has no effect on this group: the program (or its adapter)")
-    assert "gives codec='int2' to wrap(), which goes before the environment. Unset the variable" in text
+    assert "gives codec='int2' to wrap(), which overrides the environment. Unset the variable" in text
 
 
 def test_wrap_warns_of_what_it_overrules():

@@ -1,4 +1,4 @@
-"""Options by intent: what each preset stands for, and what goes before it."""
+"""Options by intent: what each preset stands for, and what overrides it."""
 
 from __future__ import annotations
 

@@ -19,4 +19,4 @@ def shown(stats: GroupStats) -> str:
     engine = SimpleNamespace(stats=stats, store=store, chooser=chooser)
     keys = SimpleNamespace(step=3, epoch=1)
     options = SimpleNamespace(policy_function=None, layouts=None)
-    return explain(Group(options=options, _engine=engine, _keys=keys, stats=lambda: stats.snapshot({})))  # type: ignore[arg-type]
+    return explain(Group(options=options, _engine=engine, _keys=keys, stats=lambda wait: stats.snapshot({})))  # type: ignore[arg-type]

@@ -100,7 +100,7 @@ def test_it_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> No
     first = next(line for line in lines if LONG in line)
     assert ("lowrank_int4" in first) == (width == 250)
     heads = next(line for line in lines if "codec" in line).split()
-    assert {"calls", "key", "TB", "ratio", "bits", "dB", "fwd", "pred", "recv"} <= {*heads}
+    assert {"calls", "frames", "TB", "ratio", "bits", "dB", "fwd", "pred", "recv"} <= {*heads}
 
 
 def test_a_key_beyond_the_terminal_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +117,8 @@ def test_columns_that_would_be_empty_are_left_out() -> None:
     stats = GroupStats()
     stats.sent("all_gather#0", "all_gather", "int4", raw=4096, wire=600, keyframe=False, numel=1024)
     _, units, heads, row, *_ = shown(stats).splitlines()
-    assert units.split() == ["raw", "wire", "state"]
-    assert heads.split() == ["site", "codec", "calls", "key", "kB", "B", "ratio", "bits", "B"]
+    assert units.split() == ["key-", "raw", "wire", "state"]
+    assert heads.split() == ["site", "codec", "calls", "frames", "kB", "B", "ratio", "bits", "B"]
     assert row.split() == ["all_gather#0", "int4", "1", "0", "4.10", "600", "6.83", "4.69", "0"]
 
 
@@ -145,3 +145,17 @@ def test_rules_and_hints_for_keys_that_no_site_has_are_named() -> None:
         assert "a layout hint is for key='*vk*', which no call site counted here has" in after
         assert after.count("is for key") == 2
         assert "is for key" not in merged
+
+
+def test_a_rule_that_decides_nothing_is_named() -> None:
+    """Its key fits, so it looks as if it had an effect."""
+
+    def body(rank: int, size: int) -> list[str]:
+        rules = [Rule("int8", dtype="float64"), Rule("int2", key="*attn*"), Rule("int4"), Rule("pass", first_step=9)]
+        with wrap(policy=rules) as dist:
+            with dist.step(), dist.key("layer3.attn"):
+                gather(dist, tensor(rank))
+            return [line for line in " ".join(dist.explain().split()).split("rule ") if "decided no call" in line]
+
+    for said in run_ranks(body, 2, timeout=40):
+        assert [line[:1] for line in said] == ["1", "3"]

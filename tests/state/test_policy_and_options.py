@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+
 import pytest
 import torch
 
 from compactdist import CallInfo, Layout, Options, Rule, Rules, codecs
+from compactdist.config import Settings
 from compactdist.errors import CodecConfigError, ConfigError, UnknownCodecError
 from compactdist.state import ResidualEncoder
 
@@ -200,3 +204,28 @@ def test_layout_hints_by_glob_and_by_function():
 def test_what_is_no_tensor_is_refused_by_a_stand_alone_stream(x):
     with pytest.raises(ConfigError, match=rf"encode\(\) takes a tensor, got {type(x).__name__}"):
         ResidualEncoder("int4").encode(x)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "said"),
+    [
+        ({"dtype": "bf16"}, "dtype is one of torch's, or its name, such as 'bfloat16'; got 'bf16'"),
+        ({"dtype": 16}, "got 16"),
+        ({"first_step": "3"}, "first_step is a whole number from 0 on, got '3'"),
+        ({"last_step": 2.5}, "last_step is a whole number from 0 on or None, got 2.5"),
+        ({"min_numel": -5}, "min_numel is a whole number from 0 on, got -5"),
+        ({"max_numel": True}, "max_numel is a whole number"),
+        ({"key": None}, "key is a glob over keys"),
+    ],
+)
+def test_a_rule_that_could_never_mean_what_it_says_is_refused(conditions, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        Rule("int8", **conditions)
+
+
+def test_a_dtype_may_be_named():
+    assert Rule("int8", dtype="bfloat16") == Rule("int8", dtype=torch.bfloat16)
+
+
+def test_the_keywords_of_wrap_are_the_options():
+    assert set(Settings.__annotations__) == {one.name for one in fields(Options) if one.init} - {"codec"}
