@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from compactdist.codecs.topk import _TopKSession
 from compactdist.kernels.cpu import rounding_steps
 from compactdist.kernels.reference import rounding as reference_rounding
 from compactdist.kernels.spec import EightBits
@@ -85,10 +86,18 @@ def test_no_tensor_is_made_of_it(codec: dict[str, Any], form: EightBits, monkeyp
     assert at == [[held.data_ptr() for held in end.predictor.held] for end in (ends.sender, ends.receiver)]
 
 
-def test_codecs_that_cannot_read_it_get_a_tensor() -> None:
-    ends, x = Ends({"id": "topk"}, "int8"), torch.randn(1 << 15).bfloat16()
+def test_codecs_that_cannot_read_it_get_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, x, given = Ends({"id": "topk"}, "int8"), torch.randn(1 << 15).bfloat16(), []
+    encode = _TopKSession.encode
+
+    def spied(self: Any, x: Any, terms: Any, *rest: Any, **more: Any) -> Any:
+        given.append([type(one) for one in terms])
+        return encode(self, x, terms, *rest, **more)
+
+    monkeypatch.setattr(_TopKSession, "encode", spied)
     for step in range(3):
         ends.send((x.float() + 0.1 * step).bfloat16(), step)
+    assert given == [[torch.Tensor]] * 2
 
 
 def test_a_residual_that_is_far_larger_is_noticed() -> None:

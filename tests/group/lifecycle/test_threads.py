@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 
 import compactdist
-from compactdist.errors import CallGroupError
+from compactdist.errors import CallGroupError, ClosedGroupError
 from compactdist.testing import act_like_nccl
 from tests.group.lifecycle import kit
 from tests.launch import run_ranks
@@ -182,5 +182,8 @@ def test_closing_while_another_thread_waits_for_works():
         for _ in range(3):
             site.pending.append(Taken(site.pending))
         dist.close()
+        assert not site.pending
+        with pytest.raises(ClosedGroupError):
+            kit.gather(dist, kit.tensor(rank))
 
     run_ranks(body, timeout=40)
