@@ -112,6 +112,14 @@ def evaluate(
         int | None,
         typer.Option(min=2, help="Play this many of the recorded steps, evenly spaced, first and last among them."),
     ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="How to read each step: a layout whose axes g, n and c are the trace's groups, rows and channels, and "
+            'sizes of others: "(g n h d) -> 1 n (h g d), d=64".',
+        ),
+    ] = None,
     target: Targets = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add formats that send every step by itself: int4, fp4 and fp8.")
@@ -137,11 +145,11 @@ def evaluate(
         codecs = parse_codecs(codec or ([STEERED] if target else None)) if codec or not preset or target else {}
         settings = evaluation.settings_of_codecs(codecs, config, target or ())
         settings |= evaluation.settings_of_presets(_presets(context, preset, codec or target))
-        opened = Trace(trace)
-        scores = evaluation.play_settings(opened, settings, steps)
+        opened, read_as = Trace(trace), evaluation.parse_layout(layout)
+        scores = evaluation.play_settings(opened, settings, steps, layout=read_as)
         if baselines:
             scores |= play_baselines(opened, max(1, warmup), steps)
-        evaluation.show(opened, config if codecs else None, scores, console(json_file), steps)
+        evaluation.show(opened, config if codecs else None, scores, console(json_file), steps, read_as)
         write_json(json_file, evaluation.to_json(scores))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from compactdist.cli.common import Column, fitting_table
 from compactdist.cli.score import Score
 from compactdist.codecs import Codec
 from compactdist.config import Options
-from compactdist.errors import CompactDistError
+from compactdist.errors import CompactDistError, ConfigError
 from compactdist.observe.trace import Trace, TraceError
 from compactdist.presets import PRESETS, expand
 from compactdist.state import (
@@ -31,9 +33,12 @@ from compactdist.state import (
 )
 
 __all__ = [
+    "DEFAULT_LAYOUT",
+    "GivenLayout",
     "Played",
     "Recorded",
     "Setting",
+    "parse_layout",
     "play",
     "play_settings",
     "play_sites",
@@ -55,6 +60,31 @@ class Setting:
     target: Target | None = None
 
 
+GivenLayout = tuple[str, dict[str, int]]
+"""A pattern of ``Layout``, and sizes of axes."""
+DEFAULT_LAYOUT: GivenLayout = ("(g n c) -> g n c", {})
+
+
+def parse_layout(text: str | None) -> GivenLayout:
+    """A layout as the command line has it: ``"(g n h d) -> 1 n (h g d), d=64"``.
+
+    Of a tensor of a trace ``g`` are the groups, ``n`` the rows of each, ``c`` the channels; other axes get sizes behind
+    the pattern, and one may be left out.
+
+    Raises:
+        ConfigError: what stands behind the pattern are no sizes.
+    """
+    if text is None:
+        return DEFAULT_LAYOUT
+    pattern, *rest = (part.strip() for part in text.split(","))
+    found = [re.fullmatch(r"(\w+)\s*=\s*(\d+)", part) for part in rest]
+    if not all(found):
+        raise ConfigError(
+            f"--layout {text!r}: behind the pattern stand sizes of axes, as in '(g n h d) -> 1 n (h g d), d=64'"
+        )
+    return pattern, {one[1]: int(one[2]) for one in found if one}
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A site of a trace.
@@ -63,17 +93,26 @@ class Recorded:
         site: its name.
         x: ``[steps, N, C]``.
         groups: matrices that the ``N`` rows consist of.
+        layout: how each step is read, see :func:`parse_layout`.
     """
 
     site: str
     x: Tensor
     groups: int
+    layout: GivenLayout = DEFAULT_LAYOUT
 
-    @property
+    @cached_property
     def hint(self) -> MatrixView:
-        """The matrix view of each step, as a layout hint gives it."""
-        _, rows, channels = self.x.shape
-        return Layout("(g s c) -> g s c", g=self.groups, c=channels).resolve(rows * channels)
+        """The matrix view of each step, as a layout hint gives it.
+
+        Raises:
+            LayoutError: the layout does not fit.
+        """
+        (_, rows, channels), (pattern, sizes) = self.x.shape, self.layout
+        known = {"g": self.groups, "n": rows // self.groups, "c": channels}
+        axes = set(re.findall(r"\w+", pattern.partition("->")[0]))
+        ours = {axis: size for axis, size in known.items() if axis in axes}
+        return Layout(pattern, **ours | sizes).resolve(rows * channels)
 
 
 @dataclass(frozen=True)
@@ -104,7 +143,11 @@ def spaced(recorded_steps: int, steps: int) -> list[int]:
 
 
 def recorded(
-    trace: Trace, steps: int | None, keyframes: int, report: Callable[[str], None] = lambda site: None
+    trace: Trace,
+    steps: int | None,
+    keyframes: int,
+    report: Callable[[str], None] = lambda site: None,
+    layout: GivenLayout = DEFAULT_LAYOUT,
 ) -> Iterator[Recorded]:
     """Load the sites of a trace one by one.
 
@@ -113,6 +156,7 @@ def recorded(
         steps: how many of each site's steps to take, evenly spaced, at least 2; ``None``: all.
         keyframes: how many of the steps taken are sent as keyframes.
         report: called with each site's name before it is loaded.
+        layout: how each step of every site is read.
 
     Raises:
         TraceError: a tensor cannot be played, has fewer than ``steps`` steps, or none after the keyframes.
@@ -132,7 +176,7 @@ def recorded(
                 f"{trace.path}, tensor '{site}' has {x.shape[0]} steps, and the first {keyframes} are keyframes: "
                 "record more steps, or evaluate with a smaller --warmup or a larger --steps"
             )
-        yield Recorded(site, x, trace.groups(site, x.shape[1]))
+        yield Recorded(site, x, trace.groups(site, x.shape[1]), layout)
 
 
 def settings_of_codecs(codecs: Mapping[str, Codec], config: StreamConfig, targets: Sequence[str]) -> dict[str, Setting]:
@@ -179,14 +223,16 @@ def play_settings(
     settings: Mapping[str, Setting],
     steps: int | None = None,
     report: Callable[[str], None] = lambda site: None,
+    layout: GivenLayout = DEFAULT_LAYOUT,
 ) -> dict[str, Score]:
     """Play every site of a trace through an encoder and a decoder of every setting.
 
     Args:
         trace: the trace to play.
-        settings: codecs with their configurations, by name; ``[N, C]`` gives their matrix view, so no search is needed.
+        settings: codecs with their configurations, by name; the layout gives their matrix view, so no search is needed.
         steps: how many of the recorded steps to play, evenly spaced, at least 2; ``None``: all.
         report: called with each site's name before it is played.
+        layout: how each step is read.
 
     Returns:
         A score by the setting's name.
@@ -199,7 +245,7 @@ def play_settings(
     keyframes = max([1, *(setting.config.warmup_steps for setting in settings.values())])
     steered = {name: setting for name, setting in settings.items() if setting.target is not None}
     kept = []
-    for entry in recorded(trace, steps, keyframes, report):
+    for entry in recorded(trace, steps, keyframes, report, layout):
         for name, setting in settings.items():
             if name not in steered:
                 play_sites(scores[name], setting, [entry])
@@ -317,8 +363,10 @@ _COLUMNS: tuple[Column, ...] = (
 )
 
 
-def _title(trace: Trace, config: StreamConfig | None, steps: int | None) -> str:
+def _title(trace: Trace, config: StreamConfig | None, steps: int | None, layout: GivenLayout) -> str:
     said = [f"{len(trace.sites)} sites"]
+    if layout != DEFAULT_LAYOUT:
+        said.append(f"read as {', '.join([layout[0], *(f'{axis}={size}' for axis, size in layout[1].items())])}")
     if steps is not None:
         said.append(f"{steps} steps")
     if config is not None:
@@ -337,6 +385,7 @@ def show(
     scores: Mapping[str, Score],
     shown_on: Console,
     steps: int | None = None,
+    layout: GivenLayout = DEFAULT_LAYOUT,
 ) -> None:
     """Print the table.
 
@@ -346,13 +395,14 @@ def show(
         scores: by row.
         shown_on: the console.
         steps: how many of the recorded steps were played; ``None`` for all.
+        layout: how they were read.
     """
     table = fitting_table(
         _COLUMNS,
         list(scores.items()),
         shown_on,
         padding=(0, 1, 0, 0),  # ten columns
-        title=_title(trace, config, steps),
+        title=_title(trace, config, steps, layout),
         caption="b/el: wire bits per element of a residual frame, header and scales included; request: of all frames, "
         "keyframes too; ratio: 16 bits over these; error: mean of ||x - x_hat|| / ||x|| over steps and sites, without "
         "keyframes and with them; worst: the largest of all",

@@ -315,3 +315,32 @@ def test_whoever_watches_sees_every_frame_once() -> None:
     assert (again.request, again.residuals) == (score.request, score.residuals)
     assert [frame.keyframe for frame in seen] == [frame.step == 0 for frame in seen]
     assert {frame.rate for frame in seen if frame.step} <= {1, 2, 3, 4, 5}
+
+
+def test_a_layout_reads_a_trace_as_wrap_would(tmp_path: Path) -> None:
+    """Two groups of 48 rows become 48 rows of twice as many channels, as if the trace had been recorded so."""
+    x = activations()
+    steps, rows, channels = x.shape
+    apart = trace(tmp_path / "apart.safetensors", {"a": x}, {"groups": '{"a": 2}'})
+    beside = x.view(steps, 2, rows // 2, channels).transpose(1, 2).reshape(steps, rows // 2, 2 * channels)
+    together = trace(tmp_path / "together.safetensors", {"a": beside.contiguous()})
+    asked = "--codec", "int4", "--json", "-", "--keyframe", "int8"
+    pattern = "(g n h d) -> 1 n (g h d), d=40"
+    assert run_json("evaluate", apart, "--layout", pattern, *asked) == run_json("evaluate", together, *asked)
+    assert run_json("evaluate", apart, *asked) != run_json("evaluate", together, *asked)
+    shown = " ".join(run("evaluate", apart, "--codec", "int4", "--layout", pattern).output.split())
+    assert "read as (g n h d) -> 1 n (g h d), d=40" in shown
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("(g n c) -> 1 n (g c), c", "behind the pattern stand sizes of axes"),
+        ("(g n c) -> 1 n (g q)", "every axis must appear once on each side"),
+        ("(g n h d) -> 1 n (h g d), d=7", "elements"),
+    ],
+)
+def test_a_layout_that_fits_nothing_is_refused(tmp_path: Path, pattern: str, said: str) -> None:
+    result = run("evaluate", trace(tmp_path / "t.safetensors"), "--codec", "int4", "--layout", pattern)
+    assert result.exit_code == 1
+    assert said in " ".join(result.output.split())
