@@ -82,6 +82,16 @@ def demo(
         run_demo(out, json_file, steps, route or ["ring", "ulysses"])
 
 
+_Layout = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="How to read each step: a layout whose axes g, n and c are the trace's groups, rows and channels, and "
+        'sizes of others: "(g n h d) -> 1 n (h g d), d=64".',
+    ),
+]
+
+
 @app.command()
 def evaluate(
     context: typer.Context,
@@ -112,14 +122,7 @@ def evaluate(
         int | None,
         typer.Option(min=2, help="Play this many of the recorded steps, evenly spaced, first and last among them."),
     ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="How to read each step: a layout whose axes g, n and c are the trace's groups, rows and channels, and "
-            'sizes of others: "(g n h d) -> 1 n (h g d), d=64".',
-        ),
-    ] = None,
+    layout: _Layout = None,
     target: Targets = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Add formats that send every step by itself: int4, fp4 and fp8.")
@@ -134,14 +137,8 @@ def evaluate(
     with failing_well():
         check_writable(json_file)
         import_codecs(modules)
-        config = StreamConfig(
-            order=parse_order(order),
-            damping=damping,
-            warmup_steps=warmup,
-            find_layout=False,
-            state=cast("StateForm", state),  # checked there
-            keyframe=keyframe_codec(keyframe),
-        )
+        form = cast("StateForm", state)  # checked there
+        config = StreamConfig(parse_order(order), damping, None, warmup, False, form, keyframe_codec(keyframe))
         codecs = parse_codecs(codec or ([STEERED] if target else None)) if codec or not preset or target else {}
         settings = evaluation.settings_of_codecs(codecs, config, target or ())
         settings |= evaluation.settings_of_presets(_presets(context, preset, codec or target))

@@ -128,10 +128,12 @@ def capture_check(decoder: StreamDecoder, frame: Tensor, into: Tensor | None, qu
     nbytes = form.frame_nbytes
     assert decoder.live is not None
     (numel, dtype), predictor = decoder.live, decoder.predictor
-    in_place = predictor.decodes_in_place and decoder.config.state == "exact"
     coefficient = expect_coefficient(frames, frame, predictor, queue) if predictor.adapts else 0.0
     terms = decoder.terms_for(form.session, coefficient)
-    value = terms[0] if terms and in_place else torch.empty(numel, dtype=dtype, device=frame.device)
+    value = predictor.spare(terms) if decoder.config.state == "exact" else None
+    in_place = value is not None
+    if value is None:
+        value = torch.empty(numel, dtype=dtype, device=frame.device)
     direct = into if into is not None and into.is_contiguous() else None
     made = frames.receive(steps, frame, nbytes, terms, value, direct, clock.words, _BY_CLOCK, queue)
     assert made, "frames that a device has checked are aligned"

@@ -400,9 +400,8 @@ class StreamDecoder(StreamState):
         if queue != clock.queue:
             clock.follow(predictor, queue)
         terms = predictor.terms() if self.live == (numel, dtype) else ()
-        if terms and predictor.decodes_in_place:
-            kept = terms[0]
-        else:  # a frame that is refused leaves what was remembered in its place
+        kept = predictor.spare(terms)
+        if kept is None:  # a frame that is refused leaves what was remembered in its place
             kept = terms[0].clone() if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
         copy = into
         if keys.own_bytes and into is None:  # what is remembered is not what is handed out
@@ -472,18 +471,12 @@ class StreamDecoder(StreamState):
             )
         assert self.live is not None
         predictor, (numel, dtype) = self.predictor, self.live
-        rounds, users = self._rounds and session.takes_rounded, into
-        spare: Tensor | None = None
-        if restarts or not self._moves:
-            terms = () if restarts else self.rounded_terms if rounds else predictor.terms(coefficient)
-        else:
-            terms = self.moving_terms(session, coefficient)
-            spare = predictor.spare(terms)
+        users, plain = into, self._plain
+        terms = () if restarts else predictor.terms() if plain else self.terms_for(session, coefficient)
         if self._keeps_copies and into is not None:  # what is remembered is made from the user's tensor
             value, into = into.view(-1), None
-        elif terms and predictor.decodes_in_place and not rounds:
-            value = terms[0]
         else:
+            spare = terms[0] if plain and terms else predictor.spare(terms)
             value = torch.empty(numel, dtype=dtype, device=payload.device) if spare is None else spare
         self._torn = True
         try:

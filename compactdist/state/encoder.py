@@ -331,11 +331,7 @@ class StreamEncoder(StreamState):
         spares, place = self._spares or Spares(), (frame_nbytes or end, start, end, self.part)
         room = (spares.rooms.pop(place, None) if flat.is_cpu else None) or _room_for_frame(place, flat.device)
         frame, (payload,) = room.whole, room.views
-        rounds = self._rounds and session.takes_rounded
-        if self._moves:
-            terms = self.moving_terms(session, coefficient)
-        else:
-            terms = self.rounded_terms if rounds else self.predictor.terms(coefficient)
+        terms = self.predictor.terms() if self._plain else self.terms_for(session, coefficient)
         if terms and flat.is_cpu and form.is_far_larger(flat, terms if own is None else own.terms(coefficient)):
             terms, header = (), replace(form.head.header, flags=RESTART)
         value = None

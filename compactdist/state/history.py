@@ -18,7 +18,7 @@ from torch import Tensor
 from compactdist import kernels
 from compactdist.codecs.base import Terms
 from compactdist.errors import ConfigError
-from compactdist.kernels.spec import MovingTerm, Rounded, Term, Velocity
+from compactdist.kernels.spec import MovingTerm, Term, Velocity
 
 __all__ = [
     "DampedVelocity",
@@ -167,9 +167,6 @@ class Predictor(ABC):
     can_share: ClassVar[bool] = False
     """Whether a stream that passes frames on may share the incoming stream's predictor and keep none of its own."""
 
-    decodes_in_place: ClassVar[bool] = False
-    """Whether the reconstruction may be written over the first term."""
-
     __slots__ = ()
 
     @abstractmethod
@@ -196,11 +193,6 @@ class Predictor(ABC):
         ``rounded``: what is kept in eight bits is given as it is.
         """
         return self.terms(coefficient)
-
-    @property
-    def rounded(self) -> tuple[Rounded, ...]:
-        """The prediction as it is kept, where that is one tensor in eight bits; else empty."""
-        return ()
 
     def choose(self, x: Tensor, share: float, out: Tensor | None = None, queue: int | None = None) -> Tensor:
         """The coefficient to predict ``x``, flat ``[numel]``, with; 0 where the predictor does not adapt.
@@ -246,7 +238,7 @@ class Predictor(ABC):
 
         Args:
             value: the reconstruction.
-            terms: what :meth:`terms`, :meth:`kept_terms` or :attr:`rounded` gave for this frame; empty for a keyframe.
+            terms: what :meth:`terms` or :meth:`kept_terms` gave for this frame; empty for a keyframe.
             accepted: uint8 ``[2]`` on the device: where the first of it is 0, what is kept in eight bits stays, and a
                 tensor holds what it did before the frame was decoded to it.
 
@@ -319,7 +311,7 @@ class LastValue(Predictor):
     """Order 1: predicts the last reconstruction."""
 
     number = copies = 1
-    can_share = decodes_in_place = True
+    can_share = True
     __slots__ = ("_base",)
 
     def __init__(self, damping: float, new_cell: Callable[[], Cell]) -> None:
@@ -329,13 +321,9 @@ class LastValue(Predictor):
         base = self._base.read()
         return () if base is None else (base,)
 
-    @property
-    def rounded(self) -> tuple[Rounded, ...]:
-        kept = self._base.kept(True)
-        return (kept,) if isinstance(kept, Rounded) else ()
-
     def kept_terms(self, coefficient: float | Tensor = 0.0, *, rounded: bool = False) -> tuple[MovingTerm, ...]:
-        return (rounded and self.rounded) or self.terms(coefficient)
+        kept = self._base.kept(rounded)
+        return () if kept is None else (kept,)
 
     def spare(self, terms: tuple[MovingTerm, ...]) -> Tensor | None:
         return terms[0] if terms and isinstance(terms[0], Tensor) else None

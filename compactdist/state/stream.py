@@ -170,10 +170,8 @@ class StreamState:
         "_forms",
         "_keeps_copies",
         "_keys",
-        "_moves",
         "_number",
         "_plain",
-        "_rounds",
         "_unprepared",
         "clock",
         "config",
@@ -204,9 +202,7 @@ class StreamState:
         self.where = where
         self.part, self.parts = 0, 1
         self.predictor = config.new_predictor()
-        self._rounds = config.state != "exact" and config.predictor.copies == 1
-        self._moves = config.predictor.copies > 1
-        self._plain = not (self._rounds or self._moves)
+        self._plain = config.predictor.copies == 0 or (config.predictor.copies == 1 and config.state == "exact")
         self._keeps_copies = config.state != "exact" and config.remembers
         self.live: tuple[int, torch.dtype] | None = None
         self.sequence = 0
@@ -233,11 +229,6 @@ class StreamState:
         (self.predictor,) = given
 
     @property
-    def rounded_terms(self) -> Terms:
-        """The prediction as it is kept in eight bits, for sessions that take that."""
-        return cast(Terms, self.predictor.rounded)
-
-    @property
     def state_bytes(self) -> int:
         """Bytes of tensors held by this end."""
         return self.predictor.held_bytes + self.session_bytes
@@ -257,17 +248,12 @@ class StreamState:
         """What the last residual shared with those before it; ``None``: there is none since the stream changed."""
         return self._form
 
-    def moving_terms(self, session: Session, coefficient: float | Tensor) -> Terms:
-        """The prediction of a predictor with a velocity, in the form that the session takes."""
-        if session.takes_velocity:
-            return cast(Terms, self.predictor.kept_terms(coefficient, rounded=session.takes_rounded))
-        return self.predictor.terms(coefficient)
-
     def terms_for(self, session: Session, coefficient: float | Tensor = 0.0) -> Terms:
         """The prediction of the next residual, in the form that the session takes."""
-        if self._moves:
-            return self.moving_terms(session, coefficient)
-        return self.rounded_terms if self._rounds and session.takes_rounded else self.predictor.terms(coefficient)
+        predictor = self.predictor
+        if predictor.copies > 1 and not session.takes_velocity:
+            return predictor.terms(coefficient)
+        return cast(Terms, predictor.kept_terms(coefficient, rounded=session.takes_rounded))
 
     def move(self, to: Callable[[Tensor], Tensor]) -> None:
         """Keep what ``to`` makes of each tensor held by this end: the same bytes on another device."""

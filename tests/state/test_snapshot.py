@@ -10,8 +10,8 @@ TAKEN = {"digest", "part", "parts", "predictor", "_own_predictor", "relay", "_fo
 """By ``save_streams``, besides what ``lasting`` lists; of ``_form`` codec and memory, from which it is made again."""
 
 MADE_AGAIN = {
-    "config", "fingerprint", "where", "_changes", "_board", "_unprepared", "_number", "_remembers", "_moves", "_plain",
-    "_keeps_copies", "_rounds",
+    "config", "fingerprint", "where", "_changes", "_board", "_unprepared", "_number", "_remembers", "_plain",
+    "_keeps_copies",
     "_spares", "steers", "_forms", "_keys", "clock",
 }  # fmt: skip
 """By the store, from the group's options and the stream's place, or when the next frame needs it."""
