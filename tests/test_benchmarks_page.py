@@ -71,9 +71,9 @@ def test_measuring() -> None:
 def test_presets_pay() -> None:
     wins, page = stored("preset_cost.json")["wins"], (ROOT / "docs" / "concepts.md").read_text()
     speeds = [round(win["below_mbit_per_s"]) for win in wins]
-    assert f"slow links, below {speeds[0]} Mbit/s for each thread" in page
-    assert f"slowest links, below {speeds[1]} Mbit/s for each thread" in page
-    assert f"on links faster than {speeds[2]} Mbit/s for each thread" in page
+    assert f"| links below {speeds[0]} Mbit/s;" in page
+    assert f"| links below {speeds[1]} Mbit/s |" in page
+    assert f"on links faster than {speeds[2]} Mbit/s give" in page
     assert speeds[3] == 30
 
 
