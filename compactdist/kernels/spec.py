@@ -225,8 +225,8 @@ class Velocity(_InPlaceOfATensor):
     it is.
 
     Attributes:
-        base, previous: flat ``[numel]``, contiguous, finite, of one dtype; ``base`` is the first term. On a CPU they
-            may be in eight bits.
+        base, previous: flat ``[numel]``, contiguous, finite, of one dtype; ``base`` is the first term. Both may be in
+            eight bits.
         coefficient: in [-1, 1]. On a device also float32 ``[]``, where the host does not know it.
     """
 
@@ -259,8 +259,8 @@ class Velocity(_InPlaceOfATensor):
 
 
 MovingTerm = Tensor | Rounded | Velocity
-"""What is expected, or one of two tensors whose sum is. One in eight bits stands alone; on a CPU also beside another
-such, or beside a velocity between two such.
+"""What is expected, or one of two terms whose sum is. One in eight bits stands alone, beside another such, or beside a
+velocity between two such.
 """
 
 
