@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
+
+
+class InOneInstance:
+    """In place of a method of one object. A deep copy of the object, and one that was pickled, has the method itself:
+    pipelines copy their schedulers.
+
+    Args:
+        method: bound to the object.
+        instead: what is called; its signature is the method's.
+    """
+
+    def __init__(self, method: types.MethodType, instead: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, method)
+        self._method, self._instead = method, instead
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._instead(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._method.__self__))  # being made, as this is one of its attributes
+        return self._method if copied is None else types.MethodType(self._method.__func__, copied)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._method.__self__, self._method.__name__)
 
 
 class Patches:
@@ -38,7 +63,10 @@ class Patches:
         Frameworks read signatures to see which arguments a function takes.
         """
         original = getattr(owner, name)
-        self.replace(owner, name, functools.wraps(original)(around(original)))
+        if isinstance(original, types.MethodType) and original.__self__ is owner and not isinstance(owner, type):
+            self.replace(owner, name, InOneInstance(original, around(original)))
+        else:
+            self.replace(owner, name, functools.wraps(original)(around(original)))
 
     def before(self, owner: Any, name: str, first: Callable[[], Any]) -> None:
         """Call `first()` before every call of a function."""

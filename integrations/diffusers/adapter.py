@@ -98,7 +98,7 @@ def enable(
                 for group in groups.values():
                     patches.add(group.attach(module, step_module=None).detach)
         if not isinstance(model_or_pipe, torch.nn.Module):
-            clock.follow_scheduler(model_or_pipe, patches)
+            clock.follow_pipeline(model_or_pipe, models, patches)
     except BaseException:
         patches.undo()
         raise

@@ -1,20 +1,23 @@
 """Steps, requests and guidance branches of a diffusers model, told by its calls.
 
 A step begins when the model is called with another `timestep`; with `forwards_per_step=n`, after every n forwards of a
-branch. A request begins at `scheduler.set_timesteps` and at `new_request`. Without a pipeline, or once the pipeline has
-another scheduler than at first, it begins when the timesteps turn back.
+branch. A request begins at `scheduler.set_timesteps`, at the first forward after the pipeline was given another
+scheduler, and at `new_request`. Without a pipeline it begins when the timesteps turn back.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from compactdist_common import Patches, before_forwards, timestep_of, uncompiled
+from compactdist_common import InOneInstance, Patches, before_forwards, timestep_of, uncompiled
+
+_log = logging.getLogger("compactdist")
 
 
 class Clock:
@@ -34,7 +37,10 @@ class Clock:
         self.steps = 0
         self._groups = groups
         self._forwards_per_step = forwards_per_step
-        self._scheduled: Callable[[], bool] = lambda: False
+        self._pipe: Any = None
+        self._scheduler: Any = None
+        self._patches = Patches()
+        self._models: dict[str, Any] = {}
         self._branch = ""
         self._forget()
 
@@ -66,6 +72,9 @@ class Clock:
         Raises:
             TypeError: the model is called without a timestep, and `forwards_per_step` is not set.
         """
+        if self._pipe is not None and self._pipe.scheduler is not self._scheduler:
+            self._follow(self._pipe.scheduler)
+            self.new_request("another scheduler")  # whose set_timesteps was called before anybody listened to it
         timestep = timestep_of(module, args, kwargs)
         if timestep is None and self._forwards_per_step is None:
             raise TypeError(
@@ -76,7 +85,7 @@ class Clock:
         changed = timestep is not None and timestep != last
         if changed and last is not None:
             direction = 1 if timestep > last else -1
-            if direction * self._direction < 0 and not self._scheduled():
+            if direction * self._direction < 0 and self._pipe is None:
                 self.new_request("timesteps turned back")
             else:
                 self._direction = direction
@@ -112,11 +121,34 @@ class Clock:
 
         return cache_context
 
-    def follow_scheduler(self, pipe: Any, patches: Patches) -> None:
-        """Begin a request when the pipeline calls `set_timesteps` of its scheduler, as every pipeline does at first."""
-        scheduler = pipe.scheduler
-        patches.before(scheduler, "set_timesteps", lambda: self.new_request("set_timesteps"))
-        self._scheduled = lambda: pipe.scheduler is scheduler
+    def follow_pipeline(self, pipe: Any, models: dict[str, Any], patches: Patches) -> None:
+        """Begin a request when the pipeline calls `set_timesteps` of its scheduler, as every pipeline does at first.
+
+        Args:
+            pipe: the pipeline.
+            models: whose forwards are counted, by their names in the pipeline.
+            patches: undone at the end.
+        """
+        self._pipe, self._models, self._patches = pipe, dict(models), patches
+        self._follow(pipe.scheduler)
+
+    def _follow(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        if not isinstance(vars(scheduler).get("set_timesteps"), InOneInstance):
+            self._patches.before(scheduler, "set_timesteps", lambda: self._on_set_timesteps(scheduler))
+
+    def _on_set_timesteps(self, scheduler: Any) -> None:
+        if self._pipe.scheduler is scheduler:
+            self._scheduler = scheduler
+        self.new_request("set_timesteps")
+        for name, model in list(self._models.items()):
+            if getattr(self._pipe, name, model) is not model:
+                del self._models[name]  # said once
+                _log.warning(
+                    "%s of the pipeline is another model than the one that enable() got, and what it sends is not "
+                    "compressed: disable() the handle, and enable() the pipeline again",
+                    name,
+                )
 
     def __str__(self) -> str:
         causes = ", ".join(f"{cause} {count}" for cause, count in self.requests.items()) or "none seen yet"

@@ -17,10 +17,10 @@ class Group:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def stats(self) -> str:
-        return f"stats of {self.name}"
+    def stats(self, *, wait: bool) -> str:
+        return f"stats of {self.name}" if wait else f"what is known of {self.name}"
 
-    def explain(self) -> str:
+    def explain(self, *, wait: bool) -> str:
         return f"table of {self.name}"
 
 
@@ -37,6 +37,7 @@ def test_a_handle_asks_its_groups_and_gives_back_once() -> None:
     handle.disable()
     assert told == ["given back"]
     assert handle.stats() == {"ring": "stats of one", "ulysses": "stats of two"}
+    assert handle.stats(wait=False)["ring"] == "what is known of one"
     assert handle.explain() == "ring\ntable of one\n\nulysses\ntable of two"
 
 

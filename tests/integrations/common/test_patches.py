@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,14 @@ class Base:
 
 class Derived(Base):
     pass
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.counted = 0
+
+    def count(self, by: int = 1) -> None:
+        self.counted += by
 
 
 class Wrapper:
@@ -125,3 +135,29 @@ def test_a_missing_function_is_an_error() -> None:
     with pytest.raises(AttributeError, match="paint"):
         patches.before(Base(), "paint", print)
     assert not patches
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"])
+def test_a_copy_has_the_method_itself(copied: Any) -> None:
+    """diffusers' pipelines copy schedulers: a copy whose method acts on the original would draw another picture."""
+    counter, seen = Counter(), []
+    patches = Patches()
+    patches.before(counter, "count", lambda: seen.append(1))
+    other = copied(counter)
+    counter.count()
+    assert (counter.counted, other.counted, len(seen)) == (1, 0, 1)
+    other.count()
+    assert (counter.counted, other.counted, len(seen)) == (1, 1, 1)
+    patches.undo()
+    other.count(2)
+    assert (counter.counted, other.counted) == (1, 3)
+    assert "count" not in vars(counter)
+
+
+def test_a_changed_method_looks_as_it_did() -> None:
+    counter, patches = Counter(), Patches()
+    patches.after(counter, "count", lambda *_: None)
+    assert inspect.signature(counter.count) == inspect.signature(Counter().count)
+    assert counter.count.__name__ == "count"
+    assert copy.deepcopy({"counting": counter.count})["counting"](1) is None  # by itself, it is the original's
+    assert counter.counted == 1

@@ -87,10 +87,11 @@ def test_timesteps_that_turn_back_begin_a_request(times: tuple[float, ...]) -> N
     assert clock.requests == {"timesteps turned back": 2}
 
 
-def test_a_scheduler_decides_alone_until_it_is_replaced() -> None:
+def test_a_scheduler_decides_alone_and_so_does_the_one_that_replaces_it() -> None:
     model, group, clock, patches = followed()
-    pipe = SimpleNamespace(scheduler=Scheduler())
-    clock.follow_scheduler(pipe, patches)
+    first = Scheduler()
+    pipe = SimpleNamespace(scheduler=first)
+    clock.follow_pipeline(pipe, {}, patches)
     assert pipe.scheduler.set_timesteps(4) == 4
     for t in (3.0, 2.0, 3.0, 1.0):  # some schedulers go back within a request
         model(X, timestep=t)
@@ -98,10 +99,34 @@ def test_a_scheduler_decides_alone_until_it_is_replaced() -> None:
     assert pipe.scheduler.set_timesteps(1) == 1
     model(X, timestep=1.0)
     assert group.history[5:] == ["reset", "step"]
-    pipe.scheduler = Scheduler()
-    for t in (0.5, 0.2, 1.0, 0.5):
-        model(X, timestep=t)
-    assert group.history[7:] == ["step", "step", "reset", "step", "step"]
+    for count in range(3):  # each request has one step and a scheduler of its own, as some servers make it
+        pipe.scheduler = Scheduler()
+        pipe.scheduler.set_timesteps(1)
+        model(X, timestep=1.0)
+        assert group.history[7 + 2 * count :] == ["reset", "step"]
+    del group.history[:]
+    pipe.scheduler.set_timesteps(2)
+    model(X, timestep=1.0)
+    pipe.scheduler = first
+    pipe.scheduler.set_timesteps(2)
+    model(X, timestep=1.0)
+    assert group.history == ["reset", "step"] * 2
+    patches.undo()
+    assert vars(first) == vars(pipe.scheduler) == {}
+
+
+def test_a_model_that_took_the_place_of_another_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, _, clock, patches = followed()
+    pipe = SimpleNamespace(scheduler=Scheduler(), transformer=model)
+    clock.follow_pipeline(pipe, {"transformer": model}, patches)
+    with caplog.at_level("WARNING", logger="compactdist"):
+        pipe.scheduler.set_timesteps(2)
+        assert not caplog.messages
+        pipe.transformer = Model()
+        pipe.scheduler.set_timesteps(2)
+        pipe.scheduler.set_timesteps(2)
+    (said,) = caplog.messages
+    assert "transformer of the pipeline is another model than the one that enable() got" in said
 
 
 def test_counted_forwards_need_no_timestep() -> None:
