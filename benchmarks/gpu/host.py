@@ -65,8 +65,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     **{name: {"codec": name} for name in ("binary", "int2", "int4", "int8")},
     **{f"{name} block": {"codec": f"{name}:scales=block"} for name in ("binary", "int2", "int4", "int8")},
     **{f"int4, order {order}": {"codec": "int4", "order": order} for order in (2, "auto")},
-    "int4, int8 state": {"codec": "int4", "state": "int8"},
-    **{f"int4, int8 state, order {order}": {"codec": "int4", "state": "int8", "order": order} for order in (2, "auto")},
+    "int8 state": {"codec": "int4", "state": "int8"},
+    **{f"int8 state, {order}": {"codec": "int4", "state": "int8", "order": order} for order in (2, "auto")},
     **{name: {"codec": name} for name in ("topk_int4", "lowrank_int4")},
 }
 

@@ -42,7 +42,7 @@ def _columns(sites: Sequence[SiteStats]) -> list[_Column]:
     columns: list[_Column] = [
         ("", "codec", lambda site: site.codec or "-"),
         ("", "calls", lambda site: str(site.calls)),
-        ("key-", "frames", lambda site: str(site.keyframes)),
+        ("key-", "fr.", lambda site: str(site.keyframes)),
         ("raw", raw, raw_cell),
         ("wire", wire, wire_cell),
         ("", "ratio", lambda site: _number(site.ratio)),

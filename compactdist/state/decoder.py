@@ -361,7 +361,7 @@ class StreamDecoder(StreamState):
             terms = self.terms_for(form.session, self._coefficient)
         else:
             terms = predictor.terms() if self._plain else self.terms_for(form.session)
-        room = predictor.spare(terms)
+        room = terms[0] if self._plain and terms else predictor.spare(terms)
         if room is not None:
             value = room
         elif terms and isinstance(terms[0], Tensor):  # a frame that is refused leaves the prediction in its place

@@ -100,7 +100,7 @@ def test_it_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> No
     first = next(line for line in lines if LONG in line)
     assert ("lowrank_int4" in first) == (width == 250)
     heads = next(line for line in lines if "codec" in line).split()
-    assert {"calls", "frames", "TB", "ratio", "bits", "dB", "fwd", "pred", "recv"} <= {*heads}
+    assert {"calls", "fr.", "TB", "ratio", "bits", "dB", "fwd", "pred", "recv"} <= {*heads}
 
 
 def test_a_key_beyond_the_terminal_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_columns_that_would_be_empty_are_left_out() -> None:
     stats.sent("all_gather#0", "all_gather", "int4", raw=4096, wire=600, keyframe=False, numel=1024)
     _, units, heads, row, *_ = shown(stats).splitlines()
     assert units.split() == ["key-", "raw", "wire", "state"]
-    assert heads.split() == ["site", "codec", "calls", "frames", "kB", "B", "ratio", "bits", "B"]
+    assert heads.split() == ["site", "codec", "calls", "fr.", "kB", "B", "ratio", "bits", "B"]
     assert row.split() == ["all_gather#0", "int4", "1", "0", "4.10", "600", "6.83", "4.69", "0"]
 
 
