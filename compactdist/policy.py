@@ -149,12 +149,11 @@ class Rule:
         if not isinstance(self.key, str):
             raise ConfigError(f"a rule's key is a glob over keys, such as '*attn*', got {self.key!r}")
         object.__setattr__(self, "dtype", _dtype_of(self.dtype))
-        for name in ("min_numel", "max_numel", "first_step", "last_step"):
-            bound = getattr(self, name)
-            open_ended = bound is None and name in ("max_numel", "last_step")
-            if not open_ended and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 0):
-                none = " or None" if name in ("max_numel", "last_step") else ""
-                raise ConfigError(f"a rule's {name} is a whole number from 0 on{none}, got {bound!r}")
+        _check_bound("min_numel", self.min_numel)
+        _check_bound("first_step", self.first_step)
+        for name, bound in (("max_numel", self.max_numel), ("last_step", self.last_step)):
+            if bound is not None:
+                _check_bound(name, bound, " or None")
         if self.max_numel is not None and self.max_numel < self.min_numel:
             raise ConfigError(f"rule matches nothing: max_numel {self.max_numel} < min_numel {self.min_numel}")
         if self.last_step is not None and self.last_step < self.first_step:
@@ -200,9 +199,16 @@ class Rule:
         return chosen if self.mode is None else Answer(chosen, self.mode)
 
 
+def _check_bound(name: str, bound: object, otherwise: str = "") -> None:
+    if isinstance(bound, bool) or not isinstance(bound, int) or bound < 0:
+        raise ConfigError(f"a rule's {name} is a whole number from 0 on{otherwise}, got {bound!r}")
+
+
 def _dtype_of(given: object) -> torch.dtype | None:
+    if given is None:
+        return None
     found = getattr(torch, given, None) if isinstance(given, str) else given
-    if (found is None and given is None) or isinstance(found, torch.dtype):
+    if isinstance(found, torch.dtype):
         return found
     raise ConfigError(f"a rule's dtype is one of torch's, or its name, such as 'bfloat16'; got {given!r}")
 

@@ -137,8 +137,7 @@ def evaluate(
     with failing_well():
         check_writable(json_file)
         import_codecs(modules)
-        form = cast("StateForm", state)  # checked there
-        config = StreamConfig(parse_order(order), damping, None, warmup, False, form, keyframe_codec(keyframe))
+        config = _stream_config(order, damping, warmup, state, keyframe)
         codecs = parse_codecs(codec or ([STEERED] if target else None)) if codec or not preset or target else {}
         settings = evaluation.settings_of_codecs(codecs, config, target or ())
         settings |= evaluation.settings_of_presets(_presets(context, preset, codec or target))
@@ -148,6 +147,18 @@ def evaluate(
             scores |= play_baselines(opened, max(1, warmup), steps)
         evaluation.show(opened, config if codecs else None, scores, console(json_file), steps, read_as)
         write_json(json_file, evaluation.to_json(scores))
+
+
+def _stream_config(order: str, damping: float | None, warmup: int, state: str, keyframe: str) -> StreamConfig:
+    """What the options of the command line say of streams, whose matrix views are given."""
+    return StreamConfig(
+        order=parse_order(order),
+        damping=damping,
+        warmup_steps=warmup,
+        find_layout=False,
+        state=cast("StateForm", state),  # checked there
+        keyframe=keyframe_codec(keyframe),
+    )
 
 
 def _presets(context: typer.Context, presets: list[str] | None, others: list[str] | None) -> list[str]:

@@ -413,7 +413,10 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
 
         ProcessGroup's three forms: tensors and options, tensors, ``op`` and ``timeout``, or one tensor and these.
         """
-        tensors = [one] if isinstance(one := tensors if tensor is None else tensor, Tensor) else one
+        if tensor is not None:
+            tensors = tensor
+        if isinstance(tensors, Tensor):
+            tensors = [tensors]
         opts = _torch.allreduce_options(opts, op, timeout)
         if len(tensors) == 1:
             work = self._reduce_to_all(tensors[0], opts)

@@ -3,7 +3,6 @@
 * `chosen_codec`, `chosen_option`: the codec of an `enable` that was given none, and another option likewise.
 * `Handle`: what both `enable` functions return.
 * `Patches`: what an adapter changed in a framework's objects, and how to change it back.
-* `InOneInstance`: a method that it changed in one object.
 * `CallSites`, `expect`, `any_of`: the name and the layout of the message that is about to be sent.
 * `unwrapped`, `uncompiled`: the object inside a framework's wrappers, and inside torch.compile's.
 * `before_forwards`, `compiled_call`, `timestep_of`: a transformer's calls, compiled or not, and the timestep of one.
@@ -14,14 +13,13 @@ from compactdist_common.codec import AUTO, chosen_codec, chosen_option
 from compactdist_common.handle import Handle
 from compactdist_common.layouts import CallSites, Expected, any_of, expect
 from compactdist_common.models import before_forwards, compiled_call, timestep_of, uncompiled, unwrapped
-from compactdist_common.patches import InOneInstance, Patches
+from compactdist_common.patches import Patches
 
 __all__ = [
     "AUTO",
     "CallSites",
     "Expected",
     "Handle",
-    "InOneInstance",
     "Patches",
     "any_of",
     "before_forwards",

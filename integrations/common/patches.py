@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class InOneInstance:
+class _InOneInstance:
     """In place of a method of one object. A deep copy of the object, and one that was pickled, has the method itself:
     pipelines copy their schedulers.
 
@@ -64,7 +64,7 @@ class Patches:
         """
         original = getattr(owner, name)
         if isinstance(original, types.MethodType) and original.__self__ is owner and not isinstance(owner, type):
-            self.replace(owner, name, InOneInstance(original, around(original)))
+            self.replace(owner, name, _InOneInstance(original, around(original)))
         else:
             self.replace(owner, name, functools.wraps(original)(around(original)))
 

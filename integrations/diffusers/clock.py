@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from compactdist_common import InOneInstance, Patches, before_forwards, timestep_of, uncompiled
+from compactdist_common import Patches, before_forwards, timestep_of, uncompiled
 
 _log = logging.getLogger("compactdist")
 
@@ -39,7 +39,7 @@ class Clock:
         self._forwards_per_step = forwards_per_step
         self._pipe: Any = None
         self._scheduler: Any = None
-        self._patches = Patches()
+        self._listening = Patches()
         self._models: dict[str, Any] = {}
         self._branch = ""
         self._forget()
@@ -129,17 +129,17 @@ class Clock:
             models: whose forwards are counted, by their names in the pipeline.
             patches: undone at the end.
         """
-        self._pipe, self._models, self._patches = pipe, dict(models), patches
+        self._pipe, self._models = pipe, dict(models)
+        patches.add(self._listening.undo)
         self._follow(pipe.scheduler)
 
     def _follow(self, scheduler: Any) -> None:
+        """Listen to this scheduler and to no other: some servers make one for each request."""
+        self._listening.undo()
         self._scheduler = scheduler
-        if not isinstance(vars(scheduler).get("set_timesteps"), InOneInstance):
-            self._patches.before(scheduler, "set_timesteps", lambda: self._on_set_timesteps(scheduler))
+        self._listening.before(scheduler, "set_timesteps", self._on_set_timesteps)
 
-    def _on_set_timesteps(self, scheduler: Any) -> None:
-        if self._pipe.scheduler is scheduler:
-            self._scheduler = scheduler
+    def _on_set_timesteps(self) -> None:
         self.new_request("set_timesteps")
         for name, model in list(self._models.items()):
             if getattr(self._pipe, name, model) is not model:

@@ -159,8 +159,7 @@ class TransformSession(Session):
 
     @property
     def takes_rounded(self) -> bool:
-        """On a device, whose kernels read terms in eight bits."""
-        return steps_for(self._layout, self.view, self.dtype, self.device) is not None
+        return self.device_steps is not None
 
     @property
     def device_steps(self) -> DeviceSteps | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from compactdist.kernels.gpu import allotment, components, following
 from compactdist.kernels.gpu.component_launches import ROWS, ComponentLaunches, Parts
 from compactdist.kernels.gpu.component_sender import ComponentSender
+from compactdist.kernels.gpu.elements import DTYPES
 from compactdist.kernels.gpu.plan import DEVICE_TYPE, MOST_ELEMENTS
 from compactdist.kernels.gpu.rotations import LARGEST, sweep_held
 from compactdist.kernels.gpu.terms import source_of
@@ -21,7 +22,6 @@ from compactdist.kernels.spec import Allotment, ComponentSpec, ComponentTables, 
 
 __all__ = ["ComponentSteps", "Learnt", "steps_of"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_DOT, _LARGEST_TILE = 16, 128
 
 
@@ -38,7 +38,7 @@ def steps_of(
         dtype: of these tensors.
         device: of these tensors.
     """
-    if device.type != DEVICE_TYPE or dtype not in _DTYPES:
+    if device.type != DEVICE_TYPE or dtype not in DTYPES:
         return None
     rows = view.rows + -view.rows % max(1, spec.stride)
     padded = view.groups * spec.blocks * spec.width * max(rows, spec.width)

@@ -173,10 +173,16 @@ def read_rounded(codes, scales, at, ok, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def share_of_change(last, previous, factor, DTYPE: tl.constexpr):
+    """Elements of a ``spec.Velocity`` whose coefficient the host knows."""
+    return rounded_to(within(last - previous, DTYPE) * factor, DTYPE)
+
+
+@triton.jit
 def velocity_of(last, previous, coefficient, DTYPE: tl.constexpr):
     """Elements of a ``spec.Velocity``; ``coefficient``: where it is in memory, float32."""
     factor = tl.load(coefficient)
-    return rounded_to(tl.where(factor == 0, -0.0, within(last - previous, DTYPE) * factor), DTYPE)
+    return tl.where(factor == 0, -0.0, share_of_change(last, previous, factor, DTYPE))
 
 
 @triton.jit

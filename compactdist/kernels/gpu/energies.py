@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compactdist.kernels.gpu.elements import expected, read
+from compactdist.kernels.gpu.elements import DTYPES, expected, read
 from compactdist.kernels.gpu.launch import Launch, Slot, run
 from compactdist.kernels.gpu.plan import INTERPRETED, MOST_ELEMENTS
 from compactdist.kernels.gpu.terms import TERMS, source_of
@@ -19,7 +19,6 @@ from compactdist.kernels.spec import MovingTerm
 __all__ = ["energies", "supports"]
 
 _BLOCK, _BLOCKS = (1 << 14, 2) if INTERPRETED else (1 << 10, 8)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -63,7 +62,7 @@ def sum_squares(
 
 def supports(dtype: torch.dtype, numel: int) -> bool:
     """Whether there are kernels for such tensors of a device that has kernels."""
-    return dtype in _DTYPES and 0 < numel <= MOST_ELEMENTS
+    return dtype in DTYPES and 0 < numel <= MOST_ELEMENTS
 
 
 @lru_cache(maxsize=256)

@@ -2,9 +2,9 @@
 
 All launches of one encoding get the same arguments, and so do those of one decoding. First what every stream gives:
 
-* encoding: x, the terms as ``elements.expected`` takes them, out, payload, flag, copy (what is missing of the terms, or
-  ``out``, repeats ``x``, and a missing ``copy`` repeats ``out``);
-* decoding: the terms, out, payload, accepted, copy (what is missing repeats ``out``);
+* encoding: x, the terms as ``elements.expected`` takes them, out, payload, flag, copy (a missing tensor of the terms
+  repeats ``x``, and so does a missing ``out``; a missing ``copy`` repeats ``out``);
+* decoding: the terms, out, payload, accepted, copy (a missing tensor of the terms, or ``copy``, repeats ``out``);
 
 then memory of the steps' own, and then the sections of the payload whose addresses they ask for.
 """
@@ -29,15 +29,13 @@ __all__ = [
     "TO_DECODE",
     "TO_ENCODE",
     "Cut",
-    "Decoding",
-    "Encoding",
     "LaunchedSteps",
     "Own",
     "cut_out",
 ]
 
 
-class Encoding(NamedTuple):
+class _Encoding(NamedTuple):
     """What every encoding gives, by slots."""
 
     x: Slot
@@ -48,7 +46,7 @@ class Encoding(NamedTuple):
     copy: Slot
 
 
-class Decoding(NamedTuple):
+class _Decoding(NamedTuple):
     """What every decoding gives, by slots."""
 
     terms: tuple[Slot, ...]
@@ -58,9 +56,12 @@ class Decoding(NamedTuple):
     copy: Slot
 
 
-_of_terms = tuple(map(Slot, range(1 + TERMS)))
-TO_ENCODE = Encoding(_of_terms[0], _of_terms[1:], *(Slot(1 + TERMS + number) for number in range(4)))
-TO_DECODE = Decoding(_of_terms[:-1], *(Slot(TERMS + number) for number in range(4)))
+def _slots(first: int, count: int) -> tuple[Slot, ...]:
+    return tuple(map(Slot, range(first, first + count)))
+
+
+TO_ENCODE = _Encoding(Slot(0), _slots(1, TERMS), *_slots(1 + TERMS, 4))
+TO_DECODE = _Decoding(_slots(0, TERMS), *_slots(TERMS, 4))
 ENCODING, DECODING = TO_ENCODE.copy.number + 1, TO_DECODE.copy.number + 1
 """How much that is, before what is the steps' own."""
 

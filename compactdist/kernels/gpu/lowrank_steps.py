@@ -210,11 +210,11 @@ class LowRankSteps(LaunchedSteps):
         return Own((*scratch, *self.memory), (*pointers, *held))
 
     def decoding(self, terms: int, checked: bool, copies: bool) -> list[Launch]:
-        given = TO_DECODE
+        terms_of, out, _, accepted, copy = TO_DECODE
         sections = map(Slot, range(DECODING, DECODING + 5))
         arguments = (
-            *given.terms, given.out, given.accepted, given.copy, *sections, self._table, *self._places,
-            self._sizes.rank, self._view.rows, self._view.channels, self._view.numel,
+            *terms_of, out, accepted, copy, *sections, self._table, *self._places, self._sizes.rank,
+            self._view.rows, self._view.channels, self._view.numel,
         )  # fmt: skip
         constants = {"TERMS": terms, "CHECKED": checked, "COPIES": copies, "FORM": self._form, **self._tile}
         return [Launch(lowrank.decode_product, self._tiles, arguments, DECODING + 5, constants)]

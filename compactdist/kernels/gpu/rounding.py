@@ -24,9 +24,8 @@ from compactdist.kernels.gpu.elements import (
     is_zero,
     read,
     read_rounded,
-    rounded_to,
+    share_of_change,
     storable_scale,
-    within,
     write,
 )
 from compactdist.kernels.gpu.launch import Launch, Slot, run
@@ -76,7 +75,7 @@ def quantize_history(
         taken = taken & ~is_zero(accepted)
     value = read(values, at, there)
     if MOVES:
-        value = rounded_to(within(value - read_rounded(base, base_scales, at, there, DTYPE), DTYPE) * factor, DTYPE)
+        value = share_of_change(value, read_rounded(base, base_scales, at, there, DTYPE), factor, DTYPE)
     scale = storable_scale(tl.div_rn(tl.max(tl.abs(value), axis=1)[:, None], largest), True)
     tl.store(scales + block, encode_bf16(scale).to(tl.int16), mask=taken)
     level = value * inverse_or_zero(scale)  # its sign decides, not that of the value, which may have become zero

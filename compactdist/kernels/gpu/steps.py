@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compactdist.kernels.gpu import blocks, codes, launched, rows, scales
+from compactdist.kernels.gpu.elements import DTYPES
 from compactdist.kernels.gpu.launch import Launch, Slot
 from compactdist.kernels.gpu.launched import DECODING, TO_DECODE, TO_ENCODE, LaunchedSteps, Own
 from compactdist.kernels.gpu.plan import DEVICE_TYPE, INTERPRETED, UNITS_OF_TILE, Plan, Scratch, plan_of, scratch_of
@@ -45,7 +46,6 @@ __all__ = [
     "tiles_of",
 ]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXACT = {"enable_fp_fusion": False}
 # Sizes for 16-byte loads of bfloat16 on a GPU; the interpreter wants few programs of large blocks.
 ROWS, _TILES, UNROLL, _UNITS, WIDTH, _BLOCKS = (128, 16, 1, 2048, 512, 128) if INTERPRETED else (4, 1, 8, 512, 32, 16)
@@ -66,7 +66,7 @@ def steps_of(spec: QuantizerSpec, view: MatrixView, dtype: torch.dtype, device: 
 
 def can_run(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether there are kernels for tensors of a dtype on a device."""
-    return device.type == DEVICE_TYPE and dtype in _DTYPES
+    return device.type == DEVICE_TYPE and dtype in DTYPES
 
 
 # Blocks of a program that are held in registers: four threads have one, and a program is one warp.

@@ -21,8 +21,7 @@ Source = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def number_of(terms: tuple[MovingTerm, ...]) -> int:
     """What kernels take for the number of terms, see ``elements.ROUNDED``."""
-    form = _form_of(terms) if terms else 0
-    return form + DTYPES[terms[0].dtype] if form else len(terms)
+    return (_form_of(terms) if terms else 0) or len(terms)
 
 
 def source_of(terms: tuple[MovingTerm, ...], instead: Tensor) -> tuple[int, Source]:
@@ -44,35 +43,38 @@ def source_of(terms: tuple[MovingTerm, ...], instead: Tensor) -> tuple[int, Sour
         second: MovingTerm = terms[1]
         if isinstance(second, Tensor):
             return 2, (first, second if second.is_contiguous() else second.detach().contiguous(), *3 * (instead,))
-    form = _form_of(terms)
-    if not form:
+    number = _form_of(terms)
+    if not number:
         return source_of(tuple(map(restored, terms)), instead)
-    number, base, before = form + DTYPES[first.dtype], first, terms[-1]
-    coefficient = instead
+    before, coefficient = terms[-1], instead
     if isinstance(before, Velocity):
         coefficient, before = _in_memory(before.coefficient, before.device), before.previous
-    base, base_scales = (base.codes, base.scales) if isinstance(base, Rounded) else (base, instead)
-    second, second_scales = (before.codes, before.scales) if isinstance(before, Rounded) else (before, instead)
-    assert isinstance(base, Tensor)
-    assert isinstance(second, Tensor)
+    base, base_scales = _parts_of(first, instead)
+    second, second_scales = _parts_of(before, instead)
     return number, (base, second, base_scales, second_scales, coefficient)
 
 
+def _parts_of(term: MovingTerm, instead: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a term in eight bits; a tensor, and another in place of scales."""
+    if isinstance(term, Rounded):
+        return term.codes, term.scales
+    assert isinstance(term, Tensor)
+    return term, instead
+
+
 def _form_of(terms: tuple[MovingTerm, ...]) -> int:
-    """Which form of terms this is, of those that are more than a number; 0: none of them."""
+    """What kernels take for these terms, if they are more than a number; else 0."""
     first, second = terms[0], terms[-1]
-    in_eight_bits = isinstance(first, Rounded)
+    in_eight_bits, dtype = isinstance(first, Rounded), DTYPES[first.dtype]
     if len(terms) == 1:
-        return ROUNDED if in_eight_bits else 0
+        return ROUNDED + dtype if in_eight_bits else 0
     if isinstance(second, Rounded):
-        return TWO_ROUNDED if in_eight_bits else 0
-    if not isinstance(second, Velocity):
+        return TWO_ROUNDED + dtype if in_eight_bits else 0
+    if not isinstance(second, Velocity) or isinstance(second.previous, Rounded) != in_eight_bits:
         return 0
     if not isinstance(second.coefficient, Tensor) and second.coefficient == 0:  # it may leave 0 where kernels leave -0
         return 0
-    if in_eight_bits:
-        return MOVING_ROUNDED if isinstance(second.previous, Rounded) else 0
-    return MOVING if isinstance(second.previous, Tensor) else 0
+    return (MOVING_ROUNDED if in_eight_bits else MOVING) + dtype
 
 
 @lru_cache(maxsize=64)

@@ -222,7 +222,7 @@ def _choosing(
 ) -> Series:
     """Of ``(x, base, previous, base_scales, previous_scales, sums, out)``.
 
-    ``codes``: of what is kept, if that is in eight bits.
+    ``codes``: dtype of the codes of the history, if that is in eight bits.
     """
     runs, distance, length = samples
     weighing = (*map(Slot, range(6)), numel, distance)
