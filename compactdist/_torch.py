@@ -102,15 +102,50 @@ def in_backward() -> bool:
     return graph_task() != -1
 
 
-def records_gradients() -> bool:
-    """Whether the code runs under autograd: grad mode is on, or this is the forward of an autograd Function.
+has_forward_mode: Callable[[], bool] = torch._C._is_fwd_grad_enabled
+"""Whether forward-mode differentiation is on: an autograd Function's forward turns it off, and no_grad does not (2.13).
+"""
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
-    A Function's forward runs with grad mode off, like no_grad; but it also turns forward-mode AD off, which no_grad
-    does not (inference mode does) (2.13).
+
+def is_recorded(tensor: torch.Tensor) -> bool:
+    """Whether gradients will flow through what is done with a tensor now.
+
+    That is so where the tensor requires grad under grad mode, and for every tensor in the forward of an autograd
+    Function whose inputs require grad: no tensor made there does, for grad mode is off. Compiled code that trains is
+    such a Function.
     """
     if torch.is_grad_enabled():
-        return True
-    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+        return tensor.requires_grad
+    if has_forward_mode():
+        return False
+    return not torch.is_inference_mode_enabled() and _in_recorded_function()
+
+
+def _in_recorded_function() -> bool:
+    """Whether the forward of a Function that autograd records is on the stack."""
+    above: FrameType | None = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY and above is not None:
+            given = frame.f_locals["args"]
+            if any(isinstance(x, torch.Tensor) and x.requires_grad for x in given) and _is_recorded(above):
+                return True
+        above, frame = frame, frame.f_back
+    return False
+
+
+def _is_recorded(forward: FrameType) -> bool:
+    """Whether autograd records a Function one of whose inputs requires grad: not under no_grad.
+
+    Args:
+        forward: frame of the Function's forward, whose first argument is the Function's node. Where the Function has a
+            ``setup_context`` there is no node to ask, and the answer is yes.
+    """
+    names = forward.f_code.co_varnames
+    node = forward.f_locals.get(names[0]) if names else None
+    # the node has its edges before the forward runs (2.13)
+    return not isinstance(node, torch.autograd.function.FunctionCtx) or len(node.next_functions) > 0  # type: ignore[attr-defined]
 
 
 def opaque(method: Callable[..., Any]) -> Any:

@@ -76,9 +76,9 @@ def refusal(size: int, tensor: Tensor, active: bool, autograd: AutogradRule) -> 
         size: ranks of the group.
         tensor: tensor of the call.
         active: whether a step, a key or an attached module has been seen.
-        autograd: ``"tensor"``: refuse differentiable tensors and calls in a backward pass; ``"backward"``: refuse only
-            calls in a backward pass, where not all ranks see the tensor; ``"sender"``: refuse neither, for the sender
-            decides and its frame says so.
+        autograd: ``"tensor"``: refuse tensors through which gradients flow and calls in a backward pass;
+            ``"backward"``: refuse only calls in a backward pass, where not all ranks see the tensor; ``"sender"``:
+            refuse neither, for the sender decides and its frame says so.
     """
     if size == 1:
         return PassReason.WORLD_SIZE
@@ -92,7 +92,7 @@ def refusal(size: int, tensor: Tensor, active: bool, autograd: AutogradRule) -> 
         return None
     if _torch.graph_task() != -1:
         return PassReason.AUTOGRAD
-    if autograd == "tensor" and tensor.requires_grad and _torch.records_gradients():
+    if autograd == "tensor" and (tensor.requires_grad or not _torch.has_forward_mode()) and _torch.is_recorded(tensor):
         return PassReason.AUTOGRAD
     return None
 
@@ -168,7 +168,7 @@ def _caller(module: str, function: str) -> str:
 
 def under_autograd(tensor: Tensor) -> bool:
     """Whether the tensor is part of a differentiable computation now."""
-    return (tensor.requires_grad and _torch.records_gradients()) or _torch.in_backward()
+    return _torch.is_recorded(tensor) or _torch.in_backward()
 
 
 StreamT = TypeVar("StreamT", StreamEncoder, StreamDecoder)

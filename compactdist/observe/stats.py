@@ -35,7 +35,7 @@ class PassReason(str, Enum):
     SMALL = "small", "fewer elements than min_numel"
     UNASKED = "not-asked", "this operation is compressed only where the policy names a codec"
     POLICY = "policy", "the policy said so"
-    AUTOGRAD = "autograd", "the tensor requires grad, or the call came from a backward pass"
+    AUTOGRAD = "autograd", "the tensor requires grad, or the call is part of an autograd Function or a backward pass"
     WORLD_SIZE = "world-size-1", "the group has one rank"
     BUDGET = "state-budget", "state_budget_bytes of this rank or a peer is used up"
     BUDGET_OF_PAIR = (

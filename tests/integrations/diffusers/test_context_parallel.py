@@ -254,3 +254,28 @@ def test_enable_without_a_codec_takes_the_environments() -> None:
             assert handle.groups["ring"].options.default_codec == compactdist.codecs.get("int2")
 
     run_ranks(body, timeout=60)
+
+
+@pytest.mark.parametrize("route", ["ring", "ulysses"])
+def test_a_forward_that_trains_is_not_compressed(route: str) -> None:
+    """diffusers sends tensors made inside an autograd Function, which do not require grad themselves."""
+
+    def body(rank: int, size: int) -> None:
+        pipe, call_kwargs = parallel("flux", route, size, steps=2)
+        transformer, calls = pipe.transformer, []
+        watch = transformer.register_forward_pre_hook(lambda _, args, kw: calls.append((args, kw)), with_kwargs=True)
+        pipe(**call_kwargs)
+        watch.remove()
+        args, kwargs = calls[0]
+        transformer.requires_grad_(True)
+        plain = transformer(*args, **kwargs)[0]
+        with compactdist_diffusers.enable(transformer, codec="int2", keyframe="int2") as handle:
+            assert torch.equal(transformer(*args, **kwargs)[0], plain)
+            stats = handle.stats()[route]
+            assert stats.compressed_calls == 0
+            assert set(stats.passed_reasons) == {"autograd"}
+            with torch.no_grad():
+                assert relative_error(transformer(*args, **kwargs)[0], plain) > 1e-4
+            assert handle.stats()[route].compressed_calls > 0
+
+    run_ranks(body, timeout=100)
