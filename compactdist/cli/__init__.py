@@ -76,7 +76,7 @@ def demo(
     """Draw ten digits with xDiT's FLUX pipeline on two CPU ranks, once per codec, and compare.
 
     A small trained FLUX transformer runs in the unmodified xfuser pipeline over gloo, with ring and with Ulysses
-    attention. Needs the xdit extra; about half a minute.
+    attention. Needs the xdit extra; about a minute.
     """
     with failing_well():
         run_demo(out, json_file, steps, route or ["ring", "ulysses"])
