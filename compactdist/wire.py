@@ -36,7 +36,7 @@ __all__ = [
     "HEAD_PLACES",
     "HeadTemplate",
     "Header",
-    "KEY",
+    "KEYFRAME",
     "MASK64",
     "MAX_DIMS",
     "NONFINITE",
@@ -158,15 +158,15 @@ COEFFICIENT_PLACE = slice(_OFFSETS["coefficient"], _OFFSETS["coefficient"] + 4)
 ANNOUNCED_PLACE = slice(_OFFSETS["next_rate"], _OFFSETS["next_rate"] + 2)
 """Where it announces rate and kind of the next frame, a byte each."""
 
-KEY = 1
+KEYFRAME = 1
 """The payload is the tensor itself and starts (or restarts) the stream's history."""
 SHAPE = 2
 """A shape block follows the header."""
 NONFINITE = 4
-"""The sender's tensor held NaN or Inf. Without KEY, or with a coded keyframe, there is nothing to decode; with a raw
-keyframe the data is exact. Either way both ends forget the stream's history. A GPU does not know it before the frame is
-made: a residual or a coded keyframe then has its payload, which both ends apply, and its values are not handed out; a
-raw keyframe has no flag, and both ends remember zero in place of NaN and Inf."""
+"""The sender's tensor held NaN or Inf. Without KEYFRAME, or with a coded keyframe, there is nothing to decode; with a
+raw keyframe the data is exact. Either way both ends forget the stream's history. A GPU does not know it before the
+frame is made: a residual or a coded keyframe then has its payload, which both ends apply, and its values are not handed
+out; a raw keyframe has no flag, and both ends remember zero in place of NaN and Inf."""
 STATELESS = 8
 """The payload is the tensor itself and must not touch the history (a pass-through the receiver could not foresee)."""
 NO_STATE = 16
@@ -186,7 +186,7 @@ HEAD_PLACES = HeadPlaces(
 """Where kernels write what differs between the headers of a stream."""
 
 _FLAG_NAMES = {
-    KEY: "keyframe",
+    KEYFRAME: "keyframe",
     SHAPE: "shape",
     NONFINITE: "nonfinite",
     STATELESS: "stateless",
@@ -252,14 +252,14 @@ class Header:
         return HEADER_NBYTES + (SHAPE_NBYTES if self.shape is not None else 0)
 
     @property
-    def is_key(self) -> bool:
+    def is_keyframe(self) -> bool:
         """Whether the payload is a keyframe."""
-        return bool(self.flags & KEY)
+        return bool(self.flags & KEYFRAME)
 
     @property
-    def is_raw_key(self) -> bool:
+    def is_raw_keyframe(self) -> bool:
         """Whether the payload is a tensor's own bytes, which make its history."""
-        return self.is_key and not self.keyframe_codec
+        return self.is_keyframe and not self.keyframe_codec
 
     def describe(self) -> str:
         """One line for error messages and ``explain``."""

@@ -145,7 +145,7 @@ def test_what_cannot_travel():
     ("flags", "word"),
     [
         (0, "residual"),
-        (wire.KEY, "key"),
+        (wire.KEYFRAME, "key"),
         (wire.NONFINITE, "nonfinite"),
         (wire.STATELESS, "stateless"),
         (wire.RESTART, "restart"),

@@ -305,7 +305,7 @@ def _play_frame(
     x_hat = decoder.decode(staged.frame, codec, flat.numel(), flat.dtype, step=step, hint=hint)
     _check_equal(encoder, decoder, staged.value, x_hat, f"{entry.site}, step {step}, codec {codec!r}")
     score.count(entry.site, step, flat, x_hat, staged.frame.numel(), keyframe=warm_up)
-    return Played(entry.site, step, flat, x_hat, staged.frame.numel(), staged.header.is_key, staged.header.rate)
+    return Played(entry.site, step, flat, x_hat, staged.frame.numel(), staged.header.is_keyframe, staged.header.rate)
 
 
 def _check_equal(

@@ -270,28 +270,30 @@ def _uncompressed(case: Case) -> Row:
 def _row(case: Case, name: str, options: Options, how: str, setting: Setting, nmse_db: float | None) -> Row:
     _, encoders, decoders = _links(case)
     passed = [each for each in case.messages if each.numel < options.min_numel]
-    raw = key = residual = _raw_bytes(case, passed)
-    state, codec, key_codec = 0, 0.0, 0.0
+    raw = keyframe = residual = _raw_bytes(case, passed)
+    state, codec, keyframe_codec = 0, 0.0, 0.0
     for each in case.messages:
         if each.numel < options.min_numel:
             continue
         known: dict[str, Any] = {"op": case.op, "dtype": each.dtype, "sites": each.sites}
         told = estimate(options, case.ranks, each.numel, channels=each.channels, groups=each.groups, **known)
         times = time_messages(setting, each.tensors, each.hint)
-        raw, key, residual = raw + told.raw_bytes, key + told.keyframe_bytes, residual + told.wire_bytes
+        raw, keyframe = raw + told.raw_bytes, keyframe + told.keyframe_bytes
+        residual += told.wire_bytes
         state += told.state_bytes
         receivers = max(1, decoders)
         codec += each.sites * (encoders * times.encode + receivers * times.decode)
-        key_codec += each.sites * (encoders * times.key_encode + receivers * times.key_decode)
-    keys = min(case.steps, max(1, options.stream.warmup_steps))
-    sent, coding = keys * key + (case.steps - keys) * residual, keys * key_codec + (case.steps - keys) * codec
+        keyframe_codec += each.sites * (encoders * times.keyframe_encode + receivers * times.keyframe_decode)
+    first = min(case.steps, max(1, options.stream.warmup_steps))  # steps of keyframes
+    later = case.steps - first
+    sent, coding = first * keyframe + later * residual, first * keyframe_codec + later * codec
     saved = case.steps * raw - sent
     below = None if saved <= 0 else 8e-9 * saved / coding if coding else math.inf
     link = case.link_s(residual)
     request = case.steps * case.compute_s + case.link_s(sent) + coding
     step = case.compute_s + link + codec
     return Row(
-        name, how, raw, key, residual, sent, link, codec, key_codec, step, request, state, below, nmse_db
+        name, how, raw, keyframe, residual, sent, link, codec, keyframe_codec, step, request, state, below, nmse_db
     )  # fmt: skip
 
 

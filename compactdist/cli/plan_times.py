@@ -27,13 +27,13 @@ class Times:
 
     Attributes:
         encode, decode: of a residual, the smallest, as other work on a machine only adds time.
-        key_encode, key_decode: of a keyframe, once.
+        keyframe_encode, keyframe_decode: of a keyframe, once.
     """
 
     encode: float = 0.0
     decode: float = 0.0
-    key_encode: float = 0.0
-    key_decode: float = 0.0
+    keyframe_encode: float = 0.0
+    keyframe_decode: float = 0.0
 
 
 @torch.no_grad()

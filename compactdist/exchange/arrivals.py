@@ -113,11 +113,11 @@ class Arrivals:
             return
         received = Received(decoder, decoder.sequence, header, decoder.checksum)
         stream = (site.key, source)
-        coded_key = header.is_key and not header.is_raw_key
-        if received.checksum is None and (stream in self._relayed or header.is_key):
+        coded_keyframe = header.is_keyframe and not header.is_raw_keyframe
+        if received.checksum is None and (stream in self._relayed or header.is_keyframe):
             received.head = frame[:HEADER_NBYTES].clone()
-        if stream in self._relayed or coded_key:  # a coded keyframe is passed on by streams that relay nothing yet
-            if not header.is_raw_key:
+        if stream in self._relayed or coded_keyframe:  # a coded keyframe is passed on by streams that relay nothing yet
+            if not header.is_raw_keyframe:
                 received.payload = payload_of(frame, header).clone()
             if x.device.type == "cpu" and not decoder.config.remembers_values:
                 received.digest = digest_of(x)

@@ -95,7 +95,7 @@ def _of_state(engine: Engine, call: Call, plan: CallPlan) -> str:
         if stream is None or codec is None:  # a chunk of an all-to-all that travels as it is
             continue
         relay = stream.relay if isinstance(stream, StreamEncoder) else None
-        if relay is not None and (relay.source is not None or relay.owes_key):
+        if relay is not None and (relay.source is not None or relay.owes_keyframe):
             return "it passes on frames of other calls; make it outside of forwarding(), or with forward=False"
         reason = streams.not_captured(stream, codec)
         if reason:

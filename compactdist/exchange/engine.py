@@ -383,7 +383,7 @@ class Engine:
         ``own_bytes``: a keyframe carries the tensor's own bytes, whatever codes the stream's keyframes, and is as large
         as they are.
         """
-        agreed: int | None = part.key_nbytes if keyframe else part.residual_nbytes
+        agreed: int | None = part.keyframe_nbytes if keyframe else part.residual_nbytes
         may_surprise = self.may_surprise and x.is_cpu
         if own_bytes or (may_surprise and not flight.plan.pattern.collective):
             agreed = None  # who receives takes a message of any size
@@ -404,7 +404,7 @@ class Engine:
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
             want_value=flight.plan.want_value,
             own_bytes=own_bytes,
-            foreseen=keyframe and self.keys_there and self._is_foreseen(flight.plan.pattern, x),
+            foreseen=keyframe and self.devices_take_keyframes and self._is_foreseen(flight.plan.pattern, x),
             hint=part.hint,
             queue=flight.queue,
             copy=flight.places[part.number] if flight.places else None,
@@ -657,7 +657,7 @@ class Engine:
                 refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
                 foreseen=pattern.waits_for_earlier_calls,
                 keyframe=keyframe,
-                keys_there=keyframe and self.keys_there,
+                devices_take_keyframes=keyframe and self.devices_take_keyframes,
                 into=target if target is not None and target.device == data.device and target.is_contiguous() else None,
                 queue=queue,
             )
@@ -672,7 +672,7 @@ class Engine:
         return value
 
     @property
-    def keys_there(self) -> bool:
+    def devices_take_keyframes(self) -> bool:
         """Whether devices may check keyframes: with a budget, only the frame says that its sender has no room."""
         return self.ledger is None
 

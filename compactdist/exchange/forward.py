@@ -104,7 +104,7 @@ class Message:
             if self.forwards:
                 return
             leave(encoder, relay)
-        if relay is not None and relay.owes_key:
+        if relay is not None and relay.owes_keyframe:
             self.keyframe = True
         if self._arrival is None:
             return
@@ -122,7 +122,7 @@ class Message:
         if coded is None:
             return
         view = encoder.keyframe_view(coded, numel, dtype, self._hint)
-        same = may_begin and header.is_key and header.keyframe_codec == coded.fingerprint()
+        same = may_begin and header.is_keyframe and header.keyframe_codec == coded.fingerprint()
         same = same and (header.groups, header.rows, header.channels, header.layout) == (*view.shape, view.hint)
         if same and received.payload is not None and self._is_untouched():
             self.forwards = self.begins = True
@@ -145,11 +145,11 @@ class Message:
         header = received.header
         if not encoder.live == received.decoder.live == (self._x.numel(), self._x.dtype):
             return False
-        if header.is_key != keyframe_expected and not (accepts_unannounced_keyframe and header.is_key):
+        if header.is_keyframe != keyframe_expected and not (accepts_unannounced_keyframe and header.is_keyframe):
             return False
         kept = received.payload is not None and header.codec == self._codec.fingerprint()
         view = announced(header) or encoder.view
-        return (header.is_raw_key or kept) and view == received.decoder.view
+        return (header.is_raw_keyframe or kept) and view == received.decoder.view
 
     def _switch_if_worth_it(self, arrival: Arrival) -> None:
         """Send a keyframe in place of a residual where that pays, so that the frames after it can be passed on."""
@@ -188,16 +188,16 @@ class Message:
             encoder.relay.passed = arrival.received.sequence
             return
         config, header = encoder.config, staged.header
-        if header.flags & (NONFINITE | NO_STATE) or not (header.is_key or not config.remembers):
+        if header.flags & (NONFINITE | NO_STATE) or not (header.is_keyframe or not config.remembers):
             return
         compare = self._x.device.type == "cpu"
         decoder = arrival.received.decoder
         # where bytes are not compared: any keyframe makes last values equal, but only the first makes velocities equal
         if not compare and config.predictor.copies > 1 and (encoder.sequence, decoder.sequence) != (1, 1):
             return
-        if not compare and config.remembers and not (header.is_raw_key or self.begins):
+        if not compare and config.remembers and not (header.is_raw_keyframe or self.begins):
             return  # a keyframe that was coded once more
         if same_state(encoder, decoder, compare=compare):
             join(encoder, decoder, share=self._share)
             self._arrivals.relayed(arrival.stream)
-            self.forwarded |= header.is_raw_key and config.remembers_values
+            self.forwarded |= header.is_raw_keyframe and config.remembers_values

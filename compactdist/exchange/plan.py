@@ -186,7 +186,7 @@ class Part(Generic[StreamT]):
         hint: matrix view of the layout hint.
         fresh: the next frame must be a keyframe: its stream (any stream of a joint plan) is empty, or the codec is
             lossless.
-        key_nbytes, residual_nbytes: bytes of the next frame, if it is a keyframe and if it is a residual.
+        keyframe_nbytes, residual_nbytes: bytes of the next frame, if it is a keyframe and if it is a residual.
         number: where tensors travel in parts of their own (``CallPlan.cuts``), which one it is, from 0.
     """
 
@@ -196,13 +196,13 @@ class Part(Generic[StreamT]):
     stream: StreamT | None
     hint: MatrixView | None = None
     fresh: bool = True
-    key_nbytes: int = 0
+    keyframe_nbytes: int = 0
     residual_nbytes: int = 0
     number: int = 0
 
     def expected_nbytes(self, warm: bool) -> int:
         """Bytes of the next frame, in a warm-up step or in another."""
-        return self.key_nbytes if warm or self.fresh else self.residual_nbytes
+        return self.keyframe_nbytes if warm or self.fresh else self.residual_nbytes
 
 
 class Outgoing(Part[StreamEncoder]):
@@ -357,17 +357,17 @@ class CallPlan:
             assert codec is not None
             assert stream is not None
             part.fresh = codec.lossless or stream.is_fresh(part.numel, self.dtype)
-            part.key_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=True, hint=part.hint)
+            part.keyframe_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=True, hint=part.hint)
             part.residual_nbytes = stream.frame_nbytes(codec, part.numel, self.dtype, keyframe=False)
         self.fresh = any(part.fresh for part in parts)
         if self.joint and parts:
             largest: dict[int, tuple[int, int]] = {}
             for part in parts:
                 key, residual = largest.get(part.number, (0, 0))
-                largest[part.number] = max(part.key_nbytes, key), max(part.residual_nbytes, residual)
+                largest[part.number] = max(part.keyframe_nbytes, key), max(part.residual_nbytes, residual)
             for part in parts:
                 part.fresh = self.fresh
-                part.key_nbytes, part.residual_nbytes = largest[part.number]
+                part.keyframe_nbytes, part.residual_nbytes = largest[part.number]
 
 
 @dataclass(frozen=True)

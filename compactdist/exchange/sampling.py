@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from compactdist.observe.stats import GroupStats
 from compactdist.state.host_copy import HostCopy
-from compactdist.wire import KEY, NONFINITE
+from compactdist.wire import KEYFRAME, NONFINITE
 
 if TYPE_CHECKING:
     from compactdist.exchange.engine import Flight
@@ -48,8 +48,8 @@ class Samples:
                 continue
             if (part.stream.sequence + 1) % self.every == 0:
                 copy = HostCopy(part.stream.energies(x, staged))
-                self._unread.append((call, copy, bool(staged.header.flags & KEY)))
-                if not staged.there:
+                self._unread.append((call, copy, bool(staged.header.flags & KEYFRAME)))
+                if not staged.on_device:
                     self.read()
 
     def read(self, besides: Call | None = None, *, wait: bool = True) -> None:
@@ -59,13 +59,13 @@ class Samples:
         What this call's site measured before is read even where there are no steps, or it would pile up.
         """
         left = []
-        for call, copy, is_key in self._unread:
+        for call, copy, is_keyframe in self._unread:
             if (besides is not None and _is_beside(call, besides)) or not (wait or copy.is_there):
-                left.append((call, copy, is_key))
+                left.append((call, copy, is_keyframe))
                 continue
             energy, residual, error = copy.read()
             if math.isfinite(error):  # else the tensor was not finite, which only the device knew
-                self._stats.error(call.site, call.op, error, energy, math.nan if is_key else residual)
+                self._stats.error(call.site, call.op, error, energy, math.nan if is_keyframe else residual)
         self._unread = left
 
 

@@ -17,7 +17,7 @@ from compactdist import kernels
 from compactdist.errors import CaptureError, CompactDistError, FrameError, NonFiniteError
 from compactdist.kernels.spec import BOARD_WORDS, ENDED_CLOCK, NOT_FINITE
 from compactdist.state.remedies import RESET, remedy_of
-from compactdist.wire import HEADER_NBYTES, KEY, differences, flags_in, is_intact, step_in
+from compactdist.wire import HEADER_NBYTES, KEYFRAME, differences, flags_in, is_intact, step_in
 
 __all__ = ["Board"]
 
@@ -121,7 +121,7 @@ class Board:
                 "history has moved; make the call uncaptured until its frames are residuals, capture it again, and "
                 "delete the old graph, on all ranks"
             )
-        if code == NOT_FINITE and flags_in(got) & KEY:
+        if code == NOT_FINITE and flags_in(got) & KEYFRAME:
             return NonFiniteError(
                 f"{where}: in step {step_in(got)} the tensor held NaN or Inf, which a coded keyframe cannot carry. "
                 "Receivers got NaN, all ranks remember zero where it could not be coded, and later calls were coded "

@@ -17,8 +17,8 @@ from torch import Tensor
 from compactdist.codecs.base import Codec, Terms
 from compactdist.kernels import DeviceSteps, Frames
 from compactdist.kernels.spec import FROM_CLOCK
-from compactdist.state.on_device import DeviceClock
-from compactdist.state.said import expect_coefficient, say_coefficient
+from compactdist.state.announcements import expect_coefficient, say_coefficient
+from compactdist.state.device_clock import DeviceClock
 from compactdist.state.staged import Staged
 from compactdist.wire import HEADER_NBYTES
 
@@ -106,7 +106,7 @@ def capture_seal(
     goes_on = clock.goes_on()
     if terms and value is not None:
         _remember(predictor, value, terms, goes_on)
-    return Staged(frame, head.header, 0, value, there=True, copied=copies, goes_on=goes_on)
+    return Staged(frame, head.header, 0, value, on_device=True, copied=copies, goes_on=goes_on)
 
 
 def _remember(predictor: Predictor, value: Tensor, terms: Terms, goes_on: Tensor) -> None:

@@ -13,12 +13,12 @@ from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.errors import FrameError, NonFiniteError, PayloadError
 from compactdist.kernels import Frames
 from compactdist.kernels.spec import FROM_HOST, MatrixView
+from compactdist.state.announcements import announced, expect_announcement, expect_coefficient
 from compactdist.state.board import Board
+from compactdist.state.device_keyframes import remembered
 from compactdist.state.host_copy import HostCopy
-from compactdist.state.key_ends import remembered
 from compactdist.state.matrix_view import blocks
 from compactdist.state.remedies import RESET, SAME_CONFIG, SAME_ORDER, SAME_STEPS
-from compactdist.state.said import announced, expect_announcement, expect_coefficient
 from compactdist.state.stand_in import FrameFollows
 from compactdist.state.stream import Changes, Form, StreamState
 from compactdist.state.stream_config import COMPRESSIBLE_DTYPES, StreamConfig
@@ -27,7 +27,7 @@ from compactdist.wire import (
     CHECKSUM_PLACE,
     CHECKSUM_WEIGHTED_SUM,
     HEADER_NBYTES,
-    KEY,
+    KEYFRAME,
     NO_STATE,
     NONFINITE,
     RESTART,
@@ -50,17 +50,17 @@ _FLAGGED = (
     "Find the source of the NaN, or let the site pass through"
 )
 
-_FLAGGED_KEY = (
+_FLAGGED_KEYFRAME = (
     ": the sender's tensor held NaN or Inf, which a coded keyframe cannot carry; no output was written, and both ends "
     "remember zero where it could not be coded. Find the source of the NaN, or let the site pass through"
 )
 
-_KINDS = KEY | STATELESS | RESTART
-_FLAGS_OF_KINDS = {0: NONFINITE, KEY: NONFINITE | NO_STATE, STATELESS: 0, RESTART: 0, KEY | RESTART: 0}
+_KINDS = KEYFRAME | STATELESS | RESTART
+_FLAGS_OF_KINDS = {0: NONFINITE, KEYFRAME: NONFINITE | NO_STATE, STATELESS: 0, RESTART: 0, KEYFRAME | RESTART: 0}
 """The kinds of frames, and the other flags that each may have; any other combination is refused."""
 
 
-class _Due(NamedTuple):
+class _Expected(NamedTuple):
     """What a frame is checked against; names as in :meth:`StreamDecoder.decode`."""
 
     codec: Codec
@@ -137,7 +137,7 @@ class StreamDecoder(StreamState):
         header: Header | None = None,
         foreseen: bool = False,
         keyframe: bool = False,
-        keys_there: bool = False,
+        devices_take_keyframes: bool = False,
         into: Tensor | None = None,
         queue: int | None = None,
     ) -> Tensor:
@@ -155,7 +155,7 @@ class StreamDecoder(StreamState):
             header: of the frame, if the caller has read it.
             foreseen: no frame of another kind or size comes: a GPU checks it, and :attr:`holds_values` says the result.
             keyframe: what is foreseen is a keyframe.
-            keys_there: a device may check keyframes: none says that its sender has no room for a history.
+            devices_take_keyframes: a device may check keyframes: none says that its sender has no room for a history.
             into: contiguous, ``numel`` x ``dtype``, on the frame's device: gets what :attr:`wrote` is about, or NaN.
             queue: ``kernels.queue_of`` the frame's device, where the caller has asked.
 
@@ -171,20 +171,20 @@ class StreamDecoder(StreamState):
         self.holds_values, self.wrote, value, form = None, False, None, self._form
         if header is None:
             if keyframe or self.live != (numel, dtype) or self.keyframe_announced or form is None:
-                due = _Due(codec, numel, dtype, step, epoch, hint)
-                keys = keys_there and not refuse_state
-                value = self._take_first(frame, due, keyframe, foreseen, keys, into, queue)
+                expected = _Expected(codec, numel, dtype, step, epoch, hint)
+                on_device = devices_take_keyframes and not refuse_state
+                value = self._take_first(frame, expected, keyframe, foreseen, on_device, into, queue)
             elif form.codec is codec and form.frame_nbytes <= frame.numel():
                 if form.frames is not None and foreseen and (self._looked or form.head.header.layout):
-                    value = self._take_there(frame, form, form.frames, step, epoch, into, queue)
+                    value = self._take_on_device(frame, form, form.frames, step, epoch, into, queue)
                 if value is None:
                     value = self._take_expected(frame, form, step, epoch, into)
             if value is not None:
                 return value
-        header, payload = self._checked(frame, header, _Due(codec, numel, dtype, step, epoch, hint))
+        header, payload = self._checked(frame, header, _Expected(codec, numel, dtype, step, epoch, hint))
         return self._taken(payload, header, codec, hint, refuse_state, into)
 
-    def _checked(self, frame: Tensor, header: Header | None, due: _Due) -> tuple[Header, Tensor]:
+    def _checked(self, frame: Tensor, header: Header | None, expected: _Expected) -> tuple[Header, Tensor]:
         """Header and payload of a frame that is right; notes one that is not, if sizes of later frames depend on it.
 
         Raises:
@@ -195,10 +195,13 @@ class StreamDecoder(StreamState):
             header = header or unpack(frame, self.where)
             if header.flags & STAND_IN and header.shape is None and frame.is_cpu:
                 raise FrameFollows(header)
-            return header, self._check(frame, header, due)
+            return header, self._check(frame, header, expected)
         except FrameError:
-            codec, tells_view = due.codec, not (self._looked or due.hint) and (header is None or header.next_groups > 0)
-            if (codec.rates or tells_view or self.is_fresh(due.numel, due.dtype)) and not codec.lossless:
+            codec, tells_view = (
+                expected.codec,
+                not (self._looked or expected.hint) and (header is None or header.next_groups > 0),
+            )
+            if (codec.rates or tells_view or self.is_fresh(expected.numel, expected.dtype)) and not codec.lossless:
                 self.missed = True
                 self._changes.count += 1
             raise
@@ -206,10 +209,10 @@ class StreamDecoder(StreamState):
     def _take_first(
         self,
         frame: Tensor,
-        due: _Due,
+        expected: _Expected,
         keyframe: bool,
         foreseen: bool,
-        keys_there: bool,
+        devices_take_keyframes: bool,
         into: Tensor | None,
         queue: int | None,
     ) -> Tensor | None:
@@ -217,16 +220,16 @@ class StreamDecoder(StreamState):
         to.
         """
         if keyframe:
-            return self._take_key_there(frame, due, into, queue) if keys_there else None
-        codec = due.codec
-        if not foreseen or self.clock is None or codec.lossless or self.is_fresh(due.numel, due.dtype):
+            return self._take_keyframe_on_device(frame, expected, into, queue) if devices_take_keyframes else None
+        codec = expected.codec
+        if not foreseen or self.clock is None or codec.lossless or self.is_fresh(expected.numel, expected.dtype):
             return None
         if not self._looked and (self.view is None or not self.view.hint):
             return None  # it may announce a matrix view
         form = self.form(codec, frame.device)
         if form.frames is None or form.frame_nbytes > frame.numel():
             return None
-        return self._take_there(frame, form, form.frames, due.step, due.epoch, into, queue)
+        return self._take_on_device(frame, form, form.frames, expected.step, expected.epoch, into, queue)
 
     def _taken(
         self,
@@ -243,8 +246,8 @@ class StreamDecoder(StreamState):
         if value is None:
             raise self._restarted()
         self.follow(header)
-        if header.flags & NONFINITE and not header.is_raw_key:
-            raise NonFiniteError(self.where + (_FLAGGED_KEY if header.is_key else _FLAGGED))
+        if header.flags & NONFINITE and not header.is_raw_keyframe:
+            raise NonFiniteError(self.where + (_FLAGGED_KEYFRAME if header.is_keyframe else _FLAGGED))
         return value
 
     def _take(
@@ -261,8 +264,8 @@ class StreamDecoder(StreamState):
         if flags & STATELESS:
             self.sequence += 1
             return from_raw(payload, header.numel, header.dtype)
-        if flags & KEY:
-            return self._take_key(payload, header, codec, hint, refuse_state, into)
+        if flags & KEYFRAME:
+            return self._take_keyframe(payload, header, codec, hint, refuse_state, into)
         if flags & NONFINITE and not header.payload_nbytes:
             return None
         session = self.form(codec, payload.device).session
@@ -290,7 +293,7 @@ class StreamDecoder(StreamState):
     def _said_last(self) -> float | Tensor:
         """The coefficient in the last frame; 0 where that was a keyframe, or said one that no longer holds."""
         header = self.header
-        if header is None or header.is_key:
+        if header is None or header.is_keyframe:
             return 0.0
         if self.checksum is None and self._coefficient is not None:
             return self._coefficient  # of that frame's form, which is another one than the next frame's at a new rate
@@ -335,7 +338,7 @@ class StreamDecoder(StreamState):
         coefficient = coefficient_in(head)
         return form.head_for(coefficient) if self.predictor.accepts(coefficient) else None
 
-    def _take_there(
+    def _take_on_device(
         self,
         frame: Tensor,
         form: Form,
@@ -387,12 +390,14 @@ class StreamDecoder(StreamState):
             self._ask_announcement(frames)
         return value
 
-    def _take_key_there(self, frame: Tensor, due: _Due, into: Tensor | None, queue: int | None) -> Tensor | None:
+    def _take_keyframe_on_device(
+        self, frame: Tensor, expected: _Expected, into: Tensor | None, queue: int | None
+    ) -> Tensor | None:
         """The value of a keyframe that the device checks and decodes; ``None``: the host has to."""
-        codec, numel, dtype, step, epoch, hint = due
-        keys, clock = self._keys_on(codec, numel, dtype, frame.device, hint), self.clock
-        steps = None if keys is None else keys.steps
-        if keys is None or steps is None or clock is None or frame.numel() < keys.nbytes:
+        codec, numel, dtype, step, epoch, hint = expected
+        keyframes, clock = self._device_keyframes_of(codec, numel, dtype, frame.device, hint), self.clock
+        steps = None if keyframes is None else keyframes.steps
+        if keyframes is None or steps is None or clock is None or frame.numel() < keyframes.nbytes:
             return None
         self._end_graphs()
         queue = kernels.queue_of(frame.device) if queue is None else queue
@@ -404,15 +409,15 @@ class StreamDecoder(StreamState):
         if kept is None:  # a frame that is refused leaves what was remembered in its place
             kept = terms[0].clone() if terms else torch.zeros(numel, dtype=dtype, device=frame.device)
         copy = into
-        if keys.own_bytes and into is None:  # what is remembered is not what is handed out
+        if keyframes.own_bytes and into is None:  # what is remembered is not what is handed out
             copy = torch.empty_like(kept)
         if codec.rates:
-            expect_announcement(keys.frames, frame, codec.rates)
+            expect_announcement(keyframes.frames, frame, codec.rates)
         call = step, epoch, self.sequence, FROM_HOST, 0
-        if not keys.frames.receive(steps, frame, keys.nbytes, (), kept, copy, clock.words, call, queue):
+        if not keyframes.frames.receive(steps, frame, keyframes.nbytes, (), kept, copy, clock.words, call, queue):
             return None
-        self.header, self.checksum, self.refused = keys.head.header, None, False
-        self.holds_values, self.wrote = keys.frames.holds_values, into is not None
+        self.header, self.checksum, self.refused = keyframes.head.header, None, False
+        self.holds_values, self.wrote = keyframes.frames.holds_values, into is not None
         self.start(numel, dtype, hint)
         if self.config.remembers:
             predictor.advance(kept, ())
@@ -420,7 +425,7 @@ class StreamDecoder(StreamState):
         self.sequence += 1
         clock.source, clock.right = 0, True
         if codec.rates:
-            self._ask_announcement(keys.frames)
+            self._ask_announcement(keyframes.frames)
         return kept if copy is None else copy
 
     def _ask_announcement(self, frames: Frames) -> None:
@@ -504,7 +509,7 @@ class StreamDecoder(StreamState):
         except PayloadError as error:
             raise FrameError(f"{self.where}: {error}. Nothing was applied; {RESET}") from None
 
-    def _take_key(
+    def _take_keyframe(
         self,
         payload: Tensor,
         header: Header,
@@ -515,7 +520,7 @@ class StreamDecoder(StreamState):
     ) -> Tensor | None:
         """The value of a keyframe, now the history; ``None`` if its sender could not code it."""
         numel, dtype = header.numel, header.dtype
-        coded = None if header.is_raw_key else self.config.keyframe_for(codec, numel, dtype)
+        coded = None if header.is_raw_keyframe else self.config.keyframe_for(codec, numel, dtype)
         if coded is None:
             value = from_raw(payload, numel, dtype)
             kept = remembered(value, header.flags)
@@ -544,7 +549,7 @@ class StreamDecoder(StreamState):
         self.moved_on(header.checksum)
         return value
 
-    def _check(self, frame: Tensor, header: Header, due: _Due) -> Tensor:
+    def _check(self, frame: Tensor, header: Header, expected: _Expected) -> Tensor:
         """The payload, 1-D uint8, once everything about the frame is known to be right; nothing has changed.
 
         That of a raw keyframe is a copy, made while it is summed up, which may become the history. A sender may send
@@ -553,7 +558,7 @@ class StreamDecoder(StreamState):
         Raises:
             FrameError: something is not right.
         """
-        codec, numel, dtype, step, epoch, _ = due
+        codec, numel, dtype, step, epoch, _ = expected
         ours = self.header_of(codec, numel, dtype)
         compare = partial(self._compare, header)
         compare("epoch", header.epoch, epoch)
@@ -564,27 +569,29 @@ class StreamDecoder(StreamState):
         compare("size", *size, "send and receive tensors of the same size and dtype; then " + RESET)
         if not codec.lossless and dtype not in COMPRESSIBLE_DTYPES:  # a stand-alone stream's dtype is what frames say
             compare("dtype", dtype, "float32, float16 or bfloat16, as this codec takes no other", SAME_CONFIG)
-        codes_keys = 0 if header.is_raw_key else ours.keyframe_codec
-        if (header.codec, header.keyframe_codec) != (ours.codec, codes_keys):
+        keyframe_coding = 0 if header.is_raw_keyframe else ours.keyframe_codec
+        if (header.codec, header.keyframe_codec) != (ours.codec, keyframe_coding):
             coding = f"{header.codec:08x}, keyframes {header.keyframe_codec:08x}"
             compare("codec", coding, f"{ours.codec:08x} ({codec!r}), keyframes {ours.keyframe_codec:08x}", SAME_CONFIG)
         predictor = header.predictor, header.coefficient, header.coefficient_2
-        expected = ours.coefficient
+        coefficient = ours.coefficient
         if self.predictor.adapts and not header.flags and self.predictor.accepts(header.coefficient):
-            expected = header.coefficient
-        compare("predictor", predictor, (ours.predictor, expected, ours.coefficient_2), SAME_CONFIG)
+            coefficient = header.coefficient
+        compare("predictor", predictor, (ours.predictor, coefficient, ours.coefficient_2), SAME_CONFIG)
         compare("sequence", header.sequence, self.sequence)
-        codes = not header.flags & (KEY | STATELESS) and bool(header.payload_nbytes)
+        codes = not header.flags & (KEYFRAME | STATELESS) and bool(header.payload_nbytes)
         compare("rate", header.rate, self.rate_of(codec) if codes else 0, SAME_CONFIG)
         compare("kind of checksum", header.checksum_kind, CHECKSUM_WEIGHTED_SUM, SAME_CONFIG)
-        view, nbytes = self._expected_payload(header, due)
+        view, nbytes = self._expected_payload(header, expected)
         shape = (0, 0, 0, 0) if view is None else (*view.shape, view.hint)
         compare("layout", (header.groups, header.rows, header.channels, header.layout), shape, SAME_CONFIG)
         compare("payload size", header.payload_nbytes, nbytes, SAME_CONFIG)
-        compare("digest of the history", f"{header.digest:016x}", f"{0 if header.is_key else self.known_digest():016x}")
+        compare(
+            "digest of the history", f"{header.digest:016x}", f"{0 if header.is_keyframe else self.known_digest():016x}"
+        )
         self._check_announcements(header, codec)
         payload = payload_of(frame, header)
-        copy = torch.empty_like(payload) if header.is_raw_key and self.config.remembers else None
+        copy = torch.empty_like(payload) if header.is_raw_keyframe and self.config.remembers else None
         if kernels.checksum_for(nbytes, payload.device)(payload, copy) != header.checksum:
             raise FrameError(
                 f"{self.where}: the payload is damaged (its checksum does not match). Nothing was applied; {RESET}. "
@@ -601,21 +608,21 @@ class StreamDecoder(StreamState):
             error.epoch = header.epoch if what == "epoch" else None
             raise error
 
-    def _expected_payload(self, header: Header, due: _Due) -> tuple[MatrixView | None, int]:
+    def _expected_payload(self, header: Header, expected: _Expected) -> tuple[MatrixView | None, int]:
         """Matrix view and bytes of the payload of a frame of this kind.
 
         Raises:
             FrameError: there are no frames of this kind, or not now.
         """
-        codec, numel, dtype, _, _, hint = due
+        codec, numel, dtype, _, _, hint = expected
         flags, kind = header.flags, header.flags & _KINDS
         if kind not in _FLAGS_OF_KINDS or flags & ~kind & ~_FLAGS_OF_KINDS[kind]:
             self._compare(header, "flags", f"{flags:#04x}", "one kind of frame, and what it may say", SAME_CONFIG)
-        if kind == STATELESS or header.is_raw_key:
+        if kind == STATELESS or header.is_raw_keyframe:
             return None, raw_nbytes(numel, dtype)
         if flags & NONFINITE and not header.payload_nbytes:
             return None, 0
-        if kind & KEY:
+        if kind & KEYFRAME:
             coded = self.config.keyframe_for(codec, numel, dtype)
             view = blocks(numel) if coded is None else self.keyframe_view(coded, numel, dtype, hint)
             return view, self.keyframe_nbytes(codec, numel, dtype, hint)
@@ -632,7 +639,7 @@ class StreamDecoder(StreamState):
             self._compare(header, "announced view", next_view, f"a divisor of {numel} elements", SAME_CONFIG)
         said = header.next_rate, header.next_kind
         # a device makes its announcements before it knows that the tensor is not finite
-        forgets = bool(header.flags & NONFINITE) and (header.is_raw_key or not header.payload_nbytes)
+        forgets = bool(header.flags & NONFINITE) and (header.is_raw_keyframe or not header.payload_nbytes)
         silent = forgets or header.flags & (STATELESS | NO_STATE)
         if said[0] > codec.rates or said[1] > 1 or (silent and (announces_view or any(said))):
             text = f"rate {said[0]}, kind {said[1]}{', a view' if announces_view else ''}"

@@ -14,15 +14,15 @@ from compactdist.codecs.base import Codec, Session, Terms, residual_of
 from compactdist.errors import ConfigError, LayoutError, NonFiniteError
 from compactdist.kernels import Frames
 from compactdist.kernels.spec import FROM_HOST, MatrixView
+from compactdist.state.announcements import announce, say_coefficient
 from compactdist.state.board import Board
+from compactdist.state.device_keyframes import finite
 from compactdist.state.find_view import find_view
 from compactdist.state.history import Predictor
 from compactdist.state.host_copy import HostCopy
-from compactdist.state.key_ends import finite
 from compactdist.state.matrix_view import blocks
 from compactdist.state.rate import Choice, Measured, StreamRate
 from compactdist.state.relay import Relay, stop_sharing
-from compactdist.state.said import announce, say_coefficient
 from compactdist.state.staged import Staged
 from compactdist.state.stand_in import put_behind
 from compactdist.state.stream import Changes, Form, Room, Spares, StreamState
@@ -30,7 +30,7 @@ from compactdist.state.stream_config import StreamConfig
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import (
     HEADER_NBYTES,
-    KEY,
+    KEYFRAME,
     NO_STATE,
     NONFINITE,
     RESTART,
@@ -77,10 +77,10 @@ class StreamEncoder(StreamState):
             then expect it.
     """
 
-    lasting = (*StreamState.lasting, "_key_at", "_searched", "announce_keyframe")
+    lasting = (*StreamState.lasting, "_keyframe_at", "_searched", "announce_keyframe")
 
     __slots__ = (
-        "_key_at",
+        "_keyframe_at",
         "_own_predictor",
         "_remembers",
         "_searched",
@@ -102,7 +102,7 @@ class StreamEncoder(StreamState):
     ) -> None:
         super().__init__(config, fingerprint, where, changes, board, unprepared)
         self.announce_keyframe = False
-        self._key_at = 0
+        self._keyframe_at = 0
         self._searched = not config.find_layout
         self.relay: Relay | None = None
         self.steers: StreamRate | None = None
@@ -151,7 +151,7 @@ class StreamEncoder(StreamState):
         """Forget the history: the next frame is a keyframe."""
         if self.relay is not None:
             stop_sharing(self, self.relay)
-            self.relay.source, self.relay.owes_key = None, False
+            self.relay.source, self.relay.owes_keyframe = None, False
         super().drop()
         self._searched = not self.config.find_layout
         if self._own_predictor is not None:
@@ -201,7 +201,7 @@ class StreamEncoder(StreamState):
         """
         flat = x.detach().reshape(-1)
         if keyframe or codec.lossless:
-            return self._stage_key(
+            return self._stage_keyframe(
                 flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, shape, own_bytes, hint
             )
         form = self._form_for(flat, codec)
@@ -218,7 +218,7 @@ class StreamEncoder(StreamState):
         header = replace(header, checksum=kernels.checksum_for(nbytes, payload.device)(payload, room))
         return Staged(seal(frame, header), header, header.checksum)
 
-    def _stage_key(
+    def _stage_keyframe(
         self,
         flat: Tensor,
         codec: Codec,
@@ -232,7 +232,7 @@ class StreamEncoder(StreamState):
         hint: MatrixView | None,
         restarts: bool = False,
     ) -> Staged:
-        flags = KEY | (NO_STATE if refuse_state else 0) | (RESTART if restarts else 0)
+        flags = KEYFRAME | (NO_STATE if refuse_state else 0) | (RESTART if restarts else 0)
         keeps = self.config.remembers and not refuse_state
         coded = None if own_bytes else self.config.keyframe_for(codec, flat.numel(), flat.dtype)
         fields: dict[str, Any] = {"step": step, "epoch": epoch, "shape": shape}
@@ -261,7 +261,7 @@ class StreamEncoder(StreamState):
         staged.value, staged.exact, staged.hint = value, exact, hint
         return staged
 
-    def _stage_key_there(
+    def _stage_keyframe_on_device(
         self,
         flat: Tensor,
         codec: Codec,
@@ -275,24 +275,24 @@ class StreamEncoder(StreamState):
     ) -> Staged | None:
         """The keyframe, made by the device without the host's waiting; ``None``: it has to be made here."""
         device = flat.device
-        keys, clock = self._keys_on(codec, flat.numel(), flat.dtype, device, hint), self.clock
-        steps = None if keys is None else keys.steps
-        if keys is None or steps is None or clock is None or (keys.own_bytes and not foreseen):
+        keyframes, clock = self._device_keyframes_of(codec, flat.numel(), flat.dtype, device, hint), self.clock
+        steps = None if keyframes is None else keyframes.steps
+        if keyframes is None or steps is None or clock is None or (keyframes.own_bytes and not foreseen):
             return None
         queue = kernels.queue_of(device) if queue is None else queue
         if queue != clock.queue:
             clock.follow(self.predictor, queue)
-        frame, payload = empty_frame(HEADER_NBYTES, keys.nbytes - HEADER_NBYTES, frame_nbytes, device)
-        header = keys.head.header
+        frame, payload = empty_frame(HEADER_NBYTES, keyframes.nbytes - HEADER_NBYTES, frame_nbytes, device)
+        header = keyframes.head.header
         if codec.rates:
             header = replace(header, next_rate=self._first_rate(codec, flat, step, epoch, hint))
-            announce(keys.frames, header.next_rate, keyframe=False)
+            announce(keyframes.frames, header.next_rate, keyframe=False)
         keeps = want_value or self._remembers
         value = torch.empty(flat.numel(), dtype=flat.dtype, device=device) if keeps else None
         call = step, epoch, self.sequence, FROM_HOST, 0
-        if not keys.frames.send(steps, flat, (), value, None, frame, payload, clock.next_words, call, queue):
+        if not keyframes.frames.send(steps, flat, (), value, None, frame, payload, clock.next_words, call, queue):
             return None
-        return Staged(frame, header, 0, value, there=True, lends=not want_value, hint=hint)
+        return Staged(frame, header, 0, value, on_device=True, lends=not want_value, hint=hint)
 
     def _form_for(self, flat: Tensor, codec: Codec) -> Form:
         """What a residual of the tensor shares with those before it.
@@ -378,7 +378,7 @@ class StreamEncoder(StreamState):
         a higher rate, which is learnt from a residual.
         """
         steers, measured, session = self.steers, staged.measured, staged.session
-        if steers is None or not isinstance(measured, Measured) or self.sequence == self._key_at + 1:
+        if steers is None or not isinstance(measured, Measured) or self.sequence == self._keyframe_at + 1:
             return staged
         if not steers.is_hopeless(measured):
             return staged
@@ -388,7 +388,7 @@ class StreamEncoder(StreamState):
         fits = frame_nbytes is None or nbytes <= frame_nbytes
         padded = frame_nbytes if fits else None
         try:
-            key = self._stage_key(flat, codec, step, epoch, padded, False, True, shape, False, None, restarts=True)
+            key = self._stage_keyframe(flat, codec, step, epoch, padded, False, True, shape, False, None, restarts=True)
         except BaseException:
             session.rollback()
             raise
@@ -431,7 +431,7 @@ class StreamEncoder(StreamState):
             raise
         return True
 
-    def _stage_there(
+    def _stage_on_device(
         self,
         flat: Tensor,
         form: Form,
@@ -481,7 +481,7 @@ class StreamEncoder(StreamState):
         measured = None if steers is None or value is None else HostCopy(kernels.energies(flat, terms, value))
         return Staged(
             room.whole, header, 0, value, terms,
-            session=form.session, there=True, measured=measured, room=room, copied=copy is not None,
+            session=form.session, on_device=True, measured=measured, room=room, copied=copy is not None,
             lends=copy is not None or not want_value,
         )  # fmt: skip
 
@@ -516,8 +516,8 @@ class StreamEncoder(StreamState):
         rungs = [codec.at(1 + index) for index in range(codec.rates)]
         sizes = [HEADER_NBYTES + rung.payload_nbytes(view.shape, torch.float32) for rung in rungs]
         steers.begin(step if step >= 0 else self.sequence, epoch, numel, sizes, rate)
-        key_nbytes = HEADER_NBYTES + self.keyframe_nbytes(codec, numel, flat.dtype, hint)
-        return steers.choose(measured, key_nbytes, keyframe=keyframe)
+        keyframe_nbytes = HEADER_NBYTES + self.keyframe_nbytes(codec, numel, flat.dtype, hint)
+        return steers.choose(measured, keyframe_nbytes, keyframe=keyframe)
 
     def _first_rate(self, codec: Codec, flat: Tensor, step: int, epoch: int, hint: MatrixView | None) -> int:
         """The rate that a tensor's keyframe announces; 0: none."""
@@ -591,16 +591,18 @@ class StreamEncoder(StreamState):
             if keyframe:
                 call = step, epoch, frame_nbytes
                 if not (refuse_state or own_bytes):
-                    staged = self._stage_key_there(flat, codec, *call, want_value, foreseen, hint, queue)
+                    staged = self._stage_keyframe_on_device(flat, codec, *call, want_value, foreseen, hint, queue)
                 if staged is None:
-                    staged = self._stage_key(flat, codec, *call, refuse_state, want_value, None, own_bytes, hint)
+                    staged = self._stage_keyframe(flat, codec, *call, refuse_state, want_value, None, own_bytes, hint)
                 return staged, None
             form = self._form
             if form is None or form.codec is not codec or self.live != (flat.numel(), flat.dtype):
                 form = self._form_for(flat, codec)
             if form.frames is not None:
                 queue = kernels.queue_of(flat.device) if queue is None else queue
-                staged = self._stage_there(flat, form, form.frames, step, epoch, frame_nbytes, want_value, queue, copy)
+                staged = self._stage_on_device(
+                    flat, form, form.frames, step, epoch, frame_nbytes, want_value, queue, copy
+                )
             if staged is None:
                 staged = self._stage_residual(flat, codec, form, step, epoch, frame_nbytes, want_value, copy=copy)
                 if may_surprise and form.frames is None:  # else a device checks what arrives, and nobody looks
@@ -610,7 +612,7 @@ class StreamEncoder(StreamState):
             # a traceback would keep the caller's tensors and works alive
             error.__context__ = error.__cause__ = None
             failure = error.with_traceback(None)
-        nothing, flags = flat.new_empty(0, dtype=torch.uint8), NONFINITE | (KEY if keyframe else 0)
+        nothing, flags = flat.new_empty(0, dtype=torch.uint8), NONFINITE | (KEYFRAME if keyframe else 0)
         digest = 0 if keyframe else self.known_digest()
         fields = {"step": step, "epoch": epoch, "flags": flags, "digest": digest}
         return self._stage_payload(flat, codec, nothing, frame_nbytes, **fields), failure
@@ -624,7 +626,7 @@ class StreamEncoder(StreamState):
         """Undo ``stage``: the frame will not be sent and leaves no trace in the stream."""
         if staged.session is not None:
             staged.session.rollback()
-            if staged.there and self.clock is not None:
+            if staged.on_device and self.clock is not None:
                 self.clock.stop()  # the device has moved it on
 
     def commit(self, staged: Staged, queue: int | None = None) -> None:
@@ -636,7 +638,7 @@ class StreamEncoder(StreamState):
         """
         header = staged.header
         flags = header.flags
-        if self.steers is not None and self.steers.is_known and (staged.measured is not None or flags & KEY):
+        if self.steers is not None and self.steers.is_known and (staged.measured is not None or flags & KEYFRAME):
             self.steers.sent(staged.measured, staged.wire_nbytes, header.next_rate)
         if flags & STATELESS:
             self.sequence += 1
@@ -645,15 +647,15 @@ class StreamEncoder(StreamState):
             self.sequence += 1
             self.drop()
             return
-        if flags & KEY:
+        if flags & KEYFRAME:
             self.start(header.numel, header.dtype, staged.hint)
-            self.digest, self._key_at = 0, self.sequence
-            if staged.there and self.clock is not None:
+            self.digest, self._keyframe_at = 0, self.sequence
+            if staged.on_device and self.clock is not None:
                 self.clock.begin()
             if self.relay is not None:
-                self.relay.owes_key = False
+                self.relay.owes_keyframe = False
         clock = self.clock
-        if staged.there and clock is not None:
+        if staged.on_device and clock is not None:
             self.sequence += 1
             clock.source, clock.right = 1 if clock.source == 0 else 0, True  # the next frame reads what this one wrote
         else:
@@ -664,7 +666,7 @@ class StreamEncoder(StreamState):
             if flags & RESTART:
                 self.predictor.clear()
             kept = staged.value
-            if staged.there and flags & KEY and header.is_raw_key:
+            if staged.on_device and flags & KEYFRAME and header.is_raw_keyframe:
                 kept = finite(kept)
             unused = self.predictor.advance(kept, staged.terms)
             if unused is staged.value and not staged.lends:  # the history has a copy

@@ -202,12 +202,12 @@ class StreamRate:
             loss[at] = min(loss[at], loss[at - 1])
         return loss
 
-    def choose(self, measured: Measured | None, key_nbytes: int, *, keyframe: bool) -> Choice:
+    def choose(self, measured: Measured | None, keyframe_nbytes: int, *, keyframe: bool) -> Choice:
         """What the frame that is being made announces. Nothing is counted.
 
         Args:
             measured: the frame's tensor; ``None``: it is a keyframe, or nobody has measured it yet.
-            key_nbytes: bytes of a keyframe.
+            keyframe_nbytes: bytes of a keyframe.
             keyframe: which of the two it is.
         """
         self.catch_up()
@@ -224,13 +224,13 @@ class StreamRate:
             lower, mine = rate < self.rate, errors[self.rate - 1]
             if (lower and errors[rate - 1] * _MARGIN > allowed) or (not lower and mine <= allowed * _MARGIN):
                 rate = self.rate
-        misses, fits = errors[rate - 1] > allowed, self.sizes[rate - 1] >= key_nbytes
-        again = not keyframe and misses and fits and self._keyframe_error(key_nbytes) < errors[rate - 1]
+        misses, fits = errors[rate - 1] > allowed, self.sizes[rate - 1] >= keyframe_nbytes
+        again = not keyframe and misses and fits and self._keyframe_error(keyframe_nbytes) < errors[rate - 1]
         return Choice(0 if rate == self.rate else rate, again)
 
-    def _keyframe_error(self, key_nbytes: int) -> float:
+    def _keyframe_error(self, keyframe_nbytes: int) -> float:
         """About the NMSE of a keyframe of this size: within 3 dB what scalar quantizers leave of Gaussian values."""
-        bits = 8 * (key_nbytes - HEADER_NBYTES) / max(1, self.elements)
+        bits = 8 * (keyframe_nbytes - HEADER_NBYTES) / max(1, self.elements)
         return float(10 ** ((_KEYFRAME_DB - _DB_PER_BIT * bits) / 10))
 
     def _allowed(self, asked: float, measured: Measured | None) -> float:

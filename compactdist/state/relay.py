@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compactdist.codecs.base import Codec
 from compactdist.kernels.spec import MatrixView
-from compactdist.state.key_ends import remembered
+from compactdist.state.device_keyframes import remembered
 from compactdist.state.matrix_view import plain
 from compactdist.state.staged import Staged
 from compactdist.wire import RESTART, Header, pack, raw_payload, seal, unpack_head
@@ -78,7 +78,7 @@ class Relay:
         source: the incoming stream; ``None`` while this one encodes by itself.
         passed: sequence of ``source`` after the last frame that was passed on.
         shared: the encoder shares the decoder's predictor and has none of its own; encoding again takes a keyframe.
-        owes_key: the encoder gave up its history; the next frame must be a keyframe.
+        owes_keyframe: the encoder gave up its history; the next frame must be a keyframe.
         streak: residuals encoded in a row although they could have been passed on after a keyframe.
         patience: the streak that is worth a keyframe. It doubles each time the stream encodes by itself again, so that
             a call site that alternates pays for few keyframes.
@@ -87,7 +87,7 @@ class Relay:
     source: StreamDecoder | None = None
     passed: int = 0
     shared: bool = False
-    owes_key: bool = False
+    owes_keyframe: bool = False
     streak: int = 0
     patience: int = 1
 
@@ -182,19 +182,19 @@ def pass_on(
         sequence=encoder.sequence,
         codec=codec.fingerprint(),
         checksum=checksum,
-        digest=0 if arrived.is_key else encoder.known_digest(),
+        digest=0 if arrived.is_keyframe else encoder.known_digest(),
     )
-    payload = raw_payload(x) if header.is_raw_key else received.payload
+    payload = raw_payload(x) if header.is_raw_keyframe else received.payload
     assert payload is not None
     value = exact = session = None
     config, shared = encoder.config, encoder.relay is not None and encoder.relay.shared
     if config.remembers and not shared:
         value = _copy(x)
-        if header.is_raw_key:
+        if header.is_raw_keyframe:
             value = remembered(value, header.flags)
         exact = _copy(x) if config.open_loop else None
     # under another codec than before both ends begin a session anew, also where that one remembers nothing
-    form = None if shared or header.is_key else encoder.form(codec, x.device)
+    form = None if shared or header.is_keyframe else encoder.form(codec, x.device)
     if form is not None and received.decoder.codec_memory:
         session = form.session
         session.rollback()  # of what a frame before would have changed
@@ -217,7 +217,7 @@ def join(encoder: StreamEncoder, decoder: StreamDecoder, *, share: bool) -> Rela
         encoder.drop()  # also frees what only encoding needs, such as the codec's memory
         encoder.live, encoder.view, encoder.rate = live, view, rate
         encoder.digest, encoder.predictor = digest, decoder.predictor
-    relay.source, relay.passed, relay.shared, relay.owes_key = decoder, decoder.sequence, share, False
+    relay.source, relay.passed, relay.shared, relay.owes_keyframe = decoder, decoder.sequence, share, False
     return relay
 
 
@@ -225,7 +225,7 @@ def leave(encoder: StreamEncoder, relay: Relay) -> None:
     """Let a stream encode by itself again; if it shared a predictor, from a keyframe on."""
     if relay.shared:
         stop_sharing(encoder, relay)
-        relay.owes_key = True
+        relay.owes_keyframe = True
         relay.patience *= 2
     relay.source, relay.streak = None, 0
 

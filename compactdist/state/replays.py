@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from compactdist.kernels.spec import CLOCK_WORDS
-from compactdist.state.on_device import COUNTERS
+from compactdist.state.device_clock import COUNTERS
 
 if TYPE_CHECKING:
     from compactdist.state.stream import StreamState

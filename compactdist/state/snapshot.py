@@ -154,7 +154,7 @@ def _save(place: _Place, stream: StreamEncoder | StreamDecoder, places: dict[int
         passing = _Passing(copy.copy(relay), source)
         passing.relay.source = None
         if source is None:  # that stream was forgotten, or there is none: the next frame is coded here
-            passing.relay.owes_key, passing.relay.shared = relay.owes_key or relay.shared, False
+            passing.relay.owes_keyframe, passing.relay.shared = relay.owes_keyframe or relay.shared, False
     learnt = None if form is None else _Learnt(form.codec, form.session.device, form.session.copy_memory())
     predictors = tuple(_copied(one, memo) for one in stream.predictors)
     return _Saved(place, stream.parts, said, digest, predictors, learnt, passing)

@@ -32,7 +32,7 @@ class Staged:
         next_view: the matrix view announced for the next frame, or ``None``.
         searched: this frame's residual was searched for a matrix view.
         session: the codec's session that made the payload.
-        there: made on a device, which alone knows checksum, digest and whether the residual was finite.
+        on_device: made on a device, which alone knows checksum, digest and whether the residual was finite.
         measured: of a residual whose rates are chosen by that, or a device's copy of the sums; else ``None``.
         room: memory of the frame that another may use once this one has been sent; ``None``: it is this frame's own.
         copied: what the receiver will reconstruct was written to the sender's own output, too.
@@ -53,7 +53,7 @@ class Staged:
     next_view: MatrixView | None = None
     searched: bool = False
     session: Session | None = None
-    there: bool = False
+    on_device: bool = False
     measured: Measured | HostCopy | None = None
     room: Room | None = None
     copied: bool = False

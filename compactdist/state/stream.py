@@ -18,10 +18,10 @@ from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.errors import ConfigError
 from compactdist.kernels.spec import DIGEST_FACTOR, FROM_HOST, MatrixView
 from compactdist.state.board import Board
+from compactdist.state.device_clock import DeviceClock
+from compactdist.state.device_keyframes import DeviceKeyframes, device_keyframes_of
 from compactdist.state.history import Predictor
-from compactdist.state.key_ends import KeyEnds, key_ends_of
 from compactdist.state.matrix_view import blocks, plain
-from compactdist.state.on_device import DeviceClock
 from compactdist.state.stream_config import COMPRESSIBLE_DTYPES, StreamConfig, saves
 from compactdist.state.unprepared import Unprepared
 from compactdist.wire import HEAD_PLACES, HEADER_NBYTES, MASK64, SHAPE_NBYTES, Header, HeadTemplate, raw_nbytes
@@ -166,10 +166,10 @@ class StreamState:
     __slots__ = (
         "_board",
         "_changes",
+        "_device_keyframes",
         "_form",
         "_forms",
         "_keeps_copies",
-        "_keys",
         "_number",
         "_plain",
         "_unprepared",
@@ -215,7 +215,7 @@ class StreamState:
         self._changes = changes or Changes()
         self._board = board
         self._unprepared = unprepared
-        self._keys: KeyEnds | None = None
+        self._device_keyframes: DeviceKeyframes | None = None
         self._number: int | None = None
         self.clock: DeviceClock | None = None
 
@@ -401,28 +401,30 @@ class StreamState:
             self._number = board.enter(self.where)
         return self._number
 
-    def _keys_on(
+    def _device_keyframes_of(
         self, codec: Codec, numel: int, dtype: torch.dtype, device: torch.device, hint: MatrixView | None
-    ) -> KeyEnds | None:
+    ) -> DeviceKeyframes | None:
         """What seals or checks the keyframes of such tensors on a device; ``None``: the host does it.
 
         Both ends must come to the same answer, for a device goes on from a tensor that is not finite where a host
         forgets the history.
         """
-        board, keys = self._board, self._keys
+        board, keyframes = self._board, self._device_keyframes
         if board is None or (device.type == "cpu" and kernels.choice.forced != "gpu"):
             return None
         hint = self.view if self.live == (numel, dtype) else hint
-        if keys is None or not keys.suit(codec, numel, dtype, device, hint):
+        if keyframes is None or not keyframes.suit(codec, numel, dtype, device, hint):
             if not numel or dtype not in COMPRESSIBLE_DTYPES or self.config.open_loop:
                 return None
-            keys = key_ends_of(self, codec, numel, dtype, device, hint, board.on(device), self._number_on(board))
-            if keys is None:
+            keyframes = device_keyframes_of(
+                self, codec, numel, dtype, device, hint, board.on(device), self._number_on(board)
+            )
+            if keyframes is None:
                 return None
-            self._keys = keys
+            self._device_keyframes = keyframes
         if self.clock is None:
             self.clock = DeviceClock(device)
-        return keys
+        return keyframes
 
     def header_of(self, codec: Codec, numel: int, dtype: torch.dtype, **fields: Any) -> Header:
         """A header with what all frames of the stream say, and the ``fields`` given."""

@@ -29,7 +29,7 @@ from tests.cli.kit import activations, run, run_json, trace
 
 plan = importlib.import_module("compactdist.cli.plan")  # the package has a command of that name
 NUMBERS = ("plan", "--shape", "256x128", "--link", "1gbit", "--json", "-")
-TIMES = Times(encode=3e-3, decode=1e-3, key_encode=2e-3, key_decode=5e-3)
+TIMES = Times(encode=3e-3, decode=1e-3, keyframe_encode=2e-3, keyframe_decode=5e-3)
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,9 @@ def test_times_are_measured_on_tensors_of_that_kind(monkeypatch: pytest.MonkeyPa
     rows = rows_of(run_json(*NUMBERS, "--dtype", "float16", "--sites", 3))
     assert [(channels, dtype) for channels, dtype, _ in seen] == [(128, torch.float16)] * 2
     for name, (_, _, times) in zip(("balanced", "raw"), seen, strict=True):
-        assert all(0 < seconds < 5 for seconds in (times.encode, times.decode, times.key_encode, times.key_decode))
+        assert all(
+            0 < seconds < 5 for seconds in (times.encode, times.decode, times.keyframe_encode, times.keyframe_decode)
+        )
         assert rows[name]["codec_s"] == pytest.approx(3 * (times.encode + times.decode))
     assert rows["raw"]["pays_below_gbps"] is None
 

@@ -378,7 +378,7 @@ def test_both_receivers_remember_the_same(share, learns):
     assert digest._held("k", outer).digest == digest._held("k", last).digest
     relay.leave(outer, relation)
     for n in range(5, 8):
-        send(codec, outer, last, noise(n), keyframe=relation.owes_key)
+        send(codec, outer, last, noise(n), keyframe=relation.owes_keyframe)
     assert torch.equal(outer.codec_memory[0], last.codec_memory[0])
 
 

@@ -260,7 +260,7 @@ def test_layout_hints_are_cut_too():
         with wrapped(parts=2, layouts=layouts, codec="int4") as g:
             seen = headers(g)
             run(g, rank, size, make=lambda r, t: tensor(r, t, (numel,)), check=False)
-        assert {(h.numel, h.groups, h.rows, h.channels) for h in seen if not h.is_key} == {
+        assert {(h.numel, h.groups, h.rows, h.channels) for h in seen if not h.is_keyframe} == {
             (numel // 2, 1, ROWS, CHANNELS)
         }
 

@@ -33,7 +33,7 @@ STALE = "given up"
 def is_stale(stream: Any) -> bool:
     """A sender that shared another stream's history and cannot go on from it: its next frame is a keyframe."""
     relay = getattr(stream, "relay", None)
-    return relay is not None and (relay.owes_key or (relay.shared and relay.passed != relay.source.sequence))
+    return relay is not None and (relay.owes_keyframe or (relay.shared and relay.passed != relay.source.sequence))
 
 
 EMPTY = (0, "None", (), None)

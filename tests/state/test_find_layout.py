@@ -96,7 +96,7 @@ def test_announced_in_one_frame_and_used_from_the_next(codec):
         assert torch.equal(encoder.state, decoder.state)
     numel = groups * rows * channels
     key, first, second, third = headers
-    assert key.is_key
+    assert key.is_keyframe
     assert (key.next_groups, key.next_channels) == (0, 0)
     assert (first.groups, first.rows, first.channels) == blocks(numel).shape
     assert first.next_channels == channels

@@ -57,7 +57,7 @@ def run(options, sequence, seed):
         header = unpack(frame, "here")
         fresh = live != (x.numel(), dtype)
         keyframe = lossless or fresh or sent < options["warmup_steps"]
-        assert header.is_key == keyframe
+        assert header.is_keyframe == keyframe
         assert header.shape == shape
         assert header.epoch == encoder._epoch
         view = blocks(x.numel()) if fresh else before

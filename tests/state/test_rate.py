@@ -16,7 +16,7 @@ from compactdist.state import RateControl, ResidualDecoder, ResidualEncoder, Str
 from compactdist.state.rate import Measured, StreamRate
 from compactdist.state.relay import same_state
 from compactdist.state.target import Target
-from compactdist.wire import KEY, STAND_IN, payload_of, seal, unpack
+from compactdist.wire import KEYFRAME, STAND_IN, payload_of, seal, unpack
 from tests.state import kit
 
 ROWS, CHANNELS, STEPS = 48, 64, 24
@@ -98,9 +98,9 @@ def test_another_request_half_way(order, keyframe):
         frame = encoder.encode(x)
         y = decoder.decode(frame)
         kit.check_in_step(encoder, decoder)
-        kinds.append(unpack(frame, "here").is_key)
+        kinds.append(unpack(frame, "here").is_keyframe)
         errors.append(float((y - x).square().sum() / x.square().sum()))
-    assert [at for at, is_key in enumerate(kinds) if is_key] == [0, len(first)]
+    assert [at for at, is_keyframe in enumerate(kinds) if is_keyframe] == [0, len(first)]
     if keyframe != "int4":  # whose error is near what is asked for
         assert errors[len(first)] < 10**-2.6
     settled = errors[len(first) + 1 :]
@@ -116,14 +116,14 @@ def test_a_keyframe_with_more_error_is_not_sent():
         frame = encoder.encode(x)
         decoder.decode(frame)
         kit.check_in_step(encoder, decoder)
-        kinds.append(unpack(frame, "here").is_key)
+        kinds.append(unpack(frame, "here").is_keyframe)
     assert sum(kinds) == 1
 
 
 def test_a_keyframe_that_is_not_sent_changes_no_rate(monkeypatch):
     """It was counted as sent at the rate after a keyframe, and what that loses was learnt from it."""
     encoder, decoder = kit.pair(target="nmse_db=-28", keyframe="int2")
-    stage_key, sent, made, counted = StreamEncoder._stage_key, StreamRate.sent, [], []
+    stage_key, sent, made, counted = StreamEncoder._stage_keyframe, StreamRate.sent, [], []
 
     def noted(stream, *given, **others):
         made.append(stage_key(stream, *given, **others))
@@ -133,13 +133,13 @@ def test_a_keyframe_that_is_not_sent_changes_no_rate(monkeypatch):
         counted.append((rate.rate, encoder._stream.rate_of(encoder.codec)))
         sent(rate, *given)
 
-    monkeypatch.setattr(StreamEncoder, "_stage_key", noted)
+    monkeypatch.setattr(StreamEncoder, "_stage_keyframe", noted)
     monkeypatch.setattr(StreamRate, "sent", counts)
     for step, (x, other) in enumerate(zip(values(2, 9), values(3, 9), strict=True)):
         frame = encoder.encode(x if step < 5 else other)
         decoder.decode(frame)
         kit.check_in_step(encoder, decoder)
-        assert unpack(frame, "here").is_key == (step == 0)
+        assert unpack(frame, "here").is_keyframe == (step == 0)
     assert len(made) == 2, "the one that was sent, and one that has more error than the residual"
     assert all(one == other for one, other in counted[1:]), counted
 
@@ -171,7 +171,7 @@ def test_a_size_that_is_asked_for_is_kept():
 def test_a_stand_alone_stream_knows_no_stand_ins():
     encoder, decoder = kit.pair(target="nmse_db=-26")
     frame = encoder.encode(values(2)[0])
-    seal(frame, replace(unpack(frame, "here"), flags=KEY | STAND_IN))
+    seal(frame, replace(unpack(frame, "here"), flags=KEYFRAME | STAND_IN))
     with pytest.raises(FrameError, match=r"wrong flags.*Nothing was applied"):
         decoder.decode(frame)
 
@@ -185,7 +185,7 @@ def test_a_keyframe_is_announced_where_a_residual_would_cost_more():
         frame = encoder.encode(torch.randn(ROWS, CHANNELS, generator=g))
         decoder.decode(frame)
         kit.check_in_step(encoder, decoder)
-        kinds.append(unpack(frame, "here").is_key)
+        kinds.append(unpack(frame, "here").is_keyframe)
     assert kinds[0]
     assert any(kinds[2:])
 

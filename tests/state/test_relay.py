@@ -68,12 +68,12 @@ def test_both_receivers_stay_equal(share, config):
         assert (chain.outer.state_bytes == 0) == share
     # what follows is one's own business again, after a keyframe if there is no history
     r.leave(chain.outer, relay)
-    assert relay.owes_key == share
+    assert relay.owes_keyframe == share
     for t in range(6, 9):
-        keyframe = relay.owes_key
+        keyframe = relay.owes_keyframe
         z = chain.deliver(chain.outer.stage(x_at(t), CODEC, keyframe=keyframe))
         assert torch.equal(z, x_at(t)) == keyframe
-        assert not relay.owes_key
+        assert not relay.owes_keyframe
         assert all(map(torch.equal, chain.last.predictor.held, chain.outer.predictor.held))
         assert (z - x_at(t)).norm() < 0.2 * x_at(t).norm()
 

@@ -9,7 +9,7 @@ from compactdist import Rule, codecs
 from compactdist.config import Options
 from compactdist.errors import ConfigError, FrameError, NonFiniteError
 from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig, StreamDecoder, StreamEncoder
-from compactdist.wire import KEY, RESTART, raw_nbytes, unpack
+from compactdist.wire import KEYFRAME, RESTART, raw_nbytes, unpack
 from tests.state import kit
 
 N = 4096
@@ -82,7 +82,7 @@ def test_an_announced_keyframe_comes_next_and_only_then(order, keyframe):
         staged, _ = carry(encoder, decoder, torch.randn(64, 48), codec)
         assert kit.same_bytes(encoder.predictor.base, decoder.predictor.base)
         assert encoder.digest == decoder.digest
-        kinds.append(staged.header.is_key)
+        kinds.append(staged.header.is_keyframe)
     assert kinds == [True, False, False, False, True, False, True, False]
 
 
@@ -91,7 +91,7 @@ def test_an_announcement_is_kept_until_a_residual_can_carry_it():
     codec = codecs.get("int4")
     encoder, decoder = pair()
     encoder.announce_keyframe = True
-    kinds = [carry(encoder, decoder, torch.randn(64), codec)[0].header.is_key for _ in range(4)]
+    kinds = [carry(encoder, decoder, torch.randn(64), codec)[0].header.is_keyframe for _ in range(4)]
     assert kinds == [True, False, True, False]
 
 
@@ -115,7 +115,7 @@ def test_coded_keyframes(n, dtype):
     x = torch.randn(n)
     frame = encoder.encode(x.to(dtype))
     header = unpack(frame, "here")
-    assert header.flags == KEY
+    assert header.flags == KEYFRAME
     assert header.keyframe_codec == codecs.get("int8").fingerprint()
     assert error(decoder.decode(frame), x.to(dtype)) < 0.02
     kit.check_in_step(encoder, decoder)
@@ -138,10 +138,10 @@ def test_keyframes_of_small_tensors_are_their_own_bytes(keyframe, dtype):
         x = torch.randn(n).to(dtype)
         staged, y = carry(encoder, decoder, x, codec)
         assert staged.header.payload_nbytes <= raw_nbytes(n, dtype)
-        assert torch.equal(y, x) or not staged.header.is_raw_key
-        kinds.add((n, staged.header.is_raw_key))
+        assert torch.equal(y, x) or not staged.header.is_raw_keyframe
+        kinds.add((n, staged.header.is_raw_keyframe))
         staged, _ = carry(encoder, decoder, x, codec)
-        assert not staged.header.is_key
+        assert not staged.header.is_keyframe
     assert {(0, True), (1, True), (N, False)} <= kinds
 
 
@@ -149,7 +149,7 @@ def test_a_keyframe_may_carry_its_own_bytes_where_a_coded_one_is_expected():
     codec, x = codecs.get("int4"), torch.randn(N)
     encoder, decoder = pair()
     staged = encoder.stage(x, codec, keyframe=True, own_bytes=True)
-    assert staged.header.is_raw_key
+    assert staged.header.is_raw_keyframe
     encoder.commit(staged)
     assert torch.equal(decoder.decode(staged.frame, codec, N, x.dtype), x)
     for _ in range(3):

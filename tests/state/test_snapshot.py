@@ -12,7 +12,7 @@ TAKEN = {"digest", "part", "parts", "predictor", "_own_predictor", "relay", "_fo
 MADE_AGAIN = {
     "config", "fingerprint", "where", "_changes", "_board", "_unprepared", "_number", "_remembers", "_plain",
     "_keeps_copies",
-    "_spares", "steers", "_forms", "_keys", "clock",
+    "_spares", "steers", "_forms", "_device_keyframes", "clock",
 }  # fmt: skip
 """By the store, from the group's options and the stream's place, or when the next frame needs it."""
 

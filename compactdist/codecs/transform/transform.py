@@ -176,7 +176,7 @@ class TransformSession(Session):
     ) -> None:
         if row_weights is not None:
             raise CodecConfigError(f"codec {self.codec.codec_id!r} has no use for row_weights")
-        if self.encode_there(x, terms, out, payload, None):
+        if self.encode_on_device(x, terms, out, payload, None):
             return
         matrices, squares, exponents = residuals(x, terms, self.view, self._layout)
         basis = self._basis_for(terms)
@@ -195,7 +195,7 @@ class TransformSession(Session):
             self._write(basis, frames, terms, out)
 
     @undisturbed
-    def encode_there(
+    def encode_on_device(
         self,
         x: Tensor,
         terms: Terms,
@@ -213,7 +213,7 @@ class TransformSession(Session):
         return True
 
     @undisturbed
-    def decode_there(
+    def decode_on_device(
         self, payload: Tensor, terms: Terms, out: Tensor, copy: Tensor | None, accepted: Tensor | None
     ) -> bool:
         """Decode where the host does not wait; see ``kernels.DeviceSteps.decode``."""
@@ -226,7 +226,7 @@ class TransformSession(Session):
     @undisturbed
     def decode(self, payload: Tensor, terms: Terms, out: Tensor) -> None:
         payload = check_payload(payload, self.payload_nbytes, self.codec.codec_id)
-        if self.decode_there(payload, terms, out, None, None):
+        if self.decode_on_device(payload, terms, out, None, None):
             return
         basis, frames = self._basis_for(terms), self._read(payload)
         self._stage(basis, frames)
@@ -348,7 +348,7 @@ class _DeviceSteps:
         copy: Tensor | None = None,
         flag: Tensor | None = None,
     ) -> bool:
-        return self._session.encode_there(x, terms, out, payload, flag, copy)
+        return self._session.encode_on_device(x, terms, out, payload, flag, copy)
 
     def decode(
         self,
@@ -359,7 +359,7 @@ class _DeviceSteps:
         copy: Tensor | None = None,
         accepted: Tensor | None = None,
     ) -> bool:
-        return self._session.decode_there(payload, terms, out, copy, accepted)
+        return self._session.decode_on_device(payload, terms, out, copy, accepted)
 
 
 def _levels(trellis: bool) -> LevelSet:

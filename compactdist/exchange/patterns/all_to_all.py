@@ -71,7 +71,7 @@ class AllToAll(Pattern):
             else:
                 decoder = None if codec is None else site.decoder(peer)
                 part = Incoming(peer, info.numel, codec, decoder)
-                part.key_nbytes = part.residual_nbytes = info.numel * dtype.itemsize
+                part.keyframe_nbytes = part.residual_nbytes = info.numel * dtype.itemsize
                 plan.incoming.append(part)
         plan.raw_numel = sum(part.numel for part in plan.outgoing)
         plan.raw_nbytes = plan.raw_numel * dtype.itemsize
@@ -88,7 +88,7 @@ class AllToAll(Pattern):
         for part in plan.parts:
             if part.peer in plan.site.refused:
                 part.codec = part.stream = None
-                part.key_nbytes = part.residual_nbytes = part.numel * plan.dtype.itemsize
+                part.keyframe_nbytes = part.residual_nbytes = part.numel * plan.dtype.itemsize
                 part.fresh = False
         plan.codec = next((part.codec for part in plan.outgoing if part.codec is not None), None)
         return None

@@ -54,10 +54,10 @@ def stage_message(
         if engine.tap is not None:
             engine.tap(flight.call, part.peer, x, part.hint)
         staged = message.pass_on(flight.call.step, flight.call.epoch)
-        if staged.header.is_key and not keyframe and not accepts_unannounced_keyframe:
+        if staged.header.is_keyframe and not keyframe and not accepts_unannounced_keyframe:
             put_behind(staged, part.residual_nbytes)
         flight.staged.append(staged)
-        flight.keyframes = flight.keyframes and staged.header.is_key
+        flight.keyframes = flight.keyframes and staged.header.is_keyframe
     else:
         message.announce(engine.stage(flight, part, x, message.keyframe, own_bytes=message.own_bytes))
 

@@ -68,7 +68,7 @@ class Send(OneMessage):
         accepts = not engine.link.needs_exact_sizes(x)
         assert part.codec is not None
         own_bytes = keyframe and engine.config.keyframe_for(part.codec, part.numel, flight.plan.dtype) is None
-        is_expected = own_bytes and not accepts and engine.keys_there
+        is_expected = own_bytes and not accepts and engine.devices_take_keyframes
         if flight.passed is None or is_expected:
             stage_message(engine, flight, part, x, keyframe, accepts_unannounced_keyframe=accepts, reserve=True)
         if flight.passed is not None and not is_expected:
@@ -158,7 +158,7 @@ class Receive(OneMessage):
         assert header is not None
         if header.flags & STATELESS:
             return
-        if header.is_key:
+        if header.is_keyframe:
             # a receiver cannot refuse: it follows the sender, even beyond its cap
             what = (part.numel, plan.dtype)
             engine.store.reserve(plan.site, part.peer, what, decoder.state_bytes, force=True)

@@ -107,7 +107,7 @@ class AllReduceSums(AllGather):
         staged = flight.staged[0]
         if flight.failure is None and staged is not None:
             flight.own_value = staged.value  # every rank takes what the others decode, whatever ``local`` says
-            if staged.there and staged.value is not None:
+            if staged.on_device and staged.value is not None:
                 # others get NaN where the device has found that the sums are not finite
                 held = flags_of(staged.frame) == staged.header.flags
                 flight.own_value = torch.where(held, staged.value, math.nan)

@@ -59,7 +59,7 @@ class Stream:
         told = {"step": step, "epoch": 0, "frame_nbytes": sized + PADDING, "hint": self.view, "foreseen": True}
         staged, failure = self.encoder.stage_or_flag(x, self.codec, keyframe=key, **told, **options)
         assert failure is None
-        assert staged.there == (self.there and not options)
+        assert staged.on_device == (self.there and not options)
         if kept:
             self.encoder.commit(staged)
         else:
@@ -77,7 +77,8 @@ class Stream:
     ) -> Tensor:
         return self.decoder.decode(
             frame, self.codec, self.view.numel, torch.bfloat16, step=step, epoch=0, hint=self.view,
-            foreseen=foreseen, keyframe=foreseen and (step == 0 if key is None else key), keys_there="all", into=into,
+            foreseen=foreseen, keyframe=foreseen and (step == 0 if key is None else key), devices_take_keyframes=True,
+            into=into,
         )  # fmt: skip
 
     @property

@@ -224,7 +224,7 @@ def test_a_keyframe_of_a_host_that_forgets_is_refused_by_a_device(name):
     nbytes = stream.encoder.frame_nbytes(stream.codec, x.numel(), x.dtype, keyframe=True)
     with use("reference"):
         staged, _ = stream.encoder.stage_or_flag(x, stream.codec, keyframe=True, step=0, epoch=0, frame_nbytes=nbytes)
-    assert not staged.there
+    assert not staged.on_device
     stream.receive(0, staged.frame)
     assert not bool(stream.decoder.holds_values)
     with pytest.raises(FrameError, match=f"the receiver: wrong {'flags' if name == 'raw' else 'payload_nbytes'}"):

@@ -15,9 +15,9 @@ import compactdist
 from compactdist import codecs
 from compactdist.errors import FrameError
 from compactdist.kernels import use
+from compactdist.state.announcements import announce
 from compactdist.state.host_copy import HostCopy
 from compactdist.state.rate import Choice, RateControl
-from compactdist.state.said import announce
 from compactdist.state.target import Target
 from compactdist.testing import act_like_nccl
 from compactdist.wire import COEFFICIENT_PLACE

@@ -16,12 +16,12 @@ from torch import Tensor
 from compactdist import kernels
 from compactdist.codecs.base import Codec, Session, Terms
 from compactdist.kernels.spec import HeadPlaces, MatrixView
-from compactdist.wire import HEAD_PLACES, KEY, NONFINITE, HeadTemplate, raw_nbytes
+from compactdist.wire import HEAD_PLACES, KEYFRAME, NONFINITE, HeadTemplate, raw_nbytes
 
 if TYPE_CHECKING:
     from compactdist.state.stream import StreamState
 
-__all__ = ["KeyEnds", "finite", "key_ends_of", "remembered"]
+__all__ = ["DeviceKeyframes", "finite", "device_keyframes_of", "remembered"]
 
 _UNFLAGGED = HEAD_PLACES._replace(NONFINITE=0)
 """A frame of the tensor's own bytes with the flag ``NONFINITE`` comes from a host, whose end has forgotten the
@@ -42,7 +42,7 @@ def remembered(values: Tensor, flags: int) -> Tensor:
     return finite(values) if may_be_of_device else values
 
 
-class KeyEnds:
+class DeviceKeyframes:
     """What the keyframes of one codec, size and dtype share at one end of a stream whose device makes or checks them.
 
     Attributes:
@@ -149,7 +149,7 @@ class RawSteps:
         return True
 
 
-def key_ends_of(
+def device_keyframes_of(
     stream: StreamState,
     codec: Codec,
     numel: int,
@@ -158,7 +158,7 @@ def key_ends_of(
     hint: MatrixView | None,
     board: Tensor,
     number: int,
-) -> KeyEnds | None:
+) -> DeviceKeyframes | None:
     """What a stream's keyframes of such tensors share; ``None``: the host makes and checks them.
 
     Args:
@@ -190,5 +190,7 @@ def key_ends_of(
     nbytes = session.payload_nbytes
     if session.device_steps is None or nbytes % 4:
         return None
-    head = HeadTemplate(stream.header_of(codec, numel, dtype, flags=KEY, payload_nbytes=nbytes, **fields))
-    return KeyEnds((codec, numel, dtype, device, hint), head, made(head.raw, places, nbytes, board, number), session)
+    head = HeadTemplate(stream.header_of(codec, numel, dtype, flags=KEYFRAME, payload_nbytes=nbytes, **fields))
+    return DeviceKeyframes(
+        (codec, numel, dtype, device, hint), head, made(head.raw, places, nbytes, board, number), session
+    )
