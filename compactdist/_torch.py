@@ -47,7 +47,9 @@ PUBLIC_NAMES: frozenset[str] = frozenset(c10d.__all__) | {"group", "GroupMember"
 
 AllgatherOptions: Any = c10d.AllgatherOptions  # type: ignore[attr-defined]
 world: Any = c10d._world
-"""What torch.distributed knows of its groups; ``pg_coalesce_state`` has those inside a coalescing manager (2.13)."""
+"""What torch.distributed knows of its groups (2.13)."""
+coalescing: dict[Any, Any] = c10d._world.pg_coalesce_state
+"""By group inside a coalescing manager: the calls that it holds back (2.13)."""
 
 is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
 """Whether a CUDA graph is being captured on the current stream (2.13); ``bool()`` is ``False``. Not to be asked for
@@ -385,7 +387,7 @@ def unregister(wrapper: Any) -> None:
     world.pg_names.pop(wrapper, None)
     world.pg_group_ranks.pop(wrapper, None)
     world.pg_backend_config.pop(wrapper, None)
-    world.pg_coalesce_state.pop(wrapper, None)
+    coalescing.pop(wrapper, None)
     if tag is not None and wrapper in world.tags_to_pg.get(tag, []):
         world.tags_to_pg[tag].remove(wrapper)
         if not world.tags_to_pg[tag]:

@@ -20,7 +20,7 @@ from benchmarks.codecs.changing import tensors
 from benchmarks.common import check_load, finish, parser
 from compactdist import codecs
 from compactdist.presets import PRESETS, Preset
-from compactdist.state import StreamConfig, StreamDecoder, StreamEncoder, plain
+from compactdist.state import StreamConfig, StreamDecoder, StreamEncoder, Wanted, plain
 
 ROWS, CHANNELS = 1088, 3072
 WARM = 3
@@ -52,7 +52,7 @@ class Ends:
     def send(self, x: torch.Tensor, step: int) -> None:
         """Encode and decode a flat tensor."""
         view, start = plain(x.numel(), 1, CHANNELS), time.thread_time()
-        staged = self.sender.stage(x, self.codec, keyframe=step == 0, step=step, hint=view)
+        staged = self.sender.stage(x, self.codec, Wanted(step=step, hint=view), keyframe=step == 0)
         self.sender.commit(staged)
         self.receiver.decode(staged.frame, self.codec, x.numel(), x.dtype, step=step, hint=view)
         self.ms.append(1e3 * (time.thread_time() - start))

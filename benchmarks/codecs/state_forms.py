@@ -23,7 +23,7 @@ from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.matrix_view import plain
 from compactdist.state.quantized_history import STATE_FORMS, StateForm
-from compactdist.state.staged import Staged
+from compactdist.state.staged import Staged, Wanted
 from compactdist.state.stream import Spares
 
 ROWS, CHANNELS = 4096, 3072
@@ -55,7 +55,9 @@ class Stream:
     def send(self) -> None:
         """Make the next frame and remember what it does."""
         x, keyframe = self.tensors[self.step % 2], self.step == 0
-        self.staged: Staged = self.sender.stage(x, self.codec, keyframe=keyframe, step=self.step, hint=self.view)
+        self.staged: Staged = self.sender.stage(
+            x, self.codec, Wanted(step=self.step, hint=self.view), keyframe=keyframe
+        )
         self.sender.commit(self.staged)
 
     def receive(self) -> Tensor:

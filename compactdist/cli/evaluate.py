@@ -29,6 +29,7 @@ from compactdist.state import (
     StreamDecoder,
     StreamEncoder,
     Target,
+    Wanted,
     check_steered,
 )
 
@@ -300,7 +301,8 @@ def _play_frame(
     codec, hint, flat = setting.codec, entry.hint, entry.x[step].reshape(-1)
     warm_up = step < max(1, setting.config.warmup_steps)
     keyframe = warm_up or encoder.is_fresh(flat.numel(), flat.dtype)
-    staged = encoder.stage(flat, codec, keyframe=keyframe, step=step, want_value=True, hint=hint, may_surprise=True)
+    wanted = Wanted(step=step, value=True, hint=hint, may_surprise=True)
+    staged = encoder.stage(flat, codec, wanted, keyframe=keyframe)
     encoder.commit(staged)
     x_hat = decoder.decode(staged.frame, codec, flat.numel(), flat.dtype, step=step, hint=hint)
     _check_equal(encoder, decoder, staged.value, x_hat, f"{entry.site}, step {step}, codec {codec!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from compactdist.cli.common import now
 from compactdist.cli.evaluate import Setting
 from compactdist.kernels.spec import MatrixView
-from compactdist.state import StreamDecoder, StreamEncoder
+from compactdist.state import StreamDecoder, StreamEncoder, Wanted
 
 __all__ = ["Times", "time_messages"]
 
@@ -66,7 +66,7 @@ def _frames(setting: Setting, tensors: Sequence[Tensor], hint: MatrixView, count
         x = tensors[order[step % len(order)]]
         keyframe = step == 0 or encoder.is_fresh(x.numel(), x.dtype)
         began = now(x.device)
-        staged = encoder.stage(x, setting.codec, keyframe=keyframe, step=step, hint=hint)
+        staged = encoder.stage(x, setting.codec, Wanted(step=step, hint=hint), keyframe=keyframe)
         encoder.commit(staged)
         between = now(x.device)
         decoder.decode(staged.frame, setting.codec, x.numel(), x.dtype, step=step, hint=hint)

@@ -33,7 +33,7 @@ from compactdist.exchange.sampling import Samples
 from compactdist.exchange.work import Job, Outbox, drain
 from compactdist.kernels.spec import MatrixView
 from compactdist.observe.stats import GroupStats, PassReason
-from compactdist.state import FrameFollows, Ledger, Offload, Room, Site, Staged, StateStore, StreamConfig
+from compactdist.state import FrameFollows, Ledger, Offload, Room, Site, Staged, StateStore, StreamConfig, Wanted
 from compactdist.wire import frame_in, from_raw
 
 if TYPE_CHECKING:
@@ -394,22 +394,20 @@ class Engine:
         stream, codec = part.stream, part.codec
         assert stream is not None
         assert codec is not None
-        staged, failure = stream.stage_or_flag(
-            x,
-            codec,
-            keyframe=keyframe,
+        wanted = Wanted(
             step=flight.call.step,
             epoch=flight.call.epoch,
             frame_nbytes=agreed,
             refuse_state=bool(flight.refusing) and self.refuses(flight, part.peer),
-            want_value=flight.plan.want_value,
+            value=flight.plan.want_value,
             own_bytes=own_bytes,
-            foreseen=keyframe and self.devices_take_keyframes and self._is_foreseen(flight.plan.pattern, x),
             hint=part.hint,
+            may_surprise=may_surprise,
+            foreseen=keyframe and self.devices_take_keyframes and self._is_foreseen(flight.plan.pattern, x),
             queue=flight.queue,
             copy=flight.places[part.number] if flight.places else None,
-            may_surprise=may_surprise,
         )
+        staged, failure = stream.stage_or_flag(x, codec, wanted, keyframe=keyframe)
         if failure is not None:
             flight.failure = flight.failure or failure
         if not keyframe and not staged.surprises:

@@ -137,7 +137,7 @@ class TorchDistributedAPI:
             or output.is_complex()
             or x.is_complex()
             or _torch.has_torch_function(x)
-            or self in _torch.world.pg_coalesce_state
+            or self in _torch.coalescing
         )
 
     def all_to_all(

@@ -12,7 +12,7 @@ from compactdist.state.rate import RateControl
 from compactdist.state.replays import Captured, Replays
 from compactdist.state.residual import ResidualDecoder, ResidualEncoder
 from compactdist.state.snapshot import SavedStreams, load_streams, save_streams
-from compactdist.state.staged import Staged
+from compactdist.state.staged import Staged, Wanted
 from compactdist.state.stand_in import FrameFollows, put_behind
 from compactdist.state.store import Site, StateStore
 from compactdist.state.stream import Room, StreamState
@@ -68,4 +68,5 @@ __all__ = [
     "save_streams",
     "state_nbytes",
     "unsuited",
+    "Wanted",
 ]

@@ -82,7 +82,7 @@ def capture_seal(
         x: any shape, the stream's numel and dtype.
         frame_nbytes: agreed frame size, padded with zeros.
         queue: ``kernels.queue_of`` the device.
-        copy: as for ``StreamEncoder.stage_or_flag``.
+        copy: as ``Wanted.copy``.
         want_value: fill ``Staged.value`` even where the stream keeps no history.
     """
     form, frames, steps, clock = _parts(encoder)

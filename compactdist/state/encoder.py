@@ -13,7 +13,7 @@ from compactdist import kernels
 from compactdist.codecs.base import Codec, Session, Terms, residual_of
 from compactdist.errors import ConfigError, LayoutError, NonFiniteError
 from compactdist.kernels import Frames
-from compactdist.kernels.spec import FROM_HOST, MatrixView
+from compactdist.kernels.spec import FROM_HOST
 from compactdist.state.announcements import announce, say_coefficient
 from compactdist.state.board import Board
 from compactdist.state.device_keyframes import finite
@@ -23,7 +23,7 @@ from compactdist.state.host_copy import HostCopy
 from compactdist.state.matrix_view import blocks
 from compactdist.state.rate import Choice, Measured, StreamRate
 from compactdist.state.relay import Relay, stop_sharing
-from compactdist.state.staged import Staged
+from compactdist.state.staged import Staged, Wanted
 from compactdist.state.stand_in import put_behind
 from compactdist.state.stream import Changes, Form, Room, Spares, StreamState
 from compactdist.state.stream_config import StreamConfig
@@ -34,7 +34,6 @@ from compactdist.wire import (
     NO_STATE,
     NONFINITE,
     RESTART,
-    SHAPE_NBYTES,
     STATELESS,
     empty_frame,
     raw_payload,
@@ -43,6 +42,8 @@ from compactdist.wire import (
 )
 
 __all__ = ["StreamEncoder"]
+
+_ANY = Wanted()
 
 
 def _own(flat: Tensor) -> Tensor:
@@ -157,40 +158,14 @@ class StreamEncoder(StreamState):
         if self._own_predictor is not None:
             self._own_predictor.clear()
 
-    def stage(
-        self,
-        x: Tensor,
-        codec: Codec,
-        *,
-        keyframe: bool,
-        step: int = 0,
-        epoch: int = 0,
-        frame_nbytes: int | None = None,
-        refuse_state: bool = False,
-        want_value: bool = False,
-        shape: tuple[int, ...] | None = None,
-        row_weights: Tensor | None = None,
-        own_bytes: bool = False,
-        hint: MatrixView | None = None,
-        may_surprise: bool = False,
-    ) -> Staged:
+    def stage(self, x: Tensor, codec: Codec, wanted: Wanted = _ANY, *, keyframe: bool) -> Staged:
         """Make the next frame without changing any state.
 
         Args:
             x: any shape, a compressible dtype (any dtype the frame knows for a lossless codec).
             codec: how to code a residual.
+            wanted: what else the frame is to be.
             keyframe: send the tensor itself.
-            step: of the call, since the last reset.
-            epoch: resets of the group so far.
-            frame_nbytes: agreed frame size, padded with zeros; ``None``: no padding.
-            refuse_state: say in the frame that this end keeps no history for the site.
-            want_value: fill ``Staged.value`` even where the stream keeps no history.
-            shape: put this shape into the frame.
-            row_weights: how much errors in each row matter, float ``(R,)`` or ``(G, R)``; for a codec that takes them.
-            own_bytes: let a keyframe carry the tensor's own bytes, although the stream codes its keyframes.
-            hint: matrix view that a layout hint gives the stream when it starts.
-            may_surprise: where a residual would miss the target by far, the receiver takes a keyframe that no frame
-                announced: one of any size or, with ``frame_nbytes``, a stand-in and then ``Staged.behind``.
 
         Returns:
             The frame; :meth:`commit` or :meth:`withdraw` it.
@@ -201,12 +176,9 @@ class StreamEncoder(StreamState):
         """
         flat = x.detach().reshape(-1)
         if keyframe or codec.lossless:
-            return self._stage_keyframe(
-                flat, codec, step, epoch, frame_nbytes, refuse_state, want_value, shape, own_bytes, hint
-            )
-        form = self._form_for(flat, codec)
-        staged = self._stage_residual(flat, codec, form, step, epoch, frame_nbytes, want_value, shape, row_weights)
-        return self._or_surprise(staged, flat, codec, step, epoch, frame_nbytes, shape) if may_surprise else staged
+            return self._stage_keyframe(flat, codec, wanted)
+        staged = self._stage_residual(flat, codec, self._form_for(flat, codec), wanted)
+        return self._or_surprise(staged, flat, codec, wanted) if wanted.may_surprise else staged
 
     def _stage_payload(
         self, x: Tensor, codec: Codec, payload: Tensor, frame_nbytes: int | None = None, **fields: Any
@@ -218,37 +190,24 @@ class StreamEncoder(StreamState):
         header = replace(header, checksum=kernels.checksum_for(nbytes, payload.device)(payload, room))
         return Staged(seal(frame, header), header, header.checksum)
 
-    def _stage_keyframe(
-        self,
-        flat: Tensor,
-        codec: Codec,
-        step: int,
-        epoch: int,
-        frame_nbytes: int | None,
-        refuse_state: bool,
-        want_value: bool,
-        shape: tuple[int, ...] | None,
-        own_bytes: bool,
-        hint: MatrixView | None,
-        restarts: bool = False,
-    ) -> Staged:
-        flags = KEYFRAME | (NO_STATE if refuse_state else 0) | (RESTART if restarts else 0)
-        keeps = self.config.remembers and not refuse_state
-        coded = None if own_bytes else self.config.keyframe_for(codec, flat.numel(), flat.dtype)
-        fields: dict[str, Any] = {"step": step, "epoch": epoch, "shape": shape}
+    def _stage_keyframe(self, flat: Tensor, codec: Codec, wanted: Wanted, *, restarts: bool = False) -> Staged:
+        flags = KEYFRAME | (NO_STATE if wanted.refuse_state else 0) | (RESTART if restarts else 0)
+        keeps = self.config.remembers and not wanted.refuse_state
+        coded = None if wanted.own_bytes else self.config.keyframe_for(codec, flat.numel(), flat.dtype)
+        fields: dict[str, Any] = {"step": wanted.step, "epoch": wanted.epoch, "shape": wanted.shape}
         value: Tensor | None = None
         if coded is None:
             if keeps and not bool(torch.isfinite(flat).all()):
                 flags |= NONFINITE
                 keeps = False
             payload = raw_payload(flat)
-            value = _own(flat) if keeps or want_value else None
+            value = _own(flat) if keeps or wanted.value else None
             fields["keyframe_codec"] = 0
         else:
-            view = self.keyframe_view(coded, flat.numel(), flat.dtype, hint)
+            view = self.keyframe_view(coded, flat.numel(), flat.dtype, wanted.hint)
             session = coded.open(view, flat.dtype, flat.device)
             payload = torch.empty(session.payload_nbytes, dtype=torch.uint8, device=flat.device)
-            value = torch.empty(flat.numel(), dtype=flat.dtype, device=flat.device) if keeps or want_value else None
+            value = torch.empty(flat.numel(), dtype=flat.dtype, device=flat.device) if keeps or wanted.value else None
             try:
                 session.encode(flat, (), value, payload)
             except NonFiniteError as error:
@@ -256,43 +215,32 @@ class StreamEncoder(StreamState):
             fields |= {"groups": view.groups, "rows": view.rows, "channels": view.channels, "layout": view.hint}
         exact = _own(flat) if keeps and self._own_predictor is not None else None
         if codec.rates and not flags & (NONFINITE | NO_STATE):
-            fields["next_rate"] = self._first_rate(codec, flat, step, epoch, hint)
-        staged = self._stage_payload(flat, codec, payload, frame_nbytes, flags=flags, **fields)
-        staged.value, staged.exact, staged.hint = value, exact, hint
+            fields["next_rate"] = self._first_rate(codec, flat, wanted)
+        staged = self._stage_payload(flat, codec, payload, wanted.frame_nbytes, flags=flags, **fields)
+        staged.value, staged.exact, staged.hint = value, exact, wanted.hint
         return staged
 
-    def _stage_keyframe_on_device(
-        self,
-        flat: Tensor,
-        codec: Codec,
-        step: int,
-        epoch: int,
-        frame_nbytes: int | None,
-        want_value: bool,
-        foreseen: bool,
-        hint: MatrixView | None,
-        queue: int | None,
-    ) -> Staged | None:
+    def _stage_keyframe_on_device(self, flat: Tensor, codec: Codec, wanted: Wanted) -> Staged | None:
         """The keyframe, made by the device without the host's waiting; ``None``: it has to be made here."""
-        device = flat.device
+        device, hint = flat.device, wanted.hint
         keyframes, clock = self._device_keyframes_of(codec, flat.numel(), flat.dtype, device, hint), self.clock
         steps = None if keyframes is None else keyframes.steps
-        if keyframes is None or steps is None or clock is None or (keyframes.own_bytes and not foreseen):
+        if keyframes is None or steps is None or clock is None or (keyframes.own_bytes and not wanted.foreseen):
             return None
-        queue = kernels.queue_of(device) if queue is None else queue
+        queue = kernels.queue_of(device) if wanted.queue is None else wanted.queue
         if queue != clock.queue:
             clock.follow(self.predictor, queue)
-        frame, payload = empty_frame(HEADER_NBYTES, keyframes.nbytes - HEADER_NBYTES, frame_nbytes, device)
+        frame, payload = empty_frame(HEADER_NBYTES, keyframes.nbytes - HEADER_NBYTES, wanted.frame_nbytes, device)
         header = keyframes.head.header
         if codec.rates:
-            header = replace(header, next_rate=self._first_rate(codec, flat, step, epoch, hint))
+            header = replace(header, next_rate=self._first_rate(codec, flat, wanted))
             announce(keyframes.frames, header.next_rate, keyframe=False)
-        keeps = want_value or self._remembers
+        keeps = wanted.value or self._remembers
         value = torch.empty(flat.numel(), dtype=flat.dtype, device=device) if keeps else None
-        call = step, epoch, self.sequence, FROM_HOST, 0
+        call = wanted.step, wanted.epoch, self.sequence, FROM_HOST, 0
         if not keyframes.frames.send(steps, flat, (), value, None, frame, payload, clock.next_words, call, queue):
             return None
-        return Staged(frame, header, 0, value, on_device=True, lends=not want_value, hint=hint)
+        return Staged(frame, header, 0, value, on_device=True, lends=not wanted.value, hint=hint)
 
     def _form_for(self, flat: Tensor, codec: Codec) -> Form:
         """What a residual of the tensor shares with those before it.
@@ -305,19 +253,7 @@ class StreamEncoder(StreamState):
         form = self._form
         return self.form(codec, flat.device) if form is None or form.codec is not codec else form
 
-    def _stage_residual(
-        self,
-        flat: Tensor,
-        codec: Codec,
-        form: Form,
-        step: int,
-        epoch: int,
-        frame_nbytes: int | None,
-        want_value: bool,
-        shape: tuple[int, ...] | None = None,
-        row_weights: Tensor | None = None,
-        copy: Tensor | None = None,
-    ) -> Staged:
+    def _stage_residual(self, flat: Tensor, codec: Codec, form: Form, wanted: Wanted) -> Staged:
         if self.clock is not None:
             self.known_digest()
         session, own = form.session, self._own_predictor
@@ -326,9 +262,9 @@ class StreamEncoder(StreamState):
             coefficient = float((own or self.predictor).choose(flat, codec.at(self.rate_of(codec)).velocity_share))
             head = form.head_for(coefficient)
         header = head.header
-        start = HEADER_NBYTES if shape is None else HEADER_NBYTES + SHAPE_NBYTES
+        start = HEADER_NBYTES if wanted.shape is None else wanted.head_nbytes
         end = start + session.payload_nbytes
-        spares, place = self._spares or Spares(), (frame_nbytes or end, start, end, self.part)
+        spares, place = self._spares or Spares(), (wanted.frame_nbytes or end, start, end, self.part)
         room = (spares.rooms.pop(place, None) if flat.is_cpu else None) or _room_for_frame(place, flat.device)
         frame, (payload,) = room.whole, room.views
         terms = self.predictor.terms() if self._plain else self.terms_for(session, coefficient)
@@ -336,41 +272,32 @@ class StreamEncoder(StreamState):
             terms, header = (), replace(form.head.header, flags=RESTART)
         value = None
         steers = self.steers if codec.rates else None
-        if want_value or self._remembers or steers is not None:
+        if wanted.value or self._remembers or steers is not None:
             value = spares.take(flat, None, self.part)
         # an open-loop sender's prediction is not the receiver's: encode against its own, decode with the receiver's
         expected, out = (terms, value) if own is None or not terms else (own.terms(coefficient), None)
-        if not self._encoded(session, flat, expected, out, copy, payload, row_weights):
+        if not self._encoded(session, flat, expected, out, payload, wanted):
             out = None
-        copied = out is not None and copy is not None
+        copied = out is not None and wanted.copy is not None
         if value is not None and out is None:
             session.decode(payload, terms, value)
         checksum = form.checksum(payload) if session.checksum is None else session.checksum
         exact = None if own is None else _own(flat)
         staged = Staged(
             frame, header, checksum, value, terms, exact,
-            session=session, room=room if flat.is_cpu else None, copied=copied, lends=copied or not want_value,
+            session=session, room=room if flat.is_cpu else None, copied=copied, lends=copied or not wanted.value,
         )  # fmt: skip
         searches = not self._searched and not header.layout
         if searches:
             self._search(staged, residual_of(flat, expected))
-        announces = steers is not None and self._announces_rate(staged, steers, codec, flat, step, epoch)
-        if shape is None and header is head.header and not (searches or announces or self.announce_keyframe):
-            write_head(frame, head.filled(step, epoch, self.sequence, checksum, self.digest))
+        announces = steers is not None and self._announces_rate(staged, steers, codec, flat, wanted)
+        if wanted.shape is None and header is head.header and not (searches or announces or self.announce_keyframe):
+            write_head(frame, head.filled(wanted.step, wanted.epoch, self.sequence, checksum, self.digest))
         else:
-            self._seal(staged, step, epoch, shape)
+            self._seal(staged, wanted)
         return staged
 
-    def _or_surprise(
-        self,
-        staged: Staged,
-        flat: Tensor,
-        codec: Codec,
-        step: int,
-        epoch: int,
-        frame_nbytes: int | None,
-        shape: tuple[int, ...] | None = None,
-    ) -> Staged:
+    def _or_surprise(self, staged: Staged, flat: Tensor, codec: Codec, wanted: Wanted) -> Staged:
         """A residual's frame or, where it would miss the target by far, a keyframe in its place.
 
         The rate of a residual is announced one frame ahead, so its size cannot follow from a tensor that changed
@@ -383,37 +310,33 @@ class StreamEncoder(StreamState):
         if not steers.is_hopeless(measured):
             return staged
         assert session is not None
-        head = HEADER_NBYTES if shape is None else HEADER_NBYTES + SHAPE_NBYTES
-        nbytes = head + self.keyframe_nbytes(codec, flat.numel(), flat.dtype)
-        fits = frame_nbytes is None or nbytes <= frame_nbytes
-        padded = frame_nbytes if fits else None
+        agreed, nbytes = wanted.frame_nbytes, wanted.head_nbytes + self.keyframe_nbytes(codec, flat.numel(), flat.dtype)
+        fits = agreed is None or nbytes <= agreed
+        instead = wanted._replace(frame_nbytes=agreed if fits else None, value=True)
         try:
-            key = self._stage_keyframe(flat, codec, step, epoch, padded, False, True, shape, False, None, restarts=True)
+            keyframe = self._stage_keyframe(flat, codec, instead, restarts=True)
         except BaseException:
             session.rollback()
             raise
-        assert key.value is not None
-        if not Measured.of(flat, (), key.value).error < measured.error:
+        assert keyframe.value is not None
+        if not Measured.of(flat, (), keyframe.value).error < measured.error:
             steers.rate = self.rate_of(codec)  # the residual's, not that of one after a keyframe
             return staged
         session.rollback()
-        key.surprises = True
+        keyframe.surprises = True
         if not fits:
-            assert frame_nbytes is not None
-            put_behind(key, frame_nbytes)
-        return key
+            assert agreed is not None
+            put_behind(keyframe, agreed)
+        return keyframe
 
     def _encoded(
-        self,
-        session: Session,
-        flat: Tensor,
-        expected: Terms,
-        out: Tensor | None,
-        copy: Tensor | None,
-        payload: Tensor,
-        row_weights: Tensor | None,
+        self, session: Session, flat: Tensor, expected: Terms, out: Tensor | None, payload: Tensor, wanted: Wanted
     ) -> bool:
-        """Write the payload and, unless it has to be bounded, ``out`` and ``copy``; returns whether these were."""
+        """Write the payload, ``out`` and ``wanted.copy``; returns whether the last two were written.
+
+        They are not where the residual left float32: the payload then codes what float32 holds of it.
+        """
+        copy, row_weights = wanted.copy, wanted.row_weights
         try:
             if copy is None or out is None:
                 session.encode(flat, expected, out, payload, row_weights=row_weights)
@@ -431,18 +354,7 @@ class StreamEncoder(StreamState):
             raise
         return True
 
-    def _stage_on_device(
-        self,
-        flat: Tensor,
-        form: Form,
-        frames: Frames,
-        step: int,
-        epoch: int,
-        frame_nbytes: int | None,
-        want_value: bool,
-        queue: int,
-        copy: Tensor | None,
-    ) -> Staged | None:
+    def _stage_on_device(self, flat: Tensor, form: Form, frames: Frames, queue: int, wanted: Wanted) -> Staged | None:
         """The residual's frame, made by the device without the host's waiting; ``None``: it has to be made here.
 
         Its receiver need not look into it; what it announces under a target, the receiver's host reads later.
@@ -458,13 +370,13 @@ class StreamEncoder(StreamState):
                 "receiver does not look into it: call reset() on all ranks instead"
             )
         spares, device = self._spares or Spares(), flat.device
-        place = frame_nbytes or form.frame_nbytes, HEADER_NBYTES, form.frame_nbytes, self.part, device, queue
+        place = wanted.frame_nbytes or form.frame_nbytes, HEADER_NBYTES, form.frame_nbytes, self.part, device, queue
         room = spares.rooms.pop(place, None) or _room_for_frame(place, device)
         if queue != clock.queue:
             clock.follow(self.predictor, queue, form.session)
         codec, header, steers = form.codec, form.head.header, self.steers if form.codec.rates else None
         if steers is not None:
-            choice = self._steered(steers, codec, flat, step, epoch, self.rate_of(codec))
+            choice = self._steered(steers, codec, flat, wanted, self.rate_of(codec))
             header = replace(header, next_rate=choice.rate, next_kind=int(choice.keyframe))
             announce(frames, choice.rate, choice.keyframe)
         coefficient: float | Tensor = 0.0
@@ -472,26 +384,24 @@ class StreamEncoder(StreamState):
             coefficient = say_coefficient(frames, flat, self.predictor, codec.at(self.rate_of(codec)), queue)
         terms = self.predictor.terms() if self._plain else self.terms_for(form.session, coefficient)
         value = None
-        if want_value or self._remembers or steers is not None:
+        if wanted.value or self._remembers or steers is not None:
             value = spares.take(flat, queue, self.part)
-        copy = None if value is None else copy
-        call = step, epoch, self.sequence, clock.source, self.digest
+        copy = None if value is None else wanted.copy
+        call = wanted.step, wanted.epoch, self.sequence, clock.source, self.digest
         if not frames.send(steps, flat, terms, value, copy, room.whole, room.views[0], clock.words, call, queue):
             return None
         measured = None if steers is None or value is None else HostCopy(kernels.energies(flat, terms, value))
         return Staged(
             room.whole, header, 0, value, terms,
             session=form.session, on_device=True, measured=measured, room=room, copied=copy is not None,
-            lends=copy is not None or not want_value,
+            lends=copy is not None or not wanted.value,
         )  # fmt: skip
 
-    def _announces_rate(
-        self, staged: Staged, steers: StreamRate, codec: Codec, flat: Tensor, step: int, epoch: int
-    ) -> bool:
+    def _announces_rate(self, staged: Staged, steers: StreamRate, codec: Codec, flat: Tensor, wanted: Wanted) -> bool:
         """Let a residual's frame announce the rate that its tensor asks for; returns whether it announces anything."""
         assert staged.value is not None
         staged.measured = Measured.of(flat, staged.terms, staged.value)
-        choice = self._steered(steers, codec, flat, step, epoch, self.rate_of(codec), staged.measured)
+        choice = self._steered(steers, codec, flat, wanted, self.rate_of(codec), staged.measured)
         if choice == Choice():
             return False
         staged.header = replace(staged.header, next_rate=choice.rate, next_kind=int(choice.keyframe))
@@ -502,28 +412,26 @@ class StreamEncoder(StreamState):
         steers: StreamRate,
         codec: Codec,
         flat: Tensor,
-        step: int,
-        epoch: int,
+        wanted: Wanted,
         rate: int,
         measured: Measured | None = None,
         *,
-        hint: MatrixView | None = None,
         keyframe: bool = False,
     ) -> Choice:
         """What the frame of a tensor announces: ``rate`` is in use; ``measured``, if that is known by now."""
-        numel = flat.numel()
+        numel, hint, step = flat.numel(), wanted.hint, wanted.step
         view = (self.view if self.live == (numel, flat.dtype) else hint) or blocks(numel)
         rungs = [codec.at(1 + index) for index in range(codec.rates)]
         sizes = [HEADER_NBYTES + rung.payload_nbytes(view.shape, torch.float32) for rung in rungs]
-        steers.begin(step if step >= 0 else self.sequence, epoch, numel, sizes, rate)
+        steers.begin(step if step >= 0 else self.sequence, wanted.epoch, numel, sizes, rate)
         keyframe_nbytes = HEADER_NBYTES + self.keyframe_nbytes(codec, numel, flat.dtype, hint)
         return steers.choose(measured, keyframe_nbytes, keyframe=keyframe)
 
-    def _first_rate(self, codec: Codec, flat: Tensor, step: int, epoch: int, hint: MatrixView | None) -> int:
+    def _first_rate(self, codec: Codec, flat: Tensor, wanted: Wanted) -> int:
         """The rate that a tensor's keyframe announces; 0: none."""
         if self.steers is None:
             return 0
-        return self._steered(self.steers, codec, flat, step, epoch, codec.start_rate, hint=hint, keyframe=True).rate
+        return self._steered(self.steers, codec, flat, wanted, codec.start_rate, keyframe=True).rate
 
     def energies(self, x: Tensor, staged: Staged) -> Tensor:
         """Sums of squares of a tensor, its residual and its frame's error, as ``kernels.energies`` has them.
@@ -544,14 +452,14 @@ class StreamEncoder(StreamState):
             staged.next_view = found
             staged.header = replace(staged.header, next_groups=found.groups, next_channels=found.channels)
 
-    def _seal(self, staged: Staged, step: int, epoch: int, shape: tuple[int, ...] | None) -> None:
+    def _seal(self, staged: Staged, wanted: Wanted) -> None:
         """Write the header of a residual frame that says more than its form: a shape, a restart, announcements."""
         staged.header = replace(
             staged.header,
-            step=step,
-            epoch=epoch,
+            step=wanted.step,
+            epoch=wanted.epoch,
             sequence=self.sequence,
-            shape=shape,
+            shape=wanted.shape,
             checksum=staged.checksum,
             digest=self.known_digest(),
             next_kind=int(self.announce_keyframe) or staged.header.next_kind,
@@ -559,28 +467,11 @@ class StreamEncoder(StreamState):
         seal(staged.frame, staged.header)
 
     def stage_or_flag(
-        self,
-        x: Tensor,
-        codec: Codec,
-        *,
-        keyframe: bool,
-        step: int,
-        epoch: int,
-        frame_nbytes: int | None,
-        refuse_state: bool = False,
-        want_value: bool = False,
-        own_bytes: bool = False,
-        foreseen: bool = False,
-        hint: MatrixView | None = None,
-        queue: int | None = None,
-        copy: Tensor | None = None,
-        may_surprise: bool = False,
+        self, x: Tensor, codec: Codec, wanted: Wanted, *, keyframe: bool
     ) -> tuple[Staged, NonFiniteError | None]:
         """As ``stage``, but a tensor that is not finite gives a flagged frame: peers wait for one of the agreed size.
 
-        ``foreseen``: as for ``StreamDecoder.decode``, of a keyframe that carries the tensor's own bytes. ``queue``:
-        ``kernels.queue_of`` the tensor's device, where the caller has asked. ``copy``: contiguous, of the dtype and
-        size of ``x``, apart from it; ``Staged.copied`` says whether what the receiver will reconstruct is there, too.
+        Frames are made on the tensor's device where that is possible.
 
         Returns:
             The frame, and the error to raise once the frame is on its way, or ``None``.
@@ -589,24 +480,19 @@ class StreamEncoder(StreamState):
         try:
             staged = None
             if keyframe:
-                call = step, epoch, frame_nbytes
-                if not (refuse_state or own_bytes):
-                    staged = self._stage_keyframe_on_device(flat, codec, *call, want_value, foreseen, hint, queue)
-                if staged is None:
-                    staged = self._stage_keyframe(flat, codec, *call, refuse_state, want_value, None, own_bytes, hint)
-                return staged, None
+                if not (wanted.refuse_state or wanted.own_bytes):
+                    staged = self._stage_keyframe_on_device(flat, codec, wanted)
+                return self._stage_keyframe(flat, codec, wanted) if staged is None else staged, None
             form = self._form
             if form is None or form.codec is not codec or self.live != (flat.numel(), flat.dtype):
                 form = self._form_for(flat, codec)
             if form.frames is not None:
-                queue = kernels.queue_of(flat.device) if queue is None else queue
-                staged = self._stage_on_device(
-                    flat, form, form.frames, step, epoch, frame_nbytes, want_value, queue, copy
-                )
+                queue = kernels.queue_of(flat.device) if wanted.queue is None else wanted.queue
+                staged = self._stage_on_device(flat, form, form.frames, queue, wanted)
             if staged is None:
-                staged = self._stage_residual(flat, codec, form, step, epoch, frame_nbytes, want_value, copy=copy)
-                if may_surprise and form.frames is None:  # else a device checks what arrives, and nobody looks
-                    staged = self._or_surprise(staged, flat, codec, step, epoch, frame_nbytes)
+                staged = self._stage_residual(flat, codec, form, wanted)
+                if wanted.may_surprise and form.frames is None:  # else a device checks what arrives, and nobody looks
+                    staged = self._or_surprise(staged, flat, codec, wanted)
             return staged, None
         except NonFiniteError as error:
             # a traceback would keep the caller's tensors and works alive
@@ -614,8 +500,8 @@ class StreamEncoder(StreamState):
             failure = error.with_traceback(None)
         nothing, flags = flat.new_empty(0, dtype=torch.uint8), NONFINITE | (KEYFRAME if keyframe else 0)
         digest = 0 if keyframe else self.known_digest()
-        fields = {"step": step, "epoch": epoch, "flags": flags, "digest": digest}
-        return self._stage_payload(flat, codec, nothing, frame_nbytes, **fields), failure
+        fields = {"step": wanted.step, "epoch": wanted.epoch, "flags": flags, "digest": digest}
+        return self._stage_payload(flat, codec, nothing, wanted.frame_nbytes, **fields), failure
 
     def stage_stateless(self, x: Tensor, codec: Codec, *, step: int, epoch: int) -> Staged:
         """A frame of the tensor itself that touches no history (a pass-through the receiver cannot foresee)."""

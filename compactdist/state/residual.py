@@ -17,6 +17,7 @@ from compactdist.state.history import Order
 from compactdist.state.matrix_view import Layout
 from compactdist.state.quantized_history import StateForm
 from compactdist.state.rate import RateControl
+from compactdist.state.staged import Wanted
 from compactdist.state.stream_config import COMPRESSIBLE_DTYPES, DEFAULT_KEYFRAME, StreamConfig, keyframe_codec
 from compactdist.state.target import STEERED, Met, Target, check_steered
 from compactdist.wire import stream_fingerprint, unpack
@@ -120,10 +121,7 @@ class ResidualEncoder:
         fresh = self._stream.is_fresh(x.numel(), x.dtype)
         keyframe = fresh or self._frames < self.config.warmup_steps
         hint = self.layout.resolve(x.numel()) if self.layout is not None else None
-        staged = self._stream.stage(
-            x,
-            self.codec,
-            keyframe=keyframe,
+        wanted = Wanted(
             step=_NO_STEP,
             epoch=self._epoch,
             shape=tuple(x.shape),
@@ -131,6 +129,7 @@ class ResidualEncoder:
             hint=hint,
             may_surprise=True,
         )
+        staged = self._stream.stage(x, self.codec, wanted, keyframe=keyframe)
         self._stream.commit(staged)
         self._frames += 1
         return staged.frame

@@ -1,8 +1,9 @@
-"""A frame between its making and the moment from which the receiver is taken to hold it."""
+"""What is wanted of a frame, and the frame between its making and the moment when the receiver is taken to hold it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,9 +12,50 @@ from compactdist.kernels.spec import MatrixView
 from compactdist.state.host_copy import HostCopy
 from compactdist.state.rate import Measured
 from compactdist.state.stream import Room
-from compactdist.wire import Header
+from compactdist.wire import HEADER_NBYTES, SHAPE_NBYTES, Header
 
-__all__ = ["Staged"]
+__all__ = ["Staged", "Wanted"]
+
+
+class Wanted(NamedTuple):
+    """What a sender wants of its next frame, besides the tensor, the codec and whether it is a keyframe.
+
+    Attributes:
+        step: of the call, since the last reset.
+        epoch: resets of the group so far.
+        frame_nbytes: agreed frame size, padded with zeros; ``None``: no padding.
+        refuse_state: say in the frame that this end keeps no history for the site.
+        value: fill ``Staged.value`` even where the stream keeps no history.
+        shape: put this shape into the frame.
+        row_weights: how much errors in each row matter, float ``(R,)`` or ``(G, R)``; for a codec that takes them.
+        own_bytes: let a keyframe carry the tensor's own bytes, although the stream codes its keyframes.
+        hint: matrix view that a layout hint gives the stream when it starts.
+        may_surprise: where a residual would miss the target by far, the receiver takes a keyframe that no frame
+            announced: one of any size or, with ``frame_nbytes``, a stand-in and then ``Staged.behind``.
+        foreseen: as for ``StreamDecoder.decode``, of a keyframe that carries the tensor's own bytes.
+        queue: ``kernels.queue_of`` the tensor's device, where the caller has asked.
+        copy: contiguous, of the tensor's dtype and size, apart from it: what the receiver will reconstruct goes there,
+            too, if ``Staged.copied``.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    frame_nbytes: int | None = None
+    refuse_state: bool = False
+    value: bool = False
+    shape: tuple[int, ...] | None = None
+    row_weights: Tensor | None = None
+    own_bytes: bool = False
+    hint: MatrixView | None = None
+    may_surprise: bool = False
+    foreseen: bool = False
+    queue: int | None = None
+    copy: Tensor | None = None
+
+    @property
+    def head_nbytes(self) -> int:
+        """Bytes of the frame before its payload."""
+        return HEADER_NBYTES if self.shape is None else HEADER_NBYTES + SHAPE_NBYTES
 
 
 @dataclass(slots=True)

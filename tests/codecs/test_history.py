@@ -26,6 +26,7 @@ from compactdist.state import (
     plain,
     relay,
 )
+from compactdist.state.staged import Wanted
 from compactdist.testing import DISTRIBUTIONS, check_codec, sample
 from compactdist.testing.session_checks import check_session
 from compactdist.wire import HEADER_NBYTES
@@ -287,7 +288,7 @@ def ends(codec_id: str = "int2"):
 
 
 def send(codec, encoder, decoder, x, *, keyframe=False):
-    staged = encoder.stage(x, codec, keyframe=keyframe, hint=VIEW)
+    staged = encoder.stage(x, codec, Wanted(hint=VIEW), keyframe=keyframe)
     encoder.commit(staged)
     return decoder.decode(staged.frame, codec, x.numel(), x.dtype, hint=VIEW).clone()
 
@@ -300,7 +301,7 @@ def test_a_frame_that_is_not_sent_changes_nothing():
             if n:
                 encoder.withdraw(encoder.stage(other, codec, keyframe=False))
         send(codec, encoder, decoder, noise(n), keyframe=n == 0)
-        twin.commit(twin.stage(noise(n), codec, keyframe=n == 0, hint=VIEW))
+        twin.commit(twin.stage(noise(n), codec, Wanted(hint=VIEW), keyframe=n == 0))
         assert encoder.digest == twin.digest == decoder.digest
     assert torch.equal(encoder.codec_memory[0], decoder.codec_memory[0])
 

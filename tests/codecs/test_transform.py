@@ -31,6 +31,7 @@ from compactdist.observe.trace import Trace
 from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
+from compactdist.state.staged import Wanted
 from tests.codecs import kit
 
 DIGITS = Path(__file__).parents[2] / "benchmarks" / "traces" / "digits_ring.safetensors"
@@ -235,7 +236,7 @@ def test_a_learnt_basis_beats_the_channels_as_they_are():
         error = 0.0
         for step, x in enumerate(values):
             codec, hint = codecs.get("transform:bits=1"), MatrixView(x.numel(), 1, *x.shape)
-            staged = encoder.stage(x.view(-1), codec, keyframe=step == 0, want_value=True, hint=hint)
+            staged = encoder.stage(x.view(-1), codec, Wanted(value=True, hint=hint), keyframe=step == 0)
             encoder.commit(staged)
             if not learns and encoder._form is not None:
                 encoder._form.session._basis = plain_basis((1, 1), x.shape[1], x.device)
@@ -264,7 +265,7 @@ def test_estimate_counts_what_sessions_hold():
     codec, encoder = codecs.get("transform"), StreamEncoder(config, 0, "test")
     for step, x in enumerate(values):
         hint = MatrixView(x.numel(), 1, *x.shape)
-        encoder.commit(encoder.stage(x.view(-1), codec, keyframe=step == 0, want_value=True, hint=hint))
+        encoder.commit(encoder.stage(x.view(-1), codec, Wanted(value=True, hint=hint), keyframe=step == 0))
     options = Options(codec="transform")
     held = [estimate(options, 2, x.numel(), op="send", channels=channels).state_bytes for channels in (None, 48)]
     assert encoder._form is not None
@@ -371,7 +372,7 @@ def test_what_was_learnt_ends_with_a_keyframe():
     hint = MatrixView(values[0].numel(), 1, *values[0].shape)
     for step, x in enumerate(values):
         keyframe = step in (0, 3)
-        staged = encoder.stage(x.view(-1), codec, keyframe=keyframe, want_value=True, hint=hint)
+        staged = encoder.stage(x.view(-1), codec, Wanted(value=True, hint=hint), keyframe=keyframe)
         encoder.commit(staged)
         if step == 3:
             late = StreamDecoder(config, 0, "test")

@@ -21,6 +21,7 @@ from compactdist.kernels.reference.components import course
 from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig, plain
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
+from compactdist.state.staged import Wanted
 from compactdist.testing import check_codec
 from tests.quick import quick_for
 from tools.trellis_levels import loss_of
@@ -155,7 +156,7 @@ def test_both_ends_of_a_stream_go_on_together():
     x = torch.randn(1100, 40, generator=g)
     for step in range(6):
         x = x + 0.1 * torch.randn(1100, 40, generator=g)
-        staged = sender.stage(x, codec, keyframe=step == 0, step=step)
+        staged = sender.stage(x, codec, Wanted(step=step), keyframe=step == 0)
         sender.commit(staged)
         got = receiver.decode(staged.frame, codec, x.numel(), x.dtype, step=step)
         assert torch.equal(sender.predictor.base, receiver.predictor.base)

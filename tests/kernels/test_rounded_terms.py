@@ -15,6 +15,7 @@ from compactdist.state import Order, ResidualEncoder
 from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.matrix_view import blocks
+from compactdist.state.staged import Wanted
 from compactdist.state.stream_config import StreamConfig
 from tests.kernels import rounded
 from tests.quick import quick_rows
@@ -57,7 +58,7 @@ class Ends:
         self.into = torch.empty(1 << 15, dtype=torch.bfloat16)
 
     def send(self, x: torch.Tensor, step: int) -> None:
-        staged = self.sender.stage(x, self.codec, keyframe=step == 0, step=step, want_value=True)
+        staged = self.sender.stage(x, self.codec, Wanted(step=step, value=True), keyframe=step == 0)
         self.receiver.decode(staged.frame, self.codec, x.numel(), x.dtype, step=step, into=self.into)
         self.sender.commit(staged)
         assert staged.value is not None

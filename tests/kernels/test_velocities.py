@@ -17,6 +17,7 @@ from compactdist.state import StreamConfig, StreamDecoder, StreamEncoder
 from compactdist.state.adaptive import AdaptiveVelocity
 from compactdist.state.history import ExactCell
 from compactdist.state.matrix_view import blocks, plain
+from compactdist.state.staged import Wanted
 from tests.kernels import rounded
 from tests.quick import quick_rows
 
@@ -113,7 +114,7 @@ def test_no_tensor_is_made_of_it(order: Any, codec: str, monkeypatch: pytest.Mon
     x, change = torch.randn(2, numel, generator=g)
     into, places = torch.empty(numel, dtype=torch.bfloat16), set()
     for step in range(6):
-        staged = sender.stage((x + 0.1 * step * change).bfloat16(), chosen, keyframe=step == 0, step=step)
+        staged = sender.stage((x + 0.1 * step * change).bfloat16(), chosen, Wanted(step=step), keyframe=step == 0)
         receiver.decode(staged.frame, chosen, numel, torch.bfloat16, step=step, into=into)
         sender.commit(staged)
         assert all(map(torch.equal, sender.predictor.held, receiver.predictor.held))

@@ -10,6 +10,7 @@ from compactdist.codecs.base import Session
 from compactdist.codecs.lowrank.lowrank_int4 import LowRankInt4
 from compactdist.errors import NonFiniteError
 from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig, StreamEncoder, plain
+from compactdist.state.staged import Wanted
 
 SHAPE = (96, 160)
 HINT = plain(SHAPE[0] * SHAPE[1], 1, SHAPE[1])
@@ -52,7 +53,7 @@ def started(codec, order: int = 1) -> tuple[StreamEncoder, list[torch.Tensor]]:
     encoder = StreamEncoder(StreamConfig(order, find_layout=False), 0, "here")
     values = walk(6)
     for step, x in enumerate(values[:3]):
-        encoder.commit(encoder.stage(x, codec, keyframe=step == 0, hint=HINT))
+        encoder.commit(encoder.stage(x, codec, Wanted(hint=HINT), keyframe=step == 0))
     return encoder, values[3:]
 
 

@@ -9,6 +9,7 @@ from compactdist import codecs, kernels
 from compactdist.errors import FrameError
 from compactdist.state import StreamConfig, StreamEncoder, plain
 from compactdist.state.decoder import StreamDecoder
+from compactdist.state.staged import Wanted
 from tests.state import kit
 
 N = 1 << 14
@@ -23,7 +24,7 @@ def frames(encoder, codec, steps, dtype):
     """Frames of a tensor that changes, as the sender stages them, with the sender's own reconstruction."""
     x = torch.randn(N)
     for step in range(steps):
-        staged = encoder.stage(x.to(dtype), codec, keyframe=not step, want_value=True)
+        staged = encoder.stage(x.to(dtype), codec, Wanted(value=True), keyframe=not step)
         encoder.commit(staged)
         yield step, staged
         x = x + 0.1 * torch.randn(N)

@@ -8,6 +8,7 @@ import torch
 from compactdist import codecs
 from compactdist.errors import FrameError
 from compactdist.state import Layout, MatrixView, StreamConfig, StreamDecoder, StreamEncoder, blocks
+from compactdist.state.staged import Wanted
 from compactdist.wire import HEADER_NBYTES, raw_nbytes
 from tests.state import kit
 
@@ -42,7 +43,7 @@ def values(numel: int = HINT.numel, seed: int = 0) -> torch.Tensor:
 def carry(encoder, decoder, x, hint, *, keyframe=True):
     """One frame of the size that both ends expect; its header."""
     sizes = {end.frame_nbytes(CODEC, x.numel(), x.dtype, keyframe=keyframe, hint=hint) for end in (encoder, decoder)}
-    staged = encoder.stage(x, CODEC, keyframe=keyframe, want_value=True, hint=hint)
+    staged = encoder.stage(x, CODEC, Wanted(value=True, hint=hint), keyframe=keyframe)
     assert sizes == {staged.frame.numel()}
     encoder.commit(staged)
     assert kit.same_bytes(decoder.decode(staged.frame, CODEC, x.numel(), x.dtype, hint=hint), staged.value)
@@ -71,7 +72,7 @@ def test_every_codec_of_keyframes_follows_the_hint(keyframe, hint):
 def test_tokens_and_channels_are_worth_more_than_blocks():
     x, errors = values(), []
     for hint in (HINT, None):
-        y = ends("int4")[0].stage(x, CODEC, keyframe=True, want_value=True, hint=hint).value
+        y = ends("int4")[0].stage(x, CODEC, Wanted(value=True, hint=hint), keyframe=True).value
         errors.append(float((y - x).norm() / x.norm()))
     assert errors[0] < 0.7 * errors[1]
 
@@ -119,7 +120,7 @@ def test_a_hint_whose_scales_are_larger_than_the_tensor_is_left_aside():
 def test_ends_with_different_hints_refuse_each_other():
     for ours, theirs in ((HINT, None), (None, HINT), (HINT, OTHER)):
         encoder, decoder = ends("int4")
-        frame = encoder.stage(values(), CODEC, keyframe=True, hint=ours).frame
+        frame = encoder.stage(values(), CODEC, Wanted(hint=ours), keyframe=True).frame
         with pytest.raises(FrameError, match="wrong layout"):
             decoder.decode(frame, CODEC, HINT.numel, torch.float32, hint=theirs)
         assert decoder.live is None

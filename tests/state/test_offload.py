@@ -11,6 +11,7 @@ from compactdist import codecs, kernels
 from compactdist.errors import OffloadError
 from compactdist.state import Offload, StateStore, StreamConfig, offloaded
 from compactdist.state.offloaded import Offloaded, Queues, copy_to_device, copy_to_host
+from compactdist.state.staged import Wanted
 
 CPU = torch.device("cpu")
 N = 2048
@@ -87,7 +88,7 @@ def test_a_stream_goes_on_after_every_move_as_if_nothing_had_happened(codec, opt
         for moves, site in zip((True, False), sites, strict=True):
             encoder, decoder = site.encoder(1), site.decoder(1)
             fresh = encoder.is_fresh(N, torch.float32)
-            staged = encoder.stage(values(t), codec, keyframe=fresh, step=t)
+            staged = encoder.stage(values(t), codec, Wanted(step=t), keyframe=fresh)
             encoder.commit(staged)
             out = decoder.decode(staged.frame, codec, N, torch.float32, step=t)
             frames += [staged.frame.clone(), out.clone()]

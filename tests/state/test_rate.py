@@ -15,6 +15,7 @@ from compactdist.presets import with_steered_codec
 from compactdist.state import RateControl, ResidualDecoder, ResidualEncoder, StreamConfig, StreamDecoder, StreamEncoder
 from compactdist.state.rate import Measured, StreamRate
 from compactdist.state.relay import same_state
+from compactdist.state.staged import Wanted
 from compactdist.state.target import Target
 from compactdist.wire import KEYFRAME, STAND_IN, payload_of, seal, unpack
 from tests.state import kit
@@ -223,7 +224,7 @@ def test_sites_share_a_size():
     for step in range(STEPS):
         for at, (encoder, decoder) in enumerate(ends):
             x = given[at][step].reshape(-1)
-            staged = encoder.stage(x, codec, keyframe=step == 0, step=step)
+            staged = encoder.stage(x, codec, Wanted(step=step), keyframe=step == 0)
             encoder.commit(staged)
             y = decoder.decode(staged.frame, codec, x.numel(), x.dtype, step=step)
             if step > 3:
@@ -239,7 +240,7 @@ def test_a_withdrawn_frame_leaves_no_trace():
     for step, value in enumerate(values(7, 6)):
         x = value.reshape(-1)
         for again in range(2):
-            staged = encoder.stage(x, codec, keyframe=step == 0, step=step)
+            staged = encoder.stage(x, codec, Wanted(step=step), keyframe=step == 0)
             if not again:
                 first = staged.frame.clone()
                 encoder.withdraw(staged)
@@ -252,7 +253,7 @@ def test_a_wrong_rate_is_refused():
     (encoder, decoder), codec = _steered("nmse_db=-30", 1)[0], codecs.get("rates")
     xs = [x.reshape(-1) for x in values(8, 3)]
     for step, x in enumerate(xs):
-        staged = encoder.stage(x, codec, keyframe=step == 0, step=step)
+        staged = encoder.stage(x, codec, Wanted(step=step), keyframe=step == 0)
         header = unpack(staged.frame, "here")
         wrong = [replace(header, rate=header.rate + 1), replace(header, next_rate=codec.rates + 1)]
         for bad in wrong:

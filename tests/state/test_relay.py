@@ -10,6 +10,7 @@ from compactdist.state import StreamConfig, StreamDecoder, StreamEncoder, plain
 from compactdist.state import relay as r
 from compactdist.state.matrix_view import Layout, MatrixView
 from compactdist.state.relay import Received
+from compactdist.state.staged import Wanted
 from compactdist.wire import HEADER_NBYTES
 
 CODEC = codecs.get("int4")
@@ -82,7 +83,7 @@ def test_both_receivers_stay_equal(share, config):
 def test_a_coded_keyframe_is_passed_on_without_a_second_error(config):
     chain = Chain(keyframe=codecs.get("int4"), **config)
     y, received = chain.arrive(torch.randn(4096, generator=torch.Generator().manual_seed(0)))
-    again = chain.outer.stage(y, CODEC, keyframe=True, want_value=True)
+    again = chain.outer.stage(y, CODEC, Wanted(value=True), keyframe=True)
     assert not torch.equal(again.value, y), "coded once more it would be something else"
     z = chain.deliver(r.pass_on(chain.outer, received, y, CODEC, 0, 0))
     assert torch.equal(y, z)
@@ -106,7 +107,7 @@ def test_states_differ_by_a_bit_a_size_or_a_view():
     def pair(x, y, hint=None):
         chain = Chain()
         chain.arrive(x)
-        chain.outer.commit(chain.outer.stage(y, CODEC, keyframe=True, hint=hint))
+        chain.outer.commit(chain.outer.stage(y, CODEC, Wanted(hint=hint), keyframe=True))
         return r.same_state(chain.outer, chain.inner)
 
     x, zero = x_at(0), x_at(0)

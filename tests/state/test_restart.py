@@ -9,6 +9,7 @@ from compactdist import Rule, codecs
 from compactdist.config import Options
 from compactdist.errors import ConfigError, FrameError, NonFiniteError
 from compactdist.state import ResidualDecoder, ResidualEncoder, StreamConfig, StreamDecoder, StreamEncoder
+from compactdist.state.staged import Wanted
 from compactdist.wire import KEYFRAME, RESTART, raw_nbytes, unpack
 from tests.state import kit
 
@@ -64,7 +65,7 @@ def carry(encoder, decoder, x, codec, hint=None):
     fresh = encoder.is_fresh(x.numel(), x.dtype)
     assert fresh == decoder.is_fresh(x.numel(), x.dtype)
     sizes = {end.frame_nbytes(codec, x.numel(), x.dtype, keyframe=fresh, hint=hint) for end in (encoder, decoder)}
-    staged = encoder.stage(x, codec, keyframe=fresh, hint=hint)
+    staged = encoder.stage(x, codec, Wanted(hint=hint), keyframe=fresh)
     encoder.commit(staged)
     assert sizes == {staged.frame.numel()}
     return staged, decoder.decode(staged.frame, codec, x.numel(), x.dtype, hint=hint)
@@ -148,7 +149,7 @@ def test_keyframes_of_small_tensors_are_their_own_bytes(keyframe, dtype):
 def test_a_keyframe_may_carry_its_own_bytes_where_a_coded_one_is_expected():
     codec, x = codecs.get("int4"), torch.randn(N)
     encoder, decoder = pair()
-    staged = encoder.stage(x, codec, keyframe=True, own_bytes=True)
+    staged = encoder.stage(x, codec, Wanted(own_bytes=True), keyframe=True)
     assert staged.header.is_raw_keyframe
     encoder.commit(staged)
     assert torch.equal(decoder.decode(staged.frame, codec, N, x.dtype), x)

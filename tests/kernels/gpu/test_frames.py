@@ -18,6 +18,7 @@ from compactdist.state.decoder import StreamDecoder
 from compactdist.state.encoder import StreamEncoder
 from compactdist.state.matrix_view import plain
 from compactdist.state.quantized_history import make_predictor
+from compactdist.state.staged import Wanted
 from compactdist.state.stream import Spares
 from compactdist.state.stream_config import StreamConfig
 from compactdist.wire import HEADER_NBYTES
@@ -57,7 +58,7 @@ class Stream:
         x, key = self.x() if x is None else x, step == 0 if key is None else key
         sized = self.encoder.frame_nbytes(self.codec, x.numel(), x.dtype, keyframe=key, hint=self.view)
         told = {"step": step, "epoch": 0, "frame_nbytes": sized + PADDING, "hint": self.view, "foreseen": True}
-        staged, failure = self.encoder.stage_or_flag(x, self.codec, keyframe=key, **told, **options)
+        staged, failure = self.encoder.stage_or_flag(x, self.codec, Wanted(**told, **options), keyframe=key)
         assert failure is None
         assert staged.on_device == (self.there and not options)
         if kept:

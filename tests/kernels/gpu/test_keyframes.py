@@ -12,6 +12,7 @@ import compactdist
 from compactdist import codecs
 from compactdist.errors import FrameError, NonFiniteError
 from compactdist.kernels import use
+from compactdist.state.staged import Wanted
 from compactdist.testing import act_like_nccl
 from compactdist.wire import HEADER_NBYTES
 from tests.kernels.gpu import kit
@@ -223,7 +224,7 @@ def test_a_keyframe_of_a_host_that_forgets_is_refused_by_a_device(name):
     x[17] = torch.nan
     nbytes = stream.encoder.frame_nbytes(stream.codec, x.numel(), x.dtype, keyframe=True)
     with use("reference"):
-        staged, _ = stream.encoder.stage_or_flag(x, stream.codec, keyframe=True, step=0, epoch=0, frame_nbytes=nbytes)
+        staged, _ = stream.encoder.stage_or_flag(x, stream.codec, Wanted(frame_nbytes=nbytes), keyframe=True)
     assert not staged.on_device
     stream.receive(0, staged.frame)
     assert not bool(stream.decoder.holds_values)
