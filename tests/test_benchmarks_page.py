@@ -54,7 +54,7 @@ def test_kernels_with_scales_from_the_frame_before() -> None:
     }
     tensors = (4096, "bfloat16"), (16384, "bfloat16"), (4096, "float32")
     for codec, goal in (("binary", 1.35), ("int8", 1.6), ("int2", 1.9), ("int4", 1.9)):
-        assert f"| `{codec}` | {goal} | {' | '.join(ratios[codec, *tensor] for tensor in tensors)} |" in PAGE
+        assert f"| `{codec}` | {goal} | {' | '.join(ratios[(codec, *tensor)] for tensor in tensors)} |" in PAGE
 
 
 def test_states_in_eight_bits() -> None:
