@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import sys
 import threading
@@ -107,7 +108,6 @@ def in_backward() -> bool:
 has_forward_mode: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 """Whether forward-mode differentiation is on: an autograd Function's forward turns it off, and no_grad does not (2.13).
 """
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 def is_recorded(tensor: torch.Tensor) -> bool:
@@ -126,28 +126,29 @@ def is_recorded(tensor: torch.Tensor) -> bool:
 
 def _in_recorded_function() -> bool:
     """Whether the forward of a Function that autograd records is on the stack."""
-    above: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _APPLY and above is not None:
-            given = frame.f_locals["args"]
-            if any(isinstance(x, torch.Tensor) and x.requires_grad for x in given) and _is_recorded(above):
-                return True
-        above, frame = frame, frame.f_back
+        code = frame.f_code  # torch 2.14 has no frame for Function.apply, which calls the forward
+        if code.co_name == "forward" and code.co_varnames[:1] != ("self",) and _is_recorded(frame):
+            return True
+        frame = frame.f_back
     return False
 
 
 def _is_recorded(forward: FrameType) -> bool:
-    """Whether autograd records a Function one of whose inputs requires grad: not under no_grad.
+    """Whether autograd records a Function: one of its inputs requires grad, and it was not called under no_grad.
 
     Args:
         forward: frame of the Function's forward, whose first argument is the Function's node. Where the Function has a
-            ``setup_context`` there is no node to ask, and the answer is yes.
+            ``setup_context`` there is no node, and only the inputs can tell.
     """
-    names = forward.f_code.co_varnames
-    node = forward.f_locals.get(names[0]) if names else None
-    # the node has its edges before the forward runs (2.13)
-    return not isinstance(node, torch.autograd.function.FunctionCtx) or len(node.next_functions) > 0  # type: ignore[attr-defined]
+    code, values = forward.f_code, forward.f_locals
+    given = [values.get(name) for name in code.co_varnames[: code.co_argcount]]
+    if code.co_flags & inspect.CO_VARARGS:
+        given += values.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount], ())
+    if given and isinstance(given[0], torch.autograd.function.FunctionCtx):
+        return len(given[0].next_functions) > 0  # type: ignore[attr-defined]  # they are there before it runs (2.13)
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
 
 
 def opaque(method: Callable[..., Any]) -> Any:

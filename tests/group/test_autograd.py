@@ -79,6 +79,20 @@ def with_setup(call: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return Function.apply
 
 
+def with_any_arguments(call: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*given: Any) -> Tensor:
+            _, x, weight = given
+            return call(x * weight)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+            return None, grad
+
+    return Function.apply
+
+
 def nested(call: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     inner = with_node(call)
     return with_node(lambda product: inner(product, torch.ones(())))
@@ -91,7 +105,7 @@ def passed_and_compressed(run: Callable[[], Tensor], g: Any) -> tuple[int, int]:
     return sum(counted.passed.values()), counted.compressed
 
 
-@pytest.mark.parametrize("make", [with_node, with_setup, nested], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [with_node, with_setup, with_any_arguments, nested], ids=lambda make: make.__name__)
 def test_in_the_forward_of_a_function(make):
     def body(rank, size):
         g = compactdist.wrap(codec="int8", keyframe="raw", policy=BOTH, min_numel=64)
