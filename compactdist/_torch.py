@@ -246,6 +246,46 @@ def timeout_of(group: Any) -> float:
     return 1800.0
 
 
+def gloo_of(group: Any) -> Any:
+    """The gloo backend that a group of torch's own has for CPU tensors, or ``None``.
+
+    A class derived from torch's does something of its own in its methods, which nobody may go round.
+    """
+    if type(group) is not dist.ProcessGroup:
+        return None
+    try:
+        backend = group._get_backend(torch.device("cpu"))
+    except RuntimeError:
+        return None
+    return backend if isinstance(backend, getattr(c10d, "ProcessGroupGloo", ())) else None
+
+
+def second_gloo(gloo: Any, store: Any) -> Any:
+    """Another gloo backend of the same ranks, with devices and timeout of the first; all ranks make it together (2.13).
+
+    Args:
+        gloo: the first.
+        store: that nobody else uses; keeps each rank's address under ``gloo_address(rank)``.
+
+    Raises:
+        RuntimeError: ranks could not be connected in time.
+    """
+    return c10d.ProcessGroupGloo(store, gloo.rank(), gloo.size(), gloo.options)
+
+
+def gloo_address(rank: int) -> str:
+    """The key of a rank's address in the store that a gloo backend was made with (2.13)."""
+    return f"0/{rank}"
+
+
+_kept: list[Any] = []
+
+
+def keep_for_good(backend: Any) -> None:
+    """Never destroy a gloo backend: it would wait for calls that other ranks may never come to (2.13)."""
+    _kept.append(backend)
+
+
 def device_for_small_messages(group: Any) -> torch.device:
     """A device whose tensors the group's collectives take: the CPU if it can be."""
     kinds = {device.type for device in group._device_types}

@@ -86,7 +86,8 @@ class Stub:
     def wrap(self, inner: Any, codec: str | None = None, **settings: Any) -> Any:
         """A wrapped group whose streams begin as after a keyframe, and whose inner all-gathers are recorded."""
         made: Any = compactdist.wrap(inner, codec, warmup_steps=0, **settings)
-        made._engine.link._all_gather = self.gather
+        link = made._engine.link
+        link.elsewhere = link.elsewhere._replace(all_gather=self.gather)
         return made
 
 

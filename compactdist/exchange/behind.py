@@ -39,9 +39,9 @@ _STUCK_SECONDS = 10.0
 class Behind:
     """The frames of one rank that follow their stand-ins, kept until their receivers have them.
 
-    gloo loses a message whose work is collected, and says to a waiter only that it was received. Threads wait, while
-    there are such messages: a caller who did might wait for a rank that waits for this one. A message that nobody
-    fetches, as its receiver has let go of the call, keeps its thread, and no other message.
+    gloo loses a message whose work is garbage collected, and tells only a waiter that a message was received. So
+    threads wait for the messages. No caller does: it might wait for a rank that waits for this one. Where a receiver
+    has dropped its call, nobody fetches the message; it keeps one thread busy and delays no other message.
     """
 
     def __init__(self) -> None:

@@ -127,9 +127,10 @@ def _read_elsewhere(flight: Flight) -> None:
 
 
 def _write_own_parts(flight: Flight, may_write: bool, ours: bool) -> None:
-    """Write this rank's own chunk where it travels in parts; ``ours``: on the flight's CUDA stream.
+    """Write this rank's own chunk where it travels in parts. ``ours``: the current CUDA stream is the flight's.
 
-    That stream writes to the memory of what was read here, or of a whole chunk before, two frames later.
+    If it is not, the flight's stream waits for the current one: two frames later it overwrites the memory of
+    ``own_parts`` and ``own_value``, which the current one reads.
     """
     for place, value in flight.own_parts if may_write else ():
         place.copy_(value)
@@ -158,7 +159,7 @@ class Engine:
         ledger: finds room for the sites whose bytes all ranks know; ``None``: no rank has a budget.
         lock: held while a call is encoded and handed to the inner group.
         outbox: sends whose works were dropped.
-        late_reads: how often a call waited for what a frame had announced that a device looked at.
+        late_reads: how often a call waited until a device had read what the site's last frames announced.
         arrivals: frames that were received and may be passed on.
         late: exchanges whose calls were answered with a prediction.
         behind: frames that follow their stand-ins.
@@ -265,14 +266,13 @@ class Engine:
     def _find_room(
         self, ledger: Ledger, pattern: Pattern, call: Call, plan: CallPlan
     ) -> tuple[CallPlan, BaseException | None]:
-        """The plan once other sites have made room for the site's history, where that was needed.
+        """Find room for the site's history, and evict other sites where that is needed.
 
-        This is decided when a call is issued: that order is the same on all ranks, and the order of launches need not
-        be.
+        Ranks do this when a call is issued: all ranks issue calls in the same order, but may launch them in another.
 
         Returns:
-            The plan, and the error of an evicted site whose last call was answered with its prediction, if what arrived
-            then was wrong.
+            The plan to use, and the late error of an evicted site, if its last call was answered with a prediction and
+            a wrong frame arrived; else ``None``.
         """
         if plan.fresh or plan.agreed_at is None:  # only then a hint may have changed
             plan.common_nbytes = pattern.common_nbytes(self, call, plan)
@@ -374,7 +374,7 @@ class Engine:
             return job
 
     def answer(self, flight: Flight, job: Job) -> Job:
-        """What the caller of a call with this job waits for: the job, or nothing more if predictions were written."""
+        """The job that the caller waits for: the flight's or, with predictions written, one that awaits no frame."""
         return answer(self, flight, job) if flight.predicted else job
 
     def stage(self, flight: Flight, part: Outgoing, x: Tensor, keyframe: bool, *, own_bytes: bool = False) -> Staged:
@@ -671,7 +671,7 @@ class Engine:
 
     @property
     def devices_take_keyframes(self) -> bool:
-        """Whether devices may check keyframes: with a budget, only the frame says that its sender has no room."""
+        """Whether devices may check keyframes. Under a budget hosts do: a frame may say that its sender has no room."""
         return self.ledger is None
 
     def _is_foreseen(self, pattern: Pattern, x: Tensor) -> bool:

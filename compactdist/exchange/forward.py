@@ -6,9 +6,9 @@ encoding and passing on takes a keyframe. Where sizes are agreed beforehand (col
 keeps a history of its own, which equals the receiver's whether it encodes or passes on: it may encode again at any
 time, and begins to pass on where a keyframe is expected anyway.
 
-Passing on begins with a keyframe after which the receivers of both streams hold the same. That is the coded keyframe
-which arrived, passed on itself, for one coded again would hold something else; or a keyframe of the tensor's own bytes,
-where the receiver follows the frame.
+Passing on begins with a keyframe after which the receivers of both streams hold the same history. A coded keyframe that
+arrived is passed on itself, since coding its values again would change them. Where the receiver follows the frame, a
+keyframe of the tensor's own bytes begins it as well.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Calls that cannot leave yet: asynchronous collectives whose plan ranks have still to agree on.
 
 They leave in the order in which they were issued, from a thread of the group: the caller may have to do something else,
-such as a point-to-point message, before the other ranks come to agree.
+such as a point-to-point message, before the other ranks come to agree. Other calls of the inner group may come first,
+so this is for frames that have a group of their own (:meth:`compactdist.exchange.link.Link.separate`).
 """
 
 from __future__ import annotations
@@ -36,10 +37,6 @@ class Later:
         """The call will not leave."""
         self._error = error
         self._left.set()
-
-    def has_left(self, seconds: float) -> bool:
-        """Whether the call leaves, or fails to, within so many seconds."""
-        return self._left.wait(seconds)
 
     def must_leave(self, timeout: timedelta) -> None:
         """Wait until the call leaves, or fails to.

@@ -8,8 +8,9 @@ for): what to wait for is the work that the end of the group returns (:class:`Ca
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from compactdist import _torch
 from compactdist.errors import CallGroupError
 
-__all__ = ["CallGroup", "Done", "Link", "as_work"]
+__all__ = ["CallGroup", "Collectives", "Done", "Link", "as_work"]
 
 _NO_TIMEOUT = timedelta(0)
 
@@ -110,8 +111,26 @@ class CallGroup(_torch.Work):
         return self.ended and (self._work is None or bool(self._work.is_completed()))
 
 
+class Collectives(NamedTuple):
+    """The methods of a process group, or of a backend, that carry frames of collectives."""
+
+    all_gather: Callable[..., Any]
+    all_to_all: Callable[..., Any]
+    broadcast: Callable[..., Any]
+
+    @classmethod
+    def of(cls, group: Any) -> Collectives:
+        """Those of a group."""
+        gather, exchange = _torch.ALL_GATHER_SINGLE, _torch.ALL_TO_ALL_SINGLE
+        return cls(_torch.first_method(group, gather), _torch.first_method(group, exchange), group.broadcast)
+
+
 class Link:
     """The calls of an inner group that carry frames, 1-D uint8 tensors. Every call returns a work.
+
+    gloo's collectives have to be issued in one order on all ranks. A frame may leave later than it was issued, as ranks
+    have to agree on it first, and the caller may use the inner group in the meantime. So frames of collectives get a
+    gloo group of their own (:meth:`separate`) before the first of them leaves.
 
     Args:
         inner: the group that frames travel on; ``None`` once the wrapped group is closed: then no call can be made.
@@ -119,6 +138,8 @@ class Link:
     Attributes:
         opened: the group of calls that is open; ``None`` for none.
         exact_sizes: messages of all tensors must be received at the size they are sent with.
+        on_cpu, elsewhere: what carries the frames of collectives, on CPUs and on other devices.
+        gloo: the inner group's gloo backend for CPU tensors; ``None``: it has none that can be made twice.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -126,10 +147,37 @@ class Link:
         self.opened: CallGroup | None = None
         self._done = Done()
         self.exact_sizes = bool(getattr(inner, "exact_sizes", False))
+        self.gloo = None if self.exact_sizes else _torch.gloo_of(inner)
+        self._own: Any = None
         if inner is None:
             return
-        self._all_gather = _torch.first_method(inner, _torch.ALL_GATHER_SINGLE)
-        self._all_to_all = _torch.first_method(inner, _torch.ALL_TO_ALL_SINGLE)
+        self.on_cpu = self.elsewhere = Collectives.of(inner)
+
+    @property
+    def separated(self) -> bool:
+        """Frames of collectives on CPUs have a gloo group of their own."""
+        return self._own is not None
+
+    def separate(self, store: Any) -> None:
+        """Give frames of collectives on CPUs a gloo group of their own. Collective; not twice.
+
+        Args:
+            store: that nobody else uses.
+
+        Raises:
+            RuntimeError: ranks could not be connected in time.
+        """
+        self._own = _torch.second_gloo(self.gloo, store)
+        self.on_cpu = Collectives.of(self._own)
+
+    def carrier(self, x: Tensor) -> Any:
+        """The group that frames of such tensors travel on in collectives: their own one, or the inner group."""
+        return self._own if self._own is not None and x.is_cpu else self._inner
+
+    def close(self, finished: bool) -> None:
+        """Let go of the group that frames have of their own; ``finished``: no frame is under way on it."""
+        if self._own is not None and not finished:
+            _torch.keep_for_good(self._own)
 
     @property
     def together(self) -> CallGroup | None:
@@ -202,16 +250,17 @@ class Link:
 
     def all_gather(self, arrived: Tensor, frame: Tensor, opts: Any) -> Any:
         """Gather every rank's frame, all of one size, into ``arrived``, in rank order."""
-        return self.work_of(self._all_gather(arrived, frame, opts or _torch.options("AllgatherOptions")))
+        calls = self.on_cpu if frame.is_cpu else self.elsewhere
+        return self.work_of(calls.all_gather(arrived, frame, opts or _torch.options("AllgatherOptions")))
 
     def all_to_all(self, arrived: Tensor, frames: Tensor, arriving: list[int], leaving: list[int], opts: Any) -> Any:
         """Exchange frames between all ranks; ``arriving`` and ``leaving`` give bytes by group rank."""
-        opts = opts or _torch.options("AllToAllOptions")
-        return self.work_of(self._all_to_all(arrived, frames, arriving, leaving, opts))
+        calls, opts = self.on_cpu if frames.is_cpu else self.elsewhere, opts or _torch.options("AllToAllOptions")
+        return self.work_of(calls.all_to_all(arrived, frames, arriving, leaving, opts))
 
     def broadcast(self, frame: Tensor, opts: Any) -> Any:
         """Copy the root's frame into every other rank's ``frame``."""
-        return self.work_of(self._inner.broadcast([frame], opts))
+        return self.work_of((self.on_cpu if frame.is_cpu else self.elsewhere).broadcast([frame], opts))
 
     def send(self, frame: Tensor, peer: int, tag: int) -> Any:
         """Send a frame to group rank ``peer``."""

@@ -125,17 +125,18 @@ _CORE, _MODEL, _WEIGHTS, _ENGINE, _OTHER = "compactdist", "model", "weights", "a
 
 
 class _Met:
-    """What the functions were found to be that were on the stack of a call; every call asks for a dozen.
+    """Kinds of the functions that were seen on the stacks of calls, kept because every call looks up a dozen.
 
     Attributes:
-        kinds: by the identity of a function's code, which belongs to one module; to hash it would cost far more.
+        kinds: kind by ``id`` of a function's code object. Every code object belongs to one module. Hashing the object
+            itself would cost far more.
     """
 
     __slots__ = ("_codes", "kinds")
 
     def __init__(self) -> None:
         self.kinds: dict[int, str] = {}
-        self._codes: list[CodeType] = []  # as long as they live, no other code has their identity
+        self._codes: list[CodeType] = []  # keeps the code objects alive, so that no other gets one of their ids
 
     def add(self, frame: FrameType) -> str:
         """What a function is that was not met before."""
@@ -276,10 +277,10 @@ class CallPlan:
         dtype: of the tensors.
         answers: the policy's answer for each directed message, in the pattern's order.
         reason: why the call passes through; ``None`` if it is compressed.
-        was_compressed: although this call passes through, the one before it at its site did not.
+        was_compressed: the call passes through, and the site's plan before this one was compressed.
         outgoing, incoming: the parts, in the order of the tensors handed to the engine.
         by_pair: a part's size and codec are known to its two ends only.
-        alike: although ``by_pair``, all ranks see the policy answer alike, so that a change of answers is seen by all.
+        alike: although ``by_pair``, the policy gives every rank the same set of answers, so every rank sees it change.
         joint: all frames are of one kind, and those of one inner call of one size, as in a collective whose sizes must
             be equal.
         cuts: elements of the parts that each tensor is cut into (:mod:`compactdist.exchange.parts`); empty: it travels
@@ -336,6 +337,11 @@ class CallPlan:
     def parts(self) -> list[Outgoing | Incoming]:
         """All parts, those that leave first."""
         return [*self.outgoing, *self.incoming]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the call's tensors."""
+        return next(one for one in self.signature if isinstance(one, torch.device))
 
     def refresh(self) -> None:
         """Work out kinds and sizes of the next frames anew: a stream started, stopped or changed its matrix view.

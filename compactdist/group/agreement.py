@@ -20,6 +20,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch.distributed.distributed_c10d import PrefixStore
+
+from compactdist import _torch
 from compactdist.errors import PlanMismatchError, PlanTimeoutError
 from compactdist.observe.stats import PassReason
 
@@ -27,8 +30,9 @@ __all__ = ["PASSES", "Agreement", "Subject"]
 
 _log = logging.getLogger("compactdist")
 _PAUSE_OF_A_RANK, _LONGEST_PAUSE, _SHARE = 0.00005, 0.05, 0.125
-"""Seconds between two looks at the store: at least the first for each rank of the group, whose looks get into one
-another's way; and which share of the wait so far a pause may be, for that is how late a rank may go on.
+"""Seconds between two looks at the store: ``_SHARE`` of the wait so far, by which a rank may go on late. A pause is at
+least ``_PAUSE_OF_A_RANK`` times the group's size, for looks of many ranks delay one another, and at most
+``_LONGEST_PAUSE``.
 """
 
 _WARN_SECONDS = 20.0
@@ -124,7 +128,8 @@ class Agreement:
         self._ended = self._ended_before = ""
         self._agreed: Mapping[str, Any] = {}
         self._left: list[str] = []
-        self._pairs = ""
+        self._posted: list[str] = []
+        self._connected = ""
         self._broken: tuple[int, str] | None = None
         self._lock = threading.Lock()
 
@@ -194,20 +199,45 @@ class Agreement:
         if end != _DONE:
             raise self._mismatch(subject, self._against(end), self._gave_up(end))
         self._ended_before, self._ended, self._agreed = self._ended, name, facts
-        if self._pairs:  # all ranks have come to this agreement, so they have read what was posted for the one before
-            store.delete_key(self._pairs)
-        self._pairs = pairs
+        for key in self._posted:  # all ranks have come to this agreement, so they have read what was posted before
+            store.delete_key(key)
+        self._posted = [pairs] if pairs else []
         if pairs:
             self._compare_pairs(name, subject)
+
+    def connect(self, make: Callable[[Any], None]) -> None:
+        """Make a gloo group, which all ranks do now: after the same agreement.
+
+        Args:
+            make: makes it with the store that it is given, and that nobody else uses.
+
+        Raises:
+            PlanTimeoutError: ranks could not be connected.
+        """
+        with self._lock:
+            self._connected = f"connected/{self._ended}"
+            try:
+                make(PrefixStore(self._key(self._connected), self._store))
+            except RuntimeError as error:
+                self._broken = (
+                    self._epoch,
+                    f"{self._label}: ranks agreed on their first collective, and could not connect a gloo group for "
+                    f"its frames ({error}). Nothing was sent; see that all ranks run and that a rank may open one more "
+                    "connection to each of the others, and call reset() on all ranks",
+                )
+                raise PlanTimeoutError(self._broken[1]) from error
+            self._posted.append(self._key(f"{self._connected}/{_torch.gloo_address(self._rank)}"))
 
     def close(self) -> None:
         """Take part no more. The last rank to close removes the keys of all: others may still read them before."""
         with contextlib.suppress(RuntimeError):  # the store may be gone already
             self._clear_up()
             if self._store.add(self._key("closed"), 1) == self._size:
-                of_ranks = [f"{what}/{rank}" for rank in range(self._size) for what in ("here", f"pairs/{self._ended}")]
+                ranks = range(self._size)
+                of_ranks = [f"{what}/{rank}" for rank in ranks for what in ("here", f"pairs/{self._ended}")]
+                addresses = [f"{self._connected}/{_torch.gloo_address(rank)}" for rank in ranks]
                 ends = [f"done/{self._ended_before}", f"done/{self._ended}", f"count/{self._ended}"]
-                for key in ("now", "closed", *ends, *of_ranks):
+                for key in ("now", "closed", *ends, *of_ranks, *addresses):
                     self._store.delete_key(self._key(key))
 
     def _key(self, name: str) -> str:
@@ -292,8 +322,9 @@ class Agreement:
 
     @staticmethod
     def _against(end: str) -> dict[int, dict[str, Any]]:
-        """Ranks and facts of the one that ended an agreement and of the one it differs from; by now their own posts may
-        be others.
+        """Facts by rank in a veto: of the rank that wrote it, and of the rank that it differs from.
+
+        What these two have in the store may belong to a later agreement by now.
         """
         return dict(json.loads(end[len(_VETO) :])) if end.startswith(_VETO) else {}
 

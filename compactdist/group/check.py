@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compactdist import _torch
 from compactdist.errors import StateMismatchError
 from compactdist.exchange.engine import Engine
+from compactdist.exchange.link import Link
 from compactdist.exchange.work import drain
 from compactdist.state.digest import held_between, pair_digests
 
@@ -20,13 +22,13 @@ _SHOWN = 8
 _TIMEOUT = timedelta(seconds=60)
 
 
-def check(engine: Engine, store: Any, device: torch.device, turn: int) -> bool:
+def check(engine: Engine, inner: Any, store: Any, turn: int) -> bool:
     """Compare what both ends of every stream hold.
 
     Args:
         engine: engine of the group.
+        inner: the inner group.
         store: where ranks look up each other's sites if something differs.
-        device: that the inner group's collectives take.
         turn: how many comparisons of this group have found a difference; the same on all ranks.
 
     Returns:
@@ -41,11 +43,11 @@ def check(engine: Engine, store: Any, device: torch.device, turn: int) -> bool:
         site.changes.read()
     if engine.store.offload is not None:
         engine.store.offload.wait()  # what lies in host memory is read there
-    me, size = engine.rank, engine.size
+    me, size, device = engine.rank, engine.size, _torch.device_for_small_messages(inner)
     digests = [*pair_digests(sites, me, size, sends=True), *pair_digests(sites, me, size, sends=False)]
     mine = torch.tensor([_signed(digest) for digest in digests], device=device)
     everyones = torch.empty(size * mine.numel(), dtype=torch.int64, device=device)
-    engine.link.all_gather(everyones, mine, None).wait()
+    Link(inner).all_gather(everyones, mine, None).wait()
     pairs = differing_pairs(everyones.view(size, 2, size))
     lines = _differing(engine, store, turn, pairs)
     if lines:

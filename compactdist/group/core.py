@@ -27,8 +27,6 @@ from compactdist.wire import HEADER_NBYTES, frame_in, from_raw, raw_nbytes
 
 __all__ = ["GroupCore", "nbytes_of"]
 
-_GRACE_SECONDS = 0.05
-
 
 def nbytes_of(tensors: Sequence[Tensor]) -> int:
     """Bytes of some tensors; of sparse ones, bytes of their indices and values."""
@@ -94,8 +92,6 @@ class GroupCore:
             self._warn_no_step(op)
         if op not in ("send", "recv"):
             self._refuse_unagreed()
-            if self._departures.busy:
-                self._departures.join()  # the inner group's collectives must not change their order
         if not self._adopted and _torch.called_by_ddp():
             self._adopt_backends()
 
@@ -153,7 +149,7 @@ class GroupCore:
         return call, plan
 
     def _begin_capture(self, call: Call) -> None:
-        """Note that a CUDA graph is being captured, which must not take what is left to do of an earlier call.
+        """Mark a call as captured. An earlier call of its site must be finished, or the graph would finish it.
 
         Raises:
             CaptureError: a call of this site has not been finished.
@@ -178,7 +174,7 @@ class GroupCore:
             pattern: of the call.
             site: the part of the site key between prefix and ordinal.
             reason: why the call passes through.
-            what: tells the call from a compressed one of the site, unless it requires grad.
+            what: is added to the site's name in the agreement, unless ``reason`` is ``AUTOGRAD``.
         """
         if self._agreement is None or not pattern.collective or _torch.graph_task() != -1:
             return
@@ -205,6 +201,7 @@ class GroupCore:
             if subject is not None:
                 try:
                     agreement.agree(subject, self._departures.is_open)
+                    self._separate(plan)
                 except BaseException:
                     for site in self._engine.store.sites():  # their next calls come here, to be refused
                         if site.plan is not None:
@@ -214,6 +211,15 @@ class GroupCore:
         if plan is not None:
             plan.agreed_at = call.epoch, call.warm
 
+    def _separate(self, plan: CallPlan | None) -> None:
+        """Give frames of collectives on a CPU a group of their own. All ranks have just agreed on their first."""
+        agreement, link = self._agreement, self._engine.link
+        if agreement is None or plan is None or link.gloo is None or link.separated:
+            return
+        passes = plan.reason is not None and not plan.by_pair  # a pair of other ranks may exchange frames in this call
+        if not passes and plan.device.type == "cpu":
+            agreement.connect(link.separate)
+
     def _agree_first(self, flight: Flight) -> Job | None:
         """Agree on a call's plan before it leaves.
 
@@ -222,8 +228,10 @@ class GroupCore:
         """
         engine, plan, departures = self._engine, flight.plan, self._departures
         tensor = (*flight.inputs, *flight.outputs)[0]
-        # NCCL's calls belong to the stream, and to the group of calls, that they were issued in
-        asynchronous = getattr(flight.opts, "asyncOp", True) and not engine.link.needs_exact_sizes(tensor)
+        # Only frames that have a group of their own may leave later. NCCL's calls belong to the stream and the group of
+        # calls that they were issued in, and other groups cannot be made twice.
+        apart = engine.link.gloo is not None and not engine.link.needs_exact_sizes(tensor)
+        asynchronous = apart and getattr(flight.opts, "asyncOp", True)
         waits = departures.busy or (self._agreement and self._plans.subject(flight.call, plan) is not None)
         # a frame that arrived and is passed on holds its stream until it has left: that must not take long
         if asynchronous and waits and (engine.arrivals.empty or not plan.pattern.forwards):
@@ -234,9 +242,6 @@ class GroupCore:
             leaving = partial(self._depart, flight, job, later)
             job = engine.answer(flight, job)
             departures.add(leaving)
-            # the other ranks are mostly about to come: then the order of calls stays that of the program, even for
-            # calls that somebody makes on the inner group itself
-            later.has_left(_GRACE_SECONDS)
             return job
         departures.join()
         self._agree(flight.call, plan)

@@ -32,8 +32,8 @@ class Clock:
         step: steps begun since the last reset, less one; -1 before the first.
         counts: calls so far in this step, by prefix and operation.
         within: the block of the running step has been entered and not left.
-        before: calls of nameless counters in the last step that made some; 0 for those that have not made any.
-        short: what nameless counters reached in a step that made fewer calls than the one before.
+        before: by nameless counter, its calls in the last ended step that made some; 0: no such step has ended.
+        short: by nameless counter, its calls in a step that made fewer of them than the step before.
     """
 
     __slots__ = ("__weakref__", "before", "counts", "short", "step", "within")
@@ -69,7 +69,7 @@ class Clock:
         self.within = False
 
     def close_step(self) -> tuple[str, int, int] | None:
-        """Note what nameless counters reached; returns one that stayed behind, and its calls before and now."""
+        """Note each nameless counter's calls; returns (counter, calls before, calls now) of one that made fewer."""
         behind = None
         for counter, before in self.before.items():
             now = self.counts.get(counter, 0)

@@ -369,7 +369,6 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         """
         self._ready()
         self._refuse_unagreed()
-        self._departures.join()  # the inner group's collectives must not change their order
         return vote(self._inner, flag, how)
 
     # --- what it can tell ---------------------------------------------------------------------------------------------
@@ -415,8 +414,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         self._departures.join()
         error = self._settle()
         try:
-            device = _torch.device_for_small_messages(self._inner)
-            self._differences += check(self._engine, self._store, device, self._differences)
+            self._differences += check(self._engine, self._inner, self._store, self._differences)
         except StateMismatchError as mismatch:
             self._differences += 1
             raise mismatch from error
@@ -558,6 +556,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
             self._agreement.close()
             self._agreement = None
         self._latest_epoch.forget()
+        self._engine.link.close(finished=not any(site.pending for site in self._engine.store.sites()))
         self._engine.forget()
         self._engine.store.ended.clear()
         if not self._owns_inner:

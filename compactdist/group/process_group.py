@@ -200,11 +200,13 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
                 "nothing was sent"
             )
         sent = nbytes_of(inputs) - inputs[self._engine.rank].nbytes
+        group = self.inner
         if not self._passes_all_to_all(inputs[0], sent):
             work = self._exchange(list(outputs), list(inputs), opts, outputs)
             if work is not None:
                 return work
-        return self._hand_on(self.inner.alltoall, outputs, inputs, opts or _torch.options("AllToAllOptions"))
+            group = self._engine.link.carrier(inputs[0])  # pairs of other ranks may exchange frames in this call
+        return self._hand_on(group.alltoall, outputs, inputs, opts or _torch.options("AllToAllOptions"))
 
     def _chunks(self, tensor: Tensor, splits: Sequence[int], what: str) -> list[Tensor]:
         size = self._engine.size
@@ -228,12 +230,14 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         arriving, leaving = arriving or (), leaving or ()
         known = leaving and len(leaving) == self._engine.size
         own = leaving[self._engine.rank] / max(1, sum(leaving)) if known else 1 / self._engine.size
+        group = self.inner
         if not self._passes_all_to_all(x, (1 - own) * x.nbytes):
             outputs, inputs = self._chunks(output, arriving, "output"), self._chunks(x, leaving, "input")
             work = self._exchange(outputs, inputs, opts, [output], even=not arriving and not leaving)
             if work is not None:
                 return work
-        return self._hand_on(partial(_torch.all_to_all_single, self.inner), output, x, arriving, leaving, opts)
+            group = self._engine.link.carrier(x)  # as above
+        return self._hand_on(partial(_torch.all_to_all_single, group), output, x, arriving, leaving, opts)
 
     @shared_name
     def all_to_all_single(

@@ -81,7 +81,7 @@ class StreamDecoder(StreamState):
         checksum: of the last frame's payload; ``None``: only the device knows it.
         holds_values: bool ``[1]`` on the device: whether the last frame was the expected one and held values; ``None``:
             the host made sure of it.
-        wrote: the last ``decode`` has written the value to its ``into``: NaN where only the device knows that there is
+        wrote: the last ``decode`` wrote to its ``into``: the value, or NaN where a device found that the frame holds
             none.
         missed: a frame was refused that the size of the next one depends on: a first keyframe, or one that may have
             announced a rate or a matrix view.
@@ -153,10 +153,11 @@ class StreamDecoder(StreamState):
             hint: matrix view that a layout hint gives the stream when it starts.
             refuse_state: this end keeps no history for the site.
             header: of the frame, if the caller has read it.
-            foreseen: no frame of another kind or size comes: a GPU checks it, and :attr:`holds_values` says the result.
-            keyframe: what is foreseen is a keyframe.
-            devices_take_keyframes: a device may check keyframes: none says that its sender has no room for a history.
-            into: contiguous, ``numel`` x ``dtype``, on the frame's device: gets what :attr:`wrote` is about, or NaN.
+            foreseen: kind and size of the frame are agreed, so a GPU may check it; :attr:`holds_values` is its result.
+            keyframe: the foreseen frame is a keyframe.
+            devices_take_keyframes: a device may check keyframes, because no sender can lack room for a history.
+            into: place for the value: contiguous, ``numel`` x ``dtype``, on the frame's device. :attr:`wrote` says
+                whether anything was written there.
             queue: ``kernels.queue_of`` the frame's device, where the caller has asked.
 
         Returns:
@@ -185,7 +186,7 @@ class StreamDecoder(StreamState):
         return self._taken(payload, header, codec, hint, refuse_state, into)
 
     def _checked(self, frame: Tensor, header: Header | None, expected: _Expected) -> tuple[Header, Tensor]:
-        """Header and payload of a frame that is right; notes one that is not, if sizes of later frames depend on it.
+        """Header and payload of a correct frame. A wrong one sets ``missed`` if sizes of later frames depend on it.
 
         Raises:
             FrameError: as ``_check``.
@@ -216,8 +217,10 @@ class StreamDecoder(StreamState):
         into: Tensor | None,
         queue: int | None,
     ) -> Tensor | None:
-        """The value of a keyframe, or of the first residual after it, that the device decodes; ``None``: the host has
-        to.
+        """Let the device decode a keyframe, or a residual for which this end has no form yet.
+
+        Returns:
+            The value; ``None``: the host has to decode the frame.
         """
         if keyframe:
             return self._take_keyframe_on_device(frame, expected, into, queue) if devices_take_keyframes else None
@@ -275,10 +278,10 @@ class StreamDecoder(StreamState):
         return value
 
     def predict(self, out: Tensor) -> None:
-        """Write what the history says the next residual's tensor will be to ``out``, of its size, dtype and device.
+        """Write the prediction of the next tensor to ``out``, which has that tensor's size, dtype and device.
 
-        A sender that chooses a coefficient for each frame has not said the next one: the last one's stands for it. The
-        stream must be live.
+        The stream must be live. Where the sender chooses a coefficient for each frame, the last frame's is used, for
+        the next frame's is not known yet.
         """
         predictor, coefficient = self.predictor, self._said_last() if self.predictor.adapts else 0.0
         there = out.is_cpu and self.clock is None
@@ -332,7 +335,7 @@ class StreamDecoder(StreamState):
         return value
 
     def _said(self, head: bytes, form: Form) -> HeadTemplate | None:
-        """What an expected frame's header says, with the coefficient that this one says; ``None``: one it may not."""
+        """The expected header with the coefficient of ``head``; ``None``: the predictor accepts no such coefficient."""
         if not self.predictor.adapts:
             return form.head
         coefficient = coefficient_in(head)
@@ -552,8 +555,8 @@ class StreamDecoder(StreamState):
     def _check(self, frame: Tensor, header: Header, expected: _Expected) -> Tensor:
         """The payload, 1-D uint8, once everything about the frame is known to be right; nothing has changed.
 
-        That of a raw keyframe is a copy, made while it is summed up, which may become the history. A sender may send
-        one where this end expects a coded keyframe, if the frame's size is not agreed beforehand.
+        The payload of a raw keyframe is copied while its checksum is computed; the copy may become the history. Where
+        frame sizes are not agreed beforehand, a sender may send a raw keyframe in place of a coded one.
 
         Raises:
             FrameError: something is not right.
@@ -638,7 +641,7 @@ class StreamDecoder(StreamState):
             next_view = f"{header.next_groups} groups of rows of {header.next_channels}"
             self._compare(header, "announced view", next_view, f"a divisor of {numel} elements", SAME_CONFIG)
         said = header.next_rate, header.next_kind
-        # a device makes its announcements before it knows that the tensor is not finite
+        # a device announces before it knows that a tensor is not finite; a frame that ends the history must be silent
         forgets = bool(header.flags & NONFINITE) and (header.is_raw_keyframe or not header.payload_nbytes)
         silent = forgets or header.flags & (STATELESS | NO_STATE)
         if said[0] > codec.rates or said[1] > 1 or (silent and (announces_view or any(said))):

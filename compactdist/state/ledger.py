@@ -22,7 +22,7 @@ class Verdict(NamedTuple):
     Attributes:
         evicted: keys of the sites that lose their history now, the least recently used first.
         held: the site has room for its history; if not, no rank keeps one.
-        anew: the site had no room before and has some now, or has lost what it had, so nothing of it is kept.
+        anew: all ranks drop what they hold for the site, because it has just got room, or has just lost its room.
     """
 
     evicted: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ class Ledger:
             return dict(self._bytes)
 
     def _idle_since(self, key: str) -> int | None:
-        """The call since which a site must not have been used to be evicted for this one; ``None``: for a new site."""
+        """Number of a call: sites used after it are not evicted for this site; ``None``: the site is new."""
         calls = self._calls[key]
         if not calls:
             return None

@@ -110,8 +110,7 @@ class StreamRate:
 
     def __init__(self, control: RateControl, before: StreamRate | None = None) -> None:
         self._control = control
-        # the n-th residual's energy over the tensor's in the last request that had so many, without the part that is
-        # the error of the frame before
+        # by number of the residual: its `_change` in the last request that had so many residuals
         self._told: tuple[float, ...] = ()
         self.changes: list[float] = []
         self.rate = 0
@@ -170,7 +169,7 @@ class StreamRate:
         return Measured(energy, energy * self._next_residual(None), energy * self.relative_errors()[self.rate - 1])
 
     def _change(self, measured: Measured) -> float:
-        """The part of a residual's energy that was no error of the frame before, over the tensor's; a tenth or more."""
+        """A residual's energy, less the last frame's error (leaving a tenth at least), over the tensor's energy."""
         before = 0.0 if self._last is None else self._last.error
         return max(0.1 * measured.residual, measured.residual - before) / measured.energy
 
@@ -250,8 +249,8 @@ class StreamRate:
         """Count a frame that is on its way.
 
         Args:
-            measured: the frame's tensor; ``None``: it is a keyframe. A copy of its sums is read where another frame of
-                the stream is made, and where rates are shared out, but not before the step after.
+            measured: sums of the frame's tensor, or a copy of them that a device makes; ``None``: it is a keyframe. A
+                copy is read when the stream makes its next frame, or when rates are shared out a full step later.
             wire_bytes: of the frame.
             next_rate: the rate that it announces; 0: none.
         """
@@ -269,12 +268,12 @@ class StreamRate:
         self.rate = next_rate or self.rate
 
     def catch_up(self, besides: Hashable = None, *, asked: bool = False, wait: bool = True) -> None:
-        """Learn what was measured on a device, of frames of other steps than ``besides``.
+        """Learn what devices have measured of the frames sent so far.
 
         Args:
-            besides: a step; ``None``: none.
-            asked: somebody wants to know now, and waits. Otherwise what has not come so far is late.
-            wait: also for what has not come so far; else that is left for later.
+            besides: stop at the first frame of this step; ``None``: take the frames of all steps.
+            asked: the user asked what was met. Otherwise a call waits, and ``RateControl.late`` counts each wait.
+            wait: wait for measurements that have not arrived; ``False``: leave them for the next call.
         """
         with self._catching_up:  # whoever asks what was met may come while a request ends in another thread
             while self._awaited and (besides is None or self._awaited[0][0] != besides):
@@ -300,7 +299,7 @@ class StreamRate:
         self._last = measured
 
     def _counted(self, asked: float, measured: Measured) -> float:
-        """The error of a frame as far as others make up for it: of the first, all; of a sudden change, a part."""
+        """The error that later frames make up for: all of the first frame's, else at most ``_HOPELESS`` targets."""
         if self._last is None:
             return measured.error
         return min(measured.error, _HOPELESS * asked * measured.energy)

@@ -115,7 +115,7 @@ class Site:
     def _divided(
         self, stream: StreamT, peer: int, part: int, parts: int, where: str, further: dict[tuple[int, int], StreamT]
     ) -> StreamT:
-        """The stream, once it and those of parts that there are no more agree with the number of parts."""
+        """The stream. If the number of parts has changed, drops its history and those of parts that no longer exist."""
         if stream.parts != parts:
             stream.divide(part, parts, where if parts == 1 else f"{where}, part {part + 1} of {parts}")
             self._let_go(stream)

@@ -33,7 +33,7 @@ class Room(NamedTuple):
     """Memory for frames.
 
     Attributes:
-        place: under which ``Spares.rooms`` has it; on a GPU with device and CUDA stream, whose work may still use it.
+        place: key in ``Spares.rooms``. On a GPU it names the device and the CUDA stream, whose work may still use it.
         whole: 1-D uint8.
         views: of the whole.
     """
@@ -52,8 +52,8 @@ class Spares:
     read it.
 
     Attributes:
-        rooms: memory for frames, with the views of it that a call needs, by what the views are. Whoever takes one
-            removes it, and puts it back once the call is done.
+        rooms: memory for frames, by ``Room.place``. A call removes the room that it uses, and puts it back once it is
+            done.
     """
 
     def __init__(self) -> None:
@@ -245,7 +245,7 @@ class StreamState:
 
     @property
     def known_form(self) -> Form | None:
-        """What the last residual shared with those before it; ``None``: there is none since the stream changed."""
+        """The form of the last residual; ``None``: none was made or read since the stream began or its view changed."""
         return self._form
 
     def terms_for(self, session: Session, coefficient: float | Tensor = 0.0) -> Terms:
@@ -265,7 +265,7 @@ class StreamState:
             self._form.session.move(to)
 
     def _commit(self, session: Session) -> None:
-        """Let a session remember the last frame; what that means for the next one has time until then."""
+        """Let a session remember the last frame. It prepares for the next at once, or in ``Unprepared`` later."""
         session.commit()
         if session.prepares:
             if self._unprepared is None:
@@ -386,9 +386,9 @@ class StreamState:
         return made
 
     def _frames_on(self, device: torch.device, session: Session, head: HeadTemplate) -> kernels.Frames | None:
-        """What seals or checks the frames of the form on the device, if a group looks at its board."""
+        """The device's maker or checker of the form's frames; ``None``: the host makes or checks them."""
         made, board = kernels.frames_for(device), self._board
-        if made is None or board is None or self.config.open_loop:  # of which a sender's host makes the frames
+        if made is None or board is None or self.config.open_loop:  # open-loop frames are made by the sender's host
             return None
         if session.payload_nbytes % 4 or session.device_steps is None:
             return None
@@ -463,7 +463,7 @@ class StreamState:
         return self.digest
 
     def _end_graphs(self) -> None:
-        """The stream is about to use other memory than CUDA graphs know: their replays are refused from now on."""
+        """Refuse replays of CUDA graphs from now on: the stream is about to use memory that they do not know."""
         clock = self.clock
         if clock is not None and clock.captured:
             self.known_digest()

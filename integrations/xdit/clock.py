@@ -3,9 +3,9 @@
 A request begins at the scheduler's `set_timesteps`, which every pipeline of diffusers and of xfuser calls on every
 rank. A step begins, by the first of these signs that the pipeline shows:
 
-* with PipeFusion, when a patch is computed again (only the last stage calls the scheduler); * at the first forward
-after `scheduler.step`, whether or not a step has guidance branches, repeated timesteps or several
-  forwards;
+* with PipeFusion, when a patch is computed again (only the last stage calls the scheduler);
+* at the first forward after `scheduler.step`, whether or not a step has guidance branches, repeated timesteps or
+  several forwards;
 * where nobody calls `scheduler.step`, when the transformer is called with another `timestep`.
 """
 

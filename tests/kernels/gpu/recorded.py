@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compactdist import _torch
+from compactdist.exchange.link import Collectives
 from compactdist.group.core import GroupCore
 from compactdist.state.board import Board
 
@@ -138,9 +139,8 @@ def recording(*groups: Any) -> Iterator[Recorded]:
         for link in [group._engine.link for group in groups]:
             inner = _Inner(made, link._inner)
             patched.enter_context(patch.object(link, "_inner", inner))
-            for name in ("all_gather", "all_to_all"):
-                call = partial(inner.call, name, getattr(link, f"_{name}"))
-                patched.enter_context(patch.object(link, f"_{name}", call))
+            calls = {name: partial(inner.call, name, call) for name, call in link.on_cpu._asdict().items()}
+            patched.enter_context(patch.object(link, "on_cpu", Collectives(**calls)))
         patched.enter_context(patch.object(_torch, "is_capturing", lambda: True))
         patched.enter_context(patch.object(Board, "poll", lambda *_, **__: None))  # it looks at no device that captures
         patched.enter_context(patch.object(InterpretedFunction, "run", launch))

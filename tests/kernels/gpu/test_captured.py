@@ -603,7 +603,7 @@ def test_a_call_that_was_not_sent_ends_a_graph_until_the_next_call(replays, monk
             raise RuntimeError("the link is down")
 
         with monkeypatch.context() as patch:
-            patch.setattr(ours.group._engine.link, "_all_gather", broken)
+            patch.setattr(ours.group._engine.link, "all_gather", broken)
             with pytest.raises(RuntimeError, match="the link is down"):
                 ours.call()
         if replays:
