@@ -159,7 +159,8 @@ class Rule:
         if self.last_step is not None and self.last_step < self.first_step:
             raise ConfigError(f"rule matches nothing: last_step {self.last_step} < first_step {self.first_step}")
         if self.between is not None:
-            pairs = tuple(tuple(pair) if _is_pair(pair) else pair for pair in self.between)
+            given = self.between if isinstance(self.between, Iterable) else ()
+            pairs = tuple(tuple(pair) if _is_pair(pair) else pair for pair in given)
             if not pairs or not all(map(_is_pair, pairs)):
                 raise ConfigError(
                     "a rule's between holds pairs of two different group ranks, as ((0, 1), (2, 3)), got "

@@ -48,7 +48,7 @@ class Behind:
         self._left: deque[tuple[Tensor, Any]] = deque()
         self._under_way = self._threads = 0
         self._changed = threading.Condition()
-        self._began = 0.0
+        self._moved = 0.0
 
     def __len__(self) -> int:
         """Messages that may not have been received."""
@@ -82,8 +82,8 @@ class Behind:
             self._under_way += 1
             if self._under_way == 1:
                 atexit.register(self.join, _STOP_SECONDS)
-            if self._threads < _THREADS or time.monotonic() - self._began > _STUCK_SECONDS:
-                self._threads, self._began = self._threads + 1, time.monotonic()
+            if self._threads < _THREADS or time.monotonic() - self._moved > _STUCK_SECONDS:
+                self._threads, self._moved = self._threads + 1, time.monotonic()
                 threading.Thread(target=self._run, daemon=True, name="compactdist-behind").start()
 
     def _run(self) -> None:
@@ -99,6 +99,7 @@ class Behind:
                 _log.debug("a frame behind a stand-in was not received: %s", error)
             del message
             with self._changed:
+                self._moved = time.monotonic()
                 self._under_way -= 1
                 if not self._under_way:
                     atexit.unregister(self.join)

@@ -8,6 +8,7 @@ nothing on the wire.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from compactdist.exchange.patterns.base import Pattern
 
 __all__ = ["Engine", "Flight", "Tap"]
+
+_log = logging.getLogger("compactdist")
 
 Tap = Callable[[Call, int, Tensor, "MatrixView | None"], None]
 
@@ -281,7 +284,10 @@ class Engine:
         verdict = ledger.use(call, plan.common_nbytes)
         failed = None
         for key in verdict.evicted:
-            failed = failed or (self.late.settle(key) if self.late.used else None)
+            late = self.late.settle(key) if self.late.used else None
+            if failed is not None and late is not None:
+                _log.error("%s", str(late))
+            failed = failed or late
             self._drop(key)
             self.stats.evicted(key)
         if verdict.anew:  # what was refused, or held, is forgotten on all ranks

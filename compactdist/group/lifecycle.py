@@ -70,12 +70,9 @@ def check_rules(options: Options) -> None:
 
 
 def _raise(error: BaseException | None) -> None:
-    """Raise an error that waited for the caller to be done, if there is one; logged where another is on its way."""
-    if error is None:
-        return
-    if sys.exc_info()[1] is None:
+    """Raise an error that waited for the caller to be done, if there is one."""
+    if error is not None:
         raise error
-    _log.error("%s", str(error))
 
 
 class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistributedAPI):
@@ -348,8 +345,11 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         self._engine.stats.fold(prefix)
         try:
             self._engine.store.board.poll(wait=True)
-        finally:
-            _raise(error)
+        except CompactDistError:
+            if error is not None:
+                _log.error("%s", str(error))
+            raise
+        _raise(error)
 
     def agree(self, flag: bool, how: str = "all") -> bool:
         """One decision for all ranks, for code that may skip calls: ``if dist.agree(similar): reuse the last output``.
@@ -504,6 +504,9 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
             _torch.unregister(self)
             self._become_tombstone()
             _torch.bury(self)
+        if reported is not None and sys.exc_info()[1] is not None:
+            _log.error("%s", str(reported))
+            return
         _raise(reported)
 
     def _settle(self, prefix: str | None = None, seconds: float | None = None) -> BaseException | None:

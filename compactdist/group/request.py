@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from compactdist.errors import ConfigError
+from compactdist.errors import CompactDistError, ConfigError
 from compactdist.group.keys import Clock, KeyBook
 from compactdist.state.site_key import REQUEST_PREFIX
 
 __all__ = ["Request"]
+
+_log = logging.getLogger("compactdist")
 
 
 class Request:
@@ -41,12 +44,18 @@ class Request:
 
     @contextmanager
     def _scope(self, clock: Clock) -> Iterator[None]:
+        error: BaseException | None = None
         try:
             with self._keys.within_request(self.prefix, clock):
                 yield
+        except BaseException as on_its_way:
+            error = on_its_way
+            raise
         finally:
             if self._clock is None:  # ended inside the block: calls after that began histories anew
-                self._forget(self)
+                with _behind(error):
+                    self._forget(self)
+            del error
 
     def restart(self) -> None:
         """Count steps from the first again, because the group was reset."""
@@ -54,7 +63,12 @@ class Request:
             self._clock.restart()
 
     def end(self) -> None:
-        """Drop the request's history. Ending twice is fine."""
+        """Drop the request's history. Ending twice is fine.
+
+        Raises:
+            FrameError, NonFiniteError, LateExchangeError: what a late frame of the request has met, once its history is
+                dropped. At the end of a ``with`` block it is logged instead where another error is on its way.
+        """
         if self._clock is not None:
             self._clock = None
             self._forget(self)
@@ -68,4 +82,16 @@ class Request:
     def __exit__(self, *exc: Any) -> None:
         self._scopes.pop().__exit__(*exc)
         if not self._scopes:
-            self.end()
+            with _behind(exc[1]):
+                self.end()
+
+
+@contextmanager
+def _behind(error: BaseException | None) -> Iterator[None]:
+    """Log what the block raises of ours, where an error is on its way already."""
+    try:
+        yield
+    except CompactDistError as late:
+        if error is None:
+            raise
+        _log.error("%s", str(late))

@@ -71,6 +71,7 @@ class _Recorder:
         max_steps: int | None,
         dtype: torch.dtype | None,
         max_bytes: int,
+        rank: int,
     ) -> None:
         self.result = result
         self.failure: str | None = None
@@ -80,6 +81,7 @@ class _Recorder:
         self._max_steps = max_steps
         self._dtype = dtype
         self._max_bytes = max_bytes
+        self._rank = rank
         self._sites: dict[str, _Site] = {}
         self._step = -1
 
@@ -89,7 +91,7 @@ class _Recorder:
         if self.ended or self.failure is not None:
             return
         self._step = call.step
-        name = f"{call.site}>{peer}" if call.op == "all_to_all" else call.site
+        name = f"{call.site}>{peer}" if peer != self._rank and call.op != "send" else call.site
         self.seen.add(name)
         if not any(fnmatch.fnmatchcase(name, glob) for glob in self._globs):
             return
@@ -189,12 +191,12 @@ def record(
 ) -> Iterator[Recording]:
     """Record what this rank sends at the call sites of a wrapped group, one entry per site and step.
 
-    An entry is the tensor before it is encoded: an all-gather's input, each peer's chunk of an all-to-all (its site
-    gets ``>peer`` appended), a sent tensor, the root's tensor of a broadcast. A site is stored as ``[steps, N, C]`` in
-    the matrix view of its layout hint, or in the one that an encoder's search would find; groups become rows, and their
-    number goes into the file's metadata. Everything stays in memory until the block ends. Recording is local to this
-    rank and ends at
-    the first ``reset()`` after something was recorded. If the block raises, nothing is written.
+    An entry is the tensor before it is encoded: an all-gather's input, each peer's chunk of an all-to-all or a
+    reduction (its site gets ``>peer`` appended), a sent tensor, the root's tensor of a broadcast. A site is stored as
+    ``[steps, N, C]`` in the matrix view of its layout hint, or in the one that an encoder's search would find; groups
+    become rows, and their number goes into the file's metadata. Everything stays in memory until the block ends.
+    Recording is local to this rank and ends at the first ``reset()`` after something was recorded. If the block raises,
+    nothing is written.
 
     Args:
         group: what ``wrap`` returned.
@@ -227,7 +229,7 @@ def record(
         raise ConfigError(f"{engine.label} is being recorded already")
     globs = (sites,) if isinstance(sites, str) else tuple(sites)
     result = Recording(_path_of_rank(os.fspath(path), engine.rank, engine.size))
-    recorder = _Recorder(result, globs, max_steps, dtype, max_bytes)
+    recorder = _Recorder(result, globs, max_steps, dtype, max_bytes, engine.rank)
     engine.tap = recorder
     try:
         yield result

@@ -80,7 +80,9 @@ class PassReason(str, Enum):
 
 
 def decibel(error_energy: float, energy: float) -> float:
-    """10 log10 of a ratio of energies; -inf for no error."""
+    """10 log10 of a ratio of energies; -inf for no error, NaN if one of them is NaN."""
+    if math.isnan(error_energy) or math.isnan(energy):
+        return math.nan
     if energy <= 0:
         return -math.inf if error_energy <= 0 else math.inf
     return 10 * math.log10(error_energy / energy) if error_energy > 0 else -math.inf

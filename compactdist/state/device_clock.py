@@ -81,7 +81,6 @@ class DeviceClock:
         Raises:
             CaptureError: a graph is being captured, which would do this in every replay, and nobody now.
         """
-        self.right = False
         if self.captured:
             if kernels.captures(self.words.device):
                 raise CaptureError(
@@ -89,6 +88,7 @@ class DeviceClock:
                     "capture begins"
                 )
             self.words[TURN_WORD].fill_(ENDED << 32)
+        self.right = False
 
     def leave(self, held: Iterable[object]) -> None:
         """Begin another clock, as graphs know of memory that the stream will not use any more: they end for good.

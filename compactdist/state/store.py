@@ -289,15 +289,20 @@ class StateStore:
         """Forget all sites, or those whose key starts with ``prefix``.
 
         Exchanges under way keep their own site and finish against it.
+
+        Raises:
+            CaptureError: a CUDA graph is being captured, and others would end; nothing was forgotten.
         """
         with self._lock:
             gone = [key for key in self.known if prefix is None or key == prefix or key.startswith(prefix + "/")]
+            for site in [self.known[key] for key in gone]:
+                if site.captured is not None:
+                    site.stop_graphs()
             for key in gone:
                 site = self.known.pop(key)
                 self._reserved -= sum(nbytes for _, nbytes in site.reserved.values())
                 site.reserved.clear()
                 if site.captured is not None:
-                    site.stop_graphs()
                     self.ended.setdefault(key, []).append(site)
                 site.plan = None  # which refers to the site: histories would stay until the garbage collector comes
                 if self.offload is not None:

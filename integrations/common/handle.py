@@ -39,7 +39,11 @@ class Handle:
         return "\n\n".join(f"{name}\n{group.explain(wait=wait)}" for name, group in self.groups.items())
 
     def disable(self) -> None:
-        """Give the framework its own groups and functions back. Calling it again does nothing."""
+        """Give the framework its own groups and functions back. Calling it again does nothing.
+
+        Raises:
+            compactdist.CompactDistError: what closing a group raises, once all is given back.
+        """
         self._patches.undo()
 
     def __enter__(self) -> Self:

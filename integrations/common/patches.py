@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import functools
+import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+_log = logging.getLogger("compactdist")
+
+
+def call_all(functions: Iterable[Callable[[], Any]]) -> None:
+    """Call all functions, whatever some of them raise.
+
+    Raises:
+        The first error, once all were called; later ones are logged.
+    """
+    first: Exception | None = None
+    for function in functions:
+        try:
+            function()
+        except Exception as error:
+            if first is None:
+                first = error
+            else:
+                _log.error("%s", str(error))
+    if first is not None:
+        raise first
 
 
 class _InOneInstance:
@@ -94,9 +116,14 @@ class Patches:
         self.wrap(owner, name, around)
 
     def undo(self) -> None:
-        """Undo every change, the last one first. Calling it again does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        """Undo every change, the last one first. Calling it again does nothing.
+
+        Raises:
+            Whatever a change raises that is undone, once all are: the first such error; later ones are logged.
+        """
+        changes = [*reversed(self._undo)]
+        self._undo.clear()
+        call_all(changes)
 
 
 def _put(owner: Any, name: str, value: tuple[Any, ...]) -> None:

@@ -9,13 +9,14 @@ stays plain.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 import compactdist
 import compactdist_common
+from compactdist.policy import as_policy
 from compactdist_common import AUTO, Patches, chosen_codec, compiled_call, uncompiled
 from compactdist_diffusers import caches
 from compactdist_diffusers.clock import Clock
@@ -195,18 +196,17 @@ def _is_compiled(module: Any) -> bool:
 
 
 def without_gathers(policy: Any) -> Any:
-    """`policy`, except that all-gathers pass: on a Ulysses group they carry attention masks, which hold infinities."""
-    plain = compactdist.Rule("pass", op="all_gather")
-    if policy is None:
-        return plain
-    if isinstance(policy, compactdist.Rule):
-        return compactdist.Rules(plain, policy)
-    if isinstance(policy, compactdist.Rules):
-        return compactdist.Rules(plain, *policy.rules)
-    if not callable(policy):
-        return compactdist.Rules(plain, *policy)
+    """`policy`, except that all-gathers pass: on a Ulysses group they carry attention masks, which hold infinities.
 
-    function: Callable[[compactdist.CallInfo], Any] = policy
+    Raises:
+        compactdist.errors.ConfigError: no policy.
+    """
+    plain = compactdist.Rule("pass", op="all_gather")
+    function = as_policy(policy)
+    if function is None:
+        return plain
+    if isinstance(function, compactdist.Rules):
+        return compactdist.Rules(plain, *function.rules)
 
     @functools.wraps(function)
     def decide(call: compactdist.CallInfo) -> Any:

@@ -75,7 +75,9 @@ class Clock:
         if self._pipe is not None and self._pipe.scheduler is not self._scheduler:
             self._follow(self._pipe.scheduler)
             self.new_request("another scheduler")  # whose set_timesteps was called before anybody listened to it
-        timestep = timestep_of(module, args, kwargs)
+        # a timestep on a GPU is waited for: not where forwards are counted and a scheduler says when requests begin
+        needed = self._forwards_per_step is None or self._pipe is None
+        timestep = timestep_of(module, args, kwargs) if needed else None
         if timestep is None and self._forwards_per_step is None:
             raise TypeError(
                 f"{type(module).__name__} was called without a timestep, so steps cannot be told apart; "

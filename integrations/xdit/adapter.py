@@ -53,7 +53,7 @@ def enable(
     *,
     routes: str | Sequence[str] | None = None,
     parallel_method: str | None = None,
-    method_warmup_steps: int = 1,
+    method_warmup_steps: int | None = None,
     method_sync_from_step: int | None = None,
     exact_own: bool = True,
     **wrap_options: Any,
@@ -69,21 +69,28 @@ def enable(
         routes: of `compactdist_xdit.routes.ROUTES`, as a list or a text with commas; by default `ring`, `ulysses` and
             `pipefusion`. Routes whose groups have one rank send nothing and are left out.
         parallel_method: `"patch"` or `"distrifusion"` in place of ring attention; see `compactdist_xdit.methods`.
-        method_warmup_steps, method_sync_from_step: DistriFusion's synchronous first and last steps.
+        method_warmup_steps, method_sync_from_step: DistriFusion's synchronous first and last steps; by default the
+            first alone.
         exact_own: a rank attends to its own keys and values as they are, not as the other ranks decode them.
         wrap_options: further arguments of `compactdist.wrap` (`preset`, `policy`, `order`, ...). `mode="predict-now"`
             goes with `parallel_method="patch"`; what travels on routes `cfg` and `sp` waits nevertheless.
 
     Raises:
-        ValueError: there is nothing to compress, a route or method is unknown, the pipeline is enabled already,
+        ValueError: there is nothing to compress, a route or method is unknown, the pipeline is enabled already, steps
+            of DistriFusion are given without it,
             `mode="predict-now"` without `parallel_method="patch"`, or xfuser is configured in a way that excludes
             compression (8-bit communication, CPU offload).
     """
     inner, wanted, codec = unwrapped(pipe), all_routes.chosen(routes), chosen_codec(codec, wrap_options)
-    method = None
-    if parallel_method is not None:
-        choices = {"warmup_steps": method_warmup_steps, "sync_from_step": method_sync_from_step, "exact_own": exact_own}
-        method = methods.create(parallel_method, **choices)
+    steps = {"warmup_steps": method_warmup_steps, "sync_from_step": method_sync_from_step}
+    steps = {name: value for name, value in steps.items() if value is not None}
+    if steps and parallel_method != "distrifusion":
+        names = ", ".join(f"method_{name}={value}" for name, value in steps.items())
+        raise ValueError(
+            f"{names}: no effect without parallel_method='distrifusion', got {parallel_method!r}; name that method, or "
+            "leave this out"
+        )
+    method = None if parallel_method is None else methods.create(parallel_method, exact_own=exact_own, **steps)
     _refuse(codec, method, wrap_options)
     if vars(inner).get(_MARK) is not None:
         raise ValueError("compression is already enabled for this pipeline; call disable() on its handle first")

@@ -116,7 +116,9 @@ def options_from(args: argparse.Namespace) -> dict[str, Any] | None:
                 f"{flags} out"
             )
         if args.parallel_method is None:
+            _refuse_steps(args)
             return None
+    _refuse_steps(args)
     options |= intent
     options["codec"] = AUTO if args.compact_codec is None and intent else args.compact_codec
     if args.parallel_method is not None:
@@ -124,6 +126,15 @@ def options_from(args: argparse.Namespace) -> dict[str, Any] | None:
         if args.method_warmup_steps is not None:
             options["method_warmup_steps"] = args.method_warmup_steps
     return options
+
+
+def _refuse_steps(args: argparse.Namespace) -> None:
+    """Refuse `--method_warmup_steps` where no method has such steps."""
+    if args.method_warmup_steps is not None and args.parallel_method != "distrifusion":
+        raise ValueError(
+            f"--method_warmup_steps {args.method_warmup_steps}: no effect without --parallel_method distrifusion; add "
+            f"it, or leave --method_warmup_steps out (--parallel_method is {args.parallel_method})"
+        )
 
 
 def read_policy(path: Path) -> list[compactdist.Rule]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import compactdist
-from compactdist_common import Patches, before_forwards, chosen_option, compiled_call, unwrapped
+from compactdist_common import Patches, before_forwards, call_all, chosen_option, compiled_call, unwrapped
 from compactdist_xdit import methods, probe, routes
 from compactdist_xdit.captured import Captured, holders
 from compactdist_xdit.clock import Clock
@@ -141,16 +141,20 @@ class Session:
         return Fine(route, self._messages.last_stage, lambda: ends(keyframes, self.timesteps(), _whole_steps()))
 
     def unbind(self) -> None:
-        """Give xfuser its own groups back, and close the wrapped ones."""
+        """Give xfuser its own groups back, and close the wrapped ones.
+
+        Raises:
+            What closing a group raises, once all are closed.
+        """
         self.deactivate()
         for attachment in self._attachments:
             attachment.detach()
-        for _, _, wrapped in self._slots:
-            wrapped.close()
+        wrapped = [group for _, _, group in self._slots]
         self._attachments.clear()
         self._slots.clear()
         self.groups = {}
         self._messages = None
+        call_all(group.close for group in wrapped)
 
     def _stepped(self) -> list[str]:
         """Names of the groups that step with the pipeline. PipeFusion's groups step with their messages."""

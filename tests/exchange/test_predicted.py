@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from types import MethodType
@@ -189,10 +190,20 @@ def test_what_is_under_way_is_decoded_and_written_nowhere():
 
 def test_the_error_of_a_late_frame_is_raised_once_at_the_next_use():
     def every(rank, size):
-        for at in ("use", "step", "reset", "stats", "close"):
+        for at in ("use", "step", "reset", "stats"):
             body(rank, size, at)
+        for at in ("reset", "stats"):
+            body(rank, size, at, while_handling=True)
+        body(rank, size, "close")
 
-    def body(rank, size, at):
+    def in_handler(act):
+        """Act while another error is handled, which is not on its way any more."""
+        try:
+            raise KeyError("of the caller's own")
+        except KeyError:
+            act()
+
+    def body(rank, size, at, while_handling=False):
         inner = inject(dist.group.WORLD, [Fault("flip-received", "all_gather", nth=1, byte=200)] if rank else [])
         g = compactdist.wrap(inner, **NOW)
         for step in range(2):
@@ -204,6 +215,7 @@ def test_the_error_of_a_late_frame_is_raised_once_at_the_next_use():
             g.step()
         actions = {"use": lambda: gather(g, tensor(rank, 2), size)}
         act = actions.get(at) or getattr(g, at)
+        act = functools.partial(in_handler, act) if while_handling else act
         if rank == 0:
             if at != "use":  # the others' next call would not come
                 act()

@@ -18,6 +18,8 @@ from tests.cli.kit import run_json
 from tests.group.lifecycle.kit import gather, tensor, wrap
 from tests.launch import run_ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+
 STEPS, ROWS, CHANNELS = 4, 80, 64
 N = ROWS * CHANNELS
 
@@ -63,6 +65,29 @@ def test_every_pattern_is_recorded_as_it_was_sent(tmp_path: Path) -> None:
         assert json.loads(metadata["sites"]) == sorted(sent)
         assert metadata["codec"] == "Int4()"
         assert metadata["rank"] == f"{rank} of 2"
+
+
+def test_chunks_of_a_reduction_are_recorded_by_peer(tmp_path: Path) -> None:
+    """What goes to one rank in the next step is close to what went there before, and to nothing else."""
+
+    def body(rank: int, size: int) -> Any:
+        dist = wrap(policy=[compactdist.Rule("int8", op=op) for op in ("all_reduce", "reduce_scatter")])
+        chunks = [[tensor(10 * rank + peer, t, N) for peer in range(size)] for t in range(STEPS)]
+        with compactdist.record(dist, tmp_path / "trace-{rank}.safetensors") as recording:
+            for t in range(STEPS):
+                dist.step()
+                whole = torch.cat(chunks[t])
+                dist.reduce_scatter_tensor(torch.empty(N), whole)
+                dist.all_reduce(whole)
+        sent = load_file(recording.path)
+        peers = [peer for peer in range(size) if peer != rank]
+        for op in ("reduce_scatter", "all_reduce"):
+            for peer in peers:
+                truth = torch.stack([chunks[t][peer] for t in range(STEPS)])
+                assert torch.equal(sent[f"{op}#0>{peer}"].reshape(STEPS, N), truth)
+        assert {name for name in sent if ">" not in name} == {"all_reduce/sums#0"}
+
+    run_ranks(body, 3, timeout=60)
 
 
 def test_recording_changes_nothing(tmp_path: Path) -> None:

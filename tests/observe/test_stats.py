@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from compactdist.observe.stats import GroupStats, PassReason, SiteStats
+from compactdist.observe.stats import GroupStats, PassReason, SiteStats, decibel
 from tests.observe.kit import shown
 
 TOTALS = (
@@ -32,6 +32,13 @@ def totals(stats: GroupStats) -> dict[str, Any]:
 
 def send(stats: GroupStats, key: str, op: str = "all_gather") -> None:
     stats.sent(key, op, "int4", raw=4096, wire=600, keyframe=False, numel=1024)
+
+
+def test_a_measured_error_that_is_not_a_number_is_no_perfect_one() -> None:
+    for energies in ((math.nan, 1.0), (1.0, math.nan), (math.nan, 0.0)):
+        assert math.isnan(decibel(*energies))
+    assert decibel(0.0, 1.0) == -math.inf
+    assert decibel(0.1, 1.0) == pytest.approx(-10)
 
 
 # --- reasons

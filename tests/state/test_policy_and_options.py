@@ -58,7 +58,7 @@ def test_the_first_match_decides():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"between": (3,)}, {"min_numel": 5, "max_numel": 4}, {"first_step": 3, "last_step": 2}],
+    [{"between": (3,)}, {"between": 3}, {"min_numel": 5, "max_numel": 4}, {"first_step": 3, "last_step": 2}],
 )
 def test_impossible_rules(wrong):
     with pytest.raises(ConfigError):

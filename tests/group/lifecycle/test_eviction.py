@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -238,6 +240,39 @@ def test_a_predicted_site_is_evicted_and_what_came_late_is_reported_once():
             return kit.finish(dist)
 
     compare.check(run_ranks(body, world_size=3))
+
+
+def test_all_that_are_evicted_at_once_are_waited_for_whatever_one_of_them_met():
+    """Rank 0 has sent NaN at the first of two sites that are answered with their predictions."""
+
+    def body(rank, world_size):
+        options = {"mode": "predict-now", "warmup_steps": 0, "state_budget_bytes": 2 * world_size * ONE}
+        with kit.wrap(codec="int8", **options) as dist:
+            request = dist.request("other")
+            with request.resume():
+                dist.step()
+            for t in range(2):
+                dist.step()
+                for name in "ab":
+                    x = kit.tensor(rank, t)
+                    is_bad = (name, t, rank) == ("a", 1, 0)
+                    if is_bad:
+                        x[5] = float("nan")
+                    with dist.key(name), pytest.raises(NonFiniteError) if is_bad else contextlib.nullcontext():
+                        kit.gather(dist, x)
+            big = kit.tensor(rank, 1, 2 * kit.N)
+            with request.resume(), dist.key("c"):
+                if rank != 0:
+                    with pytest.raises(NonFiniteError, match="a/all_gather"):
+                        kit.gather(dist, big)
+                    assert not dist._engine.late._jobs
+                kit.gather(dist, big)
+            sites = dist.stats().sites
+            assert [sites[f"{name}/all_gather#0"].evictions for name in "ab"] == [1, 1]
+            dist.check()
+            return kit.finish(dist)
+
+    compare.check(run_ranks(body))
 
 
 def test_two_groups_have_a_budget_each():

@@ -119,13 +119,15 @@ def test_calls_are_heard_before_and_after_and_signatures_stay() -> None:
     assert len(told) == 2
 
 
-def test_an_undo_that_fails_leaves_the_rest_to_another_call() -> None:
+def test_an_undo_that_fails_keeps_no_other_from_being_undone(caplog: pytest.LogCaptureFixture) -> None:
     thing, patches = Base(), Patches()
+    patches.add(lambda: {}["second"])
     patches.replace(thing, "draw", 1)
     patches.add(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         patches.undo()
-    assert thing.draw == 1
+    assert thing.draw(1) == "1 0"
+    assert "second" in caplog.text
     patches.undo()
     assert thing.draw(1) == "1 0"
 

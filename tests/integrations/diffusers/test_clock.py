@@ -140,6 +140,26 @@ def test_counted_forwards_need_no_timestep() -> None:
     assert [i for i, told in enumerate(group.history) if told == "step"] == [1, 6, 11]
 
 
+def test_a_timestep_that_nobody_needs_is_not_read() -> None:
+    """On a GPU it would have to be waited for."""
+
+    class Unreadable(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__):
+                raise AssertionError("the timestep was read")
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    timestep = torch.tensor([500.0]).as_subclass(Unreadable)
+    clock = Clock([], forwards_per_step=1)
+    with pytest.raises(AssertionError, match="was read"):  # without a scheduler it says where requests begin
+        clock.before_forward(torch.nn.Identity(), (), {"timestep": timestep})
+    clock._pipe = SimpleNamespace(scheduler=None)
+    for _ in range(2):
+        clock.before_forward(torch.nn.Identity(), (), {"timestep": timestep})
+    assert clock.steps == 2
+
+
 def test_without_timestep_or_count_it_refuses() -> None:
     model, group, _, _ = followed()
     with pytest.raises(TypeError, match="Model was called without a timestep"):
@@ -194,3 +214,9 @@ def test_policies_let_gathers_pass(policy: Any) -> None:
     assert decide(info("all_gather")) == "pass"
     chosen = decide(info("all_to_all"))
     assert chosen is None if policy is None else compactdist.codecs.get(chosen) == compactdist.codecs.get("int8")
+
+
+@pytest.mark.parametrize("policy", ["int8", {"id": "int8"}, ["int8"], 8])
+def test_what_is_no_policy_is_refused_by_name(policy: Any) -> None:
+    with pytest.raises(compactdist.errors.ConfigError, match=r"int8'.*Rule\(|Rule\('int8'|got 8"):
+        without_gathers(policy)

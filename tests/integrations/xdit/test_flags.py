@@ -39,6 +39,17 @@ def test_flags_without_a_codec_are_refused() -> None:
         parsed("--compact_order", "1")
 
 
+def test_steps_of_a_method_without_it_are_refused() -> None:
+    for others in ((), ("--compact_codec", "int2"), ("--parallel_method", "patch")):
+        with pytest.raises(ValueError, match=r"--method_warmup_steps 2: no effect without --parallel_method distri"):
+            parsed("--method_warmup_steps", "2", *others)
+    assert parsed("--parallel_method", "distrifusion", "--method_warmup_steps", "2") == {
+        "codec": None,
+        "parallel_method": "distrifusion",
+        "method_warmup_steps": 2,
+    }
+
+
 def test_policy_file(tmp_path: Path) -> None:
     file = tmp_path / "policy.json"
     file.write_text(json.dumps([{"codec": "int8", "dtype": "bfloat16"}, {"codec": "pass", "key": "*out*"}]))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import compactdist
-from compactdist import Rule, _torch, codecs
+from compactdist import Rule, _torch, codecs, kernels
 from compactdist.errors import CaptureError, FrameError, NonFiniteError
 from compactdist.kernels import use
 from compactdist.state import not_captured, plain
@@ -614,6 +614,26 @@ def test_a_call_that_was_not_sent_ends_a_graph_until_the_next_call(replays, monk
             assert same(ours.call(), plain.call())
             assert same(ours.replay(graph), plain.call())
             ours.group.check()
+        ours.group.close(), plain.group.close()
+
+    on_ranks(body)
+
+
+def test_a_reset_during_a_capture_is_refused_and_forgets_nothing(monkeypatch):
+    def body(rank):
+        ours, plain = Calls(rank, "captured"), Calls(rank, "uncaptured")
+        ours.call(3), plain.call(3)
+        graph = ours.capture()
+        assert same(ours.replay(graph), plain.call())
+        known = dict(ours.group._engine.store.known)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "captures", lambda device: True)
+            with pytest.raises(CaptureError, match=r"reset\(\).* cannot be part of a CUDA graph"):
+                ours.group.reset()
+        assert ours.group._engine.store.known == known
+        assert same(ours.replay(graph), plain.call())
+        assert same(ours.call(), plain.call())
+        ours.group.check()
         ours.group.close(), plain.group.close()
 
     on_ranks(body)
