@@ -129,7 +129,7 @@ def _in_recorded_function() -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code  # torch 2.14 has no frame for Function.apply, which calls the forward
-        if code.co_name == "forward" and code.co_varnames[:1] != ("self",) and _is_recorded(frame):
+        if (code.co_name == "forward" or code.co_varnames[:1] == ("ctx",)) and _is_recorded(frame):
             return True
         frame = frame.f_back
     return False
@@ -139,8 +139,9 @@ def _is_recorded(forward: FrameType) -> bool:
     """Whether autograd records a Function: one of its inputs requires grad, and it was not called under no_grad.
 
     Args:
-        forward: frame of the Function's forward, whose first argument is the Function's node. Where the Function has a
-            ``setup_context`` there is no node, and only the inputs can tell.
+        forward: frame of what may be the Function's forward. Its first argument is the Function's node. Where the
+            Function has a ``setup_context`` there is no node, and only the inputs can tell: then a call under no_grad
+            counts as recorded, and one whose forward has put other values in place of its inputs does not.
     """
     code, values = forward.f_code, forward.f_locals
     given = [values.get(name) for name in code.co_varnames[: code.co_argcount]]
@@ -148,6 +149,8 @@ def _is_recorded(forward: FrameType) -> bool:
         given += values.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount], ())
     if given and isinstance(given[0], torch.autograd.function.FunctionCtx):
         return len(given[0].next_functions) > 0  # type: ignore[attr-defined]  # they are there before it runs (2.13)
+    if code.co_name != "forward" or code.co_varnames[:1] == ("self",):
+        return False  # a function that a forward calls, or a module's forward
     return any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
 
 

@@ -55,7 +55,7 @@ def test_host_records_launches_where_there_is_no_gpu(tmp_path: Path) -> None:
     by_row, by_block = json.loads(out.read_text())["lines"]
     assert (by_row["launches"], by_block["launches"]) == (7, 4)
     assert 0 < by_row["host_us"] <= by_row["host_us_median"]
-    assert by_block["python_calls"] <= by_row["python_calls"] <= 87
+    assert by_block["python_calls"] <= by_row["python_calls"] <= 86
     refused = run("benchmarks.gpu.host", "--stub", "--only", "plain")
     assert refused.returncode == 1
     assert "no kernels to be recorded for plain" in refused.stderr

@@ -92,6 +92,7 @@ def refusal(size: int, tensor: Tensor, active: bool, autograd: AutogradRule) -> 
         return None
     if _torch.graph_task() != -1:
         return PassReason.AUTOGRAD
+    # a Function's forward has no forward mode: asked first, it saves most calls the next question
     if autograd == "tensor" and (tensor.requires_grad or not _torch.has_forward_mode()) and _torch.is_recorded(tensor):
         return PassReason.AUTOGRAD
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -49,21 +50,41 @@ def ring(x: Tensor, g: Any) -> Tensor:
 CALLS = [all_gather, all_gather_list, all_to_all, all_reduce, ring]
 
 
+class OfWeight(torch.autograd.Function):
+    """Of a tensor and a weight, for which alone there is a gradient."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
 def with_node(call: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    class Function(torch.autograd.Function):
+    class Function(OfWeight):
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
             return call(x * weight)
 
+    return Function.apply
+
+
+def with_node_named_self(call: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    class Function(OfWeight):
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-            return None, grad
+        def forward(self: Any, x: Tensor, weight: Tensor) -> Tensor:
+            return call(x * weight)
+
+    return Function.apply
+
+
+def with_another_name(call: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    class Function(OfWeight):
+        forward = staticmethod(lambda ctx, x, weight: call(x * weight))
 
     return Function.apply
 
 
 def with_setup(call: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    class Function(torch.autograd.Function):
+    class Function(OfWeight):
         @staticmethod
         def forward(x: Tensor, weight: Tensor) -> Tensor:
             return call(x * weight)
@@ -72,23 +93,15 @@ def with_setup(call: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             pass
 
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-            return None, grad
-
     return Function.apply
 
 
 def with_any_arguments(call: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    class Function(torch.autograd.Function):
+    class Function(OfWeight):
         @staticmethod
         def forward(*given: Any) -> Tensor:
             _, x, weight = given
             return call(x * weight)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-            return None, grad
 
     return Function.apply
 
@@ -98,47 +111,83 @@ def nested(call: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return with_node(lambda product: inner(product, torch.ones(())))
 
 
-def passed_and_compressed(run: Callable[[], Tensor], g: Any) -> tuple[int, int]:
+def passed_and_compressed(g: Any, run: Callable[..., Tensor], *given: Any) -> tuple[int, int]:
     with Counted(g) as counted:
-        run()
+        run(*given)
     assert {reason for _, reason in counted.passed} <= {"autograd"}, counted.passed
     return sum(counted.passed.values()), counted.compressed
 
 
-@pytest.mark.parametrize("make", [with_node, with_setup, with_any_arguments, nested], ids=lambda make: make.__name__)
+def each_call_in_three_steps(make: Callable[..., Any], mode: Callable[[], Any] = contextlib.nullcontext) -> Any:
+    """For each of ``CALLS``: its name, and how many calls in a Function passed and were compressed."""
+    g = compactdist.wrap(codec="int8", keyframe="raw", policy=BOTH, min_numel=64)
+    weight = torch.ones((), requires_grad=True)  # a parameter given to the Function itself
+    for call in CALLS:
+        g.reset()
+        function = make(lambda x, call=call: call(x, g))
+        for step in range(3):
+            g.step()
+            with mode():
+                yield call.__name__, *passed_and_compressed(g, function, data(g.rank(), seed=step), weight)
+
+
+MAKERS = [with_node, with_node_named_self, with_another_name, with_setup, with_any_arguments, nested]
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_in_the_forward_of_a_function(make):
     def body(rank, size):
-        g = compactdist.wrap(codec="int8", keyframe="raw", policy=BOTH, min_numel=64)
-        weight = torch.ones((), requires_grad=True)
-        for call in CALLS:
-            g.reset()
-            function = make(lambda x, call=call: call(x, g))
-            for step in range(3):
-                g.step()
-                x = data(rank, seed=step)
-                passed, compressed = passed_and_compressed(lambda x=x, function=function: function(x, weight), g)
-                assert passed > 0, call.__name__
-                assert compressed == 0, call.__name__
+        for name, passed, compressed in each_call_in_three_steps(make):
+            assert passed > 0, name
+            assert compressed == 0, name
 
     run_ranks(body)
 
 
+@pytest.mark.parametrize("make", [with_node, with_node_named_self, with_another_name], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_a_function_is_compressed(mode):
+def test_without_gradients_a_function_is_compressed(mode, make):
     def body(rank, size):
-        g = compactdist.wrap(codec="int8", policy=BOTH, min_numel=64)
-        weight = torch.ones((), requires_grad=True)  # a parameter given to the Function itself
-        for call in CALLS:
-            g.reset()
-            function = with_node(lambda x, call=call: call(x, g))
-            for step in range(3):
-                g.step()
-                x = data(rank, seed=step)
-                with mode():
-                    passed, compressed = passed_and_compressed(lambda x=x, function=function: function(x, weight), g)
-                assert passed == 0, call.__name__
-                assert compressed > 0, call.__name__
+        for name, passed, compressed in each_call_in_three_steps(make, mode):
+            assert passed == 0, name
+            assert compressed > 0, name
 
+    run_ranks(body)
+
+
+def test_under_no_grad_a_function_with_setup_context_is_compressed_unless_an_input_requires_grad():
+    """It has no node when its forward runs, so nothing tells whether it was called under no_grad."""
+
+    def body(rank, size):
+        g = compactdist.wrap(codec="int8", min_numel=64)
+        function = with_setup(lambda x: all_gather(x, g))
+        for weight, expected in ((torch.ones(()), (0, 1)), (torch.ones((), requires_grad=True), (1, 0))):
+            g.step()
+            with torch.no_grad():
+                assert passed_and_compressed(g, function, data(rank), weight) == expected
+
+    run_ranks(body)
+
+
+def test_modules_around_a_call_are_no_functions():
+    """Their forwards take tensors that require grad, also under no_grad."""
+
+    class Around(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return function(x.detach(), weight.detach())
+
+    def body(rank, size):
+        nonlocal function
+        g = compactdist.wrap(codec="int8", min_numel=64)
+        function = with_node(lambda x: all_gather(x, g))
+        weight = torch.ones((), requires_grad=True)
+        for step in range(3):
+            g.step()
+            x = data(rank, seed=step).requires_grad_()
+            with torch.no_grad():
+                assert passed_and_compressed(g, Around(), x, weight) == (0, 1)
+
+    function: Any = None
     run_ranks(body)
 
 
@@ -148,7 +197,7 @@ def test_a_function_of_tensors_without_gradients_is_compressed_under_grad_mode()
         function = with_setup(lambda x: all_gather(x, g))
         for step in range(3):
             g.step()
-            assert passed_and_compressed(lambda step=step: function(data(rank, seed=step), torch.ones(())), g) == (0, 1)
+            assert passed_and_compressed(g, function, data(rank, seed=step), torch.ones(())) == (0, 1)
 
     run_ranks(body)
 
@@ -171,6 +220,6 @@ def test_compiled_code_that_trains():
             assert counted.passed[("all_gather", "autograd")] == 1
         with torch.no_grad():
             g.step()
-            assert passed_and_compressed(lambda: run(data(rank)), g) == (0, 1)
+            assert passed_and_compressed(g, run, data(rank)) == (0, 1)
 
     run_ranks(body, timeout=100, pg_timeout=60)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compactdist.kernels.gpu.frames import CHANGING, FrameKernels, changing_of, sums_of
-from compactdist.kernels.gpu.launch import ADDRESS, Series, alignment_of, is_elsewhere
+from compactdist.kernels.gpu.launch import ADDRESS, Series, alignment_of
 from compactdist.kernels.gpu.launched import TO_DECODE, TO_ENCODE, LaunchedSteps, cut_out
 from compactdist.kernels.gpu.terms import number_of, source_of
 from compactdist.kernels.spec import HEAD_WORDS, MovingTerm
@@ -30,10 +30,11 @@ class FrameEnds(FrameKernels):
     after it was checked.
     """
 
-    __slots__ = ("_series",)
+    __slots__ = ("_index", "_series")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self._index = self.device.index if self.device.type == "cuda" else None  # what ``is_elsewhere`` compares
         self._series: dict[tuple[Any, ...], Series] = {}
 
     def send(
@@ -53,7 +54,7 @@ class FrameEnds(FrameKernels):
         device = self.device
         if x.device != device:
             return False
-        if is_elsewhere(device):
+        if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.send(steps, x, terms, out, copy, frame, payload, clock, call, queue)
         stream = None if self.stream_of is None else queue
@@ -125,7 +126,7 @@ class FrameEnds(FrameKernels):
         device, address = self.device, frame.data_ptr()
         if address % 16 or not frame.is_contiguous():
             return False
-        if is_elsewhere(device):
+        if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.receive(steps, frame, nbytes, terms, out, copy, clock, call, queue)
         stream, accepted = None if self.stream_of is None else queue, self.accepted

@@ -51,9 +51,7 @@ def test_failure_of_a_gather_nobody_needs_is_reported_not_raised(caplog: pytest.
 @pytest.mark.parametrize("method", [None, "patch"])
 def test_steps_of_distrifusion_are_refused_without_it(method: str | None) -> None:
     pipe = SimpleNamespace()
-    with pytest.raises(
-        ValueError, match=r"method_warmup_steps=2, .*parallel_method='distrifusion', got (None|'patch')"
-    ):
+    with pytest.raises(ValueError, match=rf"method_warmup_steps=2, .*distrifusion.*, got {method!r}"):
         adapter.enable(pipe, "int2", parallel_method=method, method_warmup_steps=2, method_sync_from_step=3)
 
 
