@@ -14,6 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -152,6 +153,10 @@ def _is_recorded(forward: FrameType) -> bool:
     if code.co_name != "forward" or code.co_varnames[:1] == ("self",):
         return False  # a function that a forward calls, or a module's forward
     return any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
+
+
+NO_TIMEOUT = timedelta(0)
+"""What ``Work.wait`` is given where the group's own timeout counts (2.13)."""
 
 
 def opaque(method: Callable[..., Any]) -> Any:

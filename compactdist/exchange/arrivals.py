@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compactdist.state import Site, StateStore
 from compactdist.state.relay import Received, digest_of
+from compactdist.state.site_key import is_under
 from compactdist.wire import HEADER_NBYTES, NO_STATE, NONFINITE, STATELESS, payload_of
 
 __all__ = ["Arrival", "Arrivals"]
@@ -167,7 +168,7 @@ class Arrivals:
         """Forget everything, or what arrived at sites under a prefix."""
 
         def gone(stream: _Stream) -> bool:
-            return prefix is None or stream[0] == prefix or stream[0].startswith(prefix + "/")
+            return is_under(stream[0], prefix)
 
         with self._lock:
             for arrival in list(self._by_stream.values()):

@@ -431,6 +431,7 @@ class Engine:
         for part, staged in zip(flight.plan.outgoing, flight.staged, strict=False):
             if staged is not None and part.stream is not None:
                 part.stream.withdraw(staged)
+        flight.staged = []  # a frame is withdrawn once
         self._release(flight)
         offload = self.store.offload
         if offload is not None:
@@ -483,7 +484,7 @@ class Engine:
     def _launch(self, flight: Flight, job: Job | None) -> Job:
         if flight.call.captured:
             return captured.launch(self, flight)
-        plan = flight.plan
+        call, plan = flight.call, flight.plan
         pattern = plan.pattern
         try:
             if self.link.opened is not None:
@@ -492,42 +493,45 @@ class Engine:
         except BaseException:
             self.withdraw(flight)
             raise
-        if self.may_surprise:
-            flight.link = self.link
-            self.behind.send(self, flight)
-        if self.samples.every and flight.failure is None and flight.passed is None:
-            self.samples.take(flight)
-        if pattern.forwards:
-            pattern.commit(self, flight)
-            self._release(flight)
-        else:
-            for part, staged in zip(plan.outgoing, flight.staged, strict=True):
-                part.stream.commit(staged, flight.queue)  # type: ignore[union-attr,arg-type]
-        if pattern.receives_only:
-            pass
-        elif flight.passed is None and plan.codec is not None:
-            self.stats.sent(
-                flight.call.site,
-                flight.call.op,
-                plan.codec.codec_id,
-                raw=plan.raw_nbytes,
-                wire=flight.wire_nbytes,
-                keyframe=flight.keyframes,
-                numel=plan.raw_numel,
-                predicted=flight.predicted,
-                forwarded=pattern.forwards and any(message.forwarded for message in flight.messages),
-                parts=len(plan.cuts) or 1,
-            )
-        else:
-            reason = flight.passed or plan.detail
-            self.stats.passed(flight.call.op, reason, plan.raw_nbytes, flight.call.site, wire=flight.wire_nbytes)
-        if flight.own_output is not None:
-            pattern.keep_own(self, flight)
+        try:
+            if self.may_surprise:
+                flight.link = self.link
+                self.behind.send(self, flight)
+            if self.samples.every and flight.failure is None and flight.passed is None:
+                self.samples.take(flight)
+            if pattern.forwards:
+                pattern.commit(self, flight)
+            else:
+                for part, staged in zip(plan.outgoing, flight.staged, strict=True):
+                    part.stream.commit(staged, flight.queue)  # type: ignore[union-attr,arg-type]
+            if pattern.receives_only:
+                pass
+            elif flight.passed is None and plan.codec is not None:
+                self.stats.sent(
+                    call.site,
+                    call.op,
+                    plan.codec.codec_id,
+                    raw=plan.raw_nbytes,
+                    wire=flight.wire_nbytes,
+                    keyframe=flight.keyframes,
+                    numel=plan.raw_numel,
+                    predicted=flight.predicted,
+                    forwarded=pattern.forwards and any(message.forwarded for message in flight.messages),
+                    parts=len(plan.cuts) or 1,
+                )
+            else:
+                reason = flight.passed or plan.detail
+                self.stats.passed(call.op, reason, plan.raw_nbytes, call.site, wire=flight.wire_nbytes)
+            if flight.own_output is not None:
+                pattern.keep_own(self, flight)
+        finally:  # after an error the frames are on their way, and this end does not hold them: the next are refused
+            if flight.arrival is not None:
+                self._release(flight)
+            if self.store.offload is not None:
+                self._leave(self.store.offload, flight)
         flight.inputs, flight.own_input = (), None  # the caller may free its tensors from here on
-        if self.store.offload is not None:
-            self._leave(self.store.offload, flight)
-            if pattern.sends_only:
-                self.store.offload.settle(plan.site)
+        if self.store.offload is not None and pattern.sends_only:
+            self.store.offload.settle(plan.site)
         if job is not None:
             return job
         job = Job(flight.work, partial(self.finish, flight), None if pattern.sends_only else plan.site, flight.keep)

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from compactdist import _torch
+
 __all__ = ["Departures", "Later"]
 
-_NO_TIMEOUT = timedelta(0)
 _STOP_SECONDS = 5.0
 
 
@@ -47,7 +48,7 @@ class Later:
         if not self._left.wait(timeout.total_seconds()):
             raise TimeoutError(f"ranks have not agreed on the call within {timeout}; wait for it again")
 
-    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+    def wait(self, timeout: timedelta = _torch.NO_TIMEOUT) -> bool:
         """Wait until the call has left and is done.
 
         Raises:

@@ -20,8 +20,6 @@ from compactdist.errors import CallGroupError
 
 __all__ = ["CallGroup", "Collectives", "Done", "Link", "as_work"]
 
-_NO_TIMEOUT = timedelta(0)
-
 
 class Done(_torch.Work):
     """The work of a call that returned none: nothing is left to wait for."""
@@ -29,7 +27,7 @@ class Done(_torch.Work):
     def __init__(self) -> None:
         super().__init__()
 
-    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+    def wait(self, timeout: timedelta = _torch.NO_TIMEOUT) -> bool:
         """Return at once."""
         return True
 
@@ -86,7 +84,7 @@ class CallGroup(_torch.Work):
                 "its future was asked for, or its site was called again: end the group first"
             )
 
-    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+    def wait(self, timeout: timedelta = _torch.NO_TIMEOUT) -> bool:
         """Wait for all calls; later waits return at once (gloo's point-to-point works hang on a second wait).
 
         Raises:

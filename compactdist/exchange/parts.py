@@ -28,7 +28,6 @@ PART_NBYTES = 8 << 20
 MOST_PARTS = 4
 _UNIT = 64  # elements: parts begin at multiples of it, as kernels work on so many at a time
 _LEAST_WAIT = timedelta(milliseconds=1)  # a timeout of 0 means none
-_NO_TIMEOUT = timedelta(0)
 
 
 class Cut(NamedTuple):
@@ -123,7 +122,7 @@ class InTurn(_torch.Work):
         self._works: list[Any] = list(works)
         self._until: float | None = None
 
-    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+    def wait(self, timeout: timedelta = _torch.NO_TIMEOUT) -> bool:
         """Wait for the first part; ``timeout`` is for all parts together."""
         self._until = time.monotonic() + timeout.total_seconds() if timeout else None
         return self.arrived(0)

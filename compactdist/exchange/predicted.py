@@ -23,6 +23,7 @@ from compactdist import _torch
 from compactdist.errors import LateExchangeError
 from compactdist.exchange.plan import Call
 from compactdist.exchange.work import Job
+from compactdist.state.site_key import is_under
 
 if TYPE_CHECKING:
     from compactdist.exchange.engine import Engine, Flight
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Late", "answer", "at_once", "may_answer"]
 
 _log = logging.getLogger("compactdist")
-_NO_TIMEOUT = timedelta(0)
 _LOOK_SECONDS = 0.002
 
 
@@ -93,7 +93,7 @@ class Written(_torch.Work):
         self._event = torch.cuda.Event()
         self._event.record(torch.cuda.current_stream(device))
 
-    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+    def wait(self, timeout: timedelta = _torch.NO_TIMEOUT) -> bool:
         """Let the current stream go on after the outputs were written."""
         torch.cuda.current_stream(self._device).wait_event(self._event)
         return True
@@ -145,11 +145,7 @@ class Late:
             prefix: only those of sites under this prefix.
             seconds: how long to wait; what has not arrived by then is left, and a warning says so. ``None``: no limit.
         """
-        chosen = [
-            (call, job)
-            for call, job in tuple(self._jobs.values())
-            if prefix is None or call.site == prefix or call.site.startswith(prefix + "/")
-        ]
+        chosen = [(call, job) for call, job in tuple(self._jobs.values()) if is_under(call.site, prefix)]
         until = None if seconds is None else time.monotonic() + seconds
         done = []
         for call, job in chosen:

@@ -28,7 +28,6 @@ from compactdist.state.store import Site
 __all__ = ["FinishedWork", "Job", "Outbox", "PendingWork", "drain"]
 
 _log = logging.getLogger("compactdist")
-_NO_TIMEOUT = timedelta(0)
 
 
 class Job:
@@ -93,7 +92,7 @@ class Job:
         """Whether the work was made and the user has had it."""
         return self._owner is not None
 
-    def settle(self, timeout: timedelta = _NO_TIMEOUT) -> None:
+    def settle(self, timeout: timedelta = _torch.NO_TIMEOUT) -> None:
         """Finish all jobs issued earlier at this site, then this one; raises this job's error."""
         with self._lock:
             pending = self._site.pending if self._site is not None else None
@@ -104,7 +103,7 @@ class Job:
         if self.error is not None:
             raise self.error
 
-    def run(self, timeout: timedelta = _NO_TIMEOUT) -> None:
+    def run(self, timeout: timedelta = _torch.NO_TIMEOUT) -> None:
         """Wait, decode, and keep the error if there is one. The caller holds the lock.
 
         Raises:
@@ -215,7 +214,7 @@ class PendingWork(_torch.Work):
                 job.owned_by(self)
 
     @_torch.opaque
-    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+    def wait(self, timeout: timedelta = _torch.NO_TIMEOUT) -> bool:
         """Wait for the exchange and write the outputs. May be called again; raises the same error again.
 
         Raises:
@@ -311,7 +310,7 @@ class FinishedWork(_torch.Work):
     def __init__(self) -> None:
         super().__init__()
 
-    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+    def wait(self, timeout: timedelta = _torch.NO_TIMEOUT) -> bool:
         """Return at once."""
         return True
 

@@ -478,6 +478,7 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         Raises:
             FrameError, NonFiniteError, LateExchangeError: what a GPU, or a late frame, has met since the last step,
                 once the group is closed. Logged instead where another error is on its way.
+            RuntimeError: a GPU has failed; the group is closed all the same.
         """
         if self._closed:
             return
@@ -521,11 +522,14 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
         self._engine.store.board.poll(wait=True)
 
     def _reported(self) -> BaseException | None:
-        """What a device, or a late frame, has met since the last step."""
-        late = self._settle(seconds=_FLUSH_SECONDS)
+        """What a device, or a late frame, has met since the last step; a device that fails itself says so, too."""
+        late = None
         try:
+            late = self._settle(seconds=_FLUSH_SECONDS)
             self._engine.store.board.poll(wait=True)
-        except CompactDistError as error:
+        except Exception as error:
+            if late is not None:
+                _log.error("%s", str(late))
             return error
         return late
 

@@ -282,14 +282,6 @@ class GroupStats:
         self._small: dict[str, tuple[int, int]] = {}
         self._warned: set[str] = set()
 
-    def site(self, key: str, op: str) -> SiteStats:
-        """The record of a site, made on first use."""
-        found = self._sites.get(key)
-        if found is None:
-            with self._lock:
-                found = self._held(key, op)
-        return found
-
     def _held(self, key: str, op: str) -> SiteStats:
         """The record of a site, made on first use. The lock is held."""
         found = self._sites.get(key)
@@ -316,8 +308,8 @@ class GroupStats:
 
         ``calls``: so many of them, each with these numbers.
         """
-        site = self._sites.get(key) or self.site(key, op)
         with self._lock:
+            site = self._sites.get(key) or self._held(key, op)
             site.codec = codec
             site.calls += calls
             site.parts = parts
@@ -343,8 +335,8 @@ class GroupStats:
             wire: bytes of the frame.
             calls: so many of them, each with these numbers.
         """
-        site = self.site(key, op)
         with self._lock:
+            site = self._held(key, op)
             site.codec = codec
             site.received += calls
             site.received_raw_bytes += calls * raw
@@ -352,8 +344,8 @@ class GroupStats:
 
     def error(self, key: str, op: str, error_energy: float, energy: float, residual_energy: float = math.nan) -> None:
         """Record a sampled reconstruction error; ``residual_energy`` is NaN where the frame carried no residual."""
-        site = self.site(key, op)
         with self._lock:
+            site = self._held(key, op)
             site.error_energy += error_energy
             site.energy += energy
             site.sampled += 1
@@ -404,9 +396,9 @@ class GroupStats:
 
     def offloaded(self, key: str) -> None:
         """Count that a site's state was taken to host memory to make room for another."""
-        site = self._sites.get(key)
-        if site is not None:
-            with self._lock:
+        with self._lock:
+            site = self._sites.get(key)
+            if site is not None:
                 site.offloads += 1
 
     def fold(self, prefix: str | None, where: str = "(reset prefixes)") -> None:

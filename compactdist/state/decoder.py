@@ -156,8 +156,7 @@ class StreamDecoder(StreamState):
             foreseen: kind and size of the frame are agreed, so a GPU may check it; :attr:`holds_values` is its result.
             keyframe: the foreseen frame is a keyframe.
             devices_take_keyframes: a device may check keyframes, because no sender can lack room for a history.
-            into: place for the value: contiguous, ``numel`` x ``dtype``, on the frame's device. :attr:`wrote` says
-                whether anything was written there.
+            into: place for the value, ``numel`` x ``dtype`` and contiguous; :attr:`wrote` says if it was written to.
             queue: ``kernels.queue_of`` the frame's device, where the caller has asked.
 
         Returns:

@@ -34,6 +34,7 @@ from compactdist.wire import (
     NO_STATE,
     NONFINITE,
     RESTART,
+    SHAPE_NBYTES,
     STATELESS,
     empty_frame,
     raw_payload,
@@ -262,7 +263,7 @@ class StreamEncoder(StreamState):
             coefficient = float((own or self.predictor).choose(flat, codec.at(self.rate_of(codec)).velocity_share))
             head = form.head_for(coefficient)
         header = head.header
-        start = HEADER_NBYTES if wanted.shape is None else wanted.head_nbytes
+        start = HEADER_NBYTES if wanted.shape is None else HEADER_NBYTES + SHAPE_NBYTES
         end = start + session.payload_nbytes
         spares, place = self._spares or Spares(), (wanted.frame_nbytes or end, start, end, self.part)
         room = (spares.rooms.pop(place, None) if flat.is_cpu else None) or _room_for_frame(place, flat.device)
@@ -310,7 +311,8 @@ class StreamEncoder(StreamState):
         if not steers.is_hopeless(measured):
             return staged
         assert session is not None
-        agreed, nbytes = wanted.frame_nbytes, wanted.head_nbytes + self.keyframe_nbytes(codec, flat.numel(), flat.dtype)
+        agreed = wanted.frame_nbytes
+        nbytes = staged.header.nbytes + self.keyframe_nbytes(codec, flat.numel(), flat.dtype)
         fits = agreed is None or nbytes <= agreed
         instead = wanted._replace(frame_nbytes=agreed if fits else None, value=True)
         try:

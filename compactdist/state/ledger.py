@@ -10,6 +10,8 @@ import threading
 from collections import Counter, deque
 from typing import NamedTuple, Protocol
 
+from compactdist.state.site_key import is_under
+
 __all__ = ["MOST_PATIENCE", "Ledger", "Verdict"]
 
 MOST_PATIENCE = 16
@@ -141,7 +143,7 @@ class Ledger:
     def forget(self, prefix: str | None = None) -> None:
         """Forget all sites, or those under a prefix."""
         with self._lock:
-            for key in [k for k in self._calls if prefix is None or k == prefix or k.startswith(prefix + "/")]:
+            for key in [key for key in self._calls if is_under(key, prefix)]:
                 self._total -= self._bytes.pop(key, 0)
                 del self._calls[key], self._last[key]
                 self._evictions.pop(key, None)

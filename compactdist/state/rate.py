@@ -18,7 +18,7 @@ from torch import Tensor
 from compactdist import kernels
 from compactdist.codecs.base import Terms
 from compactdist.state.host_copy import HostCopy
-from compactdist.state.site_key import without_request
+from compactdist.state.site_key import is_under, without_request
 from compactdist.state.target import Met, Target
 from compactdist.wire import HEADER_NBYTES
 
@@ -422,7 +422,7 @@ class RateControl:
     def forget(self, prefix: str) -> None:
         """Let go of the streams whose site lies under a prefix."""
         for key in list(self._streams):
-            if key[0] == prefix or key[0].startswith(prefix + "/"):
+            if is_under(key[0], prefix):
                 ended = self._ended[_without_request(key)] = self._streams.pop(key)
                 ended.catch_up(asked=True)
                 self._forgotten += ended.sums

@@ -12,7 +12,7 @@ from compactdist.kernels.spec import MatrixView
 from compactdist.state.host_copy import HostCopy
 from compactdist.state.rate import Measured
 from compactdist.state.stream import Room
-from compactdist.wire import HEADER_NBYTES, SHAPE_NBYTES, Header
+from compactdist.wire import Header
 
 __all__ = ["Staged", "Wanted"]
 
@@ -51,11 +51,6 @@ class Wanted(NamedTuple):
     foreseen: bool = False
     queue: int | None = None
     copy: Tensor | None = None
-
-    @property
-    def head_nbytes(self) -> int:
-        """Bytes of the frame before its payload."""
-        return HEADER_NBYTES if self.shape is None else HEADER_NBYTES + SHAPE_NBYTES
 
 
 @dataclass(slots=True)

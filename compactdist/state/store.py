@@ -14,6 +14,7 @@ from compactdist.state.offload import Offload
 from compactdist.state.offloaded import Offloaded, Queues
 from compactdist.state.rate import RateControl
 from compactdist.state.replays import Replays
+from compactdist.state.site_key import is_under
 from compactdist.state.stream import Changes, Spares, StreamState
 from compactdist.state.stream_config import StreamConfig
 from compactdist.state.unprepared import Unprepared
@@ -294,7 +295,7 @@ class StateStore:
             CaptureError: a CUDA graph is being captured, and others would end; nothing was forgotten.
         """
         with self._lock:
-            gone = [key for key in self.known if prefix is None or key == prefix or key.startswith(prefix + "/")]
+            gone = [key for key in self.known if is_under(key, prefix)]
             for site in [self.known[key] for key in gone]:
                 if site.captured is not None:
                     site.stop_graphs()

@@ -24,7 +24,7 @@ from compactdist.state.history import Predictor
 from compactdist.state.matrix_view import blocks, plain
 from compactdist.state.stream_config import COMPRESSIBLE_DTYPES, StreamConfig, saves
 from compactdist.state.unprepared import Unprepared
-from compactdist.wire import HEAD_PLACES, HEADER_NBYTES, MASK64, SHAPE_NBYTES, Header, HeadTemplate, raw_nbytes
+from compactdist.wire import HEAD_PLACES, HEADER_NBYTES, MASK64, Header, HeadTemplate, raw_nbytes
 
 __all__ = ["Changes", "Form", "Room", "Spares", "StreamState"]
 
@@ -289,7 +289,6 @@ class StreamState:
         dtype: torch.dtype,
         *,
         keyframe: bool,
-        with_shape: bool = False,
         hint: MatrixView | None = None,
     ) -> int:
         """Bytes of the next frame, header included.
@@ -299,18 +298,16 @@ class StreamState:
             numel: elements of the tensor.
             dtype: of the elements.
             keyframe: the frame is a keyframe.
-            with_shape: it carries a shape.
             hint: matrix view of the layout hint, for a stream that starts with this frame.
 
         Raises:
             ConfigError: The codec learns from a history that the ends of this stream do not share.
         """
         self._check_sharing(codec)
-        head = HEADER_NBYTES + (SHAPE_NBYTES if with_shape else 0)
         if keyframe or codec.lossless:
-            return head + self.keyframe_nbytes(codec, numel, dtype, hint)
+            return HEADER_NBYTES + self.keyframe_nbytes(codec, numel, dtype, hint)
         view = self.view if self.live == (numel, dtype) else hint
-        return head + self.residual_nbytes(codec, view or blocks(numel))
+        return HEADER_NBYTES + self.residual_nbytes(codec, view or blocks(numel))
 
     def residual_nbytes(self, codec: Codec, view: MatrixView) -> int:
         """Bytes of a residual's payload at the rate in use."""

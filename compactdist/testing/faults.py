@@ -47,7 +47,6 @@ KINDS: dict[str, str] = {
 
 OPERATIONS = frozenset(op for op, _ in METHODS.values())
 _SENDS_A_COPY = frozenset(op for op, argument in METHODS.values() if argument is not None)
-_NO_TIMEOUT = timedelta(0)
 
 
 class PlannedFaultError(CompactDistError, RuntimeError):
@@ -112,7 +111,7 @@ class FaultyWork(_torch.Work):
         self._lock = threading.RLock()
 
     @torch.compiler.disable
-    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+    def wait(self, timeout: timedelta = _torch.NO_TIMEOUT) -> bool:
         """Wait once for all works, then make the planned faults."""
         with self._lock:
             if self._interrupts:

@@ -43,7 +43,6 @@ from compactdist.testing.over import METHODS, GroupOver, forwarding
 
 __all__ = ["NcclLikeGroup", "NcclLikeWork", "UnequalSizesError", "act_like_nccl"]
 
-_NO_TIMEOUT = timedelta(0)
 _TAG = 0
 
 
@@ -149,7 +148,7 @@ class NcclLikeWork(_torch.Work):
             )
 
     @torch.compiler.disable
-    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+    def wait(self, timeout: timedelta = _torch.NO_TIMEOUT) -> bool:
         """Wait for the calls and write their outputs.
 
         Raises:

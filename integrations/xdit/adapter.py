@@ -77,20 +77,11 @@ def enable(
 
     Raises:
         ValueError: there is nothing to compress, a route or method is unknown, the pipeline is enabled already, steps
-            of DistriFusion are given without it,
-            `mode="predict-now"` without `parallel_method="patch"`, or xfuser is configured in a way that excludes
-            compression (8-bit communication, CPU offload).
+            of DistriFusion are given without it, `mode="predict-now"` without `parallel_method="patch"`, or xfuser is
+            configured in a way that excludes compression (8-bit communication, CPU offload).
     """
     inner, wanted, codec = unwrapped(pipe), all_routes.chosen(routes), chosen_codec(codec, wrap_options)
-    steps = {"warmup_steps": method_warmup_steps, "sync_from_step": method_sync_from_step}
-    steps = {name: value for name, value in steps.items() if value is not None}
-    if steps and parallel_method != "distrifusion":
-        names = ", ".join(f"method_{name}={value}" for name, value in steps.items())
-        raise ValueError(
-            f"{names}: no effect without parallel_method='distrifusion', got {parallel_method!r}; name that method, or "
-            "leave this out"
-        )
-    method = None if parallel_method is None else methods.create(parallel_method, exact_own=exact_own, **steps)
+    method = _method(parallel_method, exact_own, warmup_steps=method_warmup_steps, sync_from_step=method_sync_from_step)
     _refuse(codec, method, wrap_options)
     if vars(inner).get(_MARK) is not None:
         raise ValueError("compression is already enabled for this pipeline; call disable() on its handle first")
@@ -109,6 +100,22 @@ def enable(
         handle.disable()
         raise
     return handle
+
+
+def _method(name: str | None, exact_own: bool, **steps: int | None) -> methods.GatheringMethod | None:
+    """The parallel method of that name, with those of DistriFusion's `steps` that are given.
+
+    Raises:
+        ValueError: an unknown name, or steps for another method.
+    """
+    given = {step: value for step, value in steps.items() if value is not None}
+    if given and name != "distrifusion":
+        names = ", ".join(f"method_{step}={value}" for step, value in given.items())
+        raise ValueError(
+            f"{names}: no effect without parallel_method='distrifusion', got {name!r}; name that method, or leave this "
+            "out"
+        )
+    return None if name is None else methods.create(name, exact_own=exact_own, **given)
 
 
 def _refuse(codec: Any, method: methods.GatheringMethod | None, wrap_options: dict[str, Any]) -> None:

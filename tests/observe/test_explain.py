@@ -86,7 +86,7 @@ def busy_counters() -> GroupStats:
         stats.error(key, "all_gather", 1e-9, 1.0, 0.9)
         for _ in range(9999):
             stats.received(key, "all_gather", "lowrank_int4", raw=1 << 31, wire=1 << 29)
-        stats.site(key, "all_gather").forwarded = stats.site(key, "all_gather").predicted = 99_999
+        stats._sites[key].forwarded = stats._sites[key].predicted = 99_999
         for reason in PassReason:
             stats.passed("all_gather", reason, 1e9, key)
     return stats
