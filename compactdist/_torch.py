@@ -10,10 +10,11 @@ import contextlib
 import functools
 import inspect
 import logging
+import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -254,12 +255,17 @@ def timeout_of(group: Any) -> float:
     return 1800.0
 
 
+_OFF = ("", "0", "n", "no", "f", "false")
+
+
 def gloo_of(group: Any) -> Any:
     """The gloo backend that a group of torch's own has for CPU tensors, or ``None``.
 
-    A class derived from torch's does something of its own in its methods, which nobody may go round.
+    A class derived from torch's does something of its own in its methods, which nobody may go round. gloo that connects
+    late (``TORCH_GLOO_LAZY_INIT``) reads the addresses of a store whenever it does: nobody would know when to remove
+    them.
     """
-    if type(group) is not dist.ProcessGroup:
+    if type(group) is not dist.ProcessGroup or os.environ.get("TORCH_GLOO_LAZY_INIT", "0").lower() not in _OFF:
         return None
     try:
         backend = group._get_backend(torch.device("cpu"))
@@ -269,29 +275,40 @@ def gloo_of(group: Any) -> Any:
 
 
 def second_gloo(gloo: Any, store: Any) -> Any:
-    """Another gloo backend of the same ranks, with devices and timeout of the first; all ranks make it together (2.13).
+    """Another gloo backend of the same ranks, with the first's timeout; all ranks make it at a time (2.13).
 
     Args:
         gloo: the first.
-        store: that nobody else uses; keeps each rank's address under ``gloo_address(rank)``.
+        store: that nobody else uses; keeps each rank's addresses under ``gloo_addresses``.
 
     Raises:
         RuntimeError: ranks could not be connected in time.
     """
-    return c10d.ProcessGroupGloo(store, gloo.rank(), gloo.size(), gloo.options)
+    _destroy_idle()
+    return c10d.ProcessGroupGloo(store, gloo.rank(), gloo.size(), gloo.options._timeout)
 
 
-def gloo_address(rank: int) -> str:
-    """The key of a rank's address in the store that a gloo backend was made with (2.13)."""
-    return f"0/{rank}"
+def gloo_addresses(gloo: Any) -> list[str]:
+    """The keys of this rank's addresses in the store that a gloo backend is made with (2.13)."""
+    return [f"{device}/{gloo.rank()}" for device in range(len(gloo.options._devices))]
 
 
-_kept: list[Any] = []
+_left: list[tuple[Any, Collection[Any]]] = []
+_left_lock = threading.Lock()
 
 
-def keep_for_good(backend: Any) -> None:
-    """Never destroy a gloo backend: it would wait for calls that other ranks may never come to (2.13)."""
-    _kept.append(backend)
+def leave_gloo(gloo: Any, works: Collection[Any]) -> None:
+    """Let go of a gloo backend, and destroy it once its works are done: to destroy it waits for them (2.13)."""
+    with _left_lock:
+        _left.append((gloo, works))
+    _destroy_idle()
+
+
+def _destroy_idle() -> None:
+    with _left_lock:
+        idle = [one for one in _left if all(work.is_completed() for work in one[1])]
+        for one in idle:
+            _left.remove(one)
 
 
 def device_for_small_messages(group: Any) -> torch.device:

@@ -8,6 +8,7 @@ for): what to wait for is the work that the end of the group returns (:class:`Ca
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -138,6 +139,8 @@ class Link:
         exact_sizes: messages of all tensors must be received at the size they are sent with.
         on_cpu, elsewhere: what carries the frames of collectives, on CPUs and on other devices.
         gloo: the inner group's gloo backend for CPU tensors; ``None``: it has none that can be made twice.
+        own: the gloo group that frames of collectives on CPUs have of their own, or ``None``.
+        timeout: of ``own``.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -145,16 +148,13 @@ class Link:
         self.opened: CallGroup | None = None
         self._done = Done()
         self.exact_sizes = bool(getattr(inner, "exact_sizes", False))
-        self.gloo = None if self.exact_sizes else _torch.gloo_of(inner)
-        self._own: Any = None
+        self.gloo: Any = None if self.exact_sizes else _torch.gloo_of(inner)
+        self.own: Any = None
+        self.timeout: Any = None
+        self._under_way: deque[Any] = deque()
         if inner is None:
             return
         self.on_cpu = self.elsewhere = Collectives.of(inner)
-
-    @property
-    def separated(self) -> bool:
-        """Frames of collectives on CPUs have a gloo group of their own."""
-        return self._own is not None
 
     def separate(self, store: Any) -> None:
         """Give frames of collectives on CPUs a gloo group of their own. Collective; not twice.
@@ -165,17 +165,37 @@ class Link:
         Raises:
             RuntimeError: ranks could not be connected in time.
         """
-        self._own = _torch.second_gloo(self.gloo, store)
-        self.on_cpu = Collectives.of(self._own)
+        self.own = _torch.second_gloo(self.gloo, store)
+        self.on_cpu = Collectives.of(self.own)
+        self.timeout = self.gloo.options._timeout
+
+    def rejoin(self) -> None:
+        """Let frames travel on the inner group again; those under way on their own group may still arrive."""
+        if self.own is not None:
+            _torch.leave_gloo(self.own, self._under_way)
+            self.own, self._under_way, self.on_cpu = None, deque(), self.elsewhere
+
+    def follow_timeout(self) -> None:
+        """Give the frames' own group the timeout that the inner group has now."""
+        self.timeout = self.gloo.options._timeout
+        self.own._set_default_timeout(self.timeout)
+
+    def watched(self, group: Any, call: Callable[..., Any], *given: Any) -> Any:
+        """What a collective returns that is made on ``group``, a :meth:`carrier`."""
+        work = call(*given)
+        return work if group is not self.own else self._carried(work)
+
+    def _carried(self, work: Any) -> Any:
+        """The work of a collective on the frames' own group, once that is remembered while it is under way."""
+        under_way = self._under_way  # gloo gives every call a work, and has no groups of calls
+        while under_way and under_way[0].is_completed():
+            under_way.popleft()
+        under_way.append(work)
+        return work
 
     def carrier(self, x: Tensor) -> Any:
         """The group that frames of such tensors travel on in collectives: their own one, or the inner group."""
-        return self._own if self._own is not None and x.is_cpu else self._inner
-
-    def close(self, finished: bool) -> None:
-        """Let go of the group that frames have of their own; ``finished``: no frame is under way on it."""
-        if self._own is not None and not finished:
-            _torch.keep_for_good(self._own)
+        return self.own if self.own is not None and x.is_cpu else self._inner
 
     @property
     def together(self) -> CallGroup | None:
@@ -249,16 +269,21 @@ class Link:
     def all_gather(self, arrived: Tensor, frame: Tensor, opts: Any) -> Any:
         """Gather every rank's frame, all of one size, into ``arrived``, in rank order."""
         calls = self.on_cpu if frame.is_cpu else self.elsewhere
-        return self.work_of(calls.all_gather(arrived, frame, opts or _torch.options("AllgatherOptions")))
+        opts = opts or _torch.options("AllgatherOptions")
+        work = calls.all_gather(arrived, frame, opts)
+        return self._carried(work) if self.own is not None and frame.is_cpu else self.work_of(work)
 
     def all_to_all(self, arrived: Tensor, frames: Tensor, arriving: list[int], leaving: list[int], opts: Any) -> Any:
         """Exchange frames between all ranks; ``arriving`` and ``leaving`` give bytes by group rank."""
         calls, opts = self.on_cpu if frames.is_cpu else self.elsewhere, opts or _torch.options("AllToAllOptions")
-        return self.work_of(calls.all_to_all(arrived, frames, arriving, leaving, opts))
+        work = calls.all_to_all(arrived, frames, arriving, leaving, opts)
+        return self._carried(work) if self.own is not None and frames.is_cpu else self.work_of(work)
 
     def broadcast(self, frame: Tensor, opts: Any) -> Any:
         """Copy the root's frame into every other rank's ``frame``."""
-        return self.work_of((self.on_cpu if frame.is_cpu else self.elsewhere).broadcast([frame], opts))
+        calls = self.on_cpu if frame.is_cpu else self.elsewhere
+        work = calls.broadcast([frame], opts)
+        return self._carried(work) if self.own is not None and frame.is_cpu else self.work_of(work)
 
     def send(self, frame: Tensor, peer: int, tag: int) -> Any:
         """Send a frame to group rank ``peer``."""

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 from torch.distributed.distributed_c10d import PrefixStore
 
-from compactdist import _torch
 from compactdist.errors import PlanMismatchError, PlanTimeoutError
 from compactdist.observe.stats import PassReason
 
@@ -45,6 +44,7 @@ _MOST_LEFT = 8
 _DONE, _VETO, _GONE = "done", "veto", "gone"  # the latter two with what, or who, it was
 PASSES = "passes through"
 """The fact ``tensor`` of a call that is not compressed; the fact ``codec`` says why."""
+_CONNECTED = "connected for frames"
 _OPEN = "open"
 """Never written: ``compare_set`` answers with what it expected where there is no such key."""
 
@@ -129,7 +129,6 @@ class Agreement:
         self._agreed: Mapping[str, Any] = {}
         self._left: list[str] = []
         self._posted: list[str] = []
-        self._connected = ""
         self._broken: tuple[int, str] | None = None
         self._lock = threading.Lock()
 
@@ -205,28 +204,37 @@ class Agreement:
         if pairs:
             self._compare_pairs(name, subject)
 
-    def connect(self, make: Callable[[Any], None]) -> None:
-        """Make a gloo group, which all ranks do now: after the same agreement.
+    def connect(self, make: Callable[[Any], None], keys: Sequence[str]) -> None:
+        """Make a gloo group, which all ranks do now: after the same agreement. Then all agree that they have.
 
         Args:
             make: makes it with the store that it is given, and that nobody else uses.
+            keys: that it leaves there.
 
         Raises:
-            PlanTimeoutError: ranks could not be connected.
+            PlanTimeoutError: this rank could not be connected.
+            PlanMismatchError: another rank could not.
         """
         with self._lock:
-            self._connected = f"connected/{self._ended}"
+            prefix, failure = self._key(f"connected/{self._ended}"), None
+            self._posted += [f"{prefix}/{key}" for key in keys]
             try:
-                make(PrefixStore(self._key(self._connected), self._store))
+                make(PrefixStore(prefix, self._store))
             except RuntimeError as error:
-                self._broken = (
-                    self._epoch,
+                failure = error
+            facts = {"epoch": self._epoch, _CONNECTED: "yes" if failure is None else f"no ({failure})"}
+            try:
+                self._agree(Subject(self._epoch, facts), None)
+            except (PlanMismatchError, PlanTimeoutError) as error:
+                self._broken = self._epoch, str(error)
+                if failure is None:
+                    raise
+            if failure is not None:
+                raise PlanTimeoutError(
                     f"{self._label}: ranks agreed on their first collective, and could not connect a gloo group for "
-                    f"its frames ({error}). Nothing was sent; see that all ranks run and that a rank may open one more "
-                    "connection to each of the others, and call reset() on all ranks",
-                )
-                raise PlanTimeoutError(self._broken[1]) from error
-            self._posted.append(self._key(f"{self._connected}/{_torch.gloo_address(self._rank)}"))
+                    f"its frames ({failure}). Nothing was sent; see that all ranks run and that a rank may open one "
+                    "more connection to each of the others, and call reset() on all ranks"
+                ) from failure
 
     def close(self) -> None:
         """Take part no more. The last rank to close removes the keys of all: others may still read them before."""
@@ -235,9 +243,8 @@ class Agreement:
             if self._store.add(self._key("closed"), 1) == self._size:
                 ranks = range(self._size)
                 of_ranks = [f"{what}/{rank}" for rank in ranks for what in ("here", f"pairs/{self._ended}")]
-                addresses = [f"{self._connected}/{_torch.gloo_address(rank)}" for rank in ranks]
                 ends = [f"done/{self._ended_before}", f"done/{self._ended}", f"count/{self._ended}"]
-                for key in ("now", "closed", *ends, *of_ranks, *addresses):
+                for key in ("now", "closed", *ends, *of_ranks):
                     self._store.delete_key(self._key(key))
 
     def _key(self, name: str) -> str:
@@ -380,6 +387,8 @@ class Agreement:
 
 
 def _shown(facts: Mapping[str, Any]) -> str:
+    if _CONNECTED in facts:
+        return "the gloo group that frames travel on"
     shown = f"site '{facts.get('site')}', step {facts.get('step')}"
     if facts.get("tensor") == PASSES:
         shown += f", which passes through here: {PassReason.explained(facts['codec'])}"
@@ -390,6 +399,8 @@ def _cause(ours: Mapping[str, Any], theirs: Mapping[str, Any], rank: int) -> str
     """What most probably lies behind the first of several differences."""
     if ours.get("epoch") != theirs.get("epoch"):
         return "reset() was not called on all ranks"
+    if ours.get(_CONNECTED) != theirs.get(_CONNECTED):
+        return "a rank could not connect the gloo group that frames travel on"
     if ours.get("step") != theirs.get("step"):
         late = "this rank" if ours.get("step", 0) < theirs.get("step", 0) else f"rank {rank}"
         return f"{late} missed a step(), or the other made one more"

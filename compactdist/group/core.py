@@ -132,8 +132,8 @@ class GroupCore:
                 self._begin_capture(call)
             plan = engine.plan(pattern, call, signature)
             if plan.reason is not None and pattern.collective:
-                self._departures.join()
                 if plan.by_pair or plan.was_compressed or publishes(plan.reason):
+                    self._departures.join()
                     self._agree(call, plan)
                 else:
                     self._refuse_unagreed()
@@ -214,11 +214,15 @@ class GroupCore:
     def _separate(self, plan: CallPlan | None) -> None:
         """Give frames of collectives on a CPU a group of their own. All ranks have just agreed on their first."""
         agreement, link = self._agreement, self._engine.link
-        if agreement is None or plan is None or link.gloo is None or link.separated:
+        if agreement is None or plan is None or link.gloo is None or link.own is not None:
             return
         passes = plan.reason is not None and not plan.by_pair  # a pair of other ranks may exchange frames in this call
         if not passes and plan.device.type == "cpu":
-            agreement.connect(link.separate)
+            try:
+                agreement.connect(link.separate, _torch.gloo_addresses(link.gloo))
+            except BaseException:
+                link.rejoin()
+                raise
 
     def _agree_first(self, flight: Flight) -> Job | None:
         """Agree on a call's plan before it leaves.
@@ -257,6 +261,7 @@ class GroupCore:
                     engine.withdraw(flight)
                 raise
             with engine.lock:
+                self._ready()  # it may have been closed while this waited
                 engine.launch(flight, job)
         except BaseException as error:
             later.fail(error)

@@ -163,6 +163,9 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
             self._engine.store.board.poll()
         if self._engine.late.used:
             self._engine.late.poll()
+        link = self._engine.link
+        if link.own is not None and link.gloo.options._timeout != link.timeout:
+            link.follow_timeout()
 
     def _agrees(self, inner: Any, options: Options, label: str) -> Agreement | None:
         """What ranks agree on plans with; ``None``: there is nobody to agree with, or they should not."""
@@ -563,7 +566,6 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
             self._agreement.close()
             self._agreement = None
         self._latest_epoch.forget()
-        self._engine.link.close(finished=not any(site.pending for site in self._engine.store.sites()))
         self._engine.forget()
         self._engine.store.ended.clear()
         if not self._owns_inner:
@@ -575,8 +577,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
 
     def _let_go(self) -> None:
         """Hold nothing of the inner group: its threads end when its owner destroys it."""
-        self._inner = None
-        self._engine.link = Link(None)
+        link, self._inner, self._engine.link = self._engine.link, None, Link(None)
+        link.rejoin()
 
     def on_close(self, restore: Callable[[], None]) -> None:
         """Call ``restore`` when the group is closed (adapters put back what they swapped)."""

@@ -206,7 +206,8 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             if work is not None:
                 return work
             group = self._engine.link.carrier(inputs[0])  # pairs of other ranks may exchange frames in this call
-        return self._hand_on(group.alltoall, outputs, inputs, opts or _torch.options("AllToAllOptions"))
+        call = partial(self._engine.link.watched, group, group.alltoall)
+        return self._hand_on(call, outputs, inputs, opts or _torch.options("AllToAllOptions"))
 
     def _chunks(self, tensor: Tensor, splits: Sequence[int], what: str) -> list[Tensor]:
         size = self._engine.size
@@ -237,7 +238,8 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             if work is not None:
                 return work
             group = self._engine.link.carrier(x)  # as above
-        return self._hand_on(partial(_torch.all_to_all_single, group), output, x, arriving, leaving, opts)
+        call = partial(self._engine.link.watched, group, partial(_torch.all_to_all_single, group))
+        return self._hand_on(call, output, x, arriving, leaving, opts)
 
     @shared_name
     def all_to_all_single(

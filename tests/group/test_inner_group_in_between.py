@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_group_that_gloo_does_not_carry_waits_where_a_call_is_issued(monkeypat
                 assert plainly("gather", dist.inner, rank, world, 1092)
                 work.wait()
                 assert kit.nmse(out, expected) < 1e-3
-            assert not dist._engine.link.separated
+            assert dist._engine.link.own is None
 
     run_ranks(body)
 
@@ -134,9 +135,117 @@ def test_a_group_that_cannot_be_connected_says_so(monkeypatch):
             dist.reset()
             dist.step()
             assert kit.nmse(kit.gather(dist, kit.tensor(rank))[: kit.N], kit.tensor(0)) < 1e-3
-            assert dist._engine.link.separated
+            assert dist._engine.link.own is not None
 
     run_ranks(body)
+
+
+@pytest.mark.parametrize("before", ["nothing", "reset", "small chunks"])
+def test_closing_with_a_frame_under_way_does_not_wait_for_it(before):
+    """Rank 1 comes to the call when it has a message that rank 0 sends once it has closed."""
+
+    def call(dist, rank, step):
+        if before != "small chunks":
+            return begin("gather", dist, rank, step, 2)
+        out, small = torch.empty(32), torch.full((32,), float(rank))
+        return dist.all_to_all_single(out, small, async_op=True), out, torch.tensor([0.0, 1.0]).repeat_interleave(16)
+
+    def body(rank, world):
+        dist, note = kit.wrap(codec="int8"), torch.zeros(1)
+        kept = begin("gather", dist, rank, 0, world)[0]  # passes: no step has begun
+        for step in range(2):
+            dist.step()
+            call(dist, rank, step)[0].wait()
+            kit.gather(dist, kit.tensor(rank, step))
+        dist.step()
+        if rank == 1:
+            plain.recv(note, 0)
+        work, out, expected = call(dist, rank, 2)
+        if rank == 0:
+            began = time.monotonic()
+            if before == "reset":
+                dist.reset()
+            dist.close()
+            assert time.monotonic() - began < 2
+            plain.send(note, 1)
+        work.wait()
+        kept.wait()
+        assert kit.nmse(out, expected) < 1e-3
+
+    run_ranks(body)
+
+
+def test_gloo_groups_of_closed_wraps_do_not_pile_up():
+    """The last call of each is finished after it was closed."""
+
+    def body(rank, world):
+        left = []
+        for _ in range(12):
+            dist = kit.wrap(codec="int8")
+            dist.step()
+            kit.gather(dist, kit.tensor(rank))
+            out = torch.empty(world * kit.N)
+            work = dist.all_gather_into_tensor(out, kit.tensor(rank, 1), async_op=True)
+            dist.close()
+            work.wait()
+            assert kit.nmse(out[: kit.N], kit.tensor(0, 1)) < 1e-3
+            left.append(len(_torch._left))
+        assert max(left) <= 2, left
+
+    run_ranks(body)
+
+
+def test_a_timeout_that_changes_reaches_frames_at_the_next_step():
+    def body(rank, world):
+        with kit.wrap(codec="int8") as dist:
+            for step in range(3):
+                if step == 2:
+                    dist.inner._get_backend(torch.device("cpu"))._set_default_timeout(datetime.timedelta(seconds=30))
+                    time.sleep(4 * rank)
+                dist.step()
+                out = kit.gather(dist, kit.tensor(rank, step))
+                assert kit.nmse(out[: kit.N], kit.tensor(0, step)) < 1e-3
+
+    run_ranks(body, pg_timeout=2, timeout=60)
+
+
+def test_gloo_that_connects_late_has_no_second_group(monkeypatch):
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "1")
+
+    def body(rank, world):
+        with kit.wrap(codec="int8") as dist:
+            for step in range(2):
+                dist.step()
+                out = kit.gather(dist, kit.tensor(rank, step))
+                assert kit.nmse(out[: kit.N], kit.tensor(0, step)) < 1e-3
+            assert dist._engine.link.own is None
+
+    run_ranks(body)
+
+
+def test_where_one_rank_cannot_connect_all_raise_and_reset_mends_it(monkeypatch):
+    """Rank 0 fails once it has connected, and the others have."""
+    connect = _torch.second_gloo
+
+    def body(rank, world):
+        def fail(gloo, store):
+            made = connect(gloo, store)
+            if rank == 0:
+                raise RuntimeError("too many open files")
+            return made
+
+        with kit.wrap(codec="int8") as dist:
+            with monkeypatch.context() as patch:
+                patch.setattr(_torch, "second_gloo", fail)
+                dist.step()
+                with pytest.raises(compactdist.errors.CompactDistError, match="too many open files"):
+                    kit.gather(dist, kit.tensor(rank))
+            dist.reset()
+            dist.step()
+            assert kit.nmse(kit.gather(dist, kit.tensor(rank))[: kit.N], kit.tensor(0)) < 1e-3
+            dist.check()
+
+    run_ranks(body, world_size=3)
 
 
 def test_the_second_group_leaves_nothing_in_the_store():
