@@ -11,7 +11,8 @@ xfuser and diffusers are imported only when a function that needs them is called
 small trained model: `compactdist_harness`.
 """
 
+from compactdist_xdit import auto
 from compactdist_xdit.adapter import Handle, enable
 from compactdist_xdit.flags import add_cli_args, options_from
 
-__all__ = ["Handle", "add_cli_args", "enable", "options_from"]
+__all__ = ["Handle", "add_cli_args", "auto", "enable", "options_from"]
