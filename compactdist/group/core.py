@@ -372,8 +372,8 @@ class GroupCore:
         work = self.inner.broadcast([data], opts)
         return self._watched(work, x, x if data is x else data.view(-1).view(torch.uint8), opts)
 
-    def _receive_plainly(self, tensors: Sequence[Tensor], peer: int, tag: int) -> Any:
-        """The work of a receive that passes through.
+    def _receive_plainly(self, receive: Callable[..., Any], tensors: Sequence[Tensor], *of: int) -> Any:
+        """The work of a receive ``receive(tensors, *of)`` that passes through.
 
         gloo ends a process that is sent more than it expects, and a peer that compresses what this rank takes for a
         plain message sends a header before the tensor's bytes: on a CPU there is room for that.
@@ -381,9 +381,9 @@ class GroupCore:
         x = tensors[0]
         small = x.numel() < self._engine.chooser.min_numel
         if len(tensors) > 1 or small or self._engine.link.needs_exact_sizes(x):
-            return self._hand_on(self.inner.recv, tensors, peer, tag)
+            return self._hand_on(receive, tensors, *of)
         data = torch.empty(HEADER_NBYTES + raw_nbytes(x.numel(), x.dtype), dtype=torch.uint8, device="cpu")
-        return self._watched(self.inner.recv([data], peer, tag), x, data)
+        return self._watched(receive([data], *of), x, data)
 
     def _take_back(self, call: Call) -> None:
         """Undo the use of an ordinal by a call that sent nothing."""

@@ -339,7 +339,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
         """``tensors``: a list of one tensor; ``srcRank``: group rank."""
         flight = self._receive_flight(tensors[0], srcRank, tag) if len(tensors) == 1 else None
         if flight is None:
-            return self._receive_plainly(tensors, srcRank, tag)
+            return self._receive_plainly(self.inner.recv, tensors, srcRank, tag)
         return self._fly(flight, list(tensors))
 
     @override
@@ -353,7 +353,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             reason = PassReason.SMALL
         if reason is not None or engine.link.needs_exact_sizes(x):
             self._pass("recv", reason or PassReason.DEVICE, 0)
-            return self._hand_on(self.inner.recv_anysource, tensors, tag)
+            return self._receive_plainly(self.inner.recv_anysource, tensors, tag)
 
         def call_from(source: int) -> Call:
             return keys.take(stream_name(source, engine.rank, tag), "send")
@@ -387,7 +387,7 @@ class CompressedProcessGroup(GroupLifecycle, Reductions, dist.ProcessGroup):  # 
             op, x = p2p_op_list[i], [tensors[i]]
             if is_send[i]:
                 return partial(self._begin, self.inner.send, x, op.group_peer, op.tag, writes=False)
-            return partial(self._receive_plainly, x, op.group_peer, op.tag)
+            return partial(self._receive_plainly, self.inner.recv, x, op.group_peer, op.tag)
 
         calls = [flights[i] or plain(i) for i in order]
         if not grouped:

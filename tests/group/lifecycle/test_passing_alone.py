@@ -13,7 +13,7 @@ import torch.distributed as td
 import torch.distributed._functional_collectives as fc
 
 from compactdist import Rule
-from compactdist.errors import CompactDistError
+from compactdist.errors import CompactDistError, FrameError
 from tests.group.lifecycle import kit
 from tests.launch import run_ranks
 from tests.quick import quick_for
@@ -173,5 +173,39 @@ def test_calls_of_another_dtype_between_compressed_ones_are_agreed_on_once():
             stats = dist.stats()
             assert stats.sites["all_gather#0"].calls == 6
             assert stats.passed_reasons["dtype"] == 6
+
+    run_ranks(body)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.float32])
+def test_a_receive_from_any_source_that_passes_looks_for_a_frame(dtype):
+    """The sender compresses; the receiver has another dtype, or has called no step()."""
+
+    def body(rank, world):
+        with kit.wrap(codec="int8") as dist:
+            if rank == 0:
+                dist.step()
+                dist.send(kit.tensor(0), 1)
+            else:
+                if dtype != torch.float32:
+                    dist.step()
+                got = torch.zeros(kit.N, dtype=dtype)
+                with pytest.raises(FrameError, match="arrived as a frame"):
+                    td.recv(got, None, group=dist)
+                assert not got.any()
+
+    run_ranks(body)
+
+
+def test_a_plain_receive_from_any_source_names_its_sender():
+    def body(rank, world):
+        with kit.wrap(codec="int8") as dist:
+            dist.step()
+            if rank == 0:
+                dist.send(torch.arange(kit.N), 1)
+            else:
+                got = torch.zeros(kit.N, dtype=torch.int64)
+                assert td.recv(got, None, group=dist) == 0
+                assert torch.equal(got, torch.arange(kit.N))
 
     run_ranks(body)
