@@ -140,7 +140,6 @@ class Link:
         on_cpu, elsewhere: what carries the frames of collectives, on CPUs and on other devices.
         gloo: the inner group's gloo backend for CPU tensors; ``None``: it has none that can be made twice.
         own: the gloo group that frames of collectives on CPUs have of their own, or ``None``.
-        timeout: of ``own``.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -150,7 +149,7 @@ class Link:
         self.exact_sizes = bool(getattr(inner, "exact_sizes", False))
         self.gloo: Any = None if self.exact_sizes else _torch.gloo_of(inner)
         self.own: Any = None
-        self.timeout: Any = None
+        self._timeout: Any = None
         self._under_way: deque[Any] = deque()
         if inner is None:
             return
@@ -167,7 +166,7 @@ class Link:
         """
         self.own = _torch.second_gloo(self.gloo, store)
         self.on_cpu = Collectives.of(self.own)
-        self.timeout = self.gloo.options._timeout
+        self._timeout = self.gloo.options._timeout
 
     def rejoin(self) -> None:
         """Let frames travel on the inner group again; those under way on their own group may still arrive."""
@@ -176,9 +175,11 @@ class Link:
             self.own, self._under_way, self.on_cpu = None, deque(), self.elsewhere
 
     def follow_timeout(self) -> None:
-        """Give the frames' own group the timeout that the inner group has now."""
-        self.timeout = self.gloo.options._timeout
-        self.own._set_default_timeout(self.timeout)
+        """Give the frames' own group, which there is, the timeout that the inner group has now."""
+        timeout = self.gloo.options._timeout
+        if timeout != self._timeout:
+            self._timeout = timeout
+            self.own._set_default_timeout(timeout)
 
     def watched(self, group: Any, call: Callable[..., Any], *given: Any) -> Any:
         """What a collective returns that is made on ``group``, a :meth:`carrier`."""

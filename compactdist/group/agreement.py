@@ -155,9 +155,13 @@ class Agreement:
             PlanMismatchError: some rank came with another subject. All ranks that come get this error.
             PlanTimeoutError: some ranks did not come in time, or the wait was ended.
         """
+        with self._lock:
+            self._agree_or_break(subject, keep_waiting)
+
+    def _agree_or_break(self, subject: Subject, keep_waiting: Any = None) -> None:
+        """As :meth:`agree`; the lock is held."""
         try:
-            with self._lock:
-                self._agree(subject, keep_waiting)
+            self._agree(subject, keep_waiting)
         except (PlanMismatchError, PlanTimeoutError) as error:
             self._broken = subject.epoch, str(error)
             self._heard_of(subject.epoch)
@@ -224,9 +228,8 @@ class Agreement:
                 failure = error
             facts = {"epoch": self._epoch, _CONNECTED: "yes" if failure is None else f"no ({failure})"}
             try:
-                self._agree(Subject(self._epoch, facts), None)
-            except (PlanMismatchError, PlanTimeoutError) as error:
-                self._broken = self._epoch, str(error)
+                self._agree_or_break(Subject(self._epoch, facts))
+            except (PlanMismatchError, PlanTimeoutError):
                 if failure is None:
                     raise
             if failure is not None:

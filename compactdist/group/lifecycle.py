@@ -163,9 +163,8 @@ class GroupLifecycle(GroupCore, OwnName, BeyondCalls, Snapshots, TorchDistribute
             self._engine.store.board.poll()
         if self._engine.late.used:
             self._engine.late.poll()
-        link = self._engine.link
-        if link.own is not None and link.gloo.options._timeout != link.timeout:
-            link.follow_timeout()
+        if self._engine.link.own is not None:
+            self._engine.link.follow_timeout()
 
     def _agrees(self, inner: Any, options: Options, label: str) -> Agreement | None:
         """What ranks agree on plans with; ``None``: there is nobody to agree with, or they should not."""

@@ -98,6 +98,7 @@ def options_from(args: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         ValueError: flags that have an effect only with a codec stand without one, or the policy file cannot be read.
     """
+    _refuse_steps(args)
     options: dict[str, Any] = {
         "keyframe": args.compact_keyframe,
         "order": args.compact_order,
@@ -116,9 +117,7 @@ def options_from(args: argparse.Namespace) -> dict[str, Any] | None:
                 f"{flags} out"
             )
         if args.parallel_method is None:
-            _refuse_steps(args)
             return None
-    _refuse_steps(args)
     options |= intent
     options["codec"] = AUTO if args.compact_codec is None and intent else args.compact_codec
     if args.parallel_method is not None:
